@@ -1,0 +1,47 @@
+# make demo   a virtual environment, the package in it, and the embedded teacher converted
+# make test   the same environment with the development tools, and the tests
+# make lint   style, formatting and types
+# Needs Python 3.11+, make and a package index. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+DEMO_OUT ?= demo-out
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/linearize demo --out $(DEMO_OUT)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Stamps are written last, so an interrupted installation is repeated and a finished one costs nothing.
+$(VENV)/.created: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "linearize needs Python 3.11 or newer, and $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "creating $(VENV) and installing (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@

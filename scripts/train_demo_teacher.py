@@ -1,0 +1,159 @@
+"""Train the small Llama that ships with linearize: it writes simple stories and recalls short facts from far back.
+
+    python scripts/train_demo_teacher.py --data train_a.txt train_b.txt train_c.txt --minutes 5 --out teacher
+
+Runs on one CUDA GPU when there is one, else on the CPU. `--minutes` bounds the whole run, measurements included; with
+`--steps` instead, the same seed and machine give the same batches and schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from demo_teacher.batches import BatchPlan, RecallAndStories
+from demo_teacher.measure import heldout_loss, recall_accuracy, recall_questions, recall_table
+from demo_teacher.model import add_dropout, build_model
+from demo_teacher.saving import check_tokenizer, folder_bytes, save_teacher, write_provenance
+from demo_teacher.text import read_stories, tokens_per_word, train_tokenizer
+from demo_teacher.training import Clock, Measure, Run, Schedule, train
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+EVALUATION_SEED = 20_000
+FINAL_SECONDS = {"cuda": 30.0, "cpu": 60.0}
+"""Kept free at the end of `--minutes` for saving and the last measurements."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="story files, a blank line between stories")
+    parser.add_argument("--out", type=Path, required=True, help="the teacher's folder, created if need be")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="wall clock for everything")
+    length.add_argument("--steps", type=int, help="exact number of steps instead of a time")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=8, help="processes that make batches; 0 makes them in the loop")
+    for name, default in {"vocab": 2048, "width": 128, "layers": 6, "mlp": 384, "kv-heads": 2, "context": 1024}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {"recall-tokens": 24_576, "stories": 48, "evaluations": 25, "questions": 200}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    rates = {"lr": 3e-3, "dropout": 0.1, "weight-decay": 0.1, "ema": 0.998, "answer-weight": 4.0, "hay-weight": 0.5}
+    for name, value in rates.items():
+        parser.add_argument(f"--{name}", type=float, default=value)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Text, tokenizer, training, saving, measuring what was saved."""
+    args, started = arguments(), time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    stories = read_stories(args.data)
+    tokenizer = train_tokenizer(stories.train, args.vocab, args.seed)
+    ratio = tokens_per_word(tokenizer, stories.train)
+    print(
+        f"{len(stories.train)} stories, {len(stories.heldout)} held out, {ratio:.3f} tokens a word, {device}",
+        flush=True,
+    )
+
+    model = build_model(
+        vocab_size=args.vocab,
+        width=args.width,
+        layers=args.layers,
+        mlp=args.mlp,
+        kv_heads=args.kv_heads,
+        context=args.context,
+    ).to(device)
+    add_dropout(model, args.dropout)
+    plan = BatchPlan(
+        recall_tokens=args.recall_tokens,
+        num_stories=args.stories,
+        context=args.context,
+        answer_weight=args.answer_weight,
+        hay_weight=args.hay_weight,
+        seed=args.seed,
+    )
+    measure = _measure(tokenizer, stories.heldout, stories.heldout_hay, ratio, context=args.context)
+    seconds = (args.minutes or 0.0) * 60 - FINAL_SECONDS[device] - (time.monotonic() - started)
+    clock = Clock(Schedule(lr=args.lr, steps=args.steps, seconds=max(seconds, 1.0)))
+    dataset = RecallAndStories(tokenizer, stories.train, stories.train_hay, plan, ratio, clock)
+    kept: dict[str, Tensor] = {}
+    run = train(
+        model,
+        dataset,
+        clock,
+        measure,
+        weight_decay=args.weight_decay,
+        ema_decay=args.ema,
+        workers=args.workers,
+        evaluations=args.evaluations,
+        keep=kept,
+    )
+    model.load_state_dict(kept)
+    again, tokenizer_again = save_teacher(model.cpu(), tokenizer, args.out)
+    check_tokenizer(tokenizer, tokenizer_again, stories.heldout[:100])
+    again.to(device)
+    half = args.context // 2
+    results = {
+        "heldout_loss": heldout_loss(again, tokenizer, stories.heldout, half),
+        "train_loss_same_kind": heldout_loss(again, tokenizer, stories.train[:: len(stories.train) // 200], half),
+        "recall": recall_table(
+            again,
+            tokenizer,
+            stories.heldout_hay,
+            count=args.questions,
+            context=args.context,
+            ratio=ratio,
+            seed=EVALUATION_SEED + 1,
+        ),
+    }
+    facts = _facts(args, run, results, wall_seconds=time.monotonic() - started)
+    write_provenance(args.out, data=args.data, facts=facts)
+    print(results, f"{folder_bytes(args.out)} bytes, {facts['wall_seconds']} s", flush=True)
+
+
+def _measure(
+    tokenizer: PreTrainedTokenizerFast, heldout: tuple[str, ...], hay: tuple[str, ...], ratio: float, *, context: int
+) -> Measure:
+    """The quick measurement during training: all held-out stories, and 32 questions at each of four distances."""
+    distances = [distance for distance in (60, 200, 500, 850) if distance <= 0.85 * context]
+    questions = [
+        question
+        for distance in distances
+        for question in recall_questions(
+            tokenizer, hay, distance, count=32, context=context, ratio=ratio, seed=EVALUATION_SEED
+        )
+    ]
+    return lambda model: (
+        heldout_loss(model, tokenizer, heldout, context // 2),
+        recall_accuracy(model, questions),
+    )
+
+
+def _facts(args: argparse.Namespace, run: Run, results: dict[str, Any], *, wall_seconds: float) -> dict[str, Any]:
+    names = {str(path): path.name for path in args.data} | {str(args.out): "teacher"}
+    return {
+        "command": shlex.join(["python", "scripts/train_demo_teacher.py", *(names.get(o, o) for o in sys.argv[1:])]),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("data", "out")},
+        "seed": args.seed,
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "kept_step": run.best_step,
+        **results,
+        "log": run.log,
+        "wall_seconds": round(wall_seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

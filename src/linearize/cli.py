@@ -1,0 +1,256 @@
+"""The command `linearize`: one thin function per verb; what a verb needs is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from linearize.cli_output import DONE, FAILED, INTERRUPTED, json_only, one_line, show, table
+from linearize.errors import InputError
+from linearize.numbers import parse_count, parse_number
+
+app = typer.Typer(
+    name="linearize",
+    help="Turn a pretrained Transformer into a subquadratic or hybrid one. `--debug` anywhere shows tracebacks.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _count(value: str) -> int:
+    try:
+        return parse_count(value)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _number(value: str) -> float:
+    try:
+        return float(parse_number(value))
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's folder, or any causal LM (path or Hub name).")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", metavar="SPEC", help="A .txt, .json, .jsonl or .parquet file, or a Hub data set. May be repeated."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", parser=_count, help="Seed of the sampling.")]
+MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", parser=_count, help="Longest continuation.")]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="X", parser=_number, help="Sampling temperature; 0 is greedy.")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        if not debug:
+            _quiet_libraries()
+        with get_command(app).make_context("linearize", arguments) as context:
+            context.command.invoke(context)
+        sys.stdout.flush()
+        return DONE
+    except typer.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("linearize: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = None  # the reader has gone; nothing is left to flush
+        return FAILED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = one_line(error)
+        hint = " (--debug shows where)" if code == FAILED and not debug else ""
+        print(f"linearize: {message}{hint}", file=sys.stderr)
+        return code
+
+
+def _quiet_libraries() -> None:
+    """An error is one line on stderr, so transformers' own notices and bars stay away."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"linearize {version('linearize')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the student, the report and the plots.")] = None,
+) -> None:
+    """Convert the embedded teacher and show the result."""
+    from linearize.demo.run import run_demo
+
+    run_demo(**_given(out=out))
+
+
+@app.command()
+def convert(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Any causal LM: a folder or a Hub name.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="SPEC",
+            help="A .txt, .json, .jsonl or .parquet file, a Hub data set, or `self`. May be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the student.")],
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A recipe's name or a .yaml file; default: window-linear.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: plan.mixer.window=16. May be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Convert a teacher into a student."""
+    from linearize.convert import convert as run_convert
+    from linearize.recipes.overrides import parse_settings
+
+    run_convert(
+        teacher,
+        data=data,
+        out=out,
+        overrides=parse_settings(settings or []),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        **_given(recipe=recipe, track=track, device=device),
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    draft: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses ahead.")] = None,
+    prompt_lookup: Annotated[bool, typer.Option("--prompt-lookup", help="Guess ahead from the text itself.")] = False,
+    device: Device = None,
+) -> None:
+    """Continue a prompt."""
+    from linearize.decoding.generate import generate_text
+
+    given = _given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
+    generate_text(model, prompt, prompt_lookup=prompt_lookup, **given)
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Talk with a model on the terminal."""
+    from linearize.decoding.generate import chat as run_chat
+
+    run_chat(model, **_given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    teacher: Annotated[str | None, typer.Option(metavar="TEACHER", help="Compare with this model.")] = None,
+    data: Data = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", parser=_count, help="Use whole documents up to about N tokens.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", parser=_count, help="Longest row in tokens; default: the recipe's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report and the plots.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss, agreement, loss by position, branches."""
+    from linearize.evaluation import evaluate as run_evaluate
+    from linearize.evaluation import print_evaluation
+
+    given = _given(teacher=teacher, data=data, limit=limit, length=length, out=out, device=device)
+    with json_only(as_json):
+        report = run_evaluate(model, **given)
+    if as_json:
+        show(report, as_json=True)
+    else:
+        print_evaluation(report)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Per layer: mixer, parameters and bytes of state; totals."""
+    from linearize.modeling.inspect import inspect_model
+
+    with json_only(as_json):
+        report = inspect_model(model)
+    show(report, as_json=as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this recipe, every key spelled out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or print one."""
+    from linearize.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
+
+    if name is not None:
+        recipe = load_recipe(name)
+        show(recipe, as_json=True) if as_json else print(recipe.to_yaml(), end="")
+        return
+    found = [load_recipe(known) for known in recipe_names()]
+    rows = [{"name": r.name, "default": r.name == DEFAULT_RECIPE, "description": r.description} for r in found]
+    if as_json:
+        show(rows, as_json=True)
+        return
+    for line in table(rows):
+        print(line)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given; for the others the function that does the work has the default."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,165 @@
+"""A prompt continued and a conversation held, with transformers' own `generate`: students and teachers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from linearize.decoding.loading import load_any, pad_token
+from linearize.errors import InputError
+
+LOOKUP_TOKENS = 8  # tokens that prompt lookup guesses at once
+
+
+def generate_text(
+    model_path: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: bool = True,
+    prompt_lookup: bool = False,
+    draft: str | Path | None = None,
+    device: str | None = None,
+) -> str:
+    """Continue a prompt with a student or any causal LM, and return prompt and continuation.
+
+    `stream` writes the text to stdout as it comes; temperature 0 is greedy. `prompt_lookup` guesses tokens from
+    repetitions in the text, `draft` from a second, smaller model with the same tokenizer; neither changes what greedy
+    decoding gives.
+    Raises InputError for a setting out of range, an empty prompt without a BOS token, or a path that is no model.
+    """
+    _check(max_new_tokens, temperature, prompt_lookup, draft)
+    model, tokenizer = load_any(model_path, device=device)
+    return continue_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+        prompt_lookup=prompt_lookup,
+        draft=load_any(draft, device=device)[0] if draft is not None else None,
+    )
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: BaseStreamer | None = None,
+    prompt_lookup: bool = False,
+    draft: PreTrainedModel | None = None,
+) -> str:
+    """`generate_text` for a model in memory: prompt and continuation as text, special tokens left out."""
+    _check(max_new_tokens, temperature, prompt_lookup, draft)
+    ids = list(tokenizer(prompt)["input_ids"]) or [tokenizer.bos_token_id]
+    if ids == [None]:
+        raise InputError("the prompt is empty and this tokenizer has no BOS token to start from: give some text")
+    settings = _settings(tokenizer, max_new_tokens, temperature, prompt_lookup, draft)
+    out = _generate(model, ids, settings, seed, streamer)
+    return str(tokenizer.decode(out, skip_special_tokens=True))
+
+
+def _check(max_new_tokens: int, temperature: float, prompt_lookup: bool, draft: object) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}: it must be 0 (greedy) or more")
+    if prompt_lookup and draft is not None:
+        raise InputError("prompt lookup and a draft model were both given: they are two ways of guessing, choose one")
+
+
+def _settings(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, prompt_lookup: bool, draft: object
+) -> dict[str, Any]:
+    """Keywords for `generate`; with sampling, top-k and top-p are those of the model's own generation config."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token(tokenizer)}
+    settings |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    if prompt_lookup:
+        settings["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
+    if draft is not None:
+        settings["assistant_model"] = draft
+    return settings
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel, ids: list[int], settings: dict[str, Any], seed: int, streamer: BaseStreamer | None
+) -> list[int]:
+    """The tokens of prompt and continuation; the caller's random numbers are left as they were."""
+    input_ids = torch.tensor([ids], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        generate: Any = model.generate
+        out = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), streamer=streamer, **settings)
+    tokens: list[int] = out[0].tolist()
+    return tokens
+
+
+def chat(
+    model_path: str | Path,
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.7,
+    seed: int = 0,
+    device: str | None = None,
+    read: Callable[[str], str] = input,
+) -> None:
+    """Talk with a model on the terminal until Ctrl-C or the end of input.
+
+    With a chat template each line is a user's turn; without one the conversation is one text that the model continues.
+    `read` asks for a line, as `input` does.
+    """
+    _check(max_new_tokens, temperature, False, None)
+    model, tokenizer = load_any(model_path, device=device)
+    print(_greeting(tokenizer))
+    history: list[int] = []
+    messages: list[dict[str, str]] = []
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    settings = _settings(tokenizer, max_new_tokens, temperature, False, None)
+    try:
+        while True:
+            line = read("> ")
+            if not line.strip():
+                continue
+            ids = _turn(tokenizer, line, history, messages)
+            history = _generate(model, ids, settings, seed, streamer)
+            answer = str(tokenizer.decode(history[len(ids) :], skip_special_tokens=True))
+            messages.append({"role": "assistant", "content": answer})
+            seed += 1
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def _greeting(tokenizer: PreTrainedTokenizerBase) -> str:
+    how = "Type a message" if tokenizer.chat_template else "No chat template: the model continues the text you type"
+    return f"{how}. Ctrl-C or Ctrl-D leaves."
+
+
+def _turn(
+    tokenizer: PreTrainedTokenizerBase, line: str, history: list[int], messages: list[dict[str, str]]
+) -> list[int]:
+    """The whole input for the answer to `line`; the line joins the messages."""
+    messages.append({"role": "user", "content": line})
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not history:
+        return list(tokenizer(line)["input_ids"])
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    while history and history[-1] in ends:
+        history = history[:-1]
+    return history + list(tokenizer("\n" + line, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,51 @@
+"""A model to run, by path or Hub id: a student folder or any causal LM of transformers, with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import linearize.modeling as modeling
+from linearize.errors import InputError
+from linearize.files import read_json
+
+
+def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in eval mode on `device` (None: the GPU if there is one) and tokenizer.
+
+    Raises InputError for a folder that is no model, and for a device that is not there.
+    """
+    where = pick_device(device)
+    if is_student(path):
+        model, tokenizer = modeling.load(str(path)), AutoTokenizer.from_pretrained(str(path))
+    else:
+        model, tokenizer = modeling.load_teacher(str(path))
+    return model.to(where).eval(), tokenizer
+
+
+def is_student(path: str | Path) -> bool:
+    """Whether a local folder holds a student (a Hub id or a plain transformers model does not)."""
+    config = Path(path).expanduser() / "config.json"
+    found: Any = read_json(config) if config.is_file() else {}
+    return isinstance(found, dict) and found.get("model_type") == modeling.LinearizeConfig.model_type
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The named device, or the GPU if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU") from error
+    return found
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's pad token, else its EOS, else 0 (padding is masked, so any id serves)."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)

@@ -1,0 +1,1 @@
+"""`linearize demo`: the embedded teacher, recall documents, and the run that shows a whole conversion."""

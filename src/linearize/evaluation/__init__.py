@@ -1,0 +1,42 @@
+"""What a student is worth: held-out loss, agreement, branches, recall, decode cost, report, plots."""
+
+from linearize.evaluation.compare import evaluate, print_evaluation
+from linearize.evaluation.decode_cost import DecodeCost, cache_bytes, decode_cost
+from linearize.evaluation.language_modeling import (
+    BranchAblation,
+    LanguageModelingReport,
+    branch_ablation,
+    held_out_report,
+    loss_only,
+)
+from linearize.evaluation.recall import RecallItem, RecallReport, recall_beyond_window
+from linearize.evaluation.report import (
+    ConversionReport,
+    StageReport,
+    build_report,
+    provenance,
+    read_report,
+    write_report,
+)
+
+__all__ = [
+    "BranchAblation",
+    "ConversionReport",
+    "DecodeCost",
+    "LanguageModelingReport",
+    "RecallItem",
+    "RecallReport",
+    "StageReport",
+    "branch_ablation",
+    "build_report",
+    "cache_bytes",
+    "decode_cost",
+    "evaluate",
+    "held_out_report",
+    "loss_only",
+    "print_evaluation",
+    "provenance",
+    "read_report",
+    "recall_beyond_window",
+    "write_report",
+]

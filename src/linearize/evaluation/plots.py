@@ -1,0 +1,177 @@
+"""The plots of a report, each as SVG and PNG. matplotlib is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.evaluation.decode_cost import DecodeCost
+from linearize.evaluation.language_modeling import PositionBin
+from linearize.evaluation.report import ConversionReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"teacher": "#444444", "student": "#1f6fb4", "window": "#e08214", "swap": "#b0b0b0"}
+LABELS = {"teacher": "teacher", "student": "student", "window": "student, window only"}
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "linearize",
+    "savefig.dpi": 150,
+}
+
+
+def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: float | None = None) -> list[Path]:
+    """Held-out loss after the swap and after each stage, with the teacher as a line; files `stages.svg`, `stages.png`.
+
+    `window_loss`: the loss of the window alone, a second line (default: the report's own ablation, if it has one).
+    """
+    if window_loss is None and report.ablation:
+        window_loss = report.ablation["all_tokens"]["window"]
+    names = ["swap", *(stage.name.replace("_", " ") for stage in report.stages)]
+    losses = [report.swap_loss, *(stage.loss_after for stage in report.stages)]
+    lines = {"teacher": report.teacher_loss} | ({"window": window_loss} if window_loss is not None else {})
+    with _figure(Path(folder) / "stages", width=1.6 + 1.5 * max(len(names), 3)) as (figure, (axis,)):
+        for name, loss in lines.items():
+            style = "-" if name == "teacher" else "--"
+            axis.axhline(loss, color=COLOURS[name], linestyle=style, linewidth=1.4, label=f"{LABELS[name]} {loss:.3f}")
+        axis.plot(range(len(names)), losses, marker="o", color=COLOURS["student"], label=LABELS["student"])
+        axis.set_xticks(range(len(names)), names)
+        for at, loss in enumerate(losses):
+            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+            axis.annotate(f"{loss:.3f}", (at, loss), xytext=(0, 9), textcoords="offset points", ha="center", bbox=box)
+        axis.margins(x=0.18, y=0.16)
+        axis.set(title="Held-out loss through the stages", ylabel="nats per token")
+        _legend_below(figure)
+    return _files(folder, "stages")
+
+
+def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> list[Path]:
+    """Loss, and loss above the teacher's, against the tokens seen; files `loss_by_position.svg` and `.png`."""
+    compared = any(b.teacher_loss is not None and (b.student_loss, b.window_loss) != (None, None) for b in bins)
+    panels = 2 if compared else 1
+    with _figure(Path(folder) / "loss_by_position", panels=panels, width=1.4 + 3.6 * panels) as (figure, axes):
+        for name in ("window", "student", "teacher"):
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
+            known = [
+                (_tokens_seen(b), loss, b.teacher_loss)
+                for b in bins
+                if (loss := getattr(b, f"{name}_loss")) is not None
+            ]
+            if known:
+                axes[0].plot([x for x, _, _ in known], [loss for _, loss, _ in known], **style, label=LABELS[name])
+            if known and compared:
+                above = [(x, loss - teacher) for x, loss, teacher in known if teacher is not None]
+                axes[1].plot(*zip(*above, strict=True), **style)
+        for axis, title in zip(axes, ("Loss by position", "Above the teacher"), strict=False):
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(_count)
+            axis.set(title=title, xlabel="tokens of the document seen", ylabel="nats per token")
+        _legend_below(figure)
+    return _files(folder, "loss_by_position")
+
+
+def _tokens_seen(b: PositionBin) -> float:
+    """The middle of a bin on a logarithmic axis; a token at position p has seen p + 1 tokens."""
+    return float(((b.start + 1) * b.end) ** 0.5)
+
+
+def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Path]:
+    """Time per token and cache bytes against context, log-log; files `decode_cost.svg` and `.png`."""
+    with _figure(Path(folder) / "decode_cost", panels=2, width=8.6) as (figure, (left, right)):
+        for name in ("teacher", "student"):
+            found = [cost for cost in costs if cost.model == name]
+            contexts = [cost.context for cost in found]
+            label = "teacher, preallocated cache" if name == "teacher" else "student"
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
+            low, high = zip(*(cost.ms_spread for cost in found), strict=True) if found else ((), ())
+            left.fill_between(contexts, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+            left.plot(contexts, [cost.ms_per_token for cost in found], **style, label=label)
+            right.plot(contexts, [cost.cache_bytes for cost in found], **style)
+        for axis, title, formatter in ((left, "Decode time (ms per token)", _plain), (right, "Cache memory", _bytes)):
+            _log_log(axis, formatter)
+            axis.set(title=title, xlabel="context (tokens)")
+        _legend_below(figure)
+    return _files(folder, "decode_cost")
+
+
+def plot_layer_error(errors: Mapping[str, Sequence[float]], folder: Path | str) -> list[Path]:
+    """Attention-transfer error of each layer, a group of bars per moment; files `layer_error.svg` and `.png`."""
+    layers = max(len(values) for values in errors.values())
+    palette = [COLOURS["swap"], COLOURS["student"], COLOURS["window"], COLOURS["teacher"]]
+    with _figure(Path(folder) / "layer_error", width=max(5.2, 1.6 + 0.35 * layers * len(errors))) as (figure, (axis,)):
+        width = 0.8 / len(errors)
+        for i, (moment, values) in enumerate(errors.items()):
+            at = [layer + (i - (len(errors) - 1) / 2) * width for layer in range(len(values))]
+            axis.bar(at, values, width=width * 0.94, color=palette[i % len(palette)], label=moment.replace("_", " "))
+        axis.set_xticks(range(layers))
+        axis.set(title="Transfer error by layer", xlabel="layer", ylabel="error / teacher output power")
+        _legend_below(figure)
+    return _files(folder, "layer_error")
+
+
+@contextmanager
+def _figure(
+    stem: Path, *, panels: int = 1, width: float = 5.6, height: float = 3.6
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with its panels; saved under both suffixes when the block ends well."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(stem.with_suffix(".png"))
+
+
+def _files(folder: Path | str, name: str) -> list[Path]:
+    return [Path(folder) / f"{name}{suffix}" for suffix in (".svg", ".png")]
+
+
+def _legend_below(figure: Figure) -> None:
+    found = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=len(found))
+
+
+def _log_log(axis: Axes, formatter: Any) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(True, which="major", axis="both")
+    axis.xaxis.set_major_formatter(_count)
+    axis.yaxis.set_major_formatter(formatter)
+    axis.yaxis.set_minor_formatter("")
+
+
+def _count(value: float, position: float | None = None) -> str:
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+
+
+def _plain(value: float, position: float | None = None) -> str:
+    return f"{value:g}"
+
+
+def _bytes(value: float, position: float | None = None) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:g} {unit}"
+        value /= 1000
+    raise AssertionError

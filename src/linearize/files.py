@@ -1,0 +1,132 @@
+"""Files and folders written whole or not at all, and JSON read with one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import InputError
+
+
+@contextmanager
+def atomic_folder(final: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `final`; it takes the final name when the block ends well, else it is removed.
+
+    Any exception (a full disk, Ctrl-C) leaves nothing at `final`, or, with `overwrite`, the old folder untouched:
+    that one is removed only after the new one is complete.
+
+    Raises:
+        InputError: `final` exists and `overwrite` is off, is no folder, or cannot be created.
+    """
+    final = Path(final).expanduser().resolve()
+    _check_target(final, overwrite)
+    temporary = _make_sibling(final)
+    try:
+        yield temporary
+        _check_target(final, overwrite)
+        _swap_in(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    path = Path(path).expanduser().resolve()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_text(path: Path | str) -> str:
+    """The UTF-8 text of a file (a leading byte order mark dropped, line ends as `\\n`).
+
+    Raises:
+        InputError: no such file, a folder, no permission, or not UTF-8.
+    """
+    path = Path(path).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder, a file is needed; name a file in it") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON document in a file.
+
+    Raises:
+        InputError: the file cannot be read or holds no JSON; names line and column.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: no valid JSON, {error.msg} (line {error.lineno}, column {error.colno})") from error
+
+
+def _check_target(final: Path, overwrite: bool) -> None:
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise InputError(f"{final}: exists and is no folder; give another output folder")
+    if not overwrite:
+        raise InputError(f"{final}: output folder exists; give another one, or replace it with --overwrite")
+    if Path.cwd().is_relative_to(final) or Path.home().is_relative_to(final):
+        raise InputError(f"{final}: holds the working or home folder and is not replaced; give another output folder")
+
+
+def _make_sibling(final: Path) -> Path:
+    """An empty folder next to `final` (same file system, so that renaming is atomic), with ordinary permissions."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.partial-"))
+    except OSError as error:
+        raise InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one") from error
+    temporary.chmod(0o777 & ~_umask())
+    return temporary
+
+
+def _swap_in(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`; an old `final` steps aside first and comes back if that fails."""
+    if not final.exists():
+        temporary.rename(final)
+        return
+    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old-"))
+    try:
+        final.rename(aside / final.name)
+        temporary.rename(final)
+    except BaseException:
+        if not final.exists():
+            (aside / final.name).rename(final)
+        with suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,68 @@
+"""What the mixers that run `window_linear` share: call, replay and the cost of a window."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from linearize.mixers.base import AttentionShape, Mixer, MixerConfig, MixerCost
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
+from linearize.ops.window_linear.window import ring_slots
+
+
+class WindowMixerConfig(MixerConfig):
+    """The part of the config that a window needs."""
+
+    window: int
+    window_shape: WindowShape
+    num_sinks: int
+
+
+class WindowMixer(Mixer):
+    """A mixer that is one `window_linear` operation."""
+
+    config: WindowMixerConfig
+
+    def __init__(self, config: WindowMixerConfig, shape: AttentionShape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+
+    @abstractmethod
+    def spec(self, *, scaling: float, softcap: float | None, branch: Branch) -> WindowLinear:
+        """The operation that this mixer runs."""
+
+    def forward(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTV: Tensor,
+        *,
+        scaling: float,
+        layout: Layout,
+        softcap: float | None = None,
+        state: WindowLinearState | None = None,
+        need_state: bool = True,
+        branch: Branch = "both",
+    ) -> tuple[Tensor, WindowLinearState | None]:
+        """See `Mixer.forward`."""
+        spec = self.spec(scaling=scaling, softcap=softcap, branch=branch)
+        return window_linear(q_BHTD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=state, need_state=need_state)
+
+    def advance(
+        self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None
+    ) -> WindowLinearState:
+        """See `Mixer.advance`; the scale of the scores does not enter the state."""
+        return advance(k_BGTD, v_BGTV, spec=self.spec(scaling=1.0, softcap=None, branch="both"), layout=layout, state=state)
+
+    def cost(self, element_size: int) -> MixerCost:
+        """Ring and sinks of keys and values; scores and weighted sum over the window."""
+        config, shape = self.config, self.shape
+        slots = ring_slots(config.window, config.window_shape) + config.num_sinks
+        width = shape.head_dim + shape.value_dim
+        return MixerCost(
+            state_bytes=shape.num_kv_heads * slots * width * element_size,
+            bytes_per_token=0,
+            flops_per_token=2 * shape.num_heads * (slots + 1) * width,
+        )

@@ -1,0 +1,82 @@
+"""Window + linear attention with one normaliser: `window_linear` picks the form, every form computes the same.
+
+| form | file | time and memory | for |
+|---|---|---|---|
+| reference | `reference.py` | T x S | proof; a few tokens (decode, verification) |
+| chunked | `chunked.py` | linear in T | training, prefill |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear.chunked import chunked
+from linearize.ops.window_linear.reference import reference
+from linearize.ops.window_linear.spec import Branch, WindowLinear
+from linearize.ops.window_linear.state import WindowLinearState
+from linearize.ops.window_linear.update import gather_slots, next_state
+from linearize.ops.window_linear.window import WindowShape
+
+__all__ = ["FORMS", "Branch", "WindowLinear", "WindowLinearState", "WindowShape", "advance", "use_form", "window_linear"]
+
+FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
+FEW_TOKENS = 32
+_forced: ContextVar[str | None] = ContextVar("window_linear_form", default=None)
+
+
+@contextmanager
+def use_form(name: str) -> Iterator[None]:
+    """Force one form inside the `with` block (tests, benchmarks)."""
+    token = _forced.set(FORMS[name] and name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def window_linear(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    *,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowLinearState | None = None,
+    need_state: bool = True,
+) -> tuple[Tensor, WindowLinearState | None]:
+    """Attend; returns `y: [B, H, T, V]` and the state after the last token (None unless `need_state`).
+
+    Half-precision inputs are computed in fp32 and the ring is kept in their dtype; the folded sum is at least fp32.
+    """
+    name = _forced.get() or ("reference" if q_BHTD.shape[2] <= FEW_TOKENS else "chunked")
+    dtype = q_BHTD.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        y, after = FORMS[name](
+            q_BHTD.to(wide), k_BGTD.to(wide), v_BGTV.to(wide), spec=spec, layout=layout, state=state, need_state=need_state
+        )
+    return y.to(dtype), None if after is None else _narrow(after, dtype)
+
+
+def advance(
+    k_BGTD: Tensor, v_BGTV: Tensor, *, spec: WindowLinear, layout: Layout, state: WindowLinearState | None = None
+) -> WindowLinearState:
+    """The state after these tokens, without outputs: what a rollback replays."""
+    dtype = k_BGTD.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(k_BGTD.device.type, enabled=False):
+        slots = gather_slots(k_BGTD.to(wide), v_BGTV.to(wide), layout, state, spec)
+        return _narrow(next_state(slots, layout, state, spec), dtype)
+
+
+def _narrow(state: WindowLinearState, dtype: torch.dtype) -> WindowLinearState:
+    """Ring and sinks in the dtype of the keys and values; the sums stay wide."""
+    names = ("k_BGRD", "v_BGRV", "sink_k_BGND", "sink_v_BGNV")
+    return replace(state, **{n: x.to(dtype) for n in names if (x := getattr(state, n)) is not None})

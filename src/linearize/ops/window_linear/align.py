@@ -1,0 +1,130 @@
+"""Put every document on chunk boundaries, so that a chunk never holds two documents and blocks of a window are whole chunks.
+
+Padding, packing and a carried ring all become one index; what follows needs no per-token masks.
+
+Letters: B batch, T new tokens, S slots (ring, then new), N chunks, C chunk size, A = N C aligned slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.update import Slots, take_slots
+from linearize.ops.window_linear.window import fold_boundary
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Where the aligned slots come from.
+
+    `source_BA`: slot of each aligned slot (-1: none); None when the slots are already aligned and only the end is padded.
+    `target_BT`: aligned slot of each new token (0 on padding, masked by `live_BT`); None likewise.
+    `follows_BN`: chunk n - 1 holds the same document. `first_BN`: position of the chunk's first slot. `origin_BN`: slot at which the
+    chunk's document has position 0 (may be negative). `carried_B1`: chunk 0 goes on with the document that the state belongs to.
+    `whole`: every aligned slot between a document's first and last token holds a token.
+    """
+
+    num_chunks: int
+    num_past: int
+    source_BA: Tensor | None
+    target_BT: Tensor | None
+    live_BT: Tensor | None
+    follows_BN: Tensor
+    first_BN: Tensor
+    origin_BN: Tensor
+    carried_B1: Tensor
+    whole: bool
+
+    def gather(self, x_BGSD: Tensor, chunk: int) -> Tensor:
+        """Ring and new slots into aligned chunks: [B, G, S, D] -> [B, G, N, C, D]; slots of no token are 0."""
+        size = self.num_chunks * chunk
+        if self.source_BA is None:
+            aligned = torch.nn.functional.pad(x_BGSD, (0, 0, 0, size - x_BGSD.shape[2]))
+        else:
+            aligned = take_slots(x_BGSD, self.source_BA) * (self.source_BA >= 0)[:, None, :, None]
+        return aligned.unflatten(2, (self.num_chunks, chunk))
+
+    def gather_queries(self, q_BHTD: Tensor, chunk: int) -> Tensor:
+        """New tokens only, `[B, H, T, D] -> [B, H, N, C, D]`."""
+        return self.gather(torch.nn.functional.pad(q_BHTD, (0, 0, self.num_past, 0)) if self.num_past else q_BHTD, chunk)
+
+    def scatter(self, y_BHAD: Tensor, num_new: int) -> Tensor:
+        """Aligned outputs back to the new tokens, `[B, H, T, D]`; 0 on padding."""
+        if self.target_BT is None or self.live_BT is None:
+            return y_BHAD[:, :, self.num_past : self.num_past + num_new]
+        return take_slots(y_BHAD, self.target_BT) * self.live_BT[:, None, :, None]
+
+
+def align(slots: Slots, layout: Layout, chunk: int, spec: WindowLinear) -> Alignment:
+    """The alignment of these slots on chunks of `chunk` tokens; computed once for all layers that share layout and window."""
+    key = ("align", chunk, spec.window, spec.shape, slots.num_past)
+    stateless = slots.num_past == 0
+    if stateless and key in layout.memo:
+        found = layout.memo[key]
+        assert isinstance(found, Alignment)
+        return found
+    plain = layout.is_plain and slots.position.shape[0] == 1
+    made = _align_plain(slots, layout, chunk) if plain else _align_ragged(slots, chunk, spec)
+    if stateless:
+        layout.memo[key] = made
+    return made
+
+
+def _align_plain(slots: Slots, layout: Layout, chunk: int) -> Alignment:
+    """One unbroken run that starts at the ring's first token, which is a fold boundary."""
+    num_slots, device = slots.k_BGSD.shape[2], slots.k_BGSD.device
+    first = layout.start - slots.num_past
+    chunks = -(-num_slots // chunk)
+    index = torch.arange(chunks, device=device)[None]
+    origin = torch.full_like(index, -first)
+    carried = torch.ones(1, 1, dtype=torch.bool, device=device)
+    return Alignment(chunks, slots.num_past, None, None, None, index > 0, first + index * chunk, origin, carried, True)
+
+
+def _align_ragged(slots: Slots, chunk: int, spec: WindowLinear) -> Alignment:
+    batch, num_slots = slots.k_BGSD.shape[0], slots.k_BGSD.shape[2]
+    device = slots.position.device
+    position = slots.position.expand(batch, -1)
+    origin = slots.origin.expand(batch, -1)
+    carried = slots.carried_origin.expand(batch, 1)
+    live = position >= 0
+    base = fold_boundary(slots.num_past - carried, spec.window, spec.shape)
+    offset = torch.where(origin == carried, position - base, position)
+    starts = live & ((offset == 0) | _first_live(live, origin))
+    document = (starts.cumsum(-1) - 1).clamp(min=0)
+    length = torch.zeros(batch, num_slots, dtype=torch.long, device=device)
+    length.scatter_reduce_(1, document, torch.where(live, offset + 1, 0), "amax")
+    chunks = -(-length // chunk)
+    first_chunk = chunks.cumsum(-1) - chunks
+    total = max(int(chunks.sum(-1).max()), 1)
+    target = torch.where(live, first_chunk.gather(1, document) * chunk + offset, total * chunk)
+    slot = torch.arange(num_slots, device=device).expand(batch, -1)
+    source = torch.full((batch, total * chunk + 1), -1, dtype=torch.long, device=device).scatter_(1, target, slot)[:, :-1]
+
+    index = torch.arange(total, device=device).expand(batch, -1)
+    owner = (torch.searchsorted(first_chunk.contiguous(), index.contiguous(), right=True) - 1).clamp(min=0)
+    owner = torch.minimum(owner, document.amax(-1, keepdim=True))
+    within = index - first_chunk.gather(1, owner)
+    nowhere = torch.iinfo(torch.long).min
+    origin_of = torch.full_like(length, nowhere).scatter_reduce(1, document, torch.where(live, origin, nowhere), "amax")
+    chunk_origin = origin_of.gather(1, owner)
+    is_carried = chunk_origin == carried
+    first = within * chunk + torch.where(is_carried, base, 0)
+    new = slice(slots.num_past, None)
+    target = target[:, new].clamp(max=total * chunk - 1)
+    whole = bool((length.sum(-1) == live.sum(-1)).all())
+    return Alignment(
+        total, slots.num_past, source, target, live[:, new], within > 0, first, chunk_origin, is_carried[:, :1], whole
+    )
+
+
+def _first_live(live: Tensor, origin: Tensor) -> Tensor:
+    """The first token of each document that has any here (a document may be carried, or start at a position above 0)."""
+    before = torch.nn.functional.pad(origin[:, :-1], (1, 0), value=torch.iinfo(torch.long).min)
+    was_live = torch.nn.functional.pad(live[:, :-1], (1, 0), value=False)
+    return live & (~was_live | (before != origin))

@@ -1,0 +1,44 @@
+"""The state of window + linear attention: a folded sum, and the keys and values that are still inside the window.
+
+Letters: B batch, G key/value heads, H query heads, D head dimension, V value dimension, F features, R ring slots, N sinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, eq=False)
+class WindowLinearState:
+    """What a window + linear layer remembers of a sequence.
+
+    `next`: position that the next token of the current document would have (one int for all rows, or `[B]`).
+    `memory_BHFV`: sum of phi_k(k) [v, 1]^T over tokens folded so far, at least fp32; None without a linear branch. Its last value column
+    is the normaliser z.
+    `k_BGRD`, `v_BGRV`: the last R tokens, oldest first; those at positions below the fold boundary are dead.
+    `sink_k_BGND`, `sink_v_BGNV`: the first tokens of the document, kept for ever; None without sinks.
+    """
+
+    next: int | Tensor
+    k_BGRD: Tensor
+    v_BGRV: Tensor
+    memory_BHFV: Tensor | None = None
+    sink_k_BGND: Tensor | None = None
+    sink_v_BGNV: Tensor | None = None
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> WindowLinearState:
+        """The same state with `change` applied to every tensor; all have the batch first."""
+        changed = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the state's tensors."""
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))

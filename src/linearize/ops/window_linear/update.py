@@ -1,0 +1,158 @@
+"""The state after a call: what left the window is folded into the sum, what is still inside waits in the ring.
+
+Shared by every form of the operation, so that prefill, chunked prefill and decode keep one and the same state.
+
+Letters: B batch, G key/value heads, H query heads, D head dimension, T new tokens, S slots (ring, then new tokens), R ring, N sinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
+from linearize.ops.window_linear.state import WindowLinearState
+from linearize.ops.window_linear.window import fold_boundary, ring_slots
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The ring and the new tokens side by side, with where each slot stands in which document.
+
+    `position`: [1 or B, S], -1 on padding and dead ring slots. `origin`: [1 or B, S], slot minus position: one value per document.
+    `carried_origin`: [1 or B, 1], the origin of the document that the state belongs to. `num_past`: ring slots.
+    """
+
+    k_BGSD: Tensor
+    v_BGSV: Tensor
+    position: Tensor
+    origin: Tensor
+    carried_origin: Tensor
+    num_past: int
+
+
+def gather_slots(k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> Slots:
+    """Put the ring in front of the new keys and values."""
+    device, num_new = k_BGTD.device, k_BGTD.shape[2]
+    new = layout.positions(num_new, device)
+    past, k, v = 0, k_BGTD, v_BGTV
+    following: int | Tensor = 0
+    if state is not None:
+        past, following = state.k_BGRD.shape[2], state.next
+        k = torch.cat([state.k_BGRD.to(k.dtype), k], dim=2)
+        v = torch.cat([state.v_BGRV.to(v.dtype), v], dim=2)
+    follow = following[:, None] if isinstance(following, Tensor) else torch.full((1, 1), following, device=device)
+    ring = follow - past + torch.arange(past, device=device)
+    ring = ring.masked_fill(ring < fold_boundary(follow, spec.window, spec.shape), -1)
+    rows = max(new.shape[0], ring.shape[0])
+    position = torch.cat([ring.expand(rows, -1), new.expand(rows, -1)], dim=1)
+    slot = torch.arange(position.shape[1], device=device)
+    return Slots(k, v, position, slot - position, past - follow, past)
+
+
+def next_state(slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
+    """Fold what has left the window of the token that would come next, keep the rest.
+
+    Raises nothing; sums are kept in fp32 (fp64 for fp64 inputs).
+    """
+    if layout.is_plain and (state is None or isinstance(state.next, int)):
+        return _plain(slots, layout.start, state, spec)
+    return _ragged(slots, state, spec)
+
+
+def _plain(slots: Slots, start: int, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
+    num_new = slots.k_BGSD.shape[2] - slots.num_past
+    following = start + num_new
+    first = following - slots.k_BGSD.shape[2]
+    boundary = fold_boundary(following, spec.window, spec.shape)
+    leaving = slice(min(max(spec.num_sinks - first, 0), boundary - first), boundary - first)
+    memory = None if state is None else state.memory_BHFV
+    if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
+        memory = _fold(slots.k_BGSD[:, :, leaving], slots.v_BGSV[:, :, leaving], None, memory, spec)
+    keep = slice(boundary - first, None)
+    k, v = slots.k_BGSD[:, :, keep], slots.v_BGSV[:, :, keep]
+    sinks = _plain_sinks(slots, state, spec)
+    return WindowLinearState(following, k.contiguous(), v.contiguous(), memory, *sinks)
+
+
+def _plain_sinks(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -> tuple[Tensor | None, Tensor | None]:
+    if spec.num_sinks == 0:
+        return None, None
+    old_k = None if state is None else state.sink_k_BGND
+    old_v = None if state is None else state.sink_v_BGNV
+    have = 0 if old_k is None else old_k.shape[2]
+    new = slice(slots.num_past, slots.num_past + spec.num_sinks - have)
+    k, v = slots.k_BGSD[:, :, new], slots.v_BGSV[:, :, new]
+    if old_k is None or old_v is None:
+        return k.contiguous(), v.contiguous()
+    if have == spec.num_sinks:
+        return old_k, old_v
+    return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+
+
+def _fold(k_BGTD: Tensor, v_BGTV: Tensor, weight_BT: Tensor | None, memory: Tensor | None, spec: WindowLinear) -> Tensor:
+    """memory + sum over tokens of weight phi_k(k) [v, 1]^T."""
+    dtype = state_dtype(k_BGTD)
+    phi = spec.features_k(k_BGTD).to(dtype)
+    if weight_BT is not None:
+        phi = phi * weight_BT[:, None, :, None].to(dtype)
+    value = with_ones(v_BGTV.to(dtype)).repeat_interleave(phi.shape[1] // k_BGTD.shape[1], dim=1)
+    added = phi.transpose(-1, -2) @ value
+    return added if memory is None else memory + added
+
+
+def _ragged(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
+    batch, num_slots = slots.k_BGSD.shape[0], slots.k_BGSD.shape[2]
+    device = slots.position.device
+    position, origin = slots.position.expand(batch, -1), slots.origin.expand(batch, -1)
+    slot = torch.arange(num_slots, device=device)
+    live = (position >= 0) & (slot >= slots.num_past)
+    old_next = slots.num_past - slots.carried_origin.expand(batch, 1)[:, 0]
+    last = torch.where(live, slot, -1).amax(-1)
+    touched = last >= 0
+    last = torch.where(touched, last, slots.num_past - 1)
+    index = last.clamp(min=0)[:, None]
+    current = torch.where(touched, origin.gather(1, index)[:, 0], slots.carried_origin.expand(batch, 1)[:, 0])
+    following = torch.where(touched, position.gather(1, index)[:, 0] + 1, old_next)
+    same = current == slots.carried_origin.expand(batch, 1)[:, 0]
+    boundary = fold_boundary(following, spec.window, spec.shape)
+
+    memory = None if state is None else state.memory_BHFV
+    if spec.feature_k is not None:
+        fold = (origin == current[:, None]) & (position >= spec.num_sinks) & (position < boundary[:, None])
+        if memory is not None:
+            memory = memory * same[:, None, None, None].to(memory.dtype)
+        if memory is None or bool(fold.any()):
+            memory = _fold(slots.k_BGSD, slots.v_BGSV, fold, memory, spec)
+    capacity = min(ring_slots(spec.window, spec.shape), num_slots)
+    ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=device)
+    k, v = take_slots(slots.k_BGSD, ring), take_slots(slots.v_BGSV, ring)
+    sinks = _ragged_sinks(slots, state, spec, current, same, old_next)
+    return WindowLinearState(following, k, v, memory, *sinks)
+
+
+def _ragged_sinks(
+    slots: Slots, state: WindowLinearState | None, spec: WindowLinear, current: Tensor, same: Tensor, old_next: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if spec.num_sinks == 0:
+        return None, None
+    j = torch.arange(spec.num_sinks, device=current.device)
+    k, v = take_slots(slots.k_BGSD, current[:, None] + j), take_slots(slots.v_BGSV, current[:, None] + j)
+    if state is None or state.sink_k_BGND is None or state.sink_v_BGNV is None:
+        return k, v
+    old = (same[:, None] & (j < old_next[:, None]))[:, None, :, None]
+    return torch.where(old, pad_slots(state.sink_k_BGND, spec), k), torch.where(old, pad_slots(state.sink_v_BGNV, spec), v)
+
+
+def pad_slots(sink_BGNX: Tensor, spec: WindowLinear) -> Tensor:
+    """Sinks padded to their full number (a plain state that is still short of them has fewer)."""
+    return torch.nn.functional.pad(sink_BGNX, (0, 0, 0, spec.num_sinks - sink_BGNX.shape[2]))
+
+
+def take_slots(x_BGSD: Tensor, index_BN: Tensor) -> Tensor:
+    """x[b, :, index[b]] -> [B, G, N, D]; indices outside give some slot, which the caller masks."""
+    index = index_BN.clamp(0, max(x_BGSD.shape[2] - 1, 0))[:, None, :, None]
+    return x_BGSD.gather(2, index.expand(-1, x_BGSD.shape[1], -1, x_BGSD.shape[3]))

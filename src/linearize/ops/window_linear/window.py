@@ -1,0 +1,38 @@
+"""Which tokens a window holds, and from where on they are folded into the state."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+WindowShape = Literal["terraced", "sliding"]
+Position = TypeVar("Position", int, Tensor)
+
+
+def in_window(query: Tensor, key: Tensor, window: int, shape: WindowShape) -> Tensor:
+    """Whether `key` (a position, not after `query`) is inside the query's window; broadcasts.
+
+    Sliding: the last `window` tokens. Terraced: with b = floor(n / window), blocks b - 1 and b (LoLCATs, 2410.10254, section 3.3).
+    """
+    if window == 0:
+        return torch.zeros_like(query - key, dtype=torch.bool)
+    if shape == "sliding":
+        return query - key < window
+    return query // window - key // window < 2
+
+
+def fold_boundary(next_position: Position, window: int, shape: WindowShape) -> Position:
+    """First position that is still in the window of a query at `next_position`; everything before it is in the state."""
+    if window == 0:
+        return next_position
+    start = next_position - window + 1 if shape == "sliding" else (next_position // window - 1) * window
+    return max(start, 0) if isinstance(start, int) else start.clamp(min=0)
+
+
+def ring_slots(window: int, shape: WindowShape) -> int:
+    """The most tokens that can wait in the ring before they are folded."""
+    if window == 0:
+        return 0
+    return window - 1 if shape == "sliding" else 2 * window - 1

@@ -1,0 +1,145 @@
+"""Single settings of a recipe changed by dotted keys: `plan.mixer.window=16`, `stages.0.tokens=1e6`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from linearize.errors import InputError
+from linearize.mixers import MIXERS
+from linearize.training.stages import STAGES
+
+Key = tuple[str, ...]
+_LAYER_FORMS = (("plan", "layers", "keep"), ("plan", "layers", "every"))
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`["plan.mixer.window=16", ...]` as a mapping; values are read as YAML.
+
+    Raises:
+        InputError: a setting without `=` or value, one that is no YAML, or a key given twice.
+    """
+    result: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not (key and equals and text.strip()):
+            raise InputError(f"setting {setting!r}: write KEY=VALUE, like plan.mixer.window=16 (null for no value)")
+        if key in result:
+            raise InputError(f"setting {key!r} is given twice; give it once")
+        try:
+            result[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"setting {setting!r}: the value is no YAML; give a number, a word, [..] or {{..}}"
+            ) from error
+    return result
+
+
+def renamed(data: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The overrides that choose a kind of mixer or stage, applied; what is left of them is returned too.
+
+    Another mixer or stage starts from its own defaults and keeps those of the recipe's settings that it has as well.
+    """
+    data, rest = copy.deepcopy(data), dict(overrides)
+    for text, value in overrides.items():
+        *parent, leaf = text.split(".")
+        table, section = _table(tuple(parent)), _find(data, tuple(parent))
+        if leaf == "name" and table and isinstance(section, dict) and isinstance(value, str) and value in table:
+            fields = table[value].model_fields
+            for field in [field for field in section if field not in fields]:
+                del section[field]
+            section["name"] = rest.pop(text)
+    return data, rest
+
+
+def applied(data: dict[str, Any], overrides: Mapping[str, Any], everything: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's data with these keys set, shortest first.
+
+    Args:
+        everything: the whole recipe with its defaults spelled out; says which keys exist.
+
+    Raises:
+        InputError: an unknown key (names the nearest), or an index past the end of a list.
+    """
+    data = copy.deepcopy(data)
+    for text in sorted(overrides, key=lambda text: text.count(".")):
+        key, value = tuple(text.split(".")), copy.deepcopy(overrides[text])
+        if key in _LAYER_FORMS:
+            key, value = key[:-1], {key[-1]: value}
+        elif not (key[:2] == ("plan", "overrides") and len(key) in (3, 4)):
+            _check(key, data, everything)
+        _set(data, key, value)
+    return data
+
+
+def _check(key: Key, data: Mapping[str, Any], everything: Mapping[str, Any]) -> None:
+    known = {".".join(path) for source in (everything, data) for path in _paths(source)}
+    text = ".".join(key)
+    if text in known:
+        return
+    for depth, part in enumerate(key):
+        section = _find(data, key[:depth])
+        if isinstance(section, list) and part.lstrip("-").isdigit() and _find(section, (part,)) is None:
+            raise InputError(f"recipe key {text!r}: {'.'.join(key[:depth])} has {len(section)} entries, counted from 0")
+    raise InputError(f"unknown recipe key {text!r}: {_nearest(text, sorted(known))}")
+
+
+def _nearest(text: str, known: list[str]) -> str:
+    """What the writer of an unknown key may have meant: neighbours, the same last part elsewhere, whole keys."""
+    parent, _, leaf = text.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
+    near += [key for key in known if key.rpartition(".")[2] == leaf]
+    near += difflib.get_close_matches(text, known, n=2, cutoff=0.8)
+    if near:
+        return f"did you mean {' or '.join(map(repr, list(dict.fromkeys(near))[:3]))}?"
+    return f"known: {', '.join(siblings.values() or known)}"
+
+
+def _set(data: dict[str, Any], key: Key, value: Any) -> None:
+    """Set a checked key; a section that the recipe leaves to its defaults is opened."""
+    node: Any = data
+    for part in key[:-1]:
+        if isinstance(node, list):
+            node = node[int(part)]
+            continue
+        if not isinstance(node.get(part), (dict, list)):
+            node[part] = {}
+        node = node[part]
+    if isinstance(node, list):
+        node[int(key[-1])] = value
+    else:
+        node[key[-1]] = value
+
+
+def _paths(node: Any, prefix: Key = ()) -> Iterator[Key]:
+    """Every key of nested mappings and lists of mappings, inner ones included."""
+    if isinstance(node, list) and all(isinstance(entry, dict) for entry in node):
+        node = {str(index): entry for index, entry in enumerate(node)}
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield (*prefix, str(name))
+            yield from _paths(value, (*prefix, str(name)))
+
+
+def _find(node: Any, key: Key) -> Any:
+    """The value at a key, or None."""
+    for part in key:
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        else:
+            node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _table(key: Key) -> Mapping[str, type[BaseModel]] | None:
+    """The table that names what may stand at this key."""
+    if key == ("plan", "mixer") or (key[:2] == ("plan", "overrides") and len(key) == 3):
+        return MIXERS
+    return STAGES if key[:1] == ("stages",) and len(key) == 2 else None

@@ -1,0 +1,144 @@
+"""The plan: which mixer sits in which layer. A layer without a mixer keeps its softmax attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, Union
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from linearize.errors import InputError
+from linearize.mixers import MIXERS
+
+if TYPE_CHECKING:
+    MixerChoice: TypeAlias = BaseModel
+else:
+    MixerChoice = Annotated[Union[tuple(MIXERS.values())], Field(discriminator="name")]  # noqa: UP007 (a union made from the table)
+
+_LAYERS_HELP = "allowed: all, a list of layer indices like [0, 2, -1], {keep: RATIO}, {keep: [0, -1]} or {every: N}"
+
+
+class KeepLayers(BaseModel):
+    """`{keep: RATIO}` or `{keep: [indices]}`: these layers keep softmax attention, all others are converted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keep: float | tuple[int, ...]
+
+    def converted(self, num_layers: int) -> list[int]:
+        """The layers that are converted, in order.
+
+        A ratio r in [0, 1) keeps n = r * num_layers layers, rounded with halves down, spread evenly: kept layer i of n
+        is floor((i + 1/2) * num_layers / n). So a ratio of 0.5 converts layers 0, 2, 4, ... as in 2408.15237.
+
+        Raises:
+            InputError: a ratio that keeps no layer or every layer of this model, or an index it does not have.
+        """
+        if isinstance(self.keep, tuple):
+            kept = layer_indices(self.keep, num_layers, "plan.layers.keep")
+        else:
+            kept = self._spread(self.keep, num_layers)
+        return [i for i in range(num_layers) if i not in kept]
+
+    @staticmethod
+    def _spread(ratio: float, num_layers: int) -> list[int]:
+        if ratio == 0:
+            return []
+        count = math.ceil(ratio * num_layers - 0.5 - 1e-9)
+        if count == 0:
+            raise InputError(
+                f"plan.layers.keep: a ratio of {ratio} keeps none of {num_layers} layers; "
+                f"give 0, or more than {0.5 / num_layers:.3g}"
+            )
+        return [(2 * i + 1) * num_layers // (2 * count) for i in range(count)]
+
+
+class EveryLayer(BaseModel):
+    """`{every: N}`: layers 0, N, 2N, ... are converted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int
+
+    def converted(self, num_layers: int) -> list[int]:
+        """The layers that are converted, in order."""
+        return list(range(0, num_layers, self.every))
+
+
+class PlanConfig(BaseModel):
+    """The mixer, the layers it goes to, and other mixers for single layers. Negative indices count from the end."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mixer: MixerChoice
+    layers: Literal["all"] | tuple[int, ...] | KeepLayers | EveryLayer = "all"
+    overrides: dict[int, MixerChoice] = Field(default_factory=dict, description="another mixer for single layers")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: object) -> object:
+        if value == "all" or isinstance(value, (KeepLayers, EveryLayer)) or _is_index_list(value):
+            return value
+        if isinstance(value, Mapping) and len(value) == 1:
+            ((kind, given),) = value.items()
+            if kind == "every" and _is_int(given) and given >= 1:
+                return value
+            if kind == "keep" and (_is_index_list(given) or _is_ratio(given)):
+                return value
+            if kind == "keep" and not isinstance(given, (list, tuple)):
+                raise InputError(f"keep: {given!r} given; a ratio >= 0 and below 1, or a list of indices, is needed")
+        raise InputError(f"{value!r} given; {_LAYERS_HELP}")
+
+    def resolve(self, num_layers: int) -> list[MixerChoice | None]:
+        """One entry per layer: its mixer's config, or None where the layer keeps softmax attention.
+
+        Raises:
+            InputError: an index the model does not have or named twice, an override of a layer that is not converted,
+                or nothing to convert.
+        """
+        if isinstance(self.layers, (KeepLayers, EveryLayer)):
+            converted = self.layers.converted(num_layers)
+        elif self.layers == "all":
+            converted = list(range(num_layers))
+        else:
+            converted = layer_indices(self.layers, num_layers, "plan.layers")
+        if not converted:
+            raise InputError(f"plan.layers: nothing to convert, all {num_layers} layers keep their softmax attention")
+        indices = layer_indices(tuple(self.overrides), num_layers, "plan.overrides")
+        for index in indices:
+            if index not in converted:
+                raise InputError(f"plan.overrides: layer {index} is not converted; add it to plan.layers or drop it")
+        mixers = dict.fromkeys(converted, self.mixer) | dict(zip(indices, self.overrides.values(), strict=True))
+        return [mixers.get(i) for i in range(num_layers)]
+
+
+def layer_indices(given: tuple[int, ...], num_layers: int, key: str) -> list[int]:
+    """Layer indices as given, negative ones counted from the end.
+
+    Raises:
+        InputError: an index outside the model, or two that name the same layer.
+    """
+    result: list[int] = []
+    for index in given:
+        if not -num_layers <= index < num_layers:
+            raise InputError(
+                f"{key}: layer {index} given, the model has {num_layers} layers: "
+                f"allowed are 0 to {num_layers - 1}, or -{num_layers} to -1 from the end"
+            )
+        if index % num_layers in result:
+            raise InputError(f"{key}: {list(given)} names layer {index % num_layers} twice; name it once")
+        result.append(index % num_layers)
+    return result
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _is_index_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_int, value))

@@ -1,0 +1,124 @@
+"""A recipe: the plan, the data and the stages of a conversion; frozen, and checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from linearize.errors import InputError, unknown
+from linearize.files import read_text
+from linearize.recipes import overrides as dotted
+from linearize.recipes.messages import explain
+from linearize.recipes.plan import PlanConfig
+from linearize.training.data import DataConfig
+from linearize.training.stages import STAGES
+
+if TYPE_CHECKING:
+    from linearize.training.config import StageConfig
+
+    StageChoice: TypeAlias = StageConfig
+else:
+    StageChoice = Annotated[Union[tuple(STAGES.values())], Field(discriminator="name")]  # noqa: UP007 (a union made from the table)
+
+DEFAULT_RECIPE = "window-linear"
+_SUFFIXES = (".yaml", ".yml")
+
+
+class Recipe(BaseModel):
+    """`{plan, data, stages}`. Unknown keys are refused; a default lives in the config class that has the field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field("custom", description="shown in reports and model cards")
+    description: str = ""
+    source: str = Field("", description="where the numbers come from")
+    plan: PlanConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    stages: tuple[StageChoice, ...]
+    seed: int = Field(0, ge=0)
+
+    @classmethod
+    def from_data(cls, data: object, *, where: str = "") -> Self:
+        """A recipe from plain data, as YAML gives it.
+
+        Args:
+            where: what the data is, for messages (a file's path).
+
+        Raises:
+            InputError: names the key, what was given and what is allowed.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise explain(error, cls, data, where) from error
+
+    def override(self, settings: Mapping[str, Any]) -> Self:
+        """This recipe with dotted keys set: `.override({"plan.mixer.window": 16, "stages.0.tokens": "1e6"})`.
+
+        A new `plan.mixer.name` (or `stages.N.name`) brings that mixer's defaults and keeps the settings both have.
+
+        Raises:
+            InputError: an unknown key (names the nearest), an index out of range, or a value that is not allowed.
+        """
+        if not settings:
+            return self
+        data, rest = dotted.renamed(self.model_dump(mode="json", exclude_unset=True), settings)
+        everything = type(self).from_data(data).model_dump(mode="json")
+        return type(self).from_data(dotted.applied(data, rest, everything))
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML, every default spelled out; `load_recipe` reads it back."""
+        data = self.model_dump(mode="json")
+        data["plan"]["overrides"] = {int(layer): mixer for layer, mixer in data["plan"]["overrides"].items()}
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_names() -> list[str]:
+    """The names of the packaged recipes, sorted."""
+    entries = (Path(entry.name) for entry in files("linearize.recipes").iterdir())
+    return sorted(entry.stem for entry in entries if entry.suffix == ".yaml")
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A packaged recipe by name, or the one in a .yaml or .yml file.
+
+    Raises:
+        InputError: an unknown name (names the nearest), a file that cannot be read, or a recipe that is not valid.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() in _SUFFIXES:
+        text, where = read_text(path), str(path)
+    elif str(name_or_path) in recipe_names():
+        text, where = (files("linearize.recipes") / f"{path}.yaml").read_text("utf-8"), f"recipe {path}"
+    else:
+        raise InputError(f"{unknown('recipe', str(name_or_path), recipe_names())} (or give a .yaml file)")
+    data = _parse(text, where)
+    return Recipe.from_data({"name": path.stem, **data}, where=where)
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise InputError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}{place}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: a recipe is a mapping with plan, data and stages; this is {type(data).__name__}")
+    return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice in one mapping, where plain YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in keys[:position]:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep=deep)

@@ -1,0 +1,1 @@
+"""Data, stages, and the one loop that trains them."""

@@ -1,0 +1,92 @@
+"""What a stage of training is: its settings, and what the loop asks of a running one. Free of heavy imports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from linearize.numbers import Count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+Batch: TypeAlias = "dict[str, Tensor]"
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class StageConfig(BaseModel):
+    """Settings that every stage shares. Frozen; unknown keys are refused; the stage's own config derives from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    tokens: Count = Field(description="training tokens; 0 skips the stage")
+    lr: float = Field(gt=0, description="peak learning rate, times each group's lr_scale")
+    batch: int = Field(8, ge=1, description="sequences per optimiser step, over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="at most so many sequences per forward; None: all at once")
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    warmup: float = Field(0.0, ge=0, description="fraction of the steps if below 1, else steps")
+    min_lr_ratio: Fraction = Field(0.0, description="the schedule never goes below this times lr")
+    plateau_factor: float = Field(0.1, gt=0, lt=1, description="lr is multiplied by it at a plateau")
+    plateau_patience: int = Field(10, ge=0, description="evaluations without improvement that a plateau may last")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no clipping")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    evaluate_every: int | float = Field(0.1, gt=0, description="fraction of the stage if below 1, else steps")
+    patience: int | None = Field(None, ge=1, description="evaluations without improvement before stopping; None: never")
+    keep_best: bool = Field(True, description="end with the best weights on held-out text, the starting ones included")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: forward under autocast, weights unchanged")
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+
+    @field_validator("warmup", "evaluate_every")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"{value} is neither a fraction below 1 nor a whole number of steps")
+        return value
+
+    def build(self, student: Any, teacher: Any) -> StageRun:
+        """The stage over these models (`LinearizedForCausalLM` and the teacher's class), ready for the loop."""
+        raise NotImplementedError(f"{type(self).__name__} has no build")
+
+
+class LossSum(NamedTuple):
+    """A loss that is not yet divided: `sum / count` over any set of batches is their mean loss."""
+
+    sum: Tensor  # scalar, with its graph
+    count: Tensor | float  # type: ignore[assignment]  # hides tuple.count; what it is divided by, usually the tokens that count
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters by name, and what their learning rate is multiplied by."""
+
+    parameters: dict[str, Parameter]
+    lr_scale: float = 1.0
+
+
+class StageRun(Protocol):
+    """A stage over a student and a teacher: exactly what trains, and by which loss.
+
+    Random numbers, if any, come from torch's global generator, which the loop seeds anew for every step.
+    A run may have `enable_gradient_checkpointing() -> None`, called once before the first step if the config asks.
+    """
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Exactly what the stage trains; names unique over all groups, every parameter with `requires_grad`."""
+        ...
+
+    def loss(self, batch: Batch) -> LossSum:
+        """The training loss of one micro-batch (tensors [B, T] on the parameters' device)."""
+        ...
+
+    def heldout_loss(self, batch: Batch) -> LossSum:
+        """What early stopping watches; the loop calls it without gradients."""
+        ...
+
+    def finish(self) -> None:
+        """Called once at the end, with the final weights in place (merge adapters, drop hooks)."""
+        ...

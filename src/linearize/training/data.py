@@ -1,0 +1,160 @@
+"""Text for training and evaluation: from data SPECs to documents, and from documents to two sets that share none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from linearize.errors import InputError
+from linearize.numbers import Count, Number, parse_number
+from linearize.training.data_sources import read_examples
+from linearize.training.documents import Document, end_token, tokenize
+from linearize.training.packing import Batch, PackedRows, batches, document_rows, pack
+
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "Document",
+    "PackedRows",
+    "Split",
+    "batches",
+    "document_rows",
+    "load_documents",
+    "pack",
+    "split",
+]
+
+
+def _parse_heldout(value: object) -> float | int:
+    number = parse_number(value)
+    if number <= 0 or (number > 1 and not isinstance(number, int)):
+        raise InputError(f"heldout {value!r}: give a fraction between 0 and 1, or a whole number of documents")
+    return number
+
+
+class DataConfig(BaseModel):
+    """How text becomes training rows and a held-out set; the `data` part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    length: Annotated[Count, Field(ge=2)] = 1024
+    """Tokens per packed sequence."""
+    heldout: Annotated[float | int, BeforeValidator(_parse_heldout)] = 0.05
+    """Documents never trained on: a fraction of all if below 1, else their number."""
+    max_heldout_tokens: Annotated[Count, Field(ge=1)] = 65536
+    """No further document is held out once the next one would pass this many tokens."""
+    seed: int = Field(default=0, ge=0)
+    """Draws the held-out documents; nothing else that training uses."""
+    keep_whole: bool = False
+    """Training rows cut no document that fits into one; costs padding (see `pack`). Held-out rows always do so."""
+    answer_only: bool = False
+    """Next-token loss on the answers alone, where rows have prompt and answer; else on all text."""
+    self_tokens: Annotated[Count, Field(ge=1)] = 1_000_000
+    """Tokens that the teacher writes for the data SPEC `self`."""
+    self_temperature: Annotated[Number, Field(gt=0)] = 1.0
+    """Sampling temperature of that text."""
+    self_seed: int = Field(default=0, ge=0)
+    """Seed of that text."""
+    self_prompt: str | None = None
+    """How each text begins; none: BOS alone."""
+    self_batch: Annotated[Count, Field(ge=1)] = 64
+    """Texts written at a time; part of what the seed reproduces."""
+    self_max_new_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """The longest text; none: `length`. Never beyond the teacher's context."""
+
+
+class Split(NamedTuple):
+    """Documents to train on and documents held out."""
+
+    train: list[Document]
+    heldout: list[Document]
+    num_duplicates: int
+    """Documents left out because a held-out one is equal to them."""
+
+
+def load_documents(
+    specs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sample: Callable[[], list[Document]] | None = None,
+    answer_only: bool = False,
+) -> list[Document]:
+    """The documents of all data SPECs, in the order given.
+
+    Args:
+        specs: files (.txt, .jsonl, .json, .parquet), Hub dataset names, or `self`.
+        sample: writes the documents of `self` (see `sampling.sample_documents`).
+        answer_only: the loss mask holds only answers, where rows have prompt and answer.
+    Raises:
+        InputError: a tokenizer without EOS, or a SPEC that cannot be used; one line says why.
+    """
+    end_token(tokenizer)
+    specs = [specs] if isinstance(specs, str) else specs
+    if not specs:
+        raise InputError("no data given: name a .txt, .jsonl, .json or .parquet file, a Hub dataset, or self")
+    documents: list[Document] = []
+    for spec in specs:
+        if spec != "self":
+            documents += tokenize(
+                read_examples(spec, tokenizer, answer_only=answer_only), tokenizer, answer_only=answer_only
+            )
+        elif sample is not None:
+            documents += sample()
+        else:
+            raise InputError("data 'self': there is no teacher here to write the text; give a file instead")
+    return documents
+
+
+def split(documents: Sequence[Document], config: DataConfig) -> Split:
+    """Draw whole documents to hold out; copies of them are dropped from the rest.
+
+    Depends on the documents, `seed`, `heldout` and `max_heldout_tokens` alone; both parts keep the documents' order.
+
+    Raises:
+        InputError: fewer than two documents, nothing left to train on, or less left than one sequence.
+    """
+    if len(documents) < 2:
+        raise InputError(
+            f"the data holds {len(documents)} document(s), at least 2 are needed to hold one out; "
+            "in a .txt file a blank line separates documents"
+        )
+    drawn = _draw(documents, config)
+    keys = {tuple(documents[index].tokens) for index in drawn}
+    train = [document for document in documents if tuple(document.tokens) not in keys]
+    _check_train(train, len(drawn), len(documents), config)
+    return Split(train, [documents[index] for index in sorted(drawn)], len(documents) - len(train) - len(drawn))
+
+
+def _draw(documents: Sequence[Document], config: DataConfig) -> list[int]:
+    """Indices of the documents to hold out: different ones, at least one, within the bound on tokens."""
+    quota = round(config.heldout * len(documents)) if config.heldout < 1 else int(config.heldout)
+    drawn: list[int] = []
+    seen: set[tuple[int, ...]] = set()
+    num_tokens = 0
+    for index in np.random.default_rng(config.seed).permutation(len(documents)).tolist():
+        key = tuple(documents[index].tokens)
+        num_tokens += 0 if key in seen else len(key)
+        if drawn and (len(drawn) >= quota or num_tokens > config.max_heldout_tokens):
+            break
+        if key not in seen:
+            seen.add(key)
+            drawn.append(index)
+    return drawn
+
+
+def _check_train(train: Sequence[Document], num_heldout: int, num_documents: int, config: DataConfig) -> None:
+    if not train:
+        raise InputError(
+            f"data.heldout={config.heldout} holds out {num_heldout} of {num_documents} documents and leaves none "
+            "(besides copies) to train on; lower it or give more data"
+        )
+    num_tokens = sum(map(len, train))
+    if num_tokens < config.length:
+        raise InputError(
+            f"the training text has {num_tokens} tokens, less than one sequence of data.length={config.length}; "
+            "give more data or lower data.length"
+        )

@@ -1,0 +1,139 @@
+"""The shape of the package: imports point one way, `import linearize` stays light, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "linearize"
+
+# A module may import only from modules with a smaller number, and from its own package.
+LAYERS = {
+    "errors": 0,
+    "files": 1,
+    "numbers": 1,
+    "ops": 2,
+    "mixers": 3,
+    "modeling": 4,
+    "training": 5,
+    "decoding": 5,
+    "evaluation": 6,
+    "recipes": 7,
+    "convert": 8,
+    "demo": 9,
+    "cli_output": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 12,
+}
+EXTRAS = ["trl", "lm_eval", "fla", "triton", "fastapi", "uvicorn", "wandb", "tensorboard"]
+NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]
+
+
+def imported(code: str, package: tuple[str, ...] = ()) -> Iterator[str]:
+    """The parts of `linearize` that code imports, anywhere in it: `ops`, ...; the package itself is `__init__`.
+
+    `package` is where the code stands, below `linearize`, for relative imports.
+    """
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(("linearize", *package)[: len(package) + 2 - node.level]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            whole = origin == "linearize"
+            names = [f"linearize.{alias.name}" for alias in node.names] if whole else [origin]
+        else:
+            continue
+        for name in names:
+            root, *below = name.split(".")
+            if root == "linearize":
+                yield below[0] if below and below[0] in LAYERS else "__init__"
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in SOURCE.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    ("code", "package", "found"),
+    [
+        ("import linearize.ops.layout as layout", (), ["ops"]),
+        ("from linearize.mixers import MIXERS", (), ["mixers"]),
+        ("from linearize import files, load", (), ["files", "__init__"]),
+        ("import linearize", (), ["__init__"]),
+        ("def f():\n    from linearize.cli import app", (), ["cli"]),
+        ("from .base import Mixer", ("mixers",), ["mixers"]),
+        ("from ..ops import layout", ("mixers",), ["ops"]),
+        ("import torch, linearizer", (), []),
+    ],
+)
+def test_imports_are_found(code: str, package: tuple[str, ...], found: list[str]) -> None:
+    assert list(imported(code, package)) == found
+
+
+def test_every_module_has_a_layer() -> None:
+    unplaced = {layer_of(path) for path in modules()} - set(LAYERS)
+    assert not unplaced, f"give {sorted(unplaced)} a place in LAYERS and in docs/architecture.md"
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for path in modules():
+        own, package = layer_of(path), path.relative_to(SOURCE).parts[:-1]
+        for target in imported(path.read_text("utf-8"), package):
+            if target != own and LAYERS[target] >= LAYERS.get(own, 0):
+                wrong.append(f"{path.relative_to(SOURCE)} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_and_functions_stay_small() -> None:
+    big = []
+    for path in modules():
+        text = path.read_text("utf-8")
+        if text.count("\n") > 400:
+            big.append(f"{path.relative_to(SOURCE)}: {text.count(chr(10))} lines, at most 400")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > 80:
+                    big.append(f"{path.relative_to(SOURCE)}: {node.name} has {length} lines, at most 80")
+    assert not big, "\n".join(big)
+
+
+MEASURE = """
+import json, sys, time
+import torch, transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+before, start = set(sys.modules), time.process_time()
+import linearize
+print(json.dumps({"seconds": time.process_time() - start, "loaded": sorted(sys.modules), "before": sorted(before)}))
+"""
+
+
+def measure() -> dict:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def test_import_is_light_and_needs_no_extra() -> None:
+    run = measure()
+    assert "linearize" not in run["before"]
+    loaded = sorted(set(NOT_AT_IMPORT) & set(run["loaded"]))
+    assert not loaded, f"`import linearize` also imports {loaded}"
+    seconds = run["seconds"]
+    for _ in range(2):  # best of three, as a busy machine only makes it slower
+        seconds = seconds if seconds < 0.2 else min(seconds, measure()["seconds"])
+    assert seconds < 0.2  # beyond torch and transformers, as the design promises

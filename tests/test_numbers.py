@@ -1,0 +1,60 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from linearize.errors import InputError
+from linearize.numbers import Count, Number, parse_count, parse_number
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ("2M", 2_000_000),
+        ("2m", 2_000_000),
+        ("4.1M", 4_100_000),
+        ("250k", 250_000),
+        ("1.5B", 1_500_000_000),
+        ("1e6", 1_000_000),
+        ("2E3", 2_000),
+        (" 17 ", 17),
+        ("1_024", 1024),
+        ("0", 0),
+        (3e4, 30_000),
+        (7, 7),
+        ("9007199254740993", 9007199254740993),
+    ],
+)
+def test_counts(given: object, count: int) -> None:
+    assert parse_count(given) == count
+    assert type(parse_count(given)) is int
+
+
+@pytest.mark.parametrize(
+    "given", ["", ".", "M", "2MM", "two", "1e", "-3", "0.5", 2.5, True, None, "inf", float("nan"), [4]]
+)
+def test_what_is_no_count_is_refused_in_one_line(given: object) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_count(given)
+    assert repr(given) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_keep_fractions() -> None:
+    assert parse_number("1e-3") == 0.001
+    assert parse_number("-2.5k") == -2500
+    assert parse_number(0.05) == 0.05
+
+
+class _Config(BaseModel):
+    tokens: Count
+    lr: Number
+
+
+def test_as_pydantic_fields() -> None:
+    config = _Config(tokens="3k", lr="1e-2")  # type: ignore[arg-type]
+    assert (config.tokens, config.lr) == (3000, 0.01)
+    with pytest.raises(ValidationError, match="no count"):
+        _Config(tokens="3.5", lr=1)  # type: ignore[arg-type]
