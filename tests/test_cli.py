@@ -9,6 +9,7 @@ import inspect
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def test_the_command_itself_exits_with_the_code() -> None:
     good = subprocess.run([*command, "recipes", "--json"], capture_output=True, text=True)
     assert (good.returncode, good.stderr) == (0, "")
     assert [row["name"] for row in json.loads(good.stdout)] == recipe_names()
+
+
+def test_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"linearize {project['version']}\n"
 
 
 # recipes

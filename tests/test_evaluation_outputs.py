@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 
+from linearize.decoding import generate_text
 from linearize.errors import InputError
 from linearize.evaluation import (
     DecodeCost,
@@ -27,6 +28,7 @@ from linearize.evaluation import (
     decode_cost,
     evaluate,
     held_out_report,
+    loss_only,
     print_evaluation,
     provenance,
     read_report,
@@ -34,10 +36,13 @@ from linearize.evaluation import (
     write_report,
 )
 from linearize.evaluation.card import model_card
-from linearize.evaluation.compare import _documents
+from linearize.evaluation.compare import _branches, _documents
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.plots import plot_decode_cost, plot_layer_error, plot_loss_by_position, plot_stages
 from linearize.evaluation.recall import fact_distance, matches
+from linearize.mixers.lolcats import LolcatsConfig
+from linearize.mixers.sliding_window import SlidingWindowConfig
+from linearize.modeling import LinearizeConfig, LinearizedForCausalLM
 from linearize.training.data import DataConfig, document_rows, load_documents, split
 
 CHARACTERS = [*string.ascii_letters, *string.digits, *" \n:.,?"]
@@ -107,6 +112,8 @@ def test_recall_by_distance() -> None:
         len(". The code is"),
     ]
     assert [fact_distance(tokenizer, item) for item in ITEMS] == distances
+    told_twice = Item("The code is 4821. A cat sat: 4821. The code is", "4821")
+    assert fact_distance(tokenizer, told_twice) == len(". The code is")  # from the nearer mention
     for reach, right in ((1000, 3), (30, 2), (20, 1), (3, 0)):
         report = recall_beyond_window(
             ShortSighted(reach), tokenizer, ITEMS, batch_size=2, distance_edges=[0, 16, 40, 99]
@@ -236,7 +243,8 @@ def test_command_line_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_card() -> None:
-    card = model_card(some_report(), "name: window-linear\nplan: {}\n", {"model_type": "linearize"})
+    config = {"model_type": "linearized", "teacher": {"model_type": "llama"}}
+    card = model_card(some_report(), "name: window-linear\nplan: {}\n", config)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "linearize" and front["base_model"] == "models/some-teacher"
     for expected in (
@@ -244,6 +252,7 @@ def test_model_card() -> None:
         "| after the swap, untrained | 2.5000 | +1.2500 |",
         "| after `lowrank` | 1.3100 | +0.0600 | 1,000,000 | 4,096 |",
         "2,000,000 tokens",
+        "(family `llama`)",
         "linearize.load(",
         "AutoModelForCausalLM.from_pretrained(",
         "plan: {}",
@@ -323,6 +332,23 @@ def test_evaluate_bad_input(folder: Path) -> None:
     assert few["documents"] < 12 and few["tokens"] <= 150 and "limit 150" in few["notes"][0]
 
 
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        ([LolcatsConfig(window=5, feature_dim=3)], (True, 10)),  # terraced: the block before and the own one
+        ([LolcatsConfig(window=5, feature_dim=3, window_shape="sliding")], (True, 5)),
+        ([LolcatsConfig(window=0, feature_dim=3), None], (False, None)),
+        ([SlidingWindowConfig(window=7), None], (False, 7)),
+        ([SlidingWindowConfig(window=7), LolcatsConfig(window=3, feature_dim=3)], (True, 7)),
+    ],
+)
+def test_which_students_have_two_branches(configs: list[Any], expected: tuple[bool, int | None]) -> None:
+    plan = [config and config.model_dump(mode="json") for config in configs]
+    student: Any = SimpleNamespace(config=LinearizeConfig(plan=plan, attention=["self_attn"] * len(plan)))
+    assert _branches(student) == expected
+    assert _branches(tiny_llama(1)) == _branches(None) == (False, None)
+
+
 def test_only_text_that_training_never_saw(folder: Path) -> None:
     """The data of the conversion gives its held-out part; part of it in other company is refused."""
     spec, tokenizer = str(folder / "text.txt"), tiny_tokenizer()
@@ -336,3 +362,42 @@ def test_only_text_that_training_never_saw(folder: Path) -> None:
     other = folder / "other.txt"
     other.write_text("A new story.\n\nAnd one more.")
     assert len(_documents([str(other)], report, config, tokenizer, 10_000, notes)) == 2
+
+
+def test_evaluate_a_student(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The folder alone names teacher and data; each branch is what the student gives when asked for it."""
+    teacher = tiny_llama(1)
+    plan = [LolcatsConfig(window=3, feature_dim=5), None, LolcatsConfig(window=3, feature_dim=5)]
+    student = LinearizedForCausalLM.from_teacher(teacher, plan)
+    for parameter in student.mixer_parameters().values():
+        nn.init.normal_(parameter)
+    spec, path = str(folder / "text.txt"), tmp_path / "student"
+    student.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    write_report(some_report(teacher=str(folder / "one"), data=[spec]), path)
+    (path / "recipe.yaml").write_text("data:\n  length: 50\n  heldout: 4\n")
+    result = evaluate(path, out=tmp_path / "out", device="cpu")
+    heldout = split(load_documents([spec], tiny_tokenizer()), DataConfig(length=50, heldout=4)).heldout
+    rows = document_rows(heldout, 50)
+    assert (
+        result["documents"] >= 4 and result["tokens"] == rows.num_targets and result["teacher"] == str(folder / "one")
+    )
+    expected = held_out_report(student, teacher, rows.in_order(3))
+    assert result["student_loss"] == pytest.approx(expected.student_loss, abs=1e-5)
+    assert result["student_kl"] == pytest.approx(expected.student_kl, abs=1e-5)
+    ablation = result["ablation"]
+    for branch in ("both", "window", "linear"):
+        loss = loss_only(student, rows.in_order(3), branch)[0]
+        assert ablation["all_tokens"][branch] == pytest.approx(loss, abs=1e-5)
+    assert len({ablation["all_tokens"][name] for name in ("both", "window", "linear", "teacher")}) == 4
+    assert ablation["window"] == 6 and ablation["beyond_window"]["tokens"] < result["tokens"]
+    assert {Path(file).name for file in result["plots"]} >= {"stages.png", "loss_by_position.svg"}
+    text = generate_text(path, "The cat", max_new_tokens=9, device="cpu")
+    assert capfd.readouterr().out == text + "\n" and text.startswith("The cat")
+    assert generate_text(path, "The cat", max_new_tokens=9, device="cpu", prompt_lookup=True) == text
+
+
+def test_a_converted_layer_decodes_in_constant_memory() -> None:
+    student = LinearizedForCausalLM.from_teacher(tiny_llama(1), [LolcatsConfig(window=3, feature_dim=5)] * 3)
+    sizes = {c.context: c.cache_bytes for c in decode_cost(student, None, contexts=[21, 84], repeats=1, chunk=17)}
+    assert sizes[21] == sizes[84] > 0

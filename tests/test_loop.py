@@ -128,6 +128,19 @@ def test_the_best_weights_in_the_middle_are_kept() -> None:
     assert train(run, steps=1).heldout[0][1] == dict(result.heldout)[8]
 
 
+def test_patience_counts_from_the_last_improvement() -> None:
+    class Scripted(ToyRun):
+        losses = iter([5.0, 4.0, 4.5, 4.0, 3.0, 3.5, 3.0, 3.1, 2.0])
+
+        def heldout_loss(self, batch: Batch) -> LossSum:
+            return LossSum(torch.tensor(7 * next(self.losses)), 7)
+
+    run, config = Scripted(), toy_config(steps=40, patience=3)
+    result = run_stage(run, config, toy_batches, toy_heldout()[:1], length=LENGTH)
+    assert [loss for _, loss in result.heldout] == pytest.approx([5.0, 4.0, 4.5, 4.0, 3.0, 3.5, 3.0, 3.1])
+    assert (result.best_step, result.steps, result.stopped_early) == (16, 28, True)
+
+
 def wreck(run: ToyRun) -> None:
     with torch.no_grad():
         run.model.head.weight.add_(0.5 * torch.randn_like(run.model.head.weight))

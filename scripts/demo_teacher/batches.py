@@ -1,4 +1,4 @@
-"""Batches made on the fly: fresh recall documents and reshuffled stories; batch k depends on the seed and k alone.
+"""Batches made on the fly: fresh recall documents and reshuffled stories; seed, k and length level decide batch k.
 
 Rows are padded on the right and hold one document each, so plain causal attention keeps documents apart.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,22 @@ from transformers import PreTrainedTokenizerFast
 from demo_teacher.text import BOS_ID, EOS_ID, PAD_ID
 from linearize.demo.recall import CODE_DIGITS, RecallItem, recall_document
 
-CURRICULUM = ((0.0, 128), (0.06, 256), (0.15, 512), (0.30, 1024))
-"""(share of training done, longest recall document from there on, in tokens)."""
+CURRICULUM = (
+    (64, (1, 2), (1, 1)),
+    (128, (2, 3), (2, 3)),
+    (256, (1, 4), (3, 7)),
+    (512, (1, 4), (4, 12)),
+    (1024, (1, 4), (6, 16)),
+)
+"""Recall documents level by level: longest in tokens, fewest and most facts, fewest and most questions.
+
+Copying the only code in sight is learned in minutes, choosing the right one takes long: short rows dense with facts
+and questions teach it soonest, and both carry over to long rows.
+"""
+TOP_LEVEL_SHARE = 0.6
+"""Share of steps at the level reached; the others draw one of levels 1 to it."""
+POOL = 16
+"""Batches of stories that are sorted by length together, so that little is padding."""
 FACT_TOKENS, QUESTION_TOKENS = 14, 25
 LENGTH_MARGIN = 0.94
 
@@ -38,11 +51,13 @@ class BatchPlan:
     context: int
     answer_weight: float
     hay_weight: float
+    hay_share: float
+    """Share of the tokens of recall documents, answers apart, that are learned from at all."""
     seed: int
 
 
 class RecallAndStories(Dataset[tuple[Rows, Rows]]):
-    """Item k is step k's (recall rows, story rows); `progress(k)` in [0, 1] sets the length of the recall documents."""
+    """Item k is step k's (recall rows, story rows); `level()` is the curriculum's level."""
 
     def __init__(
         self,
@@ -51,12 +66,13 @@ class RecallAndStories(Dataset[tuple[Rows, Rows]]):
         hay: Sequence[str],
         plan: BatchPlan,
         ratio: float,
-        progress: Callable[[int], float],
+        level: Callable[[], int],
     ) -> None:
         self.encoder, self.hay = WordEncoder(tokenizer), hay
         self.encoder.check(stories[:50])
         self.rows = [self.encoder.document(story)[: plan.context // 2] for story in stories]
-        self.plan, self.ratio, self.progress = plan, ratio, progress
+        self.plan, self.ratio, self.level = plan, ratio, level
+        self.order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
         return 10**9
@@ -66,16 +82,22 @@ class RecallAndStories(Dataset[tuple[Rows, Rows]]):
 
     def _recall_rows(self, step: int) -> Rows:
         rng = random.Random(self.plan.seed * 1_000_003 + step)
-        length = min(row_length(self.progress(step)), self.plan.context)
-        items = [self._document(rng, length) for _ in range(max(1, self.plan.recall_tokens // length))]
+        top = self.level()
+        level = top if rng.random() < TOP_LEVEL_SHARE else rng.randint(min(1, top), top)
+        length = min(CURRICULUM[level][0], self.plan.context)
+        items = [self._document(rng, level, length) for _ in range(max(1, self.plan.recall_tokens // length))]
         encoded = [self.encoder.recall(item) for item in items]
-        weights = [np.where(answer, self.plan.answer_weight, self.plan.hay_weight)[:length] for _, answer in encoded]
+        weights = [self._weights(rng, answer)[:length] for _, answer in encoded]
         return pad([ids[:length] for ids, _ in encoded], weights)
 
-    def _document(self, rng: random.Random, length: int) -> RecallItem:
-        """A recall document of at most about `length` tokens, with one to four facts."""
-        most = 4 if length >= 256 else 2
-        num_facts, num_questions = rng.randint(1, most), rng.randint(1, 2 * most)
+    def _weights(self, rng: random.Random, answer: np.ndarray) -> np.ndarray:
+        """Answers in full, a random share of the rest."""
+        drawn = np.random.default_rng(rng.getrandbits(32)).random(len(answer)) < self.plan.hay_share
+        return np.where(answer, self.plan.answer_weight, self.plan.hay_weight * drawn)
+
+    def _document(self, rng: random.Random, level: int, length: int) -> RecallItem:
+        """A recall document of at most about `length` tokens."""
+        num_facts, num_questions = (rng.randint(*span) for span in CURRICULUM[level][1:])
         overhead = 2 + FACT_TOKENS * num_facts + QUESTION_TOKENS * num_questions
         num_words = max(8, int(LENGTH_MARGIN * (length - overhead) / self.ratio))
         return recall_document(rng, self.hay, num_words=num_words, num_facts=num_facts, num_questions=num_questions)
@@ -86,13 +108,20 @@ class RecallAndStories(Dataset[tuple[Rows, Rows]]):
         rows: list[list[int]] = []
         for index in range(step * count, (step + 1) * count):
             epoch, place = divmod(index, total)
-            rows.append(self.rows[_order(self.plan.seed, epoch, total)[place]])
+            rows.append(self.rows[self._order(epoch)[place]])
         return pad(rows, [np.ones(len(row)) for row in rows])
 
-
-def row_length(progress: float) -> int:
-    """Tokens of a recall document at this share of training."""
-    return CURRICULUM[bisect_right([start for start, _ in CURRICULUM], progress) - 1][1]
+    def _order(self, epoch: int) -> list[int]:
+        """The epoch's shuffled stories, neighbours of about one length: sorted in pools, then batches shuffled."""
+        if self.order[0] != epoch:
+            rng, count = random.Random(f"{self.plan.seed}/{epoch}"), self.plan.num_stories
+            shuffled = rng.sample(range(len(self.rows)), len(self.rows))
+            pools = [shuffled[at : at + POOL * count] for at in range(0, len(shuffled), POOL * count)]
+            pools = [sorted(pool, key=lambda index: len(self.rows[index])) for pool in pools]
+            batches = [pool[at : at + count] for pool in pools for at in range(0, len(pool), count)]
+            rng.shuffle(batches)
+            self.order = (epoch, [index for batch in batches for index in batch])
+        return self.order[1]
 
 
 class WordEncoder:
@@ -150,16 +179,3 @@ def pad(rows: Sequence[Sequence[int]], weights: Sequence[np.ndarray]) -> Rows:
         weight[index, : len(row)] = torch.from_numpy(np.asarray(row_weight, dtype=np.float32))
     weight[:, 0] = 0.0
     return ids, weight
-
-
-_ORDERS: dict[tuple[int, int, int], list[int]] = {}
-
-
-def _order(seed: int, epoch: int, total: int) -> list[int]:
-    key = (seed, epoch, total)
-    if key not in _ORDERS:
-        _ORDERS.clear()
-        order = list(range(total))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        _ORDERS[key] = order
-    return _ORDERS[key]

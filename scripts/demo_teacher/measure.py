@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_teacher.batches import FACT_TOKENS, LENGTH_MARGIN, QUESTION_TOKENS, pad
 from demo_teacher.text import EOS_ID
@@ -22,17 +22,31 @@ Question = tuple[list[int], int]
 """Token ids of a prompt and its answer, and the distance in tokens from the fact's last digit to the answer's first."""
 
 
-def weighted_loss(model: nn.Module, ids_BT: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
+def predictions(model: LlamaForCausalLM, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+    """Logits `[N, V]` that predict the N tokens marked in `wanted_BT` (bool, never a row's first token)."""
+    hidden = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    return model.lm_head(hidden[wanted_BT[:, 1:]])
+
+
+def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over tokens of weight times next-token loss (nats), and the sum of the weights."""
-    logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
-    weight = weight_BT[:, 1:].flatten()
+    wanted = weight_BT > 0
+    weight = weight_BT[wanted]
+    losses = F.cross_entropy(predictions(model, ids_BT, wanted).float(), ids_BT[wanted], reduction="none")
     return (losses * weight).sum(), weight.sum()
 
 
 @torch.no_grad()
+def digit_accuracy(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor], answer_weight: float) -> float:
+    """Share of answers' digits, told by their weight, that are the most likely token."""
+    wanted = rows[1] == answer_weight
+    best = predictions(model, rows[0], wanted).argmax(-1)
+    return float((best == rows[0][wanted]).float().mean())
+
+
+@torch.no_grad()
 def heldout_loss(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, stories: Sequence[str], longest: int, batch: int = 64
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: Sequence[str], longest: int, batch: int = 16
 ) -> float:
     """Mean loss in nats per token over whole stories, `</s>` included, each read on its own."""
     device = next(model.parameters()).device
@@ -72,21 +86,19 @@ def recall_questions(
 
 
 @torch.no_grad()
-def recall_accuracy(model: nn.Module, questions: Sequence[Question], batch: int = 32) -> float:
+def recall_accuracy(model: LlamaForCausalLM, questions: Sequence[Question], batch: int = 16) -> float:
     """Share of questions whose digits are all the most likely token (the same as exact greedy generation)."""
     device = next(model.parameters()).device
     right = 0
     for chunk in _chunks(sorted((ids for ids, _ in questions), key=len), batch):
-        ids, _ = pad(chunk, [np.ones(len(row)) for row in chunk])
-        best = model(input_ids=ids.to(device), use_cache=False).logits.argmax(-1).cpu()
-        for row, tokens in enumerate(chunk):
-            end = len(tokens)
-            right += bool((best[row, end - CODE_DIGITS - 1 : end - 1] == ids[row, end - CODE_DIGITS : end]).all())
+        ids, answers = pad(chunk, [np.arange(len(row)) >= len(row) - CODE_DIGITS for row in chunk])
+        best = predictions(model, ids.to(device), answers.to(device) > 0).argmax(-1).cpu()
+        right += int((best == ids[answers > 0]).view(-1, CODE_DIGITS).all(-1).sum())
     return right / len(questions)
 
 
 def recall_table(
-    model: nn.Module,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     hay: Sequence[str],
     *,

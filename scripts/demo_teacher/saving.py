@@ -29,10 +29,8 @@ DATASET = {
 }
 
 
-def save_teacher(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Write model and tokenizer, then return them as read back by transformers' auto classes, weights in float32.
+def save_teacher(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model and tokenizer.
 
     Weights are stored as float16 (they lie well inside its range, and it rounds eight times finer than bfloat16); the
     configuration says float32, so that a plain `from_pretrained` computes in it.
@@ -50,6 +48,12 @@ def save_teacher(
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     halves = {name: tensor.to(torch.float16) for name, tensor in weights.items()}
     safetensors.torch.save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def load_teacher(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Model in float32 and tokenizer, as transformers' auto classes read them."""
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(again) is LlamaForCausalLM, type(again)
     return again, AutoTokenizer.from_pretrained(folder)

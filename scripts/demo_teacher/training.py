@@ -1,10 +1,10 @@
-"""The training loop: a schedule by steps or by wall clock, and the best averaged weights kept."""
+"""The training loop: a schedule by steps or by wall clock, a curriculum, and the best averaged weights kept."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Value
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import LlamaForCausalLM
 
-from demo_teacher.batches import RecallAndStories, Rows
-from demo_teacher.measure import weighted_loss
-from demo_teacher.model import AveragedModel, parameter_groups
+from demo_teacher.batches import CURRICULUM, RecallAndStories, Rows
+from demo_teacher.measure import digit_accuracy, weighted_loss
+from demo_teacher.model import AveragedModel
+from demo_teacher.muon import Muon
 
 Measure = Callable[[LlamaForCausalLM], tuple[float, float]]
 """Held-out loss (nats per token) and recall accuracy of a model."""
@@ -28,41 +29,39 @@ RECALL_PENALTY = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Peak learning rate with warm-up and cosine decay; `steps` if given, else `seconds` of wall clock."""
+    """Warm-up and cosine decay; `steps` if given, else `seconds` of wall clock."""
 
-    lr: float
     steps: int | None
     seconds: float
     warmup: float = 0.03
     final: float = 0.02
 
     def rate(self, progress: float) -> float:
-        """Learning rate at this share of training."""
+        """Learning rate at this share of training, as a share of its peak."""
         if progress < self.warmup:
-            return self.lr * max(progress / self.warmup, 0.02)
+            return max(progress / self.warmup, 0.02)
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup)))
-        return self.lr * (self.final + (1 - self.final) * cosine)
+        return self.final + (1 - self.final) * cosine
 
 
 class Clock:
-    """Share of training done, readable by the loader's processes."""
+    """Share of training done; 1.0 ends training."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self.share: Any = Value("d", 0.0)
         self.started = time.monotonic()
+        self.stopped = False
 
     def __call__(self, step: int) -> float:
-        """Exact when training goes by steps; by wall clock, the share when the loop last looked."""
-        if self.schedule.steps is not None:
-            return min(1.0, step / self.schedule.steps)
-        return float(self.share.value)
+        """The share after `step` steps."""
+        if self.stopped:
+            return 1.0
+        done = step / self.schedule.steps if self.schedule.steps else self.seconds / self.schedule.seconds
+        return min(1.0, done)
 
-    def look(self, step: int) -> float:
-        """The loop's own progress; 1.0 ends training."""
-        if self.schedule.steps is None:
-            self.share.value = min(1.0, self.seconds / self.schedule.seconds)
-        return self(step)
+    def stop(self, *_signal: Any) -> None:
+        """End training after the step under way; a signal handler."""
+        self.stopped = True
 
     @property
     def seconds(self) -> float:
@@ -70,9 +69,34 @@ class Clock:
         return time.monotonic() - self.started
 
 
+class Curriculum:
+    """The level of the recall documents, readable by the loader's processes: up when answers are right, between an
+    earliest and a latest share of training."""
+
+    EARLIEST, LATEST = (0.0, 0.0, 0.0, 0.1, 0.4), (0.0, 0.04, 0.3, 0.5, 0.7)
+    GOOD, MEMORY, CHECK_EVERY = 0.96, 0.8, 10
+
+    def __init__(self) -> None:
+        self.shared: Any = Value("i", 0)
+        self.average = 0.0
+
+    def __call__(self) -> int:
+        """The present level, an index into CURRICULUM."""
+        return int(self.shared.value)
+
+    def look(self, accuracy: float, progress: float) -> None:
+        """Go one level up if the share of right digits is good, on average over batches, or time has come."""
+        self.average += (1 - self.MEMORY) * (accuracy - self.average)
+        new = self() + 1
+        if new == len(CURRICULUM) or progress < self.EARLIEST[new]:
+            return
+        if self.average >= self.GOOD or progress >= self.LATEST[new]:
+            self.shared.value, self.average = new, 0.0
+
+
 @dataclass
 class Run:
-    """What training did: steps, tokens by kind (padding not counted), the log, and where the kept weights stood."""
+    """What training did: steps, tokens (padding not counted), the log, and where the kept weights stood."""
 
     steps: int = 0
     tokens: int = 0
@@ -81,8 +105,24 @@ class Run:
     log: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(kw_only=True)
+class Evaluations:
+    """When to measure the averaged weights, how, and what to do with those better than all before."""
+
+    count: int
+    measure: Measure
+    keep: Callable[[LlamaForCausalLM, Run], None]
+    done: int = 0
+
+    def due(self, progress: float) -> bool:
+        """Whether the next one's time has come."""
+        due = progress * self.count >= self.done + 1
+        self.done = max(self.done, math.floor(progress * self.count))
+        return due
+
+
 class _Counting(Sampler[int]):
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[int]:
         step = 0
         while True:
             yield step
@@ -93,46 +133,49 @@ def train(
     model: LlamaForCausalLM,
     dataset: RecallAndStories,
     clock: Clock,
-    measure: Measure,
+    curriculum: Curriculum,
+    evaluations: Evaluations,
+    optimizers: Sequence[torch.optim.Optimizer],
     *,
-    weight_decay: float,
     ema_decay: float,
     workers: int,
-    evaluations: int,
-    keep: dict[str, Tensor],
 ) -> Run:
-    """Train `model`; fill `keep` with the averaged weights whose held-out loss is best among those that recall."""
-    device = model.device
+    """Train `model`; hand on the averaged weights whenever held-out loss and recall together are best."""
     averaged, run = AveragedModel(model, ema_decay), Run()
-    groups = parameter_groups(model, weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=clock.schedule.lr, betas=(0.9, 0.98), fused=device.type == "cuda")
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=_Counting(), num_workers=workers, prefetch_factor=8 if workers else None
-    )
-    next_evaluation = 1 / evaluations
-    for rows in loader:
-        progress = clock.look(run.steps)
-        loss = _step(model, optimizer, rows, lr=clock.schedule.rate(progress), device=device, run=run)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    prefetch = 8 if workers else None
+    loader = DataLoader(dataset, batch_size=None, sampler=_Counting(), num_workers=workers, prefetch_factor=prefetch)
+    for recall_rows, story_rows in loader:
+        loss = _gradients(model, (recall_rows, story_rows), run)
+        rate = clock.schedule.rate(clock(run.steps))
+        _update(optimizers, [rate * peak for peak in peaks])
+        run.steps += 1
         averaged.update(model)
-        if progress >= next_evaluation or clock.look(run.steps) >= 1.0:
-            next_evaluation = (math.floor(progress * evaluations) + 1) / evaluations
-            _evaluate(averaged.model, measure, run, loss=float(loss), clock=clock, keep=keep)
-        if clock.look(run.steps) >= 1.0:
+        progress = clock(run.steps)
+        if run.steps % Curriculum.CHECK_EVERY == 0:
+            curriculum.look(_digit_accuracy(model, recall_rows, dataset.plan.answer_weight), progress)
+        if evaluations.due(progress):
+            _evaluate(averaged.model, evaluations, run, loss=float(loss), clock=clock, level=curriculum())
+        if progress >= 1.0:
             break
     return run
 
 
-def _step(
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Rows, Rows],
-    *,
-    lr: float,
-    device: Any,
-    run: Run,
-) -> Tensor:
-    """One update on both kinds of rows; the loss is divided once by the weight of both."""
+def make_optimizers(
+    model: LlamaForCausalLM, *, lr: float, muon_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices in the layers, AdamW for the embedding and the norms (weight decay on matrices only)."""
+    inside = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
+    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": [model.model.embed_tokens.weight]}, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True)
+    return [adamw, Muon(inside, lr=muon_lr, weight_decay=weight_decay)]
+
+
+def _gradients(model: LlamaForCausalLM, batch: tuple[Rows, Rows], run: Run) -> Tensor:
+    """Clipped gradients on both kinds of rows; the loss, returned, is divided once by the weight of both."""
     model.train()
+    device = model.device
     count = sum(weight[:, 1:].sum() for _, weight in batch)
     total = torch.zeros((), device=device)
     for ids, weight in batch:
@@ -143,22 +186,31 @@ def _step(
         total += loss.detach()
         run.tokens += int((ids != 0).sum())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.steps += 1
     return total
 
 
+def _update(optimizers: Sequence[torch.optim.Optimizer], rates: Sequence[float]) -> None:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _digit_accuracy(model: LlamaForCausalLM, rows: Rows, answer_weight: float) -> float:
+    model.eval()
+    return digit_accuracy(model, (rows[0].to(model.device), rows[1].to(model.device)), answer_weight)
+
+
 def _evaluate(
-    model: LlamaForCausalLM, measure: Measure, run: Run, *, loss: float, clock: Clock, keep: dict[str, Tensor]
+    model: LlamaForCausalLM, evaluations: Evaluations, run: Run, *, loss: float, clock: Clock, level: int
 ) -> None:
-    heldout, recall = measure(model)
+    heldout, recall = evaluations.measure(model)
     score = heldout + RECALL_PENALTY * max(0.0, RECALL_GOAL - recall)
+    entry = {"step": run.steps, "seconds": round(clock.seconds, 1), "tokens": run.tokens, "train_loss": round(loss, 4)}
+    run.log.append({**entry, "heldout_loss": round(heldout, 4), "recall": round(recall, 4), "level": level})
+    print(" ".join(f"{name} {value}" for name, value in run.log[-1].items()), flush=True)
     if score < run.best_score:
         run.best_score, run.best_step = score, run.steps
-        keep.update({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
-    entry = {"step": run.steps, "seconds": round(clock.seconds, 1), "tokens": run.tokens, "train_loss": round(loss, 4)}
-    run.log.append({**entry, "heldout_loss": round(heldout, 4), "recall": round(recall, 4)})
-    print(" ".join(f"{name} {value}" for name, value in run.log[-1].items()), flush=True)
+        evaluations.keep(model, run)

@@ -1,1 +1,33 @@
-"""placeholder"""
+"""linearize: pretrained Transformers with linear-time attention.
+
+    student = linearize.convert("path/or/hub-id", recipe="window-linear", data=["stories.txt"], out="student")
+    model = linearize.load("student")
+
+Importing this package registers students with transformers, so that `AutoModelForCausalLM.from_pretrained` loads them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from linearize.version import __version__
+
+from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
+
+if TYPE_CHECKING:
+    from linearize.convert import convert
+    from linearize.recipes.recipe import load_recipe
+
+__all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert", "load", "load_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":
+        from linearize.convert import convert
+
+        return convert
+    if name == "load_recipe":
+        from linearize.recipes.recipe import load_recipe
+
+        return load_recipe
+    raise AttributeError(f"module 'linearize' has no attribute {name!r}")

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 import linearize.modeling as modeling
 from linearize.errors import InputError
 from linearize.files import read_json
+from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.teacher import load_teacher
 
 
 def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -20,17 +22,16 @@ def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrained
     """
     where = pick_device(device)
     if is_student(path):
-        model, tokenizer = modeling.load(str(path)), AutoTokenizer.from_pretrained(str(path))
-    else:
-        model, tokenizer = modeling.load_teacher(str(path))
-    return model.to(where).eval(), tokenizer
+        return modeling.load(path, device=where), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = load_teacher(path, device=where)
+    return model, tokenizer
 
 
 def is_student(path: str | Path) -> bool:
     """Whether a local folder holds a student (a Hub id or a plain transformers model does not)."""
     config = Path(path).expanduser() / "config.json"
     found: Any = read_json(config) if config.is_file() else {}
-    return isinstance(found, dict) and found.get("model_type") == modeling.LinearizeConfig.model_type
+    return isinstance(found, dict) and found.get("model_type") == LinearizeConfig.model_type
 
 
 def pick_device(device: str | None) -> torch.device:

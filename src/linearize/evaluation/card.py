@@ -38,7 +38,7 @@ def _front_matter(report: ConversionReport) -> dict[str, Any]:
 
 def _summary(report: ConversionReport, config: Mapping[str, Any]) -> str:
     tokens = sum(stage.tokens for stage in report.stages)
-    kind = config.get("teacher_config", {}).get("model_type") or config.get("base_model_type")
+    kind = config.get("teacher", {}).get("model_type")
     family = f" (family `{kind}`)" if kind else ""
     return (
         f"A student of `{report.teacher}`{family}: same projections, other sequence mixers, made with "

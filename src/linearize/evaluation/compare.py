@@ -22,6 +22,8 @@ from linearize.evaluation.language_modeling import PositionBin, ablation_of, abl
 from linearize.evaluation.plots import plot_loss_by_position, plot_stages
 from linearize.evaluation.report import ConversionReport, provenance, read_report
 from linearize.files import atomic_write_text, read_text
+from linearize.modeling.config import LinearizeConfig
+from linearize.ops.window_linear.window import ring_slots
 from linearize.training.data import DataConfig, Document, document_rows, load_documents, split
 
 DEFAULT_LENGTH = 1024
@@ -161,11 +163,12 @@ def _measure(
 
 def _branches(student: PreTrainedModel | None) -> tuple[bool, int | None]:
     """Whether the student has a window and a linear branch to tell apart, and how far its longest window reaches."""
-    modules = student.modules() if student is not None else ()
-    mixers: list[Any] = [module.mixer for module in modules if getattr(module, "mixer", None) is not None]
-    windows = [getattr(mixer.config, "window", 0) for mixer in mixers]
-    linear = any(hasattr(mixer.config, "feature_map") for mixer in mixers)
-    return bool(linear and any(windows)), max(windows, default=None)
+    config = student.config if student is not None else None
+    mixers = [mixer for mixer in config.mixers() if mixer is not None] if isinstance(config, LinearizeConfig) else []
+    linear = any(hasattr(mixer, "feature_map") for mixer in mixers)
+    windows: list[Any] = [mixer for mixer in mixers if getattr(mixer, "window", 0)]
+    reach = [ring_slots(mixer.window, mixer.window_shape) + 1 for mixer in windows]
+    return linear and bool(windows), max(reach, default=None)
 
 
 def _write(result: dict[str, Any], report: ConversionReport | None, out: Path) -> None:

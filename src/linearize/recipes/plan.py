@@ -12,7 +12,9 @@ from linearize.errors import InputError
 from linearize.mixers import MIXERS
 
 if TYPE_CHECKING:
-    MixerChoice: TypeAlias = BaseModel
+    from linearize.mixers import MixerConfig
+
+    MixerChoice: TypeAlias = MixerConfig
 else:
     MixerChoice = Annotated[Union[tuple(MIXERS.values())], Field(discriminator="name")]  # noqa: UP007 (a union made from the table)
 

@@ -1,0 +1,51 @@
+"""Students as transformers models: config, model class, surgery, cache layers, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from linearize.errors import InputError
+from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.student import LinearizedForCausalLM
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LinearizeConfig", "LinearizedForCausalLM", "load"]
+
+AutoConfig.register(LinearizeConfig.model_type, LinearizeConfig)
+AutoModelForCausalLM.register(LinearizeConfig, LinearizedForCausalLM)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> LinearizedForCausalLM:
+    """A student from its folder (or Hub name), in eval mode.
+
+    `attn_implementation` is that of the kept softmax layers. `dtype`: default is that of the checkpoint.
+
+    Raises:
+        InputError: a missing folder, a model that is no student, or weights that do not fit the plan.
+    """
+    from linearize.modeling.teacher import check_model_folder, one_line
+
+    check_model_folder(str(path))
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, LinearizeConfig):
+            raise InputError(f"{path} is a {config.model_type} model, not a student: load it with transformers")
+        config.mixers()
+        model: LinearizedForCausalLM = LinearizedForCausalLM.from_pretrained(path, dtype=dtype or "auto", **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"cannot load {path} as a student: {one_line(error)}") from error
+    return model.to(device or "cpu").eval()

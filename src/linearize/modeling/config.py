@@ -1,0 +1,97 @@
+"""The student's config: the teacher's own, and the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from linearize.errors import InputError, unknown
+from linearize.mixers import MIXERS, MixerConfig
+
+MIXER_LAYER = "linearize_mixer"
+SHARED_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "initializer_range")
+
+
+class LinearizeConfig(PreTrainedConfig):
+    """Config of a student: `teacher` (its config as a dict) and `plan` (one mixer or None per layer).
+
+    `attention`, `shapes`: names of the attention modules inside the teacher's class and their sizes, by layer. `teacher_name`: where the teacher came from.
+    What is not set here is read from the teacher's config, so that tools which look for `hidden_size` and the like find it.
+    """
+
+    model_type = "linearized"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        teacher: dict[str, Any] | None = None,
+        plan: list[dict[str, Any] | None] | None = None,
+        attention: list[str] | None = None,
+        shapes: list[dict[str, int]] | None = None,
+        teacher_name: str | None = None,
+        linearize_version: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.teacher = teacher or {}
+        self.plan: list[dict[str, Any] | None] = []
+        self.attention = attention or []
+        self.shapes = shapes or []
+        self.teacher_name = teacher_name
+        self.linearize_version = linearize_version
+        for name in SHARED_FIELDS:
+            if name in self.teacher:
+                kwargs.setdefault(name, self.teacher[name])
+        super().__init__(**kwargs)
+        self.plan = plan or []  # after the parent's checks, which know only transformers' own layer types
+
+    def __getattr__(self, name: str) -> Any:
+        teacher = self.__dict__.get("teacher", {})
+        if name.startswith("_") or name not in teacher:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return teacher[name]
+
+    def teacher_config(self) -> PreTrainedConfig:
+        """The teacher's config as an object of its own class."""
+        fields = {k: v for k, v in self.teacher.items() if k not in ("model_type", "transformers_version")}
+        return AutoConfig.for_model(self.teacher["model_type"], **fields)
+
+    def mixers(self) -> list[MixerConfig | None]:
+        """The plan as configs, checked.
+
+        Raises:
+            InputError: an unknown mixer, or a plan that does not fit the model.
+        """
+        if len(self.plan) != len(self.attention):
+            raise InputError(f"the plan has {len(self.plan)} layers and the model {len(self.attention)}: the folder is damaged")
+        return [None if entry is None else parse_mixer(entry) for entry in self.plan]
+
+    @property
+    def layer_types(self) -> list[str] | None:
+        """One cache layer type per layer; ours where a mixer sits, the teacher's elsewhere (never written to disk)."""
+        if not self.plan:
+            return None
+        kept = self.teacher.get("layer_types")
+        window = self.teacher.get("sliding_window") if self.teacher.get("use_sliding_window", True) else None
+        default = "full_attention" if window is None else "sliding_attention"
+        return [
+            MIXER_LAYER if entry is not None else (kept[i] if kept else default) for i, entry in enumerate(self.plan)
+        ]
+
+    def validate(self) -> None:
+        """The parent's checks but that of the layer types: ours is not on transformers' list, and `mixers` checks the plan."""
+        for check in type(self).__class_validators__:
+            if check.__name__ != "validate_layer_type":
+                check(self)
+
+
+def parse_mixer(entry: dict[str, Any]) -> MixerConfig:
+    """A mixer's config from its dict form.
+
+    Raises:
+        InputError: an unknown mixer name.
+    """
+    name = str(entry.get("name"))
+    if name not in MIXERS:
+        raise unknown("mixer", name, MIXERS)
+    return MIXERS[name].model_validate(entry)

@@ -1,0 +1,182 @@
+"""The one model class of all students: the teacher's own module tree with a plan applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from linearize.errors import InputError
+from linearize.mixers import AttentionShape, Mixer, MixerConfig
+from linearize.modeling.attention import MixerCall, Tap
+from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.surgery import AttentionSite, check_plan, install, probe, share_weights
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear import Branch
+
+
+class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM whose planned layers mix the sequence in linear time.
+
+    `lm` is an instance of the teacher's class; layer i's mixer is the submodule `mixer` of its attention module.
+    """
+
+    config_class = LinearizeConfig
+    config: LinearizeConfig
+    base_model_prefix = "lm"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = False
+
+    def __init__(self, config: LinearizeConfig, lm: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if lm is None:
+            wanted = config._attn_implementation
+            lm = AutoModelForCausalLM.from_config(
+                config.teacher_config(),
+                dtype=torch.get_default_dtype(),
+                attn_implementation=None if wanted == "sdpa" else wanted,
+            )
+        self.lm = lm
+        shapes = [AttentionShape(**sizes) for sizes in config.shapes]
+        install(lm, config.mixers(), config.attention, shapes)
+        self.post_init()
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: PreTrainedModel, plan: Sequence[MixerConfig | None], *, teacher_name: str | None = None
+    ) -> LinearizedForCausalLM:
+        """A student over the teacher's own tensors (no copy): the teacher stays usable, its weights are shared until trained apart.
+
+        Raises:
+            InputError: a family that cannot be converted, or a plan that does not fit; the teacher is unchanged then.
+        """
+        sites = probe(teacher)
+        checked = check_plan(plan, sites, teacher.config.model_type)
+        config = _config(teacher, sites, checked, teacher_name)
+        with no_init_weights():
+            student = cls(config, lm=share_weights(teacher))
+        student.generation_config = teacher.generation_config
+        return student.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        branch: Branch = "both",
+        tap: Tap | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the teacher's own forward; `branch` runs one branch of every mixer (ablation), `tap` see `MixerCall`.
+
+        `input_ids: [B, T]`; `attention_mask: [B, past + T]` (left padding); packed rows carry restarting `position_ids: [B, T]` and no
+        mask. Returns the teacher class's output (`logits: [B, T, vocabulary]`, `loss` with `labels`, `past_key_values`).
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise InputError("give either input_ids or inputs_embeds")
+        if use_cache is None:
+            use_cache = past_key_values is not None or (not self.training and getattr(self.lm.config, "use_cache", True))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        layout = Layout.from_inputs(
+            num_tokens=tokens.shape[1], past=past, attention_mask=attention_mask, position_ids=position_ids
+        )
+        return self.lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=_positions(position_ids, layout),
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mixer_call=MixerCall(layout, past_key_values, branch, tap),
+            **kwargs,
+        )
+
+    def mixers(self) -> dict[int, Mixer]:
+        """The mixers by layer."""
+        found = {}
+        for layer, (name, entry) in enumerate(zip(self.config.attention, self.config.plan, strict=True)):
+            if entry is not None:
+                found[layer] = self.lm.get_submodule(name).mixer
+        return found
+
+    def mixer_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters that the plan added, by name."""
+        return {name: p for name, p in self.named_parameters() if ".mixer." in name}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The teacher's."""
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The teacher's."""
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The teacher's."""
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """The teacher's."""
+        self.lm.set_output_embeddings(value)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Mixers start themselves when built; on the way from a checkpoint every tensor is read (`from_pretrained` is strict)."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a student; safetensors only, and strictly: every tensor of the plan must be there and no other.
+
+        Raises:
+            InputError: weights that do not fit the plan.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys") if info.get(k)}
+        if wrong:
+            told = "; ".join(f"{k.split('_')[0]}: {', '.join(map(str, names))}" for k, names in wrong.items())
+            raise InputError(f"the weights in {Path(str(pretrained_model_name_or_path)).name} do not fit its plan ({told})")
+        return (model, info) if wants_info else model
+
+
+def _positions(position_ids: Tensor | None, layout: Layout) -> Tensor | None:
+    """RoPE positions: as given; for padding without `position_ids`, counted from each row's first token."""
+    if position_ids is not None or layout.position_BT is None:
+        return position_ids
+    return layout.position_BT.clamp(min=0)
+
+
+def _config(
+    teacher: PreTrainedModel, sites: Sequence[AttentionSite], plan: Sequence[MixerConfig | None], name: str | None
+) -> LinearizeConfig:
+    from linearize.version import __version__
+
+    fields = teacher.config.to_dict()
+    return LinearizeConfig(
+        teacher={k: v for k, v in fields.items() if k not in ("architectures", "_name_or_path", "transformers_version")},
+        plan=[None if mixer is None else mixer.model_dump() for mixer in plan],
+        attention=[site.name for site in sites],
+        shapes=[vars(site.shape) for site in sites],
+        teacher_name=name,
+        linearize_version=__version__,
+        dtype=teacher.dtype,
+    )

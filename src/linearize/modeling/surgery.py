@@ -1,0 +1,161 @@
+"""The plan applied to a teacher: first everything is looked at, then everything is changed, or nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from linearize.errors import InputError
+from linearize.mixers import AttentionShape, MixerConfig
+from linearize.modeling.attention import ATTENTION
+
+PROBE = "linearize_probe"
+KNOWN_KEYWORDS = {"scaling", "softcap", "sliding_window", "dropout", "is_causal", "linearize_probe_calls"}
+HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One attention module of a teacher: where it is, its sizes, and the window it is limited to (None: none)."""
+
+    name: str
+    layer: int
+    shape: AttentionShape
+    sliding_window: int | None
+
+
+def probe(model: PreTrainedModel) -> list[AttentionSite]:
+    """The attention modules of a causal LM, by layer, found by running three tokens through it; changes nothing.
+
+    Raises:
+        InputError: a family whose attention does not go through transformers' attention interface, or computes something that no mixer
+            does (attention sinks, biases); says which.
+    """
+    family = model.config.model_type
+    calls: list[dict[str, Any]] = []
+    configs = _attention_configs(model)
+    before = [config._attn_implementation for config in configs]
+    was_training = model.training
+    try:
+        for config in configs:
+            config._attn_implementation = PROBE
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]
+            model.eval()(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{family} cannot be converted: its attention could not be probed ({_first_line(error)})") from error
+    finally:
+        model.train(was_training)
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+    return _sites(model, calls)
+
+
+def _attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _probe_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    calls = kwargs.get("linearize_probe_calls")
+    if calls is None:
+        raise InputError("its attention modules do not pass keywords on to the attention function")
+    extra = {k for k, v in kwargs.items() if v is not None} - KNOWN_KEYWORDS - HARMLESS
+    odd = {name for name in extra if isinstance(kwargs[name], Tensor | nn.Parameter)}
+    calls.append({"module": module, "q": query, "k": key, "v": value, "window": kwargs.get("sliding_window"), "odd": odd})
+    rows = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return rows.transpose(1, 2), None
+
+
+AttentionInterface.register(PROBE, _probe_attention)
+
+
+def _sites(model: PreTrainedModel, calls: list[dict[str, Any]]) -> list[AttentionSite]:
+    family, layers = model.config.model_type, model.config.get_text_config().num_hidden_layers
+    names = {id(module): name for name, module in model.named_modules()}
+    sites = []
+    for call in calls:
+        if call["odd"]:
+            raise InputError(f"{family} cannot be converted: its attention also uses {', '.join(sorted(call['odd']))}")
+        q, k, v = call["q"], call["k"], call["v"]
+        shape = AttentionShape(num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3], value_dim=v.shape[3])
+        layer = getattr(call["module"], "layer_idx", None)
+        if layer is None or id(call["module"]) not in names:
+            raise InputError(f"{family} cannot be converted: its attention modules do not know their layer")
+        sites.append(AttentionSite(name=names[id(call["module"])], layer=layer, shape=shape, sliding_window=call["window"]))
+    sites.sort(key=lambda site: site.layer)
+    if [site.layer for site in sites] != list(range(layers)):
+        seen = len({site.layer for site in sites})
+        raise InputError(
+            f"{family} cannot be converted: {seen} of its {layers} layers call transformers' attention interface once per pass; all must"
+        )
+    return sites
+
+
+def check_plan(plan: Sequence[MixerConfig | None], sites: Sequence[AttentionSite], family: str) -> list[MixerConfig | None]:
+    """The plan as it will be applied: a layer that the teacher limits to at most the mixer's window stays as it is.
+
+    Such a layer is linear already, and no mixer would be nearer to it than itself.
+
+    Raises:
+        InputError: a plan of another length than the model.
+    """
+    if len(plan) != len(sites):
+        raise InputError(f"the plan has {len(plan)} layers, {family} has {len(sites)}: give one mixer (or none) per layer")
+    return [None if _is_local(mixer, site) else mixer for mixer, site in zip(plan, sites, strict=True)]
+
+
+def _is_local(mixer: MixerConfig | None, site: AttentionSite) -> bool:
+    window = getattr(mixer, "window", None)
+    return window is not None and site.sliding_window is not None and site.sliding_window <= window
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same tensors: the student's, so that teacher and student cost the memory of one."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def install(lm: PreTrainedModel, plan: Sequence[MixerConfig | None], names: Sequence[str], shapes: Sequence[AttentionShape]) -> None:
+    """Put the plan's mixers into the attention modules of `lm` and route those modules to them."""
+    routed: dict[int, PreTrainedConfig] = {}
+    for mixer, name, shape in zip(plan, names, shapes, strict=True):
+        if mixer is None:
+            continue
+        module: Any = lm.get_submodule(name)
+        old = module.config
+        if id(old) not in routed:
+            routed[id(old)] = copy.copy(old)
+            routed[id(old)]._attn_implementation = ATTENTION
+        module.config = routed[id(old)]
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        made = mixer.build(shape)
+        module.mixer = made if weight is None else made.to(device=weight.device)
+    if all(mixer is not None for mixer in plan):  # no layer needs a T x T mask
+        for config in _attention_configs(lm):
+            config._attn_implementation = ATTENTION
+
+
+def accepts_keyword(function: Any, name: str) -> bool:
+    """Whether a callable takes this keyword."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,57 @@
+"""Softmax attention over documents: what the teacher computes, for attention transfer.
+
+Letters: B batch, H query heads, G key/value heads, T tokens, D head dimension, V value dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.ops.layout import Layout
+
+
+def softmax_attention(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    *,
+    scaling: float,
+    layout: Layout,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal softmax attention inside each document, `[B, H, T, V]`; padding rows see nothing and give 0.
+
+    `sliding_window`: the last so many tokens only. `softcap`: scores are softcap tanh(s / softcap) (Gemma 2).
+    """
+    gqa = q_BHTD.shape[1] != k_BGTD.shape[1]
+    if layout.is_plain and softcap is None and sliding_window is None:
+        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTV, is_causal=True, scale=scaling, enable_gqa=gqa)
+    seen = visible(layout, q_BHTD.shape[2], q_BHTD.device, sliding_window)
+    if softcap is None:
+        y = F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTV, attn_mask=seen, scale=scaling, enable_gqa=gqa)
+    else:
+        groups = k_BGTD.shape[1]
+        s = (q_BHTD.unflatten(1, (groups, -1)) @ k_BGTD[:, :, None].transpose(-1, -2)).flatten(1, 2) * scaling
+        s = (softcap * torch.tanh(s / softcap)).masked_fill(~seen, -torch.inf)
+        weights = s.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(v_BGTV.dtype)
+        y = (weights.unflatten(1, (groups, -1)) @ v_BGTV[:, :, None]).flatten(1, 2)
+    return y if layout.position_BT is None else y.masked_fill((layout.position_BT < 0)[:, None, :, None], 0)
+
+
+def visible(layout: Layout, num_tokens: int, device: torch.device, sliding_window: int | None = None) -> Tensor:
+    """Which keys each query sees, bool `[B or 1, 1, T, T]`; computed once per layout."""
+    memo = ("visible", sliding_window)
+    if memo not in layout.memo:
+        position = layout.positions(num_tokens, device)
+        slot = torch.arange(num_tokens, device=device)
+        origin = slot - position
+        seen = (origin[:, :, None] == origin[:, None]) & (slot[:, None] >= slot) & (position >= 0)[:, None]
+        if sliding_window is not None:
+            seen = seen & (slot[:, None] - slot < sliding_window)
+        layout.memo[memo] = seen[:, None]
+    found = layout.memo[memo]
+    assert isinstance(found, Tensor)
+    return found
