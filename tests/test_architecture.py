@@ -17,6 +17,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "linearize"
 # A module may import only from modules with a smaller number, and from its own package.
 LAYERS = {
     "errors": 0,
+    "version": 0,
     "files": 1,
     "numbers": 1,
     "ops": 2,

@@ -68,12 +68,13 @@ def recall_questions(
     context: int,
     ratio: float,
     seed: int,
+    most_facts: int = 4,
 ) -> list[Question]:
-    """`count` documents of at most `context` tokens with one to four facts, one of them asked `distance` tokens on."""
+    """`count` documents of at most `context` tokens with one to `most_facts` facts, one asked `distance` tokens on."""
     rng = random.Random(seed * 7919 + distance)
     found: list[Question] = []
     while len(found) < count:
-        num_facts = rng.randint(1, 4)
+        num_facts = rng.randint(1, most_facts)
         room = int(LENGTH_MARGIN * (context - QUESTION_TOKENS - FACT_TOKENS * num_facts) / ratio)
         words = min(room, int(max(1, distance - QUESTION_TOKENS) / ratio))
         item = recall_document(rng, hay, num_words=rng.randint(words, room), num_facts=num_facts, distance=words)
@@ -106,12 +107,14 @@ def recall_table(
     context: int,
     ratio: float,
     seed: int,
-    distances: Sequence[int] = DISTANCES,
+    most_facts: int,
 ) -> list[dict[str, float]]:
-    """For each distance (tokens): the measured mean distance and the share of exact answers."""
+    """For each of DISTANCES: the measured mean distance (tokens) and the share of exact answers."""
     table = []
-    for distance in distances:
-        questions = recall_questions(tokenizer, hay, distance, count=count, context=context, ratio=ratio, seed=seed)
+    for wanted in DISTANCES:
+        questions = recall_questions(
+            tokenizer, hay, wanted, count=count, context=context, ratio=ratio, seed=seed, most_facts=most_facts
+        )
         mean = sum(tokens for _, tokens in questions) / len(questions)
         table.append({"distance": round(mean, 1), "exact": recall_accuracy(model, questions), "questions": count})
     return table

@@ -167,7 +167,8 @@ def make_optimizers(
     """Muon for the matrices in the layers, AdamW for the embedding and the norms (weight decay on matrices only)."""
     inside = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": [model.model.embed_tokens.weight]}, {"params": norms, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [model.model.embed_tokens.weight]}]
+    groups.append({"params": norms, "weight_decay": 0.0})
     adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True)
     return [adamw, Muon(inside, lr=muon_lr, weight_decay=weight_decay)]
 

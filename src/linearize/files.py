@@ -25,11 +25,11 @@ def atomic_folder(final: Path | str, overwrite: bool = False) -> Iterator[Path]:
         InputError: `final` exists and `overwrite` is off, is no folder, or cannot be created.
     """
     final = Path(final).expanduser().resolve()
-    _check_target(final, overwrite)
+    check_free(final, overwrite)
     temporary = _make_sibling(final)
     try:
         yield temporary
-        _check_target(final, overwrite)
+        check_free(final, overwrite)
         _swap_in(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -86,7 +86,7 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: no valid JSON, {error.msg} (line {error.lineno}, column {error.colno})") from error
 
 
-def _check_target(final: Path, overwrite: bool) -> None:
+def check_free(final: Path, overwrite: bool) -> None:
     if not final.exists():
         return
     if not final.is_dir():

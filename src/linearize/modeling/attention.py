@@ -21,8 +21,8 @@ Tap = Callable[..., Tensor]
 class MixerCall:
     """What one forward pass of the student tells all its mixers.
 
-    `tap`: replaces the mixer's call in every converted layer: `tap(module, q, k, v, scaling=, softcap=, layout=) -> y [B, H, T, V]`;
-    attention transfer uses it to compute both attentions and pass the teacher's on.
+    `tap`: stands in for the mixer in every converted layer: `tap(module, q, k, v, scaling=, softcap=, sliding_window=, layout=)
+    -> y [B, H, T, V]`; attention transfer uses it to compute both attentions and pass the teacher's on.
     """
 
     layout: Layout
@@ -40,6 +40,7 @@ def mixer_attention(
     *,
     scaling: float | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
     mixer_call: MixerCall | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -49,10 +50,10 @@ def mixer_attention(
     checked at conversion (`surgery.probe`).
     """
     assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
-    scores = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
+    scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
     layout = mixer_call.layout
     if mixer_call.tap is not None:
-        y_BHTV = mixer_call.tap(module, query, key, value, layout=layout, **scores)
+        y_BHTV = mixer_call.tap(module, query, key, value, layout=layout, sliding_window=sliding_window, **scores)
     elif mixer_call.cache is None:
         mixer: Any = module.mixer
         y_BHTV, _state = mixer(query, key, value, layout=layout, branch=mixer_call.branch, need_state=False, **scores)

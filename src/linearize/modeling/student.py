@@ -15,6 +15,7 @@ from linearize.errors import InputError
 from linearize.mixers import AttentionShape, Mixer, MixerConfig
 from linearize.modeling.attention import MixerCall, Tap
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.save import apply_adapters
 from linearize.modeling.surgery import AttentionSite, check_plan, install, probe, share_weights
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch
@@ -155,6 +156,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         if wrong:
             told = "; ".join(f"{k.split('_')[0]}: {', '.join(map(str, names))}" for k, names in wrong.items())
             raise InputError(f"the weights in {Path(str(pretrained_model_name_or_path)).name} do not fit its plan ({told})")
+        apply_adapters(model, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
 

@@ -87,6 +87,10 @@ class StageRun(Protocol):
         """What early stopping watches; the loop calls it without gradients."""
         ...
 
+    def calibrate(self, batch: Batch) -> None:
+        """Called once before the loop with the first training batch: scales that the loss needs are measured here."""
+        ...
+
     def finish(self) -> None:
         """Called once at the end, with the final weights in place (merge adapters, drop hooks)."""
         ...

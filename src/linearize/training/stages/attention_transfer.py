@@ -1,0 +1,151 @@
+"""Attention transfer: each mixer learns to give what the softmax attention that it replaces gives (LoLCATs, 2410.10254, section 3.1).
+
+The hidden states passed on are always the teacher's, so no error accumulates from layer to layer, and only the mixers' new parameters
+train. One forward pass through the student's tree computes both attentions from the same q, k, v.
+
+Letters: B batch, H query heads, G key/value heads, T tokens, V value dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from linearize.errors import InputError
+from linearize.modeling import LinearizedForCausalLM
+from linearize.ops.layout import Layout
+from linearize.ops.softmax import softmax_attention
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+
+
+class AttentionTransferConfig(StageConfig):
+    """Settings of the stage.
+
+    `mse`, `weights_ce`: weights of the squared error of attention outputs and of the cross-entropy between rows of attention weights
+    (which needs T x T matrices; the 405B recipe is 1000 and 1). `normalize`: `power` divides a layer's squared error by the mean square
+    of its teacher output (measured once, before the stage), so that late layers with large outputs do not drown the others; `none` is raw.
+    """
+
+    name: Literal["attention_transfer"] = "attention_transfer"
+    mse: float = Field(1.0, ge=0)
+    weights_ce: float = Field(0.0, ge=0)
+    normalize: Literal["power", "none"] = "power"
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> AttentionTransferConfig:
+        if self.mse == 0 and self.weights_ce == 0:
+            raise ValueError("mse and weights_ce are both 0: give one of them a weight")
+        return self
+
+    def build(self, student: Any, teacher: Any) -> StageRun:
+        """The stage over a student; the teacher's attention is computed inside the student's own tree."""
+        return AttentionTransfer(self, student)
+
+
+class AttentionTransfer:
+    """The running stage."""
+
+    def __init__(self, config: AttentionTransferConfig, student: LinearizedForCausalLM) -> None:
+        self.config, self.student = config, student.eval()
+        self.layers = sorted(student.mixers())
+        self.power = {layer: 1.0 for layer in self.layers}
+        student.requires_grad_(False)
+        self.parameters = student.mixer_parameters()
+        if not self.parameters:
+            raise InputError("attention_transfer has nothing to train: no mixer of the plan has parameters (set its tokens to 0)")
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def calibrate(self, batch: Batch) -> None:
+        """Measure each layer's teacher output power on a batch of training text."""
+        if self.config.normalize == "power":
+            outputs = self._pass(batch, keep=True)
+            self.power = {layer: float(outputs[layer][1].square().mean()) for layer in self.layers}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The mixers' parameters and no others."""
+        return [ParameterGroup(self.parameters)]
+
+    def loss(self, batch: Batch) -> LossSum:
+        """Sum over layers of the transfer loss, as a sum over tokens that are no padding."""
+        terms = self._pass(batch)
+        total = sum((term for term, _ in terms.values()), torch.zeros((), device=batch["input_ids"].device))
+        return LossSum(total, float(_real(batch).sum()))
+
+    def heldout_loss(self, batch: Batch) -> LossSum:
+        """The stage's own objective."""
+        return self.loss(batch)
+
+    def layer_errors(self, batch: Batch) -> list[float]:
+        """Per layer: squared error of the attention outputs over the teacher's power (0 exact, 1 as bad as nothing)."""
+        live = _real(batch)[:, None, :, None]
+        with torch.no_grad():
+            outputs = self._pass(batch, keep=True)
+        return [
+            float(((y - target) * live).square().sum() / (target * live).square().sum())
+            for y, target in (outputs[layer] for layer in self.layers)
+        ]
+
+    def finish(self) -> None:
+        """Freeze what was trained."""
+        self.student.requires_grad_(False)
+
+    def _pass(self, batch: Batch, keep: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
+        """One pass of the teacher's hidden states; per layer (loss, -), or with `keep` the two outputs."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        live = _real(batch)
+        grad = torch.is_grad_enabled()
+
+        def tap(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: int | None, **scores: Any) -> Tensor:
+            target = softmax_attention(q, k, v, layout=layout, sliding_window=sliding_window, **scores)
+            layer: Any = module.layer_idx
+            with torch.set_grad_enabled(grad):
+                y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)  # type: ignore[operator]
+                found[layer] = (y, target) if keep else (self._layer_loss(module, layer, (q, k, v), y, target, live, layout, scores), y)
+            return target
+
+        with torch.no_grad():
+            self.student(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=1, tap=tap
+            )
+        return found
+
+    def _layer_loss(
+        self,
+        module: Any,
+        layer: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        y: Tensor,
+        target: Tensor,
+        live_BT: Tensor,
+        layout: Layout,
+        scores: dict[str, Any],
+    ) -> Tensor:
+        config, total = self.config, y.new_zeros((), dtype=torch.float32)
+        if config.mse:
+            error = (y.float() - target.float()).square().mean((1, 3))
+            total = total + config.mse * (error * live_BT).sum() / self.power[layer]
+        if config.weights_ce:
+            total = total + config.weights_ce * (weights_cross_entropy(module.mixer, qkv, layout, scores) * live_BT).sum()
+        return total
+
+
+def weights_cross_entropy(mixer: Any, qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scores: dict[str, Any]) -> Tensor:
+    """-sum_i a_ni log b_ni for teacher weights a and student weights b, mean over heads, `[B, T]` (Hedgehog, 2402.04347, equation 9).
+
+    Weights are attention outputs for one-hot values: row i of v is the i-th unit vector.
+    """
+    q, k, _ = qkv
+    eye = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(k.shape[0], k.shape[1], -1, -1)
+    with torch.no_grad():
+        teacher = softmax_attention(q, k, eye, layout=layout, **scores)
+    student, _ = mixer(q, k, eye, layout=layout, need_state=False, **scores)
+    return -(teacher * student.clamp(min=1e-8).log()).sum(-1).mean(1)
+
+
+def _real(batch: Batch) -> Tensor:
+    """Tokens that predict something counted, `[B, T]` float: all but padding and the last token of each document."""
+    return torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).ne(-100).float()
