@@ -10,6 +10,7 @@ measurement is the best so far; SIGINT or SIGTERM ends training early, with the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from demo_teacher.batches import BatchPlan, RecallAndStories
+from demo_teacher.batches import CURRICULA, BatchPlan, RecallAndStories
 from demo_teacher.measure import heldout_loss, recall_accuracy, recall_questions, recall_table
 from demo_teacher.model import add_dropout, build_model
 from demo_teacher.saving import check_tokenizer, folder_bytes, load_teacher, save_teacher, write_provenance
@@ -30,6 +31,7 @@ from demo_teacher.training import Clock, Curriculum, Evaluations, Measure, Run, 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EVALUATION_SEED = 20_000
+PATHS = ("data", "out", "start_from")
 FINAL_SECONDS = {"cuda": 30.0, "cpu": 180.0}
 """Kept free at the end of `--minutes` for saving and the last measurements."""
 
@@ -42,6 +44,9 @@ def arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="wall clock for everything")
     length.add_argument("--steps", type=int, help="exact number of steps instead of a time")
+    parser.add_argument("--start-from", type=Path, help="go on from the weights and tokenizer of this teacher's folder")
+    parser.add_argument("--curriculum", choices=list(CURRICULA), default="few", help="facts in a recall document")
+    parser.add_argument("--level", type=int, default=0, help="of the curriculum at the start")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches; 0 makes them in the loop")
     for name, default in {"vocab": 2048, "width": 128, "layers": 4, "mlp": 384, "kv-heads": 2, "context": 1024}.items():
@@ -62,25 +67,19 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     stories = read_stories(args.data)
-    tokenizer = train_tokenizer(stories.train, args.vocab, args.seed)
+    model, tokenizer = _start(args, stories)
     ratio = tokens_per_word(tokenizer, stories.train)
     print(
         f"{len(stories.train)} stories, {len(stories.heldout)} held out, {ratio:.3f} tokens a word, {device}",
         flush=True,
     )
 
-    model = build_model(
-        vocab_size=args.vocab,
-        width=args.width,
-        layers=args.layers,
-        mlp=args.mlp,
-        kv_heads=args.kv_heads,
-        context=args.context,
-    ).to(device)
+    model.to(device)
     add_dropout(model, args.dropout)
     plan = BatchPlan(
         recall_tokens=args.recall_tokens,
         num_stories=args.stories,
+        curriculum=args.curriculum,
         context=args.context,
         answer_weight=args.answer_weight,
         hay_weight=args.hay_weight,
@@ -92,7 +91,7 @@ def main() -> None:
     clock = Clock(Schedule(steps=args.steps, seconds=max(seconds, 1.0)))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, clock.stop)
-    curriculum = Curriculum()
+    curriculum = Curriculum(args.level)
     dataset = RecallAndStories(tokenizer, stories.train, stories.train_hay, plan, ratio, curriculum)
 
     def keep(best: LlamaForCausalLM, run: Run) -> None:
@@ -116,6 +115,22 @@ def main() -> None:
     facts = _facts(args, run, results, wall_seconds=time.monotonic() - started)
     write_provenance(args.out, data=args.data, facts=facts)
     print(results, f"{folder_bytes(args.out)} bytes, {facts['wall_seconds']} s", flush=True)
+
+
+def _start(args: argparse.Namespace, stories: Stories) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A new model and tokenizer, or those of `--start-from`."""
+    if args.start_from:
+        return load_teacher(args.start_from)
+    tokenizer = train_tokenizer(stories.train, args.vocab, args.seed)
+    model = build_model(
+        vocab_size=args.vocab,
+        width=args.width,
+        layers=args.layers,
+        mlp=args.mlp,
+        kv_heads=args.kv_heads,
+        context=args.context,
+    )
+    return model, tokenizer
 
 
 def _measure(
@@ -166,10 +181,14 @@ def _results(
 
 
 def _facts(args: argparse.Namespace, run: Run, results: dict[str, Any], *, wall_seconds: float) -> dict[str, Any]:
-    names = {str(path): path.name for path in args.data} | {str(args.out): "teacher"}
+    names = {str(path): path.name for path in [*args.data, args.out]}
+    earlier = {}
+    if args.start_from:
+        names[str(args.start_from)] = args.start_from.name
+        earlier = {"started_from": json.loads((args.start_from / "PROVENANCE.json").read_text(encoding="utf-8"))}
     return {
         "command": shlex.join(["python", "scripts/train_demo_teacher.py", *(names.get(o, o) for o in sys.argv[1:])]),
-        "settings": {name: value for name, value in vars(args).items() if name not in ("data", "out")},
+        "settings": {name: value for name, value in vars(args).items() if name not in PATHS},
         "seed": args.seed,
         "steps": run.steps,
         "tokens": run.tokens,
@@ -177,6 +196,7 @@ def _facts(args: argparse.Namespace, run: Run, results: dict[str, Any], *, wall_
         **results,
         "log": run.log,
         "wall_seconds": round(wall_seconds, 1),
+        **earlier,
     }
 
 

@@ -1,4 +1,5 @@
-"""Every form of window + linear attention against a per-token loop written straight from the paper's equation (fp64)."""
+"""Every form of window + linear attention against a per-token loop written straight from the paper's equation
+(fp64)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ B, H, G, D, V = 2, 6, 3, 5, 7
 SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V)
 
 
-def make_spec(window, shape, *, linear=True, sinks=0, shared=False, softcap=None, affine=False, branch="both", name="hedgehog"):
+def make_spec(
+    window, shape, *, linear=True, sinks=0, shared=False, softcap=None, affine=False, branch="both", name="hedgehog"
+):
     torch.manual_seed(3)
     maps = [FeatureMap(name, SHAPE, 9, "identity").double() for _ in "qk"]
     for parameter in itertools.chain(*(m.parameters() for m in maps)):
@@ -63,7 +66,9 @@ def naive(q, k, v, spec, position_BT):
         weights = (scores - m + spec.log_window_factor_H[:, None]).exp()
         top, bottom = torch.einsum("hi,hiv->hv", weights, v_all[b][:, near]), weights.sum(-1)
         if far:
-            weights = torch.einsum("hf,hif->hi", phi_q[b, :, n], phi_k[b][:, far]) * ((-m).exp() if spec.shared_shift else 1)
+            weights = torch.einsum("hf,hif->hi", phi_q[b, :, n], phi_k[b][:, far]) * (
+                (-m).exp() if spec.shared_shift else 1
+            )
             top, bottom = top + torch.einsum("hi,hiv->hv", weights, v_all[b][:, far]), bottom + weights.sum(-1)
         y[b, :, n] = top / bottom.masked_fill(bottom == 0, 1)[:, None]
     return y
@@ -175,7 +180,9 @@ def test_a_state_carries_gradients_across_a_cut():
 @pytest.mark.parametrize("shape", ["terraced", "sliding"])
 def test_a_window_over_the_whole_text_is_softmax_attention(shape):
     spec, (q, k, v) = make_spec(53, shape), inputs(53)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scaling, enable_gqa=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=spec.scaling, enable_gqa=True
+    )
     for form in FORMS:
         with use_form(form):
             y, _ = window_linear(q, k, v, spec=spec, layout=Layout())
@@ -188,7 +195,9 @@ def test_fp32_decode_agrees_with_prefill_to_1e_5():
     whole, _ = window_linear(q, k, v, spec=spec, layout=Layout())
     state, parts = None, []
     for t in range(301):
-        y, state = window_linear(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], spec=spec, layout=Layout(t), state=state)
+        y, state = window_linear(
+            q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], spec=spec, layout=Layout(t), state=state
+        )
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-5)
 
@@ -242,7 +251,10 @@ def test_memory_of_training_is_linear(monkeypatch):
 
 def test_layout_reads_padding_and_packing():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert Layout.from_inputs(num_tokens=5, past=0, attention_mask=mask).position_BT.tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert Layout.from_inputs(num_tokens=5, past=0, attention_mask=mask).position_BT.tolist() == [
+        [-1, -1, 0, 1, 2],
+        [0, 1, 2, 3, 4],
+    ]
     assert Layout.from_inputs(num_tokens=2, past=3, attention_mask=mask).position_BT.tolist() == [[1, 2], [3, 4]]
     assert Layout.from_inputs(num_tokens=5, past=0, attention_mask=torch.ones(2, 5)).is_plain
     packed = torch.tensor([[0, 1, 0, 1, 2]])

@@ -19,13 +19,23 @@ from transformers import PreTrainedTokenizerFast
 from demo_teacher.text import BOS_ID, EOS_ID, PAD_ID
 from linearize.demo.recall import CODE_DIGITS, RecallItem, recall_document
 
-CURRICULUM = (
-    (64, (1, 2), (1, 1)),
-    (128, (2, 3), (2, 3)),
-    (256, (1, 4), (3, 7)),
-    (512, (1, 4), (4, 12)),
-    (1024, (1, 4), (6, 16)),
-)
+Level = tuple[int, tuple[int, int], tuple[int, int]]
+CURRICULA: dict[str, tuple[Level, ...]] = {
+    "few": (
+        (64, (1, 2), (1, 1)),
+        (128, (2, 3), (2, 3)),
+        (256, (1, 4), (3, 7)),
+        (512, (1, 4), (4, 12)),
+        (1024, (1, 4), (6, 16)),
+    ),
+    "many": (
+        (64, (2, 3), (1, 1)),
+        (128, (3, 6), (2, 3)),
+        (256, (4, 9), (4, 7)),
+        (512, (1, 8), (4, 12)),
+        (1024, (1, 8), (6, 16)),
+    ),
+}
 """Recall documents level by level: longest in tokens, fewest and most facts, fewest and most questions.
 
 Copying the only code in sight is learned in minutes, choosing the right one takes long: short rows dense with facts
@@ -48,6 +58,8 @@ class BatchPlan:
 
     recall_tokens: int
     num_stories: int
+    curriculum: str
+    """A key of CURRICULA."""
     context: int
     answer_weight: float
     hay_weight: float
@@ -84,7 +96,7 @@ class RecallAndStories(Dataset[tuple[Rows, Rows]]):
         rng = random.Random(self.plan.seed * 1_000_003 + step)
         top = self.level()
         level = top if rng.random() < TOP_LEVEL_SHARE else rng.randint(min(1, top), top)
-        length = min(CURRICULUM[level][0], self.plan.context)
+        length = min(CURRICULA[self.plan.curriculum][level][0], self.plan.context)
         items = [self._document(rng, level, length) for _ in range(max(1, self.plan.recall_tokens // length))]
         encoded = [self.encoder.recall(item) for item in items]
         weights = [self._weights(rng, answer)[:length] for _, answer in encoded]
@@ -97,7 +109,7 @@ class RecallAndStories(Dataset[tuple[Rows, Rows]]):
 
     def _document(self, rng: random.Random, level: int, length: int) -> RecallItem:
         """A recall document of at most about `length` tokens."""
-        num_facts, num_questions = (rng.randint(*span) for span in CURRICULUM[level][1:])
+        num_facts, num_questions = (rng.randint(*span) for span in CURRICULA[self.plan.curriculum][level][1:])
         overhead = 2 + FACT_TOKENS * num_facts + QUESTION_TOKENS * num_questions
         num_words = max(8, int(LENGTH_MARGIN * (length - overhead) / self.ratio))
         return recall_document(rng, self.hay, num_words=num_words, num_facts=num_facts, num_questions=num_questions)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import LlamaForCausalLM
 
-from demo_teacher.batches import CURRICULUM, RecallAndStories, Rows
+from demo_teacher.batches import RecallAndStories, Rows
 from demo_teacher.measure import digit_accuracy, weighted_loss
 from demo_teacher.model import AveragedModel
 from demo_teacher.muon import Muon
@@ -76,19 +76,19 @@ class Curriculum:
     EARLIEST, LATEST = (0.0, 0.0, 0.0, 0.1, 0.4), (0.0, 0.04, 0.3, 0.5, 0.7)
     GOOD, MEMORY, CHECK_EVERY = 0.96, 0.8, 10
 
-    def __init__(self) -> None:
-        self.shared: Any = Value("i", 0)
+    def __init__(self, level: int) -> None:
+        self.shared: Any = Value("i", level)
         self.average = 0.0
 
     def __call__(self) -> int:
-        """The present level, an index into CURRICULUM."""
+        """The present level, counted from 0."""
         return int(self.shared.value)
 
     def look(self, accuracy: float, progress: float) -> None:
         """Go one level up if the share of right digits is good, on average over batches, or time has come."""
         self.average += (1 - self.MEMORY) * (accuracy - self.average)
         new = self() + 1
-        if new == len(CURRICULUM) or progress < self.EARLIEST[new]:
+        if new == len(self.LATEST) or progress < self.EARLIEST[new]:
             return
         if self.average >= self.GOOD or progress >= self.LATEST[new]:
             self.shared.value, self.average = new, 0.0

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linearize.version import __version__
-
 from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
+from linearize.version import __version__
 
 if TYPE_CHECKING:
     from linearize.convert import convert

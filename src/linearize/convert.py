@@ -49,11 +49,13 @@ def convert(
 ) -> LinearizedForCausalLM:
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
-    Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the folder, which is
+    Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
+    folder, which is
     removed at the end.
 
     Args:
-        teacher: folder or Hub name. data: SPECs (files, Hub data sets, `self`). out: folder that must not exist unless `overwrite`.
+        teacher: folder or Hub name. data: SPECs (files, Hub data sets, `self`). out: folder that must not exist
+        unless `overwrite`.
         recipe: a name, a YAML file or a `Recipe`. overrides: dotted recipe keys.
     Raises:
         InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
@@ -95,7 +97,9 @@ class Conversion:
         errors = {"swap": self._layer_errors()}
         stages: list[StageReport] = []
         for number, stage in enumerate(self.recipe.stages):
-            if stage.tokens == 0 or (isinstance(stage, AttentionTransferConfig) and not self.student.mixer_parameters()):
+            if stage.tokens == 0 or (
+                isinstance(stage, AttentionTransferConfig) and not self.student.mixer_parameters()
+            ):
                 continue
             key = f"{number}-{stage.name}"
             result = self._stage(stage, work / key, identity, key, progress, tracker)
@@ -139,7 +143,8 @@ class Conversion:
 
         run.calibrate(next(stream(0)))
         return run_stage(
-            run, stage, stream, self.heldout, length=self.train.length, checkpoint_dir=folder, identity=identity, name=key,
+            run, stage, stream, self.heldout, length=self.train.length, checkpoint_dir=folder, identity=identity,
+            name=key,
             progress=progress, tracker=tracker,
         )  # fmt: skip
 
@@ -155,7 +160,9 @@ class Conversion:
         return errors
 
     def _ablation(self) -> Any:
-        windows = [mixer for mixer in self.student.config.mixers() if mixer is not None and hasattr(mixer, "feature_map")]
+        windows = [
+            mixer for mixer in self.student.config.mixers() if mixer is not None and hasattr(mixer, "feature_map")
+        ]
         reach = max((ring_slots(m.window, m.window_shape) + 1 for m in windows if m.window), default=0)  # type: ignore[attr-defined]
         return branch_ablation(self.student, self.heldout, window=reach, teacher=self.teacher) if reach else None
 
@@ -166,9 +173,7 @@ class Conversion:
         return digest.hexdigest()[:16]
 
 
-def _prepare(
-    name: str, recipe: Recipe, specs: list[str], *, device: str | None, trust_remote_code: bool
-) -> Conversion:
+def _prepare(name: str, recipe: Recipe, specs: list[str], *, device: str | None, trust_remote_code: bool) -> Conversion:
     """Load and check everything; nothing has been written or trained when this returns."""
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
@@ -181,7 +186,9 @@ def _prepare(
     length = recipe.data.length
     limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise InputError(f"data.length {length} is beyond the teacher's context {limit}: set data.length to at most {limit}")
+        raise InputError(
+            f"data.length {length} is beyond the teacher's context {limit}: set data.length to at most {limit}"
+        )
     documents = load_documents(
         specs, tokenizer, sample=self_sampler(teacher, tokenizer, recipe.data), answer_only=recipe.data.answer_only
     )

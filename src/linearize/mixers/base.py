@@ -35,7 +35,8 @@ class AttentionShape:
 class MixerCost:
     """What a mixer costs per sequence.
 
-    `state_bytes`: the most a sequence's state holds, whatever its length. `bytes_per_token`: growth per token (0 for a linear mixer).
+    `state_bytes`: the most a sequence's state holds, whatever its length. `bytes_per_token`: growth per token (0 for
+    a linear mixer).
     `flops_per_token`: multiply-adds times two of one decoded token, without projections.
     """
 

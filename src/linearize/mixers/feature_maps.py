@@ -8,7 +8,8 @@
 | `exp` | [exp(x W - max), exp(-x W + min)] | LoLCATs, appendix |
 | `gain` | hedgehog's features times exp(x u + c) | here: lets the linear term grow with q and k as exp(q . k) does |
 
-Letters: G key/value heads, H query heads, R = H / G, D head dimension, F features, C tokens; leading dimensions are free.
+Letters: G key/value heads, H query heads, R = H / G, D head dimension, F features, C tokens; leading dimensions are
+free.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class FeatureMap(nn.Module):
         return {"elu": self.head_dim, "t2r": self.dim}.get(self.name, 2 * self.dim)
 
     def reset_parameters(self) -> None:
-        """W starts as copies of the identity (`scales`: each at its own scale, so that the copies can part), the rest as zeros."""
+        """W starts as copies of the identity (`scales`: each at its own scale, so that the copies can part), the rest
+        as zeros."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self._start()) if name == "weight_HDF" else parameter.zero_()

@@ -18,10 +18,14 @@ from linearize.ops.window_linear import Branch, WindowLinear, WindowShape
 class LolcatsConfig(WindowMixerConfig):
     """Window + linear attention; the defaults are the published ones.
 
-    `window`: tokens (0: linear attention alone). `window_shape`: `terraced` (block b sees blocks b - 1 and b) or `sliding`.
-    `feature_dim`: columns F of W; hedgehog, exp and gain give 2 F features. `affine`: the linear term is scaled by 1 - g.
-    `num_sinks`: first tokens of a document that stay in the window for ever. `shift`: `window` (published: only the window term is
-    shifted by its maximum) or `shared` (both branches are, so that a token weighs the same on either side of the window's edge).
+    `window`: tokens (0: linear attention alone). `window_shape`: `terraced` (block b sees blocks b - 1 and b) or
+    `sliding`.
+    `feature_dim`: columns F of W; hedgehog, exp and gain give 2 F features. `affine`: the linear term is scaled by 1
+    - g.
+    `num_sinks`: first tokens of a document that stay in the window for ever. `shift`: `window` (published: only the
+    window term is
+    shifted by its maximum) or `shared` (both branches are, so that a token weighs the same on either side of the
+    window's edge).
     `feature_start`: `identity` copies, or copies at several `scales`.
     """
 

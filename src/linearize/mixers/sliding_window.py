@@ -1,4 +1,5 @@
-"""Softmax over a window only, optionally with attention sinks (StreamingLLM, 2309.17453): the control for every linear branch."""
+"""Softmax over a window only, optionally with attention sinks (StreamingLLM, 2309.17453): the control for every
+linear branch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from linearize.ops.window_linear import Branch, WindowLinear, WindowShape
 class SlidingWindowConfig(WindowMixerConfig):
     """Window attention with no linear branch and no new parameters.
 
-    `window`: tokens. `window_shape`: `sliding` or `terraced`. `num_sinks`: first tokens of a document that are always seen.
+    `window`: tokens. `window_shape`: `sliding` or `terraced`. `num_sinks`: first tokens of a document that are always
+    seen.
     """
 
     name: Literal["sliding_window"] = "sliding_window"

@@ -54,7 +54,9 @@ class WindowMixer(Mixer):
         self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None
     ) -> WindowLinearState:
         """See `Mixer.advance`; the scale of the scores does not enter the state."""
-        return advance(k_BGTD, v_BGTV, spec=self.spec(scaling=1.0, softcap=None, branch="both"), layout=layout, state=state)
+        return advance(
+            k_BGTD, v_BGTV, spec=self.spec(scaling=1.0, softcap=None, branch="both"), layout=layout, state=state
+        )
 
     def cost(self, element_size: int) -> MixerCost:
         """Ring and sinks of keys and values; scores and weighted sum over the window."""

@@ -48,4 +48,6 @@ def load(
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"cannot load {path} as a student: {one_line(error)}") from error
-    return model.to(device or "cpu").eval()
+    placed: Any = model.to(device or "cpu")  # type: ignore[arg-type]
+    student: LinearizedForCausalLM = placed.eval()
+    return student

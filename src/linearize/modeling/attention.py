@@ -1,4 +1,5 @@
-"""The attention function of converted layers: transformers computes q, k, v and the output projection, a mixer what is between."""
+"""The attention function of converted layers: transformers computes q, k, v and the output projection, a mixer what
+is between."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Tap = Callable[..., Tensor]
 class MixerCall:
     """What one forward pass of the student tells all its mixers.
 
-    `tap`: stands in for the mixer in every converted layer: `tap(module, q, k, v, scaling=, softcap=, sliding_window=, layout=)
+    `tap`: stands in for the mixer in every converted layer: `tap(module, q, k, v, scaling=, softcap=,
+    sliding_window=, layout=)
     -> y [B, H, T, V]`; attention transfer uses it to compute both attentions and pass the teacher's on.
     """
 
@@ -46,7 +48,8 @@ def mixer_attention(
 ) -> tuple[Tensor, None]:
     """Attention through the layer's mixer, in transformers' calling convention.
 
-    `query: [B, H, T, D]`, `key`, `value: [B, G, T, D]` after RoPE and norms -> `[B, T, H, V]`. What other keywords could mean was
+    `query: [B, H, T, D]`, `key`, `value: [B, G, T, D]` after RoPE and norms -> `[B, T, H, V]`. What other keywords
+    could mean was
     checked at conversion (`surgery.probe`).
     """
     assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"

@@ -1,6 +1,7 @@
 """One cache layer for all mixers: a committed state, and while recording, the raw inputs since the commit.
 
-transformers calls `update` before the attention function; ours hands the new keys and values through, and the attention function then
+transformers calls `update` before the attention function; ours hands the new keys and values through, and the
+attention function then
 calls `step`, which knows the mixer. Rolling back drops raw inputs; the state itself is never copied or undone.
 """
 
@@ -120,7 +121,7 @@ class MixerCacheLayer(CacheLayerMixin):
         remove, held = -tokens_to_remove, 0 if self.pending is None else len(self.pending) - self.accepted
         if remove < 0 or remove > held:
             raise ValueError(
-                f"cannot drop {remove} tokens: {held} are held back; call `activate_past_recording` before the tokens to drop"
+                f"cannot drop {remove} tokens, {held} are held back: call `activate_past_recording` before them"
             )
         if self.pending is not None:
             kept = len(self.pending) - remove

@@ -10,14 +10,23 @@ from linearize.errors import InputError, unknown
 from linearize.mixers import MIXERS, MixerConfig
 
 MIXER_LAYER = "linearize_mixer"
-SHARED_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "initializer_range")
+SHARED_FIELDS = (
+    "vocab_size",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "initializer_range",
+)
 
 
 class LinearizeConfig(PreTrainedConfig):
     """Config of a student: `teacher` (its config as a dict) and `plan` (one mixer or None per layer).
 
-    `attention`, `shapes`: names of the attention modules inside the teacher's class and their sizes, by layer. `teacher_name`: where the teacher came from.
-    What is not set here is read from the teacher's config, so that tools which look for `hidden_size` and the like find it.
+    `attention`, `shapes`: names of the attention modules inside the teacher's class and their sizes, by layer.
+    `teacher_name`: where the teacher came from.
+    What is not set here is read from the teacher's config, so that tools which look for `hidden_size` and the like
+    find it.
     """
 
     model_type = "linearized"
@@ -63,7 +72,9 @@ class LinearizeConfig(PreTrainedConfig):
             InputError: an unknown mixer, or a plan that does not fit the model.
         """
         if len(self.plan) != len(self.attention):
-            raise InputError(f"the plan has {len(self.plan)} layers and the model {len(self.attention)}: the folder is damaged")
+            raise InputError(
+                f"the plan has {len(self.plan)} layers and the model {len(self.attention)}: the folder is damaged"
+            )
         return [None if entry is None else parse_mixer(entry) for entry in self.plan]
 
     @property
@@ -79,8 +90,10 @@ class LinearizeConfig(PreTrainedConfig):
         ]
 
     def validate(self) -> None:
-        """The parent's checks but that of the layer types: ours is not on transformers' list, and `mixers` checks the plan."""
-        for check in type(self).__class_validators__:
+        """The parent's checks but that of the layer types: ours is not on transformers' list, and `mixers` checks the
+        plan."""
+        checks: Any = vars(PreTrainedConfig)["__class_validators__"]
+        for check in checks:
             if check.__name__ != "validate_layer_type":
                 check(self)
 

@@ -14,7 +14,8 @@ ADAPTER = "adapter"
 
 
 def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
-    """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to `adapter/`."""
+    """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
+    `adapter/`."""
     kept = student.__dict__.pop("kept_adapters", None)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -24,7 +25,9 @@ def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
         config, state = kept
         (folder / ADAPTER).mkdir()
         config.save_pretrained(folder / ADAPTER)
-        save_file({k: v.cpu() for k, v in state.items()}, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.cpu() for k, v in state.items()}, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"}
+        )
 
 
 def apply_adapters(student: Any, path: Any) -> None:
@@ -39,7 +42,7 @@ def apply_adapters(student: Any, path: Any) -> None:
     from peft import LoraConfig
     from safetensors.torch import load_file
 
-    config = LoraConfig.from_pretrained(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     state = load_file(folder / "adapter_model.safetensors")
     scale = config.lora_alpha / config.r
     modules = dict(student.named_modules())

@@ -55,7 +55,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_teacher(
         cls, teacher: PreTrainedModel, plan: Sequence[MixerConfig | None], *, teacher_name: str | None = None
     ) -> LinearizedForCausalLM:
-        """A student over the teacher's own tensors (no copy): the teacher stays usable, its weights are shared until trained apart.
+        """A student over the teacher's own tensors (no copy): the teacher stays usable, its weights are shared until
+        trained apart.
 
         Raises:
             InputError: a family that cannot be converted, or a plan that does not fit; the teacher is unchanged then.
@@ -84,14 +85,18 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As the teacher's own forward; `branch` runs one branch of every mixer (ablation), `tap` see `MixerCall`.
 
-        `input_ids: [B, T]`; `attention_mask: [B, past + T]` (left padding); packed rows carry restarting `position_ids: [B, T]` and no
-        mask. Returns the teacher class's output (`logits: [B, T, vocabulary]`, `loss` with `labels`, `past_key_values`).
+        `input_ids: [B, T]`; `attention_mask: [B, past + T]` (left padding); packed rows carry restarting
+        `position_ids: [B, T]` and no
+        mask. Returns the teacher class's output (`logits: [B, T, vocabulary]`, `loss` with `labels`,
+        `past_key_values`).
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise InputError("give either input_ids or inputs_embeds")
         if use_cache is None:
-            use_cache = past_key_values is not None or (not self.training and getattr(self.lm.config, "use_cache", True))
+            use_cache = past_key_values is not None or (
+                not self.training and getattr(self.lm.config, "use_cache", True)
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -113,10 +118,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def mixers(self) -> dict[int, Mixer]:
         """The mixers by layer."""
-        found = {}
+        found: dict[int, Mixer] = {}
         for layer, (name, entry) in enumerate(zip(self.config.attention, self.config.plan, strict=True)):
             if entry is not None:
-                found[layer] = self.lm.get_submodule(name).mixer
+                mixer: Any = self.lm.get_submodule(name).mixer
+                found[layer] = mixer
         return found
 
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
@@ -140,7 +146,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.set_output_embeddings(value)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Mixers start themselves when built; on the way from a checkpoint every tensor is read (`from_pretrained` is strict)."""
+        """Mixers start themselves when built; on the way from a checkpoint every tensor is read (`from_pretrained` is
+        strict)."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -151,11 +158,14 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys") if info.get(k)}
         if wrong:
             told = "; ".join(f"{k.split('_')[0]}: {', '.join(map(str, names))}" for k, names in wrong.items())
-            raise InputError(f"the weights in {Path(str(pretrained_model_name_or_path)).name} do not fit its plan ({told})")
+            raise InputError(
+                f"the weights in {Path(str(pretrained_model_name_or_path)).name} do not fit its plan ({told})"
+            )
         apply_adapters(model, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
@@ -174,7 +184,9 @@ def _config(
 
     fields = teacher.config.to_dict()
     return LinearizeConfig(
-        teacher={k: v for k, v in fields.items() if k not in ("architectures", "_name_or_path", "transformers_version")},
+        teacher={
+            k: v for k, v in fields.items() if k not in ("architectures", "_name_or_path", "transformers_version")
+        },
         plan=[None if mixer is None else mixer.model_dump() for mixer in plan],
         attention=[site.name for site in sites],
         shapes=[vars(site.shape) for site in sites],

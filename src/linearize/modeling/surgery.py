@@ -35,7 +35,8 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
     """The attention modules of a causal LM, by layer, found by running three tokens through it; changes nothing.
 
     Raises:
-        InputError: a family whose attention does not go through transformers' attention interface, or computes something that no mixer
+        InputError: a family whose attention does not go through transformers' attention interface, or computes
+        something that no mixer
             does (attention sinks, biases); says which.
     """
     family = model.config.model_type
@@ -47,12 +48,14 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
         for config in configs:
             config._attn_implementation = PROBE
         with torch.no_grad():
-            ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]
+            ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
             model.eval()(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{family} cannot be converted: its attention could not be probed ({_first_line(error)})") from error
+        raise InputError(
+            f"{family} cannot be converted: its attention could not be probed ({_first_line(error)})"
+        ) from error
     finally:
         model.train(was_training)
         for config, implementation in zip(configs, before, strict=True):
@@ -77,7 +80,9 @@ def _probe_attention(
         raise InputError("its attention modules do not pass keywords on to the attention function")
     extra = {k for k, v in kwargs.items() if v is not None} - KNOWN_KEYWORDS - HARMLESS
     odd = {name for name in extra if isinstance(kwargs[name], Tensor | nn.Parameter)}
-    calls.append({"module": module, "q": query, "k": key, "v": value, "window": kwargs.get("sliding_window"), "odd": odd})
+    calls.append(
+        {"module": module, "q": query, "k": key, "v": value, "window": kwargs.get("sliding_window"), "odd": odd}
+    )
     rows = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return rows.transpose(1, 2), None
 
@@ -97,17 +102,22 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]]) -> list[Attentio
         layer = getattr(call["module"], "layer_idx", None)
         if layer is None or id(call["module"]) not in names:
             raise InputError(f"{family} cannot be converted: its attention modules do not know their layer")
-        sites.append(AttentionSite(name=names[id(call["module"])], layer=layer, shape=shape, sliding_window=call["window"]))
+        sites.append(
+            AttentionSite(name=names[id(call["module"])], layer=layer, shape=shape, sliding_window=call["window"])
+        )
     sites.sort(key=lambda site: site.layer)
     if [site.layer for site in sites] != list(range(layers)):
         seen = len({site.layer for site in sites})
         raise InputError(
-            f"{family} cannot be converted: {seen} of its {layers} layers call transformers' attention interface once per pass; all must"
+            f"{family} cannot be converted: {seen} of its {layers} layers call transformers' attention interface; "
+            "all must, once per pass"
         )
     return sites
 
 
-def check_plan(plan: Sequence[MixerConfig | None], sites: Sequence[AttentionSite], family: str) -> list[MixerConfig | None]:
+def check_plan(
+    plan: Sequence[MixerConfig | None], sites: Sequence[AttentionSite], family: str
+) -> list[MixerConfig | None]:
     """The plan as it will be applied: a layer that the teacher limits to at most the mixer's window stays as it is.
 
     Such a layer is linear already, and no mixer would be nearer to it than itself.
@@ -116,7 +126,9 @@ def check_plan(plan: Sequence[MixerConfig | None], sites: Sequence[AttentionSite
         InputError: a plan of another length than the model.
     """
     if len(plan) != len(sites):
-        raise InputError(f"the plan has {len(plan)} layers, {family} has {len(sites)}: give one mixer (or none) per layer")
+        raise InputError(
+            f"the plan has {len(plan)} layers, {family} has {len(sites)}: give one mixer (or none) per layer"
+        )
     return [None if _is_local(mixer, site) else mixer for mixer, site in zip(plan, sites, strict=True)]
 
 
@@ -131,7 +143,9 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def install(lm: PreTrainedModel, plan: Sequence[MixerConfig | None], names: Sequence[str], shapes: Sequence[AttentionShape]) -> None:
+def install(
+    lm: PreTrainedModel, plan: Sequence[MixerConfig | None], names: Sequence[str], shapes: Sequence[AttentionShape]
+) -> None:
     """Put the plan's mixers into the attention modules of `lm` and route those modules to them."""
     routed: dict[int, PreTrainedConfig] = {}
     for mixer, name, shape in zip(plan, names, shapes, strict=True):

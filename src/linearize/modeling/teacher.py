@@ -33,13 +33,16 @@ def load_teacher(
         config = AutoConfig.from_pretrained(name, **options)
         if config.model_type == "linearized":
             raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or "auto", use_safetensors=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype or "auto", use_safetensors=True, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"cannot load {name} as a causal language model: {one_line(error)}") from error
-    return model.to(device or "cpu").eval().requires_grad_(False), tokenizer
+    placed: Any = model.to(device or "cpu")  # type: ignore[arg-type]
+    return placed.eval().requires_grad_(False), tokenizer
 
 
 def check_model_folder(name: str) -> None:
@@ -53,14 +56,18 @@ def check_model_folder(name: str) -> None:
     if not looks_local:
         return
     if not path.is_dir():
-        raise InputError(f"{name} is not a model folder: give a folder with config.json and model.safetensors, or a Hub name")
+        raise InputError(
+            f"{name} is not a model folder: give a folder with config.json and model.safetensors, or a Hub name"
+        )
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise InputError(f"{name} is not a model folder: it has no config.json (found: {found})")
     if not any(path.glob("*.safetensors")):
         pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         if pickles:
-            raise InputError(f"{name} holds weights as pickle ({pickles[0]}), which can run code: save them as safetensors first")
+            raise InputError(
+                f"{name} holds weights as pickle ({pickles[0]}), which can run code: save them as safetensors first"
+            )
         raise InputError(f"{name} holds no weights: model.safetensors is missing")
 
 

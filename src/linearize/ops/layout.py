@@ -18,7 +18,8 @@ class Layout:
     """Positions of the T new tokens of a call.
 
     Plain (`position_BT` is None): no padding, no packing; token t has position `start + t` in every row.
-    Ragged: `position_BT` holds each token's position in its own document and -1 on padding. A token whose position does not follow
+    Ragged: `position_BT` holds each token's position in its own document and -1 on padding. A token whose position
+    does not follow
     that of the token before it opens a new document, from which no mixer may look back.
     """
 
@@ -43,7 +44,8 @@ class Layout:
     ) -> Layout:
         """Read the layout from what transformers passes to a model.
 
-        `attention_mask: [B, past + T]` of zeros and ones (left padding; right padding only without a past), `position_ids: [B, T]`
+        `attention_mask: [B, past + T]` of zeros and ones (left padding; right padding only without a past),
+        `position_ids: [B, T]`
         (restarting per document when rows are packed), `past`: tokens already in the cache.
 
         Raises:
@@ -52,7 +54,9 @@ class Layout:
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 shape = list(attention_mask.shape)
-                raise InputError(f"attention_mask has shape {shape}: a linearized model takes [batch, tokens] of 0 and 1")
+                raise InputError(
+                    f"attention_mask has shape {shape}: a linearized model takes [batch, tokens] of 0 and 1"
+                )
             mask = attention_mask.bool()
             _check_no_holes(mask, num_tokens)
             if not bool(mask.all()):

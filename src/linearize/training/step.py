@@ -117,7 +117,7 @@ class Stepper:
         sums = self._pair(0.0, 0.0)
         for start in range(0, share, size):
             loss = self._forward(self.run.loss, {key: value[start : start + size] for key, value in batch.items()})
-            loss.sum.backward()  # type: ignore[no-untyped-call]
+            loss.sum.backward()
             sums += self._pair(loss.sum.detach(), loss.count)
         self._reduce(sums)
         return float(sums[0]), float(sums[1])

@@ -24,7 +24,16 @@ from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import gather_slots, next_state
 from linearize.ops.window_linear.window import WindowShape
 
-__all__ = ["FORMS", "Branch", "WindowLinear", "WindowLinearState", "WindowShape", "advance", "use_form", "window_linear"]
+__all__ = [
+    "FORMS",
+    "Branch",
+    "WindowLinear",
+    "WindowLinearState",
+    "WindowShape",
+    "advance",
+    "use_form",
+    "window_linear",
+]
 
 FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
 FEW_TOKENS = 32
@@ -33,8 +42,8 @@ _forced: ContextVar[str | None] = ContextVar("window_linear_form", default=None)
 
 @contextmanager
 def use_form(name: str) -> Iterator[None]:
-    """Force one form inside the `with` block (tests, benchmarks)."""
-    token = _forced.set(FORMS[name] and name)
+    """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
+    token = _forced.set(name)
     try:
         yield
     finally:
@@ -60,7 +69,13 @@ def window_linear(
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(q_BHTD.device.type, enabled=False):
         y, after = FORMS[name](
-            q_BHTD.to(wide), k_BGTD.to(wide), v_BGTV.to(wide), spec=spec, layout=layout, state=state, need_state=need_state
+            q_BHTD.to(wide),
+            k_BGTD.to(wide),
+            v_BGTV.to(wide),
+            spec=spec,
+            layout=layout,
+            state=state,
+            need_state=need_state,
         )
     return y.to(dtype), None if after is None else _narrow(after, dtype)
 

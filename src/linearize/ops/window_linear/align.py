@@ -1,4 +1,5 @@
-"""Put every document on chunk boundaries, so that a chunk never holds two documents and blocks of a window are whole chunks.
+"""Put every document on chunk boundaries, so that a chunk never holds two documents and blocks of a window are whole
+chunks.
 
 Padding, packing and a carried ring all become one index; what follows needs no per-token masks.
 
@@ -22,10 +23,13 @@ from linearize.ops.window_linear.window import fold_boundary
 class Alignment:
     """Where the aligned slots come from.
 
-    `source_BA`: slot of each aligned slot (-1: none); None when the slots are already aligned and only the end is padded.
+    `source_BA`: slot of each aligned slot (-1: none); None when the slots are already aligned and only the end is
+    padded.
     `target_BT`: aligned slot of each new token (0 on padding, masked by `live_BT`); None likewise.
-    `follows_BN`: chunk n - 1 holds the same document. `first_BN`: position of the chunk's first slot. `origin_BN`: slot at which the
-    chunk's document has position 0 (may be negative). `carried_B1`: chunk 0 goes on with the document that the state belongs to.
+    `follows_BN`: chunk n - 1 holds the same document. `first_BN`: position of the chunk's first slot. `origin_BN`:
+    slot at which the
+    chunk's document has position 0 (may be negative). `carried_B1`: chunk 0 goes on with the document that the state
+    belongs to.
     `whole`: every aligned slot between a document's first and last token holds a token.
     """
 
@@ -51,7 +55,9 @@ class Alignment:
 
     def gather_queries(self, q_BHTD: Tensor, chunk: int) -> Tensor:
         """New tokens only, `[B, H, T, D] -> [B, H, N, C, D]`."""
-        return self.gather(torch.nn.functional.pad(q_BHTD, (0, 0, self.num_past, 0)) if self.num_past else q_BHTD, chunk)
+        return self.gather(
+            torch.nn.functional.pad(q_BHTD, (0, 0, self.num_past, 0)) if self.num_past else q_BHTD, chunk
+        )
 
     def scatter(self, y_BHAD: Tensor, num_new: int) -> Tensor:
         """Aligned outputs back to the new tokens, `[B, H, T, D]`; 0 on padding."""
@@ -61,7 +67,8 @@ class Alignment:
 
 
 def align(slots: Slots, layout: Layout, chunk: int, spec: WindowLinear) -> Alignment:
-    """The alignment of these slots on chunks of `chunk` tokens; computed once for all layers that share layout and window."""
+    """The alignment of these slots on chunks of `chunk` tokens; computed once for all layers that share layout and
+    window."""
     key = ("align", chunk, spec.window, spec.shape, slots.num_past)
     stateless = slots.num_past == 0
     if stateless and key in layout.memo:
@@ -104,7 +111,9 @@ def _align_ragged(slots: Slots, chunk: int, spec: WindowLinear) -> Alignment:
     total = max(int(chunks.sum(-1).max()), 1)
     target = torch.where(live, first_chunk.gather(1, document) * chunk + offset, total * chunk)
     slot = torch.arange(num_slots, device=device).expand(batch, -1)
-    source = torch.full((batch, total * chunk + 1), -1, dtype=torch.long, device=device).scatter_(1, target, slot)[:, :-1]
+    source = torch.full((batch, total * chunk + 1), -1, dtype=torch.long, device=device).scatter_(1, target, slot)[
+        :, :-1
+    ]
 
     index = torch.arange(total, device=device).expand(batch, -1)
     owner = (torch.searchsorted(first_chunk.contiguous(), index.contiguous(), right=True) - 1).clamp(min=0)
@@ -124,7 +133,8 @@ def _align_ragged(slots: Slots, chunk: int, spec: WindowLinear) -> Alignment:
 
 
 def _first_live(live: Tensor, origin: Tensor) -> Tensor:
-    """The first token of each document that has any here (a document may be carried, or start at a position above 0)."""
+    """The first token of each document that has any here (a document may be carried, or start at a position above
+    0)."""
     before = torch.nn.functional.pad(origin[:, :-1], (1, 0), value=torch.iinfo(torch.long).min)
     was_live = torch.nn.functional.pad(live[:, :-1], (1, 0), value=False)
     return live & (~was_live | (before != origin))

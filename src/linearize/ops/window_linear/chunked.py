@@ -1,9 +1,12 @@
 """Window + linear attention in linear time and memory: chunks of queries against two chunks of keys and one folded sum.
 
-After `align`, chunk n attends to chunks n - 1 and n of its document directly (inside the window by softmax, beyond it by features) and
-to everything before them through the sum. With terraced windows and chunks of one block nothing in the tile lies beyond the window.
+After `align`, chunk n attends to chunks n - 1 and n of its document directly (inside the window by softmax, beyond it
+by features) and
+to everything before them through the sum. With terraced windows and chunks of one block nothing in the tile lies
+beyond the window.
 
-Letters: B batch, G key/value heads, H query heads, T new tokens, N chunks, C chunk, J sinks, K = J + 2 C keys of a tile, D, V, F.
+Letters: B batch, G key/value heads, H query heads, T new tokens, N chunks, C chunk, J sinks, K = J + 2 C keys of a
+tile, D, V, F.
 """
 
 from __future__ import annotations
@@ -80,10 +83,9 @@ def _tiles(
     return torch.cat([sink_k, k_tile], dim=-2), torch.cat([sink_v, v_tile], dim=-2)
 
 
-def _sinks(
-    x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Alignment, spec: WindowLinear
-) -> Tensor:
-    """The first tokens of each chunk's document, `[B, N, G, J, D]`: from the state where it holds them, else from the slots."""
+def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Alignment, spec: WindowLinear) -> Tensor:
+    """The first tokens of each chunk's document, `[B, N, G, J, D]`: from the state where it holds them, else from the
+    slots."""
     batch, j = x_BGSD.shape[0], torch.arange(spec.num_sinks, device=x_BGSD.device)
     index = spec.num_sinks + alignment.origin_BN[..., None] + j
     old = x_BGSD.new_zeros(*x_BGSD.shape[:2], spec.num_sinks, x_BGSD.shape[3])
@@ -99,7 +101,8 @@ def _sinks(
 def _masks(
     alignment: Alignment, slots: Slots, layout: Layout, chunk: int, spec: WindowLinear
 ) -> tuple[Tensor, Tensor | None]:
-    """What each query does not see by softmax, `[B or 1, N, 1, C, K]`, and what it sees by features in its tile (None: nothing)."""
+    """What each query does not see by softmax, `[B or 1, N, 1, C, K]`, and what it sees by features in its tile
+    (None: nothing)."""
     memo = ("masks", chunk, spec.window, spec.shape, spec.num_sinks, spec.branch)
     if slots.num_past == 0 and memo in layout.memo:
         found = layout.memo[memo]
@@ -128,7 +131,13 @@ def _masks(
 
 
 def _linear(
-    q: Tensor, k: Tensor, v: Tensor, far: Tensor | None, state: WindowLinearState | None, alignment: Alignment, spec: WindowLinear
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Tensor | None,
+    state: WindowLinearState | None,
+    alignment: Alignment,
+    spec: WindowLinear,
 ) -> Tensor:
     """phi_q^T (sum of phi_k [v, 1]^T) over everything beyond the window, `[B, N, H, C, V + 1]`."""
     phi_q, phi_k = spec.features_q(q), spec.features_k(k)

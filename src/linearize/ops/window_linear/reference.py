@@ -6,7 +6,8 @@
 As published m_n = c_n and r_n = 1; with a shared shift m_n = max(c_n, 0) and r_n = exp(-m_n).
 This form proves the others and is also the fast one for a few tokens (decode, verification of a draft).
 
-Letters: B batch, G key/value heads, R query heads per key/value head, H = G R, T new tokens, S slots (sinks, ring, new), D, V, F.
+Letters: B batch, G key/value heads, R query heads per key/value head, H = G R, T new tokens, S slots (sinks, ring,
+new), D, V, F.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def reference(
     return divide(total).to(q_BHTD.dtype), next_state(slots, layout, state, spec) if need_state else None
 
 
-
-
-def _with_sinks(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _with_sinks(
+    slots: Slots, state: WindowLinearState | None, spec: WindowLinear
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sinks of the carried document that are no longer in the ring, in front of the other slots."""
     if state is None or state.sink_k_BGND is None or state.sink_v_BGNV is None:
         return slots.k_BGSD, slots.v_BGSV, slots.position, slots.origin
@@ -59,7 +60,9 @@ def _with_sinks(slots: Slots, state: WindowLinearState | None, spec: WindowLinea
     v = torch.cat([state.sink_v_BGNV.to(slots.v_BGSV.dtype), slots.v_BGSV], dim=2)
     num_sinks, following = state.sink_k_BGND.shape[2], slots.num_past - slots.carried_origin
     j = torch.arange(num_sinks, device=k.device)
-    in_ring = ((slots.position[:, : slots.num_past, None] == j) & (slots.position[:, : slots.num_past, None] >= 0)).any(1)
+    in_ring = ((slots.position[:, : slots.num_past, None] == j) & (slots.position[:, : slots.num_past, None] >= 0)).any(
+        1
+    )
     position = torch.where((j < following) & ~in_ring, j, -1)
     rows = max(position.shape[0], slots.position.shape[0])
     position = torch.cat([position.expand(rows, -1), slots.position.expand(rows, -1)], dim=1)
@@ -80,7 +83,8 @@ def _masks(slots: Slots, position: Tensor, origin: Tensor, spec: WindowLinear) -
 
 
 def _window_weights(q_BHTD: Tensor, k_BGSD: Tensor, near: Tensor, spec: WindowLinear) -> tuple[Tensor, Tensor]:
-    """g exp(s - m) inside the window, 0 elsewhere, `[B, H, T, S]`; and the factor r_n of the linear term, `[B, H, T, 1]`."""
+    """g exp(s - m) inside the window, 0 elsewhere, `[B, H, T, S]`; and the factor r_n of the linear term, `[B, H, T,
+    1]`."""
     groups = k_BGSD.shape[1]
     s = (q_BHTD.unflatten(1, (groups, -1)) @ k_BGSD[:, :, None].transpose(-1, -2)).flatten(1, 2).to(state_dtype(q_BHTD))
     s = s * spec.scaling

@@ -1,4 +1,5 @@
-"""What one window + linear attention computes: its options, in one frozen value that every form of the operation takes."""
+"""What one window + linear attention computes: its options, in one frozen value that every form of the operation
+takes."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class WindowLinear:
     """Options and parameters of the operation.
 
     `feature_q`: [B, H, T, D] -> [B, H, T, F]; `feature_k`: [B, G, T, D] -> [B, H, T, F]; None: no linear branch.
-    `shared_shift`: the linear term is multiplied by exp(-m) like the window term, m = max(c_n, 0), so that both branches weigh a
+    `shared_shift`: the linear term is multiplied by exp(-m) like the window term, m = max(c_n, 0), so that both
+    branches weigh a
     token on one scale. Without it (as published) only the window term is: exp(s - c_n) beside phi_q . phi_k.
     `log_window_factor_H`, `linear_factor_H`: log g and the factor of the linear term, per query head; None: 1.
     `branch`: which branch contributes; for ablation and for the window-only control.

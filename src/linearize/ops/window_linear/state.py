@@ -1,6 +1,7 @@
 """The state of window + linear attention: a folded sum, and the keys and values that are still inside the window.
 
-Letters: B batch, G key/value heads, H query heads, D head dimension, V value dimension, F features, R ring slots, N sinks.
+Letters: B batch, G key/value heads, H query heads, D head dimension, V value dimension, F features, R ring slots, N
+sinks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class WindowLinearState:
     """What a window + linear layer remembers of a sequence.
 
     `next`: position that the next token of the current document would have (one int for all rows, or `[B]`).
-    `memory_BHFV`: sum of phi_k(k) [v, 1]^T over tokens folded so far, at least fp32; None without a linear branch. Its last value column
+    `memory_BHFV`: sum of phi_k(k) [v, 1]^T over tokens folded so far, at least fp32; None without a linear branch.
+    Its last value column
     is the normaliser z.
     `k_BGRD`, `v_BGRV`: the last R tokens, oldest first; those at positions below the fold boundary are dead.
     `sink_k_BGND`, `sink_v_BGNV`: the first tokens of the document, kept for ever; None without sinks.

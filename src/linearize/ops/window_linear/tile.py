@@ -1,9 +1,11 @@
 """The two products with an exponential or a running sum in them, with backward passes that store nothing quadratic.
 
-`window_tiles`: softmax terms of each chunk's queries against its tile of keys; the weights are computed again in the backward pass.
+`window_tiles`: softmax terms of each chunk's queries against its tile of keys; the weights are computed again in the
+backward pass.
 `chunk_memories`: for each chunk, the sum of the outer products of the chunks before its tile.
 
-Letters: B batch, N chunks, G key/value heads, H query heads, C chunk size, K keys of a tile, D head dimension, V, F features.
+Letters: B batch, N chunks, G key/value heads, H query heads, C chunk size, K keys of a tile, D head dimension, V, F
+features.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ SLAB = 1 << 19  # scores handled at a time: a few of these matrices fit a proces
 def window_tiles(
     q_BNHCD: Tensor, k_BNGKD: Tensor, v_BNGKV: Tensor, hidden_BN1CK: Tensor, spec: WindowLinear
 ) -> tuple[Tensor, Tensor]:
-    """sum_i g exp(s_ni - m_n) v_i over the keys of the tile that are not hidden, `[B, N, H, C, V]`; and m, `[B, N, H, C, 1]`.
+    """sum_i g exp(s_ni - m_n) v_i over the keys of the tile that are not hidden, `[B, N, H, C, V]`; and m, `[B, N, H,
+    C, 1]`.
 
     `hidden_BN1CK` may have batch 1. The gradient through m is that of c_n as published, none when the shift is shared.
     """
-    factor = q_BNHCD.new_zeros(q_BNHCD.shape[2]) if spec.log_window_factor_H is None else spec.log_window_factor_H.to(q_BNHCD.dtype)
+    factor = (
+        q_BNHCD.new_zeros(q_BNHCD.shape[2])
+        if spec.log_window_factor_H is None
+        else spec.log_window_factor_H.to(q_BNHCD.dtype)
+    )
     total, m = _WindowTiles.apply(
         q_BNHCD, k_BNGKD, v_BNGKV, hidden_BN1CK, factor, spec.scaling, spec.softcap, spec.shared_shift
     )
@@ -54,7 +61,9 @@ def _transposed(a_BNHCX: Tensor, b_BNHCY: Tensor, groups: int) -> Tensor:
     return torch.bmm(a.transpose(1, 2), b).view(*shape[:2], groups, shape[4], -1)
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    q: Tensor, k: Tensor, hidden: Tensor, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     """Masked scores, and tanh(s / softcap) where there is a softcap."""
     s = _product(q * scaling, k.transpose(-1, -2))
     bent = None
@@ -110,9 +119,11 @@ class _WindowTiles(torch.autograd.Function):
 
 
 def chunk_memories(added_BNHFV: Tensor, start_BHFV: Tensor | None, keep_BN: Tensor, add_BN: Tensor) -> Tensor:
-    """U_n = keep_n (U_{n-1} + add_n A_{n-2}), U_0 = keep_0 start: the memory that chunk n's queries see, `[B, N, H, F, V]`.
+    """U_n = keep_n (U_{n-1} + add_n A_{n-2}), U_0 = keep_0 start: the memory that chunk n's queries see, `[B, N, H,
+    F, V]`.
 
-    Chunk n's tile holds chunks n - 1 and n, so its memory ends with chunk n - 2; `keep`, `add`: [B or 1, N], false across documents.
+    Chunk n's tile holds chunks n - 1 and n, so its memory ends with chunk n - 2; `keep`, `add`: [B or 1, N], false
+    across documents.
     """
     start = added_BNHFV.new_zeros(added_BNHFV[:, 0].shape) if start_BHFV is None else start_BHFV
     out: Tensor = _ChunkMemories.apply(added_BNHFV, start, keep_BN, add_BN)

@@ -2,7 +2,8 @@
 
 Shared by every form of the operation, so that prefill, chunked prefill and decode keep one and the same state.
 
-Letters: B batch, G key/value heads, H query heads, D head dimension, T new tokens, S slots (ring, then new tokens), R ring, N sinks.
+Letters: B batch, G key/value heads, H query heads, D head dimension, T new tokens, S slots (ring, then new tokens), R
+ring, N sinks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from linearize.ops.window_linear.window import fold_boundary, ring_slots
 class Slots:
     """The ring and the new tokens side by side, with where each slot stands in which document.
 
-    `position`: [1 or B, S], -1 on padding and dead ring slots. `origin`: [1 or B, S], slot minus position: one value per document.
+    `position`: [1 or B, S], -1 on padding and dead ring slots. `origin`: [1 or B, S], slot minus position: one value
+    per document.
     `carried_origin`: [1 or B, 1], the origin of the document that the state belongs to. `num_past`: ring slots.
     """
 
@@ -34,7 +36,9 @@ class Slots:
     num_past: int
 
 
-def gather_slots(k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> Slots:
+def gather_slots(
+    k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
+) -> Slots:
     """Put the ring in front of the new keys and values."""
     device, num_new = k_BGTD.device, k_BGTD.shape[2]
     new = layout.positions(num_new, device)
@@ -78,7 +82,9 @@ def _plain(slots: Slots, start: int, state: WindowLinearState | None, spec: Wind
     return WindowLinearState(following, k.contiguous(), v.contiguous(), memory, *sinks)
 
 
-def _plain_sinks(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -> tuple[Tensor | None, Tensor | None]:
+def _plain_sinks(
+    slots: Slots, state: WindowLinearState | None, spec: WindowLinear
+) -> tuple[Tensor | None, Tensor | None]:
     if spec.num_sinks == 0:
         return None, None
     old_k = None if state is None else state.sink_k_BGND
@@ -93,7 +99,9 @@ def _plain_sinks(slots: Slots, state: WindowLinearState | None, spec: WindowLine
     return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
 
 
-def _fold(k_BGTD: Tensor, v_BGTV: Tensor, weight_BT: Tensor | None, memory: Tensor | None, spec: WindowLinear) -> Tensor:
+def _fold(
+    k_BGTD: Tensor, v_BGTV: Tensor, weight_BT: Tensor | None, memory: Tensor | None, spec: WindowLinear
+) -> Tensor:
     """memory + sum over tokens of weight phi_k(k) [v, 1]^T."""
     dtype = state_dtype(k_BGTD)
     phi = spec.features_k(k_BGTD).to(dtype)
@@ -144,7 +152,9 @@ def _ragged_sinks(
     if state is None or state.sink_k_BGND is None or state.sink_v_BGNV is None:
         return k, v
     old = (same[:, None] & (j < old_next[:, None]))[:, None, :, None]
-    return torch.where(old, pad_slots(state.sink_k_BGND, spec), k), torch.where(old, pad_slots(state.sink_v_BGNV, spec), v)
+    return torch.where(old, pad_slots(state.sink_k_BGND, spec), k), torch.where(
+        old, pad_slots(state.sink_v_BGNV, spec), v
+    )
 
 
 def pad_slots(sink_BGNX: Tensor, spec: WindowLinear) -> Tensor:

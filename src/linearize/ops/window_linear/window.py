@@ -14,7 +14,8 @@ Position = TypeVar("Position", int, Tensor)
 def in_window(query: Tensor, key: Tensor, window: int, shape: WindowShape) -> Tensor:
     """Whether `key` (a position, not after `query`) is inside the query's window; broadcasts.
 
-    Sliding: the last `window` tokens. Terraced: with b = floor(n / window), blocks b - 1 and b (LoLCATs, 2410.10254, section 3.3).
+    Sliding: the last `window` tokens. Terraced: with b = floor(n / window), blocks b - 1 and b (LoLCATs, 2410.10254,
+    section 3.3).
     """
     if window == 0:
         return torch.zeros_like(query - key, dtype=torch.bool)
@@ -24,7 +25,8 @@ def in_window(query: Tensor, key: Tensor, window: int, shape: WindowShape) -> Te
 
 
 def fold_boundary(next_position: Position, window: int, shape: WindowShape) -> Position:
-    """First position that is still in the window of a query at `next_position`; everything before it is in the state."""
+    """First position that is still in the window of a query at `next_position`; everything before it is in the
+    state."""
     if window == 0:
         return next_position
     start = next_position - window + 1 if shape == "sliding" else (next_position // window - 1) * window

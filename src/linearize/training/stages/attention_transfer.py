@@ -1,6 +1,8 @@
-"""Attention transfer: each mixer learns to give what the softmax attention that it replaces gives (LoLCATs, 2410.10254, section 3.1).
+"""Attention transfer: each mixer learns to give what the softmax attention that it replaces gives (LoLCATs,
+2410.10254, section 3.1).
 
-The hidden states passed on are always the teacher's, so no error accumulates from layer to layer, and only the mixers' new parameters
+The hidden states passed on are always the teacher's, so no error accumulates from layer to layer, and only the
+mixers' new parameters
 train. One forward pass through the student's tree computes both attentions from the same q, k, v.
 
 Letters: B batch, H query heads, G key/value heads, T tokens, V value dimension.
@@ -24,9 +26,12 @@ from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfi
 class AttentionTransferConfig(StageConfig):
     """Settings of the stage.
 
-    `mse`, `weights_ce`: weights of the squared error of attention outputs and of the cross-entropy between rows of attention weights
-    (which needs T x T matrices; the 405B recipe is 1000 and 1). `normalize`: `power` divides a layer's squared error by the mean square
-    of its teacher output (measured once, before the stage), so that late layers with large outputs do not drown the others; `none` is raw.
+    `mse`, `weights_ce`: weights of the squared error of attention outputs and of the cross-entropy between rows of
+    attention weights
+    (which needs T x T matrices; the 405B recipe is 1000 and 1). `normalize`: `power` divides a layer's squared error
+    by the mean square
+    of its teacher output (measured once, before the stage), so that late layers with large outputs do not drown the
+    others; `none` is raw.
     """
 
     name: Literal["attention_transfer"] = "attention_transfer"
@@ -55,7 +60,9 @@ class AttentionTransfer:
         student.requires_grad_(False)
         self.parameters = student.mixer_parameters()
         if not self.parameters:
-            raise InputError("attention_transfer has nothing to train: no mixer of the plan has parameters (set its tokens to 0)")
+            raise InputError(
+                "attention_transfer has nothing to train: no mixer of the plan has parameters (set its tokens to 0)"
+            )
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
@@ -99,17 +106,34 @@ class AttentionTransfer:
         live = _real(batch)
         grad = torch.is_grad_enabled()
 
-        def tap(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: int | None, **scores: Any) -> Tensor:
+        def tap(
+            module: nn.Module,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            layout: Layout,
+            sliding_window: int | None,
+            **scores: Any,
+        ) -> Tensor:
             target = softmax_attention(q, k, v, layout=layout, sliding_window=sliding_window, **scores)
             layer: Any = module.layer_idx
             with torch.set_grad_enabled(grad):
                 y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)  # type: ignore[operator]
-                found[layer] = (y, target) if keep else (self._layer_loss(module, layer, (q, k, v), y, target, live, layout, scores), y)
+                found[layer] = (
+                    (y, target)
+                    if keep
+                    else (self._layer_loss(module, layer, (q, k, v), y, target, live, layout, scores), y)
+                )
             return target
 
         with torch.no_grad():
             self.student(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=1, tap=tap
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                logits_to_keep=1,
+                tap=tap,
             )
         return found
 
@@ -129,12 +153,17 @@ class AttentionTransfer:
             error = (y.float() - target.float()).square().mean((1, 3))
             total = total + config.mse * (error * live_BT).sum() / self.power[layer]
         if config.weights_ce:
-            total = total + config.weights_ce * (weights_cross_entropy(module.mixer, qkv, layout, scores) * live_BT).sum()
+            total = (
+                total + config.weights_ce * (weights_cross_entropy(module.mixer, qkv, layout, scores) * live_BT).sum()
+            )
         return total
 
 
-def weights_cross_entropy(mixer: Any, qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scores: dict[str, Any]) -> Tensor:
-    """-sum_i a_ni log b_ni for teacher weights a and student weights b, mean over heads, `[B, T]` (Hedgehog, 2402.04347, equation 9).
+def weights_cross_entropy(
+    mixer: Any, qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scores: dict[str, Any]
+) -> Tensor:
+    """-sum_i a_ni log b_ni for teacher weights a and student weights b, mean over heads, `[B, T]` (Hedgehog,
+    2402.04347, equation 9).
 
     Weights are attention outputs for one-hot values: row i of v is the i-th unit vector.
     """

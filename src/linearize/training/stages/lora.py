@@ -1,4 +1,5 @@
-"""LoRA on chosen projections through peft, over weights that teacher and student share: merging never touches the teacher's tensors."""
+"""LoRA on chosen projections through peft, over weights that teacher and student share: merging never touches the
+teacher's tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Adapters:
 
 
 def find_projections(student: LinearizedForCausalLM, targets: Sequence[str]) -> list[str]:
-    """Full names of the linear layers that `targets` mean: q, k, v, o, `all` (every linear layer of the blocks), or a layer's own name.
+    """Full names of the linear layers that `targets` mean: q, k, v, o, `all` (every linear layer of the blocks), or a
+    layer's own name.
 
     Raises:
         InputError: a target that names nothing in this family; lists what there is.
@@ -68,13 +70,15 @@ def find_projections(student: LinearizedForCausalLM, targets: Sequence[str]) -> 
             found = {n for n in blocks if n.rpartition(".")[2] == target}
         if not found:
             names = sorted({n.rpartition(".")[2] for n in blocks})
-            raise InputError(f"target {target!r} names no projection: known are q, k, v, o, all, and here {', '.join(names)}")
+            raise InputError(
+                f"target {target!r} names no projection: known are q, k, v, o, all, and here {', '.join(names)}"
+            )
         chosen |= found
     return sorted(chosen)
 
 
 def add_adapters(
-    student: LinearizedForCausalLM, *, rank: int, alpha: float, dropout: float, targets: Sequence[str]
+    student: LinearizedForCausalLM, *, rank: int, alpha: int, dropout: float, targets: Sequence[str]
 ) -> Adapters:
     """Inject LoRA layers; A random (from torch's generator), B zero, so that nothing changes yet."""
     from peft import LoraConfig, inject_adapter_in_model

@@ -24,14 +24,16 @@ SLICE_TOKENS = 2048
 class LowRankConfig(StageConfig):
     """Settings of the stage; the LoRA defaults are the published ones.
 
-    `targets`: projections (q, k, v, o, `all`, or names of the family's own). `loss`: `ce` (next token) or `kl` (KL(teacher||student)).
-    `train_mixers`: whether the mixers go on learning, at `mixer_lr_scale` times the learning rate. `merge`: adapters go into the saved
+    `targets`: projections (q, k, v, o, `all`, or names of the family's own). `loss`: `ce` (next token) or `kl`
+    (KL(teacher||student)).
+    `train_mixers`: whether the mixers go on learning, at `mixer_lr_scale` times the learning rate. `merge`: adapters
+    go into the saved
     weights; otherwise they are kept beside them (`adapter/`, peft's format) and applied on loading.
     """
 
     name: Literal["lowrank"] = "lowrank"
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    alpha: int = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] = Field(("q", "k", "v", "o"), min_length=1)
     loss: Literal["ce", "kl"] = "ce"
@@ -109,17 +111,18 @@ class LowRank:
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> LossSum:
     """Cross-entropy of the next token, nats, summed over labels that are not -100."""
     wanted = labels_BT[:, 1:]
-    total = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
+    )
     return LossSum(total, float((wanted != -100).sum()))
 
 
 def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> LossSum:
-    """KL(teacher||student), nats, summed over the tokens whose next token counts; softmaxes exist for a slice of tokens at a time."""
+    """KL(teacher||student), nats, summed over the tokens whose next token counts; softmaxes exist for a slice of
+    tokens at a time."""
     live = labels_BT[:, 1:] != -100
     teacher_NV, student_NV = teacher_BTV[:, :-1][live], student_BTV[:, :-1][live]
     total = student_BTV.new_zeros((), dtype=torch.float32)
     for p, q in zip(teacher_NV.split(SLICE_TOKENS), student_NV.split(SLICE_TOKENS), strict=True):
-        total = total + F.kl_div(
-            q.float().log_softmax(-1), p.float().log_softmax(-1), log_target=True, reduction="sum"
-        )
+        total = total + F.kl_div(q.float().log_softmax(-1), p.float().log_softmax(-1), log_target=True, reduction="sum")
     return LossSum(total, float(live.sum()))
