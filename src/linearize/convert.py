@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from linearize.ops.window_linear.window import ring_slots
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch, StageConfig
 from linearize.training.data import PackedRows, batches, document_rows, load_documents, pack, split
+from linearize.training.hardware import bf16_pays
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.progress import Progress, make_progress
 from linearize.training.sampling import self_sampler
@@ -32,6 +35,7 @@ from linearize.training.stages.attention_transfer import AttentionTransfer, Atte
 from linearize.training.tracking import make_tracker
 
 EVALUATION_BATCH = 8
+LOG = logging.getLogger("linearize")
 
 
 def convert(
@@ -50,8 +54,8 @@ def convert(
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
-    folder, which is
-    removed at the end.
+    folder, which is removed at the end. A recipe's `data.length` beyond the teacher's context becomes the context, unless
+    `overrides` ask for it.
 
     Args:
         teacher: folder or Hub name. data: SPECs (files, Hub data sets, `self`). out: folder that must not exist
@@ -62,10 +66,13 @@ def convert(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
+    fixed_length = bool({"data", "data.length"} & set(overrides or {}))
     final = Path(out)
     check_free(final, overwrite)
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    conversion = _prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code)
+    conversion = _prepare(
+        str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, fixed_length=fixed_length
+    )
     work = final.parent / f".{final.name}.run"
     report = conversion.run(work, progress or make_progress(), track)
     with atomic_folder(final, overwrite) as folder:
@@ -97,9 +104,8 @@ class Conversion:
         errors = {"swap": self._layer_errors()}
         stages: list[StageReport] = []
         for number, stage in enumerate(self.recipe.stages):
-            if stage.tokens == 0 or (
-                isinstance(stage, AttentionTransferConfig) and not self.student.mixer_parameters()
-            ):
+            if reason := self._why_skipped(stage):
+                LOG.warning("stage %d (%s) is skipped: %s", number, stage.name, reason)
                 continue
             key = f"{number}-{stage.name}"
             result = self._stage(stage, work / key, identity, key, progress, tracker)
@@ -119,6 +125,13 @@ class Conversion:
             provenance=provenance(seed=self.recipe.seed),
         )
 
+    def _why_skipped(self, stage: StageConfig) -> str | None:
+        if stage.tokens == 0:
+            return "its tokens are 0"
+        if isinstance(stage, AttentionTransferConfig) and not self.student.mixer_parameters():
+            return "no mixer of this plan has parameters to train"
+        return None
+
     def write(self, folder: Path, report: ConversionReport) -> None:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
         save_student(self.student, self.tokenizer, folder)
@@ -134,6 +147,9 @@ class Conversion:
         self, stage: StageConfig, folder: Path, identity: dict[str, Any], key: str, progress: Progress, tracker: Any
     ) -> StageResult:
         torch.manual_seed(self.recipe.seed + stage.seed)
+        if stage.precision == "bf16" and not bf16_pays(self.student.device):
+            note(f"{key}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
+            stage = stage.model_copy(update={"precision": "fp32"})
         run = stage.build(self.student, self.teacher)
         device = self.student.device
 
@@ -173,7 +189,15 @@ class Conversion:
         return digest.hexdigest()[:16]
 
 
-def _prepare(name: str, recipe: Recipe, specs: list[str], *, device: str | None, trust_remote_code: bool) -> Conversion:
+def _prepare(
+    name: str,
+    recipe: Recipe,
+    specs: list[str],
+    *,
+    device: str | None,
+    trust_remote_code: bool,
+    fixed_length: bool,
+) -> Conversion:
     """Load and check everything; nothing has been written or trained when this returns."""
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
@@ -181,14 +205,12 @@ def _prepare(name: str, recipe: Recipe, specs: list[str], *, device: str | None,
     teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
     if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()
+    recipe = _fit_length(recipe, teacher.config.get_text_config(), fixed_length)
     plan = recipe.plan.resolve(teacher.config.get_text_config().num_hidden_layers)
     student = LinearizedForCausalLM.from_teacher(teacher, plan, teacher_name=name)
+    if kept := [i for i, mixer in enumerate(plan) if mixer is not None and student.config.plan[i] is None]:
+        LOG.warning("layers %s keep their own attention: the teacher limits it to the mixer's window already", kept)
     length = recipe.data.length
-    limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise InputError(
-            f"data.length {length} is beyond the teacher's context {limit}: set data.length to at most {limit}"
-        )
     documents = load_documents(
         specs, tokenizer, sample=self_sampler(teacher, tokenizer, recipe.data), answer_only=recipe.data.answer_only
     )
@@ -198,6 +220,24 @@ def _prepare(name: str, recipe: Recipe, specs: list[str], *, device: str | None,
     rows = document_rows(parts.heldout, length, pad_token_id=pad)
     heldout = [{k: x.to(where) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)]
     return Conversion(name, recipe, specs, teacher, tokenizer, student, train, heldout)
+
+
+def note(line: str) -> None:
+    """One line for people, on stderr."""
+    print(f"linearize: {line}", file=sys.stderr)
+
+
+def _fit_length(recipe: Recipe, config: Any, fixed: bool) -> Recipe:
+    """The recipe with rows that fit into the teacher's context; refuses a length that was asked for and does not."""
+    length, limit = recipe.data.length, getattr(config, "max_position_embeddings", None)
+    if limit is None or length <= limit:
+        return recipe
+    if fixed:
+        raise InputError(
+            f"data.length {length} is beyond the teacher's context {limit}: set data.length to at most {limit}"
+        )
+    LOG.warning("data.length is %d: the recipe's %d is beyond the teacher's context", limit, length)
+    return recipe.override({"data.length": limit})
 
 
 def _stage_report(stage: StageConfig, result: StageResult, before: float, after: float) -> StageReport:

@@ -48,13 +48,19 @@ class FeatureMap(nn.Module):
         return {"elu": self.head_dim, "t2r": self.dim}.get(self.name, 2 * self.dim)
 
     def reset_parameters(self) -> None:
-        """W starts as copies of the identity (`scales`: each at its own scale, so that the copies can part), the rest
-        as zeros."""
+        """W starts as copies of the identity, the rest as zeros.
+
+        `scales`: each copy at its own scale, so that the copies can part; with fewer columns than dimensions every
+        (D / F)-th column, so that all of RoPE's frequencies are seen.
+        """
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self._start()) if name == "weight_HDF" else parameter.zero_()
 
     def _start(self) -> Tensor:
+        if self.start == "scales" and self.dim < self.head_dim:
+            spread = torch.arange(self.dim) * self.head_dim // self.dim
+            return torch.eye(self.head_dim)[:, spread]
         copies = -(-self.dim // self.head_dim)
         scales = torch.logspace(-0.5, 0.7, copies) if self.start == "scales" and copies > 1 else torch.ones(copies)
         eye = torch.eye(self.head_dim)

@@ -70,7 +70,7 @@ class LowRank:
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass."""
         self.student.train()
-        self.student.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self._set_checkpointing(True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The adapters, and the mixers if they train too."""
@@ -99,8 +99,18 @@ class LowRank:
         if not self.config.merge:
             self.student.kept_adapters = (self.adapters.config, self.adapters.state())
         self.adapters.remove(merge=self.config.merge)
-        self.student.lm.gradient_checkpointing_disable()
+        if self.config.gradient_checkpointing:
+            self._set_checkpointing(False)
         self.student.eval().requires_grad_(False)
+
+    def _set_checkpointing(self, wanted: bool) -> None:
+        """Under the name that transformers has for it: `gradient_` until 5.22, `activation_` since."""
+        lm: Any = self.student.lm
+        kind = "activation" if hasattr(lm, "activation_checkpointing_enable") else "gradient"
+        if wanted:
+            getattr(lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(lm, f"{kind}_checkpointing_disable")()
 
     @staticmethod
     def _logits(model: Any, batch: Batch) -> Tensor:
