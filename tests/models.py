@@ -45,6 +45,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"hidden_size": 36, "sliding_window": LOCAL},
     "cohere2": {"hidden_size": 36, "sliding_window": LOCAL, "layer_types": SLIDING},
     "gpt_neox": {"hidden_size": 36},
+    "gpt2": {"hidden_size": 36},
+    "opt": {"hidden_size": 36, "word_embed_proj_dim": 36},
+    "deepseek_v3": {
+        "hidden_size": 36, "num_key_value_heads": 6, "q_lora_rank": 8, "kv_lora_rank": 9, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6, "v_head_dim": 5, "head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 2, **EXPERTS,
+    },
 }  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def save_teacher(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     )
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)  # left by from_pretrained, of no use to others
     tokenizer.save_pretrained(folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     halves = {name: tensor.to(torch.float16) for name, tensor in weights.items()}

@@ -88,6 +88,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "  ".join(padded).rstrip()
 
 
+def conversion_lines(folder: Path) -> Iterator[str]:
+    """The losses of a conversion, from the report in the student's folder, and where the student is."""
+    from linearize.evaluation.report import read_report
+
+    report = read_report(folder)
+    if report is None:
+        return
+    losses = [("teacher", report.teacher_loss), ("bare swap", report.swap_loss)]
+    losses += [(f"after {stage.name}", stage.loss_after) for stage in report.stages]
+    yield f"held-out loss, nats per token ({report.heldout_tokens:,} tokens)"
+    yield from table([{"": name, "loss": loss, "above": loss - report.teacher_loss} for name, loss in losses])
+    yield f"KL(teacher||student) {report.student_kl:.4f}, same most likely token {report.student_top1:.1%}"
+    yield f"student written to {folder}"
+
+
 def text(value: Any) -> str:
     """One value for people: four decimals, thousands separated, `-` for none."""
     if value is None:

@@ -54,8 +54,8 @@ def convert(
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
-    folder, which is removed at the end. A recipe's `data.length` beyond the teacher's context becomes the context, unless
-    `overrides` ask for it.
+    folder, which is removed at the end. A recipe's `data.length` beyond the teacher's context becomes that context,
+    unless `overrides` ask for it.
 
     Args:
         teacher: folder or Hub name. data: SPECs (files, Hub data sets, `self`). out: folder that must not exist

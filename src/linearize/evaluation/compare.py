@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from linearize.files import atomic_write_text, read_text
 from linearize.modeling.config import LinearizeConfig
 from linearize.ops.window_linear.window import ring_slots
 from linearize.training.data import DataConfig, Document, document_rows, load_documents, split
+from linearize.training.sampling import self_sampler
 
 DEFAULT_LENGTH = 1024
 DEFAULT_LIMIT = 65_536
@@ -44,9 +45,10 @@ def evaluate(
     """Loss of a model and its teacher on the same tokens, KL, top-1, loss by position, branch ablation; JSON-able.
 
     `teacher` and `data` default to what the student's own report names; of the data that the student was made from only
-    the part that training never saw is used. Whole documents up to about `limit` tokens, in rows of at most `length`
-    tokens (default: the recipe's). With `out`, `eval.json` and plots are written there. A plain transformers model
-    without a teacher is measured alone, as a teacher. Raises InputError for what cannot be used.
+    the part that training never saw is used, and `self` is written again by the teacher as the recipe says. Whole
+    documents up to about `limit` tokens, in rows of at most `length` tokens (default: the recipe's). With `out`,
+    `eval.json` and plots are written there. A plain transformers model without a teacher is measured alone, as a
+    teacher. Raises InputError for what cannot be used.
     """
     if limit < 2 or batch < 1 or (length is not None and length < 2):
         raise InputError(f"limit {limit}, length {length}, batch {batch}: limit and length must be at least 2, batch 1")
@@ -58,7 +60,9 @@ def evaluate(
     notes: list[str] = []
     teacher_path = str(teacher or (report.teacher if report else "")) or None
     teacher_model = _load_teacher(teacher_path, tokenizer, device, notes, required=teacher is not None)
-    documents = _documents(specs, report, _data_config(model_path), tokenizer, limit, notes)
+    config = _data_config(model_path)
+    sample = self_sampler(teacher_model, tokenizer, config or DataConfig()) if teacher_model is not None else None
+    documents = _documents(specs, report, config, tokenizer, limit, notes, sample)
     rows = document_rows(documents, length or _length(model_path, model), pad_token_id=pad_token(tokenizer))
     batches = _with_progress(rows.in_order(batch), -(-len(rows) // batch))
     alone = teacher_model is None and not is_student(model_path)
@@ -114,10 +118,12 @@ def _documents(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     notes: list[str],
+    sample: Callable[[], list[Document]] | None = None,
 ) -> list[Document]:
     """The documents to measure on, never those that a student was trained on, as far as its report tells."""
     seen = [spec for spec in specs if report is not None and spec in report.data]
-    documents = load_documents(specs, tokenizer)
+    answer_only = config is not None and config.answer_only
+    documents = load_documents(specs, tokenizer, sample=sample, answer_only=answer_only)
     if report is not None and config is not None and specs == report.data:
         documents = split(documents, config).heldout
         notes.append("the held-out part of the data that the student was made from")

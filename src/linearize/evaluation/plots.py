@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.decode_cost import DecodeCost
 from linearize.evaluation.language_modeling import PositionBin
+from linearize.evaluation.recall import RecallReport
 from linearize.evaluation.report import ConversionReport
 
 if TYPE_CHECKING:
@@ -109,6 +110,26 @@ def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Pa
     return _files(folder, "decode_cost")
 
 
+def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list[Path]:
+    """Share of exact answers by the distance to the fact, a line per model; files `recall.svg` and `.png`.
+
+    `reports` maps `teacher` and `student` (or names of your own) to what `recall_beyond_window` gave.
+    """
+    with _figure(Path(folder) / "recall") as (figure, (axis,)):
+        for name, report in reports.items():
+            shares = [b.accuracy for b in report.by_distance]
+            style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(name), "clip_on": False}
+            axis.plot(range(len(shares)), shares, **style, label=f"{name} {report.accuracy:.0%}")
+            names = [f"{b.start}-{b.end - 1}" for b in report.by_distance]
+            axis.set_xticks(range(len(names)), names)
+        axis.yaxis.set_major_formatter(_percent)
+        axis.set(title="Recall beyond the window", xlabel="tokens back to the fact", ylabel="exact answers")
+        axis.set_ylim(0, 1)
+        axis.margins(x=0.15)
+        _legend_below(figure)
+    return _files(folder, "recall")
+
+
 def plot_layer_error(errors: Mapping[str, Sequence[float]], folder: Path | str) -> list[Path]:
     """Attention-transfer error of each layer, a group of bars per moment; files `layer_error.svg` and `.png`."""
     layers = max(len(values) for values in errors.values())
@@ -154,11 +175,10 @@ def _legend_below(figure: Figure) -> None:
 
 def _log_log(axis: Axes, formatter: Any) -> None:
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.set_yscale("log", base=2)
     axis.grid(True, which="major", axis="both")
     axis.xaxis.set_major_formatter(_count)
     axis.yaxis.set_major_formatter(formatter)
-    axis.yaxis.set_minor_formatter("")
 
 
 def _count(value: float, position: float | None = None) -> str:
@@ -169,9 +189,13 @@ def _plain(value: float, position: float | None = None) -> str:
     return f"{value:g}"
 
 
+def _percent(value: float, position: float | None = None) -> str:
+    return f"{value:.0%}"
+
+
 def _bytes(value: float, position: float | None = None) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
             return f"{value:g} {unit}"
-        value /= 1000
+        value /= 1024
     raise AssertionError

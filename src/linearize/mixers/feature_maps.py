@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape
+from linearize.ops.hedgehog import hedgehog
 
 FeatureMapName = Literal["hedgehog", "t2r", "elu", "exp", "gain"]
 FeatureStart = Literal["identity", "scales"]
@@ -70,16 +71,15 @@ class FeatureMap(nn.Module):
         """Features of x; keys of a group are mapped once per query head without being repeated."""
         if self.name == "elu":
             return F.elu(self._repeat(x)) + 1
+        if self.name == "hedgehog":
+            return hedgehog(x, self.weight_HDF.to(x.dtype))
+        if self.name == "gain":
+            log_gain = self._project(x, self.gain_HD[..., None]) + self.log_scale_H[:, None, None].to(x.dtype)
+            return hedgehog(x, self.weight_HDF.to(x.dtype), log_gain.clamp(-GAIN_LIMIT, GAIN_LIMIT))
         z = self._project(x, self.weight_HDF)
         if self.name == "t2r":
             return F.relu(z + self.bias_HF[:, None].to(z.dtype))
-        if self.name == "exp":
-            return torch.cat([(z - z.amax(-1, keepdim=True)).exp(), (z.amin(-1, keepdim=True) - z).exp()], dim=-1)
-        phi = torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
-        if self.name == "hedgehog":
-            return phi.clamp(min=1e-12)
-        log_gain = self._project(x, self.gain_HD[..., None]) + self.log_scale_H[:, None, None].to(x.dtype)
-        return phi * log_gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp()
+        return torch.cat([(z - z.amax(-1, keepdim=True)).exp(), (z.amin(-1, keepdim=True) - z).exp()], dim=-1)
 
     def _project(self, x: Tensor, weight_HDF: Tensor) -> Tensor:
         groups = x.shape[-3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from linearize.errors import InputError, unknown
 from linearize.mixers import MIXERS, MixerConfig
@@ -56,9 +56,11 @@ class LinearizeConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         teacher = self.__dict__.get("teacher", {})
-        if name.startswith("_") or name not in teacher:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return teacher[name]
+        if not name.startswith("_") and teacher:
+            for known in (name, _renamed(teacher.get("model_type", "")).get(name)):
+                if known in teacher:
+                    return teacher[known]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's config as an object of its own class."""
@@ -96,6 +98,12 @@ class LinearizeConfig(PreTrainedConfig):
         for check in checks:
             if check.__name__ != "validate_layer_type":
                 check(self)
+
+
+def _renamed(model_type: str) -> dict[str, str]:
+    """What a family calls the common fields (GPT-2: `n_layer` for `num_hidden_layers`)."""
+    names: dict[str, str] = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    return names
 
 
 def parse_mixer(entry: dict[str, Any]) -> MixerConfig:

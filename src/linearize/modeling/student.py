@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         config = _config(teacher, sites, checked, teacher_name)
         with no_init_weights():
             student = cls(config, lm=share_weights(teacher))
-        student.generation_config = teacher.generation_config
+        student.generation_config = copy.deepcopy(teacher.generation_config)
         return student.eval()
 
     def forward(

@@ -18,6 +18,7 @@ from linearize.modeling.attention import ATTENTION
 
 PROBE = "linearize_probe"
 KNOWN_KEYWORDS = {"scaling", "softcap", "sliding_window", "dropout", "is_causal", "linearize_probe_calls"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
@@ -40,6 +41,7 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
             does (attention sinks, biases); says which.
     """
     family = model.config.model_type
+    _check_layer_types(model)
     calls: list[dict[str, Any]] = []
     configs = _attention_configs(model)
     before = [config._attn_implementation for config in configs]
@@ -50,8 +52,8 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
         with torch.no_grad():
             ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
             model.eval()(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{family} cannot be converted: {error}") from error
     except Exception as error:
         raise InputError(
             f"{family} cannot be converted: its attention could not be probed ({_first_line(error)})"
@@ -61,6 +63,16 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
     return _sites(model, calls)
+
+
+def _check_layer_types(model: PreTrainedModel) -> None:
+    """Refuse layers that remember more than keys and values, or see a chunk of the text: no cache layer of ours could."""
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
+    if others:
+        raise InputError(
+            f"{model.config.model_type} cannot be converted: it has layers of type {', '.join(sorted(others))}, "
+            f"all must be {' or '.join(sorted(LAYER_TYPES))}"
+        )
 
 
 def _attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -80,6 +92,8 @@ def _probe_attention(
         raise InputError("its attention modules do not pass keywords on to the attention function")
     extra = {k for k, v in kwargs.items() if v is not None} - KNOWN_KEYWORDS - HARMLESS
     odd = {name for name in extra if isinstance(kwargs[name], Tensor | nn.Parameter)}
+    if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
+        raise InputError("its attention looks ahead (it is no decoder), a mixer only looks back")
     calls.append(
         {"module": module, "q": query, "k": key, "v": value, "window": kwargs.get("sliding_window"), "odd": odd}
     )

@@ -123,7 +123,7 @@ class AttentionTransfer:
                 found[layer] = (
                     (y, target)
                     if keep
-                    else (self._layer_loss(module, layer, (q, k, v), y, target, live, layout, scores), y)
+                    else (self._layer_loss(module, (q, k, v), y, target, live, layout, sliding_window, scores), y)
                 )
             return target
 
@@ -140,37 +140,41 @@ class AttentionTransfer:
     def _layer_loss(
         self,
         module: Any,
-        layer: int,
         qkv: tuple[Tensor, Tensor, Tensor],
         y: Tensor,
         target: Tensor,
         live_BT: Tensor,
         layout: Layout,
+        sliding_window: int | None,
         scores: dict[str, Any],
     ) -> Tensor:
         config, total = self.config, y.new_zeros((), dtype=torch.float32)
         if config.mse:
             error = (y.float() - target.float()).square().mean((1, 3))
-            total = total + config.mse * (error * live_BT).sum() / self.power[layer]
+            total = total + config.mse * (error * live_BT).sum() / self.power[module.layer_idx]
         if config.weights_ce:
-            total = (
-                total + config.weights_ce * (weights_cross_entropy(module.mixer, qkv, layout, scores) * live_BT).sum()
-            )
+            rows_BT = weights_cross_entropy(module.mixer, qkv, layout, scores, sliding_window=sliding_window)
+            total = total + config.weights_ce * (rows_BT * live_BT).sum()
         return total
 
 
 def weights_cross_entropy(
-    mixer: Any, qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, scores: dict[str, Any]
+    mixer: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    layout: Layout,
+    scores: dict[str, Any],
+    *,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """-sum_i a_ni log b_ni for teacher weights a and student weights b, mean over heads, `[B, T]` (Hedgehog,
     2402.04347, equation 9).
 
-    Weights are attention outputs for one-hot values: row i of v is the i-th unit vector.
+    Weights are attention outputs for one-hot values: row i of v is the i-th unit vector. `sliding_window`: the teacher's.
     """
     q, k, _ = qkv
     eye = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(k.shape[0], k.shape[1], -1, -1)
     with torch.no_grad():
-        teacher = softmax_attention(q, k, eye, layout=layout, **scores)
+        teacher = softmax_attention(q, k, eye, layout=layout, sliding_window=sliding_window, **scores)
     student, _ = mixer(q, k, eye, layout=layout, need_state=False, **scores)
     return -(teacher * student.clamp(min=1e-8).log()).sum(-1).mean(1)
 

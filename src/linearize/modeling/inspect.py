@@ -1,0 +1,182 @@
+"""`linearize inspect`: what sits in each layer and what it costs, from the config alone (no weights are read)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from linearize.errors import InputError
+from linearize.mixers import AttentionShape
+from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.student import LinearizedForCausalLM
+from linearize.modeling.surgery import AttentionSite, probe
+from linearize.modeling.teacher import check_model_folder, one_line
+
+CONTEXTS = (1024, 16384, 65536)
+SOFTMAX = "softmax"
+
+
+def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CONTEXTS) -> dict[str, Any]:
+    """Per layer: mixer, parameters, bytes of state; totals, and bytes of cache against context. JSON-able.
+
+    For one sequence, in bytes, with keys and values in the checkpoint's dtype. `parameters` of a layer are those of its
+    block, `mixer_parameters` those that the plan added. `state_bytes` is what a mixer holds whatever the context;
+    `bytes_per_token` what a softmax layer adds per token (up to `window` tokens where the teacher limits it).
+
+    Raises:
+        InputError: no model at `path`, or a family whose cache cannot be told from its config.
+    """
+    config = _read_config(path)
+    element_size = _element_size(config)
+    model = _on_meta(config, path)
+    student = isinstance(model, LinearizedForCausalLM)
+    lm: Any = model.lm if isinstance(model, LinearizedForCausalLM) else model
+    sites = _student_sites(config) if isinstance(config, LinearizeConfig) else _teacher_sites(lm)
+    layers = [_layer(lm, site, config, element_size) for site in sites]
+    return {
+        "model": str(path),
+        "kind": "student" if student else "teacher",
+        "family": lm.config.model_type,
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        **_totals(model, layers),
+        "layers": layers,
+        "cache": [_cache(layers, sites, element_size, context, student) for context in contexts],
+    }
+
+
+def _read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+    check_model_folder(str(path))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        if isinstance(config, LinearizeConfig):
+            config.mixers()
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path} as a model: {one_line(error)}") from error
+    return config
+
+
+def _on_meta(config: PreTrainedConfig, path: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model without its weights: names and shapes only."""
+    try:
+        with torch.device("meta"):
+            if isinstance(config, LinearizeConfig):
+                return LinearizedForCausalLM(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            return model
+    except InputError:
+        raise
+    except (ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise InputError(f"cannot build {path} as a causal language model: {one_line(error)}") from error
+
+
+def _element_size(config: PreTrainedConfig) -> int:
+    dtype = config.dtype or torch.float32
+    return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+
+
+def _student_sites(config: LinearizeConfig) -> list[AttentionSite]:
+    teacher = config.teacher_config().get_text_config()
+    types = config.layer_types or []
+    return [
+        AttentionSite(
+            name=name,
+            layer=layer,
+            shape=AttentionShape(**sizes),
+            sliding_window=getattr(teacher, "sliding_window", None) if _is_sliding(teacher, types, layer) else None,
+        )
+        for layer, (name, sizes) in enumerate(zip(config.attention, config.shapes, strict=True))
+    ]
+
+
+def _is_sliding(teacher: PreTrainedConfig, types: Sequence[str], layer: int) -> bool:
+    """Whether the teacher limits this layer to a window, converted or not."""
+    own = getattr(teacher, "layer_types", None)
+    return (own[layer] if own else types[layer]) == "sliding_attention"
+
+
+def _teacher_sites(model: PreTrainedModel) -> list[AttentionSite]:
+    """Attention modules as the surgery finds them; where it refuses the family, from the config's usual names."""
+    try:
+        return probe(model)
+    except InputError:
+        return _sites_by_config(model)
+
+
+def _sites_by_config(model: PreTrainedModel) -> list[AttentionSite]:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or not getattr(config, "num_hidden_layers", None):
+        raise InputError(f"{config.model_type}: its config names no attention heads, so its cache cannot be told")
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    shape = AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+    blocks = _blocks(model, config.num_hidden_layers)
+    return [
+        AttentionSite(name=f"{blocks}.{i}.attention", layer=i, shape=shape, sliding_window=None)
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+def _blocks(model: nn.Module, count: int) -> str:
+    """The name of the list that holds the model's blocks."""
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found:
+        raise InputError(f"{type(model).__name__}: has no list of {count} blocks, so its layers cannot be told apart")
+    return found[0]
+
+
+def _layer(lm: nn.Module, site: AttentionSite, config: PreTrainedConfig, element_size: int) -> dict[str, Any]:
+    """One row of the table."""
+    block = lm.get_submodule(site.name.rpartition(".")[0])
+    entry = config.plan[site.layer] if isinstance(config, LinearizeConfig) else None
+    row: dict[str, Any] = {"layer": site.layer, "mixer": SOFTMAX if entry is None else entry["name"]}
+    if entry is None:
+        row |= {"window": site.sliding_window, "parameters": _count(block), "mixer_parameters": 0}
+        return row | {"state_bytes": 0, "bytes_per_token": _kv_bytes(site.shape, element_size)}
+    mixer: Any = lm.get_submodule(site.name).mixer
+    cost = mixer.cost(element_size)
+    row |= {"window": entry.get("window"), "parameters": _count(block), "mixer_parameters": _count(mixer)}
+    return row | {"state_bytes": cost.state_bytes, "bytes_per_token": cost.bytes_per_token}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _kv_bytes(shape: AttentionShape, element_size: int) -> int:
+    return shape.num_kv_heads * (shape.head_dim + shape.value_dim) * element_size
+
+
+def _totals(model: nn.Module, layers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return {
+        "num_layers": len(layers),
+        "num_converted": sum(layer["mixer"] != SOFTMAX for layer in layers),
+        "parameters": _count(model),
+        "mixer_parameters": sum(layer["mixer_parameters"] for layer in layers),
+        "state_bytes": sum(layer["state_bytes"] for layer in layers),
+        "bytes_per_token": sum(layer["bytes_per_token"] for layer in layers),
+    }
+
+
+def _cache(
+    layers: Sequence[dict[str, Any]], sites: Sequence[AttentionSite], element_size: int, context: int, student: bool
+) -> dict[str, Any]:
+    """Bytes of one sequence's cache at a context: the teacher's, and the student's with the ratio of the two."""
+    teacher = sum(_kv_bytes(s.shape, element_size) * min(context, s.sliding_window or context) for s in sites)
+    row: dict[str, Any] = {"context": context, "teacher_bytes": teacher}
+    if student:
+        own = sum(
+            layer["state_bytes"] + layer["bytes_per_token"] * min(context, site.sliding_window or context)
+            for layer, site in zip(layers, sites, strict=True)
+        )
+        row |= {"student_bytes": own, "ratio": round(teacher / own, 3)}
+    return row

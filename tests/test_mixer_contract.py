@@ -1,0 +1,295 @@
+"""The contract of every mixer in the table, (a) to (f) of the design, on the module alone and inside a student."""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from models import left_padded, mixer, student_of, text, tiny
+from torch import Tensor
+from transformers import DynamicCache
+
+from linearize.mixers import MIXERS, AttentionShape, Mixer, MixerConfig
+from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.cache import MixerCacheLayer
+from linearize.ops.layout import Layout
+
+B, H, G, D, V, T = 2, 6, 3, 5, 7, 47
+SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V)
+SCORES: dict[str, Any] = {"scaling": 0.61, "softcap": 3.0}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lolcats": [
+        {},
+        {"window": 5, "window_shape": "sliding", "num_sinks": 2, "affine": True},
+        {"window": 0, "feature_map": "elu"},
+        {"window": 0, "feature_map": "t2r", "shift": "shared"},
+        {"window": 3, "feature_map": "exp", "num_sinks": 1, "shift": "shared"},
+    ],
+    "sliding_window": [{}, {"window": 6, "window_shape": "terraced", "num_sinks": 3}],
+}
+CONFIGS = [mixer(name, **settings) for name in MIXERS for settings in VARIANTS.get(name, [{}])]
+
+
+def name(config: MixerConfig) -> str:
+    """What a case is called: mixer and settings."""
+    return "-".join(map(str, (config.name, *config.model_dump(exclude_unset=True).values())))
+
+
+every_mixer = pytest.mark.parametrize("config", CONFIGS, ids=name)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def build(config: MixerConfig, dtype: torch.dtype = torch.float64) -> Mixer:
+    torch.manual_seed(1)
+    built = config.build(SHAPE).to(dtype)
+    for parameter in built.parameters():
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    return built
+
+
+def inputs(dtype: torch.dtype = torch.float64, *, rows: int = B, tokens: int = T, seed: int = 2) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(rows, n, tokens, d, dtype=dtype) for n, d in ((H, D), (G, D), (G, V))]
+
+
+def run(mixer: Mixer, qkv: list[Tensor], cuts: list[int], layout: Layout | None = None) -> tuple[Tensor, Any]:
+    """Outputs and state when the sequence is cut at these tokens."""
+    state, parts, tokens = None, [], qkv[0].shape[2]
+    for a, b in itertools.pairwise([0, *cuts, tokens]):
+        here = Layout(a) if layout is None else Layout(position_BT=layout.position_BT[:, a:b])
+        y, state = mixer(*(x[:, :, a:b] for x in qkv), layout=here, state=state, **SCORES)
+        parts.append(y)
+    return torch.cat(parts, dim=2), state
+
+
+def same_state(given: Any, expected: Any, tolerance: float) -> None:
+    tensors: list[list[Tensor]] = []
+    for state in (given, expected):
+        tensors.append([])
+        state.map_batch(lambda x: tensors[-1].append(x) or x)
+    assert len(tensors[0]) == len(tensors[1]) > 0
+    for x, y in zip(*tensors, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@lru_cache
+def student(config: MixerConfig, **changes: Any) -> LinearizedForCausalLM:
+    return student_of(tiny("llama", attention="sdpa", num_hidden_layers=2, **changes), config)
+
+
+@every_mixer
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=str)
+def test_a_cutting_anywhere_changes_nothing(config: MixerConfig, dtype: torch.dtype, tolerance: float) -> None:
+    built, qkv = build(config, dtype), inputs(dtype)
+    whole, end = run(built, qkv, [])
+    assert whole.shape == (B, H, T, V) and whole.dtype == dtype
+    for cuts in ([1], [T - 1], [5, 6, 29], [33], list(range(1, T))):
+        y, state = run(built, qkv, cuts)
+        torch.testing.assert_close(y, whole, rtol=0, atol=tolerance)
+        same_state(state, end, tolerance)
+
+
+@every_mixer
+def test_a_student_prefills_in_chunks_and_decodes_as_in_one_pass(config: MixerConfig) -> None:
+    model, ids = student(config), text(2, T)
+    whole = model(ids).logits
+    for sizes in ([2, 1, 35, 9], [3, *[1] * (T - 3)]):
+        cache, parts = None, []
+        for part in ids.split(sizes, dim=1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=2e-5)
+
+
+@every_mixer
+@pytest.mark.parametrize("sizes", [[T], [9, 1, 37]], ids=["whole", "cut"])
+def test_b_left_padding_changes_nothing(config: MixerConfig, sizes: list[int]) -> None:
+    model, lengths = student(config), [31, T, 3]
+    ids, mask = left_padded(text(3, T), lengths)
+    cache, parts, seen = None, [], 0
+    for part in ids.split(sizes, dim=1):
+        seen += part.shape[1]
+        out = model(part, attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True)
+        cache, parts = out.past_key_values, [*parts, out.logits]
+    logits = torch.cat(parts, dim=1)
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, T - length :]).logits[0]
+        torch.testing.assert_close(logits[row, T - length :], alone, rtol=0, atol=2e-5)
+
+
+@every_mixer
+def test_b_batch_order_changes_nothing(config: MixerConfig) -> None:
+    built, qkv, order = build(config), inputs(rows=3), torch.tensor([2, 0, 1])
+    y, state = run(built, qkv, [20])
+    shuffled, after = run(built, [x[order] for x in qkv], [20])
+    torch.testing.assert_close(shuffled, y[order], rtol=0, atol=1e-12)
+    same_state(after, state.map_batch(lambda x: x[order]), 1e-12)
+
+
+@every_mixer
+def test_b_packing_changes_nothing(config: MixerConfig) -> None:
+    model, documents = student(config), [[11, 1, 32, 3], [30, 17]]
+    ids = text(2, T)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+    whole = model(ids, position_ids=positions).logits
+    for row, lengths in enumerate(documents):
+        apart = [model(part[None]).logits[0] for part in ids[row].split(lengths)]
+        torch.testing.assert_close(whole[row], torch.cat(apart), rtol=0, atol=2e-5)
+    one_row = positions[:1]
+    torch.testing.assert_close(model(ids, position_ids=one_row).logits[0], whole[0], rtol=0, atol=2e-5)
+
+
+@every_mixer
+def test_c_nothing_stays_on_the_module(config: MixerConfig) -> None:
+    built, qkv = build(config), inputs()
+
+    def picture() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, module in built.named_modules():
+            tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            found |= {f"{name}.{key}": value.clone() for key, value in tensors}
+            found |= {f"{name}!{key}": repr(value) for key, value in vars(module).items() if key[0] != "_"}
+        return found
+
+    before = picture()
+    run(built, qkv, [13])
+    built.advance(qkv[1], qkv[2], layout=Layout())
+    after = picture()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value) if isinstance(value, Tensor) else after[name] == value, name
+
+
+@every_mixer
+def test_c_sequences_that_take_turns_do_not_meet(config: MixerConfig) -> None:
+    model = student(config)
+    texts, caches, logits = [text(1, T, seed=3), text(1, T, seed=4)], [None, None], [[], []]
+    for part in range(0, T, 6):
+        for which in (0, 1):
+            out = model(texts[which][:, part : part + 6], past_key_values=caches[which], use_cache=True)
+            caches[which] = out.past_key_values
+            logits[which].append(out.logits)
+    for ids, parts in zip(texts, logits, strict=True):
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=0, atol=2e-5)
+
+
+@every_mixer
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize(("calls", "dropped"), [([5], 2), ([1], 1), ([8, 1, 4], 6), ([3, 2], 5), ([6, 6], 0)])
+def test_d_a_rollback_leaves_no_trace(config: MixerConfig, padded: bool, calls: list[int], dropped: int) -> None:
+    """The same cache, with and without guesses that are dropped again, goes on to the same bits."""
+    model, prefix, true, wrong = student(config), 17, text(2, T), text(2, T, seed=99)
+    mask = left_padded(true, [T, T - 11])[1] if padded else torch.ones(2, T, dtype=torch.long)
+    kept = sum(calls) - dropped
+
+    def step(cache: DynamicCache | None, ids: Tensor, start: int) -> tuple[DynamicCache, Tensor]:
+        end = start + ids.shape[1]
+        out = model(ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        return out.past_key_values, out.logits
+
+    guessed = torch.cat([true[:, : prefix + kept], wrong[:, prefix + kept :]], dim=1)
+    cache, _ = step(None, true[:, :prefix], 0)
+    cache.activate_past_recording()
+    for round_ in range(2):
+        start = prefix if round_ == 0 else prefix + kept
+        source = guessed if round_ == 0 else torch.cat([true[:, : start + 2], wrong[:, start + 2 :]], dim=1)
+        for size in calls if round_ == 0 else [4]:
+            cache, _ = step(cache, source[:, start : start + size], start)
+            start += size
+        cache.crop(-(dropped if round_ == 0 else 2))
+    end = prefix + kept + 2
+    assert cache.get_seq_length() == end
+    _, continued = step(cache, true[:, end : end + 7], end)
+    _, expected = step(None, true[:, : end + 7], 0)
+    torch.testing.assert_close(continued * mask[:, end : end + 7, None], (expected * mask[:, : end + 7, None])[:, end:],
+                               rtol=0, atol=2e-5)  # fmt: skip
+
+
+@every_mixer
+def test_d_the_state_itself_is_never_undone(config: MixerConfig) -> None:
+    """After the crop of all guesses the committed state is the same object: nothing was copied, nothing recomputed."""
+    model, ids = student(config), text(1, T)
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    states = [layer.state for layer in cache.layers]
+    cache.activate_past_recording()
+    model(ids[:, 20:29], past_key_values=cache)
+    cache.crop(-9)
+    assert [layer.state for layer in cache.layers] == states
+    assert all(layer.pending is None and layer.get_seq_length() == 20 for layer in cache.layers)
+
+
+@every_mixer
+def test_d_dropping_more_than_is_held_is_refused(config: MixerConfig) -> None:
+    model, ids = student(config), text(1, T)
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    model(ids[:, 20:24], past_key_values=cache)
+    cache.crop(-1)
+    with pytest.raises(ValueError, match="cannot drop 1 token"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == 23
+    model(ids[:, 23:25], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cannot drop 3 tokens.* 2 are held"):
+        cache.crop(-3)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_e_the_stated_cost_is_what_is_held(config: MixerConfig, dtype: torch.dtype) -> None:
+    built = build(config, dtype)
+    cost = built.cost(torch.finfo(dtype).bits // 8)
+    sizes = []
+    for tokens in (100, 101, 102, 103, 104, 105, 106, 107, 400):
+        _, state = run(built, inputs(dtype, rows=1, tokens=tokens), [])
+        sizes.append(state.num_bytes)
+    assert max(sizes) == cost.state_bytes
+    assert cost.bytes_per_token == 0 and cost.flops_per_token > 0
+    _, state = run(built, inputs(dtype, rows=3, tokens=100), [])
+    assert state.num_bytes == 3 * sizes[0]
+
+
+@every_mixer
+def test_e_the_cache_of_a_student_stops_growing(config: MixerConfig) -> None:
+    model = student(config, max_position_embeddings=2048)
+    cache, held = None, {}
+    for end in range(60, 1201, 60):
+        cache = model(text(1, 60, seed=end), past_key_values=cache, use_cache=True).past_key_values
+        held[end] = [layer.num_bytes for layer in cache.layers]
+    assert held[1200] == held[60] and all(held[60])
+    stated = next(iter(model.mixers().values())).cost(4).state_bytes
+    assert all(0 < size <= stated for sizes in held.values() for size in sizes)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_f_it_starts_on_the_teachers_weights_device_and_dtype(config: MixerConfig, dtype: torch.dtype) -> None:
+    teacher = tiny("llama", attention="sdpa", num_hidden_layers=2).to(dtype)
+    model = LinearizedForCausalLM.from_teacher(teacher, [config] * 2)
+    shared = {id(x) for x in teacher.parameters()}
+    assert all((id(x) in shared) != (".mixer." in name) for name, x in model.named_parameters())
+    assert {x.device for x in model.parameters()} == {teacher.device}
+    out = model(text(2, T), use_cache=True)
+    assert out.logits.dtype == dtype
+    for layer in out.past_key_values.layers:
+        assert isinstance(layer, MixerCacheLayer)
+        tensors: list[Tensor] = []
+        layer.state.map_batch(lambda x, seen=tensors: seen.append(x) or x)
+        assert {x.dtype for x in tensors} <= {dtype, torch.promote_types(dtype, torch.float32)}
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.name == "lolcats" and c.window], ids=name)
+def test_both_branches_are_there_where_the_mixer_has_two(config: MixerConfig) -> None:
+    """Guards the tests above: window alone and linear branch alone differ from both together, so neither is dead."""
+    model, ids = student(config), text(1, T)
+    found = {branch: model(ids, branch=branch).logits for branch in ("both", "window", "linear")}
+    assert all((found["both"] - found[other]).abs().max() > 1e-3 for other in ("window", "linear"))
