@@ -121,7 +121,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "linearize.convert", "convert", Calls())
+    calls = stand_in(monkeypatch, "linearize.conversion", "convert", Calls())
     assert main(CONVERT) == 0
     assert calls.arguments is not None
     assert calls.arguments["teacher"] == "teacher" and list(calls.arguments["data"]) == ["a.txt"]
@@ -205,7 +205,7 @@ def test_an_error_is_one_line_with_its_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stand_in(monkeypatch, "linearize.convert", "convert", Calls(error=error))
+    stand_in(monkeypatch, "linearize.conversion", "convert", Calls(error=error))
     found, message = failure(CONVERT, capsys)
     assert found == code
     assert all(word in message for word in words), message
@@ -215,7 +215,7 @@ def test_an_error_is_one_line_with_its_code(
 def test_debug_shows_the_traceback(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "linearize.convert", "convert", Calls(error=InputError("no such window")))
+    stand_in(monkeypatch, "linearize.conversion", "convert", Calls(error=InputError("no such window")))
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error and error.splitlines()[-1] == "linearize: no such window"

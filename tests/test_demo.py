@@ -20,8 +20,8 @@ from linearize.recipes import DEFAULT_RECIPE, load_recipe
 
 SMALL: dict[Any, dict[str, Any]] = {
     text: {
-        "STORY_TOKENS": 500, "STORY_BATCH": 12, "LONGEST_STORY": 50, "RECALL_DOCUMENTS": 26, "WORDS": (20, 30),
-        "ASKED_AFTER_WORDS": (40, 70), "ASKED_PER_DISTANCE": 2,
+        "STORY_TOKENS": 500, "STORY_BATCH": 12, "LONGEST_STORY": 50, "RECALL_DOCUMENTS": 14, "WORDS": (20, 30),
+        "FACTS": (1, 2), "QUESTIONS": (1, 2), "ASKED_AFTER_WORDS": (50, 80), "ASKED_PER_DISTANCE": 2,
     },
     run: {"TOKENS": 4096, "CONTEXTS": (17, 70), "NEW_TOKENS": 5},
 }  # fmt: skip
@@ -74,7 +74,7 @@ def test_the_folder_is_complete_and_moves(demo: SimpleNamespace) -> None:
 
 def test_training_text_holds_no_question_that_is_asked(demo: SimpleNamespace) -> None:
     rows = [json.loads(line)["text"] for line in (demo.folder / "text" / "recall.jsonl").read_text().splitlines()]
-    assert len(rows) == 26 and all("What is the code of the" in row for row in rows)
+    assert len(rows) == 14 and all("What is the code of the" in row for row in rows)
     found = json.loads((demo.folder / "demo.json").read_text())
     codes = {answer["expected"] for answer in found["recall"]["student"]["answers"]}
     assert codes and not any(f" {code}." in row for row in rows for code in codes)

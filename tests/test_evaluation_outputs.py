@@ -38,7 +38,13 @@ from linearize.evaluation import (
 from linearize.evaluation.card import model_card
 from linearize.evaluation.compare import _branches, _documents
 from linearize.evaluation.language_modeling import PositionBin
-from linearize.evaluation.plots import plot_decode_cost, plot_layer_error, plot_loss_by_position, plot_stages
+from linearize.evaluation.plots import (
+    plot_decode_cost,
+    plot_layer_error,
+    plot_loss_by_position,
+    plot_recall,
+    plot_stages,
+)
 from linearize.evaluation.recall import fact_distance, matches
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig
@@ -278,7 +284,9 @@ def test_plots(tmp_path: Path) -> None:
     files += plot_loss_by_position(bins, tmp_path) + plot_loss_by_position(alone, tmp_path / "alone")
     files += plot_decode_cost(costs, tmp_path) + plot_layer_error({"after the swap": [0.5, 0.4]}, tmp_path)
     files += plot_decode_cost(costs[:2], tmp_path / "teacher")
-    assert len(set(files)) == 14
+    recall = recall_beyond_window(ShortSighted(30), tiny_tokenizer(), ITEMS, distance_edges=[0, 16, 40, 99])
+    files += plot_recall({"teacher": recall, "student": recall}, tmp_path)
+    assert len(set(files)) == 16
     for path in files:
         head = path.read_bytes()[:200]
         assert head.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in head
@@ -322,6 +330,8 @@ def test_evaluate_bad_input(folder: Path) -> None:
     data = [str(folder / "text.txt")]
     with pytest.raises(InputError, match="--data"):
         evaluate(folder / "one", device="cpu")
+    with pytest.raises(InputError, match="not a model folder"):
+        evaluate(folder / "none", device="cpu")
     with pytest.raises(InputError, match="vocabulary"):
         evaluate(folder / "one", teacher=folder / "other", data=data, device="cpu")
     with pytest.raises(InputError, match="limit 1"):
@@ -398,6 +408,7 @@ def test_evaluate_a_student(folder: Path, tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_a_converted_layer_decodes_in_constant_memory() -> None:
-    student = LinearizedForCausalLM.from_teacher(tiny_llama(1), [LolcatsConfig(window=3, feature_dim=5)] * 3)
+    mixer = LolcatsConfig(window=3, feature_dim=5, num_sinks=1)
+    student = LinearizedForCausalLM.from_teacher(tiny_llama(1), [mixer] * 3)
     sizes = {c.context: c.cache_bytes for c in decode_cost(student, None, contexts=[21, 84], repeats=1, chunk=17)}
     assert sizes[21] == sizes[84] > 0

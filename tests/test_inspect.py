@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_evaluation_outputs import tiny_llama, tiny_tokenizer
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from linearize.cli import main
 from linearize.errors import InputError
@@ -17,6 +17,7 @@ from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import inspect_model
+from linearize.modeling.surgery import probe
 
 PLAN = [LolcatsConfig(window=5, feature_dim=7), None, SlidingWindowConfig(window=11)]
 KV_BYTES = 3 * (10 + 10) * 4  # key/value heads, key and value dimensions, fp32
@@ -86,11 +87,14 @@ def test_a_window_of_the_teacher_limits_its_cache(tmp_path: Path) -> None:
 
 
 def test_a_family_without_the_attention_interface_is_told_by_its_config(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=32, n_embd=20, n_layer=3, n_head=5)).save_pretrained(tmp_path)
+    config = GPTJConfig(vocab_size=31, n_positions=32, n_embd=20, n_layer=3, n_head=5, rotary_dim=2)
+    GPTJForCausalLM(config).save_pretrained(tmp_path)
     found = inspect_model(tmp_path, contexts=(9,))
     cache = DynamicCache()
-    model = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    model = GPTJForCausalLM.from_pretrained(tmp_path).eval()
     model(input_ids=torch.randint(0, 31, (1, 9)), past_key_values=cache, use_cache=True)
+    with pytest.raises(InputError):
+        probe(model)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert found["cache"] == [{"context": 9, "teacher_bytes": held}]
     assert [layer["parameters"] for layer in found["layers"]] == [

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import LAYERS, mixer, student_of, text, tiny
+from models import LAYERS, mixer, student_of, tiny
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -198,7 +199,7 @@ def test_power_normalisation_takes_out_the_scale_of_a_layer() -> None:
         for normalize in ("power", "none"):
             run = transfer(student, normalize=normalize)
             run.calibrate(batch)
-            losses[scale, normalize] = float(run.loss(batch).sum)
+            losses[scale, normalize] = float(run.loss(batch).sum.detach())
     assert losses[7.0, "power"] == pytest.approx(losses[1.0, "power"], rel=1e-4)
     assert losses[7.0, "none"] == pytest.approx(49 * losses[1.0, "none"], rel=1e-4)
 
@@ -240,7 +241,8 @@ def test_losses_equal_full_computation_with_masks(monkeypatch: pytest.MonkeyPatc
 def test_a_student_that_is_its_teacher(loss: str) -> None:
     teacher, batch = tiny("llama", attention="sdpa"), make_batch()
     run = lowrank(student_of(teacher, mixer(window=T)), teacher, loss=loss)
-    found = run.loss(batch)
+    with torch.no_grad():
+        found = run.loss(batch)
     if loss == "kl":
         assert abs(float(found.sum)) / found.count < 1e-6
     else:
@@ -341,7 +343,12 @@ def test_adapters_kept_beside_the_weights_are_applied_on_loading(tmp_path: Path)
     bare = student_logits(student_of(tiny("llama", attention="sdpa"), mixer(window=3)), batch)
     expected = student_logits(student, batch)
     run.finish()
+    torch.testing.assert_close(student_logits(student, batch), expected, rtol=0, atol=5e-5)
     save_student(student, NoTokenizer(), tmp_path)
+    torch.testing.assert_close(student_logits(student, batch), expected, rtol=0, atol=5e-5)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        name = "lm.model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(file.get_tensor(name), tiny("llama").state_dict()[name.removeprefix("lm.")])
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
@@ -384,7 +391,3 @@ def test_an_unknown_target_names_what_there_is() -> None:
 
 def test_every_stage_is_in_the_table() -> None:
     assert {name: cls.model_fields["name"].default for name, cls in STAGES.items()} == {n: n for n in STAGES}
-
-
-def test_text_of_the_tests_is_not_constant() -> None:
-    assert len(text(1, T).unique()) > 10

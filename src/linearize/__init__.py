@@ -14,7 +14,7 @@ from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
 from linearize.version import __version__
 
 if TYPE_CHECKING:
-    from linearize.convert import convert
+    from linearize.conversion import convert
     from linearize.recipes.recipe import load_recipe
 
 __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert", "load", "load_recipe"]
@@ -22,7 +22,7 @@ __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert",
 
 def __getattr__(name: str) -> Any:
     if name == "convert":
-        from linearize.convert import convert
+        from linearize.conversion import convert
 
         return convert
     if name == "load_recipe":

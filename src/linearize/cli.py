@@ -147,7 +147,7 @@ def convert(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a teacher into a student."""
-    from linearize.convert import convert as run_convert
+    from linearize.conversion import convert as run_convert
     from linearize.recipes.overrides import parse_settings
 
     run_convert(

@@ -13,13 +13,13 @@ from typing import Any
 from linearize.demo.recall import RecallItem, recall_document
 from linearize.training.sampling import sample_documents
 
-STORY_TOKENS = 48_000
+STORY_TOKENS = 30_000
 STORY_BATCH = 48
 LONGEST_STORY = 384
-RECALL_DOCUMENTS = 640
+RECALL_DOCUMENTS = 480
 FACTS, QUESTIONS = (1, 4), (4, 10)
 WORDS = (60, 200)
-ASKED_AFTER_WORDS = (40, 90, 180)
+ASKED_AFTER_WORDS = (50, 100, 190)
 ASKED_PER_DISTANCE = 24
 HAY_OF_QUESTIONS = 0.2
 _FACT = re.compile(r"\d|\bcode of\b")

@@ -23,6 +23,7 @@ from linearize.evaluation.plots import plot_loss_by_position, plot_stages
 from linearize.evaluation.report import ConversionReport, provenance, read_report
 from linearize.files import atomic_write_text, read_text
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.teacher import check_model_folder
 from linearize.ops.window_linear.window import ring_slots
 from linearize.training.data import DataConfig, Document, document_rows, load_documents, split
 from linearize.training.sampling import self_sampler
@@ -52,6 +53,7 @@ def evaluate(
     """
     if limit < 2 or batch < 1 or (length is not None and length < 2):
         raise InputError(f"limit {limit}, length {length}, batch {batch}: limit and length must be at least 2, batch 1")
+    check_model_folder(str(model_path))
     report = read_report(model_path) if is_student(model_path) else None
     specs = list(data or (report.data if report else ()))
     if not specs:
@@ -207,9 +209,8 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
 
 
 def _loss_table(result: dict[str, Any]) -> Table:
-    table = Table(
-        "", "loss", "+-", "perplexity", title=f"{result['tokens']:,} tokens of {result['documents']:,} documents"
-    )
+    table = _table("", ("loss", "+-", "perplexity"))
+    table.title = f"{result['tokens']:,} tokens of {result['documents']:,} documents"
     for name in ("teacher", "student"):
         if result[f"{name}_loss"] is not None:
             cells = (f"{name}_loss", f"{name}_loss_error", f"{name}_perplexity")
@@ -221,7 +222,7 @@ def _loss_table(result: dict[str, Any]) -> Table:
 
 def _branch_table(ablation: dict[str, Any]) -> Table:
     columns = ("tokens", "teacher", "both", "window", "linear", "share")
-    table = Table("branches", *columns)
+    table = _table("branches", columns)
     for key, name in (("all_tokens", "all tokens"), ("beyond_window", f"beyond {ablation['window']} tokens")):
         if ablation[key] is not None:
             table.add_row(name, *(_number(ablation[key][column]) for column in columns))
@@ -230,9 +231,18 @@ def _branch_table(ablation: dict[str, Any]) -> Table:
 
 def _position_table(bins: Sequence[dict[str, Any]]) -> Table:
     columns = [c for c in ("teacher_loss", "student_loss", "window_loss") if bins and bins[0][c] is not None]
-    table = Table("positions", "tokens", *(column.replace("_loss", "") for column in columns))
+    table = _table("positions", ("tokens", *(column.replace("_loss", "") for column in columns)))
     for b in bins:
-        table.add_row(f"{b['start']}-{b['end'] - 1}", _number(b["tokens"]), *(_number(b[column]) for column in columns))
+        span = f"{b['start']}-{b['end'] - 1}" if b["end"] - b["start"] > 1 else str(b["start"])
+        table.add_row(span, _number(b["tokens"]), *(_number(b[column]) for column in columns))
+    return table
+
+
+def _table(first: str, columns: Sequence[str]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(first)
+    for column in columns:
+        table.add_column(column, justify="right")
     return table
 
 

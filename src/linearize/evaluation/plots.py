@@ -46,7 +46,7 @@ def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: fl
     names = ["swap", *(stage.name.replace("_", " ") for stage in report.stages)]
     losses = [report.swap_loss, *(stage.loss_after for stage in report.stages)]
     lines = {"teacher": report.teacher_loss} | ({"window": window_loss} if window_loss is not None else {})
-    with _figure(Path(folder) / "stages", width=1.6 + 1.5 * max(len(names), 3)) as (figure, (axis,)):
+    with new_figure(Path(folder) / "stages", width=1.6 + 1.5 * max(len(names), 3)) as (figure, (axis,)):
         for name, loss in lines.items():
             style = "-" if name == "teacher" else "--"
             axis.axhline(loss, color=COLOURS[name], linestyle=style, linewidth=1.4, label=f"{LABELS[name]} {loss:.3f}")
@@ -58,14 +58,14 @@ def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: fl
         axis.margins(x=0.18, y=0.16)
         axis.set(title="Held-out loss through the stages", ylabel="nats per token")
         _legend_below(figure)
-    return _files(folder, "stages")
+    return figure_files(folder, "stages")
 
 
 def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> list[Path]:
     """Loss, and loss above the teacher's, against the tokens seen; files `loss_by_position.svg` and `.png`."""
     compared = any(b.teacher_loss is not None and (b.student_loss, b.window_loss) != (None, None) for b in bins)
     panels = 2 if compared else 1
-    with _figure(Path(folder) / "loss_by_position", panels=panels, width=1.4 + 3.6 * panels) as (figure, axes):
+    with new_figure(Path(folder) / "loss_by_position", panels=panels, width=1.4 + 3.6 * panels) as (figure, axes):
         for name in ("window", "student", "teacher"):
             style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
             known = [
@@ -83,7 +83,7 @@ def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> li
             axis.xaxis.set_major_formatter(_count)
             axis.set(title=title, xlabel="tokens of the document seen", ylabel="nats per token")
         _legend_below(figure)
-    return _files(folder, "loss_by_position")
+    return figure_files(folder, "loss_by_position")
 
 
 def _tokens_seen(b: PositionBin) -> float:
@@ -93,7 +93,7 @@ def _tokens_seen(b: PositionBin) -> float:
 
 def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Path]:
     """Time per token and cache bytes against context, log-log; files `decode_cost.svg` and `.png`."""
-    with _figure(Path(folder) / "decode_cost", panels=2, width=8.6) as (figure, (left, right)):
+    with new_figure(Path(folder) / "decode_cost", panels=2, width=8.6) as (figure, (left, right)):
         for name in ("teacher", "student"):
             found = [cost for cost in costs if cost.model == name]
             contexts = [cost.context for cost in found]
@@ -107,7 +107,7 @@ def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Pa
             _log_log(axis, formatter)
             axis.set(title=title, xlabel="context (tokens)")
         _legend_below(figure)
-    return _files(folder, "decode_cost")
+    return figure_files(folder, "decode_cost")
 
 
 def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list[Path]:
@@ -115,7 +115,7 @@ def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list
 
     `reports` maps `teacher` and `student` (or names of your own) to what `recall_beyond_window` gave.
     """
-    with _figure(Path(folder) / "recall") as (figure, (axis,)):
+    with new_figure(Path(folder) / "recall") as (figure, (axis,)):
         for name, report in reports.items():
             shares = [b.accuracy for b in report.by_distance]
             style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(name), "clip_on": False}
@@ -127,14 +127,17 @@ def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list
         axis.set_ylim(0, 1)
         axis.margins(x=0.15)
         _legend_below(figure)
-    return _files(folder, "recall")
+    return figure_files(folder, "recall")
 
 
 def plot_layer_error(errors: Mapping[str, Sequence[float]], folder: Path | str) -> list[Path]:
     """Attention-transfer error of each layer, a group of bars per moment; files `layer_error.svg` and `.png`."""
     layers = max(len(values) for values in errors.values())
     palette = [COLOURS["swap"], COLOURS["student"], COLOURS["window"], COLOURS["teacher"]]
-    with _figure(Path(folder) / "layer_error", width=max(5.2, 1.6 + 0.35 * layers * len(errors))) as (figure, (axis,)):
+    with new_figure(Path(folder) / "layer_error", width=max(5.2, 1.6 + 0.35 * layers * len(errors))) as (
+        figure,
+        (axis,),
+    ):
         width = 0.8 / len(errors)
         for i, (moment, values) in enumerate(errors.items()):
             at = [layer + (i - (len(errors) - 1) / 2) * width for layer in range(len(values))]
@@ -142,11 +145,11 @@ def plot_layer_error(errors: Mapping[str, Sequence[float]], folder: Path | str) 
         axis.set_xticks(range(layers))
         axis.set(title="Transfer error by layer", xlabel="layer", ylabel="error / teacher output power")
         _legend_below(figure)
-    return _files(folder, "layer_error")
+    return figure_files(folder, "layer_error")
 
 
 @contextmanager
-def _figure(
+def new_figure(
     stem: Path, *, panels: int = 1, width: float = 5.6, height: float = 3.6
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure with its panels; saved under both suffixes when the block ends well."""
@@ -163,7 +166,8 @@ def _figure(
         figure.savefig(stem.with_suffix(".png"))
 
 
-def _files(folder: Path | str, name: str) -> list[Path]:
+def figure_files(folder: Path | str, name: str) -> list[Path]:
+    """The paths that `new_figure(folder / name)` writes."""
     return [Path(folder) / f"{name}{suffix}" for suffix in (".svg", ".png")]
 
 

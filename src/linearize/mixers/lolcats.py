@@ -69,6 +69,7 @@ class Lolcats(WindowMixer):
 
     def spec(self, *, scaling: float, softcap: float | None, branch: Branch) -> WindowLinear:
         """The operation that this mixer runs."""
+        factor_H = self.window_factor_H.to(torch.promote_types(self.window_factor_H.dtype, torch.float32))
         return WindowLinear(
             window=self.config.window,
             shape=self.config.window_shape,
@@ -78,8 +79,8 @@ class Lolcats(WindowMixer):
             shared_shift=self.config.shift == "shared",
             feature_q=self.feature_q,
             feature_k=self.feature_k,
-            log_window_factor_H=F.logsigmoid(self.window_factor_H.float()),
-            linear_factor_H=torch.sigmoid(-self.window_factor_H.float()) if self.config.affine else None,
+            log_window_factor_H=F.logsigmoid(factor_H),
+            linear_factor_H=torch.sigmoid(-factor_H) if self.config.affine else None,
             branch=branch,
         )
 

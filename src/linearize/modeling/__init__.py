@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.errors import InputError
@@ -46,7 +47,7 @@ def load(
         model: LinearizedForCausalLM = LinearizedForCausalLM.from_pretrained(path, dtype=dtype or "auto", **options)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"cannot load {path} as a student: {one_line(error)}") from error
     placed: Any = model.to(device or "cpu")  # type: ignore[arg-type]
     student: LinearizedForCausalLM = placed.eval()

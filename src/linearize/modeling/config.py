@@ -49,18 +49,29 @@ class LinearizeConfig(PreTrainedConfig):
         self.teacher_name = teacher_name
         self.linearize_version = linearize_version
         for name in SHARED_FIELDS:
-            if name in self.teacher:
-                kwargs.setdefault(name, self.teacher[name])
+            for fields in (self.teacher, self._text()):
+                if name in fields:
+                    kwargs.setdefault(name, fields[name])
         super().__init__(**kwargs)
         self.plan = plan or []  # after the parent's checks, which know only transformers' own layer types
 
     def __getattr__(self, name: str) -> Any:
         teacher = self.__dict__.get("teacher", {})
         if not name.startswith("_") and teacher:
-            for known in (name, _renamed(teacher.get("model_type", "")).get(name)):
-                if known in teacher:
-                    return teacher[known]
+            for fields in (teacher, self._text()):
+                for known in (name, _renamed(fields.get("model_type", "")).get(name, name)):
+                    if known in fields and not name.endswith("_config"):
+                        return fields[known]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def _text(self) -> dict[str, Any]:
+        """The teacher's fields that describe its language model (those of a model with images are one level down)."""
+        text: dict[str, Any] = self.teacher.get("text_config") or self.teacher
+        return text
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LinearizeConfig:
+        """Itself: a student is a language model, its plan speaks of the layers of that."""
+        return self
 
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's config as an object of its own class."""
@@ -84,8 +95,8 @@ class LinearizeConfig(PreTrainedConfig):
         """One cache layer type per layer; ours where a mixer sits, the teacher's elsewhere (never written to disk)."""
         if not self.plan:
             return None
-        kept = self.teacher.get("layer_types")
-        window = self.teacher.get("sliding_window") if self.teacher.get("use_sliding_window", True) else None
+        kept = self._text().get("layer_types")
+        window = self._text().get("sliding_window") if self._text().get("use_sliding_window", True) else None
         default = "full_attention" if window is None else "sliding_attention"
         return [
             MIXER_LAYER if entry is not None else (kept[i] if kept else default) for i, entry in enumerate(self.plan)

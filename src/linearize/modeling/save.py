@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linearize.errors import InputError
 
 ADAPTER = "adapter"
 
 
+@dataclass(frozen=True, eq=False)
+class KeptAdapters:
+    """Adapters whose product is in a student's weights in memory and shall be beside them on disk.
+
+    `config`: peft's `LoraConfig`. `state`: tensors as peft names them. `weights`: those of the adapted layers,
+    without the product.
+    """
+
+    config: Any
+    state: dict[str, Tensor]
+    weights: dict[str, nn.Parameter]
+
+
 def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
     """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
     `adapter/`."""
-    kept = student.__dict__.pop("kept_adapters", None)
-    student.save_pretrained(folder)
+    kept: KeptAdapters | None = getattr(student, "kept_adapters", None)
+    with _weights(student, kept.weights if kept else {}):
+        student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if kept is not None:
         from safetensors.torch import save_file
 
-        config, state = kept
         (folder / ADAPTER).mkdir()
-        config.save_pretrained(folder / ADAPTER)
-        save_file(
-            {k: v.cpu() for k, v in state.items()}, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"}
-        )
+        kept.config.save_pretrained(folder / ADAPTER)
+        tensors = {k: v.cpu() for k, v in kept.state.items()}
+        save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+
+
+@contextmanager
+def _weights(student: nn.Module, others: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Other weights in these layers inside the `with` block."""
+    merged: dict[str, Any] = {name: student.get_submodule(name).weight for name in others}
+    try:
+        for name, weight in others.items():
+            student.get_submodule(name).weight = weight
+        yield
+    finally:
+        for name, weight in merged.items():
+            student.get_submodule(name).weight = weight
 
 
 def apply_adapters(student: Any, path: Any) -> None:

@@ -37,6 +37,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = False
+    _keep_in_fp32_modules_strict = ["mixer"]  # noqa: RUF012 (as in transformers); new parameters stay as they were trained
 
     def __init__(self, config: LinearizeConfig, lm: PreTrainedModel | None = None) -> None:
         super().__init__(config)

@@ -66,7 +66,7 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
 
 
 def _check_layer_types(model: PreTrainedModel) -> None:
-    """Refuse layers that remember more than keys and values, or see a chunk of the text: no cache layer of ours could."""
+    """Refuse layers that remember more than keys and values or see one chunk of the text: no mixer could stand in."""
     others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if others:
         raise InputError(

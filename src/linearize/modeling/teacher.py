@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError
@@ -39,7 +40,7 @@ def load_teacher(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load {name} as a causal language model: {one_line(error)}") from error
     placed: Any = model.to(device or "cpu")  # type: ignore[arg-type]
     return placed.eval().requires_grad_(False), tokenizer

@@ -1,8 +1,8 @@
-"""Hedgehog features with a backward pass that keeps only the features (2402.04347; the gain is ours, see `mixers/feature_maps.py`).
+"""Hedgehog features (2402.04347) whose backward pass keeps little else; the gain is ours (`mixers/feature_maps.py`).
 
 phi(x) = exp(l) [softmax(x W), softmax(-x W)].
 
-Letters: G groups of R heads, H = G R, C tokens, D head dimension, F columns of W, S the two signs; leading dimensions are free.
+Letters: G groups of R heads, H = G R, C tokens, D head dimension, F columns of W; leading dimensions are free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SMALLEST = 1e-12
 
 
 def hedgehog(x: Tensor, weight_HDF: Tensor, log_gain: Tensor | None = None) -> Tensor:
-    """Features of x, `[..., G, C, D] -> [..., H, C, 2 F]`, at least 1e-12 before the gain; `log_gain: [..., H, C, 1]`."""
+    """Features of x, `[..., G, C, D] -> [..., H, C, 2 F]`, at least 1e-12; times exp(`log_gain: [..., H, C, 1]`)."""
     phi: Tensor = _Hedgehog.apply(x, weight_HDF.unflatten(0, (x.shape[-3], -1)), log_gain)
     return phi
 
@@ -57,7 +57,9 @@ class _Hedgehog(torch.autograd.Function):
         view = d_z.movedim(0, -4).transpose(-2, -3)
         torch.sub(d_signed[..., 0, :], d_signed[..., 1, :], out=view)
         d_z = d_z.flatten(1, -3).flatten(-2)
-        d_x = product(d_z, weight.transpose(2, 3).flatten(1, 2))
-        d_x = d_x.unflatten(1, (*x.shape[:-3], x.shape[-2])).movedim(0, -3) if ctx.needs_input_grad[0] else None
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_rows = product(d_z, weight.transpose(2, 3).flatten(1, 2))
+            d_x = d_rows.unflatten(1, (*x.shape[:-3], x.shape[-2])).movedim(0, -3)
         d_weight = product(_rows(x).mT, d_z).unflatten(2, (heads, features)).transpose(1, 2)
         return d_x, d_weight, d_gain

@@ -2,7 +2,8 @@
 
 | form | file | time and memory | for |
 |---|---|---|---|
-| reference | `reference.py` | T x S | proof; a few tokens (decode, verification) |
+| reference | `reference.py` | T x S | proof; a few tokens (padded decode, verification) |
+| step | `step.py` | S | one token without padding: decode |
 | chunked | `chunked.py` | linear in T | training, prefill |
 """
 
@@ -21,6 +22,7 @@ from linearize.ops.window_linear.chunked import chunked
 from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.spec import Branch, WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
+from linearize.ops.window_linear.step import is_step, step
 from linearize.ops.window_linear.update import gather_slots, next_state
 from linearize.ops.window_linear.window import WindowShape
 
@@ -64,11 +66,11 @@ def window_linear(
 
     Half-precision inputs are computed in fp32 and the ring is kept in their dtype; the folded sum is at least fp32.
     """
-    name = _forced.get() or ("reference" if q_BHTD.shape[2] <= FEW_TOKENS else "chunked")
+    form = _choose(q_BHTD, layout, state)
     dtype = q_BHTD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(q_BHTD.device.type, enabled=False):
-        y, after = FORMS[name](
+        y, after = form(
             q_BHTD.to(wide),
             k_BGTD.to(wide),
             v_BGTV.to(wide),
@@ -78,6 +80,16 @@ def window_linear(
             need_state=need_state,
         )
     return y.to(dtype), None if after is None else _narrow(after, dtype)
+
+
+def _choose(
+    q_BHTD: Tensor, layout: Layout, state: WindowLinearState | None
+) -> Callable[..., tuple[Tensor, WindowLinearState | None]]:
+    if (forced := _forced.get()) is not None:
+        return FORMS[forced]
+    if is_step(q_BHTD, layout, state):
+        return step
+    return reference if q_BHTD.shape[2] <= FEW_TOKENS else chunked
 
 
 def advance(

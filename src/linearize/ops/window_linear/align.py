@@ -48,7 +48,8 @@ class Alignment:
         """Ring and new slots into aligned chunks: [B, G, S, D] -> [B, G, N, C, D]; slots of no token are 0."""
         size = self.num_chunks * chunk
         if self.source_BA is None:
-            aligned = torch.nn.functional.pad(x_BGSD, (0, 0, 0, size - x_BGSD.shape[2]))
+            missing = size - x_BGSD.shape[2]
+            aligned = torch.nn.functional.pad(x_BGSD, (0, 0, 0, missing)) if missing else x_BGSD
         else:
             aligned = take_slots(x_BGSD, self.source_BA) * (self.source_BA >= 0)[:, None, :, None]
         return aligned.unflatten(2, (self.num_chunks, chunk))

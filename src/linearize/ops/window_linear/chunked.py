@@ -11,18 +11,21 @@ tile, D, V, F.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.align import Alignment, align
-from linearize.ops.window_linear.spec import WindowLinear, divide, state_dtype, with_ones
+from linearize.ops.window_linear.slab import Slab, attend_slab
+from linearize.ops.window_linear.spec import WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.tile import chunk_memories, window_tiles
 from linearize.ops.window_linear.update import Slots, gather_slots, next_state, pad_slots, take_slots
 from linearize.ops.window_linear.window import in_window
 
 SMALLEST_CHUNK = 16
+SLAB = 1 << 19  # numbers per matrix of scores or features: a few of them fit a processor's last-level cache
 
 
 def chunk_size(spec: WindowLinear) -> int:
@@ -46,41 +49,54 @@ def chunked(
     slots = gather_slots(k_BGTD, v_BGTV, layout, state, spec)
     chunk = chunk_size(spec)
     alignment = align(slots, layout, chunk, spec)
-    hidden_BN1CK, far_BN1CK = _masks(alignment, slots, layout, chunk, spec)
-    q = alignment.gather_queries(q_BHTD, chunk).transpose(1, 2).contiguous()  # [B, N, H, C, D]
+    q = alignment.gather_queries(q_BHTD, chunk).transpose(1, 2)  # [B, N, H, C, D]
     k = alignment.gather(slots.k_BGSD, chunk).transpose(1, 2)
-    v = with_ones(alignment.gather(slots.v_BGSV, chunk).transpose(1, 2))
-    dtype = state_dtype(q_BHTD)
-    total, scale = torch.zeros((), dtype=dtype, device=q.device), None
-    if spec.window:
-        k_tile, v_tile = _tiles(k, v, slots, state, alignment, spec)
-        total, m = window_tiles(q, k_tile, v_tile, hidden_BN1CK, spec)
-        total, scale = total.to(dtype), (-m).exp().to(dtype) if spec.shared_shift else None
-    if spec.has_linear:
-        linear = _linear(q, k, v, far_BN1CK, state, alignment, spec).to(dtype)
-        total = total + (linear if scale is None else linear * scale)
-    y_BHAV = divide(total).to(q_BHTD.dtype).transpose(1, 2).flatten(2, 3)
+    v = alignment.gather(slots.v_BGSV, chunk).transpose(1, 2)
+    sinks = None
+    if spec.num_sinks and spec.has_window:
+        old = (None, None) if state is None else (state.sink_k_BGND, state.sink_v_BGNV)
+        sinks = tuple(
+            _sinks(x, old_x, slots, alignment, spec) for x, old_x in zip((slots.k_BGSD, slots.v_BGSV), old, strict=True)
+        )
+    memory = None if state is None else state.memory_BHFV
+    y_BHAV = _attend(q, k, v, sinks, memory, _masks(alignment, slots, layout, chunk, spec), spec).flatten(2, 3)
     return alignment.scatter(y_BHAV, q_BHTD.shape[2]), next_state(slots, layout, state, spec) if need_state else None
 
 
-def _with_previous(x_BNGCD: Tensor) -> Tensor:
-    """Chunks n - 1 and n side by side, `[B, N, G, 2 C, D]`; zeros before the first."""
-    before = torch.cat([torch.zeros_like(x_BNGCD[:, :1]), x_BNGCD[:, :-1]], dim=1)
-    return torch.cat([before, x_BNGCD], dim=-2)
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: tuple[Tensor, ...] | None,
+    memory_BHFV: Tensor | None,
+    masks: Slab,
+    spec: WindowLinear,
+) -> Tensor:
+    """Slab after slab, each with the two chunks before it and the memory of all others."""
+    step = _slab_chunks(q)
+    log_g = q.new_zeros(q.shape[2]) if spec.log_window_factor_H is None else spec.log_window_factor_H.to(q.dtype)
+    memory = None if memory_BHFV is None else memory_BHFV.to(q.dtype).mT
+    k_before, v_before = (x.new_zeros(x.shape[0], 2, *x.shape[2:]) for x in (k, v))
+    ys = []
+    for i, parts in enumerate(zip(*(x.split(step, dim=1) for x in (q, k, v, *(sinks or ()))), strict=True)):
+        q_part, k_part, v_part, *sink_parts = parts
+        q_part = q_part.contiguous()
+        k_part, v_part = torch.cat([k_before, k_part], dim=1), torch.cat([v_before, v_part], dim=1)
+        k_before, v_before = k_part[:, -2:], v_part[:, -2:]
+        slab, phi = masks.part(slice(i * step, i * step + q_part.shape[1])), None
+        if spec.has_linear:
+            phi = spec.features_q(q_part), spec.features_k(k_part if slab.far is not None else k_part[:, :-2])
+            if memory is None:
+                memory = q.new_zeros(q.shape[0], q.shape[2], v.shape[-1] + 1, phi[0].shape[-1])
+        y, memory = attend_slab(q_part, k_part, v_part, sink_parts, phi, memory, log_g, slab)
+        ys.append(y)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)
 
 
-def _tiles(
-    k: Tensor, v: Tensor, slots: Slots, state: WindowLinearState | None, alignment: Alignment, spec: WindowLinear
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of each chunk's tile: the document's sinks, the chunk before, the chunk."""
-    k_tile, v_tile = _with_previous(k), _with_previous(v)
-    if spec.num_sinks == 0:
-        return k_tile, v_tile
-    old_k = None if state is None else state.sink_k_BGND
-    old_v = None if state is None else state.sink_v_BGNV
-    sink_k = _sinks(slots.k_BGSD, old_k, slots, alignment, spec)
-    sink_v = with_ones(_sinks(slots.v_BGSV, old_v, slots, alignment, spec))
-    return torch.cat([sink_k, k_tile], dim=-2), torch.cat([sink_v, v_tile], dim=-2)
+def _slab_chunks(q_BNHCD: Tensor) -> int:
+    """Chunks per slab: a matrix of scores or features of a slab has about `SLAB` numbers."""
+    batch, _, heads, chunk = q_BNHCD.shape[:4]
+    return max(1, SLAB // (batch * heads * chunk * max(2 * chunk, 64)))
 
 
 def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Alignment, spec: WindowLinear) -> Tensor:
@@ -98,67 +114,47 @@ def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Ali
     return taken.unflatten(2, (-1, spec.num_sinks)).transpose(1, 2)
 
 
-def _masks(
-    alignment: Alignment, slots: Slots, layout: Layout, chunk: int, spec: WindowLinear
-) -> tuple[Tensor, Tensor | None]:
-    """What each query does not see by softmax, `[B or 1, N, 1, C, K]`, and what it sees by features in its tile
-    (None: nothing)."""
-    memo = ("masks", chunk, spec.window, spec.shape, spec.num_sinks, spec.branch)
+def _masks(alignment: Alignment, slots: Slots, layout: Layout, chunk: int, spec: WindowLinear) -> Slab:
+    """What the queries of each chunk see; computed once for all layers that share layout and window."""
+    memo = ("masks", chunk, spec.window, spec.shape, spec.num_sinks, spec.branch, spec.has_linear, slots.k_BGSD.dtype)
     if slots.num_past == 0 and memo in layout.memo:
         found = layout.memo[memo]
-        assert isinstance(found, tuple)
-        return found
+        assert isinstance(found, Slab)
+        return replace(found, scaling=spec.scaling, softcap=spec.softcap, shared_shift=spec.shared_shift)
     c = torch.arange(-chunk, chunk, device=slots.position.device)
     first = alignment.first_BN[..., None]
     query, key = (first + c[chunk:])[..., None], (first + c)[..., None, :]
     live = (alignment.follows_BN[..., None] | (c >= 0))[..., None, :] & (key >= spec.num_sinks)
     if alignment.source_BA is not None and not alignment.whole:
-        held = (alignment.source_BA >= 0).unflatten(1, (-1, chunk))[:, :, None]
-        live = live & _with_previous(held[..., None])[..., 0]
+        held = (alignment.source_BA >= 0).unflatten(1, (-1, chunk))
+        before = torch.nn.functional.pad(held[:, :-1], (0, 0, 1, 0))
+        live = live & torch.cat([before, held], dim=-1)[:, :, None]
     seen = live & (key <= query)
     near = in_window(query, key, spec.window, spec.shape)
     one_block = spec.shape == "terraced" and chunk == spec.window
     far = None if one_block or not spec.has_linear else (seen & ~near)[:, :, None]
-    shown = seen & near
-    if spec.num_sinks:
-        sink = torch.arange(spec.num_sinks, device=c.device)
-        shown = torch.cat([(sink <= query).expand(*shown.shape[:-1], -1), shown], dim=-1)
-    hidden = torch.ones_like(shown) if spec.branch == "linear" else ~shown
-    result = (hidden[:, :, None], far)
+    hidden = None
+    if spec.has_window:
+        shown = seen & near
+        if spec.num_sinks:
+            sink = torch.arange(spec.num_sinks, device=c.device)
+            shown = torch.cat([(sink <= query).expand(*shown.shape[:-1], -1), shown], dim=-1)
+        hidden = ~shown[:, :, None]
+    dtype = slots.k_BGSD.dtype
+    keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1)
+    fold = _foldable(alignment, chunk, spec).to(dtype)[:, :, None, None]
+    opens = None if bool(keep.all()) else keep.to(dtype)[:, :, None, None, None]
+    result = Slab(hidden, far, fold, opens, spec.scaling, spec.softcap, spec.shared_shift)
     if slots.num_past == 0:
         layout.memo[memo] = result
     return result
 
 
-def _linear(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far: Tensor | None,
-    state: WindowLinearState | None,
-    alignment: Alignment,
-    spec: WindowLinear,
-) -> Tensor:
-    """phi_q^T (sum of phi_k [v, 1]^T) over everything beyond the window, `[B, N, H, C, V + 1]`."""
-    phi_q, phi_k = spec.features_q(q), spec.features_k(k)
-    if spec.num_sinks or not alignment.whole:
-        phi_k = phi_k * _foldable(alignment, k.shape[3], spec)[:, :, None, :, None].to(phi_k.dtype)
-    value = v.to(phi_k.dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    added = (phi_k.transpose(-1, -2) @ value).to(state_dtype(q))
-    keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1)
-    add = torch.nn.functional.pad(alignment.follows_BN[:, :-1], (1, 0))
-    start = None if state is None else state.memory_BHFV
-    total = phi_q.to(added.dtype) @ chunk_memories(added, start, keep, add)
-    if far is not None:
-        a = (phi_q @ _with_previous(phi_k).transpose(-1, -2)).masked_fill(~far, 0)
-        total = total + a @ _with_previous(value)
-    return total
-
-
 def _foldable(alignment: Alignment, chunk: int, spec: WindowLinear) -> Tensor:
-    """Which aligned slots may enter the sum, `[B or 1, N, C]`: tokens that are no sinks."""
+    """Which tokens of chunk n - 2 enter the sum before chunk n, `[B or 1, N, C]`: its document's, but for sinks."""
     position = alignment.first_BN[..., None] + torch.arange(chunk, device=alignment.first_BN.device)
     fold = position >= spec.num_sinks
     if alignment.source_BA is not None:
         fold = fold & (alignment.source_BA >= 0).unflatten(1, (-1, chunk))
-    return fold
+    same = alignment.follows_BN[:, 2:] & alignment.follows_BN[:, 1:-1]
+    return torch.nn.functional.pad(fold[:, :-2] & same[..., None], (0, 0, 2, 0))[:, : alignment.num_chunks]

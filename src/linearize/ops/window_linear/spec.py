@@ -49,6 +49,11 @@ class WindowLinear:
         """Whether a linear branch exists and contributes."""
         return self.feature_q is not None and self.branch != "window"
 
+    @property
+    def has_window(self) -> bool:
+        """Whether anything is seen by softmax."""
+        return self.window > 0 and self.branch != "linear"
+
     def features_q(self, q_BHTD: Tensor) -> Tensor:
         """phi_q with the linear factor applied, `[B, H, T, F]`."""
         assert self.feature_q is not None

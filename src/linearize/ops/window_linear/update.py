@@ -63,39 +63,47 @@ def next_state(slots: Slots, layout: Layout, state: WindowLinearState | None, sp
     Raises nothing; sums are kept in fp32 (fp64 for fp64 inputs).
     """
     if layout.is_plain and (state is None or isinstance(state.next, int)):
-        return _plain(slots, layout.start, state, spec)
+        return next_plain_state(slots.k_BGSD, slots.v_BGSV, slots.num_past, layout.start, state, spec)
     return _ragged(slots, state, spec)
 
 
-def _plain(slots: Slots, start: int, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
-    num_new = slots.k_BGSD.shape[2] - slots.num_past
-    following = start + num_new
-    first = following - slots.k_BGSD.shape[2]
+def next_plain_state(
+    k_BGSD: Tensor, v_BGSV: Tensor, num_past: int, start: int, state: WindowLinearState | None, spec: WindowLinear
+) -> WindowLinearState:
+    """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`."""
+    following = start + k_BGSD.shape[2] - num_past
+    first = following - k_BGSD.shape[2]
     boundary = fold_boundary(following, spec.window, spec.shape)
     leaving = slice(min(max(spec.num_sinks - first, 0), boundary - first), boundary - first)
     memory = None if state is None else state.memory_BHFV
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
-        memory = _fold(slots.k_BGSD[:, :, leaving], slots.v_BGSV[:, :, leaving], None, memory, spec)
+        memory = _fold(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
     keep = slice(boundary - first, None)
-    k, v = slots.k_BGSD[:, :, keep], slots.v_BGSV[:, :, keep]
-    sinks = _plain_sinks(slots, state, spec)
-    return WindowLinearState(following, k.contiguous(), v.contiguous(), memory, *sinks)
+    k, v = k_BGSD[:, :, keep], v_BGSV[:, :, keep]
+    sinks = _plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
+    return WindowLinearState(following, _owned(k), _owned(v), memory, *sinks)
+
+
+def _owned(x: Tensor) -> Tensor:
+    """x in memory of its own: a view, contiguous or not, would keep the whole text's keys alive."""
+    whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def _plain_sinks(
-    slots: Slots, state: WindowLinearState | None, spec: WindowLinear
+    k_BGSD: Tensor, v_BGSV: Tensor, num_past: int, state: WindowLinearState | None, spec: WindowLinear
 ) -> tuple[Tensor | None, Tensor | None]:
     if spec.num_sinks == 0:
         return None, None
     old_k = None if state is None else state.sink_k_BGND
     old_v = None if state is None else state.sink_v_BGNV
     have = 0 if old_k is None else old_k.shape[2]
-    new = slice(slots.num_past, slots.num_past + spec.num_sinks - have)
-    k, v = slots.k_BGSD[:, :, new], slots.v_BGSV[:, :, new]
-    if old_k is None or old_v is None:
-        return k.contiguous(), v.contiguous()
     if have == spec.num_sinks:
         return old_k, old_v
+    new = slice(num_past, num_past + spec.num_sinks - have)
+    k, v = k_BGSD[:, :, new], v_BGSV[:, :, new]
+    if old_k is None or old_v is None:
+        return _owned(k), _owned(v)
     return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
 
 

@@ -169,7 +169,8 @@ def weights_cross_entropy(
     """-sum_i a_ni log b_ni for teacher weights a and student weights b, mean over heads, `[B, T]` (Hedgehog,
     2402.04347, equation 9).
 
-    Weights are attention outputs for one-hot values: row i of v is the i-th unit vector. `sliding_window`: the teacher's.
+    Weights are attention outputs for one-hot values: row i of v is the i-th unit vector. `sliding_window`: of the
+    teacher.
     """
     q, k, _ = qkv
     eye = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(k.shape[0], k.shape[1], -1, -1)

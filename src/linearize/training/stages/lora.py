@@ -39,15 +39,17 @@ class Adapters:
 
         return {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(self.student).items()}
 
-    def remove(self, *, merge: bool) -> None:
-        """Take the LoRA layers out again; with `merge` their product goes into new weight tensors."""
+    def remove(self) -> dict[str, nn.Parameter]:
+        """Take the LoRA layers out again, their product in new weight tensors; returns the weights from before."""
+        before: dict[str, nn.Parameter] = {}
         for name, layer in self.layers.items():
             base = layer.base_layer
-            if merge:
-                delta = layer.get_delta_weight("default")
-                base.weight = nn.Parameter(base.weight.data + delta.to(base.weight.dtype), requires_grad=False)
+            before[name] = base.weight
+            delta = layer.get_delta_weight("default")
+            base.weight = nn.Parameter(base.weight.data + delta.to(base.weight.dtype), requires_grad=False)
             parent, _, child = name.rpartition(".")
             setattr(self.student.get_submodule(parent), child, base)
+        return before
 
 
 def find_projections(student: LinearizedForCausalLM, targets: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.save import KeptAdapters
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.lora import add_adapters
 
@@ -95,10 +96,11 @@ class LowRank:
         return result
 
     def finish(self) -> None:
-        """Merge the adapters, or take them out to be kept beside the weights."""
+        """Merge the adapters; those to be kept beside the weights are remembered for `save_student`."""
+        state = self.adapters.state()
+        before = self.adapters.remove()
         if not self.config.merge:
-            self.student.kept_adapters = (self.adapters.config, self.adapters.state())
-        self.adapters.remove(merge=self.config.merge)
+            self.student.kept_adapters = KeptAdapters(self.adapters.config, state, before)
         if self.config.gradient_checkpointing:
             self._set_checkpointing(False)
         self.student.eval().requires_grad_(False)

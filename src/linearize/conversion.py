@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.evaluation.card import model_card
 from linearize.evaluation.language_modeling import branch_ablation, held_out_report, loss_only
@@ -67,19 +68,30 @@ def convert(
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
     fixed_length = bool({"data", "data.length"} & set(overrides or {}))
-    final = Path(out)
+    final = Path(out).expanduser().resolve()
     check_free(final, overwrite)
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
     conversion = _prepare(
         str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, fixed_length=fixed_length
     )
-    work = final.parent / f".{final.name}.run"
+    work = _work_folder(final)
     report = conversion.run(work, progress or make_progress(), track)
     with atomic_folder(final, overwrite) as folder:
         conversion.write(folder, report)
-        shutil.copytree(work / "log", folder / "log")
+        if (work / "log").is_dir():
+            shutil.copytree(work / "log", folder / "log")
     shutil.rmtree(work, ignore_errors=True)
     return load(final, device=device)
+
+
+def _work_folder(final: Path) -> Path:
+    """Where checkpoints and the log lie until the student is whole: beside it."""
+    work = final.parent / f".{final.name}.run"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one") from error
+    return work
 
 
 @dataclass(eq=False)
@@ -97,18 +109,24 @@ class Conversion:
 
     def run(self, work: Path, progress: Progress, track: Sequence[str]) -> ConversionReport:
         """All stages, measured before and after each; returns the report."""
-        work.mkdir(parents=True, exist_ok=True)
-        identity = {"teacher": self.name, "plan": self.student.config.plan, "data": self._fingerprint()}
+        identity = {
+            "teacher": self.name,
+            "plan": self.student.config.plan,
+            "data": self._fingerprint(),
+            "seed": self.recipe.seed,
+        }
         tracker = make_tracker(work / "log", track)
         swap = loss = self._loss()
         errors = {"swap": self._layer_errors()}
         stages: list[StageReport] = []
+        before: dict[str, Any] = {}
         for number, stage in enumerate(self.recipe.stages):
             if reason := self._why_skipped(stage):
                 LOG.warning("stage %d (%s) is skipped: %s", number, stage.name, reason)
                 continue
             key = f"{number}-{stage.name}"
-            result = self._stage(stage, work / key, identity, key, progress, tracker)
+            result = self._stage(stage, work / key, {**identity, "before": dict(before)}, key, progress, tracker)
+            before[key] = stage.model_dump(mode="json")
             after = self._loss()
             stages.append(_stage_report(stage, result, loss, after))
             loss, errors[key] = after, self._layer_errors()
@@ -201,7 +219,7 @@ def _prepare(
     """Load and check everything; nothing has been written or trained when this returns."""
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = str(pick_device(device))
     teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
     if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()

@@ -1,0 +1,51 @@
+"""The benchmarks run through at tiny sizes and say what they promise; their numbers are not judged here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from linearize.benchmarks import decode_speed, op_speed, prefill_growth, transfer_cost
+from linearize.benchmarks.timing import interleaved
+
+TINY = ["--hidden", "24", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "37", "--threads", "1"]
+CASES = [
+    (op_speed, ["--tokens", "70", "--heads", "4", "--kv-heads", "2", "--dim", "10", "--threads", "1"], "speedup", 1),
+    (decode_speed, [*TINY, "--head-dim", "6", "--context", "301", "--mixer", "window-linear"], "speedup", 1),
+    (prefill_growth, [*TINY, "--tokens", "65", "131"], "growth", 2),
+    (transfer_cost, [*TINY, "--tokens", "67"], "ratio", 1),
+]
+
+
+@pytest.mark.parametrize(("program", "options", "number", "rows"), CASES, ids=lambda x: getattr(x, "__name__", None))
+def test_a_benchmark_writes_its_number_and_birth_certificate(program, options, number, rows, tmp_path, capsys):
+    out = tmp_path / "folder" / "result.json"
+    program.main([*options, "--repeats", "2", "--out", str(out)])
+    document = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == document
+    assert len(document["rows"]) == rows
+    for row in document["rows"]:
+        value = row[number]
+        assert all(x > 0 for x in (value.values() if isinstance(value, dict) else [value]))
+    assert document["provenance"]["libraries"]["torch"]
+    assert document["provenance"]["seed"] == 0
+
+
+def test_the_static_cache_of_the_teacher_holds_the_whole_context(tmp_path):
+    out = tmp_path / "result.json"
+    decode_speed.main(
+        [*TINY, "--head-dim", "10", "--context", "301", "--mixer", "lolcats", "--repeats", "3", "--out", str(out)]
+    )
+    row = json.loads(out.read_text())["rows"][0]
+    head_dim, kv_heads, layers = 10, 2, 2
+    held = row["cache_bytes"]["teacher"]
+    assert 0 <= held - 2 * layers * kv_heads * head_dim * 4 * (301 + 4) <= 64
+    assert row["cache_bytes"]["student"] > 0
+
+
+def test_timing_takes_turns_after_one_untimed_round():
+    calls: list[str] = []
+    times = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    assert calls == ["a", "b"] * 4
+    assert times["a"].lowest <= times["a"].seconds <= times["a"].highest

@@ -1,0 +1,54 @@
+"""The form that decodes one token at a time, against the reference on the whole text and on every single step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_window_linear import CASES, V, inputs, make_spec
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear import use_form, window_linear
+from linearize.ops.window_linear.step import is_step
+
+
+@pytest.mark.parametrize(("window", "shape", "options"), CASES)
+def test_decoding_gives_the_reference_of_the_whole_text(window, shape, options):
+    spec, (q, k, v) = make_spec(window, shape, **options), inputs(53)
+    with use_form("reference"):
+        whole, end = window_linear(q, k, v, spec=spec, layout=Layout())
+    first = 11
+    y, state = window_linear(q[:, :, :first], k[:, :, :first], v[:, :, :first], spec=spec, layout=Layout())
+    parts = [y]
+    for t in range(first, 53):
+        one = [x[:, :, t : t + 1] for x in (q, k, v)]
+        assert is_step(one[0], Layout(t), state)
+        y, state = window_linear(*one, spec=spec, layout=Layout(t), state=state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-10)
+    assert state.next == end.next == 53
+    for name in ("k_BGRD", "v_BGRV", "memory_BHFV", "sink_k_BGND", "sink_v_BGNV"):
+        torch.testing.assert_close(getattr(state, name), getattr(end, name), rtol=0, atol=1e-10)
+
+
+def test_a_step_needs_one_token_a_plain_layout_and_a_plain_state():
+    spec, (q, k, v) = make_spec(5, "sliding", sinks=2), inputs(9)
+    _, plain = window_linear(q, k, v, spec=spec, layout=Layout())
+    _, ragged = window_linear(q, k, v, spec=spec, layout=Layout(position_BT=torch.arange(9).repeat(2, 1)))
+    one = q[:, :, :1]
+    assert is_step(one, Layout(9), plain)
+    assert not is_step(one, Layout(9), ragged)
+    assert not is_step(one, Layout(), None)
+    assert not is_step(q[:, :, :2], Layout(9), plain)
+    assert not is_step(one, Layout(position_BT=torch.tensor([[9], [9]])), plain)
+    y, _ = window_linear(one, k[:, :, :1], v[:, :, :1], spec=spec, layout=Layout(9), state=plain, need_state=False)
+    assert y.shape == (2, 6, 1, V)
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_a_plain_state_holds_no_memory_but_its_own(window):
+    spec, (q, k, v) = make_spec(window, "terraced", sinks=1), inputs(53)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))  # as a model gives them
+    for row in (slice(0, 2), slice(0, 1)):
+        _, state = window_linear(q[row], k[row], v[row], spec=spec, layout=Layout())
+        for x in (state.k_BGRD, state.v_BGRV, state.sink_k_BGND, state.sink_v_BGNV, state.memory_BHFV):
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
