@@ -56,17 +56,18 @@ def plot(reports: dict[str, ConversionReport], folder: Path) -> list[Path]:
     """One line per student; the teacher is zero."""
     from linearize.evaluation.plots import figure_files, new_figure
 
-    most = max(reports.values(), key=lambda report: len(report.stages))
+    stages = [stage.name for stage in max(reports.values(), key=lambda report: len(report.stages)).stages]
     with new_figure(folder / "stages", width=6.4) as (figure, (axis,)):
         for colour, (label, report) in zip(COLOURS, reports.items(), strict=False):
             values = above_teacher(report)
-            axis.plot(range(len(values)), values, marker="o", color=colour, label=f"{label} {values[-1]:+.3f}")
-        names = ["bare swap", *(stage.name.replace("_", " ") for stage in most.stages)]
+            steps = [0, *(1 + stages.index(stage.name) for stage in report.stages)]
+            axis.plot(steps, values, marker="o", color=colour, label=f"{label} {values[-1]:+.3f}")
+        names = ["bare swap", *(name.replace("_", " ") for name in stages)]
         axis.set_xticks(range(len(names)), names)
         axis.set_ylim(bottom=0)
         axis.margins(x=0.1)
         axis.set(title="Held-out loss above the teacher's", ylabel="nats per token")
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=1)
     return figure_files(folder, "stages")
 
 

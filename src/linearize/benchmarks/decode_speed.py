@@ -48,6 +48,7 @@ def _teacher_step(model: PreTrainedModel, context: int, repeats: int) -> tuple[C
     cache = StaticCache(config=model.config, max_cache_len=context + repeats + 1)
     ids = _token(model)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
+    layer: Any
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()

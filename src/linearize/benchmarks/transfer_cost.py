@@ -11,11 +11,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize.benchmarks.timing import SEED, interleaved, parser, publish, random_llama
-from linearize.mixers import MIXERS
+from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.training.stages import STAGES
+from linearize.training.stages.attention_transfer import AttentionTransferConfig
 
-MIXER = {"window_shape": "terraced", "feature_map": "gain", "feature_dim": 32, "shift": "shared", "num_sinks": 1}
+MIXER: dict[str, Any] = {
+    "window_shape": "terraced",
+    "feature_map": "gain",
+    "feature_dim": 32,
+    "shift": "shared",
+    "num_sinks": 1,
+}
 
 
 def measure(
@@ -23,9 +29,9 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of both on the same batch (`documents` packed in a row), and their ratio."""
     batch = _batch(teacher, rows, tokens, documents)
-    plan = [MIXERS["lolcats"](window=window, **MIXER)] * teacher.config.num_hidden_layers
+    plan = [LolcatsConfig(window=window, **MIXER)] * teacher.config.num_hidden_layers
     student = LinearizedForCausalLM.from_teacher(_copy(teacher), plan)
-    run = STAGES["attention_transfer"](tokens=1, lr=1e-2).build(student, teacher)
+    run = AttentionTransferConfig(tokens=1, lr=1e-2).build(student, teacher)
     runs = {"teacher": _teacher_step(teacher, batch), "transfer": _transfer_step(run, batch)}
     times = interleaved(runs, repeats)
     return {

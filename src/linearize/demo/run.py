@@ -37,7 +37,7 @@ SEED = 0
 PROMPT = "Once upon a time, there was a little girl named"
 NEW_TOKENS = 60
 CONTEXTS = (256, 1024, 4096, 8192)
-DISTANCE_EDGES = (32, 128, 256, 512)
+DISTANCE_EDGES = (32, 128, 256, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
