@@ -66,7 +66,7 @@ def window_linear(
 
     Half-precision inputs are computed in fp32 and the ring is kept in their dtype; the folded sum is at least fp32.
     """
-    form = _choose(q_BHTD, layout, state)
+    form = _choose(q_BHTD, layout, state, spec)
     dtype = q_BHTD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(q_BHTD.device.type, enabled=False):
@@ -83,13 +83,31 @@ def window_linear(
 
 
 def _choose(
-    q_BHTD: Tensor, layout: Layout, state: WindowLinearState | None
+    q_BHTD: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
 ) -> Callable[..., tuple[Tensor, WindowLinearState | None]]:
+    if not (spec.has_window or spec.has_linear):
+        return nothing
     if (forced := _forced.get()) is not None:
         return FORMS[forced]
     if is_step(q_BHTD, layout, state):
         return step
     return reference if q_BHTD.shape[2] <= FEW_TOKENS else chunked
+
+
+def nothing(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    *,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowLinearState | None = None,
+    need_state: bool = True,
+) -> tuple[Tensor, WindowLinearState | None]:
+    """An ablation that leaves nothing to attend to (the window of pure linear attention): 0, and the usual state."""
+    y = torch.zeros_like(v_BGTV).repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
+    after = next_state(gather_slots(k_BGTD, v_BGTV, layout, state, spec), layout, state, spec) if need_state else None
+    return y, after
 
 
 def advance(
