@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from linearize.benchmarks.op_speed import OURS
 from linearize.benchmarks.timing import interleaved, parser, publish, random_llama
@@ -13,21 +14,29 @@ from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
 
 
-def measure(model: Any, lengths: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Seconds of a prefill in one piece with a cache, for each length, and their growth from the first to the last."""
+def measure(model: Any, lengths: Sequence[int], repeats: int, piece: int) -> dict[str, Any]:
+    """Seconds of a prefill with a cache, in pieces of at most `piece` tokens (transformers' `prefill_chunk_size`), for
+    each length, and their growth from the first to the last."""
     with torch.inference_mode():
-        times = interleaved({str(length): _run(model, length) for length in lengths}, repeats)
+        times = interleaved({str(length): _run(model, length, piece) for length in lengths}, repeats)
     first, last = times[str(lengths[0])], times[str(lengths[-1])]
     return {
+        "piece": piece,
         "times": {name: vars(timing) for name, timing in times.items()},
         "growth": last.seconds / first.seconds,
         "growth_cpu": last.cpu_seconds / first.cpu_seconds,
     }
 
 
-def _run(model: Any, length: int) -> Callable[[], Any]:
+def _run(model: Any, length: int, piece: int) -> Callable[[], Any]:
     ids = torch.randint(model.lm.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
-    return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def prefill() -> Any:
+        cache = DynamicCache(config=model.config)
+        for part in ids.split(piece, dim=1):
+            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    return prefill
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.set_defaults(repeats=3)
     options.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
+    options.add_argument("--piece", type=int, nargs="+", default=[4096], help="tokens per forward; each in turn")
     options.add_argument("--hidden", type=int, default=512)
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--heads", type=int, default=8)
@@ -47,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for mixer, config in OURS.items():
         student = LinearizedForCausalLM.from_teacher(teacher, [MIXERS["lolcats"](**config)] * chosen.layers).eval()
-        rows.append({"mixer": mixer, **measure(student, chosen.tokens, chosen.repeats)})
+        rows += [{"mixer": mixer, **measure(student, chosen.tokens, chosen.repeats, piece)} for piece in chosen.piece]
     setting = {"batch": 1, "dtype": "float32", "model": size, "mixers": OURS}
     publish("growth at most 5 from 4096 to 16384 tokens", setting, rows, chosen.out)
 
