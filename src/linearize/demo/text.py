@@ -58,7 +58,7 @@ def write_text(
 
 
 def recall_questions(hay: Sequence[str], seed: int) -> tuple[RecallItem, ...]:
-    """Documents with two facts each, one of which is asked at the end, at each of the distances."""
+    """Documents with one fact each, asked at the end, at each of the distances (among several, the teacher often errs)."""
     rng = random.Random(seed + 1)
     return tuple(_question(rng, hay, words) for words in ASKED_AFTER_WORDS for _ in range(ASKED_PER_DISTANCE))
 
@@ -66,7 +66,7 @@ def recall_questions(hay: Sequence[str], seed: int) -> tuple[RecallItem, ...]:
 def _question(rng: random.Random, hay: Sequence[str], words: int) -> RecallItem:
     """The best of a few documents: facts stand between sentences, and a long sentence can put one far off its place."""
     drawn = [
-        recall_document(rng, hay, num_words=words + rng.randint(10, 40), num_facts=2, distance=words) for _ in range(8)
+        recall_document(rng, hay, num_words=words + rng.randint(10, 40), num_facts=1, distance=words) for _ in range(8)
     ]
     return min(drawn, key=lambda item: abs(item.distance - words))
 
