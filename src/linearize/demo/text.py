@@ -58,7 +58,7 @@ def write_text(
 
 
 def recall_questions(hay: Sequence[str], seed: int) -> tuple[RecallItem, ...]:
-    """Documents with one fact each, asked at the end, at each of the distances (among several, the teacher often errs)."""
+    """Documents with one fact each, asked at the end, at each distance (among several, the teacher errs)."""
     rng = random.Random(seed + 1)
     return tuple(_question(rng, hay, words) for words in ASKED_AFTER_WORDS for _ in range(ASKED_PER_DISTANCE))
 
