@@ -16,3 +16,8 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(given, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return InputError(f"unknown {kind} {given!r}: {hint}known: {', '.join(names)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, at most 200 characters."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,12 +38,6 @@ class LolcatsConfig(WindowMixerConfig):
     affine: bool = False
     num_sinks: int = Field(0, ge=0)
     shift: Literal["window", "shared"] = "window"
-
-    @model_validator(mode="after")
-    def _sinks_fit(self) -> LolcatsConfig:
-        if self.num_sinks > self.window:
-            raise ValueError(f"num_sinks {self.num_sinks} is larger than window {self.window}: give at most the window")
-        return self
 
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer, initialised."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from linearize.mixers.base import AttentionShape, Mixer
 from linearize.mixers.window_mixer import WindowMixer, WindowMixerConfig
@@ -23,12 +23,6 @@ class SlidingWindowConfig(WindowMixerConfig):
     window: int = Field(64, ge=1)
     window_shape: WindowShape = "sliding"
     num_sinks: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _sinks_fit(self) -> SlidingWindowConfig:
-        if self.num_sinks > self.window:
-            raise ValueError(f"num_sinks {self.num_sinks} is larger than window {self.window}: give at most the window")
-        return self
 
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer; it has no parameters."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Self
 
+from pydantic import model_validator
 from torch import Tensor
 
 from linearize.mixers.base import AttentionShape, Mixer, MixerConfig, MixerCost
@@ -18,6 +20,12 @@ class WindowMixerConfig(MixerConfig):
     window: int
     window_shape: WindowShape
     num_sinks: int
+
+    @model_validator(mode="after")
+    def _sinks_fit(self) -> Self:
+        if self.num_sinks > self.window:
+            raise ValueError(f"num_sinks {self.num_sinks} is larger than window {self.window}: give at most the window")
+        return self
 
 
 class WindowMixer(Mixer):

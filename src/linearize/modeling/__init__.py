@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from linearize.errors import InputError
+from linearize.errors import InputError, one_line
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
 
@@ -35,7 +35,7 @@ def load(
     Raises:
         InputError: a missing folder, a model that is no student, or weights that do not fit the plan.
     """
-    from linearize.modeling.teacher import check_model_folder, one_line
+    from linearize.modeling.teacher import check_model_folder
 
     check_model_folder(str(path))
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}

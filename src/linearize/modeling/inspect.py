@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from linearize.errors import InputError
+from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionShape
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.modeling.surgery import AttentionSite, probe
-from linearize.modeling.teacher import check_model_folder, one_line
+from linearize.modeling.teacher import check_model_folder
 
 CONTEXTS = (1024, 16384, 65536)
 SOFTMAX = "softmax"

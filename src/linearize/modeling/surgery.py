@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from linearize.errors import InputError
+from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.modeling.attention import ATTENTION
 
@@ -56,7 +55,7 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
         raise InputError(f"{family} cannot be converted: {error}") from error
     except Exception as error:
         raise InputError(
-            f"{family} cannot be converted: its attention could not be probed ({_first_line(error)})"
+            f"{family} cannot be converted: its attention could not be probed ({one_line(error)})"
         ) from error
     finally:
         model.train(was_training)
@@ -177,13 +176,3 @@ def install(
     if all(mixer is not None for mixer in plan):  # no layer needs a T x T mask
         for config in _attention_configs(lm):
             config._attn_implementation = ATTENTION
-
-
-def accepts_keyword(function: Any, name: str) -> bool:
-    """Whether a callable takes this keyword."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from linearize.errors import InputError
+from linearize.errors import InputError, one_line
 
 
 def load_teacher(
@@ -70,8 +70,3 @@ def check_model_folder(name: str) -> None:
                 f"{name} holds weights as pickle ({pickles[0]}), which can run code: save them as safetensors first"
             )
         raise InputError(f"{name} holds no weights: model.safetensors is missing")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error, at most 200 characters."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
