@@ -18,7 +18,7 @@ from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.layout import Layout
 
 B, H, G, D, V, T = 2, 6, 3, 5, 7, 47
-SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V)
+SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=H * D)
 SCORES: dict[str, Any] = {"scaling": 0.61, "softcap": 3.0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lolcats": [

@@ -18,7 +18,7 @@ from linearize.modeling.attention import ATTENTION
 
 
 def implementations(model: torch.nn.Module) -> list[str]:
-    return [config._attn_implementation for config in surgery._attention_configs(model)]
+    return [config._attn_implementation for config in surgery.attention_configs(model)]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -30,9 +30,12 @@ def test_probing_changes_nothing_and_finds_the_sizes(family: str, training: bool
     assert implementations(teacher) == before == ["sdpa"] * len(before)
     assert teacher.training == training and set(dict(teacher.named_modules())) == names
     sizes = {"deepseek_v3": (6, 6, 10, 5)}.get(family, (6, 3, 10, 10))
-    assert {site.shape for site in sites} == {
-        AttentionShape(num_heads=sizes[0], num_kv_heads=sizes[1], head_dim=sizes[2], value_dim=sizes[3])
-    }
+    heads, kv_heads, head_dim, value_dim = sizes
+    theta = 1e6 if family == "gemma3_text" else 1e4
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, model_dim=teacher.config.hidden_size, rope_theta=theta
+    )
+    assert {site.shape for site in sites} == {shape}
     assert [site.name for site in sites] == [f"model.layers.{i}.self_attn" for i in range(LAYERS)]
     limits = [5, None, 5] if family == "gemma3_text" else [None] * LAYERS
     assert [site.sliding_window for site in sites] == limits

@@ -14,7 +14,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear import FORMS, WindowLinear, advance, use_form, window_linear
 
 B, H, G, D, V = 2, 6, 3, 5, 7
-SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V)
+SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=H * D)
 
 
 def make_spec(

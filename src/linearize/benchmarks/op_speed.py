@@ -28,7 +28,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per length: seconds of each form, and how many times as fast ours is as the faster SDPA."""
     rows = []
-    shape = AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+    shape = AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, value_dim=dim, model_dim=heads * dim)
     for length in tokens:
         runs = {name: _mixer_run(config, shape, length) for name, config in OURS.items()}
         sdpa = {"sdpa_fp32": _sdpa_run(shape, length, torch.float32)}

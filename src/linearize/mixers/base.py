@@ -1,5 +1,8 @@
 """What every mixer is: a module that mixes a sequence, a frozen config that builds it, a cost it states.
 
+Two kinds. An `AttentionMixer` stands between the projections: the teacher's own module computes q, k, v and the output
+projection. A `LayerMixer` (`layer_mixer.py`) stands in the place of the whole attention module.
+
 Letters: B batch, T tokens, H query heads, G key/value heads, D head dimension, V value dimension.
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -18,12 +21,19 @@ from linearize.ops.window_linear import Branch
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """The sizes of the attention that a mixer replaces."""
+    """The sizes of the attention that a mixer replaces, and what else of the teacher a mixer needs to know.
+
+    `model_dim`: width of the hidden states. `norm_eps`: epsilon of the teacher's RMS norms. `rope_theta`: base of its
+    rotary positions.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    model_dim: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
 
     @property
     def group(self) -> int:
@@ -67,10 +77,35 @@ class MixerConfig(BaseModel):
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes q, k, v of a layer; all that it remembers goes in and comes out as a state."""
+    """What the two kinds share. All that a mixer remembers goes in and comes out as a state.
+
+    `time_dim`: the dimension of the raw inputs (those that `advance` takes) that counts tokens.
+    `fp32_parameters`: names of parameters that stay in fp32 in a bf16 model; None: all of them.
+    """
 
     config: MixerConfig
     shape: AttentionShape
+    time_dim: ClassVar[int]
+    fp32_parameters: ClassVar[tuple[str, ...] | None] = None
+
+    @abstractmethod
+    def advance(self, *inputs: Tensor, layout: Layout, state: Any = None) -> Any:
+        """The state after these tokens, without outputs: what a rollback replays."""
+
+    @abstractmethod
+    def cost(self, element_size: int) -> MixerCost:
+        """Cost with raw inputs of `element_size` bytes per number."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Start the new parameters as their paper does."""
+
+
+class AttentionMixer(Mixer):
+    """Mixes q, k, v of a layer. Its raw inputs are k and v, and where `needs_keys` the key projection's output too."""
+
+    time_dim = 2
+    needs_keys: ClassVar[bool] = False
 
     @abstractmethod
     def forward(
@@ -78,7 +113,7 @@ class Mixer(nn.Module, ABC):
         q_BHTD: Tensor,
         k_BGTD: Tensor,
         v_BGTV: Tensor,
-        *,
+        *keys_BGTD: Tensor,
         scaling: float,
         layout: Layout,
         softcap: float | None = None,
@@ -86,16 +121,7 @@ class Mixer(nn.Module, ABC):
         need_state: bool = True,
         branch: Branch = "both",
     ) -> tuple[Tensor, Any]:
-        """`y: [B, H, T, V]` and the state after the last token (None unless `need_state`)."""
+        """`y: [B, H, T, V]` and the state after the last token (None unless `need_state`).
 
-    @abstractmethod
-    def advance(self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: Any = None) -> Any:
-        """The state after these tokens, without outputs: what a rollback replays."""
-
-    @abstractmethod
-    def cost(self, element_size: int) -> MixerCost:
-        """Cost with keys and values of `element_size` bytes."""
-
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """Start the new parameters as their paper does."""
+        `keys_BGTD`: only where `needs_keys`: the output of the key projection, before norms and rotary positions.
+        """

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import model_validator
 from torch import Tensor
 
-from linearize.mixers.base import AttentionShape, Mixer, MixerConfig, MixerCost
+from linearize.mixers.base import AttentionMixer, AttentionShape, MixerConfig, MixerCost
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.window import ring_slots
@@ -28,7 +28,7 @@ class WindowMixerConfig(MixerConfig):
         return self
 
 
-class WindowMixer(Mixer):
+class WindowMixer(AttentionMixer):
     """A mixer that is one `window_linear` operation."""
 
     config: WindowMixerConfig

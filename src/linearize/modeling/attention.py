@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
-from linearize.modeling.cache import MixerCacheLayer
+from linearize.mixers.base import Mixer
+from linearize.modeling.cache import MixerCacheLayer, Run
+from linearize.modeling.projections import key_projection
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch
 
@@ -44,27 +46,42 @@ def mixer_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     mixer_call: MixerCall | None = None,
+    mixer_hidden: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention through the layer's mixer, in transformers' calling convention.
 
     `query: [B, H, T, D]`, `key`, `value: [B, G, T, D]` after RoPE and norms -> `[B, T, H, V]`. What other keywords
-    could mean was
-    checked at conversion (`surgery.probe`).
+    could mean was checked at conversion (`surgery.probe`). `mixer_hidden: [B, T, M]`: the attention module's input, where the
+    mixer asks for the key projection's output.
     """
     assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
     scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
     layout = mixer_call.layout
     if mixer_call.tap is not None:
         y_BHTV = mixer_call.tap(module, query, key, value, layout=layout, sliding_window=sliding_window, **scores)
-    elif mixer_call.cache is None:
-        mixer: Any = module.mixer
-        y_BHTV, _state = mixer(query, key, value, layout=layout, branch=mixer_call.branch, need_state=False, **scores)
-    else:
-        layer = mixer_call.cache.layers[module.layer_idx]  # type: ignore[index]
-        assert isinstance(layer, MixerCacheLayer)
-        y_BHTV = layer.step(module.mixer, query, key, value, layout=layout, branch=mixer_call.branch, **scores)  # type: ignore[arg-type]
+        return y_BHTV.transpose(1, 2), None
+    mixer: Any = module.mixer
+    inputs: tuple[Tensor, ...] = (key, value)
+    if mixer_hidden is not None:
+        inputs = (key, value, key_projection(module, mixer_hidden, mixer.shape))
+
+    def run(state: Any, need_state: bool) -> tuple[Tensor, Any]:
+        options = {"layout": layout, "branch": mixer_call.branch, "state": state, "need_state": need_state}
+        result: tuple[Tensor, Any] = mixer(query, *inputs, **options, **scores)
+        return result
+
+    y_BHTV = through_cache(mixer_call, module.layer_idx, mixer, inputs, run)  # type: ignore[arg-type]
     return y_BHTV.transpose(1, 2), None
+
+
+def through_cache(call: MixerCall, layer_idx: int, mixer: Mixer, inputs: tuple[Tensor, ...], run: Run) -> Tensor:
+    """Run a mixer over new tokens, with the state of its cache layer where there is a cache."""
+    if call.cache is None:
+        return run(None, False)[0]
+    layer = call.cache.layers[layer_idx]
+    assert isinstance(layer, MixerCacheLayer)
+    return layer.step(mixer, inputs, run, layout=call.layout)
 
 
 AttentionInterface.register(ATTENTION, mixer_attention)

@@ -1,12 +1,13 @@
 """One cache layer for all mixers: a committed state, and while recording, the raw inputs since the commit.
 
-transformers calls `update` before the attention function; ours hands the new keys and values through, and the
-attention function then
-calls `step`, which knows the mixer. Rolling back drops raw inputs; the state itself is never copied or undone.
+Raw inputs are keys and values where a mixer stands between the projections (transformers calls `update` before the
+attention function, which hands them through), and hidden states where it stands in the place of the module. Either way
+`step` knows the mixer. Rolling back drops raw inputs; the state itself is never copied or undone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,40 +18,46 @@ from transformers.cache_utils import CacheLayerMixin
 from linearize.mixers.base import Mixer
 from linearize.modeling.config import MIXER_LAYER
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import Branch
+
+Run = Callable[[Any, bool], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """Raw inputs after the committed state."""
+    """Raw inputs after the committed state: tensors whose dimension `time_dim` counts tokens."""
 
-    k_BGTD: Tensor
-    v_BGTV: Tensor
+    inputs: tuple[Tensor, ...]
+    time_dim: int
     layout: Layout
 
     def __len__(self) -> int:
-        return self.k_BGTD.shape[2]
+        return self.inputs[0].shape[self.time_dim]
 
     def part(self, start: int, stop: int) -> Pending:
         """Tokens `start` to `stop`."""
         position = self.layout.position_BT
         layout = Layout(self.layout.start + start, None if position is None else position[:, start:stop])
-        return Pending(self.k_BGTD[:, :, start:stop], self.v_BGTV[:, :, start:stop], layout)
+        return Pending(tuple(x.narrow(self.time_dim, start, stop - start) for x in self.inputs), self.time_dim, layout)
 
     def then(self, new: Pending) -> Pending:
         """These tokens and the new ones after them."""
         position = None
         if self.layout.position_BT is not None or new.layout.position_BT is not None:
-            rows = self.k_BGTD.shape[0]
-            position = torch.cat([x.layout.positions(len(x), x.k_BGTD.device).expand(rows, -1) for x in (self, new)], 1)
-        k, v = torch.cat([self.k_BGTD, new.k_BGTD], dim=2), torch.cat([self.v_BGTV, new.v_BGTV], dim=2)
-        return Pending(k, v, Layout(self.layout.start, position))
+            rows, device = self.inputs[0].shape[0], self.inputs[0].device
+            position = torch.cat([x.layout.positions(len(x), device).expand(rows, -1) for x in (self, new)], 1)
+        joined = tuple(torch.cat(pair, dim=self.time_dim) for pair in zip(self.inputs, new.inputs, strict=True))
+        return Pending(joined, self.time_dim, Layout(self.layout.start, position))
 
     def map_batch(self, change: Any) -> Pending:
         """The same inputs with `change` applied to each tensor."""
         position = self.layout.position_BT
         layout = Layout(self.layout.start, None if position is None else change(position))
-        return Pending(change(self.k_BGTD), change(self.v_BGTV), layout)
+        return Pending(tuple(change(x) for x in self.inputs), self.time_dim, layout)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the inputs."""
+        return sum(x.numel() * x.element_size() for x in self.inputs)
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -83,23 +90,25 @@ class MixerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         return key_states, value_states
 
-    def step(
-        self, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, branch: Branch, **scores: Any
-    ) -> Tensor:
-        """Commit what was accepted, attend with the new tokens, and commit them too unless recording."""
+    def step(self, mixer: Mixer, inputs: tuple[Tensor, ...], run: Run, *, layout: Layout) -> Tensor:
+        """Commit what was accepted, run the mixer over the new tokens, and commit them too unless recording.
+
+        `run(state, need_state)` gives the outputs and the state after them; `inputs` are the new tokens' raw inputs.
+        """
+        self.is_initialized = True
         self._commit(mixer)
         state = self.state if self.pending is None else self._advanced(mixer, self.pending)
-        y, after = mixer(q, k, v, layout=layout, state=state, need_state=not self.record_past, branch=branch, **scores)
+        y, after = run(state, not self.record_past)
+        new = Pending(inputs, mixer.time_dim, layout)
         if self.record_past:
-            new = Pending(k, v, layout)
             self.pending = new if self.pending is None else self.pending.then(new)
         else:
             self.state, self.pending = after, None
-        self.cumulative_length += k.shape[2]
+        self.cumulative_length += len(new)
         return y
 
     def _advanced(self, mixer: Mixer, raw: Pending) -> Any:
-        return mixer.advance(raw.k_BGTD, raw.v_BGTV, layout=raw.layout, state=self.state)
+        return mixer.advance(*raw.inputs, layout=raw.layout, state=self.state)
 
     def _commit(self, mixer: Mixer) -> None:
         if self.pending is None or self.accepted == 0:
@@ -166,6 +175,5 @@ class MixerCacheLayer(CacheLayerMixin):
     @property
     def num_bytes(self) -> int:
         """Bytes of the state and of what is pending."""
-        raw = () if self.pending is None else (self.pending.k_BGTD, self.pending.v_BGTV)
-        state = 0 if self.state is None else int(self.state.num_bytes)
-        return state + sum(x.numel() * x.element_size() for x in raw)
+        pending = 0 if self.pending is None else self.pending.num_bytes
+        return pending + (0 if self.state is None else int(self.state.num_bytes))

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from linearize.errors import InputError, unknown
-from linearize.mixers import MIXERS, MixerConfig
+from linearize.mixers import MIXERS, AttentionShape, MixerConfig
 
 MIXER_LAYER = "linearize_mixer"
 SHARED_FIELDS = (
@@ -37,7 +37,7 @@ class LinearizeConfig(PreTrainedConfig):
         teacher: dict[str, Any] | None = None,
         plan: list[dict[str, Any] | None] | None = None,
         attention: list[str] | None = None,
-        shapes: list[dict[str, int]] | None = None,
+        shapes: list[dict[str, Any]] | None = None,
         teacher_name: str | None = None,
         linearize_version: str | None = None,
         **kwargs: Any,
@@ -89,6 +89,10 @@ class LinearizeConfig(PreTrainedConfig):
                 f"the plan has {len(self.plan)} layers and the model {len(self.attention)}: the folder is damaged"
             )
         return [None if entry is None else parse_mixer(entry) for entry in self.plan]
+
+    def attention_shapes(self) -> list[AttentionShape]:
+        """Sizes of the teacher's attention, by layer."""
+        return [AttentionShape(**sizes) for sizes in self.shapes]
 
     @property
     def layer_types(self) -> list[str] | None:

@@ -14,7 +14,7 @@ from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionShape
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.surgery import AttentionSite, probe
+from linearize.modeling.surgery import AttentionSite, body_sizes, probe
 from linearize.modeling.teacher import check_model_folder
 
 CONTEXTS = (1024, 16384, 65536)
@@ -116,7 +116,9 @@ def _sites_by_config(model: PreTrainedModel) -> list[AttentionSite]:
         raise InputError(f"{config.model_type}: its config names no attention heads, so its cache cannot be told")
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    shape = AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, value_dim=dim)
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, value_dim=dim, **body_sizes(model.config)
+    )
     blocks = _blocks(model, config.num_hidden_layers)
     return [
         AttentionSite(name=f"{blocks}.{i}.attention", layer=i, shape=shape, sliding_window=None)

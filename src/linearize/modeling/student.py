@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMi
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError
-from linearize.mixers import AttentionShape, Mixer, MixerConfig
+from linearize.mixers import Mixer, MixerConfig
 from linearize.modeling.attention import MixerCall, Tap
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.save import apply_adapters
@@ -37,9 +37,9 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = False
-    _keep_in_fp32_modules_strict = ["mixer"]  # noqa: RUF012 (as in transformers); new parameters stay as they were trained
 
     def __init__(self, config: LinearizeConfig, lm: PreTrainedModel | None = None) -> None:
+        """A student for a checkpoint to fill, or (`from_teacher`) around an `lm` that holds its mixers already."""
         super().__init__(config)
         if lm is None:
             wanted = config._attn_implementation
@@ -48,9 +48,9 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 dtype=torch.get_default_dtype(),
                 attn_implementation=None if wanted == "sdpa" else wanted,
             )
+            install(lm, config.mixers(), config.attention, config.attention_shapes(), start=False)
         self.lm = lm
-        shapes = [AttentionShape(**sizes) for sizes in config.shapes]
-        install(lm, config.mixers(), config.attention, shapes)
+        self._keep_in_fp32_modules_strict = self._fp32_names()
         self.post_init()
 
     @classmethod
@@ -66,10 +66,37 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         sites = probe(teacher)
         checked = check_plan(plan, sites, teacher.config.model_type)
         config = _config(teacher, sites, checked, teacher_name)
+        lm = share_weights(teacher)
+        install(lm, checked, config.attention, config.attention_shapes(), start=True)
         with no_init_weights():
-            student = cls(config, lm=share_weights(teacher))
+            student = cls(config, lm=lm)
         student.generation_config = copy.deepcopy(teacher.generation_config)
         return student.eval()
+
+    def convert_layers(self, mixers: Mapping[int, MixerConfig]) -> None:
+        """Convert further layers in place; their mixers start from the weights as they are now.
+
+        Raises:
+            InputError: a layer that is converted already or does not exist; the student is unchanged then.
+        """
+        plan, shapes = self.config.mixers(), self.config.attention_shapes()
+        for layer in mixers:
+            if not 0 <= layer < len(plan) or plan[layer] is not None:
+                free = [i for i, mixer in enumerate(plan) if mixer is None]
+                raise InputError(f"layer {layer} cannot be converted: layers with softmax attention are {free}")
+            plan[layer] = mixers[layer]
+        install(self.lm, plan, self.config.attention, shapes, start=True, layers=sorted(mixers))
+        self.config.plan = [None if mixer is None else mixer.model_dump() for mixer in plan]
+        self._keep_in_fp32_modules_strict = set(self._fp32_names())
+
+    def _fp32_names(self) -> list[str]:
+        """Names (or their beginnings) of parameters that stay in fp32 whatever the model's dtype."""
+        names: list[str] = []
+        for layer, mixer in self.mixers().items():
+            prefix = f"{self.config.attention[layer]}.mixer"
+            own = mixer.fp32_parameters
+            names += [prefix] if own is None else [f"{prefix}.{name}" for name in own]
+        return names
 
     def forward(
         self,

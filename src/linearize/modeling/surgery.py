@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
-from linearize.mixers import AttentionShape, MixerConfig
+from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.modeling.attention import ATTENTION
+from linearize.modeling.mixer_layer import MixerLayer
+from linearize.modeling.projections import attention_weights
 
 PROBE = "linearize_probe"
 KNOWN_KEYWORDS = {"scaling", "softcap", "sliding_window", "dropout", "is_causal", "linearize_probe_calls"}
@@ -42,7 +44,7 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
     family = model.config.model_type
     _check_layer_types(model)
     calls: list[dict[str, Any]] = []
-    configs = _attention_configs(model)
+    configs = attention_configs(model)
     before = [config._attn_implementation for config in configs]
     was_training = model.training
     try:
@@ -74,7 +76,8 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         )
 
 
-def _attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The config objects of a model's modules, each once."""
     found: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -111,7 +114,13 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]]) -> list[Attentio
         if call["odd"]:
             raise InputError(f"{family} cannot be converted: its attention also uses {', '.join(sorted(call['odd']))}")
         q, k, v = call["q"], call["k"], call["v"]
-        shape = AttentionShape(num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[3], value_dim=v.shape[3])
+        shape = AttentionShape(
+            num_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            head_dim=q.shape[3],
+            value_dim=v.shape[3],
+            **body_sizes(model.config),
+        )
         layer = getattr(call["module"], "layer_idx", None)
         if layer is None or id(call["module"]) not in names:
             raise InputError(f"{family} cannot be converted: its attention modules do not know their layer")
@@ -156,23 +165,73 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def body_sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """What an `AttentionShape` says of the model around the attention."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
+    eps = next((getattr(text, name) for name in names if hasattr(text, name)), 1e-6)
+    theta = rope.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
+    return {"model_dim": text.hidden_size, "norm_eps": float(eps), "rope_theta": float(theta)}
+
+
 def install(
-    lm: PreTrainedModel, plan: Sequence[MixerConfig | None], names: Sequence[str], shapes: Sequence[AttentionShape]
+    lm: PreTrainedModel,
+    plan: Sequence[MixerConfig | None],
+    names: Sequence[str],
+    shapes: Sequence[AttentionShape],
+    *,
+    start: bool,
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """Put the plan's mixers into the attention modules of `lm` and route those modules to them."""
+    """Put the plan's mixers into `lm` (of `layers`; None: all) and route the modules that stay to them.
+
+    `start`: layer mixers start from the modules they replace; otherwise a checkpoint will fill them.
+
+    Raises:
+        InputError: a layer mixer for attention that it cannot start from; `lm` is unchanged then.
+    """
+    wanted = range(len(plan)) if layers is None else layers
+    made = {i: _made(lm.get_submodule(names[i]), mixer, shapes[i], start) for i in wanted if (mixer := plan[i])}
     routed: dict[int, PreTrainedConfig] = {}
-    for mixer, name, shape in zip(plan, names, shapes, strict=True):
-        if mixer is None:
-            continue
-        module: Any = lm.get_submodule(name)
-        old = module.config
-        if id(old) not in routed:
-            routed[id(old)] = copy.copy(old)
-            routed[id(old)]._attn_implementation = ATTENTION
-        module.config = routed[id(old)]
-        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-        made = mixer.build(shape)
-        module.mixer = made if weight is None else made.to(device=weight.device)
+    for i, built in made.items():
+        if isinstance(built, LayerMixer):
+            lm.set_submodule(names[i], MixerLayer(built, i))
+        else:
+            _route(lm.get_submodule(names[i]), built, routed)
     if all(mixer is not None for mixer in plan):  # no layer needs a T x T mask
-        for config in _attention_configs(lm):
+        for config in attention_configs(lm):
             config._attn_implementation = ATTENTION
+
+
+def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: bool) -> Mixer:
+    """The mixer, started, on the module's device; what is not to stay in fp32 in the module's dtype."""
+    mixer = config.build(shape)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return mixer
+    if isinstance(mixer, LayerMixer) and start:
+        mixer.start_from(attention_weights(module, shape))
+    for name, parameter in mixer.named_parameters():
+        keeps = mixer.fp32_parameters is None or name in mixer.fp32_parameters
+        dtype = parameter.dtype if keeps else weight.dtype
+        parameter.data = parameter.data.to(device=weight.device, dtype=dtype)
+    return mixer.to(device=weight.device)
+
+
+def _route(module: Any, mixer: Mixer, routed: dict[int, PreTrainedConfig]) -> None:
+    """Let an attention module call the mixer: its config becomes a copy that names our attention function."""
+    old = module.config
+    if id(old) not in routed:
+        routed[id(old)] = copy.copy(old)
+        routed[id(old)]._attn_implementation = ATTENTION
+    module.config = routed[id(old)]
+    module.mixer = mixer
+    if isinstance(mixer, AttentionMixer) and mixer.needs_keys:
+        module.register_forward_pre_hook(_hand_on_hidden, with_kwargs=True)
+
+
+def _hand_on_hidden(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The module's input as a keyword, which transformers passes on to the attention function."""
+    return args, {**kwargs, "mixer_hidden": args[0] if args else kwargs["hidden_states"]}

@@ -38,6 +38,24 @@ class Layout:
             return self.position_BT
         return torch.arange(self.start, self.start + num_tokens, device=device)[None]
 
+    def starts(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Whether each token opens a document, so that nothing may be carried into it: `[B or 1, T]` bool.
+
+        None: none of them does, or only the first of a text. The first token of a call opens one at position 0 alone.
+        """
+        if self.position_BT is None:
+            return None
+        position_BT = self.position_BT
+        opens_BT = position_BT == 0
+        opens_BT[:, 1:] |= (position_BT[:, 1:] != position_BT[:, :-1] + 1) & (position_BT[:, 1:] >= 0)
+        return opens_BT
+
+    def live(self) -> Tensor | None:
+        """Whether each token is no padding, `[B or 1, T]` bool; None: all are."""
+        if self.position_BT is None or bool((self.position_BT >= 0).all()):
+            return None
+        return self.position_BT >= 0
+
     @staticmethod
     def from_inputs(
         *, num_tokens: int, past: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -1,0 +1,132 @@
+"""Mixers that stand in the place of a whole attention module and start from its projections (2408.15237, section 2).
+
+Letters: B batch, T tokens, M model width, H query heads, G key/value heads, D head dimension, V value dimension, R rows
+of a projection.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from linearize.mixers.base import Mixer, MixerConfig
+from linearize.ops.layout import Layout
+
+Initialise = Literal["copy", "calibrate", "random"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """The four projections of a teacher's attention: `q: [H D, M]`, `k: [G D, M]`, `v: [G V, M]`, `o: [M, H V]`, and
+    their biases (None: none)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSample:
+    """What a teacher's attention module did on a batch of text: what gates are calibrated from.
+
+    `hidden_BTM`: its input. `output_BTM`: its output. `q_BHTD`, `k_BGTD`, `v_BGTV`: after norms and rotary positions.
+    `y_BHTV`: attention before the output projection. `scaling`: of the scores. `window`: tokens that the teacher
+    limits this layer to (None: none).
+    """
+
+    hidden_BTM: Tensor
+    output_BTM: Tensor
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    v_BGTV: Tensor
+    y_BHTV: Tensor
+    scaling: float
+    layout: Layout
+    window: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentState:
+    """What a recurrent layer remembers.
+
+    `memory`: its sums, at least fp32, batch first. `taps: [B, taps - 1, channels]`: the last inputs of the short
+    convolution, oldest first (None without one).
+    """
+
+    memory: Tensor
+    taps: Tensor | None = None
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """The same state with `change` applied to every tensor; all have the batch first."""
+        changed = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the state's tensors."""
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+
+class LayerMixerConfig(MixerConfig):
+    """Base of the configs of layer mixers.
+
+    `initialise`: `copy` starts the projections from the teacher's (published); `calibrate` also sets decay, write
+    strength and output scale from the teacher's attention on a few batches; `random` starts everything anew (the
+    ablation).
+    """
+
+    initialise: Initialise = "copy"
+
+
+class LayerMixer(Mixer):
+    """Takes the hidden states of a layer and gives what the attention module would. Its raw inputs are the hidden
+    states."""
+
+    config: LayerMixerConfig
+    time_dim = 1
+
+    @abstractmethod
+    def forward(
+        self, hidden_BTM: Tensor, *, layout: Layout, state: Any = None, need_state: bool = True
+    ) -> tuple[Tensor, Any]:
+        """`y: [B, T, M]`, output projection included, and the state after the last token (None unless `need_state`)."""
+
+    @abstractmethod
+    def start_from(self, weights: AttentionWeights) -> None:
+        """Copy the teacher's projections; what is new keeps the start that `reset_parameters` gave it."""
+
+    @abstractmethod
+    def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
+        """The mixing matrices `[B, H, T, T]`: what stands in the place of the attention weights (2408.10189)."""
+
+    def calibrate(self, samples: Sequence[AttentionSample]) -> None:
+        """Set decay, write strength and output scale from the teacher's attention; called after `start_from`.
+
+        Raises:
+            InputError: a mixer that has nothing to calibrate.
+        """
+        from linearize.errors import InputError
+
+        raise InputError(
+            f"mixer {self.config.name} cannot be calibrated: set initialise to copy or random"  # type: ignore[attr-defined]
+        )
+
+
+def copy_rows(target: Tensor, *parts: tuple[int, Tensor | None]) -> None:
+    """Copy blocks of rows into `target: [R, ...]`: each part is the row it starts at and its rows (None: zeros are
+    left)."""
+    with torch.no_grad():
+        for start, rows in parts:
+            if rows is not None:
+                target[start : start + rows.shape[0]].copy_(rows)

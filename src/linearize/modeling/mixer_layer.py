@@ -1,0 +1,42 @@
+"""What stands in the place of an attention module: a mixer with its own projections, called as the module was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from linearize.errors import InputError
+from linearize.mixers.layer_mixer import LayerMixer
+from linearize.modeling.attention import MixerCall, through_cache
+
+
+class MixerLayer(nn.Module):
+    """A layer mixer in transformers' calling convention for attention modules."""
+
+    def __init__(self, mixer: LayerMixer, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer, self.layer_idx = mixer, layer_idx
+
+    def forward(
+        self, hidden_states: Tensor, *_args: Any, mixer_call: MixerCall | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """`hidden_states: [B, T, M]` -> `[B, T, M]`. Masks and rotary positions of the teacher are not used: documents
+        and padding are in the call's layout.
+
+        Raises:
+            InputError: one branch of a mixer that has only one.
+        """
+        assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
+        if mixer_call.branch != "both":
+            name = self.mixer.config.name  # type: ignore[attr-defined]
+            raise InputError(
+                f"branch {mixer_call.branch!r}: layer {self.layer_idx} holds {name}, which has no branches"
+            )
+        mixer, layout = self.mixer, mixer_call.layout
+
+        def run(state: Any, need_state: bool) -> tuple[Tensor, Any]:
+            result: tuple[Tensor, Any] = mixer(hidden_states, layout=layout, state=state, need_state=need_state)
+            return result
+
+        return through_cache(mixer_call, self.layer_idx, mixer, (hidden_states,), run), None

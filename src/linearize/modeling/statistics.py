@@ -1,0 +1,122 @@
+"""What a teacher's attention does on some text: what calibrated starts and matrix alignment are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from linearize.mixers.layer_mixer import AttentionSample
+from linearize.modeling.surgery import AttentionSite, attention_configs, probe
+from linearize.ops.layout import Layout
+from linearize.ops.softmax import softmax_attention
+
+CAPTURE = "linearize_capture"
+
+
+def attention_samples(
+    teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]], layers: Sequence[int]
+) -> dict[int, list[AttentionSample]]:
+    """For each of these layers one sample per batch (`input_ids`, `position_ids: [B, T]`); the teacher is unchanged."""
+    samples: dict[int, list[AttentionSample]] = {layer: [] for layer in layers}
+    sites = [site for site in probe(teacher) if site.layer in samples]
+    for batch in batches:
+        for layer, sample in _run(teacher, batch, sites).items():
+            samples[layer].append(sample)
+    return samples
+
+
+def calibrate(
+    student: Any, teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]], layers: Sequence[int] | None = None
+) -> None:
+    """Calibrate those mixers of a student (of `layers`, None: of all) whose config asks for it.
+
+    Raises:
+        InputError: a mixer that has nothing to calibrate.
+    """
+    wanted = {
+        layer: mixer
+        for layer, mixer in student.mixers().items()
+        if getattr(mixer.config, "initialise", None) == "calibrate" and (layers is None or layer in layers)
+    }
+    if wanted:
+        samples = attention_samples(teacher, batches, sorted(wanted))
+        with torch.no_grad():
+            for layer, mixer in wanted.items():
+                mixer.calibrate(samples[layer])
+
+
+def _run(
+    teacher: PreTrainedModel, batch: dict[str, Tensor], sites: Sequence[AttentionSite]
+) -> dict[int, AttentionSample]:
+    """One pass with every attention module's work written down."""
+    tokens = batch["input_ids"]
+    layout = Layout.from_inputs(num_tokens=tokens.shape[1], past=0, position_ids=batch.get("position_ids"))
+    inside: dict[nn.Module, dict[str, Any]] = {}
+    outside: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        outside[module] = (hidden, output[0] if isinstance(output, tuple) else output)
+
+    modules = {site.layer: teacher.get_submodule(site.name) for site in sites}
+    hooks = [module.register_forward_hook(after, with_kwargs=True) for module in modules.values()]
+    try:
+        with torch.no_grad(), routed(teacher, CAPTURE):
+            options = {"use_cache": False, "logits_to_keep": 1, "linearize_capture": (layout, inside)}
+            teacher(input_ids=tokens, position_ids=batch.get("position_ids"), **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        layer: AttentionSample(*outside[module], **inside[module], layout=layout) for layer, module in modules.items()
+    }
+
+
+@contextmanager
+def routed(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """All attention of a model through this attention function inside the `with` block."""
+    configs = attention_configs(model)
+    before = [config._attn_implementation for config in configs]
+    was_training = model.training
+    try:
+        for config in configs:
+            config._attn_implementation = implementation
+        model.eval()
+        yield
+    finally:
+        model.train(was_training)
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation = old
+
+
+def _capture(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    linearize_capture: tuple[Layout, dict[nn.Module, dict[str, Any]]] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    assert linearize_capture is not None
+    layout, inside = linearize_capture
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    y = softmax_attention(
+        query, key, value, scaling=scale, layout=layout, softcap=softcap, sliding_window=sliding_window
+    )
+    inside[module] = {
+        "q_BHTD": query, "k_BGTD": key, "v_BGTV": value, "y_BHTV": y, "scaling": scale, "window": sliding_window,
+    }  # fmt: skip
+    return y.transpose(1, 2), None
+
+
+AttentionInterface.register(CAPTURE, _capture)
