@@ -81,13 +81,14 @@ def randomize_mixers(student: LinearizedForCausalLM, seed: int = 7) -> Linearize
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in student.mixer_parameters().values():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+            scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 0.5  # two dimensions: a projection
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return student
 
 
 def mixer(name: str = "lolcats", **settings: Any) -> MixerConfig:
     """A mixer's config with a short window."""
-    defaults = {"lolcats": {"window": 4, "feature_dim": 7}, "sliding_window": {"window": 5}}
+    defaults = {"lolcats": {"window": 4, "feature_dim": 7}, "sliding_window": {"window": 5}, "gla": {"window": 5}}
     return MIXERS[name](**{**defaults.get(name, {}), **settings})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,13 +13,17 @@ from models import left_padded, mixer, student_of, text, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-from linearize.mixers import MIXERS, AttentionShape, Mixer, MixerConfig
+from linearize.mixers import MIXERS, AttentionShape, LayerMixer, Mixer, MixerConfig
+from linearize.mixers.layer_mixer import LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.projections import attention_weights
 from linearize.ops.layout import Layout
 
 B, H, G, D, V, T = 2, 6, 3, 5, 7, 47
-SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=H * D)
+M = 11
+SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=M)
+EQUAL = {"mamba"}  # mixers that need values as wide as keys
 SCORES: dict[str, Any] = {"scaling": 0.61, "softcap": 3.0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lolcats": [
@@ -29,6 +34,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"window": 3, "feature_map": "exp", "num_sinks": 1, "shift": "shared"},
     ],
     "sliding_window": [{}, {"window": 6, "window_shape": "terraced", "num_sinks": 3}],
+    "mamba": [{}, {"repeat": "after"}],
+    "mamba2": [{}, {"repeat": "after", "conv_taps": 3}],
+    "gated_delta_net": [{}, {"repeat": "after"}],
 }
 CONFIGS = [mixer(name, **settings) for name in MIXERS for settings in VARIANTS.get(name, [{}])]
 
@@ -47,27 +55,46 @@ def _no_grad():
         yield
 
 
+def shape_for(config: MixerConfig) -> AttentionShape:
+    return replace(SHAPE, value_dim=D) if config.name in EQUAL else SHAPE
+
+
 def build(config: MixerConfig, dtype: torch.dtype = torch.float64) -> Mixer:
     torch.manual_seed(1)
-    built = config.build(SHAPE).to(dtype)
+    built = config.build(shape_for(config)).to(dtype)
     for parameter in built.parameters():
-        parameter.add_(0.5 * torch.randn_like(parameter))
+        scale = 0.5 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 0.5  # two dimensions: a projection
+        parameter.add_(scale * torch.randn_like(parameter))
     return built
 
 
-def inputs(dtype: torch.dtype = torch.float64, *, rows: int = B, tokens: int = T, seed: int = 2) -> list[Tensor]:
+def inputs(mixer: Mixer, *, rows: int = B, tokens: int = T, seed: int = 2) -> list[Tensor]:
+    """What the mixer is called with: hidden states, or q, k, v (and keys), in the dtype of its parameters."""
     torch.manual_seed(seed)
-    return [torch.randn(rows, n, tokens, d, dtype=dtype) for n, d in ((H, D), (G, D), (G, V))]
+    dtype = next((x.dtype for x in mixer.parameters()), torch.float64)
+    if isinstance(mixer, LayerMixer):
+        return [torch.randn(rows, tokens, M, dtype=dtype)]
+    sizes = [(H, D), (G, D), (G, V), *([(G, D)] if mixer.needs_keys else [])]
+    return [torch.randn(rows, n, tokens, d, dtype=dtype) for n, d in sizes]
 
 
-def run(mixer: Mixer, qkv: list[Tensor], cuts: list[int], layout: Layout | None = None) -> tuple[Tensor, Any]:
+def cut(mixer: Mixer, given: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    return [x.narrow(mixer.time_dim, start, stop - start) for x in given]
+
+
+def run(mixer: Mixer, given: list[Tensor], cuts: list[int]) -> tuple[Tensor, Any]:
     """Outputs and state when the sequence is cut at these tokens."""
-    state, parts, tokens = None, [], qkv[0].shape[2]
+    state, parts, tokens = None, [], given[0].shape[mixer.time_dim]
+    scores = {} if isinstance(mixer, LayerMixer) else SCORES
     for a, b in itertools.pairwise([0, *cuts, tokens]):
-        here = Layout(a) if layout is None else Layout(position_BT=layout.position_BT[:, a:b])
-        y, state = mixer(*(x[:, :, a:b] for x in qkv), layout=here, state=state, **SCORES)
+        y, state = mixer(*cut(mixer, given, a, b), layout=Layout(a), state=state, **scores)
         parts.append(y)
-    return torch.cat(parts, dim=2), state
+    return torch.cat(parts, dim=mixer.time_dim), state
+
+
+def raw(mixer: Mixer, given: list[Tensor]) -> list[Tensor]:
+    """The inputs that `advance` takes."""
+    return given if isinstance(mixer, LayerMixer) else given[1:]
 
 
 def same_state(given: Any, expected: Any, tolerance: float) -> None:
@@ -88,13 +115,17 @@ def student(config: MixerConfig, **changes: Any) -> LinearizedForCausalLM:
 @every_mixer
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=str)
 def test_a_cutting_anywhere_changes_nothing(config: MixerConfig, dtype: torch.dtype, tolerance: float) -> None:
-    built, qkv = build(config, dtype), inputs(dtype)
-    whole, end = run(built, qkv, [])
-    assert whole.shape == (B, H, T, V) and whole.dtype == dtype
+    built = build(config, dtype)
+    given = [x.to(dtype) for x in inputs(built)]
+    whole, end = run(built, given, [])
+    assert whole.shape == ((B, T, M) if isinstance(built, LayerMixer) else (B, H, T, V)) and whole.dtype == dtype
     for cuts in ([1], [T - 1], [5, 6, 29], [33], list(range(1, T))):
-        y, state = run(built, qkv, cuts)
-        torch.testing.assert_close(y, whole, rtol=0, atol=tolerance)
+        y, state = run(built, given, cuts)
+        torch.testing.assert_close(y, whole, rtol=tolerance, atol=tolerance)
         same_state(state, end, tolerance)
+    advanced = built.advance(*cut(built, raw(built, given), 0, 20), layout=Layout())
+    advanced = built.advance(*cut(built, raw(built, given), 20, T), layout=Layout(20), state=advanced)
+    same_state(advanced, end, tolerance)
 
 
 @every_mixer
@@ -127,9 +158,10 @@ def test_b_left_padding_changes_nothing(config: MixerConfig, sizes: list[int]) -
 
 @every_mixer
 def test_b_batch_order_changes_nothing(config: MixerConfig) -> None:
-    built, qkv, order = build(config), inputs(rows=3), torch.tensor([2, 0, 1])
-    y, state = run(built, qkv, [20])
-    shuffled, after = run(built, [x[order] for x in qkv], [20])
+    built, order = build(config), torch.tensor([2, 0, 1])
+    given = inputs(built, rows=3)
+    y, state = run(built, given, [20])
+    shuffled, after = run(built, [x[order] for x in given], [20])
     torch.testing.assert_close(shuffled, y[order], rtol=0, atol=1e-12)
     same_state(after, state.map_batch(lambda x: x[order]), 1e-12)
 
@@ -149,7 +181,8 @@ def test_b_packing_changes_nothing(config: MixerConfig) -> None:
 
 @every_mixer
 def test_c_nothing_stays_on_the_module(config: MixerConfig) -> None:
-    built, qkv = build(config), inputs()
+    built = build(config)
+    given = inputs(built)
 
     def picture() -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -160,8 +193,8 @@ def test_c_nothing_stays_on_the_module(config: MixerConfig) -> None:
         return found
 
     before = picture()
-    run(built, qkv, [13])
-    built.advance(qkv[1], qkv[2], layout=Layout())
+    run(built, given, [13])
+    built.advance(*raw(built, given), layout=Layout())
     after = picture()
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -250,11 +283,11 @@ def test_e_the_stated_cost_is_what_is_held(config: MixerConfig, dtype: torch.dty
     cost = built.cost(torch.finfo(dtype).bits // 8)
     sizes = []
     for tokens in (100, 101, 102, 103, 104, 105, 106, 107, 400):
-        _, state = run(built, inputs(dtype, rows=1, tokens=tokens), [])
+        _, state = run(built, [x.to(dtype) for x in inputs(built, rows=1, tokens=tokens)], [])
         sizes.append(state.num_bytes)
     assert max(sizes) == cost.state_bytes
     assert cost.bytes_per_token == 0 and cost.flops_per_token > 0
-    _, state = run(built, inputs(dtype, rows=3, tokens=100), [])
+    _, state = run(built, [x.to(dtype) for x in inputs(built, rows=3, tokens=100)], [])
     assert state.num_bytes == 3 * sizes[0]
 
 
@@ -285,6 +318,38 @@ def test_f_it_starts_on_the_teachers_weights_device_and_dtype(config: MixerConfi
         tensors: list[Tensor] = []
         layer.state.map_batch(lambda x, seen=tensors: seen.append(x) or x)
         assert {x.dtype for x in tensors} <= {dtype, torch.promote_types(dtype, torch.float32)}
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if issubclass(type(c), LayerMixerConfig)], ids=name)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "phi3", "gpt2"])
+def test_f_a_layer_mixer_starts_from_the_teachers_projections(config: MixerConfig, family: str) -> None:
+    teacher = tiny(family, num_hidden_layers=2)
+    model = LinearizedForCausalLM.from_teacher(teacher, [None, config])
+    shape, site = model.config.attention_shapes()[1], model.config.attention[1]
+    weights = attention_weights(teacher.get_submodule(site), shape)
+    own = [x for x in model.mixers()[1].parameters() if x.dim() == 2]
+
+    def has(rows: Tensor) -> bool:
+        starts = [(x, i) for x in own if x.shape[1] == rows.shape[1] for i in range(len(x) - len(rows) + 1)]
+        return any(torch.equal(x[i : i + len(rows)], rows) for x, i in starts)
+
+    assert all(has(rows) for rows in (weights.q, weights.k, weights.v, weights.o))
+    anew = LinearizedForCausalLM.from_teacher(teacher, [None, config.model_copy(update={"initialise": "random"})])
+    own = [x for x in anew.mixers()[1].parameters() if x.dim() == 2]
+    assert not any(has(rows) for rows in (weights.q, weights.k, weights.v, weights.o))
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if issubclass(type(c), LayerMixerConfig)], ids=name)
+def test_the_mixing_matrix_is_what_the_layer_does_between_values_and_outputs(config: MixerConfig) -> None:
+    """Causal, and of one entry per pair of tokens; a document sees nothing of the one before."""
+    built = build(config)
+    (hidden,) = inputs(built)
+    positions = torch.cat([torch.arange(20), torch.arange(T - 20)])[None]
+    matrix = built.matrix(hidden, layout=Layout(position_BT=positions))
+    assert matrix.shape == (B, H, T, T) and bool(matrix.isfinite().all())
+    outside = torch.ones(T, T, dtype=torch.bool).triu(1)
+    outside[20:, :20] = True
+    assert bool((matrix[..., outside] == 0).all()) and bool((matrix[..., ~outside] != 0).any())
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.name == "lolcats" and c.window], ids=name)

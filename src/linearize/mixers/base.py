@@ -24,7 +24,7 @@ class AttentionShape:
     """The sizes of the attention that a mixer replaces, and what else of the teacher a mixer needs to know.
 
     `model_dim`: width of the hidden states. `norm_eps`: epsilon of the teacher's RMS norms. `rope_theta`: base of its
-    rotary positions.
+    rotary positions. `qkv_bias`, `output_bias`: whether its projections have biases.
     """
 
     num_heads: int
@@ -34,6 +34,8 @@ class AttentionShape:
     model_dim: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    output_bias: bool = False
 
     @property
     def group(self) -> int:
@@ -79,7 +81,8 @@ class MixerConfig(BaseModel):
 class Mixer(nn.Module, ABC):
     """What the two kinds share. All that a mixer remembers goes in and comes out as a state.
 
-    `time_dim`: the dimension of the raw inputs (those that `advance` takes) that counts tokens.
+    Each kind has `forward` and `advance(*raw inputs, layout=, state=) -> state`, which is what a rollback replays.
+    `time_dim`: the dimension of the raw inputs that counts tokens.
     `fp32_parameters`: names of parameters that stay in fp32 in a bf16 model; None: all of them.
     """
 
@@ -87,10 +90,6 @@ class Mixer(nn.Module, ABC):
     shape: AttentionShape
     time_dim: ClassVar[int]
     fp32_parameters: ClassVar[tuple[str, ...] | None] = None
-
-    @abstractmethod
-    def advance(self, *inputs: Tensor, layout: Layout, state: Any = None) -> Any:
-        """The state after these tokens, without outputs: what a rollback replays."""
 
     @abstractmethod
     def cost(self, element_size: int) -> MixerCost:
@@ -125,3 +124,7 @@ class AttentionMixer(Mixer):
 
         `keys_BGTD`: only where `needs_keys`: the output of the key projection, before norms and rotary positions.
         """
+
+    @abstractmethod
+    def advance(self, k_BGTD: Tensor, v_BGTV: Tensor, *keys_BGTD: Tensor, layout: Layout, state: Any = None) -> Any:
+        """The state after these tokens, without outputs."""

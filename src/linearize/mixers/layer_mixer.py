@@ -40,8 +40,8 @@ class AttentionSample:
     """What a teacher's attention module did on a batch of text: what gates are calibrated from.
 
     `hidden_BTM`: its input. `output_BTM`: its output. `q_BHTD`, `k_BGTD`, `v_BGTV`: after norms and rotary positions.
-    `y_BHTV`: attention before the output projection. `scaling`: of the scores. `window`: tokens that the teacher
-    limits this layer to (None: none).
+    `y_BHTV`: attention before the output projection. `scaling`, `softcap`: of the scores. `window`: tokens that the
+    teacher limits this layer to (None: none).
     """
 
     hidden_BTM: Tensor
@@ -53,6 +53,7 @@ class AttentionSample:
     scaling: float
     layout: Layout
     window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,10 @@ class LayerMixer(Mixer):
         self, hidden_BTM: Tensor, *, layout: Layout, state: Any = None, need_state: bool = True
     ) -> tuple[Tensor, Any]:
         """`y: [B, T, M]`, output projection included, and the state after the last token (None unless `need_state`)."""
+
+    @abstractmethod
+    def advance(self, hidden_BTM: Tensor, *, layout: Layout, state: Any = None) -> Any:
+        """The state after these tokens, without outputs."""
 
     @abstractmethod
     def start_from(self, weights: AttentionWeights) -> None:

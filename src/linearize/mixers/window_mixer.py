@@ -41,7 +41,7 @@ class WindowMixer(AttentionMixer):
     def spec(self, *, scaling: float, softcap: float | None, branch: Branch) -> WindowLinear:
         """The operation that this mixer runs."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # takes no keys: `needs_keys` is false
         self,
         q_BHTD: Tensor,
         k_BGTD: Tensor,
@@ -58,7 +58,7 @@ class WindowMixer(AttentionMixer):
         spec = self.spec(scaling=scaling, softcap=softcap, branch=branch)
         return window_linear(q_BHTD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=state, need_state=need_state)
 
-    def advance(
+    def advance(  # type: ignore[override]
         self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None
     ) -> WindowLinearState:
         """See `Mixer.advance`; the scale of the scores does not enter the state."""

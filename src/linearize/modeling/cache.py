@@ -107,7 +107,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.cumulative_length += len(new)
         return y
 
-    def _advanced(self, mixer: Mixer, raw: Pending) -> Any:
+    def _advanced(self, mixer: Any, raw: Pending) -> Any:
         return mixer.advance(*raw.inputs, layout=raw.layout, state=self.state)
 
     def _commit(self, mixer: Mixer) -> None:

@@ -6,6 +6,7 @@ Letters: H query heads, G key/value heads, D head dimension, V value dimension, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,16 @@ def attention_weights(module: nn.Module, shape: AttentionShape) -> AttentionWeig
             f"{type(module).__name__} has projections of unexpected sizes: a layer mixer cannot start from it"
         )
     return AttentionWeights(q[0], k[0], v[0], o[0], q[1], k[1], v[1], o[1])
+
+
+def with_biases(module: nn.Module, shape: AttentionShape) -> AttentionShape:
+    """The shape, saying which of the module's projections have biases (none where they are of no known kind)."""
+    try:
+        found = attention_weights(module, shape)
+    except InputError:
+        return shape
+    qkv = any(bias is not None for bias in (found.q_bias, found.k_bias, found.v_bias))
+    return replace(shape, qkv_bias=qkv, output_bias=found.o_bias is not None)
 
 
 def key_projection(module: nn.Module, hidden_BTM: Tensor, shape: AttentionShape) -> Tensor:

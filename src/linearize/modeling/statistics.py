@@ -114,7 +114,8 @@ def _capture(
         query, key, value, scaling=scale, layout=layout, softcap=softcap, sliding_window=sliding_window
     )
     inside[module] = {
-        "q_BHTD": query, "k_BGTD": key, "v_BGTV": value, "y_BHTV": y, "scaling": scale, "window": sliding_window,
+        "q_BHTD": query, "k_BGTD": key, "v_BGTV": value, "y_BHTV": y,
+        "scaling": scale, "window": sliding_window, "softcap": softcap,
     }  # fmt: skip
     return y.transpose(1, 2), None
 

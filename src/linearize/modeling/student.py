@@ -80,11 +80,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: a layer that is converted already or does not exist; the student is unchanged then.
         """
         plan, shapes = self.config.mixers(), self.config.attention_shapes()
-        for layer in mixers:
-            if not 0 <= layer < len(plan) or plan[layer] is not None:
-                free = [i for i, mixer in enumerate(plan) if mixer is None]
+        free = [i for i, mixer in enumerate(plan) if mixer is None]
+        for layer, mixer in mixers.items():
+            if layer not in free:
                 raise InputError(f"layer {layer} cannot be converted: layers with softmax attention are {free}")
-            plan[layer] = mixers[layer]
+            plan[layer] = mixer
         install(self.lm, plan, self.config.attention, shapes, start=True, layers=sorted(mixers))
         self.config.plan = [None if mixer is None else mixer.model_dump() for mixer in plan]
         self._keep_in_fp32_modules_strict = set(self._fp32_names())

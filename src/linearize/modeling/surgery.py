@@ -15,7 +15,7 @@ from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.modeling.attention import ATTENTION
 from linearize.modeling.mixer_layer import MixerLayer
-from linearize.modeling.projections import attention_weights
+from linearize.modeling.projections import attention_weights, with_biases
 
 PROBE = "linearize_probe"
 KNOWN_KEYWORDS = {"scaling", "softcap", "sliding_window", "dropout", "is_causal", "linearize_probe_calls"}
@@ -125,7 +125,12 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]]) -> list[Attentio
         if layer is None or id(call["module"]) not in names:
             raise InputError(f"{family} cannot be converted: its attention modules do not know their layer")
         sites.append(
-            AttentionSite(name=names[id(call["module"])], layer=layer, shape=shape, sliding_window=call["window"])
+            AttentionSite(
+                name=names[id(call["module"])],
+                layer=layer,
+                shape=with_biases(call["module"], shape),
+                sliding_window=call["window"],
+            )
         )
     sites.sort(key=lambda site: site.layer)
     if [site.layer for site in sites] != list(range(layers)):
@@ -211,7 +216,7 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if weight is None:
         return mixer
-    if isinstance(mixer, LayerMixer) and start:
+    if isinstance(mixer, LayerMixer) and start and mixer.config.initialise != "random":
         mixer.start_from(attention_weights(module, shape))
     for name, parameter in mixer.named_parameters():
         keeps = mixer.fp32_parameters is None or name in mixer.fp32_parameters

@@ -17,10 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.mixers import LayerMixer, Mixer
 from linearize.modeling import LinearizedForCausalLM
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.stages.losses import counted
 
 
 class AttentionTransferConfig(StageConfig):
@@ -55,7 +57,7 @@ class AttentionTransfer:
 
     def __init__(self, config: AttentionTransferConfig, student: LinearizedForCausalLM) -> None:
         self.config, self.student = config, student.eval()
-        self.layers = sorted(student.mixers())
+        self.layers = sorted(_between_projections(student))
         self.power = {layer: 1.0 for layer in self.layers}
         student.requires_grad_(False)
         self.parameters = student.mixer_parameters()
@@ -80,7 +82,7 @@ class AttentionTransfer:
         """Sum over layers of the transfer loss, as a sum over tokens that are no padding."""
         terms = self._pass(batch)
         total = sum((term for term, _ in terms.values()), torch.zeros((), device=batch["input_ids"].device))
-        return LossSum(total, float(_real(batch).sum()))
+        return LossSum(total, float(counted(batch["labels"]).sum()))
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """The stage's own objective."""
@@ -88,7 +90,7 @@ class AttentionTransfer:
 
     def layer_errors(self, batch: Batch) -> list[float]:
         """Per layer: squared error of the attention outputs over the teacher's power (0 exact, 1 as bad as nothing)."""
-        live = _real(batch)[:, None, :, None]
+        live = counted(batch["labels"])[:, None, :, None]
         with torch.no_grad():
             outputs = self._pass(batch, keep=True)
         return [
@@ -103,7 +105,7 @@ class AttentionTransfer:
     def _pass(self, batch: Batch, keep: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
         """One pass of the teacher's hidden states; per layer (loss, -), or with `keep` the two outputs."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        live = _real(batch)
+        live = counted(batch["labels"])
         grad = torch.is_grad_enabled()
 
         def tap(
@@ -158,6 +160,17 @@ class AttentionTransfer:
         return total
 
 
+def _between_projections(student: LinearizedForCausalLM) -> dict[int, Mixer]:
+    """The student's mixers, which must all take q, k, v."""
+    mixers = student.mixers()
+    if others := sorted({mixer.config.name for mixer in mixers.values() if isinstance(mixer, LayerMixer)}):  # type: ignore[attr-defined]
+        raise InputError(
+            f"attention_transfer needs mixers that stand between the projections, this plan has {', '.join(others)}: "
+            "use the stage hidden_alignment"
+        )
+    return mixers
+
+
 def weights_cross_entropy(
     mixer: Any,
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -178,8 +191,3 @@ def weights_cross_entropy(
         teacher = softmax_attention(q, k, eye, layout=layout, sliding_window=sliding_window, **scores)
     student, _ = mixer(q, k, eye, layout=layout, need_state=False, **scores)
     return -(teacher * student.clamp(min=1e-8).log()).sum(-1).mean(1)
-
-
-def _real(batch: Batch) -> Tensor:
-    """Tokens that predict something counted, `[B, T]` float: all but padding and the last token of each document."""
-    return torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).ne(-100).float()

@@ -1,25 +1,21 @@
 """Low-rank linearizing: with the mixers in place, LoRA repairs what is left (LoLCATs, 2410.10254, section 3.2).
 
 The loss is next-token cross-entropy (published) or KL to the teacher on the same text.
-
-Letters: B batch, T tokens, V vocabulary, N tokens that count.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.save import KeptAdapters
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.lora import add_adapters
-
-SLICE_TOKENS = 2048
+from linearize.training.stages.readout import Readout
+from linearize.training.stages.trainable import recompute_blocks
 
 
 class LowRankConfig(StageConfig):
@@ -51,7 +47,9 @@ class LowRank:
     """The running stage."""
 
     def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student, self.teacher = config, student.eval(), teacher
+        self.config, self.student = config, student.eval()
+        self.student_readout = Readout(student)
+        self.teacher_readout = Readout(teacher) if config.loss == "kl" else None
         student.requires_grad_(False)
         self.adapters = add_adapters(
             student, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets
@@ -70,8 +68,7 @@ class LowRank:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass."""
-        self.student.train()
-        self._set_checkpointing(True)
+        recompute_blocks(self.student, True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The adapters, and the mixers if they train too."""
@@ -79,18 +76,14 @@ class LowRank:
 
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
-        logits_BTV = self._logits(self.student, batch)
-        if self.config.loss == "ce":
-            return next_token_loss(logits_BTV, batch["labels"])
-        with torch.no_grad():
-            teacher_BTV = self._logits(self.teacher, batch)
-        return kl_divergence(teacher_BTV, logits_BTV, batch["labels"])
+        kl = float(self.config.loss == "kl")
+        return distillation_loss(self.student_readout, self.teacher_readout, batch, kl=kl, ce=1.0 - kl)
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """Next-token loss of the student, adapters without dropout."""
         for layer in self.adapters.layers.values():
             layer.eval()
-        result = next_token_loss(self._logits(self.student, batch), batch["labels"])
+        result = distillation_loss(self.student_readout, None, batch, kl=0.0, ce=1.0)
         for layer in self.adapters.layers.values():
             layer.train()
         return result
@@ -102,39 +95,5 @@ class LowRank:
         if not self.config.merge:
             self.student.kept_adapters = KeptAdapters(self.adapters.config, state, before)
         if self.config.gradient_checkpointing:
-            self._set_checkpointing(False)
+            recompute_blocks(self.student, False)
         self.student.eval().requires_grad_(False)
-
-    def _set_checkpointing(self, wanted: bool) -> None:
-        """Under the name that transformers has for it: `gradient_` until 5.22, `activation_` since."""
-        lm: Any = self.student.lm
-        kind = "activation" if hasattr(lm, "activation_checkpointing_enable") else "gradient"
-        if wanted:
-            getattr(lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(lm, f"{kind}_checkpointing_disable")()
-
-    @staticmethod
-    def _logits(model: Any, batch: Batch) -> Tensor:
-        logits: Tensor = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        return logits
-
-
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> LossSum:
-    """Cross-entropy of the next token, nats, summed over labels that are not -100."""
-    wanted = labels_BT[:, 1:]
-    total = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return LossSum(total, float((wanted != -100).sum()))
-
-
-def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> LossSum:
-    """KL(teacher||student), nats, summed over the tokens whose next token counts; softmaxes exist for a slice of
-    tokens at a time."""
-    live = labels_BT[:, 1:] != -100
-    teacher_NV, student_NV = teacher_BTV[:, :-1][live], student_BTV[:, :-1][live]
-    total = student_BTV.new_zeros((), dtype=torch.float32)
-    for p, q in zip(teacher_NV.split(SLICE_TOKENS), student_NV.split(SLICE_TOKENS), strict=True):
-        total = total + F.kl_div(q.float().log_softmax(-1), p.float().log_softmax(-1), log_target=True, reduction="sum")
-    return LossSum(total, float(live.sum()))

@@ -1,0 +1,185 @@
+"""Gated DeltaNet that starts from attention (2412.06464; initialised as in The Mamba in the Llama, 2408.15237).
+
+Equal to the `Qwen3_5GatedDeltaNet` layer of transformers with `repeat="before"` (as many key heads as query heads), so
+that it can be exported.
+
+Letters: B batch, T tokens, M model width, H query heads, G key/value heads, D head dimension (keys), V value dimension,
+C channels of the convolution, K taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linearize.mixers.base import AttentionShape, Mixer, MixerCost
+from linearize.mixers.gates import (
+    Repeat,
+    copy_projection,
+    has_bias,
+    l2_norm,
+    norm_then_gate,
+    repeat_heads,
+    split_heads,
+    start_conv,
+    start_decay,
+    start_step_bias,
+    wide,
+)
+from linearize.mixers.layer_mixer import (
+    AttentionSample,
+    AttentionWeights,
+    LayerMixer,
+    LayerMixerConfig,
+    RecurrentState,
+)
+from linearize.ops.gated_delta import gated_delta
+from linearize.ops.layout import Layout
+from linearize.ops.short_conv import short_conv
+
+START = 0.02  # standard deviation of new projections (Qwen3-Next's initializer_range)
+
+
+class GatedDeltaNetConfig(LayerMixerConfig):
+    """Gated DeltaNet in the place of attention.
+
+    `repeat`: whether key/value heads are repeated for their query heads `before` the convolution (which then has its
+    own weights per query head; this is what Qwen3.5 can hold) or `after`. `conv_taps`: tokens that the convolution
+    sees. Published: 4 taps.
+    """
+
+    name: Literal["gated_delta_net"] = "gated_delta_net"
+    repeat: Repeat = "before"
+    conv_taps: int = Field(4, ge=1)
+
+    def build(self, shape: AttentionShape) -> Mixer:
+        """The mixer, started as published; `start_from` copies the teacher's projections."""
+        return GatedDeltaNet(self, shape)
+
+
+class GatedDeltaNet(LayerMixer):
+    """y = out(norm(delta rule(q, k, v)) silu(gate)), with q, k of length 1 after a convolution and SiLU.
+
+    Rows of `qkv_proj`: q [H D], k [G D], v [G V]. Channels of the convolution: q, k, v, with k and v at H heads
+    (`repeat="before"`) or G. Decay: g = -exp(A_log) softplus(decay_proj h + dt_bias); write strength: beta =
+    sigmoid(beta_proj h). The state: `memory: [B, H, D, V]`.
+    """
+
+    config: GatedDeltaNetConfig
+    fp32_parameters = ("A_log", "dt_bias")
+
+    def __init__(self, config: GatedDeltaNetConfig, shape: AttentionShape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        heads, groups, width = shape.num_heads, shape.num_kv_heads, shape.model_dim
+        self.rows = (heads * shape.head_dim, groups * shape.head_dim, groups * shape.value_dim)
+        copies = heads if config.repeat == "before" else groups
+        self.channels = (heads * shape.head_dim, copies * shape.head_dim, copies * shape.value_dim)
+        self.qkv_proj = nn.Linear(width, sum(self.rows), bias=has_bias(shape, "qkv"))
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv_taps))
+        self.beta_proj = nn.Linear(width, heads, bias=False)
+        self.decay_proj = nn.Linear(width, heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.gate_proj = nn.Linear(width, heads * shape.value_dim, bias=False)
+        self.norm_weight = nn.Parameter(torch.empty(shape.value_dim))
+        self.out_proj = nn.Linear(heads * shape.value_dim, width, bias=has_bias(shape, "output"))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The published start: beta near 1/2, the gate near 0, A in (0, 16), steps in [0.001, 0.1] as Mamba's.
+
+        A gate near silu(0) = 0 makes the layer's first output small and of either sign: the published layers are
+        trained from there. `calibrate` opens it.
+        """
+        self.qkv_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+        for linear in (self.beta_proj, self.decay_proj, self.gate_proj):
+            nn.init.normal_(linear.weight, std=START)
+        start_conv(self.conv_weight)
+        start_step_bias(self.dt_bias, dt_min=1e-3, dt_max=0.1)
+        start_decay(self.A_log, lowest=0.01, highest=16.0)
+        nn.init.ones_(self.norm_weight)
+
+    def start_from(self, weights: AttentionWeights) -> None:
+        """Copy q, k, v and the output projection."""
+        q, k, _ = self.rows
+        copy_projection(
+            self.qkv_proj,
+            (0, weights.q, weights.q_bias),
+            (q, weights.k, weights.k_bias),
+            (q + k, weights.v, weights.v_bias),
+        )
+        copy_projection(self.out_proj, (0, weights.o, weights.o_bias))
+
+    def forward(
+        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """See `LayerMixer.forward`."""
+        y_BTHV, after = self.mix(hidden_BTM, layout=layout, state=state, need_state=need_state)
+        gate = self.gate_proj(hidden_BTM).unflatten(-1, (self.shape.num_heads, -1))
+        y = norm_then_gate(y_BTHV, gate, wide(self.norm_weight), self.shape.norm_eps)
+        return self.out_proj(y.flatten(-2).to(hidden_BTM.dtype)), after
+
+    def mix(
+        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """What the delta rule gives, `[B, T, H, V]` in at least fp32, before norm and gate; and the state."""
+        *inputs, taps = self._inputs(hidden_BTM, layout, state, need_state)
+        memory = None if state is None else state.memory
+        y, memory = gated_delta(*inputs, layout=layout, state=memory, need_state=need_state)
+        return y.transpose(1, 2), None if memory is None else RecurrentState(memory, taps)
+
+    def advance(self, *inputs: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
+        """See `Mixer.advance`; the input is the hidden states."""
+        (hidden_BTM,) = inputs
+        _, after = self.mix(hidden_BTM, layout=layout, state=state)
+        assert after is not None
+        return after
+
+    def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
+        """What multiplies the values, before norm and gate."""
+        q, k, v, decay, beta, _ = self._inputs(hidden_BTM, layout, None, need_state=False)
+        eye = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+        return gated_delta(q, k, eye, decay, beta, layout=layout, need_state=False)[0]
+
+    def calibrate(self, samples: Sequence[AttentionSample]) -> None:
+        """Decay, write strength, gate and output scale from the teacher's attention: see `calibration.py`."""
+        from linearize.mixers.calibration import calibrate_gated_delta_net
+
+        calibrate_gated_delta_net(self, samples)
+
+    def _inputs(
+        self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta `[B, H, T]`, all at least fp32; taps."""
+        heads, groups = self.shape.num_heads, self.shape.num_kv_heads
+        qkv = self.qkv_proj(hidden_BTM)
+        if self.config.repeat == "before" and groups < heads:
+            q, k, v = qkv.split(self.rows, dim=-1)
+            qkv = torch.cat([q, repeat_heads(k, groups, heads), repeat_heads(v, groups, heads)], dim=-1)
+        taps = None if state is None else state.taps
+        qkv, taps = short_conv(qkv, self.conv_weight, None, layout=layout, taps_BKC=taps, need_state=need_state)
+        q, k, v = F.silu(wide(qkv)).split(self.channels, dim=-1)
+        if self.config.repeat == "after":
+            k, v = repeat_heads(k, groups, heads), repeat_heads(v, groups, heads)
+        q, k, v = (split_heads(x, heads) for x in (q, k, v))
+        step = F.softplus(wide(self.decay_proj(hidden_BTM)) + wide(self.dt_bias))
+        decay = (step * -wide(self.A_log).exp()).transpose(1, 2)
+        beta = torch.sigmoid(wide(self.beta_proj(hidden_BTM))).transpose(1, 2)
+        return l2_norm(q) * self.shape.head_dim**-0.5, l2_norm(k), v, decay, beta, taps
+
+    def cost(self, element_size: int) -> MixerCost:
+        """State in fp32 and the convolution's taps; the state decayed, corrected, written and read, the convolution."""
+        shape, taps = self.shape, self.config.conv_taps
+        entries, channels = shape.num_heads * shape.head_dim * shape.value_dim, sum(self.channels)
+        return MixerCost(
+            state_bytes=max(4, element_size) * entries + (taps - 1) * channels * element_size,
+            bytes_per_token=0,
+            flops_per_token=2 * (4 * entries + taps * channels),
+        )

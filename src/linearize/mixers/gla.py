@@ -1,0 +1,155 @@
+"""Liger's gated linear attention: the gate is the key projection itself, so nothing is new (2503.01496, section 3.2).
+
+    y_n = w softmax attention over the last tokens + (1 - w) softmax(q_n)^T S_n
+    S_n = diag(exp(g_n)) S_{n-1} + softmax(k_n) v_n^T,    g_n = log sigmoid(K_n) / 16
+
+K is the key projection's output before norms and rotary positions: the paper pools it to one gate per key dimension of
+every key/value head, which is its own size. Departure from the published code: q and k of the linear term come with
+rotary positions, as they stand between the projections and the mixer.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, D head dimension, V value dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
+from linearize.mixers.gates import wide
+from linearize.ops.decay_linear import decay_linear
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
+from linearize.ops.window_linear.window import ring_slots
+
+
+class GlaConfig(MixerConfig):
+    """The defaults are the published settings.
+
+    `window`: tokens seen by softmax. `window_shape`: `sliding` or `terraced`. `window_share`: w, the weight of the
+    window; the linear term has the rest. `gate_divisor`: what the log gate is divided by (more: a longer memory).
+    """
+
+    name: Literal["gla"] = "gla"
+    window: int = Field(64, ge=1)
+    window_shape: WindowShape = "sliding"
+    window_share: float = Field(0.5, ge=0, le=1)
+    gate_divisor: float = Field(16.0, gt=0)
+
+    def build(self, shape: AttentionShape) -> Mixer:
+        """The mixer; it has no parameters."""
+        return Gla(self, shape)
+
+
+@dataclass(frozen=True, eq=False)
+class GlaState:
+    """`window`: keys and values inside the window. `memory_BGDV`: the gated sum per key/value head, at least fp32."""
+
+    window: WindowLinearState
+    memory_BGDV: Tensor
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> GlaState:
+        """The same state with `change` applied to every tensor; all have the batch first."""
+        return GlaState(self.window.map_batch(change), change(self.memory_BGDV))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the state's tensors."""
+        return self.window.num_bytes + self.memory_BGDV.numel() * self.memory_BGDV.element_size()
+
+
+class Gla(AttentionMixer):
+    """A window and a gated linear term, each with a share of the output."""
+
+    config: GlaConfig
+    needs_keys = True
+
+    def __init__(self, config: GlaConfig, shape: AttentionShape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+
+    def reset_parameters(self) -> None:
+        """Nothing to start."""
+
+    def forward(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTV: Tensor,
+        *keys_BGTD: Tensor,
+        scaling: float,
+        layout: Layout,
+        softcap: float | None = None,
+        state: GlaState | None = None,
+        need_state: bool = True,
+        branch: Branch = "both",
+    ) -> tuple[Tensor, GlaState | None]:
+        """See `AttentionMixer.forward`. A branch alone keeps its share: the two add up to both."""
+        share = self.config.window_share
+        spec, ring = self._window(scaling, softcap), None if state is None else state.window
+        near_BHTV, ring = window_linear(
+            q_BHTD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=ring, need_state=need_state
+        )
+        far_BHTV, memory = self._recall(q_BHTD, k_BGTD, v_BGTV, keys_BGTD[0], layout, state, need_state)
+        after = None if ring is None or memory is None else GlaState(ring, memory)
+        if branch != "both":
+            return (share * near_BHTV if branch == "window" else (1 - share) * far_BHTV), after
+        return share * near_BHTV + (1 - share) * far_BHTV, after
+
+    def advance(self, *inputs: Tensor, layout: Layout, state: GlaState | None = None) -> GlaState:
+        """See `Mixer.advance`: k, v and the keys; the scale of the scores does not enter the state."""
+        k_BGTD, v_BGTV, keys_BGTD = inputs
+        ring = advance(
+            k_BGTD, v_BGTV, spec=self._window(1.0, None), layout=layout, state=None if state is None else state.window
+        )
+        _, memory = self._recall(self._repeat(k_BGTD), k_BGTD, v_BGTV, keys_BGTD, layout, state, True)
+        assert memory is not None
+        return GlaState(ring, memory)
+
+    def cost(self, element_size: int) -> MixerCost:
+        """The window's keys and values, and D V sums per key/value head."""
+        shape, width = self.shape, self.shape.head_dim + self.shape.value_dim
+        slots = ring_slots(self.config.window, self.config.window_shape)
+        memory = shape.head_dim * shape.value_dim
+        ring_bytes = shape.num_kv_heads * slots * width * element_size
+        return MixerCost(
+            state_bytes=ring_bytes + shape.num_kv_heads * memory * max(4, element_size),
+            bytes_per_token=0,
+            flops_per_token=shape.num_heads * (2 * (slots + 1) * width + 6 * memory),
+        )
+
+    def _window(self, scaling: float, softcap: float | None) -> WindowLinear:
+        return WindowLinear(window=self.config.window, shape=self.config.window_shape, scaling=scaling, softcap=softcap)
+
+    def _recall(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTV: Tensor,
+        keys_BGTD: Tensor,
+        layout: Layout,
+        state: GlaState | None,
+        need_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gated linear term, `[B, H, T, V]`, and its state. Query heads of a group share one: it is kept once."""
+        log_decay_BGTD = F.logsigmoid(wide(keys_BGTD)) / self.config.gate_divisor
+        far_BHTV, memory_BHDV = decay_linear(
+            wide(q_BHTD).softmax(-1),
+            self._repeat(wide(k_BGTD).softmax(-1)),
+            self._repeat(v_BGTV),
+            self._repeat(log_decay_BGTD),
+            layout=layout,
+            state=None if state is None else self._repeat(state.memory_BGDV),
+            need_state=need_state,
+        )
+        kept = None if memory_BHDV is None else memory_BHDV[:, :: self.shape.group].contiguous()
+        return far_BHTV, kept
+
+    def _repeat(self, x_BG: Tensor) -> Tensor:
+        """Every key/value head for each of its query heads."""
+        return x_BG if self.shape.group == 1 else x_BG.repeat_interleave(self.shape.group, dim=1)

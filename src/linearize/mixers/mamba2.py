@@ -1,0 +1,181 @@
+"""Mamba-2 that starts from attention: C is the query, B the key, x the value (The Mamba in the Llama, 2408.15237,
+algorithm 1).
+
+Equal to the Mamba-2 layer of transformers' GraniteMoeHybrid with as many groups as heads, so that it can be exported.
+
+Letters: B batch, T tokens, M model width, H query heads, G key/value heads, D head dimension (state), V value
+dimension, C channels of the convolution, K taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linearize.mixers.base import AttentionShape, Mixer, MixerCost
+from linearize.mixers.gates import (
+    Repeat,
+    copy_projection,
+    gate_then_norm,
+    has_bias,
+    repeat_heads,
+    split_heads,
+    start_conv,
+    start_decay,
+    start_step_bias,
+    wide,
+)
+from linearize.mixers.layer_mixer import AttentionSample, AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState
+from linearize.ops.decay_linear import decay_linear
+from linearize.ops.layout import Layout
+from linearize.ops.short_conv import short_conv
+
+
+class Mamba2Config(LayerMixerConfig):
+    """Mamba-2 in the place of attention.
+
+    `repeat`: whether key/value heads are repeated for their query heads `before` the convolution (which then has its
+    own weights per query head; this is what GraniteMoeHybrid can hold) or `after`. `conv_taps`: tokens that the
+    convolution sees. `dt_min`, `dt_max`: step sizes at the start, log-uniform in between. Published: 4 taps, steps in
+    [0.001, 0.1].
+    """
+
+    name: Literal["mamba2"] = "mamba2"
+    repeat: Repeat = "before"
+    conv_taps: int = Field(4, ge=1)
+    dt_min: float = Field(1e-3, gt=0)
+    dt_max: float = Field(0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> Self:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} is larger than dt_max {self.dt_max}: give at most dt_max")
+        return self
+
+    def build(self, shape: AttentionShape) -> Mixer:
+        """The mixer, started as Mamba-2 is; `start_from` copies the teacher's projections."""
+        return Mamba2(self, shape)
+
+
+class Mamba2(LayerMixer):
+    """y = out(norm(SSD(C, dt B, x, dt A) + D x, gate)).
+
+    Rows of `in_proj`: gate [H V], x [G V], B [G D], C [H D], dt [H]. Channels of the convolution: x, B, C, with x and B
+    at H heads (`repeat="before"`) or G. The state: `memory: [B, H, D, V]`.
+    """
+
+    config: Mamba2Config
+    fp32_parameters = ("A_log", "dt_bias", "D")
+
+    def __init__(self, config: Mamba2Config, shape: AttentionShape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        heads, groups = shape.num_heads, shape.num_kv_heads
+        self.inner = heads * shape.value_dim
+        self.rows = (self.inner, groups * shape.value_dim, groups * shape.head_dim, heads * shape.head_dim, heads)
+        copies = heads if config.repeat == "before" else groups
+        self.channels = (copies * shape.value_dim, copies * shape.head_dim, heads * shape.head_dim)
+        self.in_proj = nn.Linear(shape.model_dim, sum(self.rows), bias=has_bias(shape, "qkv"))
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv_taps))
+        self.conv_bias = nn.Parameter(torch.empty(sum(self.channels)))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.norm_weight = nn.Parameter(torch.empty(self.inner))
+        self.out_proj = nn.Linear(self.inner, shape.model_dim, bias=has_bias(shape, "output"))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Mamba-2's published start: A in -(1..16), D and the norm's weight 1, torch's own for the rest."""
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+        start_conv(self.conv_weight, self.conv_bias)
+        start_step_bias(self.dt_bias, dt_min=self.config.dt_min, dt_max=self.config.dt_max)
+        start_decay(self.A_log)
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm_weight)
+
+    def start_from(self, weights: AttentionWeights) -> None:
+        """Copy v to x, k to B, q to C, o to the output; gate and step size keep their random rows."""
+        gate, x, B = self.rows[:3]
+        copy_projection(
+            self.in_proj,
+            (gate, weights.v, weights.v_bias),
+            (gate + x, weights.k, weights.k_bias),
+            (gate + x + B, weights.q, weights.q_bias),
+        )
+        copy_projection(self.out_proj, (0, weights.o, weights.o_bias))
+
+    def forward(
+        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """See `LayerMixer.forward`."""
+        gate, C, key, x, decay, taps = self._inputs(hidden_BTM, layout, state, need_state)
+        memory = None if state is None else state.memory
+        y, memory = decay_linear(C, key, x, decay, layout=layout, state=memory, need_state=need_state)
+        y = (y + wide(self.D)[:, None, None] * x).transpose(1, 2)
+        heads = self.shape.num_heads
+        weight = wide(self.norm_weight).unflatten(0, (heads, -1))
+        y = gate_then_norm(y, gate.unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
+        out = self.out_proj(y.flatten(-2).to(hidden_BTM.dtype))
+        return out, None if memory is None else RecurrentState(memory, taps)
+
+    def advance(self, *inputs: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
+        """See `Mixer.advance`; the input is the hidden states."""
+        (hidden_BTM,) = inputs
+        _, C, key, x, decay, taps = self._inputs(hidden_BTM, layout, state, need_state=True)
+        memory = None if state is None else state.memory
+        _, memory = decay_linear(C, key, x, decay, layout=layout, state=memory)
+        assert memory is not None
+        return RecurrentState(memory, taps)
+
+    def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
+        """What multiplies x: C B^T with steps and decays, plus D on the diagonal."""
+        _, C, key, x, decay, _ = self._inputs(hidden_BTM, layout, None, need_state=False)
+        eye = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+        mixed, _ = decay_linear(C, key, eye.expand(*x.shape[:2], -1, -1), decay, layout=layout, need_state=False)
+        return mixed + wide(self.D)[:, None, None] * eye
+
+    def calibrate(self, samples: Sequence[AttentionSample]) -> None:
+        """Decay, convolution, D, gate and norm from the teacher's attention: see `calibration.py`."""
+        from linearize.mixers.calibration import calibrate_mamba2
+
+        calibrate_mamba2(self, samples)
+
+    def _inputs(
+        self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Gate `[B, T, H V]`; C, dt B `[B, H, T, D]`, x `[B, H, T, V]`, dt A `[B, H, T]`, at least fp32; taps."""
+        shape, rows = self.shape, self.rows
+        heads, groups = shape.num_heads, shape.num_kv_heads
+        gate, xBC, dt = self.in_proj(hidden_BTM).split((rows[0], sum(rows[1:4]), rows[4]), dim=-1)
+        if self.config.repeat == "before" and groups < heads:
+            x, B, C = xBC.split(rows[1:4], dim=-1)
+            xBC = torch.cat([repeat_heads(x, groups, heads), repeat_heads(B, groups, heads), C], dim=-1)
+        taps = None if state is None else state.taps
+        xBC, taps = short_conv(
+            xBC, self.conv_weight, self.conv_bias, layout=layout, taps_BKC=taps, need_state=need_state
+        )
+        x, B, C = F.silu(wide(xBC)).split(self.channels, dim=-1)
+        if self.config.repeat == "after":
+            x, B = repeat_heads(x, groups, heads), repeat_heads(B, groups, heads)
+        dt_BTH = F.softplus(wide(dt) + wide(self.dt_bias))
+        decay = (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2)
+        key = (B.unflatten(-1, (heads, -1)) * dt_BTH[..., None]).transpose(1, 2)
+        return gate, split_heads(C, heads), key, split_heads(x, heads), decay, taps
+
+    def cost(self, element_size: int) -> MixerCost:
+        """State in at least fp32 and the last inputs; the state decayed, written and read, and the convolution."""
+        shape, taps = self.shape, self.config.conv_taps
+        entries = shape.num_heads * shape.head_dim * shape.value_dim
+        channels = sum(self.channels)
+        return MixerCost(
+            state_bytes=max(4, element_size) * entries + (taps - 1) * channels * element_size,
+            bytes_per_token=0,
+            flops_per_token=2 * (3 * entries + taps * channels),
+        )

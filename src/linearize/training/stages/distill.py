@@ -1,0 +1,128 @@
+"""Distillation: the student learns the teacher's distribution of the next token (The Mamba in the Llama, 2408.15237,
+section 3; first only what is new or all but the MLPs, then everything).
+
+The teacher may be another, larger model over the same vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from linearize.errors import InputError
+from linearize.modeling import LinearizedForCausalLM
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.stages.distillation_loss import distillation_loss
+from linearize.training.stages.losses import Divergence
+from linearize.training.stages.other_teacher import check_vocabulary, load_other_teacher
+from linearize.training.stages.readout import Readout
+from linearize.training.stages.trainable import mlp_parameters, own, recompute_blocks
+
+
+class DistillConfig(StageConfig):
+    """Settings of the stage; the weights are the published ones.
+
+    `kl`, `ce`: weights of the divergence and of the next token's cross-entropy, both per token. `divergence`:
+    `forward` KL(teacher||student), `reverse`, or `jsd`. `temperature`: of the divergence's softmaxes, its result times
+    the temperature's square. `train`: `mixers` (what the plan added), `no_mlp` (all but the MLPs; embeddings too),
+    `all`. `old_lr_scale`: the teacher's parameters learn at this times `lr`, the mixers' at `lr`. `teacher`: folder or
+    Hub name of another teacher (None: the one that was converted).
+    """
+
+    name: Literal["distill"] = "distill"
+    kl: float = Field(0.1, ge=0)
+    ce: float = Field(1.0, ge=0)
+    divergence: Divergence = "forward"
+    temperature: float = Field(1.0, gt=0)
+    train: Literal["mixers", "no_mlp", "all"] = "mixers"
+    old_lr_scale: float = Field(1.0, gt=0)
+    teacher: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DistillConfig:
+        if self.kl == 0 and self.ce == 0:
+            raise ValueError("kl and ce are both 0: give one of them a weight")
+        return self
+
+    def check(self, student: Any, teacher: Any) -> None:
+        """Refuse what cannot work, without loading another teacher's weights.
+
+        Raises:
+            InputError: another teacher with another vocabulary, no mixer with parameters where only mixers train, or
+                adapters kept beside weights that this stage would change.
+        """
+        if self.train == "mixers" and not student.mixer_parameters():
+            raise InputError("distill has nothing to train: no mixer of the plan has parameters (set train to no_mlp)")
+        if getattr(student, "kept_adapters", None) is not None:
+            raise InputError("distill changes weights that adapters are kept beside: set merge of lowrank to true")
+        if self.teacher is not None and self.kl:
+            check_vocabulary(self.teacher, student)
+
+    def build(self, student: Any, teacher: Any) -> StageRun:
+        """The stage over a student and the teacher that it was made from."""
+        self.check(student, teacher)
+        return Distill(self, student, teacher)
+
+
+class Distill:
+    """The running stage."""
+
+    def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+        self.config, self.student = config, student.eval()
+        self.groups = _groups(config, student, teacher)
+        self.student_readout = Readout(student)
+        self.teacher_readout: Readout | None = None
+        if config.kl:
+            other = teacher if config.teacher is None else load_other_teacher(config.teacher, student)
+            self.teacher_readout = Readout(other)
+
+    def calibrate(self, batch: Batch) -> None:
+        """Nothing to measure."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        recompute_blocks(self.student, True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The mixers' parameters, and the teacher's that train too."""
+        return self.groups
+
+    def loss(self, batch: Batch) -> LossSum:
+        """Weighted divergence and cross-entropy, summed over the tokens whose next token counts."""
+        config = self.config
+        return distillation_loss(
+            self.student_readout,
+            self.teacher_readout,
+            batch,
+            kl=config.kl,
+            ce=config.ce,
+            kind=config.divergence,
+            temperature=config.temperature,
+        )
+
+    def heldout_loss(self, batch: Batch) -> LossSum:
+        """The stage's own objective."""
+        return self.loss(batch)
+
+    def finish(self) -> None:
+        """Freeze what was trained and let go of the other teacher."""
+        if self.config.gradient_checkpointing:
+            recompute_blocks(self.student, False)
+        self.student.eval().requires_grad_(False)
+        self.teacher_readout = None
+
+
+def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:
+    """What trains, with gradients on, in memory that the teacher has no part in."""
+    student.requires_grad_(False)
+    new = set(student.mixer_parameters())
+    old: set[str] = set()
+    if config.train != "mixers":
+        floating = {name for name, p in student.named_parameters() if p.is_floating_point()}
+        old = floating - new - (mlp_parameters(student) if config.train == "no_mlp" else set())
+    parameters = own(student, teacher, sorted(new | old))
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    chosen = ((new, 1.0), (old, config.old_lr_scale))
+    return [ParameterGroup({n: parameters[n] for n in sorted(names)}, scale) for names, scale in chosen if names]

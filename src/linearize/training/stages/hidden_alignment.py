@@ -1,0 +1,113 @@
+"""Hidden-state alignment: each converted layer learns to give what the teacher's gives on the teacher's own input
+(MOHAWK stage 2, 2408.10189, section 4.2; RADLADS step 1, 2505.03005).
+
+No error accumulates from layer to layer, and only the mixers' parameters train.
+
+Letters: B batch, T tokens, M model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import InputError
+from linearize.modeling import LinearizedForCausalLM
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.stages.losses import counted
+from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
+from linearize.training.stages.trainable import block_name, own
+
+
+class HiddenAlignmentConfig(StageConfig):
+    """Settings of the stage.
+
+    `output`: whose output is compared: `mixer` (the attention module's, output projection included) or `block` (the
+    whole decoder layer's). `normalize`: `power` divides a layer's squared error by the mean square of what the teacher
+    adds there (measured once, before the stage), so that late layers do not drown the others; `none` is raw.
+    """
+
+    name: Literal["hidden_alignment"] = "hidden_alignment"
+    output: Literal["mixer", "block"] = "mixer"
+    normalize: Literal["power", "none"] = "power"
+
+    def check(self, student: Any, teacher: Any) -> None:
+        """Raises: InputError: no mixer has parameters."""
+        if not student.mixer_parameters():
+            raise InputError(
+                "hidden_alignment has nothing to train: no mixer of the plan has parameters (set its tokens to 0)"
+            )
+
+    def build(self, student: Any, teacher: Any) -> StageRun:
+        """The stage over a student and its teacher."""
+        self.check(student, teacher)
+        return HiddenAlignment(self, student, teacher)
+
+
+class HiddenAlignment:
+    """The running stage."""
+
+    def __init__(self, config: HiddenAlignmentConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+        self.config, self.student, self.teacher = config, student.eval(), teacher
+        learning = [layer for layer, mixer in sorted(student.mixers().items()) if list(mixer.parameters())]
+        sites = {layer: student.config.attention[layer] for layer in learning}
+        self.modules = {i: site if config.output == "mixer" else block_name(site) for i, site in sites.items()}
+        self.power = dict.fromkeys(self.modules, 1.0)
+        student.requires_grad_(False)
+        self.parameters = own(student, teacher, student.mixer_parameters())
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def calibrate(self, batch: Batch) -> None:
+        """Measure on a batch of training text how much the teacher adds in each layer."""
+        if self.config.normalize == "power":
+            live = counted(batch["labels"])
+            calls = module_calls(self.teacher, batch, self.modules.values())
+            for layer, name in self.modules.items():
+                self.power[layer] = float(self._added(calls[name])[live].float().square().mean())
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The mixers' parameters and no others."""
+        return [ParameterGroup(self.parameters)]
+
+    def loss(self, batch: Batch) -> LossSum:
+        """Sum over layers of the mean squared error over the width, as a sum over tokens whose next token counts."""
+        live = counted(batch["labels"])
+        total = torch.zeros((), device=live.device)
+        for layer, (output, call) in self._outputs(batch).items():
+            error_BT = (output.float() - call.output.float()).square().mean(-1)
+            total = total + error_BT[live].sum() / self.power[layer]
+        return LossSum(total, float(live.sum()))
+
+    def heldout_loss(self, batch: Batch) -> LossSum:
+        """The stage's own objective."""
+        return self.loss(batch)
+
+    @torch.no_grad()
+    def layer_errors(self, batch: Batch) -> list[float]:
+        """Per layer: squared error of the output over the power of what the teacher adds (0 exact, 1 as bad as
+        nothing)."""
+        live = counted(batch["labels"])
+        return [
+            float((output - call.output)[live].square().sum() / self._added(call)[live].square().sum())
+            for output, call in self._outputs(batch).values()
+        ]
+
+    def finish(self) -> None:
+        """Freeze what was trained."""
+        self.student.requires_grad_(False)
+
+    def _outputs(self, batch: Batch) -> dict[int, tuple[Tensor, ModuleCall]]:
+        """By layer: the student's output on the teacher's input, and the teacher's call."""
+        calls, layout = module_calls(self.teacher, batch, self.modules.values()), batch_layout(batch)
+        lm: nn.Module = self.student.lm
+        return {
+            layer: (calls[name].repeat(lm.get_submodule(name), layout), calls[name])
+            for layer, name in self.modules.items()
+        }
+
+    def _added(self, call: ModuleCall) -> Tensor:
+        """What the teacher's module adds to the hidden states; a block's output holds its input."""
+        return call.output - call.hidden if self.config.output == "block" else call.output

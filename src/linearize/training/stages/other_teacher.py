@@ -1,0 +1,69 @@
+"""Another, usually larger model as the teacher of a student: it must speak of the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from linearize.errors import InputError, one_line
+from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.teacher import check_model_folder, load_teacher
+
+
+def check_vocabulary(name: str, student: LinearizedForCausalLM) -> None:
+    """Compare vocabularies from configs and tokenizers alone; no weights are read.
+
+    Where both tokenizers can be loaded they must map the same strings to the same ids, and the sizes may differ by
+    padding; otherwise the sizes must be equal.
+
+    Raises:
+        InputError: no such model, or a teacher with another vocabulary.
+    """
+    check_model_folder(name)
+    theirs, ours = _vocabulary_size(name), int(student.config.get_text_config().vocab_size)
+    their_tokens, our_tokens = _tokens(name), _tokens(student.config.teacher_name)
+    same = None if their_tokens is None or our_tokens is None else their_tokens == our_tokens
+    if same is False:
+        raise InputError(
+            f"the teacher {name} has another vocabulary: its tokenizer maps {len(their_tokens or {})} tokens, "
+            f"the student's {len(our_tokens or {})}, and not to the same ids; give one with the student's tokenizer"
+        )
+    if same is None and theirs != ours:
+        raise InputError(
+            f"the teacher {name} has another vocabulary: {theirs} tokens, the student has {ours}; "
+            "give one with the student's tokenizer"
+        )
+
+
+def load_other_teacher(name: str, student: LinearizedForCausalLM) -> Any:
+    """The other teacher on the student's device, frozen; on a CPU in fp32.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    teacher, _ = load_teacher(name, device=student.device)
+    on_cpu = teacher.device.type == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16)
+    return teacher.float() if on_cpu else teacher
+
+
+def _vocabulary_size(name: str) -> int:
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(name).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"cannot load {name} as a teacher: {one_line(error)}") from error
+
+
+def _tokens(name: str | None) -> dict[str, int] | None:
+    """A tokenizer's tokens and their ids; None: there is none to be found."""
+    from transformers import AutoTokenizer
+
+    if name is None:
+        return None
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(name).get_vocab()
+    except Exception:  # whatever keeps a tokenizer from loading, the sizes are still there to compare
+        return None
+    return vocabulary

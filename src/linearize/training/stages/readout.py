@@ -1,0 +1,160 @@
+"""Losses on logits of which only a slice of tokens ever exists: a model run up to its final hidden states, and the
+family's own way from there to logits (head, scale, softcap) applied to a few tokens at a time.
+
+Letters: B batch, T tokens, M model width, V vocabulary, N tokens that count, n tokens of a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from linearize.modeling import LinearizedForCausalLM
+from linearize.training.config import Batch
+from linearize.training.stages import losses
+
+SliceLoss = Callable[[Tensor, slice], Tensor]
+
+
+class Readout:
+    """A causal LM (a teacher or a student) in two parts: tokens to hidden states, hidden states to logits.
+
+    The second part is the family's own forward with its decoder replaced by one that gives the hidden states, so that
+    softcapping (Gemma), scales (Granite, Cohere) and projections before the head are the family's. Where three tokens
+    show that a model does not come apart like this, `hidden` gives whole logits and `logits` hands them on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        inner: Any = model.lm if isinstance(model, LinearizedForCausalLM) else model
+        self.lm = inner
+        self.vocabulary = int(self.lm.config.get_text_config().vocab_size)
+        self.output: type[Any] = type(None)
+        self.decoder = self._find_decoder()
+        if self.decoder is not None and not self._comes_apart():
+            self.decoder = None
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` where the model does not come apart."""
+        if self.decoder is None:
+            whole: Tensor = self._run(batch).logits
+            return whole
+        return self._pass(batch, logits_to_keep=1)[0]
+
+    def logits(self, hidden_NM: Tensor) -> Tensor:
+        """Logits `[N, V]` of hidden states."""
+        if self.decoder is None:
+            return hidden_NM
+        with self._decoder_gives(hidden_NM[None]):
+            tokens = torch.zeros(1, len(hidden_NM), dtype=torch.long, device=hidden_NM.device)
+            logits: Tensor = self.lm(input_ids=tokens, use_cache=False).logits
+        return logits[0]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters with gradients between hidden states and logits: the head's, if it trains."""
+        if self.decoder is None:
+            return []
+        with self._decoder_gives(torch.empty(0)):
+            return [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
+
+    def _run(self, batch: Batch, **options: Any) -> Any:
+        return self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **options)
+
+    def _pass(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+        """One run with the decoder's output written down: final hidden states, and the run's logits."""
+        assert self.decoder is not None
+        found: list[Any] = []
+        decoder = self.lm.get_submodule(self.decoder)
+        hook = decoder.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+        try:
+            logits = self._run(batch, **options).logits
+        finally:
+            hook.remove()
+        self.output = type(found[-1])
+        return found[-1].last_hidden_state, logits
+
+    def _find_decoder(self) -> str | None:
+        decoder = self.lm.get_decoder() if hasattr(self.lm, "get_decoder") else None
+        return next((name for name, module in self.lm.named_modules() if name and module is decoder), None)
+
+    @contextmanager
+    def _decoder_gives(self, hidden_BTM: Tensor) -> Iterator[None]:
+        """Inside the `with` block the decoder returns these hidden states, whatever it is given."""
+        assert self.decoder is not None
+        parent, _, child = self.decoder.rpartition(".")
+        owner, decoder = self.lm.get_submodule(parent), self.lm.get_submodule(self.decoder)
+        setattr(owner, child, _Given(self.output(last_hidden_state=hidden_BTM)))
+        try:
+            yield
+        finally:
+            setattr(owner, child, decoder)
+
+    @torch.no_grad()
+    def _comes_apart(self) -> bool:
+        """Whether the logits of three tokens are those of the two parts."""
+        ids = torch.arange(3, device=self.lm.device)[None]
+        try:
+            hidden, expected = self._pass({"input_ids": ids % self.vocabulary, "position_ids": ids})
+            found = self.logits(hidden[0])
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+            return False
+        return found.shape == expected[0].shape and torch.allclose(found.float(), expected[0].float(), 1e-2, 1e-3)
+
+
+class _Given(nn.Module):
+    """A decoder that has been run already."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.output
+
+
+def sliced_loss(readout: Readout, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
+    """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `losses.slice_tokens`), fp32.
+
+    Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
+    product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
+    """
+    size = tokens or losses.slice_tokens(readout.vocabulary)
+    parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
+    parameters = readout.parameters() if torch.is_grad_enabled() else []
+    total: Tensor = _Sliced.apply(readout, loss, parts, hidden_NM, *parameters)
+    return total
+
+
+class _Sliced(torch.autograd.Function):
+    """A sum over slices whose gradients are made slice by slice in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, readout: Readout, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
+    ) -> Tensor:
+        total = hidden_NM.new_zeros((), dtype=torch.float32)
+        wanted = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if wanted else []
+        for part in parts:
+            hidden_nM = hidden_NM[part].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                value = loss(readout.logits(hidden_nM), part)
+            total += value.detach()
+            if wanted:
+                with torch.autocast(hidden_NM.device.type, enabled=False):
+                    found = torch.autograd.grad(value, (hidden_nM, *parameters), allow_unused=True)
+                for whole, new in zip((grads[0][part], *grads[1:]), found, strict=True):
+                    if new is not None:
+                        whole += new
+        ctx.grads = [grad.to(x.dtype) for grad, x in zip(grads, (hidden_NM, *parameters), strict=False)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *(grad * factor.to(grad.dtype) for grad in ctx.grads)

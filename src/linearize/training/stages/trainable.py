@@ -1,0 +1,66 @@
+"""Which parameters of a student train: the new ones, all, or all but the MLPs; a student's own copies of what it shares
+with its teacher; recomputation of blocks in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from linearize.modeling import LinearizedForCausalLM
+
+
+def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
+    """Names of the parameters of all MLPs, experts and routers too: what blocks hold beside attention and norms."""
+    found: set[str] = set()
+    for site in student.config.attention:
+        attention, block = f"lm.{site}", f"lm.{block_name(site)}"
+        for name, child in student.get_submodule(block).named_children():
+            path = f"{block}.{name}"
+            holds_attention = attention == path or attention.startswith(f"{path}.")
+            if not holds_attention and any(parameter.dim() > 1 for parameter in child.parameters()):
+                found |= {f"{path}.{inner}" for inner, _ in child.named_parameters()}
+    return found
+
+
+def block_name(site: str) -> str:
+    """The decoder layer of an attention module: its name up to the layer's number."""
+    parts = site.split(".")
+    last = max(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: last + 1])
+
+
+def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The student's parameters of these names, those that share memory with the teacher replaced by copies.
+
+    A copy takes the place of its original wherever the student holds it, so tied weights stay tied.
+    """
+    taken = {_memory(parameter) for parameter in teacher.parameters()}
+    named = dict(student.named_parameters())
+    copies: dict[int, nn.Parameter] = {}
+    for name in (names := list(names)):
+        parameter = named[name]
+        if _memory(parameter) in taken:
+            copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    for module in student.modules():
+        for key, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(value) in copies:
+                setattr(module, key, copies[id(value)])
+    now = dict(student.named_parameters())
+    return {name: now[name] for name in names}
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def recompute_blocks(student: LinearizedForCausalLM, wanted: bool) -> None:
+    """Gradient checkpointing of every block: `gradient_` in transformers until 5.22, `activation_` since."""
+    lm: Any = student.lm
+    kind = "activation" if hasattr(lm, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        student.train()
+        getattr(lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(lm, f"{kind}_checkpointing_disable")()

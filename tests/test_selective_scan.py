@@ -1,0 +1,246 @@
+"""Every form of the selective scan against loops over single numbers written from the paper's equation (fp64)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.selective_scan import FORMS, backends, chunked, selective_scan, use_form
+
+B, T, G, P, N = 2, 41, 3, 5, 7
+E = G * P
+PLAIN_FORMS = [name for name in FORMS if name != "mamba_ssm"]
+every_form = pytest.mark.parametrize("form", PLAIN_FORMS)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 8: 41 tokens are five whole blocks and one token more."""
+    monkeypatch.setattr(sys.modules["linearize.ops.selective_scan.chunked"], "BLOCK", 8)
+
+
+def inputs(tokens: int = T, *, rows: int = B, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """x, dt, A, B, C and a first state, all random and all sizes different."""
+    torch.manual_seed(seed)
+    dt = torch.nn.functional.softplus(torch.randn(rows, tokens, E, dtype=dtype) - 1)
+    A = -torch.exp(0.7 * torch.randn(E, N, dtype=dtype))
+    groups = [torch.randn(rows, tokens, G, N, dtype=dtype) for _ in "BC"]
+    return [torch.randn(rows, tokens, E, dtype=dtype), dt, A, *groups, torch.randn(rows, E, N, dtype=dtype)]
+
+
+def naive(given: list[Tensor], position_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One number after the other; -1 is padding, a position that does not follow the last one forgets."""
+    x, dt, A, w_B, w_C, state = (w.tolist() for w in given)
+    rows, tokens = given[0].shape[:2]
+    y = torch.zeros(rows, tokens, E, dtype=torch.float64)
+    for b, e in itertools.product(range(rows), range(E)):
+        h, last = list(state[b][e]), None
+        for t in range(tokens):
+            here = None if position_BT is None else int(position_BT[b, t])
+            if here == -1:
+                continue
+            if here is not None and (here == 0 or (last is not None and here != last + 1)):
+                h = [0.0] * N
+            last, step = here, dt[b][t][e]
+            for n in range(N):
+                h[n] = math.exp(step * A[e][n]) * h[n] + step * w_B[b][t][e // P][n] * x[b][t][e]
+            y[b, t, e] = sum(w_C[b][t][e // P][n] * h[n] for n in range(N))
+        state[b][e] = h
+    return y, torch.tensor(state, dtype=torch.float64)
+
+
+def scan(form: str, given: list[Tensor], layout: Layout, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    with use_form(form):
+        return selective_scan(*given[:5], layout=layout, state=given[5], **settings)
+
+
+RAGGED = torch.stack(
+    [
+        torch.cat([torch.arange(9, 20), torch.arange(1), torch.arange(17), torch.arange(12)]),
+        torch.cat([torch.full((10,), -1), torch.arange(23), torch.full((8,), -1)]),
+    ]
+)
+
+
+@every_form
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, T])
+def test_it_is_the_equation(form: str, tokens: int) -> None:
+    given = inputs(tokens)
+    for y, expected in zip(scan(form, given, Layout(3)), naive(given), strict=True):
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@every_form
+def test_documents_and_padding_are_kept_apart(form: str) -> None:
+    given = inputs()
+    y, state = scan(form, given, Layout(position_BT=RAGGED))
+    expected, end = naive(given, RAGGED)
+    live = (RAGGED >= 0)[..., None]
+    torch.testing.assert_close(y * live, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
+    assert torch.isfinite(y).all()
+
+
+@every_form
+def test_one_layout_row_serves_every_row(form: str) -> None:
+    given = inputs()
+    y, state = scan(form, given, Layout(position_BT=RAGGED[:1]))
+    expected, end = naive(given, RAGGED[:1].expand(B, -1))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
+
+
+@every_form
+def test_cutting_changes_nothing(form: str) -> None:
+    given = inputs()
+    for position_BT in (torch.arange(4, 4 + T)[None], RAGGED):
+        whole, end = scan(form, given, Layout(position_BT=position_BT))
+        for cuts in ([0, 1, T], [0, 8, 9, 30, T], [0, T - 1, T]):
+            state, parts = given[5], []
+            for a, b in itertools.pairwise(cuts):
+                pieces = [w[:, a:b] if w.dim() > 2 else w for w in given[:5]]
+                y, state = scan(form, [*pieces, state], Layout(position_BT=position_BT[:, a:b]))
+                parts.append(y)
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
+            torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [Layout(5), Layout(position_BT=RAGGED)], ids=["plain", "ragged"])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_gradients_of_all_inputs_are_those_of_the_reference(layout: Layout, with_state: bool) -> None:
+    torch.manual_seed(1)
+    weight_y, weight_h = torch.randn(B, T, E, dtype=torch.float64), torch.randn(B, E, N, dtype=torch.float64)
+    if not layout.is_plain:
+        weight_y *= (RAGGED >= 0)[..., None]
+    found = {}
+    for form in PLAIN_FORMS:
+        given = [w.requires_grad_() for w in inputs()]
+        with use_form(form):
+            y, h = selective_scan(*given[:5], layout=layout, state=given[5] if with_state else None)
+        loss = (weight_y * y).sum() + (weight_h * h).sum()
+        found[form] = torch.autograd.grad(loss, given[: 5 + with_state])
+    assert all(g.abs().max() > 0.1 for g in found["reference"])
+    for given_gradient, expected in zip(found["chunked"], found["reference"], strict=True):
+        torch.testing.assert_close(given_gradient, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_are_the_slopes() -> None:
+    """Against finite differences, not against another form."""
+    torch.manual_seed(3)
+    sizes = [(1, 10, 4), (1, 10, 4), (4, 2), (1, 10, 2, 2), (1, 10, 2, 2), (1, 4, 2)]
+    given = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    given[1], given[2] = given[1].abs(), -given[2].exp()
+
+    def run(*w: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked(*w[:5], layout=Layout(2), state=w[5])  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(run, [w.requires_grad_() for w in given])
+
+
+@every_form
+def test_strong_decay_neither_overflows_nor_loses_the_rest(form: str) -> None:
+    """exp(dt A) from 1 to 0 within one sequence: values and gradients stay finite and equal fp64's."""
+    wide = inputs(dtype=torch.float64)
+    wide[1][:, ::6] = 1e4
+    wide[1][:, 1::6] = 0
+    wide[0][:, ::6] *= 1e-4
+    narrow = [w.float().requires_grad_() for w in wide]
+    y, state = scan(form, narrow, Layout(1))
+    expected, end = scan("reference", wide, Layout(1))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.double(), end, rtol=1e-4, atol=1e-4)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum() + state.sum(), narrow))
+
+
+@every_form
+def test_half_precision_inputs_give_their_dtype_and_a_wide_state(form: str) -> None:
+    given = inputs()
+    half = [given[0].bfloat16(), given[1].bfloat16(), given[2].float(), given[3].bfloat16(), given[4].bfloat16(), None]
+    y, state = scan(form, half, Layout())
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    expected, _ = scan("reference", [*(w.double() for w in half[:5]), None], Layout())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+    assert scan(form, half, Layout(), need_state=False)[1] is None
+
+
+def test_few_tokens_and_many_take_different_forms_and_agree() -> None:
+    given = inputs()
+    whole, end = selective_scan(*given[:5], layout=Layout())
+    state, parts = None, []
+    for t in range(T):
+        token = [w[:, t : t + 1] if w.dim() > 2 else w for w in given[:5]]
+        y, state = selective_scan(*token, layout=Layout(t), state=state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
+
+
+def stand_in(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, return_last_state: bool) -> Any:
+    """What `mamba_ssm` documents, in its layout: u, delta [B, E, T]; A [E, N]; B, C [B, G, N, T]."""
+    assert u.shape == delta.shape and B.shape[2] == C.shape[2] == A.shape[1]
+    per_group = u.shape[1] // B.shape[1]
+    h, y = u.new_zeros(u.shape[0], *A.shape), []
+    for t in range(u.shape[2]):
+        B_t, C_t = (w[..., t].repeat_interleave(per_group, dim=1) for w in (B, C))
+        h = torch.exp(delta[..., t, None] * A) * h + (delta[..., t] * u[..., t])[..., None] * B_t
+        y.append((h * C_t).sum(-1))
+    y_BET = torch.stack(y, dim=-1)
+    return (y_BET, h) if return_last_state else y_BET
+
+
+@pytest.fixture
+def _kernel(monkeypatch: pytest.MonkeyPatch):
+    package, module = ModuleType("mamba_ssm"), ModuleType("mamba_ssm.ops.selective_scan_interface")
+    package.__spec__ = ModuleSpec("mamba_ssm", None)
+    module.selective_scan_fn = stand_in  # type: ignore[attr-defined]
+    for entry in (package, ModuleType("mamba_ssm.ops"), module):
+        monkeypatch.setitem(sys.modules, entry.__name__, entry)
+    backends.kernel.cache_clear()
+    yield
+    backends.kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("position_BT", [None, RAGGED, RAGGED[:1]], ids=["plain", "ragged", "one row"])
+def test_the_kernel_is_called_as_it_documents(position_BT: Tensor | None) -> None:
+    given = [*(w.float().requires_grad_() for w in inputs()[:5]), None]
+    layout = Layout(position_BT=position_BT)
+    y, state = scan("mamba_ssm", given, layout)
+    expected, end = scan("reference", given, layout)
+    torch.testing.assert_close(state, end, rtol=1e-5, atol=1e-5)
+    live = torch.ones(B, T, 1) if position_BT is None else (position_BT >= 0)[..., None]
+    torch.testing.assert_close(y * live, expected * live, rtol=1e-5, atol=1e-5)
+    assert scan("mamba_ssm", given, layout, need_state=False)[1] is None
+    gradients = [torch.autograd.grad((out * live).square().sum(), given[:5]) for out in (y, expected)]
+    for found, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_kernel")
+def test_the_kernel_runs_only_what_it_can() -> None:
+    class OnGpu:
+        is_cuda, dtype = True, torch.float32
+
+    A, here = torch.ones(E, N), OnGpu()
+    assert backends.can_run(here, A, state=None, need_state=False)  # type: ignore[arg-type]
+    assert not backends.can_run(here, A, state=None, need_state=True)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert backends.can_run(here, A, state=None, need_state=True)  # type: ignore[arg-type]
+    assert not backends.can_run(here, A, state=A, need_state=False)  # type: ignore[arg-type]
+    assert not backends.can_run(here, torch.ones(E, 300), state=None, need_state=False)  # type: ignore[arg-type]
+    assert not backends.can_run(torch.ones(1, T, E), A, state=None, need_state=False)
+
+
+@pytest.mark.skipif(backends.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")
+def test_without_the_package_there_is_no_kernel() -> None:
+    backends.kernel.cache_clear()
+    assert backends.kernel() is None
