@@ -276,6 +276,60 @@ def test_no_tokens_skip_a_stage(folder: Path, tmp_path: Path) -> None:
     assert report["stages"] == [] and report["swap_loss"] == pytest.approx(report["student_loss"], abs=1e-6)
 
 
+def preferences(path: Path) -> Path:
+    """Pairs of answers, the chosen ones of a kind."""
+    rows = [
+        {"prompt": WORDS[n % 8], "chosen": f"{WORDS[(n + 1) % 8]}. {n}", "rejected": f"{n} 000 {WORDS[(n + 3) % 8]}"}
+        for n in range(12)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path) -> None:
+    """DPO after a stage of the common loop; killed in between, it ends with the same weights."""
+    pytest.importorskip("trl")
+    dpo = {"name": "dpo", "data": str(preferences(tmp_path / "pairs.json")), "lr": 1e-2, "batch": 4, "epochs": 1,
+           "beta": 0.5, "chat_template": "plain"}  # fmt: skip
+    recipe = Recipe.from_data(RECIPE | {"stages": [RECIPE["stages"][0], dpo]})
+    convert(folder, tmp_path / "whole", recipe=recipe)
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    first, second = report["stages"]
+    assert (second["name"], second["details"]["steps"]) == ("dpo", 3) and second["tokens"] > 0
+    assert second["loss_before"] == first["loss_after"] and second["loss_after"] != second["loss_before"]
+    assert any("margin" in name for name in second["details"]["metrics"])
+    with pytest.raises(Killed):
+        convert(folder, tmp_path / "broken", recipe=recipe, progress=KillAt("dpo", 2))
+    convert(folder, tmp_path / "broken", recipe=recipe)
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_conversion_on_the_teachers_own_answers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n, word in enumerate(WORDS)))
+    settings = {"data.pseudo_max_new_tokens": 20, "data.length": 20, "data.answer_only": True, "stages.1.tokens": 0}
+    for name in ("first", "second"):
+        convert(folder, tmp_path / name, data=[f"pseudo:{prompts}"], overrides=settings)
+    assert same_weights(tmp_path / "first", tmp_path / "second")
+    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 1, "the second run reads what the first one wrote"
+
+
+def test_preferences_that_cannot_be_used_are_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    path = tmp_path / "pairs.json"
+    path.write_text(
+        json.dumps([{"prompt": "the cat", "chosen": "sat"}, {"prompt": "a", "chosen": "b", "rejected": "c"}])
+    )
+    stage = {"name": "dpo", "data": str(path), "lr": 1e-2, "chat_template": "plain"}
+    recipe = Recipe.from_data(RECIPE | {"stages": [RECIPE["stages"][0], stage]})
+    with pytest.raises(InputError, match=r"rejected"):
+        convert(folder, tmp_path / "student", recipe=recipe, progress=KillAt("", 1))
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.json"]
+
+
 def test_adapters_beside_the_weights(student: Path, folder: Path, tmp_path: Path) -> None:
     """The report speaks of the student that is loaded, adapters included."""
     model = convert(folder, tmp_path / "kept", overrides={"stages.1.merge": False})

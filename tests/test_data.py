@@ -12,30 +12,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from byte_tokenizer import CHAT, byte_tokenizer
 from pydantic import ValidationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from linearize.errors import InputError
 from linearize.training.data import DataConfig, Document, load_documents, split
 
-CHAT = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
-
-
-def _tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: one token a byte, so ids can be counted by hand."""
-    vocab = {symbol: index + 2 for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    base = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **vocab}, merges=[]))
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    base.decoder = decoders.ByteLevel()
-    names = {"bos_token": "<s>", "eos_token": "</s>", **special}
-    return PreTrainedTokenizerFast(tokenizer_object=base, **{k: v for k, v in names.items() if v is not None})
-
-
-TOKENIZER = _tokenizer()
+TOKENIZER = byte_tokenizer()
 
 
 def _texts(documents: Sequence[Document], tokenizer: Any = TOKENIZER) -> list[str]:
@@ -116,7 +100,7 @@ def test_row_formats(tmp_path: Path, kind: str, row: dict[str, Any], text: str, 
         spec = _write(tmp_path, "a.json", _lines(row, row))
     else:
         spec = _write(tmp_path, "a.json", [row, row] if kind == "json" else {"data": [row, row]})
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     assert _texts(load_documents([spec], tokenizer)) == [f"<s>{text}</s>"] * 2
     whole, only = (load_documents([spec], tokenizer, answer_only=flag)[0] for flag in (False, True))
@@ -134,7 +118,7 @@ def test_text_goes_first_unless_only_answers_count(tmp_path: Path) -> None:
 def test_a_talk_that_ends_with_the_user_has_no_answer_at_its_end(tmp_path: Path) -> None:
     talk = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
     spec = _write(tmp_path, "a.jsonl", _lines({"messages": talk}))
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     assert "hello" in _counted(load_documents([spec], tokenizer, answer_only=True)[0])
     assert "bye" not in _counted(load_documents([spec], tokenizer, answer_only=True)[0])
@@ -142,7 +126,7 @@ def test_a_talk_that_ends_with_the_user_has_no_answer_at_its_end(tmp_path: Path)
 
 
 def test_begin_and_end_are_not_doubled(tmp_path: Path) -> None:
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}</s>\n{% endfor %}"
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     spec = _write(tmp_path, "a.jsonl", _lines({"messages": [{"role": "user", "content": "x"}]}))
@@ -151,7 +135,7 @@ def test_begin_and_end_are_not_doubled(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_bos_adds_none(tmp_path: Path) -> None:
     spec = _write(tmp_path, "a.txt", "one\n\ntwo")
-    assert _texts(load_documents([spec], _tokenizer(bos_token=None))) == ["one</s>", "two</s>"]
+    assert _texts(load_documents([spec], byte_tokenizer(bos_token=None))) == ["one</s>", "two</s>"]
 
 
 def test_specs_follow_each_other_and_self_is_sampled(tmp_path: Path) -> None:
@@ -206,7 +190,7 @@ def test_a_folder_is_no_data(tmp_path: Path) -> None:
 
 
 def test_a_refusing_chat_template_is_told_in_one_line(tmp_path: Path) -> None:
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     spec = _write(tmp_path, "a.jsonl", _lines({"messages": [{"role": "user", "content": "a"}]}))
     with pytest.raises(InputError, match=r"refuses.*roles must alternate"):
@@ -216,7 +200,7 @@ def test_a_refusing_chat_template_is_told_in_one_line(tmp_path: Path) -> None:
 def test_other_bad_requests(tmp_path: Path) -> None:
     spec = _write(tmp_path, "a.txt", "one")
     with pytest.raises(InputError, match="no EOS"):
-        load_documents([spec], _tokenizer(eos_token=None))
+        load_documents([spec], byte_tokenizer(eos_token=None))
     with pytest.raises(InputError, match="no data given"):
         load_documents([], TOKENIZER)
     with pytest.raises(InputError, match="no teacher"):

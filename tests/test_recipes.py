@@ -87,6 +87,58 @@ def test_variants_differ_from_lolcats_where_they_say() -> None:
     assert [(stage.name, stage.train_mixers) for stage in t2r.stages] == [("lowrank", True)]
 
 
+def test_mamba_in_llama_has_the_published_hyperparameters() -> None:
+    recipe = load_recipe("mamba-in-llama")
+    first, second, third = recipe.stages
+    assert [stage.name for stage in recipe.stages] == ["distill", "distill", "dpo"]
+    assert (first.kl, first.ce, first.lr, first.betas, first.clip) == (0.1, 1.0, 8e-5, (0.9, 0.98), 0.1)
+    assert (first.train, second.train, second.kl, second.ce, second.lr) == ("mixers", "all", 1.0, 0.0, 2e-5)
+    assert (third.beta, third.lr, third.epochs, third.tokens, third.warmup) == (0.01, 5e-7, 1, 0, 0.1)
+    assert (recipe.data.length, second.batch, recipe.plan.mixer.initialise) == (2048, 64, "copy")
+    assert converted(recipe.plan, 32) == list(range(0, 32, 2)), "ssm_layers of the published 50% model"
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_every_ratio_has_a_recipe_that_differs_in_nothing_else(family: str) -> None:
+    whole = load_recipe(f"{family}-in-llama")
+    assert whole.plan.mixer == MIXERS[family]()
+    for name, ratio, kept in (("25", 0.25, 8), ("12.5", 0.125, 4), ("0", 0, 0)):
+        recipe = load_recipe(f"{family}-in-llama-{name}")
+        assert recipe.plan.layers.keep == ratio and len(converted(recipe.plan, 32)) == 32 - kept
+        assert (recipe.stages, recipe.data, recipe.plan.mixer) == (whole.stages, whole.data, whole.plan.mixer)
+
+
+def test_scheduled_recipes_have_the_published_steps() -> None:
+    progressive, stepwise = (load_recipe(f"mamba2-in-llama-{kind}") for kind in ("progressive", "stepwise"))
+    sizes = [len(step) for step in progressive.plan.steps(converted(progressive.plan, 32), 32)]
+    assert sizes == [8, 16, 24, 28]
+    steps = stepwise.plan.steps(converted(stepwise.plan, 32), 32)
+    assert [len(step) for step in steps] == list(range(1, 33)) and steps[0] == [0] and steps[1] == [0, 1]
+    assert [stage.at for stage in stepwise.stages] == ["each", "last", "last"]
+
+
+def test_alignment_recipes_have_the_published_tokens_and_rates() -> None:
+    mohawk, radlads, hybrid = (load_recipe(name) for name in ("mohawk", "radlads", "gdn-hybrid"))
+    assert [(stage.name, stage.tokens) for stage in mohawk.stages] == [
+        ("matrix_alignment", 80_000_000), ("hidden_alignment", 160_000_000), ("distill", 2_760_000_000),
+    ]  # fmt: skip
+    assert mohawk.stages[1].output == "block"
+    align, distill, extend = radlads.stages
+    assert (align.tokens, align.lr, align.min_lr_ratio * align.lr) == (10**8, 1e-3, pytest.approx(1e-5))
+    assert (radlads.data.length, distill.kl, distill.ce, extend.kl, extend.length) == (512, 1.0, 0.0, 0.0, 4096)
+    align, distill = hybrid.stages
+    assert (align.length, hybrid.data.length, hybrid.plan.mixer.initialise) == (512, 4096, "calibrate")
+    assert (distill.lr, distill.lr * distill.old_lr_scale) == (1e-4, pytest.approx(7e-6))
+
+
+def test_liger_and_supra_have_the_published_settings() -> None:
+    liger, supra = load_recipe("liger"), load_recipe("supra")
+    (lora,), (train,) = liger.stages, supra.stages
+    assert (liger.plan.mixer.name, liger.plan.mixer.window, lora.targets) == ("gla", 64, ("q", "k", "v"))
+    assert (lora.lr, lora.tokens, lora.rank, lora.alpha, lora.loss) == (1e-3, 20_000_000, 8, 8, "ce")
+    assert (supra.plan.mixer.name, train.kl, train.ce, train.train) == ("retention", 0.0, 1.0, "all")
+
+
 # the plan
 
 
@@ -259,6 +311,39 @@ def test_a_wrong_file_names_file_key_and_what_is_allowed(change: Any, words: lis
     path.write_text(yaml.safe_dump(data))
     message = refusal(lambda: load_recipe(path))
     assert all(word in message for word in [*words, "mine.yaml"]), message
+
+
+def based(path: Path, **data: Any) -> Path:
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_a_file_may_change_another_recipe(tmp_path: Path) -> None:
+    first = based(tmp_path / "first.yaml", base="lolcats", description="mine", set={"plan.mixer.window": 16})
+    recipe, lolcats = load_recipe(first), load_recipe("lolcats")
+    assert (recipe.name, recipe.description, recipe.source) == ("first", "mine", lolcats.source)
+    assert recipe.plan == lolcats.override({"plan.mixer.window": 16}).plan and recipe.stages == lolcats.stages
+    second = based(tmp_path / "second.yaml", base="first.yaml", seed=3, set={"stages.0.tokens": "3k"})
+    assert (load_recipe(second).plan, load_recipe(second).seed) == (recipe.plan, 3)
+    assert load_recipe(second).stages[0].tokens == 3000 and load_recipe(second).name == "second"
+    (tmp_path / "as-run.yaml").write_text(load_recipe(second).to_yaml())
+    assert load_recipe(tmp_path / "as-run.yaml") == load_recipe(second), "the recipe as run needs no base"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"base": "lolcat"}, ["unknown recipe 'lolcat'", "lolcats"]),
+        ({"base": "none.yaml"}, ["none.yaml", "no such file"]),
+        ({"base": "lolcats", "stages": []}, ["mine.yaml", "'stages'", "set: {KEY: VALUE}"]),
+        ({"base": "lolcats", "set": {"plan.mixer.windw": 3}}, ["mine.yaml", "did you mean 'plan.mixer.window'"]),
+        ({"base": "lolcats", "set": ["plan.mixer.window"]}, ["mine.yaml", "mapping"]),
+        ({"base": "mine.yaml"}, ["mine.yaml", "leads back to itself"]),
+    ],
+)
+def test_a_wrong_base_is_one_line_that_helps(data: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    message = refusal(lambda: load_recipe(based(tmp_path / "mine.yaml", **data)))
+    assert all(word in message for word in words), message
 
 
 def test_a_file_needs_no_name(tmp_path: Path) -> None:

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
+from linearize.evaluation.branches import window_reach
 from linearize.evaluation.card import model_card
 from linearize.evaluation.language_modeling import branch_ablation, held_out_report, loss_only
+from linearize.evaluation.layer_error import layer_errors
 from linearize.evaluation.plots import plot_layer_error, plot_stages
 from linearize.evaluation.report import ConversionReport, StageReport, build_report, provenance, write_report
 from linearize.files import atomic_folder, check_free
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.save import save_student
-from linearize.modeling.teacher import load_teacher
-from linearize.ops.window_linear.window import ring_slots
+from linearize.modeling.statistics import calibrate
+from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from linearize.training.config import Batch, StageConfig
-from linearize.training.data import PackedRows, batches, document_rows, load_documents, pack, split
+from linearize.training.config import StageConfig
+from linearize.training.data import batches
 from linearize.training.hardware import bf16_pays
 from linearize.training.loop import StageResult, run_stage
+from linearize.training.own_loop import OwnLoopConfig, StageJob
 from linearize.training.progress import Progress, make_progress
-from linearize.training.sampling import self_sampler
-from linearize.training.stages.attention_transfer import AttentionTransfer, AttentionTransferConfig
-from linearize.training.tracking import make_tracker
+from linearize.training.stages.attention_transfer import AttentionTransferConfig
+from linearize.training.tracking import Tracker, make_tracker
 
-EVALUATION_BATCH = 8
+CALIBRATION_TOKENS = 16_384
 LOG = logging.getLogger("linearize")
 
 
@@ -67,15 +67,14 @@ def convert(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
-    fixed_length = bool({"data", "data.length"} & set(overrides or {}))
     final = Path(out).expanduser().resolve()
     check_free(final, overwrite)
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    conversion = _prepare(
-        str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, fixed_length=fixed_length
-    )
+    asked = set(overrides or {})
+    prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
     work = _work_folder(final)
-    report = conversion.run(work, progress or make_progress(), track)
+    conversion = Conversion(prepared, specs, work, progress or make_progress(), make_tracker(work / "log", track))
+    report = conversion.run()
     with atomic_folder(final, overwrite) as folder:
         conversion.write(folder, report)
         if (work / "log").is_dir():
@@ -94,65 +93,53 @@ def _work_folder(final: Path) -> Path:
     return work
 
 
-@dataclass(eq=False)
 class Conversion:
-    """Everything that a conversion works on."""
+    """A conversion on its way: each step of the plan's schedule, at each step the stages, everything measured."""
 
-    name: str
-    recipe: Recipe
-    specs: list[str]
-    teacher: Any
-    tokenizer: Any
-    student: LinearizedForCausalLM
-    train: PackedRows
-    heldout: list[Batch]
-
-    def run(self, work: Path, progress: Progress, track: Sequence[str]) -> ConversionReport:
-        """All stages, measured before and after each; returns the report."""
-        identity = {
-            "teacher": self.name,
-            "plan": self.student.config.plan,
-            "data": self._fingerprint(),
+    def __init__(
+        self, prepared: Prepared, specs: Sequence[str], work: Path, progress: Progress, tracker: Tracker
+    ) -> None:
+        self.given, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
+        self.recipe, self.student, self.teacher = prepared.recipe, prepared.student, prepared.teacher
+        self.steps, self.heldout = prepared.steps, prepared.heldout
+        length = self.recipe.data.length
+        self.identity = {
+            "teacher": prepared.name,
+            "data": prepared.text.fingerprint(length, self.heldout),
             "seed": self.recipe.seed,
         }
-        tracker = make_tracker(work / "log", track)
-        swap = loss = self._loss()
-        errors = {"swap": self._layer_errors()}
-        stages: list[StageReport] = []
-        before: dict[str, Any] = {}
-        for number, stage in enumerate(self.recipe.stages):
-            if reason := self._why_skipped(stage):
-                LOG.warning("stage %d (%s) is skipped: %s", number, stage.name, reason)
-                continue
-            key = f"{number}-{stage.name}"
-            result = self._stage(stage, work / key, {**identity, "before": dict(before)}, key, progress, tracker)
-            before[key] = stage.model_dump(mode="json")
-            after = self._loss()
-            stages.append(_stage_report(stage, result, loss, after))
-            loss, errors[key] = after, self._layer_errors()
-        held_out = held_out_report(self.student, self.teacher, self.heldout)
+        self.before: dict[str, Any] = {}
+        self.losses: list[float] = []
+        self.errors: dict[str, list[float]] = {}
+        self.stages: list[StageReport] = []
+
+    def run(self) -> ConversionReport:
+        """All steps and their stages, measured before and after each; returns the report."""
+        for step in range(len(self.steps)):
+            self._start_step(step)
+            self._measure("swap", step)
+            for number, stage in enumerate(self.recipe.stages):
+                if stage.at == "last" and step < len(self.steps) - 1:
+                    continue
+                if reason := self._why_skipped(stage):
+                    LOG.warning("stage %d (%s) is skipped: %s", number, stage.name, reason)
+                    continue
+                self._run_stage(number, step)
         return build_report(
-            teacher=self.name,
+            teacher=self.given.name,
             recipe=self.recipe.name,
             data=self.specs,
-            swap_loss=swap,
-            stages=stages,
-            held_out=held_out,
+            swap_loss=self.losses[0],
+            stages=self.stages,
+            held_out=held_out_report(self.student, self.teacher, self.heldout),
             ablation=self._ablation(),
-            layer_error={k: v for k, v in errors.items() if v},
-            provenance=provenance(seed=self.recipe.seed),
+            layer_error={k: v for k, v in self.errors.items() if v},
+            provenance=provenance(seed=self.recipe.seed) | self._choices(),
         )
-
-    def _why_skipped(self, stage: StageConfig) -> str | None:
-        if stage.tokens == 0:
-            return "its tokens are 0"
-        if isinstance(stage, AttentionTransferConfig) and not self.student.mixer_parameters():
-            return "no mixer of this plan has parameters to train"
-        return None
 
     def write(self, folder: Path, report: ConversionReport) -> None:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
-        save_student(self.student, self.tokenizer, folder)
+        save_student(self.student, self.given.tokenizer, folder)
         recipe = self.recipe.to_yaml()
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         write_report(report, folder)
@@ -161,83 +148,86 @@ class Conversion:
         if report.layer_error:
             plot_layer_error(report.layer_error, folder / "plots")
 
-    def _stage(
-        self, stage: StageConfig, folder: Path, identity: dict[str, Any], key: str, progress: Progress, tracker: Any
-    ) -> StageResult:
+    def _start_step(self, step: int) -> None:
+        """Convert the layers of this step (those of the first are already), and calibrate what asks for it."""
+        torch.manual_seed(self.recipe.seed + step)
+        before = self.steps[step - 1] if step else ()
+        new = [layer for layer in self.steps[step] if layer not in before]
+        if step:
+            mixers = ((layer, self.given.plan[layer]) for layer in new)
+            self.student.convert_layers({layer: mixer for layer, mixer in mixers if mixer is not None})
+        text, length = self.given.text, self.recipe.data.length
+        sample = text.sample(length, CALIBRATION_TOKENS, EVALUATION_BATCH, self.student.device)
+        for layer in new:  # one at a time: the samples of all layers may not fit into memory
+            calibrate(self.student, self.teacher, sample, [layer])
+
+    def _run_stage(self, number: int, step: int) -> None:
+        """One stage at one step of the schedule, from its checkpoint if there is one."""
+        stage, steps = self.recipe.stages[number], len(self.steps)
+        share, part = _share_of(stage, step, steps)
+        key = f"{number}-{stage.name}" if steps == 1 else f"{step + 1}of{steps}-{number}-{stage.name}"
         torch.manual_seed(self.recipe.seed + stage.seed)
+        identity = {**self.identity, "plan": self.student.config.plan, "before": dict(self.before)}
+        if isinstance(share, OwnLoopConfig):
+            result = self._run_own_loop(share, key, identity)
+        else:
+            result = self._run_in_loop(share, key, identity, part)
+        self.before[key] = share.model_dump(mode="json")
+        before = self.losses[-1]
+        self._measure(key, step)
+        self.stages.append(_stage_report(stage, result, before, self.losses[-1], self.steps, step))
+
+    def _run_in_loop(
+        self, stage: StageConfig, key: str, identity: Mapping[str, Any], part: tuple[int, int]
+    ) -> StageResult:
+        """A stage in the common loop, on its part of the rows."""
         if stage.precision == "bf16" and not bf16_pays(self.student.device):
             note(f"{key}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
             stage = stage.model_copy(update={"precision": "fp32"})
-        run = stage.build(self.student, self.teacher)
-        device = self.student.device
+        rows = self.given.text.rows(stage.length or self.recipe.data.length, *part)
+        run, device = stage.build(self.student, self.teacher), self.student.device
 
         def stream(start: int) -> Any:
-            for batch in batches(self.train, stage.batch, stage.seed, start_step=start):
+            for batch in batches(rows, stage.batch, stage.seed, start_step=start):
                 yield {name: x.to(device) for name, x in batch.items()}
 
         run.calibrate(next(stream(0)))
         return run_stage(
-            run, stage, stream, self.heldout, length=self.train.length, checkpoint_dir=folder, identity=identity,
-            name=key,
-            progress=progress, tracker=tracker,
+            run, stage, stream, self.heldout, length=rows.length, checkpoint_dir=self.work / key, identity=identity,
+            name=key, progress=self.progress, tracker=self.tracker,
         )  # fmt: skip
 
-    def _loss(self) -> float:
-        return loss_only(self.student, self.heldout)[0]
+    def _run_own_loop(self, stage: OwnLoopConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
+        """A stage with a loop and data of its own."""
+        return stage.run(
+            StageJob(
+                student=self.student, teacher=self.teacher, tokenizer=self.given.tokenizer, folder=self.work / key,
+                identity=identity, seed=self.recipe.seed, progress=self.progress, tracker=self.tracker, name=key,
+            )
+        )  # fmt: skip
 
-    def _layer_errors(self) -> list[float]:
-        if not self.student.mixer_parameters():
-            return []
-        probe = AttentionTransfer(AttentionTransferConfig(tokens=0, lr=1.0), self.student)
-        errors = probe.layer_errors(self.heldout[0])
-        probe.finish()
-        return errors
+    def _measure(self, moment: str, step: int) -> None:
+        """The held-out loss now, and the layers' errors once all layers are converted."""
+        self.losses.append(loss_only(self.student, self.heldout)[0])
+        if step == len(self.steps) - 1:
+            self.errors[moment] = layer_errors(self.student, self.teacher, self.heldout[0])
+
+    def _why_skipped(self, stage: StageConfig) -> str | None:
+        if stage.tokens == 0:
+            return "its tokens are 0"
+        if isinstance(stage, AttentionTransferConfig) and not self.student.mixer_parameters():
+            return "no mixer of this plan has parameters to train"
+        return None
+
+    def _choices(self) -> dict[str, Any]:
+        """For the report: which layers were chosen by what, and in which steps they were converted."""
+        scores = [asdict(score) for score in self.given.scores]
+        steps = [list(step) for step in self.steps]
+        return ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
 
     def _ablation(self) -> Any:
-        windows = [
-            mixer for mixer in self.student.config.mixers() if mixer is not None and hasattr(mixer, "feature_map")
-        ]
-        reach = max((ring_slots(m.window, m.window_shape) + 1 for m in windows if m.window), default=0)  # type: ignore[attr-defined]
+        reach = window_reach(self.student.config.mixers())
         return branch_ablation(self.student, self.heldout, window=reach, teacher=self.teacher) if reach else None
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for rows in (self.train.input_ids, self.train.labels, *(batch["input_ids"] for batch in self.heldout)):
-            digest.update(rows.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def _prepare(
-    name: str,
-    recipe: Recipe,
-    specs: list[str],
-    *,
-    device: str | None,
-    trust_remote_code: bool,
-    fixed_length: bool,
-) -> Conversion:
-    """Load and check everything; nothing has been written or trained when this returns."""
-    torch.set_flush_denormal(True)
-    torch.manual_seed(recipe.seed)
-    where = str(pick_device(device))
-    teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
-    if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
-        teacher = teacher.float()
-    recipe = _fit_length(recipe, teacher.config.get_text_config(), fixed_length)
-    plan = recipe.plan.resolve(teacher.config.get_text_config().num_hidden_layers)
-    student = LinearizedForCausalLM.from_teacher(teacher, plan, teacher_name=name)
-    if kept := [i for i, mixer in enumerate(plan) if mixer is not None and student.config.plan[i] is None]:
-        LOG.warning("layers %s keep their own attention: the teacher limits it to the mixer's window already", kept)
-    length = recipe.data.length
-    documents = load_documents(
-        specs, tokenizer, sample=self_sampler(teacher, tokenizer, recipe.data), answer_only=recipe.data.answer_only
-    )
-    parts = split(documents, recipe.data)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    train = pack(parts.train, length, pad_token_id=pad, keep_whole=recipe.data.keep_whole)
-    rows = document_rows(parts.heldout, length, pad_token_id=pad)
-    heldout = [{k: x.to(where) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)]
-    return Conversion(name, recipe, specs, teacher, tokenizer, student, train, heldout)
 
 
 def note(line: str) -> None:
@@ -245,20 +235,17 @@ def note(line: str) -> None:
     print(f"linearize: {line}", file=sys.stderr)
 
 
-def _fit_length(recipe: Recipe, config: Any, fixed: bool) -> Recipe:
-    """The recipe with rows that fit into the teacher's context; refuses a length that was asked for and does not."""
-    length, limit = recipe.data.length, getattr(config, "max_position_embeddings", None)
-    if limit is None or length <= limit:
-        return recipe
-    if fixed:
-        raise InputError(
-            f"data.length {length} is beyond the teacher's context {limit}: set data.length to at most {limit}"
-        )
-    LOG.warning("data.length is %d: the recipe's %d is beyond the teacher's context", limit, length)
-    return recipe.override({"data.length": limit})
+def _share_of(stage: StageConfig, step: int, steps: int) -> tuple[StageConfig, tuple[int, int]]:
+    """A stage as it runs at one step of a schedule, and its part of the rows: tokens and rows are shared out evenly."""
+    if stage.at == "last" or steps == 1 or isinstance(stage, OwnLoopConfig):
+        return stage, (0, 1)
+    tokens = stage.tokens * (step + 1) // steps - stage.tokens * step // steps
+    return stage.model_copy(update={"tokens": max(1, tokens)}), (step, steps)
 
 
-def _stage_report(stage: StageConfig, result: StageResult, before: float, after: float) -> StageReport:
+def _stage_report(
+    stage: StageConfig, result: StageResult, before: float, after: float, steps: Sequence[Sequence[int]], step: int
+) -> StageReport:
     every = max(1, len(result.losses) // 200)
     details = {
         "steps": result.steps,
@@ -266,13 +253,15 @@ def _stage_report(stage: StageConfig, result: StageResult, before: float, after:
         "stopped_early": result.stopped_early,
         "losses": [list(x) for x in result.losses[::every]],
         "heldout": [list(x) for x in result.heldout],
+        **({"metrics": {k: [list(x) for x in v] for k, v in result.metrics.items()}} if result.metrics else {}),
     }
+    scheduled = len(steps) > 1
     return StageReport(
-        name=stage.name,
+        name=f"{stage.name} ({step + 1}/{len(steps)})" if scheduled and stage.at == "each" else stage.name,
         loss_before=before,
         loss_after=after,
         tokens=result.tokens,
         trainable_parameters=result.trainable_parameters,
         seconds=round(result.seconds, 2),
-        details=details,
+        details=details | ({"layers": list(steps[step])} if scheduled else {}),
     )

@@ -58,11 +58,12 @@ def _tell(key: str, finding: dict[str, Any], model: type[BaseModel]) -> str:
         fields = {field for part in _models(model, finding["loc"][:-1]) for field in part.model_fields}
         return str(unknown("recipe key", key, [f"{parent}.{field}" if parent else field for field in fields]))
     if kind == "union_tag_invalid":
+        tag = _tag(context)
         names = [name.strip(" '") for name in context["expected_tags"].split(",")]
-        return f"{key}.name: {unknown('name', context['tag'], names)}"
+        return f"{key}.{tag}: {unknown(tag, context['tag'], names)}"
     if kind == "union_tag_not_found":
         names = sorted(name for part in _models(model, finding["loc"]) for name in _names(part))
-        return f"{key}.name is missing; known: {', '.join(names)}"
+        return f"{key}.{_tag(context)} is missing; known: {', '.join(names)}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":
@@ -71,6 +72,11 @@ def _tell(key: str, finding: dict[str, Any], model: type[BaseModel]) -> str:
     given = given if len(given) <= 60 else given[:57] + "..."
     message = "input should be a mapping" if kind in _MAPPING_EXPECTED else finding["msg"]
     return f"{key or 'the recipe'}: {given}{_GIVEN}{message[:1].lower()}{message[1:]}"
+
+
+def _tag(context: Mapping[str, Any]) -> str:
+    """The key that says which member of a union is meant."""
+    return str(context["discriminator"]).strip("'")
 
 
 def _models(model: type[BaseModel], loc: Sequence[int | str]) -> list[type[BaseModel]]:
@@ -87,8 +93,8 @@ def _models(model: type[BaseModel], loc: Sequence[int | str]) -> list[type[BaseM
 
 
 def _names(model: type[BaseModel]) -> tuple[str, ...]:
-    """The values a model's `name: Literal[...]` allows; none for other models."""
-    field = model.model_fields.get("name")
+    """The values that a model's `name` (or `kind`): `Literal[...]` allows; none for other models."""
+    field = model.model_fields.get("name") or model.model_fields.get("kind")
     return typing.get_args(field.annotation) if field is not None else ()
 
 

@@ -12,10 +12,13 @@ from pydantic import BaseModel
 
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
+from linearize.recipes.schedule import SCHEDULES
 from linearize.training.stages import STAGES
 
 Key = tuple[str, ...]
-_LAYER_FORMS = (("plan", "layers", "keep"), ("plan", "layers", "every"))
+_LAYERS = ("plan", "layers")
+_SCHEDULE = ("plan", "schedule")
+_LAYER_FORMS = ({"keep", "select"}, {"every"})
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -42,19 +45,20 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def renamed(data: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The overrides that choose a kind of mixer or stage, applied; what is left of them is returned too.
+    """The overrides that choose a kind of mixer, stage or schedule, applied; what is left of them is returned too.
 
-    Another mixer or stage starts from its own defaults and keeps those of the recipe's settings that it has as well.
+    Another kind starts from its own defaults and keeps those of the recipe's settings that it has as well.
     """
     data, rest = copy.deepcopy(data), dict(overrides)
     for text, value in overrides.items():
         *parent, leaf = text.split(".")
         table, section = _table(tuple(parent)), _find(data, tuple(parent))
-        if leaf == "name" and table and isinstance(section, dict) and isinstance(value, str) and value in table:
+        tag = "kind" if table is SCHEDULES else "name"
+        if leaf == tag and table and isinstance(section, dict) and isinstance(value, str) and value in table:
             fields = table[value].model_fields
             for field in [field for field in section if field not in fields]:
                 del section[field]
-            section["name"] = rest.pop(text)
+            section[tag] = rest.pop(text)
     return data, rest
 
 
@@ -70,12 +74,19 @@ def applied(data: dict[str, Any], overrides: Mapping[str, Any], everything: Mapp
     data = copy.deepcopy(data)
     for text in sorted(overrides, key=lambda text: text.count(".")):
         key, value = tuple(text.split(".")), copy.deepcopy(overrides[text])
-        if key in _LAYER_FORMS:
-            key, value = key[:-1], {key[-1]: value}
-        elif not (key[:2] == ("plan", "overrides") and len(key) in (3, 4)):
+        if form := _layer_form(key):
+            before = _find(data, _LAYERS)
+            kept = {k: v for k, v in before.items() if k in form} if isinstance(before, dict) else {}
+            key, value = key[:-1], kept | {key[-1]: value}
+        elif not (key[:2] == ("plan", "overrides") and len(key) in (3, 4)) and key[:-1] != _SCHEDULE:
             _check(key, data, everything)
         _set(data, key, value)
     return data
+
+
+def _layer_form(key: Key) -> set[str]:
+    """The keys that may stand beside this one in `plan.layers`, which another form replaces; none for other keys."""
+    return next((form for form in _LAYER_FORMS if key[:-1] == _LAYERS and key[-1] in form), set())
 
 
 def _check(key: Key, data: Mapping[str, Any], everything: Mapping[str, Any]) -> None:
@@ -142,4 +153,6 @@ def _table(key: Key) -> Mapping[str, type[BaseModel]] | None:
     """The table that names what may stand at this key."""
     if key == ("plan", "mixer") or (key[:2] == ("plan", "overrides") and len(key) == 3):
         return MIXERS
+    if key == _SCHEDULE:
+        return SCHEDULES
     return STAGES if key[:1] == ("stages",) and len(key) == 2 else None

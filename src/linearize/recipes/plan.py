@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, Union
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
+from linearize.recipes.schedule import ScheduleChoice, rounded
 
 if TYPE_CHECKING:
     from linearize.mixers import MixerConfig
@@ -18,42 +18,61 @@ if TYPE_CHECKING:
 else:
     MixerChoice = Annotated[Union[tuple(MIXERS.values())], Field(discriminator="name")]  # noqa: UP007 (a union made from the table)
 
-_LAYERS_HELP = "allowed: all, a list of layer indices like [0, 2, -1], {keep: RATIO}, {keep: [0, -1]} or {every: N}"
+_LAYERS_HELP = (
+    "allowed: all, a list of layer indices like [0, 2, -1], {keep: RATIO}, {keep: RATIO, select: sensitivity}, "
+    "{keep: [0, -1]} or {every: N}"
+)
 
 
 class KeepLayers(BaseModel):
-    """`{keep: RATIO}` or `{keep: [indices]}`: these layers keep softmax attention, all others are converted."""
+    """`{keep: RATIO}` or `{keep: [indices]}`: these layers keep softmax attention, all others are converted.
+
+    `select`: which layers a ratio keeps: `uniform` spreads them evenly; `sensitivity` keeps those whose replacement
+    alone moves the model furthest from the teacher (KL-guided, 2512.20569).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     keep: float | tuple[int, ...]
+    select: Literal["uniform", "sensitivity"] = "uniform"
 
-    def converted(self, num_layers: int) -> list[int]:
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the choice depends on how sensitive the layers are."""
+        return self.select == "sensitivity" and self.keep != 0
+
+    def converted(self, num_layers: int, scores: Sequence[float] | None = None) -> list[int]:
         """The layers that are converted, in order.
 
-        A ratio r in [0, 1) keeps n = r * num_layers layers, rounded with halves down, spread evenly: kept layer i of n
-        is floor((i + 1/2) * num_layers / n). So a ratio of 0.5 converts layers 0, 2, 4, ... as in 2408.15237.
+        A ratio r in [0, 1) keeps n = r * num_layers layers, rounded with halves down. Spread evenly, kept layer i of n
+        is floor((i + 1/2) * num_layers / n), so a ratio of 0.5 converts layers 0, 2, 4, ... as in 2408.15237.
+
+        Args:
+            scores: what replacing each layer alone costs; needed where `needs_scores`. Of equal ones the first is kept.
 
         Raises:
             InputError: a ratio that keeps no layer or every layer of this model, or an index it does not have.
         """
         if isinstance(self.keep, tuple):
             kept = layer_indices(self.keep, num_layers, "plan.layers.keep")
+        elif self.needs_scores:
+            assert scores is not None and len(scores) == num_layers
+            by_cost = sorted(range(num_layers), key=lambda layer: -scores[layer])
+            kept = by_cost[: self._count(self.keep, num_layers)]
         else:
-            kept = self._spread(self.keep, num_layers)
+            count = self._count(self.keep, num_layers)
+            kept = [(2 * i + 1) * num_layers // (2 * count) for i in range(count)]
         return [i for i in range(num_layers) if i not in kept]
 
     @staticmethod
-    def _spread(ratio: float, num_layers: int) -> list[int]:
-        if ratio == 0:
-            return []
-        count = math.ceil(ratio * num_layers - 0.5 - 1e-9)
-        if count == 0:
+    def _count(ratio: float, num_layers: int) -> int:
+        count = rounded(ratio * num_layers)
+        if count == 0 and ratio > 0:
             raise InputError(
                 f"plan.layers.keep: a ratio of {ratio} keeps none of {num_layers} layers; "
                 f"give 0, or more than {0.5 / num_layers:.3g}"
             )
-        return [(2 * i + 1) * num_layers // (2 * count) for i in range(count)]
+        return count
 
 
 class EveryLayer(BaseModel):
@@ -69,37 +88,46 @@ class EveryLayer(BaseModel):
 
 
 class PlanConfig(BaseModel):
-    """The mixer, the layers it goes to, and other mixers for single layers. Negative indices count from the end."""
+    """The mixer, the layers it goes to, other mixers for single layers, and whether the layers are converted all at
+    once or step by step (`schedule`). Negative indices count from the end."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mixer: MixerChoice
     layers: Literal["all"] | tuple[int, ...] | KeepLayers | EveryLayer = "all"
     overrides: dict[int, MixerChoice] = Field(default_factory=dict, description="another mixer for single layers")
+    schedule: ScheduleChoice | None = Field(None, description="null: all layers at once")
 
     @field_validator("layers", mode="before")
     @classmethod
     def _check_layers(cls, value: object) -> object:
         if value == "all" or isinstance(value, (KeepLayers, EveryLayer)) or _is_index_list(value):
             return value
-        if isinstance(value, Mapping) and len(value) == 1:
-            ((kind, given),) = value.items()
-            if kind == "every" and _is_int(given) and given >= 1:
-                return value
-            if kind == "keep" and (_is_index_list(given) or _is_ratio(given)):
-                return value
-            if kind == "keep" and not isinstance(given, (list, tuple)):
-                raise InputError(f"keep: {given!r} given; a ratio >= 0 and below 1, or a list of indices, is needed")
+        if isinstance(value, Mapping) and set(value) <= {"keep", "select"} and "keep" in value:
+            _check_keep(value["keep"], value.get("select", "uniform"))
+            return value
+        if isinstance(value, Mapping) and set(value) == {"every"} and _is_int(value["every"]) and value["every"] >= 1:
+            return value
         raise InputError(f"{value!r} given; {_LAYERS_HELP}")
 
-    def resolve(self, num_layers: int) -> list[MixerChoice | None]:
+    @property
+    def needs_scores(self) -> bool:
+        """Whether `resolve` needs to know how sensitive the layers are."""
+        return isinstance(self.layers, KeepLayers) and self.layers.needs_scores
+
+    def resolve(self, num_layers: int, scores: Sequence[float] | None = None) -> list[MixerChoice | None]:
         """One entry per layer: its mixer's config, or None where the layer keeps softmax attention.
+
+        Args:
+            scores: what replacing each layer alone costs; needed where `needs_scores`.
 
         Raises:
             InputError: an index the model does not have or named twice, an override of a layer that is not converted,
                 or nothing to convert.
         """
-        if isinstance(self.layers, (KeepLayers, EveryLayer)):
+        if isinstance(self.layers, KeepLayers):
+            converted = self.layers.converted(num_layers, scores)
+        elif isinstance(self.layers, EveryLayer):
             converted = self.layers.converted(num_layers)
         elif self.layers == "all":
             converted = list(range(num_layers))
@@ -113,6 +141,21 @@ class PlanConfig(BaseModel):
                 raise InputError(f"plan.overrides: layer {index} is not converted; add it to plan.layers or drop it")
         mixers = dict.fromkeys(converted, self.mixer) | dict(zip(indices, self.overrides.values(), strict=True))
         return [mixers.get(i) for i in range(num_layers)]
+
+    def resolve_if_known(self, num_layers: int) -> list[MixerChoice | None] | None:
+        """`resolve` where it needs no scores; else None, but a ratio that cannot be is refused just the same."""
+        if not self.needs_scores:
+            return self.resolve(num_layers)
+        self.resolve(num_layers, [0.0] * num_layers)
+        return None
+
+    def steps(self, converted: Sequence[int], num_layers: int) -> list[list[int]]:
+        """The layers converted after each step of the schedule; one step of all of them without one.
+
+        Raises:
+            InputError: a schedule that does not end with these layers.
+        """
+        return [list(converted)] if self.schedule is None else self.schedule.steps(converted, num_layers)
 
 
 def layer_indices(given: tuple[int, ...], num_layers: int, key: str) -> list[int]:
@@ -132,6 +175,18 @@ def layer_indices(given: tuple[int, ...], num_layers: int, key: str) -> list[int
             raise InputError(f"{key}: {list(given)} names layer {index % num_layers} twice; name it once")
         result.append(index % num_layers)
     return result
+
+
+def _check_keep(keep: object, select: object) -> None:
+    if select not in ("uniform", "sensitivity"):
+        raise InputError(f"select: {select!r} given; uniform or sensitivity is needed")
+    if isinstance(keep, (list, tuple)):
+        if not _is_index_list(keep):
+            raise InputError(f"{{'keep': {keep!r}}} given; {_LAYERS_HELP}")
+        if select != "uniform":
+            raise InputError(f"select: {select!r} given for a list of layers; it chooses the layers of a ratio")
+    elif not _is_ratio(keep):
+        raise InputError(f"keep: {keep!r} given; a ratio >= 0 and below 1, or a list of indices, is needed")
 
 
 def _is_int(value: object) -> bool:

@@ -27,6 +27,7 @@ else:
 
 DEFAULT_RECIPE = "window-linear"
 _SUFFIXES = (".yaml", ".yml")
+_OWN = ("name", "description", "source", "seed")  # what a recipe with a base says itself
 
 
 class Recipe(BaseModel):
@@ -87,18 +88,45 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """A packaged recipe by name, or the one in a .yaml or .yml file.
 
+    A file may name another recipe as its `base` and change it by dotted keys under `set`, as `--set` does.
+
     Raises:
         InputError: an unknown name (names the nearest), a file that cannot be read, or a recipe that is not valid.
     """
-    path = Path(name_or_path)
+    return _load(str(name_or_path), ())
+
+
+def _load(name: str, above: tuple[str, ...]) -> Recipe:
+    path = Path(name)
     if path.suffix.lower() in _SUFFIXES:
-        text, where = read_text(path), str(path)
-    elif str(name_or_path) in recipe_names():
-        text, where = (files("linearize.recipes") / f"{path}.yaml").read_text("utf-8"), f"recipe {path}"
+        text, where, name = read_text(path), str(path), path.stem
+    elif name in recipe_names():
+        text, where = (files("linearize.recipes") / f"{name}.yaml").read_text("utf-8"), f"recipe {name}"
     else:
-        raise InputError(f"{unknown('recipe', str(name_or_path), recipe_names())} (or give a .yaml file)")
-    data = _parse(text, where)
-    return Recipe.from_data({"name": path.stem, **data}, where=where)
+        raise InputError(f"{unknown('recipe', name, recipe_names())} (or give a .yaml file)")
+    data = {"name": name, **_parse(text, where)}
+    if where in above:
+        raise InputError(f"{where}: its base leads back to itself ({' -> '.join([*above, where])}); name another base")
+    return _from_base(data, where, above) if "base" in data else Recipe.from_data(data, where=where)
+
+
+def _from_base(data: dict[str, Any], where: str, above: tuple[str, ...]) -> Recipe:
+    """The base with what the file says of itself, then with the keys under `set`."""
+    if others := sorted(set(data) - {"base", "set", *_OWN}):
+        raise InputError(
+            f"{where}: {others[0]!r} given beside base; allowed beside it: {', '.join(_OWN)}, and set: {{KEY: VALUE}}"
+        )
+    base, settings = data["base"], data.get("set") or {}
+    if not isinstance(base, str) or not isinstance(settings, dict):
+        raise InputError(f"{where}: base is a recipe's name or file, set a mapping of dotted keys to values")
+    if Path(base).suffix.lower() in _SUFFIXES:
+        base = str((Path(where).parent / base).resolve())
+    recipe = _load(base, (*above, where))
+    try:
+        own = {key: value for key, value in data.items() if key in _OWN}
+        return recipe.override({**own, **{str(key): value for key, value in settings.items()}})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class StageConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: forward under autocast, weights unchanged")
     gradient_checkpointing: bool = False
     seed: int = Field(0, ge=0)
+    length: Annotated[Count, Field(ge=2)] | None = Field(None, description="tokens per sequence; None: data.length")
+    at: Literal["each", "last"] = Field("each", description="steps of the plan's schedule that the stage runs at")
 
     @field_validator("warmup", "evaluate_every")
     @classmethod
@@ -48,6 +50,9 @@ class StageConfig(BaseModel):
         if value >= 1 and value != int(value):
             raise ValueError(f"{value} is neither a fraction below 1 nor a whole number of steps")
         return value
+
+    def check(self, student: Any, teacher: Any) -> None:
+        """Raise `InputError` for what cannot work with these models; called before any work, changes nothing."""
 
     def build(self, student: Any, teacher: Any) -> StageRun:
         """The stage over these models (`LinearizedForCausalLM` and the teacher's class), ready for the loop."""

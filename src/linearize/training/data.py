@@ -16,6 +16,7 @@ from linearize.training.documents import Document, end_token, tokenize
 from linearize.training.packing import Batch, PackedRows, batches, document_rows, pack
 
 __all__ = [
+    "PSEUDO",
     "Batch",
     "DataConfig",
     "Document",
@@ -27,6 +28,8 @@ __all__ = [
     "pack",
     "split",
 ]
+
+PSEUDO = "pseudo:"
 
 
 def _parse_heldout(value: object) -> float | int:
@@ -65,6 +68,14 @@ class DataConfig(BaseModel):
     """Texts written at a time; part of what the seed reproduces."""
     self_max_new_tokens: Annotated[Count, Field(ge=1)] | None = None
     """The longest text; none: `length`. Never beyond the teacher's context."""
+    pseudo_temperature: Annotated[Number, Field(ge=0)] = 1.0
+    """Sampling temperature of the teacher's answers to `pseudo:PATH`; 0: greedy."""
+    pseudo_max_new_tokens: Annotated[Count, Field(ge=1)] = 512
+    """The longest answer. Never beyond the teacher's context."""
+    pseudo_seed: int = Field(default=0, ge=0)
+    """Seed of the answers."""
+    pseudo_batch: Annotated[Count, Field(ge=1)] = 16
+    """Prompts answered at a time; with sampling part of what the seed reproduces."""
 
 
 class Split(NamedTuple):
@@ -81,13 +92,15 @@ def load_documents(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sample: Callable[[], list[Document]] | None = None,
+    answer: Callable[[str], list[Document]] | None = None,
     answer_only: bool = False,
 ) -> list[Document]:
     """The documents of all data SPECs, in the order given.
 
     Args:
-        specs: files (.txt, .jsonl, .json, .parquet), Hub dataset names, or `self`.
-        sample: writes the documents of `self` (see `sampling.sample_documents`).
+        specs: files (.txt, .jsonl, .json, .parquet), Hub dataset names, `self`, or `pseudo:` before a file or a name.
+        sample: writes the documents of `self` (see `sampling.self_sampler`).
+        answer: answers the prompts of what follows `pseudo:` (see `pseudo_labels.pseudo_labeller`).
         answer_only: the loss mask holds only answers, where rows have prompt and answer.
     Raises:
         InputError: a tokenizer without EOS, or a SPEC that cannot be used; one line says why.
@@ -98,14 +111,16 @@ def load_documents(
         raise InputError("no data given: name a .txt, .jsonl, .json or .parquet file, a Hub dataset, or self")
     documents: list[Document] = []
     for spec in specs:
-        if spec != "self":
+        if (spec == "self" and sample is None) or (spec.startswith(PSEUDO) and answer is None):
+            raise InputError(f"data {spec!r}: there is no teacher here to write the text; give a file instead")
+        if spec == "self" and sample is not None:
+            documents += sample()
+        elif spec.startswith(PSEUDO) and answer is not None:
+            documents += answer(spec.removeprefix(PSEUDO))
+        else:
             documents += tokenize(
                 read_examples(spec, tokenizer, answer_only=answer_only), tokenizer, answer_only=answer_only
             )
-        elif sample is not None:
-            documents += sample()
-        else:
-            raise InputError("data 'self': there is no teacher here to write the text; give a file instead")
     return documents
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from linearize.training.documents import Example
 from linearize.training.row_formats import example_of, first_line
 
 Numbered = Iterable[tuple[int, object]]  # (line or row number from 1, row)
+Parsed = TypeVar("Parsed")
 
 
 def read_examples(spec: str, tokenizer: PreTrainedTokenizerBase, *, answer_only: bool = False) -> list[Example]:
@@ -25,18 +27,27 @@ def read_examples(spec: str, tokenizer: PreTrainedTokenizerBase, *, answer_only:
     Raises:
         InputError: no such file or dataset, unknown extension, broken file, wrong fields, or no text in it.
     """
-    rows = _file_rows(Path(spec).expanduser()) if _looks_like_path(spec) else _hub_rows(spec)
-    examples = []
-    for number, row in rows:
-        try:
-            example = example_of(row, tokenizer, answer_only)
-        except InputError as error:
-            raise InputError(f"data {spec!r}, row {number}: {error}") from error
-        if example.text.strip():
-            examples.append(example)
+    examples = read_as(spec, lambda row: example_of(row, tokenizer, answer_only))
+    examples = [example for example in examples if example.text.strip()]
     if not examples:
         raise InputError(f"data {spec!r}: is empty, it holds no text; give data with at least two documents")
     return examples
+
+
+def read_as(spec: str, parse: Callable[[object], Parsed]) -> list[Parsed]:
+    """All rows of one data SPEC, each through `parse`; an `InputError` of it is told with the row's number.
+
+    Raises:
+        InputError: no such file or dataset, unknown extension, broken file, or a row that `parse` refuses.
+    """
+    rows = _file_rows(Path(spec).expanduser()) if _looks_like_path(spec) else _hub_rows(spec)
+    parsed = []
+    for number, row in rows:
+        try:
+            parsed.append(parse(row))
+        except InputError as error:
+            raise InputError(f"data {spec!r}, row {number}: {error}") from error
+    return parsed
 
 
 def _looks_like_path(spec: str) -> bool:

@@ -28,7 +28,8 @@ class StageResult:
     """What a stage did. Histories are `(steps done, loss)`; `best_step` 0 is the starting weights.
 
     `losses` has the mean loss of each step's batch before the step, without steps in which no token counted; `heldout`
-    is empty if nothing was held out. `seconds` adds up over interruptions, without what a kill threw away.
+    is empty if nothing was held out. `seconds` adds up over interruptions, without what a kill threw away. `metrics`
+    has further histories by name (`rewards/margins`), where a stage has them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StageResult:
     heldout: History
     best_step: int
     stopped_early: bool
+    metrics: Mapping[str, History] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

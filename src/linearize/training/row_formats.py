@@ -46,7 +46,8 @@ def _formats() -> str:
     return "; ".join("/".join(fields) for fields in _FORMATS)
 
 
-def _string(row: Row, field: str) -> str:
+def string(row: Row, field: str) -> str:
+    """The text in a field. Raises InputError for anything else."""
     value = row[field]
     if not isinstance(value, str):
         raise InputError(f"field {field!r} must be text, it is {type(value).__name__}")
@@ -58,27 +59,45 @@ def _answered(prompt: str, answer: str) -> Example:
 
 
 def _from_text(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: bool) -> Example:
-    return Example(_string(row, "text"))
+    return Example(string(row, "text"))
 
 
 def _from_alpaca(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: bool) -> Example:
-    given = _string(row, "input") if row.get("input") is not None else ""
-    template = _ALPACA_INPUT if given else _ALPACA
-    return _answered(template.format(instruction=_string(row, "instruction"), input=given), _string(row, "output"))
+    return _answered(alpaca_prompt(row), string(row, "output"))
+
+
+def alpaca_prompt(row: Row) -> str:
+    """Alpaca's prompt for a row with `instruction` and perhaps `input`."""
+    given = string(row, "input") if row.get("input") is not None else ""
+    return (_ALPACA_INPUT if given else _ALPACA).format(instruction=string(row, "instruction"), input=given)
 
 
 def _from_completion(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: bool) -> Example:
-    return _answered(_string(row, "prompt"), _string(row, "completion"))
+    return _answered(string(row, "prompt"), string(row, "completion"))
 
 
 def _from_messages(row: Row, tokenizer: PreTrainedTokenizerBase, answer_only: bool) -> Example:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise InputError("field 'messages' must be a list of objects with role and content")
-    if not tokenizer.chat_template:
-        raise InputError("has messages, but the tokenizer has no chat template; set one, or give text or prompt rows")
-    text = _render(tokenizer, messages)
+    messages = message_list(row, "messages")
+    check_template(tokenizer)
+    text = render(tokenizer, messages)
     return Example(text, _assistant_ranges(text, messages, tokenizer) if answer_only else ())
+
+
+def message_list(row: Row, field: str) -> list[Any]:
+    """The chat messages in a field. Raises InputError for anything else."""
+    messages = row[field]
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise InputError(f"field {field!r} must be a list of objects with role and content")
+    return messages
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a tokenizer that cannot render a chat."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            "has messages, but the tokenizer has no chat template; set one (stages sft and dpo have chat_template), "
+            "or give text or prompt rows"
+        )
 
 
 def _assistant_ranges(
@@ -88,15 +107,16 @@ def _assistant_ranges(
     ranges = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-            after = _render(tokenizer, messages[: turn + 1])
+            before = render(tokenizer, messages[:turn], add_generation_prompt=True)
+            after = render(tokenizer, messages[: turn + 1])
             # a template that rewrites earlier turns (dropped reasoning) gives no range for them: they do not count
             if text.startswith(after) and after.startswith(before):
                 ranges.append((len(before), len(after)))
     return tuple(ranges)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, add_generation_prompt: bool = False) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, add_generation_prompt: bool = False) -> str:
+    """The chat as text. Raises InputError for messages that the template refuses."""
     from jinja2 import TemplateError
 
     if not messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ def sample_documents(
     if temperature <= 0:
         raise InputError(f"temperature {temperature}: sampling needs one above 0 (1 is the teacher's own distribution)")
     start, shown = _start(tokenizer, prompt)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     limit = _fit_context(model, len(start), max_new_tokens)
-    config = _generation_config(model, temperature, limit, ends, end_token(tokenizer))
+    config = generation_config(model, temperature, limit, ends, end_token(tokenizer))
     inputs = torch.tensor([start] * batch_size, device=model.device)
 
     documents: list[Document] = []
@@ -73,10 +74,10 @@ def sample_documents(
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.random.fork_rng(devices=cuda_devices(model)):
             torch.manual_seed(seed)
             while written < num_tokens:
-                for tokens in _write(model, inputs, config, ends):
+                for tokens in write(model, inputs, torch.ones_like(inputs), config, ends):
                     num_empty = 0 if len(tokens) > 1 or tokens[0] not in ends else num_empty + 1
                     if num_empty == 0 and written < num_tokens:
                         documents.append(_document([*shown, *tokens]))
@@ -89,9 +90,13 @@ def sample_documents(
     return documents
 
 
-def _write(model: PreTrainedModel, inputs_BT: Tensor, config: GenerationConfig, ends: set[int]) -> list[list[int]]:
-    """The new tokens of each row, up to and with the first end token (a row that was done earlier is padded)."""
-    mask_BT = torch.ones_like(inputs_BT)
+def write(
+    model: PreTrainedModel, inputs_BT: Tensor, mask_BT: Tensor, config: GenerationConfig, ends: set[int]
+) -> list[list[int]]:
+    """The new tokens of each row, up to and with the first end token; `mask_BT` is 0 on padding, which is on the left.
+
+    A row that was done earlier than others is padded by `generate`; that is cut off here.
+    """
     output_BT: Tensor = model.generate(inputs_BT, attention_mask=mask_BT, generation_config=config)  # type: ignore[operator]  # PreTrainedModel hides GenerationMixin
     rows = output_BT[:, inputs_BT.shape[1] :].tolist()
     return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
@@ -109,7 +114,7 @@ def _start(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> tuple[list
     return [end_token(tokenizer), *text], text
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokenizer's EOS and all that the teacher's generation config names (some have several)."""
     named = getattr(model.generation_config, "eos_token_id", None)
     return {end_token(tokenizer), *(named if isinstance(named, (list, tuple)) else [] if named is None else [named])}
@@ -123,19 +128,25 @@ def _fit_context(model: PreTrainedModel, num_start: int, max_new_tokens: int) ->
     return min(max_new_tokens, context - num_start)
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel, temperature: float, limit: int, ends: set[int], pad: int
 ) -> GenerationConfig:
-    """Plain sampling. What is not set here would come from the teacher's generation config, so set what truncates."""
+    """Plain sampling, greedy at temperature 0, of at most `limit` tokens.
+
+    What is not set here would come from the teacher's generation config, so set what truncates.
+    """
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+    }
     return GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        typical_p=1.0,
-        epsilon_cutoff=0.0,
-        eta_cutoff=0.0,
+        do_sample=temperature > 0,
+        **(sampling if temperature > 0 else {}),
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         num_beams=1,
@@ -153,7 +164,7 @@ def _document(tokens: list[int]) -> Document:
     return Document(tokens, [1] * len(tokens))
 
 
-def _cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
     return [model.device] if model.device.type == "cuda" else []
 
 

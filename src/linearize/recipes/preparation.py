@@ -1,0 +1,220 @@
+"""What a conversion works on, loaded and checked before any work: teacher, plan, schedule, text."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Container, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from linearize.decoding.loading import pick_device
+from linearize.errors import InputError
+from linearize.evaluation.sensitivity import LayerScore, layer_sensitivity
+from linearize.mixers import MixerConfig
+from linearize.mixers.layer_mixer import LayerMixerConfig
+from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.surgery import check_plan, probe
+from linearize.modeling.teacher import load_teacher
+from linearize.recipes.plan import PlanConfig
+from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.training.config import Batch
+from linearize.training.data import DataConfig, document_rows, load_documents, split
+from linearize.training.own_loop import OwnLoopConfig
+from linearize.training.pseudo_labels import pseudo_labeller
+from linearize.training.sampling import self_sampler
+from linearize.training.stages.attention_transfer import AttentionTransferConfig
+from linearize.training.supply import TrainingText
+
+EVALUATION_BATCH = 8
+SENSITIVITY_TOKENS = 16_384
+LOG = logging.getLogger("linearize")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """Everything that a conversion works on, checked.
+
+    `plan`: the mixer of each layer in the end. `steps`: the layers converted after each step of the schedule; the
+    student has those of the first. `scores`: how sensitive the layers are, where the plan asks for it. `heldout`: on
+    the teacher's device.
+    """
+
+    name: str
+    recipe: Recipe
+    teacher: Any
+    tokenizer: Any
+    student: LinearizedForCausalLM
+    plan: Sequence[MixerConfig | None]
+    steps: Sequence[Sequence[int]]
+    scores: Sequence[LayerScore]
+    text: TrainingText
+    heldout: Sequence[Batch]
+
+
+def prepare(
+    name: str,
+    recipe: Recipe,
+    specs: Sequence[str],
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    asked: Container[str] = (),
+) -> Prepared:
+    """Load and check everything; nothing has been written or trained when this returns.
+
+    Args:
+        name: the teacher, a folder or a Hub name. specs: of the data.
+        asked: recipe keys that were asked for: a length among them is refused beyond the teacher's context, where
+            another is cut down to it.
+
+    Raises:
+        InputError: anything given that cannot be used.
+    """
+    teacher, tokenizer = _load_teacher(name, device, recipe.seed, trust_remote_code)
+    config = teacher.config.get_text_config()
+    recipe = _fit_length(recipe, getattr(config, "max_position_embeddings", None), asked)
+    sites, wanted = probe(teacher), recipe.plan.resolve_if_known(config.num_hidden_layers)
+    text, heldout = _read_text(teacher, tokenizer, recipe.data, specs)
+    scores: list[LayerScore] = []
+    if wanted is None:
+        scores = layer_sensitivity(teacher, recipe.plan.mixer, _sample(recipe, text, teacher, SENSITIVITY_TOKENS))
+        wanted = recipe.plan.resolve(config.num_hidden_layers, [score.kl for score in scores])
+    plan = check_plan(wanted, sites, teacher.config.model_type)
+    if kept := [i for i, mixer in enumerate(wanted) if mixer is not None and plan[i] is None]:
+        LOG.warning("layers %s keep their own attention: the teacher limits it to the mixer's window already", kept)
+    steps = _steps(recipe.plan, wanted, plan)
+    torch.manual_seed(recipe.seed)
+    first = [mixer if layer in steps[0] else None for layer, mixer in enumerate(plan)]
+    found = Prepared(
+        name=name, recipe=recipe, teacher=teacher, tokenizer=tokenizer, plan=plan, steps=steps, scores=scores,
+        text=text, heldout=heldout, student=LinearizedForCausalLM.from_teacher(teacher, first, teacher_name=name),
+    )  # fmt: skip
+    _check_stages(found)
+    return found
+
+
+def inspect_sensitivity(
+    teacher: str,
+    *,
+    data: Sequence[str],
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    tokens: int = SENSITIVITY_TOKENS,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """What replacing each layer of a teacher alone by the recipe's mixer costs, on about `tokens` tokens. JSON-able.
+
+    The text is the recipe's training part of the data, as where a conversion chooses its layers. `layers` has a
+    `LayerScore` for each.
+
+    Raises:
+        InputError: a teacher, data or recipe that cannot be used.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    model, tokenizer = _load_teacher(teacher, device, chosen.seed, trust_remote_code)
+    chosen = _fit_length(chosen, getattr(model.config.get_text_config(), "max_position_embeddings", None), ())
+    text, _ = _read_text(model, tokenizer, chosen.data, data)
+    sample = _sample(chosen, text, model, tokens)
+    scores = layer_sensitivity(model, chosen.plan.mixer, sample)
+    return {
+        "model": teacher,
+        "mixer": str(chosen.plan.mixer.name),  # type: ignore[attr-defined]
+        "tokens": sum(batch["input_ids"].numel() for batch in sample),
+        "layers": [asdict(score) for score in scores],
+    }
+
+
+def _steps(plan: PlanConfig, wanted: Sequence[Any], applied: Sequence[Any]) -> list[list[int]]:
+    """The schedule's steps without the layers that stay as they are; at least one."""
+    converted = [layer for layer, mixer in enumerate(wanted) if mixer is not None]
+    left = [[i for i in step if applied[i] is not None] for step in plan.steps(converted, len(wanted))]
+    return [step for i, step in enumerate(left) if step and (i == 0 or step != left[i - 1])] or [[]]
+
+
+def _check_stages(found: Prepared) -> None:
+    """Refuse stages that could not run later on.
+
+    Raises:
+        InputError: a stage that does not fit mixers, teacher, tokenizer or data.
+    """
+    context = getattr(found.teacher.config.get_text_config(), "max_position_embeddings", None)
+    others = sorted({str(mixer.name) for mixer in found.plan if isinstance(mixer, LayerMixerConfig)})  # type: ignore[attr-defined]
+    for number, stage in enumerate(found.recipe.stages):
+        if stage.tokens == 0:
+            continue
+        if isinstance(stage, OwnLoopConfig):
+            stage.check_data(found.tokenizer, context)
+            continue
+        if isinstance(stage, AttentionTransferConfig) and others:
+            raise InputError(
+                f"stages.{number}: attention_transfer compares attention outputs, which {', '.join(others)} does not "
+                "have (it replaces the whole attention module): use hidden_alignment"
+            )
+        stage.check(found.student, found.teacher)
+        parts = len(found.steps) if stage.at == "each" else 1
+        found.text.rows(stage.length or found.recipe.data.length, parts=parts)
+
+
+def _load_teacher(name: str, device: str | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Teacher and tokenizer on their device; in fp32 on a CPU."""
+    torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
+    where = str(pick_device(device))
+    teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
+    if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
+        teacher = teacher.float()
+    return teacher, tokenizer
+
+
+def _read_text(
+    teacher: Any, tokenizer: Any, data: DataConfig, specs: Sequence[str]
+) -> tuple[TrainingText, list[Batch]]:
+    """The text to train on, and the held-out batches on the teacher's device."""
+    documents = load_documents(
+        specs,
+        tokenizer,
+        sample=self_sampler(teacher, tokenizer, data),
+        answer=pseudo_labeller(teacher, tokenizer, data, progress=_tell_answers()),
+        answer_only=data.answer_only,
+    )
+    parts = split(documents, data)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    text = TrainingText(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole)
+    rows = document_rows(parts.heldout, data.length, pad_token_id=pad)
+    return text, [{k: x.to(teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)]
+
+
+def _tell_answers() -> Callable[[int, int], None]:
+    """A line on stderr for every tenth of the prompts that the teacher has answered."""
+    told = 0
+
+    def tell(done: int, prompts: int) -> None:
+        nonlocal told
+        if (tenth := done * 10 // max(prompts, 1)) > told:
+            told = tenth
+            print(f"linearize: the teacher has answered {done:,} of {prompts:,} prompts", file=sys.stderr)
+
+    return tell
+
+
+def _sample(recipe: Recipe, text: TrainingText, teacher: Any, tokens: int) -> list[Batch]:
+    return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
+
+
+def _fit_length(recipe: Recipe, limit: int | None, asked: Container[str]) -> Recipe:
+    """The recipe with rows that fit into the teacher's context; refuses a length that was asked for and does not."""
+    lengths = {"data.length": recipe.data.length}
+    lengths |= {
+        f"stages.{i}.length": stage.length
+        for i, stage in enumerate(recipe.stages)
+        if stage.length is not None and not isinstance(stage, OwnLoopConfig)
+    }
+    too_long = {key: length for key, length in lengths.items() if limit is not None and length > limit}
+    for key, length in too_long.items():
+        if key in asked or key.rpartition(".")[0] in asked:
+            raise InputError(f"{key} {length} is beyond the teacher's context {limit}: set {key} to at most {limit}")
+        LOG.warning("%s is %d: the recipe's %d is beyond the teacher's context", key, limit, length)
+    return recipe.override(dict.fromkeys(too_long, limit))

@@ -1,0 +1,253 @@
+"""The data SPEC `pseudo:PATH`: the teacher answers the prompts in a file (sequence-level distillation, 1606.07947).
+
+Answers are kept in a cache folder, batch by batch, so that a killed run goes on where it stopped and a second run reads
+them. The folder's name is a hash of all that they depend on: the teacher's weights, the prompts, the settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.errors import InputError
+from linearize.files import atomic_write_text
+from linearize.training.data import DataConfig
+from linearize.training.data_sources import read_as
+from linearize.training.documents import Document, end_token
+from linearize.training.row_formats import alpaca_prompt, check_template, message_list, render, string
+from linearize.training.sampling import Progress, cuda_devices, end_tokens, generation_config, write
+from linearize.training.step import derived_seed
+
+FILE = "answers.jsonl"
+FORMATS = "prompt; messages; instruction (and input)"
+_SAMPLED = 256  # values of each weight that its fingerprint looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoConfig:
+    """How the teacher answers. `batch` prompts at a time; `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 0
+    batch: int = 16
+
+
+def pseudo_labeller(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Callable[[str], list[Document]]:
+    """The `answer` argument of `load_documents`: the teacher and the `pseudo_*` settings, bound.
+
+    Args:
+        cache: folder of all cached answers; None: `pseudo_labels` in `$XDG_CACHE_HOME/linearize` (or `~/.cache/...`).
+        progress: called with prompts answered so far, and their number.
+    """
+    settings = PseudoConfig(
+        temperature=config.pseudo_temperature,
+        max_new_tokens=config.pseudo_max_new_tokens,
+        seed=config.pseudo_seed,
+        batch=config.pseudo_batch,
+    )
+    return lambda spec: pseudo_documents(
+        model, tokenizer, spec, settings, answer_only=config.answer_only, cache=cache, progress=progress
+    )
+
+
+def pseudo_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: str,
+    config: PseudoConfig,
+    *,
+    answer_only: bool = False,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Document]:
+    """One document per prompt: BOS, the prompt, the teacher's answer with the token that ended it.
+
+    Prompts go through the teacher's chat template if it has one, else they are taken as they are. Greedy answers do not
+    depend on `batch`, but for rounding where two tokens are as likely. With `answer_only` the loss counts on answers
+    alone. The caller's random state and the model's mode are left as they were.
+
+    Raises:
+        InputError: prompts that cannot be read or fill the teacher's context (names the row), or none at all.
+    """
+    prompts = read_prompts(spec, model, tokenizer)
+    folder = (default_cache() if cache is None else cache) / _key(model, tokenizer, prompts, config)
+    answers = _answers(model, tokenizer, prompts, config, folder, progress)
+    return [
+        Document(prompt + answer, [0 if answer_only else 1] * len(prompt) + [1] * len(answer))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def default_cache() -> Path:
+    """The folder of all cached answers."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "linearize" / "pseudo_labels"
+
+
+def read_prompts(spec: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts of a data SPEC as tokens, BOS in front where the tokenizer has one."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+
+    def parse(row: object) -> list[int]:
+        text = prompt_of(row, tokenizer)
+        tokens = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        bos = tokenizer.bos_token_id
+        if isinstance(bos, int) and tokens[:1] != [bos]:
+            tokens = [bos, *tokens]
+        if not tokens or not text.strip():
+            raise InputError("its prompt is empty")
+        if context is not None and len(tokens) >= context:
+            raise InputError(f"its prompt has {len(tokens)} tokens, the teacher's context {context}; shorten it")
+        return tokens
+
+    prompts = read_as(spec, parse)
+    if not prompts:
+        raise InputError(f"data 'pseudo:{spec}': is empty, it holds no prompts; give rows with one of: {FORMATS}")
+    return prompts
+
+
+def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the teacher is to continue. Raises InputError for a row without a prompt."""
+    if not isinstance(row, Mapping):
+        raise InputError(f"is a {type(row).__name__}, a row must be an object with one of: {FORMATS}")
+    if "messages" in row:
+        messages = message_list(row, "messages")
+        check_template(tokenizer)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise InputError("field 'messages' holds no question before the answer")
+        return render(tokenizer, messages, add_generation_prompt=True)
+    if "prompt" in row:
+        plain = asked = string(row, "prompt")
+    elif "instruction" in row:
+        plain = alpaca_prompt(row)
+        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    else:
+        raise InputError(f"wrong fields, found: {', '.join(map(str, row)) or 'none'}; needed is one of: {FORMATS}")
+    if not tokenizer.chat_template:
+        return plain
+    return render(tokenizer, [{"role": "user", "content": asked}], add_generation_prompt=True)
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: PseudoConfig,
+    folder: Path,
+    progress: Progress | None,
+) -> list[list[int]]:
+    """The answers of all prompts, those in the folder's file first; each new batch goes there at once."""
+    answers = _read(folder / FILE, len(prompts), config.batch)
+    if progress is not None:
+        progress(len(answers), len(prompts))
+    if len(answers) == len(prompts):
+        return answers
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / FILE, "".join(_line(row, answer) for row, answer in enumerate(answers)))
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=cuda_devices(model)), (folder / FILE).open("a", encoding="utf-8") as file:
+            while len(answers) < len(prompts):
+                first = len(answers)
+                torch.manual_seed(derived_seed(config.seed, first, 0))
+                batch = prompts[first : first + config.batch]
+                answers += _answer_batch(model, tokenizer, batch, config)
+                file.write("".join(_line(row, answers[row]) for row in range(first, len(answers))))
+                file.flush()
+                if progress is not None:
+                    progress(len(answers), len(prompts))
+    finally:
+        model.train(training)
+    return answers
+
+
+def _answer_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: PseudoConfig
+) -> list[list[int]]:
+    """Answers in the prompts' order. Rows with room for answers of equal length are written together."""
+    ends, pad = end_tokens(model, tokenizer), end_token(tokenizer)
+    limits = [_room(model, len(prompt), config.max_new_tokens) for prompt in prompts]
+    answers: dict[int, list[int]] = {}
+    for limit in sorted(set(limits)):
+        rows = [row for row, room in enumerate(limits) if room == limit]
+        inputs_BT, mask_BT = left_padded([prompts[row] for row in rows], pad, model.device)
+        settings = generation_config(model, config.temperature, limit, ends, pad)
+        answers |= zip(rows, write(model, inputs_BT, mask_BT, settings, ends), strict=True)
+    return [answers[row] for row in range(len(prompts))]
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as one tensor `[B, T]`, filled up on the left, and the mask that is 0 there."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _room(model: PreTrainedModel, num_prompt: int, max_new_tokens: int) -> int:
+    """How long an answer to a prompt of this length may be."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return max_new_tokens if context is None else min(max_new_tokens, context - num_prompt)
+
+
+def _line(row: int, tokens: Sequence[int]) -> str:
+    return json.dumps({"row": row, "tokens": list(tokens)}) + "\n"
+
+
+def _read(path: Path, num_prompts: int, batch: int) -> list[list[int]]:
+    """The answers in a file from the first on, in whole batches; a line that a kill cut short ends them."""
+    answers: list[list[int]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["row"] != len(answers):
+                break
+            answers.append(record["tokens"])
+    whole = len(answers) if len(answers) >= num_prompts else len(answers) // batch * batch
+    return answers[:whole]
+
+
+def _key(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: PseudoConfig
+) -> str:
+    """A hash of all that the answers depend on."""
+    digest = hashlib.sha256()
+    parts = [vars(config), list(map(list, prompts)), sorted(end_tokens(model, tokenizer)), str(model.device.type)]
+    digest.update(json.dumps(parts).encode())
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    for part in _fingerprint(model):
+        digest.update(part)
+    return digest.hexdigest()[:24]
+
+
+def _fingerprint(model: PreTrainedModel) -> Iterable[bytes]:
+    """Every weight's name, type and shape, and some of its values, spread evenly: all of them would take minutes."""
+    for name, value in model.state_dict().items():
+        flat: Any = value.detach().flatten()
+        some = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
+        yield f"{name} {value.dtype} {tuple(value.shape)}".encode() + some.numpy().tobytes()
