@@ -100,8 +100,10 @@ def _pieces(sample: AttentionSample) -> Iterator[tuple[Tensor, Tensor, Tensor, T
         if sample.window is not None:
             seen = seen & (away < sample.window)
         seen = seen.expand(batch, -1, -1)
-        scores = (q[:, :, here] @ k.mT * sample.scaling).masked_fill(~seen[:, None], -torch.inf)
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0)
+        scores = q[:, :, here] @ k.mT * sample.scaling
+        if sample.softcap is not None:
+            scores = sample.softcap * torch.tanh(scores / sample.softcap)
+        weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1).nan_to_num(0)
         yield weights, weights * length, away.expand(batch, -1, -1).clamp(min=0).float(), seen
 
 
