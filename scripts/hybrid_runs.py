@@ -58,13 +58,21 @@ def dotted(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 RATIOS = {"50": 0.5, "25": 0.25, "0": 0}
+BEST = {"mamba2": "calibrate", "mamba": "copy", "gated_delta_net": "calibrate"}  # mamba cannot be calibrated
 STORIES = {
     **{
-        f"{mixer}-{kept}": aligned(mixer=mixer, keep=keep)
+        f"{mixer}-{kept}": aligned(mixer=mixer, initialise=BEST[mixer], keep=keep)
         for mixer in ("mamba2", "mamba")
         for kept, keep in RATIOS.items()
     },
-    "mamba2-50-4M": aligned(mixer="mamba2", keep=0.5, stages__0__tokens="1M", stages__1__tokens="3M"),
+    "mamba2-50-4M": aligned(
+        mixer="mamba2",
+        initialise="calibrate",
+        keep=0.5,
+        stages__0__tokens="1M",
+        stages__1__tokens="3M",
+        stages__1__lr=2e-3,
+    ),
     **{
         f"start-mamba2-{start}": distilled(mixer="mamba2", initialise=start)
         for start in ("copy", "calibrate", "random")
@@ -81,11 +89,15 @@ STORIES = {
     "schedule-stepwise": distilled(keep=0.25, plan__schedule={"kind": "stepwise", "order": "first_to_last"}),
     "selected-25": distilled(keep=0.25, plan__layers__select="sensitivity"),
     "selected-50": distilled(keep=0.5, plan__layers__select="sensitivity"),
-    **{f"gated_delta_net-{kept}": aligned(mixer="gated_delta_net", keep=keep) for kept, keep in RATIOS.items()},
+    **{
+        f"gated_delta_net-{kept}": aligned(mixer="gated_delta_net", initialise="calibrate", keep=keep)
+        for kept, keep in RATIOS.items()
+    },
 }
 EMBEDDED = {
     f"{mixer}-{kept}": aligned(
         mixer=mixer,
+        initialise=BEST[mixer],
         keep=keep,
         data__length=512,
         data__keep_whole=True,

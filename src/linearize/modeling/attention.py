@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
-from linearize.mixers.base import Mixer
 from linearize.modeling.cache import MixerCacheLayer, Run
 from linearize.modeling.projections import key_projection
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import Branch
+
+if TYPE_CHECKING:
+    from linearize.mixers.base import Mixer
+    from linearize.ops.window_linear import Branch
 
 ATTENTION = "linearize"
 Tap = Callable[..., Tensor]
@@ -52,8 +54,8 @@ def mixer_attention(
     """Attention through the layer's mixer, in transformers' calling convention.
 
     `query: [B, H, T, D]`, `key`, `value: [B, G, T, D]` after RoPE and norms -> `[B, T, H, V]`. What other keywords
-    could mean was checked at conversion (`surgery.probe`). `mixer_hidden: [B, T, M]`: the attention module's input, where the
-    mixer asks for the key projection's output.
+    could mean was checked at conversion (`surgery.probe`). `mixer_hidden: [B, T, M]`: the attention module's input,
+    where the mixer asks for the key projection's output.
     """
     assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
     scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}

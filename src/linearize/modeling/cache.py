@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from linearize.mixers.base import Mixer
 from linearize.modeling.config import MIXER_LAYER
 from linearize.ops.layout import Layout
+
+if TYPE_CHECKING:
+    from linearize.mixers.base import Mixer
 
 Run = Callable[[Any, bool], tuple[Tensor, Any]]
 

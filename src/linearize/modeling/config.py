@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from linearize.errors import InputError, unknown
-from linearize.mixers import MIXERS, AttentionShape, MixerConfig
+
+if TYPE_CHECKING:
+    from linearize.mixers import AttentionShape, MixerConfig
 
 MIXER_LAYER = "linearize_mixer"
 SHARED_FIELDS = (
@@ -92,6 +94,8 @@ class LinearizeConfig(PreTrainedConfig):
 
     def attention_shapes(self) -> list[AttentionShape]:
         """Sizes of the teacher's attention, by layer."""
+        from linearize.mixers import AttentionShape
+
         return [AttentionShape(**sizes) for sizes in self.shapes]
 
     @property
@@ -127,6 +131,8 @@ def parse_mixer(entry: dict[str, Any]) -> MixerConfig:
     Raises:
         InputError: an unknown mixer name.
     """
+    from linearize.mixers import MIXERS
+
     name = str(entry.get("name"))
     if name not in MIXERS:
         raise unknown("mixer", name, MIXERS)

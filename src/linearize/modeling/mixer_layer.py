@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from linearize.errors import InputError
-from linearize.mixers.layer_mixer import LayerMixer
 from linearize.modeling.attention import MixerCall, through_cache
+
+if TYPE_CHECKING:
+    from linearize.mixers import LayerMixer
 
 
 class MixerLayer(nn.Module):

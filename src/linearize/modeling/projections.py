@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from linearize.errors import InputError
-from linearize.mixers.base import AttentionShape
-from linearize.mixers.layer_mixer import AttentionWeights
+
+if TYPE_CHECKING:
+    from linearize.mixers import AttentionShape
+    from linearize.mixers.layer_mixer import AttentionWeights
 
 OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
 Rows = tuple[Tensor, Tensor | None]
@@ -25,6 +27,8 @@ def attention_weights(module: nn.Module, shape: AttentionShape) -> AttentionWeig
     Raises:
         InputError: a family whose projections are of no known kind.
     """
+    from linearize.mixers.layer_mixer import AttentionWeights
+
     q, k, v = _inputs(module, shape)
     o = _linear(_output(module))
     expected = (

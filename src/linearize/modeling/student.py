@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMi
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError
-from linearize.mixers import Mixer, MixerConfig
 from linearize.modeling.attention import MixerCall, Tap
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.save import apply_adapters
-from linearize.modeling.surgery import AttentionSite, check_plan, install, probe, share_weights
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import Branch
+
+if TYPE_CHECKING:
+    from linearize.mixers import Mixer, MixerConfig
+    from linearize.modeling.surgery import AttentionSite
+    from linearize.ops.window_linear import Branch
 
 
 class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -42,6 +44,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         """A student for a checkpoint to fill, or (`from_teacher`) around an `lm` that holds its mixers already."""
         super().__init__(config)
         if lm is None:
+            from linearize.modeling.surgery import install
+
             wanted = config._attn_implementation
             lm = AutoModelForCausalLM.from_config(
                 config.teacher_config(),
@@ -63,6 +67,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: a family that cannot be converted, or a plan that does not fit; the teacher is unchanged then.
         """
+        from linearize.modeling.surgery import check_plan, install, probe, share_weights
+
         sites = probe(teacher)
         checked = check_plan(plan, sites, teacher.config.model_type)
         config = _config(teacher, sites, checked, teacher_name)
@@ -79,6 +85,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: a layer that is converted already or does not exist; the student is unchanged then.
         """
+        from linearize.modeling.surgery import install
+
         plan, shapes = self.config.mixers(), self.config.attention_shapes()
         free = [i for i, mixer in enumerate(plan) if mixer is None]
         for layer, mixer in mixers.items():
