@@ -47,7 +47,7 @@ def aligned(**settings: Any) -> Run:
 
 
 def distilled(**settings: Any) -> Run:
-    """Distillation alone; 300k tokens."""
+    """Distillation alone; 200k tokens."""
     return Run(recipe="distill", settings=dotted(settings))
 
 
@@ -71,7 +71,6 @@ STORIES = {
         keep=0.5,
         stages__0__tokens="1M",
         stages__1__tokens="3M",
-        stages__1__lr=2e-3,
     ),
     **{
         f"start-mamba2-{start}": distilled(mixer="mamba2", initialise=start)
@@ -101,8 +100,8 @@ EMBEDDED = {
         keep=keep,
         data__length=512,
         data__keep_whole=True,
-        stages__0__tokens="200k",
-        stages__1__tokens="300k",
+        stages__0__tokens="150k",
+        stages__1__tokens="250k",
     )
     for mixer in ("mamba2", "mamba", "gated_delta_net")
     for kept, keep in RATIOS.items()
