@@ -42,7 +42,7 @@ class Run:
 
 
 def aligned(**settings: Any) -> Run:
-    """Alignment, then distillation; 1M tokens."""
+    """Alignment, then distillation; 500k tokens."""
     return Run(recipe="align-distill", settings=dotted(settings))
 
 
@@ -65,6 +65,9 @@ STORIES = {
         for mixer in ("mamba2", "mamba")
         for kept, keep in RATIOS.items()
     },
+    "mamba2-0-1M": aligned(
+        mixer="mamba2", initialise="calibrate", keep=0, stages__0__tokens="300k", stages__1__tokens="700k"
+    ),
     "mamba2-50-4M": aligned(
         mixer="mamba2",
         initialise="calibrate",
@@ -100,8 +103,8 @@ EMBEDDED = {
         keep=keep,
         data__length=512,
         data__keep_whole=True,
-        stages__0__tokens="150k",
-        stages__1__tokens="250k",
+        stages__0__tokens="100k",
+        stages__1__tokens="200k",
     )
     for mixer in ("mamba2", "mamba", "gated_delta_net")
     for kept, keep in RATIOS.items()
