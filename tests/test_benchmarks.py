@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from linearize.benchmarks import decode_speed, op_speed, prefill_growth, transfer_cost
+from linearize.benchmarks import decode_speed, export_parity, op_speed, prefill_growth, transfer_cost
 from linearize.benchmarks.timing import interleaved
 
 TINY = ["--hidden", "24", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "37", "--threads", "1"]
@@ -30,6 +30,22 @@ def test_a_benchmark_writes_its_number_and_birth_certificate(program, options, n
         assert all(x > 0 for x in (value.values() if isinstance(value, dict) else [value]))
     assert document["provenance"]["libraries"]["torch"]
     assert document["provenance"]["seed"] == 0
+
+
+def test_exports_are_compared_where_linearize_is_not(tmp_path, capsys):
+    out = tmp_path / "parity.json"
+    size = ["--tokens", "11", "--prompt", "4", "--new", "5", "--threads", "1"]
+    export_parity.main([*size, "--random", "qwen3", "--out", str(out)])
+    document = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == document
+    native, carried = document["rows"]
+    assert (native["target"], native["class"]) == ("qwen3.5", "Qwen3_5ForCausalLM")
+    assert native["mixers"] == ["gated_delta_net", None] * 4
+    assert (carried["target"], carried["class"]) == ("hf", "LinearizedForCausalLM")
+    for row in document["rows"]:
+        assert 0 <= row["prefill"] < 1e-4 and 0 <= row["decode"] < 1e-4 and row["greedy_equal"]
+        assert 0 < row["own_decode"] < 1e-4 and row["largest_logit"] > 0.5
+    assert document["provenance"]["libraries"]["transformers"] == document["setting"]["transformers"]
 
 
 def test_the_static_cache_of_the_teacher_holds_the_whole_context(tmp_path):

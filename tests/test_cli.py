@@ -69,6 +69,8 @@ def failure(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, s
         ([*CONVERT, "--recipee", "x"], ["--recipee", "--recipe"]),
         ([*CONVERT, "--set", "window"], ["'window'", "KEY=VALUE"]),
         (["generate", "model", "--prompt", "a", "--max-new-tokens", "few"], ["'few'", "max-new-tokens"]),
+        (["export", "student", "--out", "b"], ["--to", "linearize export --help"]),
+        (["export", "student", "--to", "granite", "--out", "b"], ["'granite'", "did you mean 'granite-hybrid'"]),
         (["recipes", "lolcat"], ["'lolcat'", "did you mean 'lolcats'"]),
         (["recipes", "none.yaml"], ["none.yaml", "no such file"]),
     ],
@@ -83,7 +85,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     verbs = [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()]
-    assert verbs == ["demo", "convert", "generate", "chat", "eval", "inspect", "recipes"]
+    assert verbs == ["demo", "convert", "generate", "chat", "eval", "inspect", "export", "recipes"]
     assert main(["convert", "--help"]) == 0
     assert DEFAULT_RECIPE in capsys.readouterr().out.replace("-\n" + " " * 23, "-")
 

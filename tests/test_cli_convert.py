@@ -69,6 +69,21 @@ def test_a_length_beyond_the_context_that_was_asked_for_is_refused(
     assert "data.length 65" in error and "context 64" in error and not (folder / "long").exists()
 
 
+def test_export_writes_a_folder_or_says_what_would_take_the_student(
+    folder: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["export", str(student), "--to", "granite-hybrid", "--out", str(tmp_path / "native")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "hold lolcats, granite-hybrid takes mamba2 and softmax: use --to hf" in error
+    assert not list(tmp_path.iterdir())
+    assert main(["export", str(student), "--to", "hf", "--out", str(tmp_path / "own")]) == 0
+    assert capsys.readouterr().out == f"exported to {tmp_path / 'own'}\n"
+    assert (tmp_path / "own" / "modeling_linearized.py").is_file()
+    assert main(["export", str(folder / "teacher"), "--to", "hf", "--out", str(tmp_path / "none")]) == 2
+    assert "not a student" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_eval_inspect_and_generate_take_the_student(
     folder: Path, student: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -174,6 +174,14 @@ def test_an_existing_folder_is_kept_unless_asked(student: Path, folder: Path, tm
     assert same_weights(student, out) and not (out / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("out", ["teacher", "."])
+def test_what_is_read_is_not_replaced(folder: Path, tmp_path: Path, out: str) -> None:
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    with pytest.raises(InputError, match=r"is or holds .*teacher, which is read"):
+        convert(folder, tmp_path / out, teacher=tmp_path / "teacher", overwrite=True)
+    assert (tmp_path / "teacher" / "config.json").is_file()
+
+
 class Killed(BaseException):
     """As final as a signal, but the test survives it."""
 
@@ -290,7 +298,7 @@ def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path) -> Non
     """DPO after a stage of the common loop; killed in between, it ends with the same weights."""
     pytest.importorskip("trl")
     dpo = {"name": "dpo", "data": str(preferences(tmp_path / "pairs.json")), "lr": 1e-2, "batch": 4, "epochs": 1,
-           "beta": 0.5, "chat_template": "plain"}  # fmt: skip
+           "beta": 0.5, "chat_template": "plain", "length": 100}  # fmt: skip
     recipe = Recipe.from_data(RECIPE | {"stages": [RECIPE["stages"][0], dpo]})
     convert(folder, tmp_path / "whole", recipe=recipe)
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
@@ -298,6 +306,9 @@ def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path) -> Non
     assert (second["name"], second["details"]["steps"]) == ("dpo", 3) and second["tokens"] > 0
     assert second["loss_before"] == first["loss_after"] and second["loss_after"] != second["loss_before"]
     assert any("margin" in name for name in second["details"]["metrics"])
+    as_run = yaml.safe_load((tmp_path / "whole" / "recipe.yaml").read_text())
+    assert as_run["stages"][1]["length"] == 64, "cut to the teacher's context as in any other stage"
+    assert second["details"]["data"] == dpo["data"] and dpo["data"] in (tmp_path / "whole" / "README.md").read_text()
     with pytest.raises(Killed):
         convert(folder, tmp_path / "broken", recipe=recipe, progress=KillAt("dpo", 2))
     convert(folder, tmp_path / "broken", recipe=recipe)

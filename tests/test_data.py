@@ -205,6 +205,9 @@ def test_other_bad_requests(tmp_path: Path) -> None:
         load_documents([], TOKENIZER)
     with pytest.raises(InputError, match="no teacher"):
         load_documents(["self"], TOKENIZER)
+    for nothing in ("", "pseudo:", "pseudo: "):
+        with pytest.raises(InputError, match="names nothing"):
+            load_documents([nothing], TOKENIZER, answer=lambda spec: [])
 
 
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,9 @@ from linearize.evaluation import (
     recall_beyond_window,
     write_report,
 )
+from linearize.evaluation.branches import window_reach
 from linearize.evaluation.card import model_card
-from linearize.evaluation.compare import _branches, _documents
+from linearize.evaluation.compare import _documents
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.plots import (
     plot_decode_cost,
@@ -46,9 +47,11 @@ from linearize.evaluation.plots import (
     plot_stages,
 )
 from linearize.evaluation.recall import fact_distance, matches
+from linearize.mixers.gla import GlaConfig
 from linearize.mixers.lolcats import LolcatsConfig
+from linearize.mixers.mamba2 import Mamba2Config
 from linearize.mixers.sliding_window import SlidingWindowConfig
-from linearize.modeling import LinearizeConfig, LinearizedForCausalLM
+from linearize.modeling import LinearizedForCausalLM
 from linearize.training.data import DataConfig, document_rows, load_documents, split
 
 CHARACTERS = [*string.ascii_letters, *string.digits, *" \n:.,?"]
@@ -345,18 +348,18 @@ def test_evaluate_bad_input(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("configs", "expected"),
     [
-        ([LolcatsConfig(window=5, feature_dim=3)], (True, 10)),  # terraced: the block before and the own one
-        ([LolcatsConfig(window=5, feature_dim=3, window_shape="sliding")], (True, 5)),
-        ([LolcatsConfig(window=0, feature_dim=3), None], (False, None)),
-        ([SlidingWindowConfig(window=7), None], (False, 7)),
-        ([SlidingWindowConfig(window=7), LolcatsConfig(window=3, feature_dim=3)], (True, 7)),
+        ([LolcatsConfig(window=5, feature_dim=3)], 10),  # terraced: the block before and the own one
+        ([LolcatsConfig(window=5, feature_dim=3, window_shape="sliding")], 5),
+        ([LolcatsConfig(window=0, feature_dim=3), None], None),
+        ([SlidingWindowConfig(window=7), None], None),
+        ([SlidingWindowConfig(window=7), LolcatsConfig(window=3, feature_dim=3)], 7),
+        ([GlaConfig(window=9, window_shape="sliding"), None], 9),
+        ([LolcatsConfig(window=5, feature_dim=3), Mamba2Config()], None),  # Mamba-2 has no branch to run alone
+        ([None, None], None),
     ],
 )
-def test_which_students_have_two_branches(configs: list[Any], expected: tuple[bool, int | None]) -> None:
-    plan = [config and config.model_dump(mode="json") for config in configs]
-    student: Any = SimpleNamespace(config=LinearizeConfig(plan=plan, attention=["self_attn"] * len(plan)))
-    assert _branches(student) == expected
-    assert _branches(tiny_llama(1)) == _branches(None) == (False, None)
+def test_which_plans_have_two_branches(configs: list[Any], expected: int | None) -> None:
+    assert window_reach(configs) == expected
 
 
 def test_only_text_that_training_never_saw(folder: Path) -> None:

@@ -181,6 +181,15 @@ def test_unknown_target_and_taken_folder_are_refused(tmp_path: Path) -> None:
         export_student(tmp_path / "nowhere", "hf", tmp_path / "other")
 
 
+def test_the_student_is_not_replaced_by_its_export(tmp_path: Path) -> None:
+    built("granite-softmax").save_pretrained(tmp_path / "student")
+    before = (tmp_path / "student" / "config.json").read_bytes()
+    for out in (tmp_path / "student", tmp_path):
+        with pytest.raises(InputError, match=r"is or holds .*student, which is read"):
+            export_student(tmp_path / "student", "granite-hybrid", out, overwrite=True)
+    assert (tmp_path / "student" / "config.json").read_bytes() == before
+
+
 def test_a_folder_that_is_not_the_student_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qwen3_5, "centred", lambda weight: weight)
     with pytest.raises(InputError, match=r"logits differ from the student's by .*use --to hf"):

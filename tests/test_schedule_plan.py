@@ -123,9 +123,11 @@ def test_the_costliest_layers_are_kept() -> None:
     tied = plan(layers={"keep": 0.2, "select": "sensitivity"}).resolve(5, [0.1, 0.9, 0.1, 0.9, 0.3])
     assert [i for i, mixer in enumerate(tied) if mixer is None] == [1]
     with pytest.raises(InputError, match="keeps none of 5"):
-        plan(layers={"keep": 0.01, "select": "sensitivity"}).resolve_if_known(5)
+        plan(layers={"keep": 0.01, "select": "sensitivity"}).resolve(5, [0.0] * 5)
     with pytest.raises(InputError, match="nothing to convert"):
-        plan(layers={"keep": 0.95, "select": "sensitivity"}).resolve_if_known(5)
+        plan(layers={"keep": 0.95, "select": "sensitivity"}).resolve(5, [0.0] * 5)
+    with pytest.raises(InputError, match=r"overrides: .*sensitivity chooses the layers; name them"):
+        plan(layers={"keep": 0.4, "select": "sensitivity"}, overrides={4: LOLCATS}).resolve(5, [0.0] * 5)
 
 
 # the text
@@ -294,16 +296,45 @@ def test_layers_chosen_by_sensitivity_are_told(folder: Path, tmp_path: Path) -> 
     assert len({score["kl"] for score in scores}) == 3
 
 
-def test_what_cannot_run_later_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_run_later_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for overrides, words in (
         ({"stages.0.name": "attention_transfer"}, r"stages\.0: attention_transfer.*mamba2.*hidden_alignment"),
         ({"stages.2.length": 65}, r"stages\.2\.length 65.*64"),
         ({"stages.1.teacher": str(folder / "nowhere")}, r"nowhere is not a model folder"),
         ({"plan.layers": {"keep": 0.9}}, r"nothing to convert"),
+        ({"plan.mixer": {"name": "mamba", "initialise": "calibrate"}}, r"mixer mamba cannot be calibrated"),
+        ({"plan.overrides": {1: {"name": "retention", "initialise": "calibrate"}}}, r"retention cannot be calibrated"),
+        ({"stages.0.name": "matrix_alignment", "plan.overrides": {0: LOLCATS}}, r"stages\.0: matrix_align.* lolcats"),
+        ({"stages.0.tokens": 10**6, "stages.0.length": 60, "data.heldout": 29}, r"stages\.0: "),
     ):
+        monkeypatch.setattr("linearize.recipes.preparation.layer_sensitivity", _no_work)
         with pytest.raises(InputError, match=words) as caught:
             convert(folder, tmp_path / "s", recipe=Recipe.from_data(STEPWISE), overrides=overrides)
         assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def _no_work(*_: Any, **__: Any) -> None:
+    raise AssertionError("work was done before everything was checked")
+
+
+@pytest.mark.parametrize("data", ["self", "pseudo:prompts.jsonl"])
+def test_the_teacher_writes_no_text_for_stages_that_cannot_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    for name in ("self_sampler", "pseudo_labeller"):
+        monkeypatch.setattr(f"linearize.recipes.preparation.{name}", lambda *_, **__: _no_work)
+    with pytest.raises(InputError, match="nowhere is not a model folder"):
+        overrides = {"stages.1.teacher": str(folder / "nowhere")}
+        convert(folder, tmp_path / "s", data=[data], recipe=Recipe.from_data(STEPWISE), overrides=overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_tracker_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'tensorboard'"):
+        convert(folder, tmp_path / "s", track=["tensorbord"])
     assert not list(tmp_path.iterdir())
 
 

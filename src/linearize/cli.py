@@ -261,6 +261,21 @@ def inspect(
 
 
 @app.command()
+def export(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder, or its Hub name.")],
+    to: Annotated[
+        str, typer.Option(metavar="TARGET", help="granite-hybrid or qwen3.5 (native), or hf (with its own code).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the exported model.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+) -> None:
+    """Write a student for programs without linearize."""
+    from linearize.modeling.export import export_student
+
+    print(f"exported to {export_student(student, to, out, overwrite=overwrite)}")
+
+
+@app.command()
 def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Print this recipe, every key spelled out.")

@@ -96,7 +96,7 @@ def conversion_lines(folder: Path) -> Iterator[str]:
     if report is None:
         return
     losses = [("teacher", report.teacher_loss), ("bare swap", report.swap_loss)]
-    losses += [(f"after {stage.name}", stage.loss_after) for stage in report.stages]
+    losses += [(f"after {name}", loss) for name, loss, stage in report.moments() if stage is not None]
     yield f"held-out loss, nats per token ({report.heldout_tokens:,} tokens)"
     yield from table([{"": name, "loss": loss, "above": loss - report.teacher_loss} for name, loss in losses])
     yield f"KL(teacher||student) {report.student_kl:.4f}, same most likely token {report.student_top1:.1%}"

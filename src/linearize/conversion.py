@@ -20,14 +20,14 @@ from linearize.evaluation.language_modeling import branch_ablation, held_out_rep
 from linearize.evaluation.layer_error import layer_errors
 from linearize.evaluation.plots import plot_layer_error, plot_stages
 from linearize.evaluation.report import ConversionReport, StageReport, build_report, provenance, write_report
-from linearize.files import atomic_folder, check_free
+from linearize.files import atomic_folder, check_apart, check_free
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
 from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import StageConfig
-from linearize.training.data import batches
+from linearize.training.data import PSEUDO, batches
 from linearize.training.hardware import bf16_pays
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.own_loop import OwnLoopConfig, StageJob
@@ -70,10 +70,16 @@ def convert(
     final = Path(out).expanduser().resolve()
     check_free(final, overwrite)
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
+    check_apart(final, str(teacher), *(spec.removeprefix(PSEUDO) for spec in specs))
     asked = set(overrides or {})
+    work = final.parent / f".{final.name}.run"  # checkpoints and the log lie here until the student is whole
+    tracker = make_tracker(work / "log", track)
     prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
-    work = _work_folder(final)
-    conversion = Conversion(prepared, specs, work, progress or make_progress(), make_tracker(work / "log", track))
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one") from error
+    conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker)
     report = conversion.run()
     with atomic_folder(final, overwrite) as folder:
         conversion.write(folder, report)
@@ -81,16 +87,6 @@ def convert(
             shutil.copytree(work / "log", folder / "log")
     shutil.rmtree(work, ignore_errors=True)
     return load(final, device=device)
-
-
-def _work_folder(final: Path) -> Path:
-    """Where checkpoints and the log lie until the student is whole: beside it."""
-    work = final.parent / f".{final.name}.run"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one") from error
-    return work
 
 
 class Conversion:
@@ -129,6 +125,7 @@ class Conversion:
             teacher=self.given.name,
             recipe=self.recipe.name,
             data=self.specs,
+            mixers=[None if mixer is None else str(mixer["name"]) for mixer in self.student.config.plan],
             swap_loss=self.losses[0],
             stages=self.stages,
             held_out=held_out_report(self.student, self.teacher, self.heldout),
@@ -146,7 +143,8 @@ class Conversion:
         (folder / "README.md").write_text(model_card(report, recipe, self.student.config.to_dict()), encoding="utf-8")
         plot_stages(report, folder / "plots")
         if report.layer_error:
-            plot_layer_error(report.layer_error, folder / "plots")
+            converted = [layer for layer, mixer in enumerate(report.mixers) if mixer is not None]
+            plot_layer_error(report.layer_error, folder / "plots", converted)
 
     def _start_step(self, step: int) -> None:
         """Convert the layers of this step (those of the first are already), and calibrate what asks for it."""
@@ -171,7 +169,7 @@ class Conversion:
         if isinstance(share, OwnLoopConfig):
             result = self._run_own_loop(share, key, identity)
         else:
-            result = self._run_in_loop(share, key, identity, part)
+            result = self._run_in_loop(self._on_this_device(number, share, step), key, identity, part)
         self.before[key] = share.model_dump(mode="json")
         before = self.losses[-1]
         self._measure(key, step)
@@ -181,9 +179,6 @@ class Conversion:
         self, stage: StageConfig, key: str, identity: Mapping[str, Any], part: tuple[int, int]
     ) -> StageResult:
         """A stage in the common loop, on its part of the rows."""
-        if stage.precision == "bf16" and not bf16_pays(self.student.device):
-            note(f"{key}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
-            stage = stage.model_copy(update={"precision": "fp32"})
         rows = self.given.text.rows(stage.length or self.recipe.data.length, *part)
         run, device = stage.build(self.student, self.teacher), self.student.device
 
@@ -196,6 +191,14 @@ class Conversion:
             run, stage, stream, self.heldout, length=rows.length, checkpoint_dir=self.work / key, identity=identity,
             name=key, progress=self.progress, tracker=self.tracker,
         )  # fmt: skip
+
+    def _on_this_device(self, number: int, stage: StageConfig, step: int) -> StageConfig:
+        """The stage, in fp32 where bf16 would be slower; said once."""
+        if stage.precision == "fp32" or bf16_pays(self.student.device):
+            return stage
+        if step == 0 or stage.at == "last":
+            note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
+        return stage.model_copy(update={"precision": "fp32"})
 
     def _run_own_loop(self, stage: OwnLoopConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
         """A stage with a loop and data of its own."""
@@ -254,6 +257,7 @@ def _stage_report(
         "losses": [list(x) for x in result.losses[::every]],
         "heldout": [list(x) for x in result.heldout],
         **({"metrics": {k: [list(x) for x in v] for k, v in result.metrics.items()}} if result.metrics else {}),
+        **({"data": stage.data} if isinstance(stage, OwnLoopConfig) else {}),
     }
     scheduled = len(steps) > 1
     return StageReport(

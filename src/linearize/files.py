@@ -97,6 +97,18 @@ def check_free(final: Path, overwrite: bool) -> None:
         raise InputError(f"{final}: holds the working or home folder and is not replaced; give another output folder")
 
 
+def check_apart(final: Path, *read: Path | str) -> None:
+    """Refuse an output folder that holds what is read, since `overwrite` would remove it.
+
+    Raises:
+        InputError: such a folder.
+    """
+    for name in read:
+        path = Path(name).expanduser()
+        if path.exists() and path.resolve().is_relative_to(final):
+            raise InputError(f"{final}: is or holds {name}, which is read; give another output folder")
+
+
 def _make_sibling(final: Path) -> Path:
     """An empty folder next to `final` (same file system, so that renaming is atomic), with ordinary permissions."""
     try:

@@ -1,10 +1,11 @@
 """Forward and backward of recurrent layers against transformers' own PyTorch layers: same sizes, same run.
 
 mamba2 and gated_delta_net carry the very weights of the layer they are compared with, and their outputs are compared
-before anything is timed. Mamba's projections are cut differently from transformers' (C, B and x come from the hidden
-states): the same width, state and convolution, random weights; its own backward is quadratic, so it is timed on a
-shorter text. `core` is what is between the projections, which both sides compute with the same matrix products: the
-recurrence with its step sizes.
+before anything is timed. With fewer key/value heads than query heads (as teachers have them) ours projects those alone,
+and transformers' layer, which knows none, holds their rows repeated: the same function. Mamba's projections are cut
+differently from transformers' (C, B and x come from the hidden states): the same width, state and convolution, random
+weights; its own backward is quadratic, so it is timed on a shorter text. `core` is what is between the projections,
+which both sides compute with the same matrix products: the recurrence with its step sizes.
 """
 
 from __future__ import annotations
@@ -28,18 +29,31 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """`tokens`, `width` of the hidden states, `heads` of `dim`."""
+    """`tokens`, `width` of the hidden states, `heads` of `dim`, and the `kv_heads` that ours has."""
 
     tokens: int
     width: int
     heads: int
+    kv_heads: int
     dim: int
 
     @property
     def shape(self) -> AttentionShape:
-        """As many key/value heads as query heads."""
-        heads, dim = self.heads, self.dim
-        return AttentionShape(num_heads=heads, num_kv_heads=heads, head_dim=dim, value_dim=dim, model_dim=self.width)
+        """The attention that the layer replaces."""
+        dim, width = self.dim, self.width
+        return AttentionShape(
+            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=dim, value_dim=dim, model_dim=width
+        )
+
+    def projected(self, *rows: tuple[int, bool]) -> Tensor:
+        """Which of our projection's rows each row of transformers' is: blocks of a number of columns per query head,
+        of which ours has one per key/value head where the block is shared."""
+        found, first = [], 0
+        for dim, shared in rows:
+            head = torch.arange(self.heads) // (self.heads // self.kv_heads if shared else 1)
+            found.append((first + head[:, None] * dim + torch.arange(dim)).flatten())
+            first += dim * (self.kv_heads if shared else self.heads)
+        return torch.cat(found)
 
 
 def measure(name: str, size: Size, repeats: int) -> list[dict[str, Any]]:
@@ -136,7 +150,11 @@ def _mamba2(size: Size) -> tuple[LayerMixer, nn.Module, bool]:
     given["conv_weight"] = given.pop("conv1d.weight")[:, 0]
     given["conv_bias"] = given.pop("conv1d.bias")
     given["dt_bias"], given["A_log"] = ours.get_parameter("dt_bias"), ours.get_parameter("A_log")
-    theirs.load_state_dict({"dt_bias": given["dt_bias"], "A_log": given["A_log"]}, strict=False)
+    projection, dim = ours.get_parameter("in_proj.weight"), size.dim
+    given["in_proj.weight"] = projection
+    rows = size.projected((dim, False), (dim, True), (dim, True), (dim, False), (1, False))
+    copied = {"dt_bias": given["dt_bias"], "A_log": given["A_log"], "in_proj.weight": projection[rows]}
+    theirs.load_state_dict(copied, strict=False)
     ours.load_state_dict(given)
     return ours, theirs, True
 
@@ -161,6 +179,9 @@ def _gated_delta_net(size: Size) -> tuple[LayerMixer, nn.Module, bool]:
     for old, new in renamed.items():
         given[f"{new}.weight"] = given.pop(f"{old}.weight")
     given["conv_weight"], given["norm_weight"] = given.pop("conv1d.weight")[:, 0], given.pop("norm.weight")
+    given["qkv_proj.weight"] = projection = ours.get_parameter("qkv_proj.weight")
+    rows = size.projected((size.dim, False), (size.dim, True), (size.dim, True))
+    theirs.load_state_dict({"in_proj_qkv.weight": projection[rows]}, strict=False)
     ours.load_state_dict(given)
     return ours, theirs, True
 
@@ -238,6 +259,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ("tokens", 7),
         ("width", 7),
         ("heads", 10),
+        ("kv", 5),
         ("ours tok/s", 12),
         ("theirs", 10),
         ("x", 8),
@@ -249,7 +271,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         most = "" if row["most"] is None else f"{row['most']:.2f}"
         speed, heads = row["tokens_per_second"], f"{row['heads']}x{row['dim']}"
         lines.append(
-            f"{row['mixer']:<16}{row['part']:<7}{row['tokens']:>7}{row['width']:>7}{heads:>10}{speed['ours']:>12.0f}"
+            f"{row['mixer']:<16}{row['part']:<7}{row['tokens']:>7}{row['width']:>7}{heads:>10}{row['kv_heads']:>5}{speed['ours']:>12.0f}"
             f"{speed['transformers']:>10.0f}{row['speedup']:>8.2f}{row['speedup_cpu']:>8.2f}{most:>8}"
         )
     return "\n".join(lines)
@@ -263,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--mamba-tokens", type=int, default=512, help="tokens for mamba (theirs is quadratic in them)")
     options.add_argument("--width", type=int, default=512)
     options.add_argument("--heads", type=int, default=8)
+    options.add_argument("--kv-heads", type=int, nargs="+", help="of ours, one run each (default: as --heads)")
     options.add_argument("--dim", type=int, default=64)
     options.add_argument("--json", action="store_true", help="print JSON instead of a table")
     chosen = options.parse_args(arguments)
@@ -270,8 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for name in chosen.mixers:
         tokens = chosen.mamba_tokens if name == "mamba" else chosen.tokens
-        size = Size(tokens=tokens, width=chosen.width, heads=chosen.heads, dim=chosen.dim)
-        rows += measure(name, size, 1 if name == "mamba" else chosen.repeats)
+        for kv_heads in chosen.kv_heads or [chosen.heads]:
+            size = Size(tokens=tokens, width=chosen.width, heads=chosen.heads, kv_heads=kv_heads, dim=chosen.dim)
+            rows += measure(name, size, 1 if name == "mamba" else chosen.repeats)
     if not chosen.json:
         print(table(rows))
     if chosen.json or chosen.out is not None:

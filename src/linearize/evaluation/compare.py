@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize.decoding.loading import is_student, load_any, pad_token
 from linearize.errors import InputError
 from linearize.evaluation.agreement import Batch, View, score_batches
+from linearize.evaluation.branches import window_reach
 from linearize.evaluation.language_modeling import PositionBin, ablation_of, ablation_views, report_of
 from linearize.evaluation.plots import plot_loss_by_position, plot_stages
 from linearize.evaluation.report import ConversionReport, provenance, read_report
 from linearize.files import atomic_write_text, read_text
-from linearize.modeling.config import LinearizeConfig
+from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.teacher import check_model_folder
-from linearize.ops.window_linear.window import ring_slots
 from linearize.training.data import DataConfig, Document, document_rows, load_documents, split
+from linearize.training.pseudo_labels import pseudo_labeller
 from linearize.training.sampling import self_sampler
 
 DEFAULT_LENGTH = 1024
@@ -46,7 +47,8 @@ def evaluate(
     """Loss of a model and its teacher on the same tokens, KL, top-1, loss by position, branch ablation; JSON-able.
 
     `teacher` and `data` default to what the student's own report names; of the data that the student was made from only
-    the part that training never saw is used, and `self` is written again by the teacher as the recipe says. Whole
+    the part that training never saw is used, and `self` and `pseudo:` are written again by the teacher as the recipe
+    says. Whole
     documents up to about `limit` tokens, in rows of at most `length` tokens (default: the recipe's). With `out`,
     `eval.json` and plots are written there. A plain transformers model without a teacher is measured alone, as a
     teacher. Raises InputError for what cannot be used.
@@ -63,8 +65,7 @@ def evaluate(
     teacher_path = str(teacher or (report.teacher if report else "")) or None
     teacher_model = _load_teacher(teacher_path, tokenizer, device, notes, required=teacher is not None)
     config = _data_config(model_path)
-    sample = self_sampler(teacher_model, tokenizer, config or DataConfig()) if teacher_model is not None else None
-    documents = _documents(specs, report, config, tokenizer, limit, notes, sample)
+    documents = _documents(specs, report, config, tokenizer, limit, notes, teacher_model)
     rows = document_rows(documents, length or _length(model_path, model), pad_token_id=pad_token(tokenizer))
     batches = _with_progress(rows.in_order(batch), -(-len(rows) // batch))
     alone = teacher_model is None and not is_student(model_path)
@@ -120,12 +121,18 @@ def _documents(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     notes: list[str],
-    sample: Callable[[], list[Document]] | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> list[Document]:
-    """The documents to measure on, never those that a student was trained on, as far as its report tells."""
+    """The documents to measure on, never those that a student was trained on, as far as its report tells.
+
+    What the teacher wrote for a conversion (`self`, `pseudo:`) it writes again, or reads from its cache.
+    """
     seen = [spec for spec in specs if report is not None and spec in report.data]
     answer_only = config is not None and config.answer_only
-    documents = load_documents(specs, tokenizer, sample=sample, answer_only=answer_only)
+    settings = config or DataConfig()
+    sample = self_sampler(teacher, tokenizer, settings) if teacher is not None else None
+    answer = pseudo_labeller(teacher, tokenizer, settings) if teacher is not None else None
+    documents = load_documents(specs, tokenizer, sample=sample, answer=answer, answer_only=answer_only)
     if report is not None and config is not None and specs == report.data:
         documents = split(documents, config).heldout
         notes.append("the held-out part of the data that the student was made from")
@@ -161,22 +168,12 @@ def _measure(
 ) -> dict[str, Any]:
     """One pass with every view that there is: teacher, student, and the student's branches where it has both."""
     views = {"teacher": View(model=teacher)} if teacher is not None else {}
-    branches, window = _branches(student)
+    reach = window_reach(student.config.mixers()) if isinstance(student, LinearizedForCausalLM) else None
     if student is not None:
-        views |= ablation_views(student) if branches else {"student": View(model=student)}
+        views |= {"student": View(model=student)} if reach is None else ablation_views(student)
     scores = score_batches(batches, views, reference="teacher" if teacher is not None else None)
-    ablation = ablation_of(scores, window=window).to_dict() if branches else None
+    ablation = None if reach is None else ablation_of(scores, window=reach).to_dict()
     return {**report_of(scores).to_dict(), "ablation": ablation}
-
-
-def _branches(student: PreTrainedModel | None) -> tuple[bool, int | None]:
-    """Whether the student has a window and a linear branch to tell apart, and how far its longest window reaches."""
-    config = student.config if student is not None else None
-    mixers = [mixer for mixer in config.mixers() if mixer is not None] if isinstance(config, LinearizeConfig) else []
-    linear = any(hasattr(mixer, "feature_map") for mixer in mixers)
-    windows: list[Any] = [mixer for mixer in mixers if getattr(mixer, "window", 0)]
-    reach = [ring_slots(mixer.window, mixer.window_shape) + 1 for mixer in windows]
-    return linear and bool(windows), max(reach, default=None)
 
 
 def _write(result: dict[str, Any], report: ConversionReport | None, out: Path) -> None:

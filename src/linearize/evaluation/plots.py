@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from linearize.evaluation.decode_cost import DecodeCost
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.recall import RecallReport
-from linearize.evaluation.report import ConversionReport
+from linearize.evaluation.report import ConversionReport, Moment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {"teacher": "#444444", "student": "#1f6fb4", "window": "#e08214", "swap": "#b0b0b0"}
+MOST_NAMED = 7
 LABELS = {"teacher": "teacher", "student": "student", "window": "student, window only"}
 STYLE: Any = {
     "font.size": 10,
@@ -43,22 +44,44 @@ def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: fl
     """
     if window_loss is None and report.ablation:
         window_loss = report.ablation["all_tokens"]["window"]
-    names = ["swap", *(stage.name.replace("_", " ") for stage in report.stages)]
-    losses = [report.swap_loss, *(stage.loss_after for stage in report.stages)]
+    moments = report.moments()
+    losses, crowded = [moment.loss for moment in moments], len(moments) > MOST_NAMED
     lines = {"teacher": report.teacher_loss} | ({"window": window_loss} if window_loss is not None else {})
-    with new_figure(Path(folder) / "stages", width=1.6 + 1.5 * max(len(names), 3)) as (figure, (axis,)):
+    width = 1.6 + 1.5 * (MOST_NAMED if crowded else max(len(moments), 3))
+    with new_figure(Path(folder) / "stages", width=width) as (figure, (axis,)):
         for name, loss in lines.items():
             style = "-" if name == "teacher" else "--"
             axis.axhline(loss, color=COLOURS[name], linestyle=style, linewidth=1.4, label=f"{LABELS[name]} {loss:.3f}")
-        axis.plot(range(len(names)), losses, marker="o", color=COLOURS["student"], label=LABELS["student"])
-        axis.set_xticks(range(len(names)), names)
-        for at, loss in enumerate(losses):
-            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-            axis.annotate(f"{loss:.3f}", (at, loss), xytext=(0, 9), textcoords="offset points", ha="center", bbox=box)
-        axis.margins(x=0.18, y=0.16)
+        size: dict[str, Any] = {"markersize": 4} if crowded else {}
+        axis.plot(range(len(losses)), losses, marker="o", color=COLOURS["student"], label=LABELS["student"], **size)
+        swaps = [at for at, moment in enumerate(moments) if moment.stage is None]
+        if len(swaps) > 1:
+            label = f"{len(swaps)} swaps, before training"
+            axis.plot(swaps, [losses[at] for at in swaps], "o", color=COLOURS["swap"], label=label, zorder=3, **size)
+        named = _named_moments(moments) if crowded else range(len(moments))
+        axis.set_xticks(named, [moments[at].name.replace("_", " ").replace(" (", "\n(") for at in named])
+        for at in named:
+            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+            above = not crowded or at == 0  # after a step of a schedule the loss is lowest
+            place: dict[str, Any] = {
+                "xytext": (0, 9 if above else -17),
+                "textcoords": "offset points",
+                "ha": "center",
+                "bbox": box,
+            }
+            axis.annotate(f"{losses[at]:.3f}", (at, losses[at]), **place)
+        axis.margins(x=0.06 if crowded else 0.18, y=0.2 if crowded else 0.16)
         axis.set(title="Held-out loss through the stages", ylabel="nats per token")
         _legend_below(figure)
     return figure_files(folder, "stages")
+
+
+def _named_moments(moments: Sequence[Moment]) -> list[int]:
+    """Of too many moments those that are named and told in numbers: the first, and ends of steps, spread evenly."""
+    last = len(moments) - 1
+    ends = [at for at in range(1, last) if moments[at + 1].stage is None] or list(range(1, last))
+    evenly = [i * last / (MOST_NAMED - 1) for i in range(MOST_NAMED)]
+    return sorted({min([0, *ends, last], key=lambda at: abs(at - target)) for target in evenly})
 
 
 def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> list[Path]:
@@ -130,11 +153,16 @@ def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list
     return figure_files(folder, "recall")
 
 
-def plot_layer_error(errors: Mapping[str, Sequence[float]], folder: Path | str) -> list[Path]:
-    """Attention-transfer error of each layer, a group of bars per moment; files `layer_error.svg` and `.png`."""
-    layers = max(len(values) for values in errors.values())
+def plot_layer_error(
+    errors: Mapping[str, Sequence[float]], folder: Path | str, layers: Sequence[int] | None = None
+) -> list[Path]:
+    """Error of each converted layer, a group of bars per moment; files `layer_error.svg` and `.png`.
+
+    `layers`: which layers they are (None: the first ones).
+    """
+    count = max(len(values) for values in errors.values())
     palette = [COLOURS["swap"], COLOURS["student"], COLOURS["window"], COLOURS["teacher"]]
-    with new_figure(Path(folder) / "layer_error", width=max(5.2, 1.6 + 0.35 * layers * len(errors))) as (
+    with new_figure(Path(folder) / "layer_error", width=max(5.2, 1.6 + 0.35 * count * len(errors))) as (
         figure,
         (axis,),
     ):
@@ -142,7 +170,7 @@ def plot_layer_error(errors: Mapping[str, Sequence[float]], folder: Path | str) 
         for i, (moment, values) in enumerate(errors.items()):
             at = [layer + (i - (len(errors) - 1) / 2) * width for layer in range(len(values))]
             axis.bar(at, values, width=width * 0.94, color=palette[i % len(palette)], label=moment.replace("_", " "))
-        axis.set_xticks(range(layers))
+        axis.set_xticks(range(count), [str(layer) for layer in layers or range(count)])
         axis.set(title="Transfer error by layer", xlabel="layer", ylabel="error / teacher output power")
         _legend_below(figure)
     return figure_files(folder, "layer_error")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,7 +35,11 @@ class StageReport(BaseModel):
     tokens: int = Field(description="training tokens seen")
     trainable_parameters: int
     seconds: float
-    details: dict[str, Any] = Field(default_factory=dict, description="what the loop adds: steps, stage losses, ...")
+    details: dict[str, Any] = Field(
+        default_factory=dict,
+        description="steps, the stage's own losses; with a schedule `layers`, all converted by then; `data` of "
+        "a stage that reads its own",
+    )
 
 
 class ConversionReport(BaseModel):
@@ -48,7 +52,13 @@ class ConversionReport(BaseModel):
     data: list[str] = Field(description="the data SPECs; the held-out part is drawn from them as the recipe says")
     heldout_tokens: int
     teacher_loss: float
-    swap_loss: float = Field(description="after the swap, before training")
+    mixers: list[str | None] = Field(
+        default_factory=list, description="by layer: its mixer, null where softmax attention stays"
+    )
+    swap_loss: float = Field(
+        description="after the swap, before training; with a schedule after the swap of its first step, those of later "
+        "steps are in their first stage's loss_before"
+    )
     stages: list[StageReport]
     student_loss: float
     student_kl: float = Field(description="mean KL(teacher||student), nats per token")
@@ -56,13 +66,37 @@ class ConversionReport(BaseModel):
     held_out: dict[str, Any] = Field(description="teacher and student in full: errors, perplexities, by position")
     ablation: dict[str, Any] | None = Field(None, description="loss of the window and of the linear branch alone")
     layer_error: dict[str, list[float]] = Field(
-        default_factory=dict, description="attention-transfer error of each layer, by moment of the conversion"
+        default_factory=dict, description="error of each converted layer, in order, by moment of the conversion"
     )
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return self.model_dump(mode="json")
+
+    def stage_names(self) -> list[str]:
+        """The stages' names; where several have the same, each with its number among them: `distill #2`."""
+        names = [stage.name for stage in self.stages]
+        return [
+            name if names.count(name) == 1 else f"{name} #{names[: i + 1].count(name)}" for i, name in enumerate(names)
+        ]
+
+    def moments(self) -> list[Moment]:
+        """Every moment at which the held-out loss was measured: after each swap, and after each stage."""
+        found = [Moment("swap", self.swap_loss, None)]
+        for name, stage in zip(self.stage_names(), self.stages, strict=True):
+            if found[-1].loss != stage.loss_before:  # a later step of a schedule has converted further layers
+                found.append(Moment("swap", stage.loss_before, None))
+            found.append(Moment(name, stage.loss_after, stage))
+        return found
+
+
+class Moment(NamedTuple):
+    """A moment of a conversion: `stage` is None after a swap, before training."""
+
+    name: str
+    loss: float
+    stage: StageReport | None
 
 
 def build_report(
@@ -73,6 +107,7 @@ def build_report(
     swap_loss: float,
     stages: Sequence[StageReport],
     held_out: LanguageModelingReport,
+    mixers: Sequence[str | None] = (),
     ablation: BranchAblation | None = None,
     layer_error: Mapping[str, Sequence[float]] | None = None,
     provenance: Mapping[str, Any],
@@ -86,6 +121,7 @@ def build_report(
         teacher=teacher,
         recipe=recipe,
         data=list(data),
+        mixers=list(mixers),
         heldout_tokens=held_out.tokens,
         teacher_loss=held_out.teacher_loss,
         swap_loss=swap_loss,

@@ -25,7 +25,6 @@ from linearize.mixers.gates import (
     l2_norm,
     norm_then_gate,
     repeat_heads,
-    split_heads,
     start_conv,
     start_decay,
     start_step_bias,
@@ -38,6 +37,7 @@ from linearize.mixers.layer_mixer import (
     LayerMixerConfig,
     RecurrentState,
 )
+from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.gated_delta import gated_delta
 from linearize.ops.layout import Layout
 from linearize.ops.short_conv import short_conv
@@ -158,21 +158,44 @@ class GatedDeltaNet(LayerMixer):
         self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta `[B, H, T]`, all at least fp32; taps."""
-        heads, groups = self.shape.num_heads, self.shape.num_kv_heads
-        qkv = self.qkv_proj(hidden_BTM)
+        qkv, taps = self.qkv_proj(hidden_BTM), None
+        if state is None and not need_state and can_fuse(qkv):
+            q, k, v = self._fused(qkv, layout)
+        else:
+            q, k, v, taps = self._one_by_one(qkv, layout, state, need_state)
+        if self.config.repeat == "after":
+            k, v = (x.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, dim=2) for x in (k, v))
+        step = F.softplus(wide(self.decay_proj(hidden_BTM)) + wide(self.dt_bias))
+        decay = (step * -wide(self.A_log).exp()).transpose(1, 2)
+        beta = torch.sigmoid(wide(self.beta_proj(hidden_BTM))).transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), decay, beta, taps
+
+    def _fused(self, qkv: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        """q, k, v `[B, T, H or G, .]` after convolution and SiLU, q and k at their lengths."""
+        shape, (q, k, _) = self.shape, self.rows
+        heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        copies = heads if self.config.repeat == "before" else groups
+        parts = (
+            Heads(first=0, groups=heads, heads=heads, dim=dim, length=dim**-0.5),
+            Heads(first=q, groups=groups, heads=copies, dim=dim, length=1.0),
+            Heads(first=q + k, groups=groups, heads=copies, dim=shape.value_dim),
+        )
+        return conv_heads(qkv, self.conv_weight.to(qkv.dtype), None, parts, layout=layout)
+
+    def _one_by_one(
+        self, qkv: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What `_fused` gives, in any precision, after past inputs; and the taps."""
+        shape = self.shape
+        heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         if self.config.repeat == "before" and groups < heads:
             q, k, v = qkv.split(self.rows, dim=-1)
             qkv = torch.cat([q, repeat_heads(k, groups, heads), repeat_heads(v, groups, heads)], dim=-1)
         taps = None if state is None else state.taps
         qkv, taps = short_conv(qkv, self.conv_weight, None, layout=layout, taps_BKC=taps, need_state=need_state)
-        q, k, v = F.silu(wide(qkv)).split(self.channels, dim=-1)
-        if self.config.repeat == "after":
-            k, v = repeat_heads(k, groups, heads), repeat_heads(v, groups, heads)
-        q, k, v = (split_heads(x, heads) for x in (q, k, v))
-        step = F.softplus(wide(self.decay_proj(hidden_BTM)) + wide(self.dt_bias))
-        decay = (step * -wide(self.A_log).exp()).transpose(1, 2)
-        beta = torch.sigmoid(wide(self.beta_proj(hidden_BTM))).transpose(1, 2)
-        return l2_norm(q) * self.shape.head_dim**-0.5, l2_norm(k), v, decay, beta, taps
+        cut = F.silu(wide(qkv)).split(self.channels, dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(cut, (dim, dim, shape.value_dim), strict=True))
+        return l2_norm(q) * dim**-0.5, l2_norm(k), v, taps
 
     def cost(self, element_size: int) -> MixerCost:
         """State in fp32 and the convolution's taps; the state decayed, corrected, written and read, the convolution."""

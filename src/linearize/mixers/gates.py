@@ -16,9 +16,12 @@ from torch.nn import functional as F
 from linearize.errors import InputError
 from linearize.mixers.base import AttentionShape
 from linearize.mixers.layer_mixer import copy_rows
+from linearize.ops.conv_heads import can_fuse
+from linearize.ops.gated_norm import gated_norm
 from linearize.ops.layout import Layout
 
 Repeat = Literal["before", "after"]
+FEW_TOKENS = 8  # up to which nothing is gained by working in slabs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -52,12 +55,21 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def gate_then_norm(y_BTHV: Tensor, gate_BTHV: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm per head of y silu(gate), times `weight: [H, V]` or `[V]` (Mamba-2, 2405.21060, section 7.1)."""
+    if _fused(y_BTHV, gate_BTHV):
+        return gated_norm(y_BTHV, gate_BTHV, weight, eps, "gate_first")
     return rms_norm(wide(y_BTHV) * F.silu(wide(gate_BTHV)), eps) * weight
 
 
 def norm_then_gate(y_BTHV: Tensor, gate_BTHV: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm per head of y, times `weight: [H, V]` or `[V]`, times silu(gate) (Gated DeltaNet, 2412.06464)."""
+    if _fused(y_BTHV, gate_BTHV):
+        return gated_norm(y_BTHV, gate_BTHV, weight, eps, "norm_first")
     return rms_norm(y_BTHV, eps) * weight * F.silu(wide(gate_BTHV))
+
+
+def _fused(y_BTHV: Tensor, gate_BTHV: Tensor) -> bool:
+    many = y_BTHV.dim() == 4 and y_BTHV.shape[1] > FEW_TOKENS
+    return many and can_fuse(gate_BTHV) and y_BTHV.dtype == gate_BTHV.dtype
 
 
 def start_step_bias(bias: Tensor, *, dt_min: float, dt_max: float, floor: float = 1e-4) -> None:

@@ -24,13 +24,13 @@ from linearize.mixers.gates import (
     gate_then_norm,
     has_bias,
     repeat_heads,
-    split_heads,
     start_conv,
     start_decay,
     start_step_bias,
     wide,
 )
 from linearize.mixers.layer_mixer import AttentionSample, AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState
+from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.decay_linear import decay_linear
 from linearize.ops.layout import Layout
 from linearize.ops.short_conv import short_conv
@@ -116,12 +116,11 @@ class Mamba2(LayerMixer):
     ) -> tuple[Tensor, RecurrentState | None]:
         """See `LayerMixer.forward`."""
         gate, C, key, x, decay, taps = self._inputs(hidden_BTM, layout, state, need_state)
-        memory = None if state is None else state.memory
+        memory, heads = None if state is None else state.memory, self.shape.num_heads
         y, memory = decay_linear(C, key, x, decay, layout=layout, state=memory, need_state=need_state)
-        y = (y + wide(self.D)[:, None, None] * x).transpose(1, 2)
-        heads = self.shape.num_heads
+        y = torch.addcmul(y, wide(self.D)[:, None, None], x)
         weight = wide(self.norm_weight).unflatten(0, (heads, -1))
-        y = gate_then_norm(y, gate.unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
+        y = gate_then_norm(y.transpose(1, 2), gate.unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
         out = self.out_proj(y.flatten(-2).to(hidden_BTM.dtype))
         return out, None if memory is None else RecurrentState(memory, taps)
 
@@ -151,9 +150,38 @@ class Mamba2(LayerMixer):
         self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Gate `[B, T, H V]`; C, dt B `[B, H, T, D]`, x `[B, H, T, V]`, dt A `[B, H, T]`, at least fp32; taps."""
+        heads, projected, taps = self.shape.num_heads, self.in_proj(hidden_BTM), None
+        if state is None and not need_state and can_fuse(projected):
+            gate, dt, x, B, C = self._fused(projected, layout)
+        else:
+            gate, dt, x, B, C, taps = self._one_by_one(projected, layout, state, need_state)
+        if self.config.repeat == "after":
+            x, B = (w.repeat_interleave(heads // self.shape.num_kv_heads, dim=2) for w in (x, B))
+        dt_BTH = F.softplus(wide(dt) + wide(self.dt_bias))
+        C, key, x = (w.transpose(1, 2) for w in (C, B * dt_BTH[..., None], x))
+        return gate, C, key, x, (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2), taps
+
+    def _fused(self, projected: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        """Gate and dt before its bias; x, B, C `[B, T, H or G, .]` after convolution and SiLU."""
+        shape, (gate, x, B, _, dt) = self.shape, self.rows
+        heads, groups = shape.num_heads, shape.num_kv_heads
+        copies = heads if self.config.repeat == "before" else groups
+        parts = (
+            Heads(first=gate, groups=groups, heads=copies, dim=shape.value_dim),
+            Heads(first=gate + x, groups=groups, heads=copies, dim=shape.head_dim),
+            Heads(first=gate + x + B, groups=heads, heads=heads, dim=shape.head_dim),
+        )
+        passed = ((0, gate), (sum(self.rows) - dt, sum(self.rows)))
+        weight, bias = (w.to(projected.dtype) for w in (self.conv_weight, self.conv_bias))
+        return conv_heads(projected, weight, bias, parts, passed=passed, layout=layout)
+
+    def _one_by_one(
+        self, projected: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What `_fused` gives, in any precision, after past inputs; and the taps."""
         shape, rows = self.shape, self.rows
         heads, groups = shape.num_heads, shape.num_kv_heads
-        gate, xBC, dt = self.in_proj(hidden_BTM).split((rows[0], sum(rows[1:4]), rows[4]), dim=-1)
+        gate, xBC, dt = projected.split((rows[0], sum(rows[1:4]), rows[4]), dim=-1)
         if self.config.repeat == "before" and groups < heads:
             x, B, C = xBC.split(rows[1:4], dim=-1)
             xBC = torch.cat([repeat_heads(x, groups, heads), repeat_heads(B, groups, heads), C], dim=-1)
@@ -161,13 +189,10 @@ class Mamba2(LayerMixer):
         xBC, taps = short_conv(
             xBC, self.conv_weight, self.conv_bias, layout=layout, taps_BKC=taps, need_state=need_state
         )
-        x, B, C = F.silu(wide(xBC)).split(self.channels, dim=-1)
-        if self.config.repeat == "after":
-            x, B = repeat_heads(x, groups, heads), repeat_heads(B, groups, heads)
-        dt_BTH = F.softplus(wide(dt) + wide(self.dt_bias))
-        decay = (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2)
-        key = (B.unflatten(-1, (heads, -1)) * dt_BTH[..., None]).transpose(1, 2)
-        return gate, split_heads(C, heads), key, split_heads(x, heads), decay, taps
+        widths = (shape.value_dim, shape.head_dim, shape.head_dim)
+        cut = F.silu(wide(xBC)).split(self.channels, dim=-1)
+        x, B, C = (w.unflatten(-1, (-1, width)) for w, width in zip(cut, widths, strict=True))
+        return gate, dt, x, B, C, taps
 
     def cost(self, element_size: int) -> MixerCost:
         """State in at least fp32 and the last inputs; the state decayed, written and read, and the convolution."""

@@ -122,9 +122,14 @@ class PlanConfig(BaseModel):
             scores: what replacing each layer alone costs; needed where `needs_scores`.
 
         Raises:
-            InputError: an index the model does not have or named twice, an override of a layer that is not converted,
-                or nothing to convert.
+            InputError: an index the model does not have or named twice, an override of a layer that is not converted
+                (or not yet known to be), or nothing to convert.
         """
+        if self.needs_scores and self.overrides:
+            raise InputError(
+                "plan.overrides: single layers given, but plan.layers.select: sensitivity chooses the layers; "
+                "name them in plan.layers instead"
+            )
         if isinstance(self.layers, KeepLayers):
             converted = self.layers.converted(num_layers, scores)
         elif isinstance(self.layers, EveryLayer):
@@ -141,13 +146,6 @@ class PlanConfig(BaseModel):
                 raise InputError(f"plan.overrides: layer {index} is not converted; add it to plan.layers or drop it")
         mixers = dict.fromkeys(converted, self.mixer) | dict(zip(indices, self.overrides.values(), strict=True))
         return [mixers.get(i) for i in range(num_layers)]
-
-    def resolve_if_known(self, num_layers: int) -> list[MixerChoice | None] | None:
-        """`resolve` where it needs no scores; else None, but a ratio that cannot be is refused just the same."""
-        if not self.needs_scores:
-            return self.resolve(num_layers)
-        self.resolve(num_layers, [0.0] * num_layers)
-        return None
 
     def steps(self, converted: Sequence[int], num_layers: int) -> list[list[int]]:
         """The layers converted after each step of the schedule; one step of all of them without one.

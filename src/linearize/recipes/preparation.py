@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.evaluation.sensitivity import LayerScore, layer_sensitivity
-from linearize.mixers import MixerConfig
-from linearize.mixers.layer_mixer import LayerMixerConfig
+from linearize.mixers import AttentionShape, MixerConfig
+from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.surgery import check_plan, probe
+from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.teacher import load_teacher
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -73,27 +74,47 @@ def prepare(
     Raises:
         InputError: anything given that cannot be used.
     """
+    _check_starts(recipe.plan)
     teacher, tokenizer = _load_teacher(name, device, recipe.seed, trust_remote_code)
-    config = teacher.config.get_text_config()
-    recipe = _fit_length(recipe, getattr(config, "max_position_embeddings", None), asked)
-    sites, wanted = probe(teacher), recipe.plan.resolve_if_known(config.num_hidden_layers)
-    text, heldout = _read_text(teacher, tokenizer, recipe.data, specs)
+    recipe, cut = _fit_length(recipe, _context(teacher), asked)
+    sites = probe(teacher)
     scores: list[LayerScore] = []
-    if wanted is None:
+    plan, steps, untouched = _planned(recipe.plan, sites, teacher, scores)
+    student = _student(teacher, name, plan, recipe.seed)
+    _check_stages(recipe, student, teacher, tokenizer)
+    text, heldout = _read_text(teacher, tokenizer, recipe.data, specs)
+    _check_rows(recipe, text, len(steps))
+    if recipe.plan.needs_scores:
         scores = layer_sensitivity(teacher, recipe.plan.mixer, _sample(recipe, text, teacher, SENSITIVITY_TOKENS))
-        wanted = recipe.plan.resolve(config.num_hidden_layers, [score.kl for score in scores])
-    plan = check_plan(wanted, sites, teacher.config.model_type)
-    if kept := [i for i, mixer in enumerate(wanted) if mixer is not None and plan[i] is None]:
-        LOG.warning("layers %s keep their own attention: the teacher limits it to the mixer's window already", kept)
-    steps = _steps(recipe.plan, wanted, plan)
-    torch.manual_seed(recipe.seed)
-    first = [mixer if layer in steps[0] else None for layer, mixer in enumerate(plan)]
-    found = Prepared(
-        name=name, recipe=recipe, teacher=teacher, tokenizer=tokenizer, plan=plan, steps=steps, scores=scores,
-        text=text, heldout=heldout, student=LinearizedForCausalLM.from_teacher(teacher, first, teacher_name=name),
+        plan, steps, untouched = _planned(recipe.plan, sites, teacher, scores)
+    if scores or len(steps) > 1:
+        first = [mixer if layer in steps[0] else None for layer, mixer in enumerate(plan)]
+        student = _student(teacher, name, first, recipe.seed)
+    for notice in cut + untouched:
+        LOG.warning(notice)
+    return Prepared(
+        name=name, recipe=recipe, teacher=teacher, tokenizer=tokenizer, student=student, plan=plan, steps=steps,
+        scores=scores, text=text, heldout=heldout,
     )  # fmt: skip
-    _check_stages(found)
-    return found
+
+
+def _planned(
+    plan: PlanConfig, sites: Sequence[AttentionSite], teacher: Any, scores: Sequence[LayerScore]
+) -> tuple[list[MixerConfig | None], list[list[int]], list[str]]:
+    """The mixer of each layer, the steps of the schedule, and what is to be told of layers that stay as they are.
+
+    Where layers are chosen by scores that are not there yet, any choice of the right size stands for it.
+    """
+    wanted = plan.resolve(len(sites), [score.kl for score in scores] or [0.0] * len(sites))
+    applied = check_plan(wanted, sites, teacher.config.model_type)
+    kept = [i for i, mixer in enumerate(wanted) if mixer is not None and applied[i] is None]
+    told = [f"layers {kept} keep their own attention: the teacher limits it to the mixer's window already"] * bool(kept)
+    return applied, _steps(plan, wanted, applied), told
+
+
+def _student(teacher: Any, name: str, plan: Sequence[MixerConfig | None], seed: int) -> LinearizedForCausalLM:
+    torch.manual_seed(seed)
+    return LinearizedForCausalLM.from_teacher(teacher, plan, teacher_name=name)
 
 
 def inspect_sensitivity(
@@ -114,9 +135,12 @@ def inspect_sensitivity(
         InputError: a teacher, data or recipe that cannot be used.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    _check_starts(chosen.plan)
     model, tokenizer = _load_teacher(teacher, device, chosen.seed, trust_remote_code)
-    chosen = _fit_length(chosen, getattr(model.config.get_text_config(), "max_position_embeddings", None), ())
+    chosen, cut = _fit_length(chosen, _context(model), ())
     text, _ = _read_text(model, tokenizer, chosen.data, data)
+    for notice in cut:
+        LOG.warning(notice)
     sample = _sample(chosen, text, model, tokens)
     scores = layer_sensitivity(model, chosen.plan.mixer, sample)
     return {
@@ -134,28 +158,65 @@ def _steps(plan: PlanConfig, wanted: Sequence[Any], applied: Sequence[Any]) -> l
     return [step for i, step in enumerate(left) if step and (i == 0 or step != left[i - 1])] or [[]]
 
 
-def _check_stages(found: Prepared) -> None:
-    """Refuse stages that could not run later on.
+def _check_starts(plan: PlanConfig) -> None:
+    """Refuse a calibrated start of mixers that have nothing to calibrate, before the teacher is loaded.
+
+    Raises:
+        InputError: such a mixer.
+    """
+    size = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=2, value_dim=2, model_dim=2)
+    for mixer in (plan.mixer, *plan.overrides.values()):
+        if isinstance(mixer, LayerMixerConfig) and mixer.initialise == "calibrate":
+            with torch.random.fork_rng():
+                built = mixer.build(size)
+            if isinstance(built, LayerMixer) and type(built).calibrate is LayerMixer.calibrate:
+                built.calibrate(())  # says why not, and what to do
+
+
+def _check_stages(recipe: Recipe, student: LinearizedForCausalLM, teacher: Any, tokenizer: Any) -> None:
+    """Refuse stages that could not run later on; `student` has every layer of the plan converted.
 
     Raises:
         InputError: a stage that does not fit mixers, teacher, tokenizer or data.
     """
-    context = getattr(found.teacher.config.get_text_config(), "max_position_embeddings", None)
-    others = sorted({str(mixer.name) for mixer in found.plan if isinstance(mixer, LayerMixerConfig)})  # type: ignore[attr-defined]
-    for number, stage in enumerate(found.recipe.stages):
+    mixers = student.mixers().values()
+    others = sorted({str(mixer.config.name) for mixer in mixers if isinstance(mixer, LayerMixer)})  # type: ignore[attr-defined]
+    for number, stage in enumerate(recipe.stages):
         if stage.tokens == 0:
             continue
-        if isinstance(stage, OwnLoopConfig):
-            stage.check_data(found.tokenizer, context)
-            continue
-        if isinstance(stage, AttentionTransferConfig) and others:
-            raise InputError(
-                f"stages.{number}: attention_transfer compares attention outputs, which {', '.join(others)} does not "
-                "have (it replaces the whole attention module): use hidden_alignment"
-            )
-        stage.check(found.student, found.teacher)
-        parts = len(found.steps) if stage.at == "each" else 1
-        found.text.rows(stage.length or found.recipe.data.length, parts=parts)
+        with _told_of(number):
+            if isinstance(stage, OwnLoopConfig):
+                stage.check_data(tokenizer, _context(teacher))
+                continue
+            if isinstance(stage, AttentionTransferConfig) and others:
+                raise InputError(
+                    f"attention_transfer compares attention outputs, which {', '.join(others)} does not have (it "
+                    "replaces the whole attention module): use hidden_alignment"
+                )
+            stage.check(student, teacher)
+
+
+def _check_rows(recipe: Recipe, text: TrainingText, steps: int) -> None:
+    """Refuse text that is too short for a stage's rows. Raises InputError."""
+    for number, stage in enumerate(recipe.stages):
+        if stage.tokens != 0 and not isinstance(stage, OwnLoopConfig):
+            with _told_of(number):
+                text.rows(stage.length or recipe.data.length, parts=steps if stage.at == "each" else 1)
+
+
+@contextmanager
+def _told_of(number: int) -> Iterator[None]:
+    """Errors inside name the stage."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"stages.{number}: {error}") from error
+
+
+def _context(teacher: Any) -> int | None:
+    """The teacher's longest context in tokens; None: no limit is known."""
+    found: int | None = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def _load_teacher(name: str, device: str | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -204,17 +265,19 @@ def _sample(recipe: Recipe, text: TrainingText, teacher: Any, tokens: int) -> li
     return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
 
 
-def _fit_length(recipe: Recipe, limit: int | None, asked: Container[str]) -> Recipe:
-    """The recipe with rows that fit into the teacher's context; refuses a length that was asked for and does not."""
+def _fit_length(recipe: Recipe, limit: int | None, asked: Container[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with rows that fit into the teacher's context, and what is to be told of it; refuses a length that was
+    asked for and does not fit."""
     lengths = {"data.length": recipe.data.length}
     lengths |= {
         f"stages.{i}.length": stage.length
         for i, stage in enumerate(recipe.stages)
-        if stage.length is not None and not isinstance(stage, OwnLoopConfig)
+        if stage.length is not None and stage.tokens != 0
     }
+    notices = []
     too_long = {key: length for key, length in lengths.items() if limit is not None and length > limit}
     for key, length in too_long.items():
         if key in asked or key.rpartition(".")[0] in asked:
             raise InputError(f"{key} {length} is beyond the teacher's context {limit}: set {key} to at most {limit}")
-        LOG.warning("%s is %d: the recipe's %d is beyond the teacher's context", key, limit, length)
-    return recipe.override(dict.fromkeys(too_long, limit))
+        notices.append(f"{key} is {limit}: the recipe's {length} is beyond the teacher's context")
+    return recipe.override(dict.fromkeys(too_long, limit)), notices

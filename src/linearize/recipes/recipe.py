@@ -75,8 +75,15 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """The whole recipe as YAML, every default spelled out; `load_recipe` reads it back."""
         data = self.model_dump(mode="json")
-        data["plan"]["overrides"] = {int(layer): mixer for layer, mixer in data["plan"]["overrides"].items()}
+        plan = data["plan"]
+        plan["mixer"] = _name_first(plan["mixer"])
+        plan["overrides"] = {int(layer): _name_first(mixer) for layer, mixer in plan["overrides"].items()}
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _name_first(mixer: dict[str, Any]) -> dict[str, Any]:
+    """The settings as people read them."""
+    return {"name": mixer["name"], **mixer}
 
 
 def recipe_names() -> list[str]:

@@ -113,6 +113,8 @@ def load_documents(
     for spec in specs:
         if (spec == "self" and sample is None) or (spec.startswith(PSEUDO) and answer is None):
             raise InputError(f"data {spec!r}: there is no teacher here to write the text; give a file instead")
+        if not spec.removeprefix(PSEUDO).strip():
+            raise InputError(f"data {spec!r}: names nothing; give a file or Hub dataset, after {PSEUDO} one of prompts")
         if spec == "self" and sample is not None:
             documents += sample()
         elif spec.startswith(PSEUDO) and answer is not None:

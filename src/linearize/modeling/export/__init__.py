@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError, unknown
-from linearize.files import atomic_folder, check_free
+from linearize.files import atomic_folder, check_apart, check_free
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import granite_hybrid, qwen3_5, remote_code
 from linearize.modeling.export.common import Source, logit_difference
@@ -59,6 +59,7 @@ def export_student(
     check_free(out, overwrite)
     student = student_or_path
     if not isinstance(student, LinearizedForCausalLM):
+        check_apart(out, student)
         tokenizer = tokenizer or _tokenizer(student)
         student = load(student)
     source = Source.of(student)
