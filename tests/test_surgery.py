@@ -32,8 +32,14 @@ def test_probing_changes_nothing_and_finds_the_sizes(family: str, training: bool
     sizes = {"deepseek_v3": (6, 6, 10, 5)}.get(family, (6, 3, 10, 10))
     heads, kv_heads, head_dim, value_dim = sizes
     theta = 1e6 if family == "gemma3_text" else 1e4
+    width = teacher.config.hidden_size
     shape = AttentionShape(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, model_dim=teacher.config.hidden_size, rope_theta=theta
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        model_dim=width,
+        rope_theta=theta,
     )
     assert {site.shape for site in sites} == {shape}
     assert [site.name for site in sites] == [f"model.layers.{i}.self_attn" for i in range(LAYERS)]
