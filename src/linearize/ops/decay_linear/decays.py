@@ -9,7 +9,6 @@ Letters: B batch, H heads, N chunks, C tokens of a chunk, K key dimension, J blo
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from linearize.ops.decay_linear.documents import Documents
+from linearize.ops.products import decay_factors_
 
 BLOCK = 16
 LOWEST = -40.0  # of a log decay per dimension
-UNDERFLOW = -80.0  # exponents below this give 0: exp and products of subnormal numbers are tens of times slower
 
 
 class Decays(ABC):
@@ -55,10 +54,10 @@ class HeadDecays(Decays):
     def __init__(self, log_decay_BHNC: Tensor, docs: Documents) -> None:
         total = log_decay_BHNC.cumsum(-1, dtype=torch.float64)
         dtype = log_decay_BHNC.dtype
-        self.enter = _exp(total.to(dtype, copy=True))[..., None]
-        self.leave = _exp((total[..., -1:] - total).to(dtype))[..., None]
+        self.enter = decay_factors_(total.to(dtype, copy=True))[..., None]
+        self.leave = decay_factors_((total[..., -1:] - total).to(dtype))[..., None]
         self.through = self.enter[..., -1:, :]
-        between = _exp((total[..., :, None] - total[..., None, :]).to(dtype))
+        between = decay_factors_((total[..., :, None] - total[..., None, :]).to(dtype))
         self.between = between.mul_(docs.pair_BNCC[:, None])
         self._mask(docs)
 
@@ -130,11 +129,6 @@ class KeyDecays(Decays):
             d_earlier = (d_block.mT @ scaled_q[:, :, :, j]).unflatten(3, (j, BLOCK))
             d_k[:, :, :, :j] += d_earlier * gaps * self.to_end[:, :, :, :j]
         return d_q.flatten(3, 4), d_k.flatten(3, 4)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """exp in place, 1 above 0 and 0 below `UNDERFLOW`."""
-    return torch.threshold_(x.clamp_(min=UNDERFLOW, max=0).exp_(), math.exp(UNDERFLOW) * 1.001, 0)
 
 
 def _causal(x_BHNJRK: Tensor) -> Tensor:

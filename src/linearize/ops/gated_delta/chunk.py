@@ -15,7 +15,6 @@ slab times R.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from linearize.ops.products import decay_factors_
 
 SLAB = 1 << 17  # numbers per matrix of a slab
-UNDERFLOW = -80.0  # exponents below this give 0: exp and products of subnormal numbers are tens of times slower
 SOLVE = 16  # rows of the systems that are solved row by row
 
 
@@ -66,19 +65,14 @@ class Decays:
 def decays(total_PC: Tensor, document_PC: Tensor | None, dtype: torch.dtype) -> Decays:
     """The decays of some chunks, in `dtype`."""
     column, row = total_PC[:, :, None], total_PC[:, None]
-    pair = _exp((column - row).to(dtype)).tril_()
-    carried, written = _exp(column.to(dtype, copy=True)), _exp((column[:, -1:] - column).to(dtype))
+    pair = decay_factors_((column - row).to(dtype)).tril_()
+    carried, written = decay_factors_(column.to(dtype, copy=True)), decay_factors_((column[:, -1:] - column).to(dtype))
     kept = carried[:, -1:]
     if document_PC is not None:
         own = document_PC[:, :, None]
         pair = pair * (own == document_PC[:, None])
         carried, written, kept = carried * (own == 0), written * (own == own[:, -1:]), kept * (own[:, -1:] == 0)
     return Decays(pair, carried, written, kept)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """exp in place, 1 above 0 and 0 below `UNDERFLOW`."""
-    return F.threshold_(x.clamp_(min=UNDERFLOW, max=0).exp_(), math.exp(UNDERFLOW) * 1.001, 0)
 
 
 def unit_inverse(lower_PCC: Tensor, out: Tensor) -> None:
