@@ -29,7 +29,8 @@ def main() -> None:
         print(ratio_table(load(table), recall=table == "embedded"), end="\n\n")
     runs = load("stories")
     for title, names in comparisons(runs).items():
-        print(f"## {title}\n\n{comparison_table(runs, names)}\n")
+        if names:
+            print(f"## {title}\n\n{comparison_table(runs, names)}\n")
     for path in (*plot_ratios(), *plot_starts(runs)):
         print(f"wrote {path}", file=sys.stderr)
 
@@ -86,16 +87,18 @@ def comparisons(runs: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def comparison_table(runs: dict[str, Any], names: Sequence[str]) -> str:
-    """Loss at equal tokens, and when each run reached what the first one ended with."""
-    rows = []
+    """Loss at equal tokens; for starts also when each reached what the first one ended with."""
+    head, rows = ["run", "kept", "tokens", "at the swap", "loss above the teacher", "KL", "same top token"], []
+    starts = bool(names) and all(name.startswith("start-") for name in names)
     for name in names:
         run, report = runs[name], runs[name]["report"]
-        reached = tokens_to_reach(run, gap_curve(runs[names[0]])[-1][1])
-        row = [name, kept(run), f"{tokens(run):,}", f"{report['swap_loss'] - report['teacher_loss']:+.3f}"]
-        row += [f"{gap(run):+.3f}", f"{report['student_kl']:.3f}", "never" if reached is None else f"{reached:,}"]
+        row = [f"`{name}`", kept(run), f"{tokens(run):,}", f"{report['swap_loss'] - report['teacher_loss']:+.3f}"]
+        row += [f"{gap(run):+.3f}", f"{report['student_kl']:.3f}", f"{report['student_top1']:.1%}"]
+        if starts:
+            reached = tokens_to_reach(run, gap_curve(runs[names[0]])[-1][1])
+            row.append("not" if reached is None else f"{reached:,}")
         rows.append(row)
-    last = f"tokens to the held-out objective of `{names[0]}`" if names else ""
-    return markdown(["run", "kept", "tokens", "at the swap", "loss above the teacher", "KL", last], rows)
+    return markdown([*head, f"tokens to what `{names[0]}` ended with"] if starts else head, rows)
 
 
 def gap_curve(run: dict[str, Any]) -> list[tuple[int, float]]:

@@ -52,7 +52,7 @@ def shorter(**settings: Any) -> Run:
 
 
 def distilled(**settings: Any) -> Run:
-    """Distillation alone; 200k tokens."""
+    """Distillation alone; 120k tokens."""
     return Run(recipe="distill", settings=dotted(settings))
 
 
