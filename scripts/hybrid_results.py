@@ -129,12 +129,20 @@ def plot_ratios() -> list[Path]:
         for axis, (table, runs) in zip(axes, tables.items(), strict=True):
             for mixer, colour in COLOURS.items():
                 points = [runs[f"{mixer}-{ratio}"] for ratio in RATIOS if f"{mixer}-{ratio}" in runs]
+                if not points:
+                    continue
                 shares = [sum(x is None for x in run["plan"]) / len(run["plan"]) for run in points]
-                axis.plot(shares, [gap(run) for run in points], "o-", color=colour, label=NAMES[mixer])
+                axis.plot(
+                    shares,
+                    [gap(run) for run in points],
+                    "o-",
+                    color=colour,
+                    label=f"{NAMES[mixer]}, {tokens(points[0]) // 1000}k tokens",
+                )
             axis.axhline(0.05, color="#999999", linewidth=0.8, linestyle="--")
             axis.set(xlabel="share of layers kept as attention", ylabel="loss above the teacher, nats", ylim=(0, None))
             axis.set_title({"stories": "stories260k", "embedded": "embedded teacher"}[table])
-        axes[0].legend(frameon=False)
+            axis.legend(frameon=False)
     return figure_files(OUT, "hybrid-ratios")
 
 
@@ -145,8 +153,11 @@ def plot_starts(runs: dict[str, Any]) -> list[Path]:
             for start, style in STYLES.items():
                 if (run := runs.get(f"start-{mixer}-{start}")) is not None:
                     at, losses = zip(*gap_curve(run), strict=True)
-                    axis.plot(at, losses, style, color=colour, label=f"{NAMES[mixer]}, {start}")
-        axis.set(xlabel="training tokens", ylabel="held-out KL to the teacher, nats", yscale="log")
+                    axis.plot([x / 1000 for x in at], losses, style, color=colour, label=f"{NAMES[mixer]}, {start}")
+        axis.set(xlabel="training tokens, thousands", ylabel="held-out KL to the teacher, nats", yscale="log")
+        ticks = (0.2, 0.5, 1.0, 2.0, 5.0)
+        axis.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.legend(frameon=False)
     return figure_files(OUT, "hybrid-starts")
 

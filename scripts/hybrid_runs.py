@@ -67,6 +67,7 @@ BEST = {"mamba2": "calibrate", "mamba": "copy", "gated_delta_net": "calibrate"} 
 STORIES = {
     **{f"mamba2-{kept}": aligned(mixer="mamba2", initialise="calibrate", keep=keep) for kept, keep in RATIOS.items()},
     **{f"mamba-{kept}": shorter(mixer="mamba", keep=keep) for kept, keep in RATIOS.items()},
+    "mamba-50-2M": aligned(mixer="mamba", keep=0.5, stages__0__tokens="500k", stages__1__tokens="1500k"),
     "mamba2-0-1M": aligned(
         mixer="mamba2", initialise="calibrate", keep=0, stages__0__tokens="300k", stages__1__tokens="700k"
     ),
@@ -158,12 +159,11 @@ def convert(
     )
     report = read_report(out)
     assert report is not None
-    document = {
-        "run": asdict(run),
-        "seed": seed,
-        "plan": [x and x["name"] for x in student.config.plan],
-        "report": report.to_dict(),
-    }
+    found = report.to_dict()
+    if text is not None:  # written into a scratch folder, so its path says nothing
+        found |= {"teacher": "linearize/demo/teacher", "data": [f"text/{path.name}" for path in data]}
+    plan = [None if mixer is None else mixer["name"] for mixer in student.config.plan]
+    document = {"run": asdict(run), "seed": seed, "plan": plan, "report": found}
     if text is not None:
         document["recall"] = recall(student, text)
     shutil.rmtree(out)
