@@ -21,7 +21,6 @@ from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import (
     Repeat,
     copy_projection,
-    has_bias,
     l2_norm,
     norm_then_gate,
     repeat_heads,
@@ -80,7 +79,7 @@ class GatedDeltaNet(LayerMixer):
         self.rows = (heads * shape.head_dim, groups * shape.head_dim, groups * shape.value_dim)
         copies = heads if config.repeat == "before" else groups
         self.channels = (heads * shape.head_dim, copies * shape.head_dim, copies * shape.value_dim)
-        self.qkv_proj = nn.Linear(width, sum(self.rows), bias=has_bias(shape, "qkv"))
+        self.qkv_proj = nn.Linear(width, sum(self.rows), bias=shape.qkv_bias)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv_taps))
         self.beta_proj = nn.Linear(width, heads, bias=False)
         self.decay_proj = nn.Linear(width, heads, bias=False)
@@ -88,7 +87,7 @@ class GatedDeltaNet(LayerMixer):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.gate_proj = nn.Linear(width, heads * shape.value_dim, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(shape.value_dim))
-        self.out_proj = nn.Linear(heads * shape.value_dim, width, bias=has_bias(shape, "output"))
+        self.out_proj = nn.Linear(heads * shape.value_dim, width, bias=shape.output_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

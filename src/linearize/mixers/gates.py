@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import InputError
-from linearize.mixers.base import AttentionShape
 from linearize.mixers.layer_mixer import copy_rows
 from linearize.ops.conv_heads import can_fuse
 from linearize.ops.gated_norm import gated_norm
@@ -98,11 +97,6 @@ def start_conv(weight_CK: Tensor, bias_C: Tensor | None = None) -> None:
         for parameter in (weight_CK, bias_C):
             if parameter is not None:
                 parameter.uniform_(-bound, bound)
-
-
-def has_bias(shape: AttentionShape, which: Literal["qkv", "output"]) -> bool:
-    """Whether the teacher's projections of this kind have biases, so that a mixer's must."""
-    return bool(getattr(shape, f"{which}_bias", False))
 
 
 def copy_projection(linear: nn.Linear, *parts: tuple[int, Tensor, Tensor | None]) -> None:

@@ -7,8 +7,8 @@ of a projection.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linearize.mixers.base import Mixer, MixerConfig
 from linearize.ops.layout import Layout
+from linearize.ops.tensor_state import TensorState
 
 Initialise = Literal["copy", "calibrate", "random"]
 
@@ -57,7 +58,7 @@ class AttentionSample:
 
 
 @dataclass(frozen=True, eq=False)
-class RecurrentState:
+class RecurrentState(TensorState):
     """What a recurrent layer remembers.
 
     `memory`: its sums, at least fp32, batch first. `taps: [B, taps - 1, channels]`: the last inputs of the short
@@ -66,17 +67,6 @@ class RecurrentState:
 
     memory: Tensor
     taps: Tensor | None = None
-
-    def map_batch(self, change: Callable[[Tensor], Tensor]) -> RecurrentState:
-        """The same state with `change` applied to every tensor; all have the batch first."""
-        changed = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **changed)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held by the state's tensors."""
-        tensors = (getattr(self, f.name) for f in fields(self))
-        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
 class LayerMixerConfig(MixerConfig):

@@ -26,7 +26,6 @@ from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import (
     Repeat,
     copy_projection,
-    has_bias,
     repeat_heads,
     start_conv,
     start_step_bias,
@@ -79,10 +78,10 @@ class Mamba(LayerMixer):
         rank = config.step_rank or math.ceil(shape.model_dim / 16)
         convolved = self.channels if config.repeat == "before" else self.kv_channels
         rows = 2 * (self.channels + self.kv_channels)
-        self.in_proj = nn.Linear(shape.model_dim, rows, bias=has_bias(shape, "qkv"))
+        self.in_proj = nn.Linear(shape.model_dim, rows, bias=shape.qkv_bias)
         self.dt_in = nn.Linear(shape.model_dim, rank, bias=False)
         self.dt_proj = nn.Linear(rank, self.channels, bias=False)
-        self.out_proj = nn.Linear(self.channels, shape.model_dim, bias=has_bias(shape, "output"))
+        self.out_proj = nn.Linear(self.channels, shape.model_dim, bias=shape.output_bias)
         self.conv_weight = nn.Parameter(torch.empty(convolved, config.conv_taps))
         self.conv_bias = nn.Parameter(torch.empty(convolved))
         self.dt_bias = nn.Parameter(torch.empty(self.channels))

@@ -22,7 +22,6 @@ from linearize.mixers.gates import (
     Repeat,
     copy_projection,
     gate_then_norm,
-    has_bias,
     repeat_heads,
     start_conv,
     start_decay,
@@ -80,14 +79,14 @@ class Mamba2(LayerMixer):
         self.rows = (self.inner, groups * shape.value_dim, groups * shape.head_dim, heads * shape.head_dim, heads)
         copies = heads if config.repeat == "before" else groups
         self.channels = (copies * shape.value_dim, copies * shape.head_dim, heads * shape.head_dim)
-        self.in_proj = nn.Linear(shape.model_dim, sum(self.rows), bias=has_bias(shape, "qkv"))
+        self.in_proj = nn.Linear(shape.model_dim, sum(self.rows), bias=shape.qkv_bias)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv_taps))
         self.conv_bias = nn.Parameter(torch.empty(sum(self.channels)))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.empty(self.inner))
-        self.out_proj = nn.Linear(self.inner, shape.model_dim, bias=has_bias(shape, "output"))
+        self.out_proj = nn.Linear(self.inner, shape.model_dim, bias=shape.output_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

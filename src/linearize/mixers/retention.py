@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
-from linearize.mixers.gates import copy_projection, has_bias, repeat_heads, rotate, split_heads, wide
+from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_heads, wide
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState
 from linearize.ops.decay_linear import decay_linear
 from linearize.ops.layout import Layout
@@ -49,11 +49,11 @@ class Retention(LayerMixer):
         super().__init__()
         self.config, self.shape = config, shape
         heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        bias = has_bias(shape, "qkv")
+        bias = shape.qkv_bias
         self.q_proj = nn.Linear(shape.model_dim, heads * dim, bias=bias)
         self.k_proj = nn.Linear(shape.model_dim, groups * dim, bias=bias)
         self.v_proj = nn.Linear(shape.model_dim, groups * shape.value_dim, bias=bias)
-        self.out_proj = nn.Linear(heads * shape.value_dim, shape.model_dim, bias=has_bias(shape, "output"))
+        self.out_proj = nn.Linear(heads * shape.value_dim, shape.model_dim, bias=shape.output_bias)
         self.map_weight = nn.Parameter(torch.empty(heads, dim, dim))
         self.map_bias = nn.Parameter(torch.empty(heads, dim))
         self.reset_parameters()

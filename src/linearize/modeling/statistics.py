@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from linearize.mixers.layer_mixer import AttentionSample
-from linearize.modeling.surgery import AttentionSite, attention_configs, probe
+from linearize.modeling.surgery import AttentionSite, probe, routed
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 
@@ -75,23 +74,6 @@ def _run(
     return {
         layer: AttentionSample(*outside[module], **inside[module], layout=layout) for layer, module in modules.items()
     }
-
-
-@contextmanager
-def routed(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """All attention of a model through this attention function inside the `with` block."""
-    configs = attention_configs(model)
-    before = [config._attn_implementation for config in configs]
-    was_training = model.training
-    try:
-        for config in configs:
-            config._attn_implementation = implementation
-        model.eval()
-        yield
-    finally:
-        model.train(was_training)
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old
 
 
 def _capture(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,25 +45,16 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
     family = model.config.model_type
     _check_layer_types(model)
     calls: list[dict[str, Any]] = []
-    configs = attention_configs(model)
-    before = [config._attn_implementation for config in configs]
-    was_training = model.training
     try:
-        for config in configs:
-            config._attn_implementation = PROBE
-        with torch.no_grad():
+        with torch.no_grad(), routed(model, PROBE):
             ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-            model.eval()(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
+            model(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
     except InputError as error:
         raise InputError(f"{family} cannot be converted: {error}") from error
     except Exception as error:
         raise InputError(
             f"{family} cannot be converted: its attention could not be probed ({one_line(error)})"
         ) from error
-    finally:
-        model.train(was_training)
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
     return _sites(model, calls)
 
 
@@ -74,6 +66,23 @@ def _check_layer_types(model: PreTrainedModel) -> None:
             f"{model.config.model_type} cannot be converted: it has layers of type {', '.join(sorted(others))}, "
             f"all must be {' or '.join(sorted(LAYER_TYPES))}"
         )
+
+
+@contextmanager
+def routed(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """All attention of a model through this attention function inside the `with` block."""
+    configs = attention_configs(model)
+    before = [config._attn_implementation for config in configs]
+    was_training = model.training
+    try:
+        for config in configs:
+            config._attn_implementation = implementation
+        model.eval()
+        yield
+    finally:
+        model.train(was_training)
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation = old
 
 
 def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:

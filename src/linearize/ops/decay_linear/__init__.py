@@ -11,9 +11,7 @@ One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from torch import Tensor
 from linearize.ops.decay_linear.backends import fla_decay_linear, fla_takes
 from linearize.ops.decay_linear.chunked import chunked
 from linearize.ops.decay_linear.reference import reference
+from linearize.ops.forms import ForcedForm
 from linearize.ops.layout import Layout
 
 __all__ = ["FORMS", "decay_linear", "use_form"]
@@ -31,17 +30,8 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "fla": fla_decay_linear,
 }
 FEW_TOKENS = 8
-_forced: ContextVar[str | None] = ContextVar("decay_linear_form", default=None)
-
-
-@contextmanager
-def use_form(name: str) -> Iterator[None]:
-    """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+_forced = ForcedForm("decay_linear")
+use_form = _forced.use
 
 
 def decay_linear(

@@ -11,13 +11,12 @@ Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from linearize.ops.forms import ForcedForm
 from linearize.ops.gated_delta.backends import fla_form, has_fla
 from linearize.ops.gated_delta.chunked import chunked
 from linearize.ops.gated_delta.reference import reference
@@ -30,17 +29,8 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "chunked": chunked,
     "fla": fla_form,
 }
-_forced: ContextVar[str | None] = ContextVar("gated_delta_form", default=None)
-
-
-@contextmanager
-def use_form(name: str) -> Iterator[None]:
-    """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+_forced = ForcedForm("gated_delta")
+use_form = _forced.use
 
 
 def gated_delta(

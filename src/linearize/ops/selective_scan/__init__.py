@@ -9,14 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from linearize.ops.forms import ForcedForm
 from linearize.ops.layout import Layout
 from linearize.ops.selective_scan.backends import can_run, mamba_ssm
 from linearize.ops.selective_scan.chunked import chunked
@@ -30,17 +29,8 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "mamba_ssm": mamba_ssm,
 }
 FEW_TOKENS = 8
-_forced: ContextVar[str | None] = ContextVar("selective_scan_form", default=None)
-
-
-@contextmanager
-def use_form(name: str) -> Iterator[None]:
-    """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+_forced = ForcedForm("selective_scan")
+use_form = _forced.use
 
 
 def selective_scan(

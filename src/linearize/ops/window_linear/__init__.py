@@ -9,14 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from linearize.ops.forms import ForcedForm
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.chunked import chunked
 from linearize.ops.window_linear.reference import reference
@@ -39,17 +38,8 @@ __all__ = [
 
 FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
 FEW_TOKENS = 32
-_forced: ContextVar[str | None] = ContextVar("window_linear_form", default=None)
-
-
-@contextmanager
-def use_form(name: str) -> Iterator[None]:
-    """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+_forced = ForcedForm("window_linear")
+use_form = _forced.use
 
 
 def window_linear(

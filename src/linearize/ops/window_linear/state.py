@@ -6,17 +6,15 @@ sinks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from linearize.ops.tensor_state import TensorState
 
 
 @dataclass(frozen=True, eq=False)
-class WindowLinearState:
+class WindowLinearState(TensorState):
     """What a window + linear layer remembers of a sequence.
 
     `next`: position that the next token of the current document would have (one int for all rows, or `[B]`).
@@ -33,14 +31,3 @@ class WindowLinearState:
     memory_BHFV: Tensor | None = None
     sink_k_BGND: Tensor | None = None
     sink_v_BGNV: Tensor | None = None
-
-    def map_batch(self, change: Callable[[Tensor], Tensor]) -> WindowLinearState:
-        """The same state with `change` applied to every tensor; all have the batch first."""
-        changed = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **changed)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held by the state's tensors."""
-        tensors = (getattr(self, f.name) for f in fields(self))
-        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))

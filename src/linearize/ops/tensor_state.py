@@ -1,0 +1,25 @@
+"""What the states of operations share: frozen values whose tensors all have the batch first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TensorState:
+    """Base of frozen dataclasses that hold tensors (and None, and plain numbers)."""
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same state with `change` applied to every tensor; all have the batch first."""
+        changed = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the state's tensors."""
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
