@@ -11,30 +11,23 @@ from linearize.evaluation.decode_cost import DecodeCost
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.recall import RecallReport
 from linearize.evaluation.report import ConversionReport, Moment
+from linearize.evaluation.theme import (
+    COLOURS,
+    bytes_label,
+    count_label,
+    legend_below,
+    log_log,
+    percent_label,
+    plain_label,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"teacher": "#444444", "student": "#1f6fb4", "window": "#e08214", "swap": "#b0b0b0"}
 MOST_NAMED = 7
 LABELS = {"teacher": "teacher", "student": "student", "window": "student, window only"}
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "linearize",
-    "savefig.dpi": 150,
-}
 
 
 def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: float | None = None) -> list[Path]:
@@ -72,7 +65,7 @@ def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: fl
             axis.annotate(f"{losses[at]:.3f}", (at, losses[at]), **place)
         axis.margins(x=0.06 if crowded else 0.18, y=0.2 if crowded else 0.16)
         axis.set(title="Held-out loss through the stages", ylabel="nats per token")
-        _legend_below(figure)
+        legend_below(figure)
     return figure_files(folder, "stages")
 
 
@@ -103,9 +96,9 @@ def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> li
                 axes[1].plot(*zip(*above, strict=True), **style)
         for axis, title in zip(axes, ("Loss by position", "Above the teacher"), strict=False):
             axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(_count)
+            axis.xaxis.set_major_formatter(count_label)
             axis.set(title=title, xlabel="tokens of the document seen", ylabel="nats per token")
-        _legend_below(figure)
+        legend_below(figure)
     return figure_files(folder, "loss_by_position")
 
 
@@ -126,10 +119,13 @@ def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Pa
             left.fill_between(contexts, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
             left.plot(contexts, [cost.ms_per_token for cost in found], **style, label=label)
             right.plot(contexts, [cost.cache_bytes for cost in found], **style)
-        for axis, title, formatter in ((left, "Decode time (ms per token)", _plain), (right, "Cache memory", _bytes)):
-            _log_log(axis, formatter)
+        for axis, title, formatter in (
+            (left, "Decode time (ms per token)", plain_label),
+            (right, "Cache memory", bytes_label),
+        ):
+            log_log(axis, formatter)
             axis.set(title=title, xlabel="context (tokens)")
-        _legend_below(figure)
+        legend_below(figure)
     return figure_files(folder, "decode_cost")
 
 
@@ -145,11 +141,11 @@ def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list
             axis.plot(range(len(shares)), shares, **style, label=f"{name} {report.accuracy:.0%}")
             names = [f"{b.start}-{b.end - 1}" for b in report.by_distance]
             axis.set_xticks(range(len(names)), names)
-        axis.yaxis.set_major_formatter(_percent)
+        axis.yaxis.set_major_formatter(percent_label)
         axis.set(title="Recall beyond the window", xlabel="tokens back to the fact", ylabel="exact answers")
         axis.set_ylim(0, 1)
         axis.margins(x=0.15)
-        _legend_below(figure)
+        legend_below(figure)
     return figure_files(folder, "recall")
 
 
@@ -172,7 +168,7 @@ def plot_layer_error(
             axis.bar(at, values, width=width * 0.94, color=palette[i % len(palette)], label=moment.replace("_", " "))
         axis.set_xticks(range(count), [str(layer) for layer in layers or range(count)])
         axis.set(title="Transfer error by layer", xlabel="layer", ylabel="error / teacher output power")
-        _legend_below(figure)
+        legend_below(figure)
     return figure_files(folder, "layer_error")
 
 
@@ -181,11 +177,10 @@ def new_figure(
     stem: Path, *, panels: int = 1, width: float = 5.6, height: float = 3.6
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure with its panels; saved under both suffixes when the block ends well."""
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
@@ -197,37 +192,3 @@ def new_figure(
 def figure_files(folder: Path | str, name: str) -> list[Path]:
     """The paths that `new_figure(folder / name)` writes."""
     return [Path(folder) / f"{name}{suffix}" for suffix in (".svg", ".png")]
-
-
-def _legend_below(figure: Figure) -> None:
-    found = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    if found:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=len(found))
-
-
-def _log_log(axis: Axes, formatter: Any) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.grid(True, which="major", axis="both")
-    axis.xaxis.set_major_formatter(_count)
-    axis.yaxis.set_major_formatter(formatter)
-
-
-def _count(value: float, position: float | None = None) -> str:
-    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
-
-
-def _plain(value: float, position: float | None = None) -> str:
-    return f"{value:g}"
-
-
-def _percent(value: float, position: float | None = None) -> str:
-    return f"{value:.0%}"
-
-
-def _bytes(value: float, position: float | None = None) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:g} {unit}"
-        value /= 1024
-    raise AssertionError
