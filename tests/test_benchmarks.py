@@ -7,7 +7,7 @@ import json
 import pytest
 
 from linearize.benchmarks import decode_speed, export_parity, op_speed, prefill_growth, transfer_cost
-from linearize.benchmarks.timing import interleaved
+from linearize.evaluation.speed.timing import interleaved
 
 TINY = ["--hidden", "24", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "37", "--threads", "1"]
 CASES = [

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import linearize.demo
-from linearize.demo.recall import CODE_DIGITS, recall_document
+from linearize.evaluation.needles import CODE_DIGITS, recall_document
 
 FOLDER = Path(linearize.demo.__file__).parent / "teacher"
 STORIES = [

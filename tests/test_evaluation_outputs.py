@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 
-from linearize.decoding import generate_text
 from linearize.errors import InputError
 from linearize.evaluation import (
     DecodeCost,
@@ -26,18 +25,12 @@ from linearize.evaluation import (
     build_report,
     cache_bytes,
     decode_cost,
-    evaluate,
-    held_out_report,
-    loss_only,
-    print_evaluation,
     provenance,
     read_report,
     recall_beyond_window,
     write_report,
 )
-from linearize.evaluation.branches import window_reach
 from linearize.evaluation.card import model_card
-from linearize.evaluation.compare import _documents
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.plots import (
     plot_decode_cost,
@@ -47,12 +40,8 @@ from linearize.evaluation.plots import (
     plot_stages,
 )
 from linearize.evaluation.recall import fact_distance, matches
-from linearize.mixers.gla import GlaConfig
 from linearize.mixers.lolcats import LolcatsConfig
-from linearize.mixers.mamba2 import Mamba2Config
-from linearize.mixers.sliding_window import SlidingWindowConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.training.data import DataConfig, document_rows, load_documents, split
 
 CHARACTERS = [*string.ascii_letters, *string.digits, *" \n:.,?"]
 
@@ -297,117 +286,6 @@ def test_plots(tmp_path: Path) -> None:
     before = first.read_bytes()
     plot_stages(some_report(), first.parent)
     assert first.read_bytes() == before  # the same plot is the same file
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `one` and `two` (random models of one vocabulary), `other` (another vocabulary) and `text.txt`."""
-    path = tmp_path_factory.mktemp("evaluate")
-    for name, seed, extra in (("one", 1, ""), ("two", 2, ""), ("other", 3, "-")):
-        tokenizer = tiny_tokenizer(extra)
-        tokenizer.save_pretrained(path / name)
-        tiny_llama(seed, vocabulary=len(tokenizer)).save_pretrained(path / name)
-    stories = [f"Story {i}: {'the cat sat. ' * (i % 4 + 1)}The end of {i * 37}." for i in range(12)]
-    (path / "text.txt").write_text("\n\n".join(stories))
-    return path
-
-
-def test_evaluate_two_models(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = [str(folder / "text.txt")]
-    alone = evaluate(folder / "one", data=data, device="cpu")
-    result = evaluate(folder / "two", teacher=folder / "one", data=data, out=tmp_path / "out", length=40, device="cpu")
-    rows = document_rows(load_documents(data, tiny_tokenizer()), 64)
-    expected = held_out_report(None, tiny_llama(1), rows.in_order(5))
-    assert alone["teacher_loss"] == pytest.approx(expected.teacher_loss, abs=1e-6)
-    assert (alone["student_loss"], alone["teacher"]) == (None, str(folder / "one"))
-    assert alone["tokens"] == expected.tokens > result["tokens"]  # a token less for each cut
-    assert result["length"] == 40 and result["student_kl"] > 0 and result["ablation"] is None
-    assert json.loads((tmp_path / "out" / "eval.json").read_text())["gap"] == result["gap"]
-    assert all(Path(path).is_file() for path in result["plots"])
-    print_evaluation(result)
-    shown = capsys.readouterr().out
-    assert f"{result['student_loss']:.4f}" in shown and f"{result['student_kl']:.4f}" in shown
-
-
-def test_evaluate_bad_input(folder: Path) -> None:
-    data = [str(folder / "text.txt")]
-    with pytest.raises(InputError, match="--data"):
-        evaluate(folder / "one", device="cpu")
-    with pytest.raises(InputError, match="not a model folder"):
-        evaluate(folder / "none", device="cpu")
-    with pytest.raises(InputError, match="vocabulary"):
-        evaluate(folder / "one", teacher=folder / "other", data=data, device="cpu")
-    with pytest.raises(InputError, match="limit 1"):
-        evaluate(folder / "one", data=data, limit=1)
-    with pytest.raises(InputError):
-        evaluate(folder / "one", data=[str(folder / "none.txt")], device="cpu")
-    few = evaluate(folder / "one", data=data, limit=150, device="cpu")
-    assert few["documents"] < 12 and few["tokens"] <= 150 and "limit 150" in few["notes"][0]
-
-
-@pytest.mark.parametrize(
-    ("configs", "expected"),
-    [
-        ([LolcatsConfig(window=5, feature_dim=3)], 10),  # terraced: the block before and the own one
-        ([LolcatsConfig(window=5, feature_dim=3, window_shape="sliding")], 5),
-        ([LolcatsConfig(window=0, feature_dim=3), None], None),
-        ([SlidingWindowConfig(window=7), None], None),
-        ([SlidingWindowConfig(window=7), LolcatsConfig(window=3, feature_dim=3)], 7),
-        ([GlaConfig(window=9, window_shape="sliding"), None], 9),
-        ([LolcatsConfig(window=5, feature_dim=3), Mamba2Config()], None),  # Mamba-2 has no branch to run alone
-        ([None, None], None),
-    ],
-)
-def test_which_plans_have_two_branches(configs: list[Any], expected: int | None) -> None:
-    assert window_reach(configs) == expected
-
-
-def test_only_text_that_training_never_saw(folder: Path) -> None:
-    """The data of the conversion gives its held-out part; part of it in other company is refused."""
-    spec, tokenizer = str(folder / "text.txt"), tiny_tokenizer()
-    config, notes = DataConfig(length=16, heldout=3), []
-    report = some_report(data=[spec])
-    documents = _documents([spec], report, config, tokenizer, 10_000, notes)
-    parts = split(load_documents([spec], tokenizer), config)
-    assert documents == parts.heldout and len(documents) == 3 and "held-out part" in notes[0]
-    with pytest.raises(InputError, match="trained on it"):
-        _documents([spec], some_report(data=[spec, "more.txt"]), config, tokenizer, 10_000, notes)
-    other = folder / "other.txt"
-    other.write_text("A new story.\n\nAnd one more.")
-    assert len(_documents([str(other)], report, config, tokenizer, 10_000, notes)) == 2
-
-
-def test_evaluate_a_student(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The folder alone names teacher and data; each branch is what the student gives when asked for it."""
-    teacher = tiny_llama(1)
-    plan = [LolcatsConfig(window=3, feature_dim=5), None, LolcatsConfig(window=3, feature_dim=5)]
-    student = LinearizedForCausalLM.from_teacher(teacher, plan)
-    for parameter in student.mixer_parameters().values():
-        nn.init.normal_(parameter)
-    spec, path = str(folder / "text.txt"), tmp_path / "student"
-    student.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    write_report(some_report(teacher=str(folder / "one"), data=[spec]), path)
-    (path / "recipe.yaml").write_text("data:\n  length: 50\n  heldout: 4\n")
-    result = evaluate(path, out=tmp_path / "out", device="cpu")
-    heldout = split(load_documents([spec], tiny_tokenizer()), DataConfig(length=50, heldout=4)).heldout
-    rows = document_rows(heldout, 50)
-    assert (
-        result["documents"] >= 4 and result["tokens"] == rows.num_targets and result["teacher"] == str(folder / "one")
-    )
-    expected = held_out_report(student, teacher, rows.in_order(3))
-    assert result["student_loss"] == pytest.approx(expected.student_loss, abs=1e-5)
-    assert result["student_kl"] == pytest.approx(expected.student_kl, abs=1e-5)
-    ablation = result["ablation"]
-    for branch in ("both", "window", "linear"):
-        loss = loss_only(student, rows.in_order(3), branch)[0]
-        assert ablation["all_tokens"][branch] == pytest.approx(loss, abs=1e-5)
-    assert len({ablation["all_tokens"][name] for name in ("both", "window", "linear", "teacher")}) == 4
-    assert ablation["window"] == 6 and ablation["beyond_window"]["tokens"] < result["tokens"]
-    assert {Path(file).name for file in result["plots"]} >= {"stages.png", "loss_by_position.svg"}
-    text = generate_text(path, "The cat", max_new_tokens=9, device="cpu")
-    assert capfd.readouterr().out == text + "\n" and text.startswith("The cat")
-    assert generate_text(path, "The cat", max_new_tokens=9, device="cpu", prompt_lookup=True) == text
 
 
 def test_a_converted_layer_decodes_in_constant_memory() -> None:

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from models import mixer
 from test_evaluation_outputs import some_report, tiny_llama, tiny_tokenizer
 
-from linearize.evaluation import evaluate, plots
+from linearize.evaluation import EvaluationOptions, evaluate, plots
 from linearize.evaluation.card import model_card
 from linearize.evaluation.plots import plot_layer_error, plot_stages
 from linearize.evaluation.report import ConversionReport, StageReport, read_report, write_report
 from linearize.modeling import LinearizedForCausalLM
 
+CPU = EvaluationOptions(device="cpu")
 COUNTS = {"trainable_parameters": 10, "seconds": 1.0}
 
 
@@ -154,11 +155,14 @@ def test_a_student_of_pseudo_labels_is_evaluated_on_its_held_out_answers(
     write_report(report, tmp_path / "student")
     settings = {"length": 40, "heldout": 2, "pseudo_max_new_tokens": 12}
     (tmp_path / "student" / "recipe.yaml").write_text(yaml.safe_dump({"data": settings}))
-    result = evaluate(tmp_path / "student", device="cpu")
+    result = evaluate(tmp_path / "student", options=CPU)
     assert result["documents"] == 2 and "held-out part" in result["notes"][0]
 
 
-@pytest.mark.parametrize(("names", "branches"), [(["lolcats", "mamba2", None], False), (["gla", None, "gla"], True)])
+@pytest.mark.parametrize(
+    ("names", "branches"),
+    [(["lolcats", "mamba2", None], True), (["gla", None, "gla"], True), ([None, "mamba2", None], False)],
+)
 def test_students_of_any_plan_can_be_evaluated(tmp_path: Path, names: list[str | None], branches: bool) -> None:
     teacher = tiny_llama(1)
     student = LinearizedForCausalLM.from_teacher(teacher, [None if name is None else mixer(name) for name in names])
@@ -167,6 +171,6 @@ def test_students_of_any_plan_can_be_evaluated(tmp_path: Path, names: list[str |
         tiny_tokenizer().save_pretrained(path)
     (tmp_path / "text.txt").write_text("\n\n".join(f"Story {i}: the cat sat. {'On. ' * i}" for i in range(9)))
     data = [str(tmp_path / "text.txt")]
-    result = evaluate(tmp_path / "student", teacher=tmp_path / "teacher", data=data, device="cpu")
-    assert (result["ablation"] is not None) == branches
+    result = evaluate(tmp_path / "student", teacher=tmp_path / "teacher", data=data, options=CPU)
+    assert (result["sections"]["branches"]["models"]["student"]["ablation"] is not None) == branches
     assert result["student_loss"] > 0

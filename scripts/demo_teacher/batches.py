@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from demo_teacher.text import BOS_ID, EOS_ID, PAD_ID
-from linearize.demo.recall import CODE_DIGITS, RecallItem, recall_document
+from linearize.evaluation.needles import CODE_DIGITS, RecallItem, recall_document
 
 Level = tuple[int, tuple[int, int], tuple[int, int]]
 CURRICULA: dict[str, tuple[Level, ...]] = {

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_teacher.batches import FACT_TOKENS, LENGTH_MARGIN, QUESTION_TOKENS, pad
 from demo_teacher.text import EOS_ID
-from linearize.demo.recall import CODE_DIGITS, recall_document
+from linearize.evaluation.needles import CODE_DIGITS, recall_document
 
 DISTANCES = (50, 100, 200, 400, 600, 800, 900)
 """Tokens between a fact and its answer, roughly; the measured mean is reported beside each."""

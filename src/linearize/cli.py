@@ -12,9 +12,24 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from linearize.cli_options import (
+    Data,
+    Device,
+    Json,
+    MaxNewTokens,
+    Model,
+    RemoteCode,
+    Seed,
+    Teacher,
+    Temperature,
+    count,
+    counts,
+    each_with_its_option,
+    given,
+    names,
+)
 from linearize.cli_output import DONE, FAILED, INTERRUPTED, conversion_lines, json_only, one_line, show, table
 from linearize.errors import InputError
-from linearize.numbers import parse_count, parse_number
 
 app = typer.Typer(
     name="linearize",
@@ -24,42 +39,11 @@ app = typer.Typer(
 )
 
 
-def _count(value: str) -> int:
-    try:
-        return parse_count(value)
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _number(value: str) -> float:
-    try:
-        return float(parse_number(value))
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's folder, or any causal LM (path or Hub name).")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data", metavar="SPEC", help="A .txt, .json, .jsonl or .parquet file, or a Hub data set. May be repeated."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", parser=_count, help="Seed of the sampling.")]
-MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", parser=_count, help="Longest continuation.")]
-Temperature = Annotated[
-    float | None, typer.Option(metavar="X", parser=_number, help="Sampling temperature; 0 is greedy.")
-]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = each_with_its_option([argument for argument in arguments if argument != "--debug"], "--compare")
     try:
         if not debug:
             _quiet_libraries()
@@ -117,7 +101,7 @@ def demo(
     """Convert the embedded teacher and show the result (under 3 minutes on 2 cores)."""
     from linearize.demo.run import run_demo
 
-    run_demo(**_given(out=out))
+    run_demo(**given(out=out))
 
 
 @app.command()
@@ -157,7 +141,7 @@ def convert(
         overrides=parse_settings(settings or []),
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
-        **_given(recipe=recipe, track=track, device=device),
+        **given(recipe=recipe, track=track, device=device),
     )
     for line in conversion_lines(out):
         print(line)
@@ -177,8 +161,8 @@ def generate(
     """Continue a prompt."""
     from linearize.decoding.generate import generate_text
 
-    given = _given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
-    generate_text(model, prompt, prompt_lookup=prompt_lookup, **given)
+    chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
+    generate_text(model, prompt, prompt_lookup=prompt_lookup, **chosen)
 
 
 @app.command()
@@ -192,35 +176,106 @@ def chat(
     """Talk with a model on the terminal."""
     from linearize.decoding.generate import chat as run_chat
 
-    run_chat(model, **_given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device))
+    run_chat(model, **given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device))
 
 
 @app.command("eval")
 def evaluate(
-    model: Model,
-    teacher: Annotated[str | None, typer.Option(metavar="TEACHER", help="Compare with this model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A student's folder, or any causal LM.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL...", help="Further students in the same report.")
+    ] = None,
+    teacher: Teacher = None,
     data: Data = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="quick, lolcats, open-llm, mamba-in-llama, long-context or chat."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="lm-eval's tasks (`mmlu:5`: five shots) instead of the suite's."),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Local task files; without it tasks come from the Hub.")
+    ] = None,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out tasks without a local file.")] = False,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", parser=_count, help="Use whole documents up to about N tokens.")
+        int | None, typer.Option(metavar="N", parser=count, help="At most N items of a task, and N documents.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=count, help="Whole documents up to N tokens; default: 65536."),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(metavar="N", parser=_count, help="Longest row in tokens; default: the recipe's.")
+        int | None, typer.Option(metavar="N", parser=count, help="Longest row in tokens; default: the recipe's.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the report and the plots.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", parser=count, help="Rows at a time; default: 8.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", parser=count, help="Seed of every draw; default: 0.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that models write (HumanEval).")
+    ] = False,
+    judge_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible endpoint that judges chat answers.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="The judge's name there.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.html and samples.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss, agreement, loss by position, branches."""
+    """A student beside its teacher on the same items: text, tasks, recall, branches, chat; one report."""
+    from linearize.evaluation import EvaluationOptions, print_report
     from linearize.evaluation import evaluate as run_evaluate
-    from linearize.evaluation import print_evaluation
 
-    given = _given(teacher=teacher, data=data, limit=limit, length=length, out=out, device=device)
+    options = EvaluationOptions(
+        skip_missing=skip_missing,
+        allow_code=allow_code,
+        **given(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
+        **given(judge_url=judge_url, judge_model=judge_model, device=device),
+    )
     with json_only(as_json):
-        report = run_evaluate(model, **given)
+        report = run_evaluate(
+            model,
+            options=options,
+            **given(compare=compare, teacher=teacher, data=data, suite=suite, tasks=names(tasks), out=out),
+        )
     if as_json:
         show(report, as_json=True)
     else:
-        print_evaluation(report)
+        print_report(report)
+
+
+@app.command()
+def bench(
+    model: Model,
+    teacher: Teacher = None,
+    context: Annotated[str | None, typer.Option(metavar="N,N", help="Tokens before; default: 1024,4096,16384.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N,N", help="Sequences at a time; default: 1.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(metavar="N", parser=count, help="Tokens timed per repeat.")] = None,
+    repeats: Annotated[int | None, typer.Option(metavar="N", parser=count, help="Repeats; medians are told.")] = None,
+    memory: Annotated[
+        int | None, typer.Option(metavar="BYTES", parser=count, help="Also the largest batch in this much memory.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill, time to first token, decode, memory against context and batch, beside the teacher."""
+    from linearize.evaluation import EvaluationOptions, print_report
+    from linearize.evaluation import bench as run_bench
+
+    with json_only(as_json):
+        report = run_bench(
+            model,
+            options=EvaluationOptions(**given(device=device)),
+            **given(teacher=teacher, contexts=counts(context), batches=counts(batch), new_tokens=new_tokens),
+            **given(repeats=repeats, memory_budget_bytes=memory, out=out),
+        )
+    if as_json:
+        show(report, as_json=True)
+    else:
+        print_report(report)
 
 
 @app.command()
@@ -234,16 +289,16 @@ def inspect(
         str | None, typer.Option(metavar="NAME|FILE", help="The recipe whose mixer is tried; default: window-linear.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="N", parser=_count, help="Training tokens to measure on; default: 16384.")
+        int | None, typer.Option(metavar="N", parser=count, help="Training tokens to measure on; default: 16384.")
     ] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Per layer: mixer, parameters and bytes of state; totals. Or: how much a teacher needs each layer."""
-    given = _given(data=data, recipe=recipe, tokens=tokens, device=device)
+    chosen = given(data=data, recipe=recipe, tokens=tokens, device=device)
     if not sensitivity:
-        if given or trust_remote_code:
+        if chosen or trust_remote_code:
             raise InputError("inspect takes --data, --recipe, --tokens, --device and code only with --sensitivity")
         from linearize.modeling.inspect import inspect_model
 
@@ -256,7 +311,7 @@ def inspect(
     if data is None:
         raise InputError("inspect --sensitivity measures on text: give it with --data")
     with json_only(as_json):
-        found = inspect_sensitivity(model, trust_remote_code=trust_remote_code, **given)
+        found = inspect_sensitivity(model, trust_remote_code=trust_remote_code, **chosen)
     show(found if as_json else {**found, "layers": _with_bars(found["layers"])}, as_json=as_json)
 
 
@@ -296,11 +351,6 @@ def recipes(
         return
     for line in table(rows):
         print(line)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; for the others the function that does the work has the default."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _with_bars(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

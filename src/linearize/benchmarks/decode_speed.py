@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 from linearize.benchmarks.op_speed import OURS
-from linearize.benchmarks.timing import SEED, interleaved, parser, publish, random_llama
-from linearize.evaluation.decode_cost import cache_bytes
+from linearize.benchmarks.timing import SEED, parser, publish, random_llama
+from linearize.evaluation.speed import cache_bytes
+from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.benchmarks.timing import SEED, interleaved, parser, publish
+from linearize.benchmarks.timing import SEED, parser, publish
+from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
 

@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from linearize.benchmarks.op_speed import OURS
-from linearize.benchmarks.timing import interleaved, parser, publish, random_llama
+from linearize.benchmarks.timing import parser, publish, random_llama
+from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
 

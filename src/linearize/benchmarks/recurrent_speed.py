@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.benchmarks.timing import SEED, Timing, interleaved, parser, publish
+from linearize.benchmarks.timing import SEED, parser, publish
 from linearize.errors import unknown
+from linearize.evaluation.speed.timing import Timing, interleaved
 from linearize.mixers import MIXERS, AttentionShape, LayerMixer
 from linearize.ops.decay_linear import decay_linear
 from linearize.ops.gated_delta import gated_delta

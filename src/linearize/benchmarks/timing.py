@@ -1,13 +1,10 @@
-"""What the benchmarks share: interleaved timing, a random Llama of a given size, and one JSON file with provenance."""
+"""What the benchmarks share: a random Llama of a given size, and one JSON file with provenance."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +15,6 @@ from linearize.evaluation.report import provenance
 from linearize.files import atomic_write_text
 
 SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds of one thing that was timed several times: median, lowest and highest, of the wall clock; and the median
-    of the processor time, which other programs on the machine disturb less."""
-
-    seconds: float
-    lowest: float
-    highest: float
-    cpu_seconds: float
-
-
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """Time all runs in turn, `repeats` times round after one untimed round, so that disturbances hit all alike."""
-    for run in runs.values():
-        run()
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began, began_cpu = time.perf_counter(), time.process_time()
-            run()
-            wall[name].append(time.perf_counter() - began)
-            cpu[name].append(time.process_time() - began_cpu)
-    return {
-        name: Timing(
-            seconds=statistics.median(times),
-            lowest=min(times),
-            highest=max(times),
-            cpu_seconds=statistics.median(cpu[name]),
-        )
-        for name, times in wall.items()
-    }
 
 
 def random_llama(

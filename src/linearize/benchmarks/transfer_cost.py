@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from linearize.benchmarks.timing import SEED, interleaved, parser, publish, random_llama
+from linearize.benchmarks.timing import SEED, parser, publish, random_llama
+from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.stages.attention_transfer import AttentionTransferConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.demo.recall import RecallItem, recall_document
+from linearize.evaluation.needles import RecallItem, recall_document
 from linearize.training.sampling import sample_documents
 
 STORY_TOKENS = 30_000

@@ -1,7 +1,6 @@
 """What a student is worth: held-out loss, agreement, branches, recall, decode cost, report, plots."""
 
-from linearize.evaluation.compare import evaluate, print_evaluation
-from linearize.evaluation.decode_cost import DecodeCost, cache_bytes, decode_cost
+from linearize.evaluation.evaluate import EvaluationOptions, bench, evaluate
 from linearize.evaluation.language_modeling import (
     BranchAblation,
     LanguageModelingReport,
@@ -18,15 +17,21 @@ from linearize.evaluation.report import (
     read_report,
     write_report,
 )
+from linearize.evaluation.speed import DecodeCost, cache_bytes, decode_cost
+from linearize.evaluation.suites import SUITES
+from linearize.evaluation.terminal import print_report
 
 __all__ = [
+    "SUITES",
     "BranchAblation",
     "ConversionReport",
     "DecodeCost",
+    "EvaluationOptions",
     "LanguageModelingReport",
     "RecallItem",
     "RecallReport",
     "StageReport",
+    "bench",
     "branch_ablation",
     "build_report",
     "cache_bytes",
@@ -34,7 +39,7 @@ __all__ = [
     "evaluate",
     "held_out_report",
     "loss_only",
-    "print_evaluation",
+    "print_report",
     "provenance",
     "read_report",
     "recall_beyond_window",

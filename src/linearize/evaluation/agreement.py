@@ -12,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.evaluation.intervals import Mean, mean_over_documents
+
+__all__ = ["Batch", "Mean", "TokenScores", "View", "mean_over_documents", "score_batches"]
 
 Batch = Mapping[str, Tensor]
 
 IGNORED = -100
 LOGITS_BYTES = 2**28  # of all models' logits at once; a larger batch is measured a few rows at a time
 SLICE_TOKENS = 1024  # tokens whose fp32 log-probabilities exist at once
+MOST_LIKELY = 5  # tokens compared by `top5`
+
+_Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +53,19 @@ class TokenScores:
     """What every counted token says, in the order of the text, on the CPU.
 
     `positions` [N] are those of the predicting tokens in their documents, `documents` [N] number the documents (the
-    pieces of a document that was cut count apart). `loss`, `kl` and `top1` map a view's name to an [N] fp32 tensor:
-    nats, KL(reference||view) in nats, and 1 where both have the same argmax. The reference has no `kl` and no `top1`.
+    pieces of a document that was cut count apart), `targets` [N] are the predicted tokens. The others map a view's
+    name to an [N] fp32 tensor: `loss` in nats; `kl` is KL(reference||view) in nats; `top1` is 1 where both have the
+    same argmax; `top5` is the share of the reference's five most likely tokens that are among the view's own five.
+    The reference has only a `loss`.
     """
 
     positions: Tensor
     documents: Tensor
+    targets: Tensor
     loss: dict[str, Tensor]
     kl: dict[str, Tensor]
     top1: dict[str, Tensor]
+    top5: dict[str, Tensor]
 
 
 @torch.inference_mode()
@@ -112,40 +122,51 @@ def _score_rows(batch: Batch, views: Mapping[str, View], reference: str | None) 
     row_N, column_N = counts_BT.nonzero(as_tuple=True)
     target_N = batch["labels"].cpu()[:, 1:][counts_BT]
     position_BT = batch["position_ids"].cpu()
-    document_BT, documents = _number_documents(position_BT)
+    document_BT, documents = number_documents(position_BT)
     logits = {name: view.logits(batch) for name, view in views.items()}
     pieces = [
         _score_slice({name: x_BTV[row, column] for name, x_BTV in logits.items()}, target, reference)
         for row, column, target in zip(*(x.split(SLICE_TOKENS) for x in (row_N, column_N, target_N)), strict=True)
     ]
-    loss, kl, top1 = (_concatenate([piece[i] for piece in pieces]) for i in range(3))
-    position_N, document_N = position_BT[row_N, column_N], document_BT[row_N, column_N]
-    return TokenScores(positions=position_N, documents=document_N, loss=loss, kl=kl, top1=top1), documents
+    loss, kl, top1, top5 = (_concatenate([piece[i] for piece in pieces]) for i in range(4))
+    scores = TokenScores(
+        positions=position_BT[row_N, column_N], documents=document_BT[row_N, column_N], targets=target_N,
+        loss=loss, kl=kl, top1=top1, top5=top5,
+    )  # fmt: skip
+    return scores, documents
 
 
 def _score_slice(
     logits: Mapping[str, Tensor], target_N: Tensor, reference: str | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Loss, KL and top-1 agreement of one slice of tokens, each by view."""
+) -> tuple[_Named, _Named, _Named, _Named]:
+    """Loss, KL, top-1 and top-5 agreement of one slice of tokens, each by view."""
     log_p = {name: x_NV.float().log_softmax(-1) for name, x_NV in logits.items()}
     loss = {name: -x_NV.gather(-1, target_N.to(x_NV.device)[:, None])[:, 0].cpu() for name, x_NV in log_p.items()}
     if reference is None:
-        return loss, {}, {}
+        return loss, {}, {}, {}
     ref_NV = log_p.pop(reference)
     others = {name: x_NV.to(ref_NV.device) for name, x_NV in log_p.items()}
     kl = {name: (ref_NV.exp() * (ref_NV - x_NV)).sum(-1).cpu() for name, x_NV in others.items()}
     top1 = {name: (ref_NV.argmax(-1) == x_NV.argmax(-1)).float().cpu() for name, x_NV in others.items()}
-    return loss, kl, top1
+    top5 = {name: _overlap(ref_NV, x_NV).cpu() for name, x_NV in others.items()}
+    return loss, kl, top1, top5
 
 
-def _number_documents(position_BT: Tensor) -> tuple[Tensor, int]:
+def _overlap(ref_NV: Tensor, x_NV: Tensor) -> Tensor:
+    """Share [N] of the reference's most likely tokens that are among the other's as well."""
+    count = min(MOST_LIKELY, ref_NV.shape[-1])
+    ref_NK, x_NK = ref_NV.topk(count, dim=-1).indices, x_NV.topk(count, dim=-1).indices
+    return (ref_NK[:, :, None] == x_NK[:, None, :]).any(-1).float().mean(-1)
+
+
+def number_documents(position_BT: Tensor) -> tuple[Tensor, int]:
     """Number the documents of the rows from 0: one starts with a row and wherever the position does not go up by 1."""
     starts_BT = torch.ones_like(position_BT, dtype=torch.bool)
     starts_BT[:, 1:] = position_BT.diff(dim=-1) != 1
     return starts_BT.flatten().cumsum(0).view_as(starts_BT) - 1, int(starts_BT.sum())
 
 
-def _concatenate(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _concatenate(pieces: list[_Named]) -> _Named:
     names = pieces[0].keys() if pieces else ()
     return {name: torch.cat([piece[name] for piece in pieces]) for name in names}
 
@@ -155,28 +176,9 @@ def _join(parts: list[TokenScores]) -> TokenScores:
     return TokenScores(
         positions=torch.cat([part.positions for part in parts]),
         documents=torch.cat([part.documents for part in parts]),
+        targets=torch.cat([part.targets for part in parts]),
         loss=_concatenate([part.loss for part in parts]),
         kl=_concatenate([part.kl for part in parts]),
         top1=_concatenate([part.top1 for part in parts]),
+        top5=_concatenate([part.top5 for part in parts]),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mean:
-    """A mean over tokens; `error` is its standard error with documents, not tokens, as the independent draws."""
-
-    value: float
-    error: float | None
-    tokens: int
-
-
-def mean_over_documents(value_N: Tensor, document_N: Tensor) -> Mean:
-    """Mean over N > 0 tokens; the error is that of a ratio estimate over documents, None for fewer than two of them."""
-    mean = value_N.double().mean()
-    _, index_N = document_N.unique(return_inverse=True)
-    documents, tokens = int(index_N.max()) + 1, value_N.numel()
-    if documents < 2:
-        return Mean(value=mean.item(), error=None, tokens=tokens)
-    residual_D = torch.zeros(documents, dtype=torch.float64).index_add_(0, index_N, value_N.double() - mean)
-    error = (documents / (documents - 1) * residual_D.square().sum()).sqrt() / tokens
-    return Mean(value=mean.item(), error=error.item(), tokens=tokens)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.errors import InputError
-from linearize.evaluation.agreement import Batch, Mean, TokenScores, View, mean_over_documents, score_batches
+from linearize.evaluation.agreement import Batch, TokenScores, View, score_batches
+from linearize.evaluation.intervals import Mean, mean_over_documents
 
 BRANCHES = ("both", "window", "linear")
 

@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.decode_cost import DecodeCost
-from linearize.evaluation.language_modeling import PositionBin
-from linearize.evaluation.recall import RecallReport
-from linearize.evaluation.report import ConversionReport, Moment
 from linearize.evaluation.theme import (
     COLOURS,
     bytes_label,
@@ -25,6 +21,11 @@ from linearize.evaluation.theme import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from linearize.evaluation.language_modeling import PositionBin
+    from linearize.evaluation.recall import RecallReport
+    from linearize.evaluation.report import ConversionReport, Moment
+    from linearize.evaluation.speed import DecodeCost
 
 MOST_NAMED = 7
 LABELS = {"teacher": "teacher", "student": "student", "window": "student, window only"}

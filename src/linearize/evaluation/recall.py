@@ -1,11 +1,15 @@
-"""Recall beyond the window: greedy answers to questions whose fact stands far back in the prompt."""
+"""Recall: greedy answers to questions whose fact stands far back in the prompt, and what the full forward would answer.
+
+Letters: B prompts, T tokens, N tokens of an answer, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +19,9 @@ from linearize.decoding.loading import pad_token
 from linearize.errors import InputError
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, so that a longer wrong answer shows
+TIE = 1e-3  # nats between two tokens that the arithmetic's noise may swap, at least
+PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1}
+"""Greedy search without the settings that some models bring along: they would change what the model itself answers."""
 
 
 class RecallItem(Protocol):
@@ -78,12 +85,12 @@ def recall_beyond_window(
     if not items:
         raise InputError("recall: no items given; give at least one prompt with its answer")
     distances = [fact_distance(tokenizer, item) for item in items]
-    given: list[str] = []
+    given: list[Given] = []
     for start in range(0, len(items), batch_size):
-        given += _answer(model, tokenizer, items[start : start + batch_size])
+        given += answer_greedily(model, tokenizer, items[start : start + batch_size])
     answers = tuple(
-        RecallAnswer(distance=d, expected=item.answer.strip(), given=text, correct=matches(text, item.answer))
-        for d, item, text in zip(distances, items, given, strict=True)
+        RecallAnswer(distance=d, expected=item.answer.strip(), given=found.text, correct=found.correct)
+        for d, item, found in zip(distances, items, given, strict=True)
     )
     edges = list(distance_edges) if distance_edges is not None else _powers_of_two(min(distances), max(distances))
     return RecallReport(
@@ -98,12 +105,22 @@ def fact_distance(tokenizer: PreTrainedTokenizerBase, item: RecallItem) -> int:
         raise InputError(
             f"recall: the answer {item.answer!r} is nowhere in its prompt: every prompt must hold its fact"
         )
-    return len(_tokens(tokenizer, item.prompt)) - len(_tokens(tokenizer, item.prompt[: at + len(item.answer.strip())]))
+    return len(prompt_tokens(tokenizer, item.prompt)) - len(
+        prompt_tokens(tokenizer, item.prompt[: at + len(item.answer.strip())])
+    )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids without a space at the end: most tokenizers join a space to the word that follows, here the answer."""
-    return list(tokenizer(text.rstrip(), add_special_tokens=add_special_tokens)["input_ids"])
+    return list(tokenizer(prompt.rstrip(), verbose=False)["input_ids"])
+
+
+def answer_tokens(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """The answer's tokens as they follow the prompt (as they are alone, where the two do not part cleanly)."""
+    before, both = prompt_tokens(tokenizer, prompt), prompt_tokens(tokenizer, f"{prompt.rstrip()} {answer.strip()}")
+    if both[: len(before)] == before and len(both) > len(before):
+        return both[len(before) :]
+    return list(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"])
 
 
 def matches(text: str, answer: str) -> bool:
@@ -112,20 +129,92 @@ def matches(text: str, answer: str) -> bool:
     return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a model answered: `text`, its `tokens`, whether it is `correct`; `expected`: the right answer's tokens."""
+
+    text: str
+    correct: bool
+    tokens: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
 @torch.inference_mode()
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[RecallItem]) -> list[str]:
-    prompts = [_tokens(tokenizer, item.prompt) for item in items]
-    longest = max(len(_tokens(tokenizer, f" {item.answer.strip()}", add_special_tokens=False)) for item in items)
+def answer_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[RecallItem]) -> list[Given]:
+    """Answers to all prompts in one left-padded batch, greedy, through the model's own cache.
+
+    Only the model decides: penalties and the like in its generation settings are turned off.
+    """
+    prompts = [prompt_tokens(tokenizer, item.prompt) for item in items]
+    expected = [answer_tokens(tokenizer, item.prompt, item.answer) for item in items]
     input_ids, mask = left_padded(prompts, pad=pad_token(tokenizer))
-    generate: Any = model.generate
-    out = generate(
+    own = getattr(model, "generation_config", None)
+    out = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),
         do_sample=False,
-        max_new_tokens=longest + SPARE_TOKENS,
+        max_new_tokens=max(map(len, expected)) + SPARE_TOKENS,
         pad_token_id=pad_token(tokenizer),
+        **{name: plain for name, plain in PLAIN.items() if getattr(own, name, None) not in (None, plain)},
     )
-    return list(tokenizer.batch_decode(out[:, input_ids.shape[1] :], skip_special_tokens=True))
+    new_BN = out[:, input_ids.shape[1] :].tolist()
+    texts = tokenizer.batch_decode(new_BN, skip_special_tokens=True)
+    ends = _ends(own, tokenizer)
+    return [
+        Given(text=text, correct=matches(text, item.answer), tokens=_up_to_end(new, ends), expected=tuple(right))
+        for text, new, right, item in zip(texts, new_BN, expected, items, strict=True)
+    ]
+
+
+def _ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    named = getattr(own, "eos_token_id", None)
+    ends = {*named} if isinstance(named, (list, tuple)) else {named}
+    return {token for token in (*ends, tokenizer.eos_token_id) if isinstance(token, int)}
+
+
+def _up_to_end(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    """Up to and with the first end token; what follows is padding."""
+    return tuple(tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullForward:
+    """One answered item in forwards without padding or cache.
+
+    `right`: every token of the right answer is the likeliest there. `agrees`: whether every token that was generated
+    is the likeliest here too; `tie` where one is not and the noise of the arithmetic explains it.
+    """
+
+    right: bool
+    agrees: Literal["yes", "no", "tie"]
+
+
+def full_forward(model: Any, tokenizer: PreTrainedTokenizerBase, item: RecallItem, given: Given) -> FullForward:
+    """What the full forward makes of an item that was answered through the cache."""
+    prompt, number = prompt_tokens(tokenizer, item.prompt), len(given.expected)
+    logits_NV = _logits_after(model, prompt, given.tokens)
+    agrees: Literal["yes", "no", "tie"] = "yes"
+    for logits_V, token, best in zip(logits_NV, given.tokens, logits_NV.argmax(-1).tolist(), strict=True):
+        if token != best:
+            agrees = "tie" if _is_tie(logits_V, token, model.dtype) else "no"
+            break
+    if given.tokens[:number] != given.expected:
+        logits_NV = _logits_after(model, prompt, given.expected)
+    return FullForward(right=logits_NV[:number].argmax(-1).tolist() == list(given.expected), agrees=agrees)
+
+
+@torch.inference_mode()
+def _logits_after(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The logits that predict each of `tokens` after the prompt, `[N, V]` fp32."""
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=model.device)
+    last = {"logits_to_keep": len(tokens)} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits_NV: Tensor = model(input_ids=ids, use_cache=False, **last).logits[0, -len(tokens) :].float()
+    return logits_NV
+
+
+def _is_tie(logits_V: Tensor, token: int, dtype: torch.dtype) -> bool:
+    noise = max(TIE, 4 * torch.finfo(dtype).eps * float(logits_V.abs().max()))
+    return float(logits_V.max() - logits_V[token]) <= noise
 
 
 def left_padded(rows: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:

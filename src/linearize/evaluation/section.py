@@ -161,6 +161,11 @@ class Section(BaseModel, ABC):
     NAME: ClassVar[str]
     TITLE: ClassVar[str]
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether it measures on the setting's documents; else it also runs where there are none."""
+        return True
+
     def check(self, setting: Setting) -> None:
         """Raise InputError, before anything is measured, for what the section cannot do with this setting."""
 

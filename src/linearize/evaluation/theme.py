@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ INK, GRID, TEACHER = "#2b2b2b", "#e6e6e6", "#444444"
 STUDENTS = ("#1f6fb4", "#c2571a", "#2e8b57", "#8a4fbf", "#b8860b", "#c2185b")
 COLOURS = {"teacher": TEACHER, "student": STUDENTS[0], "window": "#e08214", "linear": "#2e8b57", "swap": "#b0b0b0"}
 HEAT = "viridis"
+LEGEND_ROW = 0.2  # inches
 STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 11,
+    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -54,10 +55,21 @@ def styled() -> Iterator[None]:
 
 
 def legend_below(figure: Figure) -> None:
-    """One legend for all panels, from the first one's labels, under the figure (layout `constrained`)."""
+    """One legend for all panels, from the first one's labels, under the figure (layout `constrained`).
+
+    The figure grows by the legend's rows after the first, so that many names take nothing from the drawing.
+    """
     found = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     if found:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(len(found), 4))
+        columns = _columns(list(found), figure.get_figwidth())
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(found) // columns) - 1))
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of labels fit into so many inches; a letter takes about 0.09, a line's sample 0.6."""
+    longest = max(len(label) for label in labels)
+    return max(1, min(len(labels), 4, int(width / (0.09 * longest + 0.6))))
 
 
 def log_log(axis: Axes, formatter: Any) -> None:

@@ -3,7 +3,7 @@ is between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,17 @@ class MixerCall:
     `tap`: stands in for the mixer in every converted layer: `tap(module, q, k, v, scaling=, softcap=,
     sliding_window=, layout=)
     -> y [B, H, T, V]`; attention transfer uses it to compute both attentions and pass the teacher's on.
+    `branch`: what every mixer runs, or by layer (those not named run both).
     """
 
     layout: Layout
     cache: Cache | None = None
-    branch: Branch = "both"
+    branch: Branch | Mapping[int, Branch] = "both"
     tap: Tap | None = None
+
+    def branch_of(self, layer_idx: int) -> Branch:
+        """What the mixer of this layer runs."""
+        return self.branch if isinstance(self.branch, str) else self.branch.get(layer_idx, "both")
 
 
 def mixer_attention(
@@ -69,7 +74,8 @@ def mixer_attention(
         inputs = (key, value, key_projection(module, mixer_hidden, mixer.shape))
 
     def run(state: Any, need_state: bool) -> tuple[Tensor, Any]:
-        options = {"layout": layout, "branch": mixer_call.branch, "state": state, "need_state": need_state}
+        branch = mixer_call.branch_of(module.layer_idx)  # type: ignore[arg-type]
+        options = {"layout": layout, "branch": branch, "state": state, "need_state": need_state}
         result: tuple[Tensor, Any] = mixer(query, *inputs, **options, **scores)
         return result
 

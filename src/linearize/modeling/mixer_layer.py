@@ -30,11 +30,9 @@ class MixerLayer(nn.Module):
             InputError: one branch of a mixer that has only one.
         """
         assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
-        if mixer_call.branch != "both":
+        if (branch := mixer_call.branch_of(self.layer_idx)) != "both":
             name = self.mixer.config.name  # type: ignore[attr-defined]
-            raise InputError(
-                f"branch {mixer_call.branch!r}: layer {self.layer_idx} holds {name}, which has no branches"
-            )
+            raise InputError(f"branch {branch!r}: layer {self.layer_idx} holds {name}, which has no branches")
         mixer, layout = self.mixer, mixer_call.layout
 
         def run(state: Any, need_state: bool) -> tuple[Tensor, Any]:

@@ -116,11 +116,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        branch: Branch = "both",
+        branch: Branch | Mapping[int, Branch] = "both",
         tap: Tap | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the teacher's own forward; `branch` runs one branch of every mixer (ablation), `tap` see `MixerCall`.
+        """As the teacher's own forward; `branch` runs one branch of every mixer, or of some layers' (ablation: `{3:
+        "window"}`); `tap` see `MixerCall`.
 
         `input_ids: [B, T]`; `attention_mask: [B, past + T]` (left padding); packed rows carry restarting
         `position_ids: [B, T]` and no
@@ -130,6 +131,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise InputError("give either input_ids or inputs_embeds")
+        if not isinstance(branch, str) and (wrong := sorted(set(branch) - set(self._converted()))):
+            raise InputError(f"branch of layer {wrong[0]}: layers with a mixer are {self._converted()}")
         if use_cache is None:
             use_cache = past_key_values is not None or (
                 not self.training and getattr(self.lm.config, "use_cache", True)
@@ -165,6 +168,10 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that the plan added, by name."""
         return {name: p for name, p in self.named_parameters() if ".mixer." in name}
+
+    def _converted(self) -> list[int]:
+        """The layers that hold a mixer."""
+        return [layer for layer, entry in enumerate(self.config.plan) if entry is not None]
 
     def get_input_embeddings(self) -> nn.Module:
         """The teacher's."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from linearize.demo.recall import CODE_DIGITS, RecallItem, recall_document, sentences
 from linearize.errors import InputError
+from linearize.evaluation.needles import CODE_DIGITS, RecallItem, recall_document, sentences
 
 STORIES = [
     'Tom had a red box. "Look! It is new. I like it," he said. He ran home.\nHis mom smiled! Was it late? Yes, it was.',
@@ -120,14 +117,3 @@ def test_a_blank_story_among_others_does_no_harm() -> None:
     item = recall_document(random.Random(2), ["  ", *STORIES], num_words=60)
     assert item.text == item.text.strip()
     assert len(item.text.split()) > 60
-
-
-def test_the_generator_needs_no_torch() -> None:
-    """The training script uses it on machines without the rest of the package's imports."""
-    source = Path(__file__).resolve().parents[1] / "src" / "linearize"
-    code = (
-        "import sys, types; package = types.ModuleType('linearize'); "
-        f"package.__path__ = [{str(source)!r}]; sys.modules['linearize'] = package; "
-        "import linearize.demo.recall; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

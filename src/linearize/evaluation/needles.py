@@ -1,4 +1,4 @@
-"""Recall documents: short facts hidden in stories and asked again much later.
+"""Recall documents: short facts hidden in stories and asked again much later, counted in words.
 
 "... The code of the red box is 4821. ... What is the code of the red box? The code of the red box is 4821."
 The digits are random, so only attention to the fact can give them: a model whose reach is shorter fails.

@@ -1,0 +1,157 @@
+"""The tasks of one evaluation: what they share, what is kept between them, lm-eval's own command for each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.evaluation.harness.answers import Answers
+from linearize.evaluation.harness.batches import choose_batch
+from linearize.evaluation.harness.catalogue import Entry
+from linearize.evaluation.harness.folder import DATA, FUNCTIONS
+from linearize.evaluation.harness.model import Pairs, harness_model
+from linearize.evaluation.harness.outcome import Outcome, outcomes, write_samples
+from linearize.evaluation.harness.runner import command, manager_for, measure
+from linearize.evaluation.kept import Kept
+from linearize.evaluation.section import Contestant, Setting
+
+NO_TRAINING = "few-shot examples come from the measured file (the measured item left out): there is no training split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """`length`: the longest row in tokens; `batch`: rows at a time; `limit`: items per task."""
+
+    setting: Setting
+    folder: Path
+    length: int
+    batch: int
+    limit: int | None
+
+    @classmethod
+    def prepare(cls, setting: Setting, folder: Path, limit: int | None) -> Run:
+        """Choose the length and the batch, the same for all contestants."""
+        length = longest_row(setting.contestants)
+        models = [[c.fingerprint, c.model.device.type, str(c.model.dtype)] for c in setting.contestants]
+        key = {"section": "tasks-batch", "models": models, "length": length}
+        kept = setting.kept if all(c.fingerprint for c in setting.contestants) else Kept()
+        batch = kept.result(key, lambda: choose_batch(setting.contestants, length))
+        return cls(setting=setting, folder=folder, length=length, batch=batch, limit=limit)
+
+    def outcomes(self, entry: Entry, contestant: Contestant, pairs: Pairs) -> dict[str, Outcome]:
+        """One task on one contestant; what was kept of it is taken up."""
+        key = self._key(entry, contestant)
+        kept = self.setting.kept if contestant.fingerprint else Kept()
+
+        def measured() -> dict[str, Outcome]:
+            path = kept.path(f"answers-{_digest(key)}.db")
+            found = self._measured(entry, contestant, pairs, path)
+            if path is not None:
+                path.unlink(missing_ok=True)
+            return found
+
+        found: dict[str, Outcome] = kept.result(key, measured)
+        return found
+
+    def _measured(self, entry: Entry, contestant: Contestant, pairs: Pairs, path: Path | None) -> dict[str, Outcome]:
+        what = f"{entry.task}, {contestant.name}: requests"
+        model = harness_model(contestant, batch=self.batch, max_length=self.length, pairs=pairs)
+        model.answers = Answers(path, lambda done, asked: self.setting.progress(what, done, asked))
+        try:
+            found = measure(
+                entry, model, manager_for(entry, self.folder), limit=self.limit, seed=self.setting.seed,
+                allow_code=self.setting.allow_code, tokens=self._tokens(entry),
+            )  # fmt: skip
+        finally:
+            model.answers.close()
+        if self.setting.out is not None:
+            write_samples(self.setting.out / "samples" / f"{entry.task}.{contestant.name}.jsonl", found)
+        choices = {task: config["output_type"] == "multiple_choice" for task, config in found["configs"].items()}
+        return outcomes(entry, found, choices)
+
+    def facts(self, chosen: Sequence[Entry]) -> dict[str, Any]:
+        """How the numbers came about."""
+        import lm_eval
+
+        first = self.setting.contestants[0]
+        return {
+            "lm_eval": lm_eval.__version__,
+            "source": str(self.setting.data_root) if self.setting.data_root is not None else "Hugging Face Hub",
+            "batch": self.batch,
+            "max_length": self.length,
+            "limit": self.limit,
+            "notes": {entry.task: note for entry in chosen if (note := self._note(entry))},
+            "commands": {entry.task: self._command(entry, first) for entry in chosen},
+        }
+
+    def _note(self, entry: Entry) -> str:
+        known = entry.known
+        if known is None:
+            return ""
+        local = self.setting.data_root is not None
+        notes = [note for note in (known.note, known.local_note if local else "") if note]
+        if local and not known.own_shots and entry.shots:
+            notes.append(NO_TRAINING)
+        if (tokens := self._tokens(entry)) is not None:
+            notes.append(f"answers cut at {tokens} tokens, not {known.generates}: the model's rows are short")
+        return "; ".join(notes)
+
+    def _tokens(self, entry: Entry) -> int | None:
+        """How much is generated, where the definition's number leaves less than half a row for the prompt."""
+        half = self.length // 2
+        return half if entry.known is not None and entry.known.generates > half else None
+
+    def _command(self, entry: Entry, contestant: Contestant) -> str:
+        model = contestant.model
+        settings = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+            "max_length": self.length,
+        }
+        return command(
+            entry, path=contestant.path, settings=settings, batch=self.batch, limit=self.limit,
+            seed=self.setting.seed, tokens=self._tokens(entry), folder=self.folder, device=model.device.type,
+        )  # fmt: skip
+
+    def _key(self, entry: Entry, contestant: Contestant) -> dict[str, Any]:
+        """Everything that an outcome depends on."""
+        import lm_eval
+
+        return {
+            "section": "tasks",
+            "task": entry.task,
+            "shots": entry.shots,
+            "limit": self.limit,
+            "model": contestant.fingerprint,
+            "dtype": str(contestant.model.dtype),
+            "device": contestant.model.device.type,
+            "batch": self.batch,
+            "max_length": self.length,
+            "seed": self.setting.seed,
+            "lm_eval": lm_eval.__version__,
+            "definition": self._definition(entry),
+        }
+
+    def _definition(self, entry: Entry) -> str:
+        """A digest of the files that define the task."""
+        names = [f"{FUNCTIONS}.py", f"{entry.task}.yaml", f"{DATA}/{entry.task}.*"]
+        names += [f"{entry.task}_*.yaml", f"{DATA}/{entry.task}_*"] if entry.task == "mmlu" else []
+        found = hashlib.sha256()
+        for path in sorted({path for name in names for path in self.folder.glob(name)}):
+            found.update(path.name.encode() + path.read_bytes())
+        return found.hexdigest()[:20]
+
+
+def longest_row(contestants: Sequence[Contestant]) -> int:
+    """The tokens that every contestant can take, found as lm-eval does for a model alone."""
+    from lm_eval.models.utils import resolve_max_length
+
+    return int(min(resolve_max_length(c.model.config, c.tokenizer, default=2048) for c in contestants))
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]

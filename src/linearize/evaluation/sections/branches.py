@@ -1,0 +1,305 @@
+"""Does the linear branch work? Window alone, linear branch alone, both; layer by layer; loss against context.
+
+The known failure: in window + linear students the window does all the work, hidden by short benchmarks (2510.05901).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from linearize.evaluation.agreement import TokenScores, View, score_batches
+from linearize.evaluation.branches import (
+    AblatedView,
+    Without,
+    clearly_positive,
+    difference,
+    longest_reach,
+    share_won,
+    two_branch_layers,
+    without,
+)
+from linearize.evaluation.cache_checks import CacheProbe, check
+from linearize.evaluation.context_loss import ContextText
+from linearize.evaluation.intervals import Mean, mean_over_documents
+from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.sections import branches_shown
+from linearize.modeling import LinearizedForCausalLM
+from linearize.training.documents import Document
+from linearize.training.packing import PackedRows, document_rows
+
+
+class Branches(Section):
+    """Ablation of the branches on held-out text, and what context is worth to each model.
+
+    `tokens`, `layer_tokens`, `context_tokens`: of text, for the whole student, for each layer, and for each context;
+    documents that are longer than the window come first. `contexts`: sizes in tokens, even. `decode_tokens`: of one
+    text, also fed through the cache token by token (half of them as its prompt).
+    """
+
+    NAME: ClassVar[str] = "branches"
+    TITLE: ClassVar[str] = "Does the memory work?"
+
+    per_layer: bool = True
+    tokens: int = Field(16_000, ge=100)
+    layer_tokens: int = Field(5_000, ge=100)
+    context_tokens: int = Field(5_000, ge=100)
+    contexts: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
+    decode_tokens: int = Field(160, ge=16)
+
+    @field_validator("contexts")
+    @classmethod
+    def _even(cls, contexts: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 4 or size % 2 for size in contexts):
+            raise ValueError(f"contexts {list(contexts)}: each must be even and at least 4 tokens")
+        return tuple(sorted(set(contexts)))
+
+    def run(self, setting: Setting) -> Numbers:
+        """Ablation for students with two branches, loss against context for every contestant."""
+        work = _Work(self, setting)
+        models: Numbers = {}
+        for done, contestant in enumerate(setting.contestants):
+            setting.progress(f"branches of {contestant.name}", done, len(setting.contestants))
+            models[contestant.name] = {
+                "role": contestant.role,
+                "mixers": mixer_names(contestant),
+                "ablation": work.ablation(contestant),
+                "layers": work.layers(contestant) if self.per_layer else [],
+                "context": work.context(contestant),
+            }
+        return {"models": models}
+
+    @classmethod
+    def show(cls, numbers: Numbers) -> Shown:
+        """Findings, tables and plots: see `branches_shown`."""
+        return branches_shown.shown(numbers)
+
+    @classmethod
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+        """The share of what the window loses that the linear branch wins back, or what the context beyond is worth."""
+        return branches_shown.headline(numbers)
+
+
+class _Work:
+    """One run: the texts, the teacher's losses, and what is kept."""
+
+    def __init__(self, section: Branches, setting: Setting) -> None:
+        self.section, self.setting = section, setting
+        self.reach = max((reach(c) or 0 for c in setting.contestants), default=0)
+
+    def kept(self, contestant: Contestant, part: str, measure: Callable[[], Any]) -> Any:
+        """A part's numbers, measured unless an earlier run did."""
+        setting, teacher = self.setting, self.setting.teacher
+        key = {
+            "section": self.section.NAME,
+            "part": part,
+            "config": self.section.model_dump(mode="json"),
+            "contestants": [(c.name, c.fingerprint) for c in (contestant, teacher) if c is not None],
+            "setting": [setting.length, setting.seed, self.reach, sum(map(len, setting.documents))],
+        }
+        return setting.kept.result(key, measure)
+
+    def text(self, tokens: int) -> PackedRows:
+        """Rows of about so many tokens, documents that are longer than every window first."""
+        setting = self.setting
+        longer = [d for d in setting.documents if len(d) > self.reach + 1]
+        shorter = [d for d in setting.documents if len(d) <= self.reach + 1]
+        return document_rows(_first([*longer, *shorter], tokens), setting.length, pad_token_id=_pad(setting))
+
+    def scores(self, views: Mapping[str, View], rows: PackedRows) -> TokenScores:
+        return score_batches(rows.in_order(self.setting.batch), views)
+
+    @cached_property
+    def rows(self) -> PackedRows:
+        return self.text(self.section.tokens)
+
+    @cached_property
+    def layer_rows(self) -> PackedRows:
+        return self.text(self.section.layer_tokens)
+
+    @cached_property
+    def teacher_loss(self) -> Tensor | None:
+        """The teacher's losses [N] on `rows`."""
+        teacher = self.setting.teacher
+        return None if teacher is None else self.scores({"t": View(model=teacher.model)}, self.rows).loss["t"]
+
+    def ablation(self, contestant: Contestant) -> Numbers | None:
+        """Both branches, each alone, and the loss through the cache; None without two branches in one layer."""
+        return self.kept(contestant, "ablation", lambda: self._ablation(contestant)) if layers(contestant) else None
+
+    def _ablation(self, contestant: Contestant) -> Numbers:
+        model, found, own_reach = contestant.model, layers(contestant), reach(contestant)
+        assert own_reach is not None
+        views = {
+            "both": View(model=model),
+            "window": AblatedView(model=model, only=without("linear", found)),
+            "linear": AblatedView(model=model, only=without("window", found)),
+        }
+        scores = self.scores(views, self.rows)
+        losses = dict(scores.loss)
+        teacher = self.setting.teacher
+        if self.teacher_loss is not None and teacher is not None and teacher.name != contestant.name:
+            losses["teacher"] = self.teacher_loss
+        beyond_N = scores.positions >= own_reach
+        return {
+            "reach": own_reach,
+            "layers": found,
+            "all": _losses(losses, scores.documents),
+            "beyond": _losses({n: x[beyond_N] for n, x in losses.items()}, scores.documents[beyond_N])
+            if beyond_N.any()
+            else None,
+            "decoded": self._decoded(contestant, own_reach),
+        }
+
+    def _decoded(self, contestant: Contestant, own_reach: int) -> Numbers | None:
+        """The loss with both branches where the last tokens of a text come one by one through the cache."""
+        wanted = max(self.section.decode_tokens, 2 * own_reach + 9)
+        document = max(self.setting.documents, key=lambda d: min(len(d), wanted))
+        row = torch.tensor(document.tokens[: min(wanted, self.setting.length)])
+        if len(row) < 8:
+            return None
+        found = check("decode", CacheProbe(contestant.model.eval(), [row], len(row) // 2))
+        return {**asdict(found), "dtype": str(contestant.model.dtype).removeprefix("torch.")}
+
+    def layers(self, contestant: Contestant) -> list[Numbers]:
+        """What turning off one branch of one layer costs, on tokens beyond the window where there are any."""
+        found: list[Numbers] = []
+        base: list[TokenScores] = []
+        for done, layer in enumerate(layers(contestant)):
+            self.setting.progress(f"layers of {contestant.name}", done, len(layers(contestant)))
+            found.append(self.kept(contestant, f"layer {layer}", lambda i=layer: self._layer(contestant, i, base)))  # type: ignore[misc]
+        return found
+
+    def _layer(self, contestant: Contestant, layer: int, base: list[TokenScores]) -> Numbers:
+        """`base` keeps the scores of the whole student from layer to layer."""
+        if not base:
+            base.append(self.scores({"both": View(model=contestant.model)}, self.layer_rows))
+        whole, own_reach = base[0], reach(contestant) or 0
+        beyond_N = whole.positions >= own_reach
+        beyond_N = beyond_N if beyond_N.any() else ~beyond_N
+        branches: tuple[Without, ...] = ("linear", "window")
+        views: dict[str, View] = {
+            name: AblatedView(model=contestant.model, only=without(name, [layer])) for name in branches
+        }
+        scores = self.scores(views, self.layer_rows)
+        costs = {
+            f"without_{name}": _mean(
+                difference(scores.loss[name][beyond_N], whole.loss["both"][beyond_N], whole.documents[beyond_N])
+            )
+            for name in branches
+        }
+        return {"layer": layer, "tokens": int(beyond_N.sum()), **costs}
+
+    @cached_property
+    def context_text(self) -> ContextText | None:
+        section, setting = self.section, self.setting
+        bos = setting.tokenizer.bos_token_id
+        return ContextText.choose(
+            setting.documents, section.contexts, length=setting.length, tokens=section.context_tokens,
+            bos=bos if isinstance(bos, int) else None,
+        )  # fmt: skip
+
+    @cached_property
+    def teacher_contexts(self) -> list[Tensor]:
+        """The teacher's losses [N] with each context, the whole document last."""
+        assert self.setting.teacher is not None
+        return self._contexts(self.setting.teacher)
+
+    def _contexts(self, contestant: Contestant) -> list[Tensor]:
+        assert self.context_text is not None
+        view, sizes = View(model=contestant.model), [*self.context_text.sizes, None]
+        return [self.context_text.losses(view, size, rows=self.setting.batch) for size in sizes]
+
+    def context(self, contestant: Contestant) -> Numbers | None:
+        """Loss against context; None where the text is too short for two contexts."""
+        if self.context_text is None:
+            return None
+        return self.kept(contestant, "context", lambda: self._context(contestant))
+
+    def _context(self, contestant: Contestant) -> Numbers:
+        text, teacher = self.context_text, self.setting.teacher
+        assert text is not None
+        is_teacher = teacher is not None and teacher.name == contestant.name
+        own = self.teacher_contexts if is_teacher else self._contexts(contestant)
+        document_N = text.token_documents
+        means = [_mean(mean_over_documents(x_N, document_N)) for x_N in own]
+        share = None
+        if teacher is not None and not is_teacher:
+            far, near = self.teacher_contexts[0], self.teacher_contexts[-1]
+            share = _share_of_gain(own[0] - own[-1], far - near, document_N)
+        return {
+            "from_position": text.first,
+            "tokens": len(document_N),
+            "documents": len(text.documents),
+            "losses": [{"size": size, **mean} for size, mean in zip([*text.sizes, None], means, strict=True)],
+            "gain": _mean(difference(own[0], own[-1], document_N)),
+            "share_of_gain": share,
+        }
+
+
+def layers(contestant: Contestant) -> list[int]:
+    """A contestant's layers with two branches."""
+    model = contestant.model
+    return two_branch_layers(model.config.mixers()) if isinstance(model, LinearizedForCausalLM) else []
+
+
+def reach(contestant: Contestant) -> int | None:
+    """How far its longest window reaches, in tokens; None without one."""
+    model = contestant.model
+    return longest_reach(model.config.mixers()) if isinstance(model, LinearizedForCausalLM) else None
+
+
+def mixer_names(contestant: Contestant) -> list[str]:
+    """By layer; empty for a model that is no student."""
+    model = contestant.model
+    plan = model.config.mixers() if isinstance(model, LinearizedForCausalLM) else []
+    return ["softmax" if mixer is None else str(mixer.name) for mixer in plan]  # type: ignore[attr-defined]
+
+
+def _losses(loss: Mapping[str, Tensor], document_N: Tensor) -> Numbers:
+    """Mean losses, what is won back, and what the window brings; each with its error over documents."""
+    found: Numbers = {name: _mean(mean_over_documents(x_N, document_N)) for name, x_N in loss.items()}
+    found["tokens"], found["documents"] = len(document_N), len(document_N.unique())
+    found["won"] = _mean(difference(loss["window"], loss["both"], document_N))
+    found["window_brings"] = _mean(difference(loss["linear"], loss["both"], document_N))
+    if "teacher" in loss:
+        found["lost"] = _mean(difference(loss["window"], loss["teacher"], document_N))
+        share = share_won(loss["window"], loss["both"], loss["teacher"], document_N)
+        found["share"] = None if share is None else _mean(share)
+    return found
+
+
+def _share_of_gain(own_N: Tensor, teacher_N: Tensor, document_N: Tensor) -> Numbers | None:
+    """What of the teacher's gain from context a student has; None where the teacher gains nothing beyond noise."""
+    zero_N = torch.zeros_like(teacher_N)
+    if not clearly_positive(difference(teacher_N, zero_N, document_N)):
+        return None
+    share = share_won(teacher_N, teacher_N - own_N, zero_N, document_N)
+    return None if share is None else _mean(share)
+
+
+def _mean(mean: Mean) -> Numbers:
+    """JSON-able: value and standard error."""
+    return {"value": mean.value, "error": mean.error}
+
+
+def _first(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """The first documents of about so many tokens."""
+    chosen: list[Document] = []
+    for document in documents:
+        if chosen and sum(map(len, chosen)) >= tokens:
+            break
+        chosen.append(document)
+    return chosen
+
+
+def _pad(setting: Setting) -> int:
+    from linearize.decoding.loading import pad_token
+
+    return pad_token(setting.tokenizer)

@@ -1,0 +1,208 @@
+"""The gate of every report: a model must give the same logits however a text comes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from linearize.errors import InputError, one_line
+from linearize.evaluation.branches import longest_reach
+from linearize.evaluation.cache_checks import CHECKS, PADDED_STEPS, CacheProbe, Deviation, check, tolerance
+from linearize.evaluation.section import Contestant, Finding, Numbers, Section, Setting, Shown, Table, Tile
+from linearize.modeling import LinearizedForCausalLM
+
+LEAST_TOKENS = 24  # of the longest text that is fed in several ways
+WORDS = {
+    "decode": "token by token through the cache",
+    "chunks": "prefill in uneven pieces",
+    "padding": "a left-padded batch of unequal texts",
+    "order": "the batch in another order",
+    "packing": "several texts in one row",
+    "rollback": "wrong draft tokens dropped from the cache",
+    "static": "through transformers' static cache",
+}
+
+
+class Consistency(Section):
+    """Logits of one full forward pass against those of every other way that a text can take.
+
+    `steps`: tokens decoded one by one, at least (a window is crossed in any case); `prefill`: tokens before them beyond
+    the longest window.
+    """
+
+    NAME: ClassVar[str] = "consistency"
+    TITLE: ClassVar[str] = "Is the cache right?"
+
+    steps: int = Field(48, ge=8)
+    prefill: int = Field(69, ge=3)
+
+    def check(self, setting: Setting) -> None:
+        """Raises: InputError: too little text."""
+        if (tokens := sum(map(len, setting.documents))) < LEAST_TOKENS:
+            raise InputError(f"the text has {tokens} tokens: checking the cache needs at least {LEAST_TOKENS}")
+
+    def run(self, setting: Setting) -> Numbers:
+        """Every check that applies to a model, for every contestant, on the same tokens."""
+        reach = max((_reach(c) for c in setting.contestants), default=0)
+        rows, prefill = self._rows(setting, reach)
+        models: Numbers = {}
+        for done, contestant in enumerate(setting.contestants):
+            setting.progress(f"cache of {contestant.name}", done, len(setting.contestants))
+            key = {
+                "section": self.NAME,
+                "config": self.model_dump(),
+                "contestant": [contestant.name, contestant.fingerprint],
+                "rows": [row.tolist() for row in rows],
+                "prefill": prefill,
+                "seed": setting.seed,
+            }
+            models[contestant.name] = setting.kept.result(
+                key,
+                lambda c=contestant: _measured(c, rows, prefill, setting.seed),  # type: ignore[misc]
+            )
+        return {"tokens": [len(row) for row in rows], "prefill": prefill, "models": models}
+
+    def _rows(self, setting: Setting, reach: int) -> tuple[list[Tensor], int]:
+        """Texts of unequal odd lengths from the held-out text, end to end, and where decoding begins in the first."""
+        stream = [token for document in setting.documents for token in document.tokens]
+        wanted = reach + self.prefill + max(self.steps, reach + 5)
+        longest = min([wanted, setting.length, len(stream), *map(_positions, setting.contestants)])
+        prefill = reach + self.prefill if longest == wanted else longest // 2
+        lengths = [longest - (longest % 2 == 0), int(longest * 0.61) | 1, max(longest // 4, PADDED_STEPS + 1) | 1]
+        rows, at = [], 0
+        for length in lengths:
+            at = at if at + length <= len(stream) else max(len(stream) - length, 0)
+            rows.append(torch.tensor(stream[at : at + length]))
+            at += length
+        return rows, prefill | 1
+
+    @classmethod
+    def show(cls, numbers: Numbers) -> Shown:
+        """A finding per model that fails, a row per model and check."""
+        return Shown(
+            summary=_summary(numbers),
+            findings=[finding for name in numbers["models"] for finding in _findings(numbers, name)],
+            tables=[_table(numbers)],
+        )
+
+    @classmethod
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+        """Whether the student's cache is right."""
+        tiles = {}
+        for name, model in numbers["models"].items():
+            if model["role"] == "student":
+                failed = [way for way in model["checks"] if not passed(model, way)]
+                told = f"fails: {', '.join(failed)}" if failed else f"{len(model['checks'])} ways, the same logits"
+                tiles[name] = [Tile(label="cache", value="faulty" if failed else "right", detail=told)]
+        return tiles
+
+
+def passed(model: Numbers, name: str) -> bool:
+    """Whether a model's check is within rounding of its dtype."""
+    found = model["checks"][name]
+    if "error" in found:
+        return False
+    return Deviation(**found).within(tolerance(model["dtype"]))
+
+
+def _reach(contestant: Contestant) -> int:
+    model = contestant.model
+    return (longest_reach(model.config.mixers()) or 0) if isinstance(model, LinearizedForCausalLM) else 0
+
+
+def _positions(contestant: Contestant) -> int:
+    """Tokens that a model has positions for."""
+    most = getattr(contestant.model.config.get_text_config(), "max_position_embeddings", None)
+    return int(most) if most else 2**31
+
+
+def _measured(contestant: Contestant, rows: Sequence[Tensor], prefill: int, seed: int) -> Numbers:
+    probe = CacheProbe(contestant.model.eval(), rows, prefill, seed=seed)
+    names = [n for n in CHECKS if n != "static" or not isinstance(contestant.model, LinearizedForCausalLM)]
+    return {
+        "role": contestant.role,
+        "reach": _reach(contestant),
+        "dtype": str(contestant.model.dtype).removeprefix("torch."),
+        "checks": {name: _checked(name, probe) for name in names},
+    }
+
+
+def _checked(name: str, probe: CacheProbe) -> Numbers:
+    """A deviation, or why there is none: a cache that raises is as wrong as one that gives other logits."""
+    try:
+        return asdict(check(name, probe))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+        return {"error": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def _summary(numbers: Numbers) -> str:
+    lengths = ", ".join(map(str, numbers["tokens"]))
+    return (
+        f"Texts of {lengths} tokens, each given to each model at once and in every other way; the first "
+        f"{numbers['prefill']} tokens of the longest are its prompt. All ways must give the same logits up to rounding."
+    )
+
+
+def _findings(numbers: Numbers, name: str) -> list[Finding]:
+    model = numbers["models"][name]
+    student = model["role"] == "student"
+    failed = [way for way in model["checks"] if not passed(model, way)]
+    findings = [
+        Finding(level="bad" if student else "note", text=_fault(name, model, way), student=name if student else None)
+        for way in failed
+    ]
+    if not failed and student:
+        largest = max(found["largest"] for found in model["checks"].values())
+        text = (
+            f"{name}: {len(model['checks'])} ways of feeding a text give the logits of one full pass "
+            f"(largest difference {largest:.1g} of their spread, allowed {tolerance(model['dtype'])[0]:g} in "
+            f"{model['dtype']})"
+        )
+        findings.append(Finding(level="good", text=text, student=name))
+    if student and (tokens := numbers["tokens"][0]) <= model["reach"]:
+        text = (
+            f"{name}: the longest text has {tokens} tokens, its window reaches {model['reach']}: what leaves the "
+            "window was not checked; give longer text or a larger length"
+        )
+        findings.append(Finding(level="note", text=text, student=name))
+    return findings
+
+
+def _fault(name: str, model: Numbers, way: str) -> str:
+    found = model["checks"][way]
+    if "error" in found:
+        return f"{name}: {WORDS[way]} cannot be run: {found['error']}"
+    largest, rms, loss = tolerance(model["dtype"])
+    return (
+        f"{name}: {WORDS[way]} gives other logits than one full pass: largest difference {found['largest']:.2g} of "
+        f"their spread (allowed {largest:g}), rms {found['rms']:.2g} (allowed {rms:g}), {found['flips']} of "
+        f"{found['tokens']} argmaxes differ, loss {found['loss']:.4f} instead of {found['expected_loss']:.4f} "
+        f"(allowed {loss:g} apart)"
+    )
+
+
+def _table(numbers: Numbers) -> Table:
+    rows: list[dict[str, Any]] = []
+    for name, model in numbers["models"].items():
+        for way, found in model["checks"].items():
+            row: dict[str, Any] = {"model": name, "way": WORDS[way], "same": "yes" if passed(model, way) else "NO"}
+            if "error" not in found:
+                row |= {
+                    "largest difference": f"{found['largest']:.1e}",
+                    "argmax differs": f"{found['flips']} of {found['tokens']}",
+                    "loss": f"{found['loss']:.4f}",
+                    "loss at once": f"{found['expected_loss']:.4f}",
+                }
+            rows.append({key: row.get(key, "") for key in COLUMNS})
+    note = "Differences are those of logits, in standard deviations of a full pass's logits. Exact for these tokens."
+    return Table(title="One text, many ways", rows=rows, note=note)
+
+
+COLUMNS = ("model", "way", "same", "largest difference", "argmax differs", "loss", "loss at once")

@@ -1,0 +1,96 @@
+"""What one more token costs at a given context: time, and bytes of cache, for student and teacher.
+
+The teacher decodes with a preallocated StaticCache: growing a DynamicCache copies all keys and values for every token,
+which would flatter the student. The section `speed` measures more, and looks for the teacher's best way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.errors import InputError
+from linearize.evaluation.speed.memory import cache_bytes
+from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
+from linearize.evaluation.speed.timing import Timing, interleaved
+from linearize.evaluation.speed.ways import Way, new_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCost:
+    """One model at one context. `ms_per_token` is the median over repeats, `ms_spread` their (lowest, highest)."""
+
+    model: str
+    context: int
+    batch: int
+    ms_per_token: float
+    ms_spread: tuple[float, float]
+    cache_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+
+def decode_cost(
+    student: PreTrainedModel | None,
+    teacher: PreTrainedModel | None,
+    *,
+    contexts: Sequence[int] = (256, 1024, 4096),
+    batch: int = 1,
+    repeats: int = 5,
+    tokens: int = 8,
+    warmup: int = 4,
+    chunk: int = 512,
+    seed: int = 0,
+) -> list[DecodeCost]:
+    """Decode time and cache bytes of both models at each context, teacher with a static, student with its own cache.
+
+    The context is random text, prefilled `chunk` tokens at a time; then `warmup` tokens go untimed, and `repeats`
+    runs of `tokens` tokens are timed. Contexts beyond the model's trained length are allowed. Raises InputError for a
+    size below 1.
+    """
+    for name, size in {"batch": batch, "repeats": repeats, "tokens": tokens, "chunk": chunk}.items():
+        if size < 1:
+            raise InputError(f"decode cost: {name} is {size}: it must be at least 1")
+    if min(contexts, default=0) < 1:
+        raise InputError(f"decode cost: contexts {list(contexts)}: give at least one, each at least 1")
+    costs = []
+    for context in sorted(contexts):
+        for name, model in (("teacher", teacher), ("student", student)):
+            if model is not None:
+                room = context + warmup + repeats * tokens
+                ids_BT = random_text([model], batch, room, seed)
+                cache = new_cache(Way("static" if name == "teacher" else "own", ""), model, room)
+                with measuring([model]):
+                    _, cache = prefill(model, cache, ids_BT[:, :context], chunk)
+                    cache = decode(model, cache, ids_BT[:, context : context + warmup])
+                    timing, cache = _time_decoding(model, cache, ids_BT[:, context + warmup :], tokens, repeats)
+                costs.append(_cost(name, context, batch, timing, tokens, cache_bytes(cache)))
+    return costs
+
+
+def _time_decoding(model: PreTrainedModel, cache: Any, ids_BT: Tensor, tokens: int, repeats: int) -> tuple[Timing, Any]:
+    pieces = iter(ids_BT.split(tokens, dim=1))
+
+    def run() -> None:
+        nonlocal cache
+        cache = decode(model, cache, next(pieces))
+
+    return interleaved({"decode": run}, repeats, warmup=0)["decode"], cache
+
+
+def _cost(name: str, context: int, batch: int, timing: Timing, tokens: int, size: int) -> DecodeCost:
+    ms = 1000 / tokens
+    return DecodeCost(
+        model=name,
+        context=context,
+        batch=batch,
+        ms_per_token=timing.seconds * ms,
+        ms_spread=(timing.lowest * ms, timing.highest * ms),
+        cache_bytes=size,
+    )

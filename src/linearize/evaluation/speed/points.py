@@ -1,0 +1,237 @@
+"""Prefill and decode at one context and batch: every model in its best way, timed in turn with the others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.errors import one_line
+from linearize.evaluation.speed.equality import Check, check_way, length_needed, reference
+from linearize.evaluation.speed.memory import cache_bytes, peak_bytes
+from linearize.evaluation.speed.reading import decode, feed, measuring, prefill, random_text
+from linearize.evaluation.speed.timing import Timing, interleaved, now
+from linearize.evaluation.speed.ways import HOPELESS, CacheKind, Way, attending, fastest, new_cache, ways_of
+
+TRIAL_TOKENS = 10
+CHECKED_TOKENS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How things are timed. `chunk`: tokens of one forward in a prefill; `new_tokens`: tokens of one repeat of decode;
+    `caches`, `attentions`: what a teacher is tried with, the usual one first."""
+
+    new_tokens: int
+    repeats: int
+    prefill_repeats: int
+    warmup: int
+    chunk: int
+    check_tokens: int
+    caches: tuple[CacheKind, ...]
+    attentions: tuple[str, ...]
+    seed: int
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that a cache takes after the prefill."""
+        return max(TRIAL_TOKENS, self.new_tokens)
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """One model at one point: what was found out on the way to timing it. `reason`: why there is no speed.
+
+    `prefill_ms`, `token_ms`: trials by way; `cache`: after the prefill, of the kind in which decode was fastest;
+    `peak`: the most bytes held with that cache.
+    """
+
+    name: str
+    model: PreTrainedModel
+    checks: list[Check]
+    prefill_ms: dict[Way, float]
+    token_ms: dict[Way, float]
+    cache: Any = None
+    peak: int = 0
+    reason: str = ""
+
+    @property
+    def prefill_way(self) -> Way:
+        """The one to time the prefill in."""
+        return fastest(self.prefill_ms)
+
+    @property
+    def way(self) -> Way:
+        """The one to time decode in."""
+        return fastest(self.token_ms)
+
+
+def measure_point(
+    models: Mapping[str, PreTrainedModel],
+    protocol: Protocol,
+    *,
+    context: int,
+    batch: int,
+    hopeless: Mapping[str, Iterable[str]],
+) -> dict[str, Any]:
+    """`points`: one row per model; `checks`: what was compared before. `hopeless`: ways of prefill, by model, that are
+    not tried, since they were far behind at a shorter context."""
+    ids_BT = random_text(list(models.values()), batch, context + protocol.decoded, protocol.seed)
+    with measuring(list(models.values())):
+        runners = [
+            prepare(name, model, ids_BT, context, protocol, set(hopeless.get(name, ())))
+            for name, model in models.items()
+        ]
+        ready = [runner for runner in runners if not runner.reason]
+        prefills = _time_prefill(ready, ids_BT[:, :context], protocol)
+        decodes = _time_decode(ready, ids_BT[:, context : context + protocol.new_tokens], protocol)
+    rows = [_row(x, context, batch, prefills.get(x.name), decodes.get(x.name), protocol) for x in runners]
+    return {"points": rows, "checks": [check.to_dict() for x in runners for check in x.checks]}
+
+
+def prepare(
+    name: str, model: PreTrainedModel, ids_BT: Tensor, context: int, protocol: Protocol, hopeless: set[str]
+) -> Runner:
+    """Check all ways at a small length, then try those that are right at this context."""
+    length = min(context, length_needed(model, protocol.check_tokens))
+    runner = Runner(name=name, model=model, checks=[], prefill_ms={}, token_ms={})
+    try:
+        expected = reference(model, ids_BT[:, :length], CHECKED_TOKENS)
+        ways = ways_of(model, protocol.caches, protocol.attentions)
+        runner.checks = [check_way(name, model, way, expected) for way in ways]
+        right = [way for way, check in zip(ways, runner.checks, strict=True) if check.equal]
+        for cache in dict.fromkeys(way.cache for way in right):
+            same = [way for way in right if way.cache == cache]
+            _try_cache(runner, same, [w for w in same if str(w) not in hopeless] or same[:1], ids_BT, context, protocol)
+        if not right:
+            runner.reason = "; ".join(f"{check.way}: {check.reason}" for check in runner.checks)
+    except (RuntimeError, IndexError, ValueError) as error:  # out of memory, or positions beyond a model's table
+        runner.reason = f"does not run at a context of {context:,}: {one_line(error)}"
+        runner.cache = None
+    return runner
+
+
+def _try_cache(
+    runner: Runner, decoding: Sequence[Way], prefilling: Sequence[Way], ids_BT: Tensor, context: int, protocol: Protocol
+) -> None:
+    """Prefill with each attention, then decode a few tokens with each; the cache stays where it is the best so far."""
+    room = context + protocol.decoded
+    cache, peak = None, 0
+    for way in prefilling:
+        cache = new_cache(way, runner.model, room)
+        with attending(runner.model, way.attention):
+            cache, runner.prefill_ms[way], found = _try_prefill(runner.model, cache, ids_BT[:, :context], protocol)
+        peak = found if way == prefilling[0] else peak
+    for way in decoding:
+        with attending(runner.model, way.attention):
+            runner.token_ms[way] = _try_decode(runner.model, cache, ids_BT[:, context : context + TRIAL_TOKENS])
+    if runner.way.cache == decoding[0].cache:
+        runner.cache, runner.peak = cache, peak
+
+
+def _try_prefill(model: PreTrainedModel, cache: Any, ids_BT: Tensor, protocol: Protocol) -> tuple[Any, float, int]:
+    """The filled cache, milliseconds, and the most bytes held: during the last piece of the text and a token after it,
+    where a prefill needs most."""
+    *before, last_BT = ids_BT.split(protocol.chunk, dim=1)
+    began = now()
+    for piece_BT in before:
+        _, cache = feed(model, cache, piece_BT)
+    first_part = now() - began
+
+    def last_piece() -> Any:
+        copied = copy.deepcopy(cache)
+        _, copied = feed(model, copied, last_BT)
+        return decode(model, copied, last_BT[:, -1:])
+
+    peak = peak_bytes(model.device, last_piece)
+    began = now()
+    _, cache = feed(model, cache, last_BT)
+    return cache, (first_part + now() - began) * 1000, peak
+
+
+def _try_decode(model: PreTrainedModel, cache: Any, ids_BT: Tensor) -> float:
+    """The fewest milliseconds of a token, which disturbances touch least; the cache is left as it is."""
+    times, cache = [], copy.deepcopy(cache)
+    for token_B1 in ids_BT.split(1, dim=1):
+        began = now()
+        cache = decode(model, cache, token_B1)
+        times.append((now() - began) * 1000)
+    return min(times)
+
+
+def _time_prefill(runners: Sequence[Runner], ids_BT: Tensor, protocol: Protocol) -> dict[str, Timing]:
+    room = ids_BT.shape[1] + protocol.decoded
+
+    def one(runner: Runner) -> Callable[[], Any]:
+        def run() -> Any:
+            cache = new_cache(runner.prefill_way, runner.model, room)
+            return prefill(runner.model, cache, ids_BT, protocol.chunk)[0].argmax(dim=-1)
+
+        return run
+
+    with ExitStack() as stack:
+        for runner in runners:
+            stack.enter_context(attending(runner.model, runner.prefill_way.attention))
+        return interleaved({x.name: one(x) for x in runners}, protocol.prefill_repeats, warmup=0)
+
+
+def _time_decode(runners: Sequence[Runner], ids_BT: Tensor, protocol: Protocol) -> dict[str, Timing]:
+    """Each repeat reads the same tokens after the same context, from a copy of the filled cache."""
+    filled: dict[str, Any] = {}
+    found = {runner.name: runner for runner in runners}
+
+    def fill(name: str) -> None:
+        filled.clear()
+        filled[name] = copy.deepcopy(found[name].cache)
+
+    def one(runner: Runner) -> Callable[[], Any]:
+        return lambda: decode(runner.model, filled[runner.name], ids_BT)
+
+    with ExitStack() as stack:
+        for runner in runners:
+            stack.enter_context(attending(runner.model, runner.way.attention))
+        runs = {x.name: one(x) for x in runners}
+        return interleaved(runs, protocol.repeats, warmup=protocol.warmup, before=fill)
+
+
+def _row(
+    runner: Runner, context: int, batch: int, filled: Timing | None, decoded: Timing | None, protocol: Protocol
+) -> dict[str, Any]:
+    """One point of one model. Milliseconds are medians, `ms_spread` the lowest and highest repeat."""
+    row: dict[str, Any] = {"model": runner.name, "context": context, "batch": batch, "reason": runner.reason}
+    if filled is None or decoded is None:
+        return row
+    per_token = 1000 / protocol.new_tokens
+    return row | {
+        "prefill_tokens_per_second": batch * context / filled.seconds,
+        "ms_first_token": filled.seconds * 1000,
+        "ms_first_token_spread": [filled.lowest * 1000, filled.highest * 1000],
+        "decode_tokens_per_second": batch * protocol.new_tokens / decoded.seconds,
+        "ms_per_token": decoded.seconds * per_token,
+        "ms_spread": [decoded.lowest * per_token, decoded.highest * per_token],
+        "peak_bytes": runner.peak,
+        "cache_bytes": cache_bytes(runner.cache),
+        "cache": runner.way.cache,
+        "attention": runner.way.attention,
+        "prefill_cache": runner.prefill_way.cache,
+        "prefill_attention": runner.prefill_way.attention,
+        "ms_trials": {
+            "prefill": {str(way): ms for way, ms in runner.prefill_ms.items()},
+            "token": {str(way): ms for way, ms in runner.token_ms.items()},
+        },
+    }
+
+
+def hopeless_ways(row: Mapping[str, Any]) -> set[str]:
+    """Ways whose prefill was far behind another one with the same cache."""
+    tried: Mapping[str, float] = row.get("ms_trials", {}).get("prefill", {})
+    best: dict[str, float] = {}
+    for way, ms in tried.items():
+        kind = way.split(",")[0]
+        best[kind] = min(ms, best.get(kind, ms))
+    return {way for way, ms in tried.items() if ms > HOPELESS * best[way.split(",")[0]]}

@@ -1,0 +1,72 @@
+"""The suites: which sections an evaluation has, and with what sizes. One literal table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linearize.evaluation.section import Section
+from linearize.evaluation.sections.branches import Branches
+from linearize.evaluation.sections.chat import Chat
+from linearize.evaluation.sections.cloze import Cloze
+from linearize.evaluation.sections.consistency import Consistency
+from linearize.evaluation.sections.language import Language
+from linearize.evaluation.sections.layers import Layers
+from linearize.evaluation.sections.recall import Recall
+from linearize.evaluation.sections.speed import Speed
+from linearize.evaluation.sections.tasks import Tasks
+
+LOLCATS_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
+OPEN_LLM_TASKS = ("arc_challenge:25", "hellaswag:10", "mmlu:5", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5")
+MAMBA_TASKS = (
+    "winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "mmlu:5", "openbookqa", "truthfulqa_mc2",
+    "pubmedqa", "race", "gsm8k:5", "cruxeval",
+)  # fmt: skip
+QUICK_TASKS = ("piqa", "arc_easy")
+DEFAULT_SUITE = "held-out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured, in the order of the report. `offline_tasks`: run only where local task files are given."""
+
+    description: str
+    sections: tuple[Section, ...]
+    offline_tasks: tuple[Section, ...] = ()
+
+
+SUITES: dict[str, Suite] = {
+    "held-out": Suite(
+        description="loss, agreement and branches on held-out text; what runs without a suite",
+        sections=(Language(), Branches(per_layer=False)),
+    ),
+    "quick": Suite(
+        description="every kind of measurement at small sizes: minutes for a small model on a laptop",
+        sections=(
+            Consistency(),
+            Language(),
+            Branches(),
+            Layers(),
+            Cloze(items=96),
+            Recall(lengths=(128, 256, 384), depths=(0.1, 0.5, 0.9), items=4, keys=(1, 2, 4)),
+            Speed(contexts=(256, 1024, 4096), repeats=3),
+        ),
+        offline_tasks=(Tasks(tasks=QUICK_TASKS, limit=50),),
+    ),
+    "lolcats": Suite(
+        description="the tasks of the LoLCATs paper, zero-shot, MMLU five-shot",
+        sections=(Consistency(), Language(), Branches(), Cloze(), Tasks(tasks=LOLCATS_TASKS)),
+    ),
+    "open-llm": Suite(
+        description="the Open LLM Leaderboard (first edition) with its shots",
+        sections=(Consistency(), Language(), Tasks(tasks=OPEN_LLM_TASKS)),
+    ),
+    "mamba-in-llama": Suite(
+        description="the tasks of The Mamba in the Llama, GSM8K and CRUX by generation",
+        sections=(Consistency(), Language(), Tasks(tasks=MAMBA_TASKS)),
+    ),
+    "long-context": Suite(
+        description="loss by position, branches, needles, passkey, associative recall, speed at long contexts",
+        sections=(Consistency(), Language(), Branches(), Layers(), Cloze(), Recall(), Speed()),
+    ),
+    "chat": Suite(description="MT-Bench and AlpacaEval answers, judged where a judge is given", sections=(Chat(),)),
+}

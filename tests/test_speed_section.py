@@ -1,0 +1,413 @@
+"""The section `speed`: what it measures is complete, right before it is fast, and within the memory it speaks of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from models import mixer, student_of, text, tiny
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearize.errors import InputError
+from linearize.evaluation.kept import Kept
+from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.sections import speed as section
+from linearize.evaluation.sections.speed import Speed
+from linearize.evaluation.speed import cache_bytes, peak_bytes, ways, weight_bytes
+from linearize.evaluation.speed.equality import check_way, reference, row_difference
+from linearize.evaluation.speed.largest_batch import PROBES, Rows, largest_batch, peak_of_rows, search
+from linearize.evaluation.speed.points import hopeless_ways
+from linearize.evaluation.speed.reading import decode, feed, measuring, prefill, random_text, repeated
+from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.ways import Way, fastest, ways_of
+from linearize.modeling.cache import MixerCacheLayer
+
+SMALL = {
+    "contexts": (13, 70), "batches": (1, 3), "new_tokens": 5, "repeats": 2, "prefill_repeats": 2, "chunk": 31,
+    "check_tokens": 17, "most_rows": 0,
+}  # fmt: skip
+ONE_WAY: dict[str, Any] = {"caches": ("static",), "attentions": ("sdpa",)}
+TIMES = ("points", "largest_batch")
+
+
+def contestant(name: str, model: PreTrainedModel, fingerprint: str = "a") -> Contestant:
+    role: Any = "teacher" if name == "teacher" else "student"
+    return Contestant(name=name, role=role, path=name, model=model, tokenizer=None, fingerprint=fingerprint)  # type: ignore[arg-type]
+
+
+def both(seed: int = 5, **more: Any) -> Setting:
+    teacher = tiny(seed=seed)
+    student = student_of(teacher, mixer("lolcats"))
+    return Setting(contestants=(contestant("teacher", teacher), contestant("student", student)), **more)
+
+
+def speed(**changes: Any) -> Speed:
+    return Speed(**{**SMALL, **changes})
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if not k.startswith("ms_") and "_per_second" not in k}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(speed(most_rows=40).run(both())))
+    return found
+
+
+def test_every_point_is_measured(numbers: dict[str, Any]) -> None:
+    at = [(row["model"], row["context"], row["batch"]) for row in numbers["points"]]
+    assert at == [(m, c, b) for b in (1, 3) for c in (13, 70) for m in ("teacher", "student")]
+    for row in numbers["points"]:
+        assert row["reason"] == ""
+        assert 0 < row["ms_spread"][0] <= row["ms_per_token"] <= row["ms_spread"][1]
+        assert row["decode_tokens_per_second"] == pytest.approx(row["batch"] * 1000 / row["ms_per_token"])
+        expected = row["batch"] * row["context"] * 1000 / row["ms_first_token"]
+        assert row["prefill_tokens_per_second"] == pytest.approx(expected)
+        assert row["peak_bytes"] > row["cache_bytes"] > 0
+    assert {row["cache"] for row in numbers["points"] if row["model"] == "student"} == {"own"}
+    assert {row["cache"] for row in numbers["points"] if row["model"] == "teacher"} <= {"static", "dynamic"}
+    tried = numbers["points"][0]["ms_trials"]
+    assert set(tried["token"]) == {f"{c} cache, {a}" for c in ("static", "dynamic") for a in ("sdpa", "eager")}
+    assert len(numbers["checks"]) == 2 * 2 * (4 + 1) and all(check["equal"] for check in numbers["checks"])
+    assert {(check["batch"], check["tokens"]) for check in numbers["checks"]} == {(1, 13), (3, 13), (1, 17), (3, 17)}
+    assert numbers["models"]["student"]["trained_length"] == 256
+    assert numbers["models"]["student"]["weight_bytes"] > numbers["models"]["teacher"]["weight_bytes"]
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    small = speed(contexts=(19,), batches=(1,), **ONE_WAY)
+    first, second = small.run(both()), small.run(both())
+    assert without_times(first) == without_times(second)
+    assert first["points"][0]["ms_per_token"] != second["points"][0]["ms_per_token"]
+
+
+def test_cache_bytes_grow_for_the_teacher_and_not_for_the_student() -> None:
+    found = {}
+    for kind in ("static", "dynamic"):
+        points = speed(batches=(3,), caches=(kind,), attentions=("eager",)).run(both())["points"]
+        found[kind] = {(row["model"], row["context"]): row["cache_bytes"] for row in points}
+    layers, heads, dim = 3, 3, 10
+    for context in (13, 70):
+        assert found["dynamic"]["teacher", context] == layers * 2 * 3 * heads * context * dim * 4
+        assert found["static"]["teacher", context] == layers * (2 * 3 * heads * (context + 10) * dim * 4 + 8)
+        assert found["dynamic"]["student", context] == found["static"]["student", 13]
+
+
+def folded_twice(self: MixerCacheLayer, *args: Any, **kwargs: Any) -> Tensor:
+    """A planted fault: the first token after a prefill goes into the state twice."""
+    if self.cumulative_length == 0 or getattr(self, "spoiled", False):
+        return STEP(self, *args, **kwargs)
+    self.spoiled = True  # type: ignore[attr-defined]
+    STEP(self, *args, **kwargs)
+    return STEP(self, *args, **kwargs)
+
+
+STEP = MixerCacheLayer.step
+
+
+def test_a_wrong_cache_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MixerCacheLayer, "step", folded_twice)
+    found = speed(contexts=(20,), batches=(1,), most_rows=12, **ONE_WAY).run(both())
+    teacher, student = found["points"]
+    assert teacher["reason"] == "" and teacher["decode_tokens_per_second"] > 0
+    assert "wrong output" in student["reason"]
+    assert not [key for key in student if "per_second" in key or key.startswith("ms_")]
+    assert set(found["largest_batch"]["models"]) == {"teacher"}
+    bad = [finding for finding in Speed.show(found).findings if finding.level == "bad"]
+    assert [finding.student for finding in bad] == ["student"] and "wrong output" in bad[0].text
+    assert Speed.headline(found) == {}
+
+
+def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(ways.StaticCache):
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().update(keys, 1.1 * values, *args, **kwargs)
+
+    monkeypatch.setattr(ways, "StaticCache", Broken)
+    found = speed(contexts=(20,), batches=(1,)).run(both())
+    row = found["points"][0]
+    assert (row["reason"], row["cache"], row["prefill_cache"]) == ("", "dynamic", "dynamic")
+    wrong = [check["way"] for check in found["checks"] if not check["equal"]]
+    assert wrong == ["static cache, sdpa", "static cache, eager"]
+    only = speed(contexts=(20,), batches=(1,), caches=("static",)).run(both())
+    assert "wrong output" in only["points"][0]["reason"]
+    teachers = [f for f in Speed.show(only).findings if f.level == "bad"]
+    assert len(teachers) == 1 and teachers[0].student is None
+
+
+@pytest.mark.parametrize("fault", ["position", "nan", "crash"])
+def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny()
+    way = Way("dynamic", "sdpa")
+    with measuring([teacher]):
+        expected = reference(teacher, text(2, 19), 4)
+        assert check_way("teacher", teacher, way, expected).equal
+        right = teacher.forward
+
+        def wrong(**given: Any) -> Any:
+            past = given["past_key_values"].get_seq_length()
+            if past and fault == "crash":
+                raise RuntimeError("no such kernel\nat line 3")
+            if past and fault == "position":
+                given["position_ids"] = torch.arange(past, past + given["input_ids"].shape[1])[None] + 1
+            out = right(**given)
+            if fault == "nan":
+                out.logits[1, -1, 3] = torch.nan
+            return out
+
+        monkeypatch.setattr(teacher, "forward", wrong)
+        check = check_way("teacher", teacher, way, expected)
+    assert not check.equal
+    assert check.reason.startswith("does not run: no such kernel" if fault == "crash" else "wrong output")
+    json.dumps(check.to_dict(), allow_nan=False)
+
+
+def test_the_reference_is_greedy_and_without_a_cache() -> None:
+    model, ids = tiny(), text(2, 11)
+    with measuring([model]):
+        expected = reference(model, ids, 3)
+        model.set_attn_implementation("eager")
+        out = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=-1, use_cache=False)
+    assert torch.equal(out[:, 11:], expected.new_BN)
+
+
+def test_models_take_turns_and_are_left_as_they_were() -> None:
+    setting = both()
+    calls: list[str] = []
+    for one in setting.contestants:
+        one.model.register_forward_hook(lambda *_, name=one.name: calls.append(name))
+        one.model.train()
+    before = [one.model.config._attn_implementation for one in setting.contestants]
+    speed(
+        contexts=(13,),
+        batches=(1,),
+    ).run(setting)
+    runs = "".join(name[0] for name in calls)  # t and s: the decode repeats are the last before the largest batches
+    assert "tsts" + "tttttsssss" * 3 in runs  # two prefills each, then warm-up and two repeats of five tokens
+    assert all(one.model.training for one in setting.contestants)
+    assert [one.model.config._attn_implementation for one in setting.contestants] == before
+
+
+def test_timing_keeps_what_comes_before_out_of_the_clock() -> None:
+    seen: list[str] = []
+    runs = {name: lambda name=name: seen.append(name) for name in "ab"}
+    interleaved(runs, 2, warmup=0, before=lambda name: seen.append(name.upper()))
+    assert seen == ["A", "a", "B", "b"] * 2
+
+
+def test_peak_bytes_counts_what_is_held_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    outside = torch.zeros(5000)
+
+    def run() -> Tensor:
+        first = torch.empty(1000)
+        del first
+        second = torch.empty(2000)
+        return torch.cat([second, outside[:100]])
+
+    assert peak_bytes(torch.device("cpu"), run) == 4 * (2000 + 2100)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_count_shared_storage_once() -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.zeros(7, 3))
+    model.b = model.a
+    model.register_buffer("c", torch.zeros(2, dtype=torch.float64))
+    assert weight_bytes(model) == 4 * 21 + 16  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "own"])
+def test_a_repeated_row_reads_on_as_it_did_alone(kind: Any) -> None:
+    teacher = tiny("gemma2") if kind == "dynamic" else tiny()
+    model = student_of(teacher, mixer("lolcats")) if kind == "own" else teacher
+    ids = random_text([model], 1, 23, 3)
+    with measuring([model]):
+        _, cache = prefill(model, ways.new_cache(Way(kind, "eager"), model, 23), ids[:, :20], 7)
+        many, _ = feed(model, repeated(cache, 4), ids[:, 20:21].expand(4, -1))
+        alone = model(input_ids=ids[:, :21], use_cache=False).logits[:, -1]
+        difference, allowed = row_difference(alone, many)
+        assert difference < allowed and torch.equal(many[0], many[3])
+        assert row_difference(alone, many.roll(1, dims=1))[0] > allowed
+        decode(model, cache, ids[:, 20:])  # the original is still whole
+
+
+@pytest.mark.parametrize("most", [1, 5, 17, 64])
+def test_the_search_finds_the_last_that_fits(most: int) -> None:
+    for largest in range(70):
+        asked: list[int] = []
+
+        def fits(size: int, largest: int = largest, asked: list[int] = asked) -> bool:
+            asked.append(size)
+            return size <= largest
+
+        assert search(fits, most) == min(largest, most)
+        assert max(asked) <= most
+
+
+@pytest.mark.parametrize("kind", ["static", "own"])
+def test_the_largest_batch_uses_the_budget_and_stays_within(kind: Any) -> None:
+    teacher = tiny()
+    model = student_of(teacher, mixer("lolcats")) if kind == "own" else teacher
+    way, sizes = Way(kind, "sdpa"), {"context": 40, "chunk": 16, "seed": 0}
+    budget = peak_of_rows(model, way, rows=20, **sizes) + 100
+    found = largest_batch(model, way, budget=budget, most=500, **sizes)
+    assert 18 <= found["batch"] <= 20 and not found["capped"]
+    assert 0 < found["peak_bytes"] <= budget < peak_of_rows(model, way, rows=found["batch"] + 3, **sizes)
+    assert found["decode_tokens_per_second"] == pytest.approx(1000 * found["batch"] / found["ms_per_token"])
+    capped = largest_batch(model, way, budget=budget, most=max(PROBES), **sizes)
+    assert (capped["batch"], capped["capped"]) == (max(PROBES), True)
+    none = largest_batch(model, way, budget=1000, most=500, **sizes)
+    assert none["batch"] == 0 and none["reason"] == "one row does not fit" and none["peak_bytes"] > 1000
+
+
+def test_rows_that_disturb_each_other_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    with torch.inference_mode():
+        rows = Rows(model, Way("dynamic", "sdpa"), context=12, chunk=8, seed=0)
+    right = model.forward
+
+    def wrong(**given: Any) -> Any:
+        out = right(**given)
+        out.logits[1:] = out.logits[1:] * 0.9
+        return out
+
+    monkeypatch.setattr(model, "forward", wrong)
+    with torch.inference_mode():
+        assert "4 equal rows" in rows.speed(4)["reason"]
+
+
+def test_the_budget_is_given_or_eight_rows_of_the_first(numbers: dict[str, Any]) -> None:
+    largest = numbers["largest_batch"]
+    assert largest["budget_from"] == "8 rows of teacher" and largest["context"] == 70
+    assert largest["models"]["teacher"]["batch"] in (7, 8)
+    assert largest["models"]["student"]["batch"] > 10
+    small = speed(contexts=(30,), batches=(1,), memory_budget_bytes=400_000, most_rows=12, **ONE_WAY)
+    given = small.run(both())["largest_batch"]
+    assert (given["budget_from"], given["budget_bytes"]) == ("given", 400_000)
+    assert all(0 < row["peak_bytes"] <= 400_000 for row in given["models"].values())
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, setting = speed(contexts=(13, 20), batches=(1,), most_rows=12, **ONE_WAY), both(kept=Kept(tmp_path))
+    measure, seen = section.measure_point, []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["context"])
+        if seen == [13, 20]:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(section, "measure_point", once)
+    with pytest.raises(KeyboardInterrupt):
+        small.run(setting)
+    first = small.run(setting)
+    assert seen == [13, 20, 20]
+    assert small.run(setting) == first and len(seen) == 3
+    other = Setting(contestants=(contestant("teacher", tiny(), "b"),), kept=Kept(tmp_path))
+    small.run(other)
+    assert seen[3:] == [13, 20]
+
+
+def test_a_context_that_a_model_cannot_read_is_told() -> None:
+    model = tiny("gpt2", attention="sdpa", max_position_embeddings=64)
+    found = speed(contexts=(40, 90), batches=(1,), **ONE_WAY).run(Setting(contestants=(contestant("teacher", model),)))
+    assert found["points"][0]["reason"] == ""
+    assert "does not run at a context of 90" in found["points"][1]["reason"]
+    shown = Speed.show(json.loads(json.dumps(found)))
+    assert [finding.level for finding in shown.findings] == ["bad"]
+    assert "Contexts beyond 64 tokens" in shown.summary
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"contexts": (5, 0)}, "contexts is 0"),
+        ({"batches": ()}, "batches is empty"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"chunk": -1}, "chunk is -1"),
+        ({"memory_budget_bytes": 0}, "memory budget bytes is 0"),
+    ],
+)
+def test_sizes_that_cannot_be_measured_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        speed(**changes).check(both())
+
+
+def test_the_usual_way_stays_unless_another_is_clearly_faster() -> None:
+    static, growing = Way("static", "sdpa"), Way("dynamic", "sdpa")
+    assert fastest({static: 1.05, growing: 1.0}) == static
+    assert fastest({static: 1.2, growing: 1.0}) == growing
+    trials = {"static cache, sdpa": 10.0, "static cache, eager": 21.0, "dynamic cache, sdpa": 40.0}
+    assert hopeless_ways({"ms_trials": {"prefill": trials}}) == {"static cache, eager"}
+    assert hopeless_ways({"reason": "none"}) == set()
+    student = student_of(tiny(), mixer("lolcats"))
+    assert [way.cache for way in ways_of(student, ("static", "dynamic"), ("sdpa", "eager"))] == ["own"]
+
+
+def crafted(found: dict[str, Any], own: list[tuple[float, float]], other: list[tuple[float, float]]) -> dict[str, Any]:
+    """Numbers with medians and half spreads of milliseconds, at contexts 100, 200, 400."""
+    rows = {row["model"]: row for row in found["points"] if row["batch"] == 1}
+    points = [
+        rows[name] | {"context": c, "ms_per_token": ms, "ms_spread": [ms - half, ms + half]}
+        for name, series in (("teacher", other), ("student", own))
+        for c, (ms, half) in zip((100, 200, 400), series, strict=True)
+    ]
+    return found | {"points": points, "largest_batch": {"models": {}}}
+
+
+@pytest.mark.parametrize(
+    ("own", "level", "told"),
+    [
+        ([(2, 0.1), (2, 0.1), (2, 0.1)], "good", "decodes faster than the teacher from 200 tokens on; at 400 tokens"),
+        ([(0.5, 0.1), (2, 0.1), (2, 0.1)], "good", "at every context measured"),
+        ([(9, 0.1), (9, 0.1), (9, 0.1)], "note", "decodes slower than the teacher at every context measured"),
+        ([(0.5, 0.1), (9, 0.1), (9, 0.1)], "note", "decodes slower than the teacher at 400"),
+        ([(2, 0.1), (2, 0.1), (3.5, 1)], "note", "decodes as fast as the teacher at 400"),
+    ],
+)
+def test_the_crossover_is_judged_beyond_noise(
+    own: list[tuple[float, float]], level: str, told: str, numbers: dict[str, Any]
+) -> None:
+    found = crafted(numbers, own, [(1, 0.1), (3, 0.1), (4, 0.2)])
+    finding = Speed.show(found).findings[-1]
+    assert (finding.level, finding.student) == (level, "student") and told in finding.text
+    assert Speed.headline(found)["student"][0].value == f"{4 / own[-1][0]:.2g}x"
+
+
+@pytest.mark.parametrize("names", [("teacher",), ("teacher", "student"), ("teacher", "a", "b"), ("a",)])
+def test_what_is_shown_for_one_and_for_many(names: tuple[str, ...], numbers: dict[str, Any]) -> None:
+    source = {name: "teacher" if name == "teacher" else "student" for name in names}
+    many = numbers | {
+        "models": {name: numbers["models"][as_] for name, as_ in source.items()},
+        "points": [r | {"model": n} for n, as_ in source.items() for r in numbers["points"] if r["model"] == as_],
+        "checks": [r | {"model": n} for n, as_ in source.items() for r in numbers["checks"] if r["model"] == as_],
+    }
+    many["largest_batch"] = numbers["largest_batch"] | {
+        "models": {name: numbers["largest_batch"]["models"][as_] for name, as_ in source.items()}
+    }
+    shown = Speed.show(many)
+    assert [table.title.split(" at ")[0] for table in shown.tables] == [
+        "Prefill and decode", "Memory of a run", "Largest batch", "Outputs checked before timing",
+    ]  # fmt: skip
+    assert len(shown.tables[0].rows) == 4 * len(names)
+    assert not [finding for finding in shown.findings if finding.level == "bad"]
+    students = [name for name in names if name != "teacher"] if "teacher" in names else []
+    assert list(Speed.headline(many)) == students
+    for plot in shown.plots:
+        figure = Figure(figsize=(plot.width, plot.height), layout="constrained")
+        plot.draw(figure)
+        lines = figure.axes[0].get_lines()
+        assert len(lines) == 2 * len(names) and all(len(line.get_xdata()) == 2 for line in lines)  # type: ignore[arg-type]
+
+
+def test_cache_bytes_of_a_fresh_cache_is_nothing() -> None:
+    model = tiny()
+    assert cache_bytes(ways.new_cache(Way("dynamic", "sdpa"), model, 9)) == 0
