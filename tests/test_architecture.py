@@ -31,6 +31,7 @@ LAYERS = {
     "conversion": 8,
     "demo": 9,
     "cli_output": 9,
+    "cli_options": 9,
     "cli": 10,
     "__init__": 11,
     "__main__": 12,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.errors import InputError
-from linearize.evaluation.agreement import View, mean_over_documents, score_batches
+from linearize.evaluation.agreement import View, score_batches
+from linearize.evaluation.intervals import mean_over_documents
 from linearize.evaluation.language_modeling import (
     branch_ablation,
     held_out_report,

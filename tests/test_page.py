@@ -21,7 +21,7 @@ from linearize.evaluation.theme import GRID, INK, STUDENTS, TEACHER, legend_belo
 from linearize.evaluation.verdict import verdict
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-STUDENT_NAMES = ("student", '<b>&"q"\'</b>', "$\\frac$x$", "mamba2", "gla")
+STUDENT_NAMES = ("student", '<b>&"q"\'</b>', "a$\\frac$b", "mamba2", "gla")
 
 
 class Checked(HTMLParser):

@@ -1,4 +1,4 @@
-"""Three faults planted in a healthy student from outside: branch ablation and needles find each, the healthy one passes.
+"""Three faults planted in a healthy student from outside: branch ablation and needles find each; the student passes.
 
 The student is made here from the embedded teacher, of text that the teacher writes itself.
 """
@@ -35,7 +35,8 @@ from linearize.training.stages.attention_transfer import AttentionTransferConfig
 TEACHER = Path(linearize.demo.__file__).parent / "teacher"
 MIXER = LolcatsConfig(window=8, feature_map="gain", feature_dim=32, feature_start="scales", num_sinks=1, shift="shared")
 CONVERTED, HELD_OUT, STEPS = (0, 3), 8, 22
-ABLATION = Branches(per_layer=False, tokens=1500, context_tokens=600, contexts=(16, 64), decode_tokens=60)
+GATE = Consistency(steps=20, prefill=35)
+ABLATION = Branches(per_layer=False, tokens=1200, context_tokens=400, contexts=(16, 64), decode_tokens=60)
 NEEDLES = Recall(lengths=(80,), depths=(0.2, 0.5), items=4, keys=(1,), queries=2, passkey="needle")
 
 
@@ -50,12 +51,12 @@ def facts(rng: random.Random, hay: Sequence[str], count: int) -> list[str]:
 def made() -> SimpleNamespace:
     """Teacher, tokenizer, a student trained for some steps, one that was not trained, and text neither has seen."""
     teacher, tokenizer = load_any(TEACHER, device="cpu")
-    written = sample_documents(teacher, tokenizer, 3600, seed=3, batch_size=40, max_new_tokens=130)
+    written = sample_documents(teacher, tokenizer, 3000, seed=3, batch_size=40, max_new_tokens=100)
     stories = [tokenizer.decode(d.tokens, skip_special_tokens=True).strip() for d in written]
     hay = [story for story in stories if len(story) > 50 and not any(c.isdigit() for c in story)]
     rng = random.Random(5)
     train = tokenize([Example(x) for x in facts(rng, hay[HELD_OUT:], 40)], tokenizer)
-    texts = hay[:HELD_OUT] + facts(rng, hay[:HELD_OUT], 12)
+    texts = hay[:HELD_OUT] + facts(rng, hay[:HELD_OUT], 9)
     untrained = swapped(teacher)
     return SimpleNamespace(
         teacher=teacher, tokenizer=tokenizer, student=trained(swapped(teacher), teacher, train), untrained=untrained,
@@ -128,11 +129,11 @@ def fold_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_healthy_student_passes(made: SimpleNamespace) -> None:
-    for section in (Consistency(), ABLATION, NEEDLES):
-        findings = judged(section, made, made.student)
+    found = {section.NAME: judged(section, made, made.student) for section in (GATE, ABLATION, NEEDLES)}
+    for name, findings in found.items():
         assert bad(findings) == ""
-        assert any(finding.level == "good" for finding in findings), section.NAME
-    won, window, decoded = judged(ABLATION, made, made.student)
+        assert any(finding.level == "good" for finding in findings), name
+    won, window, decoded = found["branches"]
     assert "wins back" in won.text and "the window works" in window.text and "through the cache" in decoded.text
 
 
@@ -146,12 +147,12 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, str]]] 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     plant, expected = PLANTED[fault]
-    sections = {section.NAME: section for section in (Consistency(), ABLATION, NEEDLES)}
+    sections = {section.NAME: section for section in (GATE, ABLATION, NEEDLES)}
     plant(monkeypatch)
     for name, words in expected.items():
         assert words in bad(judged(sections[name], made, made.student)), name
 
 
 def test_a_student_that_is_worse_but_works_has_no_faulty_cache(made: SimpleNamespace) -> None:
-    findings = judged(Consistency(), made, made.untrained)
+    findings = judged(GATE, made, made.untrained)
     assert [finding.level for finding in findings] == ["good"]

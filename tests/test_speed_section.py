@@ -28,7 +28,7 @@ from linearize.evaluation.speed.ways import Way, fastest, ways_of
 from linearize.modeling.cache import MixerCacheLayer
 
 SMALL = {
-    "contexts": (13, 70), "batches": (1, 3), "new_tokens": 5, "repeats": 2, "prefill_repeats": 2, "chunk": 31,
+    "contexts": (14, 70), "batches": (1, 3), "new_tokens": 5, "repeats": 2, "prefill_repeats": 2, "chunk": 31,
     "check_tokens": 17, "most_rows": 0,
 }  # fmt: skip
 ONE_WAY: dict[str, Any] = {"caches": ("static",), "attentions": ("sdpa",)}
@@ -64,7 +64,7 @@ def numbers() -> dict[str, Any]:
 
 def test_every_point_is_measured(numbers: dict[str, Any]) -> None:
     at = [(row["model"], row["context"], row["batch"]) for row in numbers["points"]]
-    assert at == [(m, c, b) for b in (1, 3) for c in (13, 70) for m in ("teacher", "student")]
+    assert at == [(m, c, b) for b in (1, 3) for c in (14, 70) for m in ("teacher", "student")]
     for row in numbers["points"]:
         assert row["reason"] == ""
         assert 0 < row["ms_spread"][0] <= row["ms_per_token"] <= row["ms_spread"][1]
@@ -77,7 +77,7 @@ def test_every_point_is_measured(numbers: dict[str, Any]) -> None:
     tried = numbers["points"][0]["ms_trials"]
     assert set(tried["token"]) == {f"{c} cache, {a}" for c in ("static", "dynamic") for a in ("sdpa", "eager")}
     assert len(numbers["checks"]) == 2 * 2 * (4 + 1) and all(check["equal"] for check in numbers["checks"])
-    assert {(check["batch"], check["tokens"]) for check in numbers["checks"]} == {(1, 13), (3, 13), (1, 17), (3, 17)}
+    assert {(check["batch"], check["tokens"]) for check in numbers["checks"]} == {(1, 14), (3, 14), (1, 17), (3, 17)}
     assert numbers["models"]["student"]["trained_length"] == 256
     assert numbers["models"]["student"]["weight_bytes"] > numbers["models"]["teacher"]["weight_bytes"]
 
@@ -92,13 +92,14 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 def test_cache_bytes_grow_for_the_teacher_and_not_for_the_student() -> None:
     found = {}
     for kind in ("static", "dynamic"):
-        points = speed(batches=(3,), caches=(kind,), attentions=("eager",)).run(both())["points"]
+        small = speed(batches=(3,), repeats=1, prefill_repeats=1, caches=(kind,), attentions=("eager",))
+        points = small.run(both())["points"]
         found[kind] = {(row["model"], row["context"]): row["cache_bytes"] for row in points}
     layers, heads, dim = 3, 3, 10
-    for context in (13, 70):
+    for context in (14, 70):
         assert found["dynamic"]["teacher", context] == layers * 2 * 3 * heads * context * dim * 4
         assert found["static"]["teacher", context] == layers * (2 * 3 * heads * (context + 10) * dim * 4 + 8)
-        assert found["dynamic"]["student", context] == found["static"]["student", 13]
+        assert found["dynamic"]["student", context] == found["static"]["student", 14]
 
 
 def folded_twice(self: MixerCacheLayer, *args: Any, **kwargs: Any) -> Tensor:

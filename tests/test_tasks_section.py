@@ -138,6 +138,32 @@ def test_few_shot_examples_leave_the_item_out(tmp_path: Path, task: str) -> None
             assert len(prompt) == 2 and all(text.count("\n\n") == 4 and solved not in text for text in prompt)
 
 
+def test_tokens_of_pairs_are_lm_evals(contestants: tuple[Contestant, ...]) -> None:
+    """With a tokenizer whose tokens cross the border between context and continuation."""
+    from lm_eval.api.model import TemplateLM
+    from transformers import AutoTokenizer
+
+    import linearize.demo
+    from linearize.evaluation.harness.model import Pairs, harness_model
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(linearize.demo.__file__).parent / "teacher")
+    pairs = Pairs()
+    model = harness_model(replace(contestants[0], tokenizer=tokenizer), batch=2, max_length=LENGTH, pairs=pairs)
+    texts = [
+        ("Once upon a ti", "me there was"),
+        ("The dog ran. ", "It"),
+        ("A cat", " sat"),
+        ("A cat", " ran"),
+        ("B ", " c"),
+    ]
+    pairs.add(texts, model.tokens)
+    for context, continuation in texts:
+        assert model._encode_pair(context, continuation) == TemplateLM._encode_pair(model, context, continuation)
+    assert pairs.found["A cat", " sat"][0] is pairs.found["A cat", " ran"][0]
+    alone = tokenizer(texts[0][1], add_special_tokens=False)["input_ids"]
+    assert pairs.found[texts[0]][1] != alone
+
+
 def test_generation_in_a_padded_batch_is_that_alone(setting: Setting) -> None:
     from lm_eval.api.instance import Instance
 

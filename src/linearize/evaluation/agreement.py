@@ -12,9 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
-from linearize.evaluation.intervals import Mean, mean_over_documents
-
-__all__ = ["Batch", "Mean", "TokenScores", "View", "mean_over_documents", "score_batches"]
 
 Batch = Mapping[str, Tensor]
 

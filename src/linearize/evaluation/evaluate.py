@@ -237,6 +237,7 @@ def _identity(setting: Setting) -> str:
         "contestants": [(c.name, c.role, c.fingerprint) for c in setting.contestants],
         "documents": [document.tokens for document in setting.documents],
         "options": [setting.length, setting.batch, setting.seed, setting.limit, str(setting.data_root)],
+        "judge": [setting.judge_url, setting.judge_model],
         "package": provenance()["package_version"],
     }
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]

@@ -145,7 +145,9 @@ def _findings(numbers: Numbers) -> Iterator[Finding]:
     for name, m in models.items():
         cut = sum(found["answers"]["cut"]["successes"] for found in m.values())
         if cut:
-            yield Finding(level="note", text=f"{name}: {cut} prompts did not fit the context and lost their beginning.")
+            yield Finding(
+                level="note", text=f"{name}: prompts that did not fit the context and lost their beginning: {cut}."
+            )
     if not numbers["template"] and models:
         yield Finding(level="note", text="The tokenizer has no chat template: a plain User/Assistant one was used.")
     for note in numbers["notes"]:

@@ -56,6 +56,7 @@ def _open(path: Path | None) -> sqlite3.Connection:
             path.unlink(missing_ok=True)
         base = sqlite3.connect(path or ":memory:")
         try:
+            base.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing; a power cut may, and costs time
             base.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT)")
             return base
         except sqlite3.DatabaseError:

@@ -9,7 +9,7 @@ from linearize.errors import InputError
 from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.speed.largest_batch import largest_batch, peak_of_rows
 from linearize.evaluation.speed.memory import weight_bytes
-from linearize.evaluation.speed.points import Protocol, hopeless_ways, measure_point
+from linearize.evaluation.speed.points import Checked, Protocol, hopeless_ways, measure_point
 from linearize.evaluation.speed.ways import CacheKind, Way
 
 SHARED_ROWS = 8  # where no memory budget is given: as much as this many rows of the first contestant take
@@ -22,8 +22,8 @@ class Speed(Section):
     tokens of one forward in a prefill. `new_tokens`: tokens of one repeat of decode, `repeats` repeats after `warmup`
     untimed ones; `prefill_repeats` of the prefill. `memory_budget_bytes`: for the largest batch, caches and activations
     without the weights; None: what eight rows of the first contestant take at the longest context. `most_rows`: the
-    largest batch that is tried (0: none is looked for). `check_tokens`: length of the check that comes before the speeds. `caches`,
-    `attentions`: what a teacher is tried with, the usual one first.
+    largest batch that is tried (0: none is looked for). `check_tokens`: length of the check that comes before the
+    speeds. `caches`, `attentions`: what a teacher is tried with, the usual one first.
     """
 
     NAME: ClassVar[str] = "speed"
@@ -67,12 +67,13 @@ class Speed(Section):
         steps = len(contexts) * len(batches) + len(setting.contestants)
         points: list[dict[str, Any]] = []
         checks: list[dict[str, Any]] = []
+        checked: Checked = {}
         for batch in batches:
             hopeless: dict[str, set[str]] = {}
             for context in contexts:
                 done = len(points) // len(setting.contestants)
                 setting.progress(f"speed at {context:,} tokens, batch {batch}", done, steps)
-                found = self._point(setting, context, batch, hopeless)
+                found = self._point(setting, context, batch, hopeless, checked)
                 points += found["points"]
                 checks += [check for check in found["checks"] if check not in checks]
                 hopeless = {
@@ -86,7 +87,9 @@ class Speed(Section):
             "largest_batch": self._largest(setting, points, steps),
         }
 
-    def _point(self, setting: Setting, context: int, batch: int, hopeless: Mapping[str, set[str]]) -> dict[str, Any]:
+    def _point(
+        self, setting: Setting, context: int, batch: int, hopeless: Mapping[str, set[str]], checked: Checked
+    ) -> dict[str, Any]:
         protocol = Protocol(
             **{name: getattr(self, name) for name in Protocol.__dataclass_fields__ if name != "seed"}, seed=setting.seed
         )
@@ -94,7 +97,8 @@ class Speed(Section):
         key = self._key(setting, "point") | {"context": context, "batch": batch}
         key["models"] = [[c.name, c.fingerprint] for c in setting.contestants]
         found: dict[str, Any] = setting.kept.result(
-            key, lambda: measure_point(models, protocol, context=context, batch=batch, hopeless=hopeless)
+            key,
+            lambda: measure_point(models, protocol, context=context, batch=batch, hopeless=hopeless, checked=checked),
         )
         return found
 

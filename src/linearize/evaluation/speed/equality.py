@@ -45,7 +45,8 @@ class Check:
             return self.error
         if self.equal:
             return ""
-        return f"wrong output: logits differ from a plain forward by {self.difference:.3g}, allowed {self.allowed:.2g}"
+        found = "without limit" if self.difference is None else f"by {self.difference:.3g}"
+        return f"wrong output: logits differ from a plain forward {found}, allowed {self.allowed:.2g}"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ TRIAL_TOKENS = 10
 CHECKED_TOKENS = 6
 
 
+Checked = dict[tuple[str, int, int], list[Check]]
+"""By model, batch and length."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How things are timed. `chunk`: tokens of one forward in a prefill; `new_tokens`: tokens of one repeat of decode;
@@ -78,13 +82,17 @@ def measure_point(
     context: int,
     batch: int,
     hopeless: Mapping[str, Iterable[str]],
+    checked: Checked,
 ) -> dict[str, Any]:
-    """`points`: one row per model; `checks`: what was compared before. `hopeless`: ways of prefill, by model, that are
-    not tried, since they were far behind at a shorter context."""
+    """`points`: one row per model; `checks`: what was compared before.
+
+    `hopeless`: ways of prefill, by model, that are not tried, since they were far behind at a shorter context.
+    `checked`: what was compared at other points already; this point's checks are added.
+    """
     ids_BT = random_text(list(models.values()), batch, context + protocol.decoded, protocol.seed)
     with measuring(list(models.values())):
         runners = [
-            prepare(name, model, ids_BT, context, protocol, set(hopeless.get(name, ())))
+            prepare(name, model, ids_BT, context, protocol, set(hopeless.get(name, ())), checked)
             for name, model in models.items()
         ]
         ready = [runner for runner in runners if not runner.reason]
@@ -95,19 +103,28 @@ def measure_point(
 
 
 def prepare(
-    name: str, model: PreTrainedModel, ids_BT: Tensor, context: int, protocol: Protocol, hopeless: set[str]
+    name: str,
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    context: int,
+    protocol: Protocol,
+    hopeless: set[str],
+    checked: Checked,
 ) -> Runner:
     """Check all ways at a small length, then try those that are right at this context."""
     length = min(context, length_needed(model, protocol.check_tokens))
     runner = Runner(name=name, model=model, checks=[], prefill_ms={}, token_ms={})
     try:
-        expected = reference(model, ids_BT[:, :length], CHECKED_TOKENS)
         ways = ways_of(model, protocol.caches, protocol.attentions)
-        runner.checks = [check_way(name, model, way, expected) for way in ways]
+        same = (name, ids_BT.shape[0], length)
+        if same not in checked:
+            expected = reference(model, ids_BT[:, :length], CHECKED_TOKENS)
+            checked[same] = [check_way(name, model, way, expected) for way in ways]
+        runner.checks = checked[same]
         right = [way for way, check in zip(ways, runner.checks, strict=True) if check.equal]
         for cache in dict.fromkeys(way.cache for way in right):
-            same = [way for way in right if way.cache == cache]
-            _try_cache(runner, same, [w for w in same if str(w) not in hopeless] or same[:1], ids_BT, context, protocol)
+            able = [way for way in right if way.cache == cache]
+            _try_cache(runner, able, [w for w in able if str(w) not in hopeless] or able[:1], ids_BT, context, protocol)
         if not right:
             runner.reason = "; ".join(f"{check.way}: {check.reason}" for check in runner.checks)
     except (RuntimeError, IndexError, ValueError) as error:  # out of memory, or positions beyond a model's table
