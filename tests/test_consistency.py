@@ -103,14 +103,11 @@ def test_a_deviation_is_what_it_says() -> None:
     assert told.expected_loss == pytest.approx(F.cross_entropy(expected, targets).item())
 
 
-def _no_mask(patch: pytest.MonkeyPatch) -> None:
+def _plain(patch: pytest.MonkeyPatch) -> None:
+    """Padding and packing are not seen."""
     original = Layout.from_inputs
-    patch.setattr(Layout, "from_inputs", lambda **given: original(**{**given, "attention_mask": None}))
-
-
-def _one_document(patch: pytest.MonkeyPatch) -> None:
-    original = Layout.from_inputs
-    patch.setattr(student_module.Layout, "from_inputs", lambda **given: original(**{**given, "position_ids": None}))
+    hidden = {"attention_mask": None, "position_ids": None}
+    patch.setattr(student_module.Layout, "from_inputs", lambda **given: original(**{**given, **hidden}))
 
 
 def _no_crop(patch: pytest.MonkeyPatch) -> None:
@@ -143,8 +140,7 @@ def _raises(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
-    "mask ignored": (_no_mask, {"padding"}),
-    "documents mixed up": (_one_document, {"packing"}),
+    "layout ignored": (_plain, {"padding", "order", "packing"}),
     "drafts stay": (_no_crop, {"rollback"}),
     "state lost": (_forgets, {"decode", "chunks", "padding"}),
     "recording fails": (_raises, {"rollback"}),
@@ -174,7 +170,8 @@ def test_a_fault_of_the_teacher_is_a_note(teacher: Any) -> None:
 
 
 def test_half_precision_is_allowed_its_rounding_and_no_more(teacher: Any) -> None:
-    student = student_of(teacher, PLANS["lolcats"]).to(torch.bfloat16)
+    own = tiny("llama", attention="sdpa", head_dim=6)  # a student's weights are its teacher's
+    student = student_of(own, PLANS["deltas"]).to(torch.bfloat16)
     numbers = run(SMALL, setting(teacher, student))
     model = numbers["models"]["student1"]
     assert model["dtype"] == "bfloat16" and [f.level for f in Consistency.show(numbers).findings] == ["good"]

@@ -226,6 +226,13 @@ def test_lengths_that_the_teacher_cannot_do_do_not_count() -> None:
     assert "counted at lengths 260" in told
 
 
+def test_kept_is_a_share_of_what_the_teacher_answers() -> None:
+    found = measured(Reader(280), Reader(150), lengths=(410,), depths=(0.1, 0.6, 1.0))["models"]
+    teacher, against = found["teacher"]["needle"], found["student"]["needle"]["against_teacher"]
+    assert (teacher["successes"], teacher["n"], found["student"]["needle"]["successes"]) == (6, 9, 3)
+    assert (against["all"]["kept"]["successes"], against["all"]["kept"]["n"]) == (3, 6)
+
+
 def test_a_cache_that_reads_otherwise_than_the_full_forward_is_found() -> None:
     numbers = measured(Reader(10_000, cached_reach=150), Reader(10_000))
     teacher = numbers["models"]["teacher"]

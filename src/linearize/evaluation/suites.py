@@ -47,7 +47,7 @@ SUITES: dict[str, Suite] = {
             Branches(),
             Layers(),
             Cloze(items=96),
-            Recall(lengths=(128, 256, 384), depths=(0.1, 0.5, 0.9), items=4, keys=(1, 2, 4)),
+            Recall(lengths=(128, 256, 384), depths=(0.1, 0.5, 0.9), items=4, keys=(1, 2, 4), passkey="needle"),
             Speed(contexts=(256, 1024, 4096), repeats=3),
         ),
         offline_tasks=(Tasks(tasks=QUICK_TASKS, limit=50),),

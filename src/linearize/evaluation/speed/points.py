@@ -16,7 +16,17 @@ from linearize.evaluation.speed.equality import Check, check_way, length_needed,
 from linearize.evaluation.speed.memory import cache_bytes, peak_bytes
 from linearize.evaluation.speed.reading import decode, feed, measuring, prefill, random_text
 from linearize.evaluation.speed.timing import Timing, interleaved, now
-from linearize.evaluation.speed.ways import HOPELESS, CacheKind, Way, attending, fastest, new_cache, ways_of
+from linearize.evaluation.speed.ways import (
+    EAGER_BYTES,
+    HOPELESS,
+    CacheKind,
+    Way,
+    attending,
+    eager_bytes,
+    fastest,
+    new_cache,
+    ways_of,
+)
 
 TRIAL_TOKENS = 10
 CHECKED_TOKENS = 6
@@ -124,7 +134,9 @@ def prepare(
         right = [way for way, check in zip(ways, runner.checks, strict=True) if check.equal]
         for cache in dict.fromkeys(way.cache for way in right):
             able = [way for way in right if way.cache == cache]
-            _try_cache(runner, able, [w for w in able if str(w) not in hopeless] or able[:1], ids_BT, context, protocol)
+            heavy = len(able) > 1 and eager_bytes(model, ids_BT.shape[0], context, protocol.chunk) > EAGER_BYTES
+            tried = [w for w in able if str(w) not in hopeless and not (heavy and w.attention == "eager")]
+            _try_cache(runner, able, tried or able[:1], ids_BT, context, protocol)
         if not right:
             runner.reason = "; ".join(f"{check.way}: {check.reason}" for check in runner.checks)
     except (RuntimeError, IndexError, ValueError) as error:  # out of memory, or positions beyond a model's table
