@@ -23,6 +23,7 @@ def test_each_student_has_its_own_tiles_findings_and_share() -> None:
     assert b["bad"] == [{"section": "language", "text": "b: loss 2.25"}]
     assert a["bad"] == []
     assert a["tiles"] == [{"section": "language", "label": "Loss gap", "value": "1.60", "detail": "nats > teacher"}]
+    assert [tile["value"] for tile in b["tiles"]] == ["2.25"]
     assert (a["kept"][0]["value"], b["kept"][0]["value"]) == (0.93, 0.5)
     assert "93.0%" in a["headline"]
     assert "No fault" in a["headline"]

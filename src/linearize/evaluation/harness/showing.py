@@ -160,7 +160,7 @@ def _plot(numbers: Numbers, names: Sequence[str], tasks: Sequence[str]) -> Plot:
                 fmt="o", color=colours[name], label=name, capsize=2, markersize=5,
             )  # fmt: skip
         chance = [numbers["models"][names[0]][task]["chance"] for task in tasks]
-        axis.plot(chance, range(len(tasks)), "|", color=theme.INK, markersize=16, label="chance", zorder=0)
+        axis.plot(chance, range(len(tasks)), "|", color="#999999", markersize=18, markeredgewidth=2, label="chance")
         axis.set_yticks(range(len(tasks)), tasks)
         axis.invert_yaxis()
         axis.grid(True, axis="both")

@@ -83,7 +83,8 @@ font-size:.875rem;margin:.75rem 0}
 @media (max-width:600px){td.text,tbody th{max-width:13rem}tbody th{max-width:9rem}
 .verdicts td,.verdicts thead th{width:7.25rem}.verdicts tbody th{max-width:5.5rem}th,td{padding:.32rem .5rem}}
 @media print{details::details-content{content-visibility:visible;block-size:auto}
-body{max-width:none;padding:0;font-size:11px}nav{display:none}h2,h3,caption{break-after:avoid}
+html{font-size:11px}body{max-width:none;padding:0;font-size:11px}table{width:auto}td.number{white-space:normal}
+nav{display:none}h2,h3,caption{break-after:avoid}
 figure,.tile,tr{break-inside:avoid}.scroll{overflow:visible}a{color:inherit;text-decoration:none}}
 """
 
