@@ -101,7 +101,7 @@ def test_errors_are_those_of_hidden_alignment(teacher: Any) -> None:
     whole = {**batch(), "labels": torch.ones(1, T + 1, dtype=torch.long)[:, :T]}
     calls = module_calls(teacher, whole, student.config.attention)
     for layer, (output, call) in run._outputs(whole).items():
-        expected = (output - call.output).square().sum() / call.output.square().sum()
+        expected = (output - call.output).detach().square().sum() / call.output.square().sum()
         shape = found[layer]
         assert shape.error is not None and shape.power is not None
         assert shape.error / shape.power == pytest.approx(float(expected), rel=1e-4)

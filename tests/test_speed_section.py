@@ -19,6 +19,7 @@ from linearize.evaluation.section import Contestant, Setting
 from linearize.evaluation.sections import speed as section
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.speed import cache_bytes, peak_bytes, points, ways, weight_bytes
+from linearize.evaluation.speed import largest_batch as largest_batch_module
 from linearize.evaluation.speed.equality import check_way, reference, row_difference
 from linearize.evaluation.speed.largest_batch import PROBES, Rows, largest_batch, peak_of_rows, search
 from linearize.evaluation.speed.points import hopeless_ways
@@ -144,7 +145,7 @@ def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.Monk
     assert len(teachers) == 1 and teachers[0].student is None
 
 
-@pytest.mark.parametrize("fault", ["position", "nan", "crash"])
+@pytest.mark.parametrize("fault", ["position", "pieces", "decode", "nan", "crash"])
 def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny()
     way = Way("dynamic", "sdpa")
@@ -154,11 +155,12 @@ def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.
         right = teacher.forward
 
         def wrong(**given: Any) -> Any:
-            past = given["past_key_values"].get_seq_length()
+            past, new = given["past_key_values"].get_seq_length(), given["input_ids"].shape[1]
             if past and fault == "crash":
                 raise RuntimeError("no such kernel\nat line 3")
-            if past and fault == "position":
-                given["position_ids"] = torch.arange(past, past + given["input_ids"].shape[1])[None] + 1
+            at_fault = {"position": past > 0, "pieces": past > 0 and new > 1, "decode": past > 19}
+            if at_fault.get(fault, False):
+                given["position_ids"] = torch.arange(past, past + new)[None] + 1
             out = right(**given)
             if fault == "nan":
                 out.logits[1, -1, 3] = torch.nan
@@ -267,6 +269,18 @@ def test_the_largest_batch_uses_the_budget_and_stays_within(kind: Any) -> None:
     assert (capped["batch"], capped["capped"]) == (max(PROBES), True)
     none = largest_batch(model, way, budget=1000, most=500, **sizes)
     assert none["batch"] == 0 and none["reason"] == "one row does not fit" and none["peak_bytes"] > 1000
+
+
+def test_more_than_a_straight_line_is_found_by_the_run_that_verifies() -> None:
+    class Bent(Rows):
+        def __init__(self) -> None:
+            pass
+
+        def peak(self, rows: int) -> int:
+            return 100 + 10 * rows + (rows - 2) * (rows - 10) // 5
+
+    assert largest_batch_module._computed(Bent(), 470, 100) == 27
+    assert largest_batch_module._computed(Bent(), 105, 100) == 0
 
 
 def test_rows_that_disturb_each_other_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

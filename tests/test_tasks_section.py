@@ -113,6 +113,21 @@ def test_scores_against_plain_log_likelihoods(setting: Setting) -> None:
     ]
 
 
+def test_an_answer_longer_than_the_models_rows_gets_longer_ones(setting: Setting) -> None:
+    """lm-eval alone stops with an assertion there; with the rows of our command it gives the same numbers."""
+    assert setting.data_root is not None and setting.out is not None
+    path = setting.data_root / "multiple_choice" / "piqa.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["choices"][1] = "and then again " * 14  # 210 tokens
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = run(setting, "piqa", "winogrande")
+    assert "max_length=256" in numbers["commands"]["piqa"] and "rows of 256 tokens" in numbers["notes"]["piqa"]
+    assert f"max_length={LENGTH}" in numbers["commands"]["winogrande"]
+    whole = continuation_score(setting.contestants[1], rows[2]["query"] + "Answer:", " " + rows[2]["choices"][1])
+    lines = (setting.out / "samples" / "piqa.student.jsonl").read_text().splitlines()
+    assert float(json.loads(lines[2])["resps"][1][0][0]) == pytest.approx(whole, rel=1e-4)
+
+
 def continuation_score(contestant: Contestant, context: str, continuation: str) -> float:
     ids = contestant.tokenizer(context + continuation)["input_ids"]
     start = len(contestant.tokenizer(context)["input_ids"])

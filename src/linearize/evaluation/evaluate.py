@@ -19,9 +19,11 @@ from linearize.evaluation.contestants import load_contestants
 from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
 from linearize.evaluation.kept import Kept
 from linearize.evaluation.page.html import write_report_page
+from linearize.evaluation.page.svg import save_plot
 from linearize.evaluation.progress import SectionProgress
 from linearize.evaluation.report import provenance
 from linearize.evaluation.section import Contestant, Section, Setting
+from linearize.evaluation.sections import SECTIONS
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
@@ -307,7 +309,10 @@ def _described(contestant: Contestant) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], out: Path, kept: Kept) -> None:
-    """`report.json` and `report.html`, each whole; then what was kept for an interruption goes."""
+    """`report.json`, `report.html`, the plots as files; then what was kept for an interruption goes."""
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_report_page(report, out)
+    for name, numbers in report["sections"].items():
+        for plot in SECTIONS[name].show(numbers).plots:
+            save_plot(plot, out / "plots")
     shutil.rmtree(_work(out), ignore_errors=True)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from linearize.evaluation.section import Cell, Finding, Table
+from linearize.evaluation.page.parts import cell_text
+from linearize.evaluation.section import Finding, Table
 from linearize.evaluation.sections import SECTIONS
 
 MARKS = {"good": "[green]ok[/]   ", "note": "[yellow]note[/] ", "bad": "[bold red]FAULT[/]"}
@@ -45,12 +46,3 @@ def _table(table: Table) -> RichTable:
     for row in table.rows:
         made.add_row(*(escape(cell_text(row.get(column))) for column in columns))
     return made
-
-
-def cell_text(value: Cell) -> str:
-    """A table's cell: floats with four digits, thousands separated, `-` for none."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

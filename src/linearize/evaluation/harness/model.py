@@ -16,6 +16,16 @@ from linearize.evaluation.harness.runner import quiet
 from linearize.evaluation.section import Contestant
 
 Pair = tuple[list[int], list[int]]
+
+
+class TooLongError(Exception):
+    """An answer of a task has more tokens than a row, which lm-eval does not take; `tokens`: of the longest."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"an answer has {tokens} tokens")
+        self.tokens = tokens
+
+
 TOKENIZE_AT_ONCE = 512  # texts
 
 
@@ -69,6 +79,9 @@ def harness_model(contestant: Contestant, *, batch: int, max_length: int, pairs:
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             left = self._unanswered("loglikelihood", requests)
             pairs.add([requests[i].args for i in left], self.tokens)
+            longest = max((len(pairs.found[r.args][1]) for r in requests if r.args in pairs.found), default=0)
+            if longest > self.max_length:
+                raise TooLongError(longest)
             new = super().loglikelihood([requests[i] for i in left], disable_tqdm=True) if left else []
             return [tuple(answer) for answer in self._all("loglikelihood", requests, left, new)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,27 @@ from linearize.evaluation.harness.answers import Answers
 from linearize.evaluation.harness.batches import choose_batch
 from linearize.evaluation.harness.catalogue import Entry
 from linearize.evaluation.harness.folder import DATA, FUNCTIONS
-from linearize.evaluation.harness.model import Pairs, harness_model
+from linearize.evaluation.harness.model import Pairs, TooLongError, harness_model
 from linearize.evaluation.harness.outcome import Outcome, outcomes, write_samples
 from linearize.evaluation.harness.runner import command, manager_for, measure
 from linearize.evaluation.kept import Kept
 from linearize.evaluation.section import Contestant, Setting
 
+ROUND = 64  # tokens
 NO_TRAINING = "few-shot examples come from the measured file (the measured item left out): there is no training split"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """`length`: the longest row in tokens; `batch`: rows at a time; `limit`: items per task."""
+    """`length`: the longest row in tokens; `batch`: rows at a time; `limit`: items per task; `longer`: the rows of
+    tasks with an answer longer than that."""
 
     setting: Setting
     folder: Path
     length: int
     batch: int
     limit: int | None
+    longer: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, setting: Setting, folder: Path, limit: int | None) -> Run:
@@ -47,19 +50,28 @@ class Run:
         key = self._key(entry, contestant)
         kept = self.setting.kept if contestant.fingerprint else Kept()
 
-        def measured() -> dict[str, Outcome]:
-            path = kept.path(f"answers-{_digest(key)}.db")
-            found = self._measured(entry, contestant, pairs, path)
+        def measured() -> dict[str, Any]:
+            path, length = kept.path(f"answers-{_digest(key)}.db"), self.length
+            try:
+                found = self._measured(entry, contestant, pairs, path, length)
+            except TooLongError as error:  # only longer rows can score such an answer whole
+                length = -(-error.tokens // ROUND) * ROUND
+                found = self._measured(entry, contestant, pairs, path, length)
             if path is not None:
                 path.unlink(missing_ok=True)
-            return found
+            return {"length": length, "outcomes": found}
 
-        found: dict[str, Outcome] = kept.result(key, measured)
+        result = kept.result(key, measured)
+        if result["length"] != self.length:
+            self.longer[entry.task] = result["length"]
+        found: dict[str, Outcome] = result["outcomes"]
         return found
 
-    def _measured(self, entry: Entry, contestant: Contestant, pairs: Pairs, path: Path | None) -> dict[str, Outcome]:
+    def _measured(
+        self, entry: Entry, contestant: Contestant, pairs: Pairs, path: Path | None, length: int
+    ) -> dict[str, Outcome]:
         what = f"{entry.task}, {contestant.name}: requests"
-        model = harness_model(contestant, batch=self.batch, max_length=self.length, pairs=pairs)
+        model = harness_model(contestant, batch=self.batch, max_length=length, pairs=pairs)
         model.answers = Answers(path, lambda done, asked: self.setting.progress(what, done, asked))
         try:
             found = measure(
@@ -89,11 +101,15 @@ class Run:
         }
 
     def _note(self, entry: Entry) -> str:
-        known = entry.known
+        known, notes = entry.known, []
+        if entry.task in self.longer:
+            notes.append(
+                f"rows of {self.longer[entry.task]} tokens: an answer is longer than the model's {self.length}"
+            )
         if known is None:
-            return ""
+            return "; ".join(notes)
         local = self.setting.data_root is not None
-        notes = [note for note in (known.note, known.local_note if local else "") if note]
+        notes += [note for note in (known.note, known.local_note if local else "") if note]
         if local and not known.own_shots and entry.shots:
             notes.append(NO_TRAINING)
         if (tokens := self._tokens(entry)) is not None:
@@ -110,7 +126,7 @@ class Run:
         settings = {
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
-            "max_length": self.length,
+            "max_length": self.longer.get(entry.task, self.length),
         }
         return command(
             entry, path=contestant.path, settings=settings, batch=self.batch, limit=self.limit,

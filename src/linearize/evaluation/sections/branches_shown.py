@@ -119,7 +119,8 @@ def _idle_layers(name: str, model: Model) -> tuple[str, str] | None:
         return None
     which = f"layer{'s' if len(idle) > 1 else ''} {', '.join(idle)}"
     return "note", (
-        f"in {which} (of {len(model['layers'])}) turning the linear branch off alone costs nothing beyond chance"
+        f"in {which} (of {len(model['layers'])}) turning the linear branch off alone costs nothing beyond chance "
+        "on this text"
     )
 
 
@@ -137,7 +138,7 @@ def _memory(name: str, model: Model) -> tuple[str, str]:
     if set(model["mixers"]) <= {"sliding_window", "softmax"}:
         return "note", f"{told}; it has windows only"
     if low <= 0 or share["value"] < LEAST_SHARE:
-        return "bad", f"its state does next to nothing: {told}"
+        return "bad", f"its memory does next to nothing: {told}"
     return "good", f"its memory works: {told}"
 
 
@@ -285,6 +286,7 @@ def _layer_plot(models: Mapping[str, Model]) -> Iterator[Plot]:
                 )
         axis.axhline(0, color="#888888", linewidth=0.8)
         axis.set_yscale("symlog", linthresh=0.01)
+        axis.margins(y=0.12)
         axis.yaxis.set_major_formatter(plain_label)
         axis.set(title="Cost of one layer's branch off", xlabel="layer", ylabel="nats per token more")
         _whole_ticks(axis)

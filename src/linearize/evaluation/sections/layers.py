@@ -227,7 +227,10 @@ def _plot(name: str, title: str, unit: str, caption: str, models: Mapping[str, A
                 axis.errorbar(places, values, yerr=errors, fmt="o-", markersize=4, color=palette[who], label=who)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter(plain_label)
-        axis.set_ylim(bottom=0)
+        if measure == "error":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.set(title=title, xlabel="layer", ylabel=unit)
         legend_below(figure)
 

@@ -120,11 +120,9 @@ def search(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _computed(rows: Rows, budget: int, most: int) -> int:
-    """From a straight line through two measured sizes; fewer rows where the run at the result takes more."""
+    """From a straight line through two measured sizes; searched below where the run at the result takes more."""
     few, many = PROBES
     at_few = rows.peak(few)
     slope = max((rows.peak(many) - at_few) / (many - few), 1.0)
     batch = min(most, max(0, few + math.floor((budget - at_few) / slope)))
-    while batch > 0 and (over := rows.peak(batch) - budget) > 0:
-        batch = max(0, batch - max(1, math.ceil(over / slope)))
-    return batch
+    return batch if batch == 0 or rows.fits(batch, budget) else search(lambda size: rows.fits(size, budget), batch - 1)
