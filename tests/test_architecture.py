@@ -134,7 +134,7 @@ def measure() -> dict:
 def test_import_is_light_and_needs_no_extra() -> None:
     run = measure()
     assert "linearize" not in run["before"]
-    loaded = sorted(set(NOT_AT_IMPORT) & set(run["loaded"]))
+    loaded = sorted(set(NOT_AT_IMPORT) & (set(run["loaded"]) - set(run["before"])))  # torch takes triton where it is
     assert not loaded, f"`import linearize` also imports {loaded}"
     seconds = run["seconds"]
     for _ in range(2):  # best of three, as a busy machine only makes it slower

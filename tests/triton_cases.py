@@ -1,0 +1,335 @@
+"""Cases of `test_triton_multi_step.py`: run by it with TRITON_INTERPRET=1 in a process of their own, where kernels run on
+CPU tensors. Prints one JSON object: for each case the numbers that the test judges, or its traceback.
+
+Every case compares with the PyTorch road in fp64 over the live tokens alone, one row at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.mixers import MIXERS, AttentionShape
+from linearize.mixers.layer_mixer import LayerMixer, RecurrentState
+from linearize.ops.decay_linear.reference import reference as decay_reference
+from linearize.ops.gated_delta.reference import reference as delta_reference
+from linearize.ops.layout import Layout
+from linearize.ops.selective_scan.reference import reference as scan_reference
+from linearize.ops.triton.channels import selective_scan_steps
+from linearize.ops.triton.fused_heads import HeadSizes, gated_delta_net_steps, mamba2_steps
+from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
+from linearize.ops.triton.recurrence import decay_linear_steps, gated_delta_steps
+
+NAN = float("nan")
+SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=6, value_dim=10, model_dim=11)
+SQUARE = AttentionShape(num_heads=6, num_kv_heads=3, head_dim=6, value_dim=6, model_dim=11)
+WIDE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=130, value_dim=67, model_dim=11)
+# Positions of two rows: row 0 keeps 3 of 5 tail tokens and row 1 keeps 4; then 3 new tokens, the last of row 0 dead.
+TAIL, DEAD = 5, torch.tensor([[7, 8, 9, -1, -1, 10, 11, -1], [4, 5, 6, 7, -1, 8, 9, 10]])
+
+real_empty, real_empty_like = torch.empty, torch.empty_like
+
+
+def poison() -> None:
+    """New memory is full of NaN: what a kernel forgets to write is seen."""
+    torch.empty = lambda *a, **k: _full(real_empty(*a, **k))  # type: ignore[assignment]
+    torch.empty_like = lambda *a, **k: _full(real_empty_like(*a, **k))  # type: ignore[assignment]
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.fill_(NAN) if x.is_floating_point() else x
+
+
+def padded(x: Tensor) -> Tensor:
+    """The same values amid NaN: rows longer than they say, more tokens than are used."""
+    around = torch.full((*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 5), NAN, dtype=x.dtype)
+    around[..., : x.shape[-2], : x.shape[-1]] = x
+    return around[..., : x.shape[-2], : x.shape[-1]]
+
+
+def rounded(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) for x in tensors]
+
+
+def gap(x: Tensor, y: Tensor) -> float:
+    """Largest difference; inf where a NaN is."""
+    if not x.numel():
+        return 0.0
+    found = (x.double() - y.double()).abs().max().item()
+    return found if found == found else float("inf")
+
+
+# The recurrences as given ---------------------------------------------------------------------------------------------
+
+
+def by_row(form: Callable[..., Any], inputs: tuple[Tensor, ...], state: Tensor, commit: int, dead: bool, dim: int) -> Any:
+    """y of the tokens after `commit` (zeros for dead ones) and the state after `commit`; inputs[0] is only read."""
+    ys, states = [], []
+    for b in range(state.shape[0]):
+        live = (DEAD[b] >= 0) if dead else torch.ones(inputs[1].shape[dim], dtype=torch.bool)
+        before = live[:commit].nonzero()[:, 0]
+        late = commit + live[commit:].nonzero()[:, 0]
+        row = [x[b : b + 1] if x.dim() > 2 else x for x in inputs]
+
+        def cut(index: Tensor, row: list[Tensor] = row) -> list[Tensor]:
+            return [x.index_select(dim, index) if x.dim() > 2 else x for x in row]
+
+        after = form(*cut(before), layout=Layout(), state=state[b : b + 1])[1] if len(before) else state[b : b + 1]
+        y = form(*cut(late), layout=Layout(), state=after)[0]
+        full = torch.zeros(*y.shape[:dim], inputs[1].shape[dim] - commit, *y.shape[dim + 1 :], dtype=y.dtype)
+        full.index_copy_(dim, late - commit, y)
+        ys.append(full)
+        states.append(after)
+    return torch.cat(ys), torch.cat(states)
+
+
+def alive(y: Tensor, commit: int, dead: bool, dim: int) -> Tensor:
+    """y with zeros for dead tokens."""
+    if not dead:
+        return y
+    mask = (DEAD[:, commit:] >= 0).view(*[2 if d == 0 else y.shape[d] if d == dim else 1 for d in range(y.dim())])
+    return torch.where(mask, y, 0)
+
+
+def op_case(
+    kernel: Callable[..., Any], form: Callable[..., Any], inputs: tuple[Tensor, ...], query: int, state: Tensor, dim: int
+) -> Callable[..., dict[str, float]]:
+    """`query`: which input has the outputs' tokens alone; `dim`: which dimension counts tokens."""
+
+    def run(*, dtype: torch.dtype, commit: int, dead: bool, in_place: bool = False) -> dict[str, float]:
+        given = [x.to(dtype, copy=True) for x in inputs]
+        y0, s0 = by_row(form, tuple(x.double() for x in given), state.double(), commit, dead, dim)
+        y1, _ = by_row(form, tuple(x.float() for x in given), state, commit, dead, dim)
+        layout = Layout(position_BT=DEAD) if dead else Layout(start=7)
+        given[query] = given[query].narrow(dim, commit, given[query].shape[dim] - commit)
+        given = [padded(x) if x.dim() == 4 else x for x in given]
+        held = state.clone()
+        if dead:
+            for x in given:
+                if x.dim() > 2 and x.shape[dim] == DEAD.shape[1]:
+                    x.masked_fill_((DEAD < 0).view(*[n if d in (0, dim) else 1 for d, n in enumerate(x.shape)]), NAN)
+        y, s = kernel(*given, layout=layout, state=held, commit=commit, state_out=held if in_place else None)
+        return {
+            "y": gap(alive(y, commit, dead, dim), y0),
+            "torch": gap(y1.to(dtype), y0),
+            "state": gap(s, s0),
+            "in_place": float(s is held),
+        }
+
+    return run
+
+
+def op_cases() -> dict[str, Callable[..., dict[str, float]]]:
+    g = torch.Generator().manual_seed(3)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g)
+
+    T, K, V = DEAD.shape[1], 5, 9
+    q, k, v = normal(2, 3, T, K), normal(2, 3, T, K), normal(2, 3, T, V)
+    head, per_key = -normal(2, 3, T).abs(), -normal(2, 3, T, K).abs()
+    unit, beta = k / k.norm(dim=-1, keepdim=True), torch.rand(2, 3, T, generator=g)
+    S, h = normal(2, 3, K, V), normal(2, 14, 3)
+    scan = (normal(2, T, 14), normal(2, T, 14).abs(), -normal(14, 3).abs(), normal(2, T, 7, 3), normal(2, T, 7, 3))
+    return {
+        "decay per head": op_case(decay_linear_steps, decay_reference, (q, k, v, head), 0, S, 2),
+        "decay per key": op_case(decay_linear_steps, decay_reference, (q, k, v, per_key), 0, S, 2),
+        "gated delta": op_case(gated_delta_steps, delta_reference, (q, unit, v, head, beta), 0, S, 2),
+        "selective scan": op_case(selective_scan_steps, scan_reference, scan, 4, h, 1),
+    }
+
+
+def gla_case() -> dict[str, float]:
+    """Softmax of q and k, log sigmoid of the keys, two query heads to a state; retention's norm by itself."""
+    g = torch.Generator().manual_seed(5)
+    q, k, keys = (torch.randn(2, n, 7, 5, generator=g) for n in (6, 3, 3))
+    v, S = torch.randn(2, 3, 7, 9, generator=g), torch.randn(2, 3, 5, 9, generator=g)
+    decay = torch.nn.functional.logsigmoid(keys.double()) / 16.0
+    many = [x.repeat_interleave(2, 1) for x in (k.double().softmax(-1), v.double(), decay, S.double())]
+    y0, _ = decay_reference(q.double().softmax(-1), *many[:3], layout=Layout(), state=many[3])
+    _, s0 = decay_reference(*[x[:, :, :4] for x in (q.double(), *many[:3])], layout=Layout(), state=many[3])
+    y, s = decay_linear_steps(q[:, :, 4:], k, v, keys, layout=Layout(), state=S, commit=4, gate_divisor=16.0)
+    plain = -torch.rand(2, 3, 7, generator=g)
+    z, _ = decay_linear_steps(q[:, :3], k, v, plain, layout=Layout(), state=S, norm_eps=1e-5)
+    z0, _ = decay_reference(*(x.double() for x in (q[:, :3], k, v, plain)), layout=Layout(), state=S.double())
+    z0 = torch.nn.functional.layer_norm(z0, (9,), eps=1e-5)
+    return {"y": gap(y, y0[:, :, 4:]), "state": gap(s, s0[:, ::2]), "norm": gap(z, z0)}
+
+
+# Between the projections of a mixer -----------------------------------------------------------------------------------
+
+
+def build(name: str, shape: AttentionShape, dtype: torch.dtype, **config: Any) -> LayerMixer:
+    torch.manual_seed(7)
+    mixer = MIXERS[name](**config).build(shape)
+    assert isinstance(mixer, LayerMixer)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_((parameter + 0.3 * torch.randn_like(parameter)).to(dtype))
+    return mixer
+
+
+def kernel_call(mixer: Any, hidden: Tensor, memory: Tensor | None, taps: Tensor | None, **options: Any) -> Any:
+    """y before the output projection, memory, taps: by the kernel of this mixer."""
+    shape, name = mixer.shape, mixer.config.name
+    state = {"memory": memory, "taps_BPC": taps, **options}
+    if name == "mamba":
+        sizes = ChannelSizes(
+            heads=shape.num_heads,
+            groups=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            state_dim=mixer.state_dim,
+            repeat=mixer.config.repeat,
+        )
+        raw = [padded(x) for x in (mixer.in_proj(hidden), mixer.dt_proj(mixer.dt_in(hidden)))]
+        weights = {"conv_bias_C": mixer.conv_bias, "dt_bias_E": mixer.dt_bias, "A_log_EN": mixer.A_log, "D_E": mixer.D}
+        return mamba_steps(*raw, conv_weight_CW=mixer.conv_weight, **weights, sizes=sizes, **state)
+    heads = HeadSizes(
+        heads=shape.num_heads,
+        groups=shape.num_kv_heads,
+        key_dim=shape.head_dim,
+        value_dim=shape.value_dim,
+        repeat=mixer.config.repeat,
+    )
+    weights = {"conv_weight_CW": mixer.conv_weight, "dt_bias_H": mixer.dt_bias, "A_log_H": mixer.A_log}
+    state |= {"sizes": heads, "eps": shape.norm_eps}
+    if name == "mamba2":
+        weights |= {"conv_bias_C": mixer.conv_bias, "D_H": mixer.D, "norm_weight": mixer.norm_weight}
+        return mamba2_steps(padded(mixer.in_proj(hidden)), **weights, **state)
+    raw = [padded(m(hidden)) for m in (mixer.qkv_proj, mixer.decay_proj, mixer.beta_proj, mixer.gate_proj)]
+    return gated_delta_net_steps(*raw, **weights, norm_weight_V=mixer.norm_weight, **state)
+
+
+def truth(mixer: Any, hidden: Tensor, state: Any, commit: int, dead: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs after the tail (zeros for dead tokens), memory and taps after it, row by row without dead tokens."""
+    rows = []
+    for b in range(hidden.shape[0]):
+        live = (DEAD[b] >= 0) if dead else torch.ones(hidden.shape[1], dtype=torch.bool)
+        here = None if state is None else state.map_batch(lambda x, b=b: x[b : b + 1])
+        tail, new = hidden[b : b + 1, :commit][:, live[:commit]], hidden[b : b + 1, commit:][:, live[commit:]]
+        past = 0 if here is None else 3
+        if tail.shape[1]:
+            _, here = mixer(tail, layout=Layout(start=past), state=here)
+        y, after = mixer(new, layout=Layout(start=past + tail.shape[1]), state=here)
+        full = torch.zeros(1, hidden.shape[1] - commit, y.shape[2], dtype=y.dtype)
+        full[:, live[commit:]] = y
+        here = after.map_batch(torch.zeros_like) if here is None else here
+        rows.append((full, here.memory, here.taps))
+    y, memory, taps = (torch.cat(x) for x in zip(*rows, strict=True))
+    return y, memory, taps
+
+
+@torch.no_grad()
+def mixer_case(
+    name: str, shape: AttentionShape, *, dtype: torch.dtype, commit: int, dead: bool, fresh: bool = False, **config: Any
+) -> dict[str, float]:
+    """One call of the kernel against the mixer in fp64; and the mixer in `dtype` against it too."""
+    mixer, exact = build(name, shape, dtype, **config), build(name, shape, dtype, **config).double()
+    if dtype is not torch.float32:
+        for key, parameter in mixer.named_parameters():
+            if key not in (mixer.fp32_parameters or ()):
+                parameter.data = parameter.data.to(dtype)
+    hidden = torch.randn(2, DEAD.shape[1], shape.model_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    early = torch.randn(2, 3, shape.model_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    state = None if fresh else mixer(early, layout=Layout())[1]
+    wide = None if state is None else RecurrentState(state.memory.double(), state.taps.double())
+    y0, memory0, taps0 = truth(exact, hidden.double(), wide, commit, dead)
+    y1, memory1, _ = truth(mixer, hidden, state, commit, dead)
+    given = hidden.clone()
+    if dead:
+        given[DEAD < 0] = NAN
+    layout = Layout(position_BT=DEAD) if dead else Layout(start=0 if fresh else 3)
+    memory, taps = (None, None) if state is None else (state.memory.clone(), state.taps)
+    options: dict[str, Any] = {"outputs": hidden.shape[1] - commit, "commit": commit, "memory_out": memory}
+    y, after, taps = kernel_call(mixer, given, memory, taps, layout=layout, **options)
+    return {
+        "y": gap(alive(mixer.out_proj(y), commit, dead, 1), y0),
+        "torch": gap(y1, y0),
+        "state": gap(after, memory0),
+        "torch_state": gap(memory1, memory0),
+        "taps": gap(taps, taps0),
+        "in_place": float(after is memory),
+    }
+
+
+@torch.no_grad()
+def same_bits(name: str) -> dict[str, float]:
+    """Cutting a text in other places changes no bit of outputs, state or taps."""
+    mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32)
+    hidden = torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(4))
+    whole, memory, taps = kernel_call(mixer, hidden, None, None, layout=Layout())
+    differ = 0
+    for commit in (2, 5):
+        tail, m, c = kernel_call(mixer, hidden[:, :6], None, None, layout=Layout(), commit=commit, outputs=6 - commit)
+        differ += int((tail != whole[:, commit:6]).sum())
+        ys = []
+        for t in range(commit, 7):  # one token after the other, from the state that the multi-step call left
+            y, m, c = kernel_call(mixer, hidden[:, t : t + 1], m, c, layout=Layout(start=t), memory_out=m)
+            ys.append(y)
+        differ += int((torch.cat(ys, 1) != whole[:, commit:]).sum() + (m != memory).sum() + (c != taps).sum())
+    return {"differ": float(differ), "numbers": float(whole.numel())}
+
+
+@torch.no_grad()
+def documents(name: str) -> dict[str, float]:
+    """A token at position 0 finds nothing of what was before: its row equals a row that begins there."""
+    mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32)
+    hidden = torch.randn(1, 7, 11, generator=torch.Generator().manual_seed(4))
+    packed = Layout(position_BT=torch.tensor([[5, 6, 0, 1, 2, 3, 4]]))
+    _, memory, taps = kernel_call(mixer, hidden[:, :3] + 1, None, None, layout=Layout())
+    y, after, taps_after = kernel_call(mixer, hidden, memory, taps, layout=packed)
+    y0, after0, taps0 = kernel_call(mixer, hidden[:, 2:], None, None, layout=Layout())
+    y_on, *_ = kernel_call(mixer, hidden, memory, taps, layout=Layout(start=5))
+    return {
+        "y": gap(y[:, 2:], y0),
+        "state": gap(after, after0),
+        "taps": gap(taps_after, taps0),
+        "without": gap(y_on[:, 2:], y0),
+    }
+
+
+def cases() -> dict[str, Callable[[], dict[str, float]]]:
+    found: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case}
+    settings = {
+        "fp32, tail": {"dtype": torch.float32, "commit": TAIL, "dead": False},
+        "fp32, no tail": {"dtype": torch.float32, "commit": 0, "dead": False},
+        "fp32, dead": {"dtype": torch.float32, "commit": TAIL, "dead": True},
+        "fp16, dead": {"dtype": torch.float16, "commit": TAIL, "dead": True},
+    }
+    for op, run in op_cases().items():
+        for label, setting in settings.items():
+            found[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)
+    for name, shape in (("mamba", SQUARE), ("mamba2", SHAPE), ("gated_delta_net", SHAPE)):
+        for label, setting in settings.items():
+            repeat = "after" if "no tail" in label or "fp16" in label else "before"
+            more: dict[str, Any] = {"repeat": repeat} | ({"state_dim": 3} if name == "mamba" else {})
+            found[f"{name}; {label}"] = lambda n=name, s=shape, o=setting | more: mixer_case(n, s, **o)
+        taps = {"conv_taps": 2, "fresh": True} | settings["fp32, tail"]
+        found[f"{name}; fresh"] = lambda n=name, s=shape, o=taps: mixer_case(n, s, **o)
+        found[f"{name}; same bits"] = lambda n=name: same_bits(n)
+        found[f"{name}; documents"] = lambda n=name: documents(n)
+    for name in ("mamba2", "gated_delta_net"):
+        found[f"{name}; cut"] = lambda n=name: mixer_case(n, WIDE, **settings["fp32, tail"])
+    return found
+
+
+def main() -> None:
+    poison()
+    results: dict[str, Any] = {}
+    for name, run in cases().items():
+        try:
+            results[name] = run()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()[-2000:]}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
