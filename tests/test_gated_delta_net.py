@@ -104,8 +104,8 @@ def test_the_matrix_times_the_values_is_the_mixing(repeat: Any) -> None:
     position = torch.stack([torch.arange(T), torch.cat([torch.arange(80), torch.arange(T - 80)])])
     layout = Layout(position_BT=position)
     matrix = mixer.matrix(x, layout=layout)
-    v = mixer._inputs(x, layout, None, need_state=False)[2]
-    mixed, _ = mixer.mix(x, layout=layout)
+    v = mixer._inputs(mixer.project(x)[:3], layout)[2]
+    mixed, _ = mixer.recall(*mixer.project(x)[:3], layout=layout)
     torch.testing.assert_close((matrix @ v).transpose(1, 2), mixed, rtol=0, atol=1e-12)
     assert matrix.shape == (B, H, T, T) and not matrix.triu(1).any()
     assert not matrix[1, :, 80:, :80].any() and matrix[0, :, 80:, :80].abs().max() > 1e-3
@@ -128,7 +128,7 @@ def test_advance_gives_the_state_of_forward_and_the_cost_states_its_size() -> No
     mixer, x = build(), hidden()
     _, half = mixer(x[:, :50], layout=Layout())
     _, end = mixer(x[:, 50:], layout=Layout(50), state=half)
-    replayed = mixer.advance(x[:, 50:], layout=Layout(50), state=half)
+    replayed = mixer.advance(*mixer.project(x[:, 50:]), layout=Layout(50), state=half)
     torch.testing.assert_close(replayed.memory, end.memory)
     torch.testing.assert_close(replayed.taps, end.taps)
     assert end.num_bytes == B * mixer.cost(4).state_bytes

@@ -165,7 +165,7 @@ def test_advance_gives_the_state_of_forward(config: MambaConfig) -> None:
     mixer, hidden = build(config), torch.randn(B, T, M, **RANDN)
     _, end = mixer(hidden, layout=Layout())
     _, middle = mixer(hidden[:, :8], layout=Layout())
-    after = mixer.advance(hidden[:, 8:], layout=Layout(8), state=middle)
+    after = mixer.advance(*mixer.project(hidden[:, 8:]), layout=Layout(8), state=middle)
     torch.testing.assert_close(after.memory, end.memory, rtol=0, atol=1e-12)
     torch.testing.assert_close(after.taps, end.taps, rtol=0, atol=1e-12)
     assert mixer(hidden, layout=Layout(), need_state=False)[1] is None

@@ -195,7 +195,7 @@ def test_documents_and_padding_are_apart_and_the_state_goes_on(repeat: str) -> N
         torch.testing.assert_close(y[row, 9 * row :], expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(state.memory[row], ends[-1][1].memory[0], rtol=0, atol=1e-12)
         torch.testing.assert_close(state.taps[row], ends[-1][1].taps[0], rtol=0, atol=1e-12)
-    advanced = mixer.advance(x, layout=Layout(position_BT=position))
+    advanced = mixer.advance(*mixer.project(x), layout=Layout(position_BT=position))
     torch.testing.assert_close(advanced.memory, state.memory, rtol=0, atol=1e-12)
 
 
@@ -203,8 +203,8 @@ def test_documents_and_padding_are_apart_and_the_state_goes_on(repeat: str) -> N
 def test_the_matrix_times_x_is_what_the_gate_gets() -> None:
     mixer, h = build(), hidden(20)
     matrix = mixer.matrix(h, layout=Layout())
-    gate, _, _, x, _, _ = mixer._inputs(h, Layout(), None, False)
-    y = (matrix @ x).transpose(1, 2)
+    gate, _, _, x, _, _ = mixer._inputs(mixer.in_proj(h), Layout())
+    y = (matrix @ x.transpose(1, 2)).transpose(1, 2)
     weight = mixer.norm_weight.unflatten(0, (H, V))
     y = mixer.out_proj(gate_then_norm(y, gate.unflatten(-1, (H, V)), weight, 1e-5).flatten(2))
     torch.testing.assert_close(y, mixer(h, layout=Layout())[0], rtol=0, atol=1e-11)

@@ -24,7 +24,7 @@ B, H, G, D, V, T = 2, 6, 3, 5, 7, 47
 M = 11
 SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=M)
 EQUAL = {"mamba"}  # mixers that need values as wide as keys
-FP32 = {"rtol": 1e-5, "atol": 2e-5}  # of logits in the order of 6: rounding of a few layers in fp32
+FP32 = {"rtol": 1e-5, "atol": 5e-5}  # of logits in the order of 6: rounding of a few layers in fp32
 SCORES: dict[str, Any] = {"scaling": 0.61, "softcap": 3.0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lolcats": [
@@ -95,7 +95,7 @@ def run(mixer: Mixer, given: list[Tensor], cuts: list[int]) -> tuple[Tensor, Any
 
 def raw(mixer: Mixer, given: list[Tensor]) -> list[Tensor]:
     """The inputs that `advance` takes."""
-    return given if isinstance(mixer, LayerMixer) else given[1:]
+    return list(mixer.project(*given)) if isinstance(mixer, LayerMixer) else given[1:]
 
 
 def same_state(given: Any, expected: Any, tolerance: float) -> None:

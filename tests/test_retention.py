@@ -77,7 +77,7 @@ def test_the_layer_is_its_equations(decay: str) -> None:
         "bhtd,htn,bhtv->bhdv", k, gamma ** (T - 1 - torch.arange(T).double())[:, None], v.transpose(1, 2)
     )
     torch.testing.assert_close(state.memory, kept * D**-0.5, rtol=0, atol=1e-10)
-    torch.testing.assert_close(mixer.advance(x, layout=Layout()).memory, state.memory)
+    torch.testing.assert_close(mixer.advance(*mixer.project(x), layout=Layout()).memory, state.memory)
     assert state.map_batch(lambda part: part[:1].float()).num_bytes == mixer.cost(2).state_bytes
 
 
@@ -110,7 +110,8 @@ def test_it_starts_from_the_teachers_projections_with_the_identity_map() -> None
     for name, linear in own.items():
         torch.testing.assert_close(linear.weight, given[name], rtol=0, atol=0)
     q = torch.randn(1, 3, H * D)
-    torch.testing.assert_close(mixer._map(q), F.relu(q.view(1, 3, H, D).transpose(1, 2)))
+    origin = Layout(position_BT=torch.zeros(1, 3, dtype=torch.long))
+    torch.testing.assert_close(mixer._mapped(q, origin), F.relu(q.view(1, 3, H, D).transpose(1, 2)))
 
 
 def test_gradients_reach_every_parameter() -> None:

@@ -81,7 +81,8 @@ class MixerConfig(BaseModel):
 class Mixer(nn.Module, ABC):
     """What the two kinds share. All that a mixer remembers goes in and comes out as a state.
 
-    Each kind has `forward` and `advance(*raw inputs, layout=, state=) -> state`, which is what a rollback replays.
+    Each kind has `forward` and `advance(*raw inputs, layout=, state=) -> state`, which is what a rollback replays, and
+    runs tokens that a cache holds back together with new ones: `commit` says how many go into the state (None: all).
     `time_dim`: the dimension of the raw inputs that counts tokens.
     `fp32_parameters`: names of parameters that stay in fp32 in a bf16 model; None: all of them.
     """
@@ -109,7 +110,7 @@ class AttentionMixer(Mixer):
     @abstractmethod
     def forward(
         self,
-        q_BHTD: Tensor,
+        q_BHUD: Tensor,
         k_BGTD: Tensor,
         v_BGTV: Tensor,
         *keys_BGTD: Tensor,
@@ -119,9 +120,12 @@ class AttentionMixer(Mixer):
         state: Any = None,
         need_state: bool = True,
         branch: Branch = "both",
+        commit: int | None = None,
     ) -> tuple[Tensor, Any]:
-        """`y: [B, H, T, V]` and the state after the last token (None unless `need_state`).
+        """`y: [B, H, U, V]` and the state after the last token (None unless `need_state`).
 
+        `q_BHUD`: of the last U of the T tokens, which get outputs. `commit`: the state is that after the first `commit`
+        tokens, at most T - U (None: after all; where it is 0 there is nothing to return).
         `keys_BGTD`: only where `needs_keys`: the output of the key projection, before norms and rotary positions.
         """
 

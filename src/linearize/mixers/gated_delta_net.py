@@ -10,7 +10,7 @@ C channels of the convolution, K taps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,7 @@ from linearize.mixers.layer_mixer import (
     LayerMixer,
     LayerMixerConfig,
     RecurrentState,
+    last,
 )
 from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.gated_delta import gated_delta
@@ -116,35 +117,57 @@ class GatedDeltaNet(LayerMixer):
         )
         copy_projection(self.out_proj, (0, weights.o, weights.o_bias))
 
-    def forward(
-        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.forward`."""
-        y_BTHV, after = self.mix(hidden_BTM, layout=layout, state=state, need_state=need_state)
-        gate = self.gate_proj(hidden_BTM).unflatten(-1, (self.shape.num_heads, -1))
-        y = norm_then_gate(y_BTHV, gate, wide(self.norm_weight), self.shape.norm_eps)
-        return self.out_proj(y.flatten(-2).to(hidden_BTM.dtype)), after
+    def project(self, hidden_BTM: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v `[B, T, R]`, decay before its bias and write strength before its sigmoid `[B, T, H]`, gate."""
+        decay, beta = self.decay_proj(hidden_BTM), self.beta_proj(hidden_BTM)
+        return self.qkv_proj(hidden_BTM), decay, beta, self.gate_proj(hidden_BTM)
 
     def mix(
-        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
+        self,
+        *projected: Tensor,
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = True,
+        commit: int | None = None,
+        outputs: int | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
-        """What the delta rule gives, `[B, T, H, V]` in at least fp32, before norm and gate; and the state."""
-        *inputs, taps = self._inputs(hidden_BTM, layout, state, need_state)
+        """See `LayerMixer.mix`."""
+        qkv, decay, beta, gate = projected
+        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+        y_BUHV, after = self.recall(qkv, decay, beta, outputs=outputs, **options)
+        gate = last(gate, outputs).unflatten(-1, (self.shape.num_heads, -1))
+        y = norm_then_gate(y_BUHV, gate, wide(self.norm_weight), self.shape.norm_eps)
+        return self.out_proj(y.flatten(-2).to(qkv.dtype)), after
+
+    def recall(
+        self,
+        qkv: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        *,
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = True,
+        commit: int | None = None,
+        outputs: int | None = None,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """What the delta rule gives, `[B, U, H, V]` in at least fp32, before norm and gate; and the state."""
+        q, *inputs, taps = self._inputs((qkv, decay, beta), layout, state, need_state, commit)
         memory = None if state is None else state.memory
-        y, memory = gated_delta(*inputs, layout=layout, state=memory, need_state=need_state)
+        q = last(q, outputs).transpose(1, 2)
+        y, memory = gated_delta(q, *inputs, layout=layout, state=memory, need_state=need_state, commit=commit)
         return y.transpose(1, 2), None if memory is None else RecurrentState(memory, taps)
 
-    def advance(self, *inputs: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `Mixer.advance`; the input is the hidden states."""
-        (hidden_BTM,) = inputs
-        _, after = self.mix(hidden_BTM, layout=layout, state=state)
+    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
+        """See `LayerMixer.advance`."""
+        _, after = self.recall(*projected[:3], layout=layout, state=state, outputs=0)
         assert after is not None
         return after
 
     def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
         """What multiplies the values, before norm and gate."""
-        q, k, v, decay, beta, _ = self._inputs(hidden_BTM, layout, None, need_state=False)
-        eye = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+        q, k, v, decay, beta, _ = self._inputs(self.project(hidden_BTM)[:3], layout)
+        q, eye = q.transpose(1, 2), torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
         return gated_delta(q, k, eye, decay, beta, layout=layout, need_state=False)[0]
 
     def calibrate(self, samples: Sequence[AttentionSample]) -> None:
@@ -154,20 +177,26 @@ class GatedDeltaNet(LayerMixer):
         calibrate_gated_delta_net(self, samples)
 
     def _inputs(
-        self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+        self,
+        projected: tuple[Tensor, ...],
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = False,
+        commit: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta `[B, H, T]`, all at least fp32; taps."""
-        qkv, taps = self.qkv_proj(hidden_BTM), None
-        if state is None and not need_state and can_fuse(qkv):
+        """q `[B, T, H, D]`, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta `[B, H, T]`, all at least fp32;
+        taps."""
+        (qkv, decay, beta), taps = projected, None
+        if state is None and not need_state and commit is None and can_fuse(qkv):
             q, k, v = self._fused(qkv, layout)
         else:
-            q, k, v, taps = self._one_by_one(qkv, layout, state, need_state)
+            q, k, v, taps = self._one_by_one(qkv, layout, state, need_state, commit)
         if self.config.repeat == "after":
             k, v = (x.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, dim=2) for x in (k, v))
-        step = F.softplus(wide(self.decay_proj(hidden_BTM)) + wide(self.dt_bias))
+        step = F.softplus(wide(decay) + wide(self.dt_bias))
         decay = (step * -wide(self.A_log).exp()).transpose(1, 2)
-        beta = torch.sigmoid(wide(self.beta_proj(hidden_BTM))).transpose(1, 2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), decay, beta, taps
+        beta = torch.sigmoid(wide(beta)).transpose(1, 2)
+        return q, k.transpose(1, 2), v.transpose(1, 2), decay, beta, taps
 
     def _fused(self, qkv: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         """q, k, v `[B, T, H or G, .]` after convolution and SiLU, q and k at their lengths."""
@@ -182,7 +211,7 @@ class GatedDeltaNet(LayerMixer):
         return conv_heads(qkv, self.conv_weight.to(qkv.dtype), None, parts, layout=layout)
 
     def _one_by_one(
-        self, qkv: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+        self, qkv: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool, commit: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What `_fused` gives, in any precision, after past inputs; and the taps."""
         shape = self.shape
@@ -190,8 +219,9 @@ class GatedDeltaNet(LayerMixer):
         if self.config.repeat == "before" and groups < heads:
             q, k, v = qkv.split(self.rows, dim=-1)
             qkv = torch.cat([q, repeat_heads(k, groups, heads), repeat_heads(v, groups, heads)], dim=-1)
+        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
         taps = None if state is None else state.taps
-        qkv, taps = short_conv(qkv, self.conv_weight, None, layout=layout, taps_BKC=taps, need_state=need_state)
+        qkv, taps = short_conv(qkv, self.conv_weight, None, taps_BKC=taps, **options)
         cut = F.silu(wide(qkv)).split(self.channels, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(cut, (dim, dim, shape.value_dim), strict=True))
         return l2_norm(q) * dim**-0.5, l2_norm(k), v, taps

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -78,7 +78,7 @@ class Gla(AttentionMixer):
 
     def forward(
         self,
-        q_BHTD: Tensor,
+        q_BHUD: Tensor,
         k_BGTD: Tensor,
         v_BGTV: Tensor,
         *keys_BGTD: Tensor,
@@ -88,18 +88,18 @@ class Gla(AttentionMixer):
         state: GlaState | None = None,
         need_state: bool = True,
         branch: Branch = "both",
+        commit: int | None = None,
     ) -> tuple[Tensor, GlaState | None]:
         """See `AttentionMixer.forward`. A branch alone keeps its share: the two add up to both."""
         share = self.config.window_share
         spec, ring = self._window(scaling, softcap), None if state is None else state.window
-        near_BHTV, ring = window_linear(
-            q_BHTD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=ring, need_state=need_state
-        )
-        far_BHTV, memory = self._recall(q_BHTD, k_BGTD, v_BGTV, keys_BGTD[0], layout, state, need_state)
+        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
+        near_BHUV, ring = window_linear(q_BHUD, k_BGTD, v_BGTV, spec=spec, state=ring, **options)
+        far_BHUV, memory = self._recall(q_BHUD, k_BGTD, v_BGTV, keys_BGTD[0], state, **options)
         after = None if ring is None or memory is None else GlaState(ring, memory)
         if branch != "both":
-            return (share * near_BHTV if branch == "window" else (1 - share) * far_BHTV), after
-        return share * near_BHTV + (1 - share) * far_BHTV, after
+            return (share * near_BHUV if branch == "window" else (1 - share) * far_BHUV), after
+        return share * near_BHUV + (1 - share) * far_BHUV, after
 
     def advance(self, *inputs: Tensor, layout: Layout, state: GlaState | None = None) -> GlaState:
         """See `Mixer.advance`: k, v and the keys; the scale of the scores does not enter the state."""
@@ -107,7 +107,8 @@ class Gla(AttentionMixer):
         ring = advance(
             k_BGTD, v_BGTV, spec=self._window(1.0, None), layout=layout, state=None if state is None else state.window
         )
-        _, memory = self._recall(self._repeat(k_BGTD), k_BGTD, v_BGTV, keys_BGTD, layout, state, True)
+        no_queries = self._repeat(k_BGTD[:, :, :0])
+        _, memory = self._recall(no_queries, k_BGTD, v_BGTV, keys_BGTD, state, layout=layout)
         assert memory is not None
         return GlaState(ring, memory)
 
@@ -128,27 +129,30 @@ class Gla(AttentionMixer):
 
     def _recall(
         self,
-        q_BHTD: Tensor,
+        q_BHUD: Tensor,
         k_BGTD: Tensor,
         v_BGTV: Tensor,
         keys_BGTD: Tensor,
-        layout: Layout,
         state: GlaState | None,
-        need_state: bool,
+        *,
+        layout: Layout,
+        need_state: bool = True,
+        commit: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gated linear term, `[B, H, T, V]`, and its state. Query heads of a group share one: it is kept once."""
+        """The gated linear term, `[B, H, U, V]`, and its state. Query heads of a group share one: it is kept once."""
         log_decay_BGTD = F.logsigmoid(wide(keys_BGTD)) / self.config.gate_divisor
-        far_BHTV, memory_BHDV = decay_linear(
-            wide(q_BHTD).softmax(-1),
+        far_BHUV, memory_BHDV = decay_linear(
+            wide(q_BHUD).softmax(-1),
             self._repeat(wide(k_BGTD).softmax(-1)),
             self._repeat(v_BGTV),
             self._repeat(log_decay_BGTD),
             layout=layout,
             state=None if state is None else self._repeat(state.memory_BGDV),
             need_state=need_state,
+            commit=commit,
         )
         kept = None if memory_BHDV is None else memory_BHDV[:, :: self.shape.group].contiguous()
-        return far_BHTV, kept
+        return far_BHUV, kept
 
     def _repeat(self, x_BG: Tensor) -> Tensor:
         """Every key/value head for each of its query heads."""

@@ -81,20 +81,41 @@ class LayerMixerConfig(MixerConfig):
 
 
 class LayerMixer(Mixer):
-    """Takes the hidden states of a layer and gives what the attention module would. Its raw inputs are the hidden
-    states."""
+    """Takes the hidden states of a layer and gives what the attention module would.
+
+    Its raw inputs are what `project` gives, so that no hidden state is projected twice.
+    """
 
     config: LayerMixerConfig
     time_dim = 1
 
-    @abstractmethod
     def forward(
         self, hidden_BTM: Tensor, *, layout: Layout, state: Any = None, need_state: bool = True
     ) -> tuple[Tensor, Any]:
         """`y: [B, T, M]`, output projection included, and the state after the last token (None unless `need_state`)."""
+        return self.mix(*self.project(hidden_BTM), layout=layout, state=state, need_state=need_state)
 
     @abstractmethod
-    def advance(self, hidden_BTM: Tensor, *, layout: Layout, state: Any = None) -> Any:
+    def project(self, hidden_BTM: Tensor) -> tuple[Tensor, ...]:
+        """The raw inputs: what the input projections make of the hidden states, each `[B, T, ...]`."""
+
+    @abstractmethod
+    def mix(
+        self,
+        *projected: Tensor,
+        layout: Layout,
+        state: Any = None,
+        need_state: bool = True,
+        commit: int | None = None,
+        outputs: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """`y: [B, U, M]` of the last U = `outputs` tokens (None: of all), and the state.
+
+        `commit`: the state is that after the first `commit` tokens (None: after all; no state unless `need_state`).
+        """
+
+    @abstractmethod
+    def advance(self, *projected: Tensor, layout: Layout, state: Any = None) -> Any:
         """The state after these tokens, without outputs."""
 
     @abstractmethod
@@ -125,3 +146,8 @@ def copy_rows(target: Tensor, *parts: tuple[int, Tensor | None]) -> None:
         for start, rows in parts:
             if rows is not None:
                 target[start : start + rows.shape[0]].copy_(rows)
+
+
+def last(x_BT: Tensor, outputs: int | None) -> Tensor:
+    """The last tokens of `[B, T, ...]` (None: all)."""
+    return x_BT if outputs is None else x_BT[:, x_BT.shape[1] - outputs :]

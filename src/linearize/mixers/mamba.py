@@ -14,7 +14,7 @@ channels, N state size, S = E / N sub-heads, K convolution taps.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,7 +31,7 @@ from linearize.mixers.gates import (
     start_step_bias,
     wide,
 )
-from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState
+from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
 from linearize.ops.layout import Layout
 from linearize.ops.selective_scan import selective_scan
 from linearize.ops.short_conv import short_conv
@@ -114,19 +114,34 @@ class Mamba(LayerMixer):
         )
         copy_projection(self.out_proj, (0, weights.o, weights.o_bias))
 
-    def forward(
-        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.forward`."""
-        y_BTE, z_BTE, after = self._mix(hidden_BTM, layout, state, need_state)
-        return self.out_proj((y_BTE * F.silu(wide(z_BTE))).to(z_BTE.dtype)), after
+    def project(self, hidden_BTM: Tensor) -> tuple[Tensor, ...]:
+        """z, x, B, C `[B, T, 2 (H + G) D]` and dt before its bias `[B, T, E]`."""
+        return self.in_proj(hidden_BTM), self.dt_proj(self.dt_in(hidden_BTM))
 
-    def advance(self, *inputs: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `Mixer.advance`; its input is the hidden states."""
-        (hidden_BTM,) = inputs
-        after = self._mix(hidden_BTM, layout, state, True)[2]
-        assert after is not None
-        return after
+    def mix(
+        self,
+        *projected: Tensor,
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = True,
+        commit: int | None = None,
+        outputs: int | None = None,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """See `LayerMixer.mix`."""
+        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), z_BTE, taps = self._inputs(projected, layout, state, need_state, commit)
+        memory = None if state is None else state.memory
+        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
+        y_BUE, memory = selective_scan(x_BTE, dt_BTE, A_EN, B_BTSN, last(C_BTSN, outputs), **options)
+        y_BUE = torch.addcmul(y_BUE, wide(self.D), last(x_BTE, outputs)) * F.silu(wide(last(z_BTE, outputs)))
+        return self.out_proj(y_BUE.to(z_BTE.dtype)), None if memory is None else RecurrentState(memory, taps)
+
+    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
+        """See `LayerMixer.advance`."""
+        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), _, taps = self._inputs(projected, layout, state, True)
+        memory = None if state is None else state.memory
+        _, memory = selective_scan(x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN[:, :0], layout=layout, state=memory)
+        assert memory is not None
+        return RecurrentState(memory, taps)
 
     def cost(self, element_size: int) -> MixerCost:
         """N sums per channel and the convolution's past inputs; decay, write and read of the state, and the taps."""
@@ -143,7 +158,7 @@ class Mamba(LayerMixer):
         Each channel p has its own, y_p = M_p x_p with x after the convolution. Of all single matrices the mean is the
         nearest to them (sum of squared Frobenius distances). Takes D N products over [B, H, T, T].
         """
-        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), _, _ = self._inputs(hidden_BTM, layout, None, False)
+        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), _, _ = self._inputs(self.project(hidden_BTM), layout)
         heads, dim, tokens, device = self.shape.num_heads, self.shape.head_dim, x_BTE.shape[1], x_BTE.device
         if (live := layout.live()) is not None:
             dt_BTE = dt_BTE.masked_fill(~live[..., None], 0)
@@ -165,31 +180,27 @@ class Mamba(LayerMixer):
         eye = torch.eye(tokens, dtype=skip_H.dtype, device=device)
         return matrix * _visible(layout, tokens, device) + skip_H[:, None, None] * eye
 
-    def _mix(
-        self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
-    ) -> tuple[Tensor, Tensor, RecurrentState | None]:
-        """y before the gate (at least fp32), the gate, and the state after."""
-        inputs, z_BTE, taps = self._inputs(hidden_BTM, layout, state, need_state)
-        memory = None if state is None else state.memory
-        y_BTE, memory = selective_scan(*inputs, layout=layout, state=memory, need_state=need_state)
-        return y_BTE + wide(self.D) * inputs[0], z_BTE, None if memory is None else RecurrentState(memory, taps)
-
     def _inputs(
-        self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+        self,
+        projected: tuple[Tensor, ...],
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = False,
+        commit: int | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor, Tensor | None]:
         """x, dt, A, B, C of the scan (x, dt and A in at least fp32), the gate z, and the convolution's taps after."""
+        projected_BTR, dt_BTE = projected
         sizes = [self.channels, self.kv_channels, self.kv_channels, self.channels]
-        z_BTE, x_BTC, B_BTC, C_BTE = self.in_proj(hidden_BTM).split(sizes, dim=-1)
+        z_BTE, x_BTC, B_BTC, C_BTE = projected_BTR.split(sizes, dim=-1)
         if self.config.repeat == "before":
             x_BTC = self._repeat(x_BTC)
+        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
         past = None if state is None else state.taps
-        x_BTC, taps = short_conv(
-            x_BTC, self.conv_weight, self.conv_bias, layout=layout, taps_BKC=past, need_state=need_state
-        )
+        x_BTC, taps = short_conv(x_BTC, self.conv_weight, self.conv_bias, taps_BKC=past, **options)
         x_BTE = F.silu(wide(x_BTC))
         if self.config.repeat == "after":
             x_BTE = self._repeat(x_BTE)
-        dt_BTE = F.softplus(wide(self.dt_proj(self.dt_in(hidden_BTM))) + wide(self.dt_bias))
+        dt_BTE = F.softplus(wide(dt_BTE) + wide(self.dt_bias))
         B_BTSN, C_BTSN = (w.unflatten(-1, (-1, self.state_dim)) for w in (self._repeat(B_BTC), C_BTE))
         return (x_BTE, dt_BTE, -wide(self.A_log).exp(), B_BTSN, C_BTSN), z_BTE, taps
 

@@ -10,7 +10,7 @@ dimension, C channels of the convolution, K taps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,7 +28,14 @@ from linearize.mixers.gates import (
     start_step_bias,
     wide,
 )
-from linearize.mixers.layer_mixer import AttentionSample, AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState
+from linearize.mixers.layer_mixer import (
+    AttentionSample,
+    AttentionWeights,
+    LayerMixer,
+    LayerMixerConfig,
+    RecurrentState,
+    last,
+)
 from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.decay_linear import decay_linear
 from linearize.ops.layout import Layout
@@ -110,33 +117,43 @@ class Mamba2(LayerMixer):
         )
         copy_projection(self.out_proj, (0, weights.o, weights.o_bias))
 
-    def forward(
-        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
+    def project(self, hidden_BTM: Tensor) -> tuple[Tensor, ...]:
+        """Gate, x, B, C and dt before its bias, `[B, T, R]`."""
+        return (self.in_proj(hidden_BTM),)
+
+    def mix(
+        self,
+        *projected: Tensor,
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = True,
+        commit: int | None = None,
+        outputs: int | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.forward`."""
-        gate, C, key, x, decay, taps = self._inputs(hidden_BTM, layout, state, need_state)
+        """See `LayerMixer.mix`."""
+        gate, C, key, x, decay, taps = self._inputs(projected[0], layout, state, need_state, commit)
         memory, heads = None if state is None else state.memory, self.shape.num_heads
-        y, memory = decay_linear(C, key, x, decay, layout=layout, state=memory, need_state=need_state)
-        y = torch.addcmul(y, wide(self.D)[:, None, None], x)
+        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
+        y, memory = decay_linear(last(C, outputs).transpose(1, 2), key, x.transpose(1, 2), decay, **options)
+        y = torch.addcmul(y.transpose(1, 2), wide(self.D)[:, None], last(x, outputs))
         weight = wide(self.norm_weight).unflatten(0, (heads, -1))
-        y = gate_then_norm(y.transpose(1, 2), gate.unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
-        out = self.out_proj(y.flatten(-2).to(hidden_BTM.dtype))
+        y = gate_then_norm(y, last(gate, outputs).unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
+        out = self.out_proj(y.flatten(-2).to(projected[0].dtype))
         return out, None if memory is None else RecurrentState(memory, taps)
 
-    def advance(self, *inputs: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `Mixer.advance`; the input is the hidden states."""
-        (hidden_BTM,) = inputs
-        _, C, key, x, decay, taps = self._inputs(hidden_BTM, layout, state, need_state=True)
+    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
+        """See `LayerMixer.advance`."""
+        _, C, key, x, decay, taps = self._inputs(projected[0], layout, state, True, None)
         memory = None if state is None else state.memory
-        _, memory = decay_linear(C, key, x, decay, layout=layout, state=memory)
+        _, memory = decay_linear(C[:, :0].transpose(1, 2), key, x.transpose(1, 2), decay, layout=layout, state=memory)
         assert memory is not None
         return RecurrentState(memory, taps)
 
     def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
         """What multiplies x: C B^T with steps and decays, plus D on the diagonal."""
-        _, C, key, x, decay, _ = self._inputs(hidden_BTM, layout, None, need_state=False)
-        eye = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
-        mixed, _ = decay_linear(C, key, eye.expand(*x.shape[:2], -1, -1), decay, layout=layout, need_state=False)
+        _, C, key, x, decay, _ = self._inputs(self.in_proj(hidden_BTM), layout)
+        C, eye = C.transpose(1, 2), torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        mixed, _ = decay_linear(C, key, eye.expand(*C.shape[:2], -1, -1), decay, layout=layout, need_state=False)
         return mixed + wide(self.D)[:, None, None] * eye
 
     def calibrate(self, samples: Sequence[AttentionSample]) -> None:
@@ -146,18 +163,24 @@ class Mamba2(LayerMixer):
         calibrate_mamba2(self, samples)
 
     def _inputs(
-        self, hidden_BTM: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+        self,
+        projected: Tensor,
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = False,
+        commit: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gate `[B, T, H V]`; C, dt B `[B, H, T, D]`, x `[B, H, T, V]`, dt A `[B, H, T]`, at least fp32; taps."""
-        heads, projected, taps = self.shape.num_heads, self.in_proj(hidden_BTM), None
-        if state is None and not need_state and can_fuse(projected):
+        """Gate `[B, T, H V]`; C `[B, T, H, D]`, dt B `[B, H, T, D]`, x `[B, T, H, V]`, dt A `[B, H, T]`, at least fp32;
+        taps."""
+        heads, taps = self.shape.num_heads, None
+        if state is None and not need_state and commit is None and can_fuse(projected):
             gate, dt, x, B, C = self._fused(projected, layout)
         else:
-            gate, dt, x, B, C, taps = self._one_by_one(projected, layout, state, need_state)
+            gate, dt, x, B, C, taps = self._one_by_one(projected, layout, state, need_state, commit)
         if self.config.repeat == "after":
             x, B = (w.repeat_interleave(heads // self.shape.num_kv_heads, dim=2) for w in (x, B))
         dt_BTH = F.softplus(wide(dt) + wide(self.dt_bias))
-        C, key, x = (w.transpose(1, 2) for w in (C, B * dt_BTH[..., None], x))
+        key = (B * dt_BTH[..., None]).transpose(1, 2)
         return gate, C, key, x, (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2), taps
 
     def _fused(self, projected: Tensor, layout: Layout) -> tuple[Tensor, ...]:
@@ -175,7 +198,7 @@ class Mamba2(LayerMixer):
         return conv_heads(projected, weight, bias, parts, passed=passed, layout=layout)
 
     def _one_by_one(
-        self, projected: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool
+        self, projected: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool, commit: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What `_fused` gives, in any precision, after past inputs; and the taps."""
         shape, rows = self.shape, self.rows
@@ -184,10 +207,9 @@ class Mamba2(LayerMixer):
         if self.config.repeat == "before" and groups < heads:
             x, B, C = xBC.split(rows[1:4], dim=-1)
             xBC = torch.cat([repeat_heads(x, groups, heads), repeat_heads(B, groups, heads), C], dim=-1)
+        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
         taps = None if state is None else state.taps
-        xBC, taps = short_conv(
-            xBC, self.conv_weight, self.conv_bias, layout=layout, taps_BKC=taps, need_state=need_state
-        )
+        xBC, taps = short_conv(xBC, self.conv_weight, self.conv_bias, taps_BKC=taps, **options)
         widths = (shape.value_dim, shape.head_dim, shape.head_dim)
         cut = F.silu(wide(xBC)).split(self.channels, dim=-1)
         x, B, C = (w.unflatten(-1, (-1, width)) for w, width in zip(cut, widths, strict=True))

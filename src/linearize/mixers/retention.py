@@ -6,7 +6,7 @@ Letters: B batch, T tokens, M model width, H query heads, G key/value heads, D h
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_heads, wide
-from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState
+from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
 from linearize.ops.decay_linear import decay_linear
 from linearize.ops.layout import Layout
 
@@ -73,45 +73,60 @@ class Retention(LayerMixer):
         copy_projection(self.v_proj, (0, weights.v, weights.v_bias))
         copy_projection(self.out_proj, (0, weights.o, weights.o_bias))
 
-    def forward(
-        self, hidden_BTM: Tensor, *, layout: Layout, state: RecurrentState | None = None, need_state: bool = True
+    def project(self, hidden_BTM: Tensor) -> tuple[Tensor, ...]:
+        """q `[B, T, H D]`, k `[B, T, G D]`, v `[B, T, G V]`."""
+        return self.q_proj(hidden_BTM), self.k_proj(hidden_BTM), self.v_proj(hidden_BTM)
+
+    def mix(
+        self,
+        *projected: Tensor,
+        layout: Layout,
+        state: RecurrentState | None = None,
+        need_state: bool = True,
+        commit: int | None = None,
+        outputs: int | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.forward`."""
-        q, k, v, decay = self._inputs(hidden_BTM, layout)
+        """See `LayerMixer.mix`."""
+        q, k, v = projected
+        tokens, asked = q.shape[1], q.shape[1] if outputs is None else outputs
+        queries = self._mapped(last(q, outputs), layout.part(tokens - asked, tokens))
         memory = None if state is None else state.memory
-        y, memory = decay_linear(q, k, v, decay, layout=layout, state=memory, need_state=need_state)
+        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
+        y, memory = decay_linear(queries, *self._inputs(k, v, layout), **options)
         y = F.layer_norm(y, (self.shape.value_dim,), eps=NORM_EPS)
-        out = self.out_proj(y.transpose(1, 2).flatten(-2).to(hidden_BTM.dtype))
+        out = self.out_proj(y.transpose(1, 2).flatten(-2).to(q.dtype))
         return out, None if memory is None else RecurrentState(memory)
 
-    def advance(self, *inputs: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `Mixer.advance`; the input is the hidden states."""
-        (hidden_BTM,) = inputs
-        q, k, v, decay = self._inputs(hidden_BTM, layout)
-        _, memory = decay_linear(q, k, v, decay, layout=layout, state=None if state is None else state.memory)
+    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
+        """See `LayerMixer.advance`."""
+        _, k, v = projected
+        k, v, decay = self._inputs(k, v, layout)
+        memory = None if state is None else state.memory
+        _, memory = decay_linear(k[:, :, :0], k, v, decay, layout=layout, state=memory)
         assert memory is not None
         return RecurrentState(memory)
 
     def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
         """What multiplies the values, before the norm."""
-        q, k, v, decay = self._inputs(hidden_BTM, layout)
+        q, k, v = self.project(hidden_BTM)
+        q, (k, v, decay) = self._mapped(q, layout), self._inputs(k, v, layout)
         eye = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
         return decay_linear(q, k, eye, decay, layout=layout, need_state=False)[0]
 
-    def _inputs(self, hidden_BTM: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mapped and rotated q and k `[B, H, T, D]`, v `[B, H, T, V]`, log decays `[B, H, T]`, at least fp32."""
+    def _inputs(self, k_BTC: Tensor, v_BTC: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Mapped and rotated k `[B, H, T, D]`, v `[B, H, T, V]`, log decays `[B, H, T]`, at least fp32."""
         shape = self.shape
         heads, groups = shape.num_heads, shape.num_kv_heads
-        q = self._map(self.q_proj(hidden_BTM))
-        k = self._map(repeat_heads(self.k_proj(hidden_BTM), groups, heads)) * shape.head_dim**-0.5
-        v = wide(split_heads(repeat_heads(self.v_proj(hidden_BTM), groups, heads), heads))
-        q, k = rotate(q, layout, shape.rope_theta), rotate(k, layout, shape.rope_theta)
+        k = self._mapped(repeat_heads(k_BTC, groups, heads), layout) * shape.head_dim**-0.5
+        v = wide(split_heads(repeat_heads(v_BTC, groups, heads), heads))
         decay = log_decays(self.config.decay, heads).to(v)
-        return q, k, v, decay[:, None].expand(v.shape[:3])
+        return k, v, decay[:, None].expand(v.shape[:3])
 
-    def _map(self, x_BTC: Tensor) -> Tensor:
+    def _mapped(self, x_BTC: Tensor, layout: Layout) -> Tensor:
+        """phi and rotary positions, `[B, H, T, D]`, at least fp32."""
         x_BHTD = wide(split_heads(x_BTC, self.shape.num_heads))
-        return F.relu(x_BHTD @ wide(self.map_weight) + wide(self.map_bias)[:, None])
+        x_BHTD = F.relu(x_BHTD @ wide(self.map_weight) + wide(self.map_bias)[:, None])
+        return rotate(x_BHTD, layout, self.shape.rope_theta)
 
     def cost(self, element_size: int) -> MixerCost:
         """State in at least fp32, decayed, written and read; the map of q and k."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator
 from torch import Tensor
@@ -43,7 +43,7 @@ class WindowMixer(AttentionMixer):
 
     def forward(  # type: ignore[override]  # takes no keys: `needs_keys` is false
         self,
-        q_BHTD: Tensor,
+        q_BHUD: Tensor,
         k_BGTD: Tensor,
         v_BGTV: Tensor,
         *,
@@ -53,10 +53,12 @@ class WindowMixer(AttentionMixer):
         state: WindowLinearState | None = None,
         need_state: bool = True,
         branch: Branch = "both",
+        commit: int | None = None,
     ) -> tuple[Tensor, WindowLinearState | None]:
         """See `Mixer.forward`."""
         spec = self.spec(scaling=scaling, softcap=softcap, branch=branch)
-        return window_linear(q_BHTD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=state, need_state=need_state)
+        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+        return window_linear(q_BHUD, k_BGTD, v_BGTV, spec=spec, **options)
 
     def advance(  # type: ignore[override]
         self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
-from linearize.modeling.cache import MixerCacheLayer, Run
+from linearize.modeling.cache import MixerCacheLayer, Pending, Run
 from linearize.modeling.projections import key_projection
 from linearize.ops.layout import Layout
 
@@ -73,11 +73,13 @@ def mixer_attention(
     if mixer_hidden is not None:
         inputs = (key, value, key_projection(module, mixer_hidden, mixer.shape))
 
-    def run(state: Any, need_state: bool) -> tuple[Tensor, Any]:
-        branch = mixer_call.branch_of(module.layer_idx)  # type: ignore[arg-type]
-        options = {"layout": layout, "branch": branch, "state": state, "need_state": need_state}
-        result: tuple[Tensor, Any] = mixer(query, *inputs, **options, **scores)
-        return result
+    branch = mixer_call.branch_of(module.layer_idx)  # type: ignore[arg-type]
+
+    def run(raw: Pending, *, outputs: slice, **options: Any) -> tuple[Tensor, Any]:
+        y_and_state: tuple[Tensor, Any] = mixer(
+            query[:, :, outputs], *raw.inputs, layout=raw.layout, branch=branch, **options, **scores
+        )
+        return y_and_state
 
     y_BHTV = through_cache(mixer_call, module.layer_idx, mixer, inputs, run)  # type: ignore[arg-type]
     return y_BHTV.transpose(1, 2), None
@@ -86,7 +88,8 @@ def mixer_attention(
 def through_cache(call: MixerCall, layer_idx: int, mixer: Mixer, inputs: tuple[Tensor, ...], run: Run) -> Tensor:
     """Run a mixer over new tokens, with the state of its cache layer where there is a cache."""
     if call.cache is None:
-        return run(None, False)[0]
+        raw, everything = Pending(inputs, mixer.time_dim, call.layout), slice(None)
+        return run(raw, state=None, commit=None, need_state=False, outputs=everything)[0]
     layer = call.cache.layers[layer_idx]
     assert isinstance(layer, MixerCacheLayer)
     return layer.step(mixer, inputs, run, layout=call.layout)

@@ -1,27 +1,37 @@
 """One cache layer for all mixers: a committed state, and while recording, the raw inputs since the commit.
 
-Raw inputs are keys and values where a mixer stands between the projections (transformers calls `update` before the
-attention function, which hands them through), and hidden states where it stands in the place of the module. Either way
-`step` knows the mixer. Rolling back drops raw inputs; the state itself is never copied or undone.
+Raw inputs are what the projections gave: keys and values where a mixer stands between them (transformers calls `update`
+before the attention function, which hands them through), and what `project` gives where it stands in the place of the
+module. Rolling back drops raw inputs; the state itself is never copied or undone. What was accepted goes into the state
+inside the next call, which runs accepted and new tokens as one (The Mamba in the Llama, 2408.15237, algorithm 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from linearize.errors import InputError
 from linearize.modeling.config import MIXER_LAYER
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
     from linearize.mixers.base import Mixer
 
-Run = Callable[[Any, bool], tuple[Tensor, Any]]
+HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not guesses
+
+
+class Run(Protocol):
+    """Runs a mixer over raw inputs, with outputs for the new tokens `outputs` (a slice of them), the last of `raw`."""
+
+    def __call__(
+        self, raw: Pending, *, state: Any, commit: int | None, need_state: bool, outputs: slice
+    ) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,29 +47,42 @@ class Pending:
 
     def part(self, start: int, stop: int) -> Pending:
         """Tokens `start` to `stop`."""
-        position = self.layout.position_BT
-        layout = Layout(self.layout.start + start, None if position is None else position[:, start:stop])
-        return Pending(tuple(x.narrow(self.time_dim, start, stop - start) for x in self.inputs), self.time_dim, layout)
+        if start == 0 and stop == len(self):
+            return self
+        taken = tuple(x.narrow(self.time_dim, start, stop - start) for x in self.inputs)
+        return Pending(taken, self.time_dim, self.layout.part(start, stop))
 
     def then(self, new: Pending) -> Pending:
         """These tokens and the new ones after them."""
-        position = None
-        if self.layout.position_BT is not None or new.layout.position_BT is not None:
-            rows, device = self.inputs[0].shape[0], self.inputs[0].device
-            position = torch.cat([x.layout.positions(len(x), device).expand(rows, -1) for x in (self, new)], 1)
+        first = self.inputs[0]
+        layout = self.layout.then(new.layout, (len(self), len(new)), first.shape[0], first.device)
         joined = tuple(torch.cat(pair, dim=self.time_dim) for pair in zip(self.inputs, new.inputs, strict=True))
-        return Pending(joined, self.time_dim, Layout(self.layout.start, position))
+        return Pending(joined, self.time_dim, layout)
+
+    def keeping(self, counts_B: Sequence[int], first: int) -> Pending:
+        """The same tokens, of which row b keeps the first `counts_B[b]` from token `first` on: the rest are dead."""
+        layout = self.layout.keeping(counts_B, first, len(self), self.inputs[0].device)
+        return Pending(self.inputs, self.time_dim, layout)
+
+    def owned(self) -> Pending:
+        """The same inputs in memory of their own: a view would keep what was dropped alive."""
+        return Pending(tuple(_owned(x) for x in self.inputs), self.time_dim, self.layout)
 
     def map_batch(self, change: Any) -> Pending:
         """The same inputs with `change` applied to each tensor."""
         position = self.layout.position_BT
-        layout = Layout(self.layout.start, None if position is None else change(position))
-        return Pending(tuple(change(x) for x in self.inputs), self.time_dim, layout)
+        if position is not None:
+            position = change(position.expand(self.inputs[0].shape[0], -1))
+        return Pending(tuple(change(x) for x in self.inputs), self.time_dim, Layout(self.layout.start, position))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the inputs."""
         return sum(x.numel() * x.element_size() for x in self.inputs)
+
+
+def _owned(x: Tensor) -> Tensor:
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -78,7 +101,8 @@ class MixerCacheLayer(CacheLayerMixin):
         """Forget everything."""
         self.state: Any = None
         self.pending: Pending | None = None
-        self.accepted = 0  # of the pending tokens: those that no `crop` can drop any more
+        self.accepted = 0  # pending tokens that no `crop` can drop any more: none of them, or all
+        self.ragged = False  # whether rows kept different numbers of tokens, so that columns of a row may be dead
         self.record_past = False
         self.cumulative_length = 0
         self.is_initialized = False
@@ -93,35 +117,47 @@ class MixerCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def step(self, mixer: Mixer, inputs: tuple[Tensor, ...], run: Run, *, layout: Layout) -> Tensor:
-        """Commit what was accepted, run the mixer over the new tokens, and commit them too unless recording.
+        """Run the mixer over the new tokens, whose raw inputs are `inputs`, and give their outputs.
 
-        `run(state, need_state)` gives the outputs and the state after them; `inputs` are the new tokens' raw inputs.
+        The same call takes the accepted tokens into the state, and the new ones too unless recording. While recording,
+        all but the last `HELD` tokens of a longer call are taken in as well: no guesses are as many.
         """
         self.is_initialized = True
-        self._commit(mixer)
-        state = self.state if self.pending is None else self._advanced(mixer, self.pending)
-        y, after = run(state, not self.record_past)
         new = Pending(inputs, mixer.time_dim, layout)
-        if self.record_past:
-            self.pending = new if self.pending is None else self.pending.then(new)
+        tokens, ys = len(new), []
+        if self.record_past and tokens > HELD:
+            early = tokens - HELD
+            ys.append(self._run(new.part(0, early), run, slice(0, early), commit_all=True))
+            ys.append(self._run(new.part(early, tokens), run, slice(early, tokens), commit_all=False))
         else:
-            self.state, self.pending = after, None
-        self.cumulative_length += len(new)
+            ys.append(self._run(new, run, slice(0, tokens), commit_all=not self.record_past))
+        self.cumulative_length += tokens
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=mixer.time_dim)
+
+    def _run(self, new: Pending, run: Run, outputs: slice, *, commit_all: bool) -> Tensor:
+        """One call of the mixer over what is pending and the new tokens; `accepted` of them, or all, are committed."""
+        whole = new if self.pending is None else self.pending.then(new)
+        commit = None if commit_all else self.accepted
+        y, after = run(whole, state=self.state, commit=commit, need_state=commit != 0, outputs=outputs)
+        if commit != 0:
+            self.state = after
+        if commit_all:
+            self.pending = None
+        elif self.pending is None or self.accepted:
+            self.pending = new.owned()
+        else:
+            self.pending = whole
+        self.accepted = 0
         return y
 
-    def _advanced(self, mixer: Any, raw: Pending) -> Any:
-        return mixer.advance(*raw.inputs, layout=raw.layout, state=self.state)
-
-    def _commit(self, mixer: Mixer) -> None:
-        if self.pending is None or self.accepted == 0:
-            return
-        self.state = self._advanced(mixer, self.pending.part(0, self.accepted))
-        rest = self.pending.part(self.accepted, len(self.pending))
-        self.pending, self.accepted = (rest if len(rest) else None), 0
-
     def activate_past_recording(self) -> None:
-        """From now on keep raw inputs until `crop` says which of them stay."""
+        """From now on keep raw inputs until `crop` or `accept` says which of them stay."""
         self.record_past = True
+
+    @property
+    def held(self) -> int:
+        """Tokens that wait for `crop` or `accept`."""
+        return 0 if self.pending is None else len(self.pending) - self.accepted
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens (transformers gives a negative number) and accept all others.
@@ -129,16 +165,33 @@ class MixerCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: tokens that were committed already.
         """
-        remove, held = -tokens_to_remove, 0 if self.pending is None else len(self.pending) - self.accepted
-        if remove < 0 or remove > held:
+        remove = -tokens_to_remove
+        if remove < 0 or remove > self.held:
             raise ValueError(
-                f"cannot drop {remove} tokens, {held} are held back: call `activate_past_recording` before them"
+                f"cannot drop {remove} tokens, {self.held} are held back: call `activate_past_recording` before them"
             )
         if self.pending is not None:
             kept = len(self.pending) - remove
             self.pending = self.pending.part(0, kept) if kept else None
             self.accepted = kept
             self.cumulative_length -= remove
+
+    def accept(self, counts_B: Sequence[int] | Tensor) -> None:
+        """Row b keeps the first `counts_B[b]` of the tokens held back; its others are dead: it never saw them.
+
+        Columns that no row keeps are dropped, as `crop` does.
+
+        Raises:
+            InputError: counts for another number of rows, or of more tokens than are held back.
+        """
+        counts = counts_B.tolist() if isinstance(counts_B, Tensor) else list(counts_B)
+        rows = len(counts) if self.pending is None else self.pending.inputs[0].shape[0]
+        if len(counts) != rows or not all(0 <= count <= self.held for count in counts):
+            raise InputError(f"accept {counts}: give {rows} counts, each from 0 to the {self.held} tokens held back")
+        first, most = self.accepted, max(counts, default=0)
+        self.crop(most - self.held)
+        if self.pending is not None and min(counts) < most:
+            self.pending, self.ragged = self.pending.keeping(counts, first), True
 
     def get_seq_length(self) -> int:
         """Tokens seen."""

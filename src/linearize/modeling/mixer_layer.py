@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling.attention import MixerCall, through_cache
+from linearize.modeling.cache import Pending
 
 if TYPE_CHECKING:
     from linearize.mixers import LayerMixer
@@ -33,10 +34,12 @@ class MixerLayer(nn.Module):
         if (branch := mixer_call.branch_of(self.layer_idx)) != "both":
             name = self.mixer.config.name  # type: ignore[attr-defined]
             raise InputError(f"branch {branch!r}: layer {self.layer_idx} holds {name}, which has no branches")
-        mixer, layout = self.mixer, mixer_call.layout
+        mixer = self.mixer
+        if mixer_call.cache is None:
+            return mixer(hidden_states, layout=mixer_call.layout, need_state=False)[0], None
 
-        def run(state: Any, need_state: bool) -> tuple[Tensor, Any]:
-            result: tuple[Tensor, Any] = mixer(hidden_states, layout=layout, state=state, need_state=need_state)
-            return result
+        def run(raw: Pending, *, outputs: slice, **options: Any) -> tuple[Tensor, Any]:
+            asked = outputs.stop - outputs.start
+            return mixer.mix(*raw.inputs, layout=raw.layout, outputs=asked, **options)
 
-        return through_cache(mixer_call, self.layer_idx, mixer, (hidden_states,), run), None
+        return through_cache(mixer_call, self.layer_idx, mixer, mixer.project(hidden_states), run), None

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from linearize.errors import InputError
 from linearize.modeling.attention import MixerCall, Tap
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.rows import is_ragged
 from linearize.modeling.save import apply_adapters
 from linearize.ops.layout import Layout
 
@@ -141,7 +142,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         layout = Layout.from_inputs(
-            num_tokens=tokens.shape[1], past=past, attention_mask=attention_mask, position_ids=position_ids
+            num_tokens=tokens.shape[1],
+            past=past,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_gaps=is_ragged(past_key_values),
         )
         return self.lm(
             input_ids=input_ids,

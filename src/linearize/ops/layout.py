@@ -5,7 +5,9 @@ Letters: B batch, T new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,15 @@ class Layout:
     """Positions of the T new tokens of a call.
 
     Plain (`position_BT` is None): no padding, no packing; token t has position `start + t` in every row.
-    Ragged: `position_BT` holds each token's position in its own document and -1 on padding. A token whose position
-    does not follow
-    that of the token before it opens a new document, from which no mixer may look back.
+    Ragged: `position_BT` holds each token's position in its own document and -1 on dead tokens (padding, and guesses
+    that a row of the batch did not keep). A token whose position does not follow that of the last live token before it
+    opens a new document, from which no mixer may look back.
+    `memo`: what was computed from the layout, once for all layers.
     """
 
     start: int = 0
     position_BT: Tensor | None = None
-    memo: dict[object, object] = field(default_factory=dict, repr=False)
+    memo: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_plain(self) -> bool:
@@ -41,30 +44,79 @@ class Layout:
     def starts(self, num_tokens: int, device: torch.device) -> Tensor | None:
         """Whether each token opens a document, so that nothing may be carried into it: `[B or 1, T]` bool.
 
-        None: none of them does, or only the first of a text. The first token of a call opens one at position 0 alone.
+        None: none of them does, or only the first of a text. The first live token of a call opens one at position 0
+        alone.
         """
         if self.position_BT is None:
             return None
-        position_BT = self.position_BT
-        opens_BT = position_BT == 0
-        opens_BT[:, 1:] |= (position_BT[:, 1:] != position_BT[:, :-1] + 1) & (position_BT[:, 1:] >= 0)
+        if "starts" not in self.memo:
+            self.memo["starts"] = _starts(self.position_BT)
+        opens_BT: Tensor = self.memo["starts"]
         return opens_BT
 
     def live(self) -> Tensor | None:
-        """Whether each token is no padding, `[B or 1, T]` bool; None: all are."""
-        if self.position_BT is None or bool((self.position_BT >= 0).all()):
+        """Whether each token is alive (no padding, not dropped), `[B or 1, T]` bool; None: all are."""
+        if self.position_BT is None:
             return None
-        return self.position_BT >= 0
+        if "live" not in self.memo:
+            live_BT = self.position_BT >= 0
+            self.memo["live"] = None if bool(live_BT.all()) else live_BT
+        found: Tensor | None = self.memo["live"]
+        return found
+
+    def gaps(self) -> bool:
+        """Whether dead tokens stand between tokens of one document (or between past tokens and new ones)."""
+        if self.position_BT is None or (live_BT := self.live()) is None:
+            return False
+        if "gaps" not in self.memo:
+            opens_BT = self.starts(self.position_BT.shape[1], self.position_BT.device)
+            assert opens_BT is not None
+            self.memo["gaps"] = bool((live_BT[:, 1:] & ~live_BT[:, :-1] & ~opens_BT[:, 1:]).any())
+        found: bool = self.memo["gaps"]
+        return found
+
+    def part(self, start: int, stop: int) -> Layout:
+        """The layout of the tokens `start` to `stop`."""
+        key = ("part", start, stop)
+        if key not in self.memo:
+            position = None if self.position_BT is None else self.position_BT[:, start:stop]
+            self.memo[key] = Layout(self.start + start, position)
+        found: Layout = self.memo[key]
+        return found
+
+    def then(self, new: Layout, num_tokens: tuple[int, int], rows: int, device: torch.device) -> Layout:
+        """The layout of these tokens and the new ones after them; `num_tokens`: of both."""
+        key = ("then", self)
+        if key not in new.memo:
+            new.memo[key] = _joined(self, new, num_tokens, rows, device)
+        found: Layout = new.memo[key]
+        return found
+
+    def keeping(self, counts_B: Sequence[int], first: int, num_tokens: int, device: torch.device) -> Layout:
+        """The same tokens, of which row b keeps the first `counts_B[b]` from token `first` on: the rest are dead."""
+        key = ("keeping", tuple(counts_B), first, num_tokens)
+        if key not in self.memo:
+            count = torch.tensor(counts_B, device=device)[:, None]
+            dead = torch.arange(num_tokens, device=device) - first >= count
+            position = self.positions(num_tokens, device).expand(len(counts_B), -1)
+            self.memo[key] = Layout(position_BT=position.masked_fill(dead, -1))
+        found: Layout = self.memo[key]
+        return found
 
     @staticmethod
     def from_inputs(
-        *, num_tokens: int, past: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        *,
+        num_tokens: int,
+        past: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_gaps: bool = False,
     ) -> Layout:
         """Read the layout from what transformers passes to a model.
 
         `attention_mask: [B, past + T]` of zeros and ones (left padding; right padding only without a past),
-        `position_ids: [B, T]`
-        (restarting per document when rows are packed), `past`: tokens already in the cache.
+        `position_ids: [B, T]` (restarting per document when rows are packed), `past`: tokens already in the cache.
+        `past_gaps`: rows may have holes among the tokens of the cache: guesses that they did not keep.
 
         Raises:
             InputError: a mask that is not two-dimensional or has holes between tokens.
@@ -76,7 +128,7 @@ class Layout:
                     f"attention_mask has shape {shape}: a linearized model takes [batch, tokens] of 0 and 1"
                 )
             mask = attention_mask.bool()
-            _check_no_holes(mask, num_tokens)
+            _check_no_holes(mask[:, past:] if past_gaps else mask, num_tokens)
             if not bool(mask.all()):
                 position_BT = (mask.long().cumsum(-1) - 1)[:, -num_tokens:]
                 live = mask[:, -num_tokens:]
@@ -88,6 +140,36 @@ class Layout:
             if not bool((position_ids == plain).all()):
                 return Layout(position_BT=position_ids)
         return Layout(start=past)
+
+
+def _starts(position_BT: Tensor) -> Tensor:
+    """`Layout.starts` of a ragged layout: each live token against the last live one before it."""
+    live_BT, opens_BT = position_BT >= 0, position_BT == 0
+    slot = torch.arange(position_BT.shape[1], device=position_BT.device)
+    before_BT = torch.where(live_BT, slot, -1)[:, :-1].cummax(1).values
+    follows_BT = position_BT.gather(1, before_BT.clamp(min=0)) + 1
+    opens_BT[:, 1:] |= live_BT[:, 1:] & (before_BT >= 0) & (position_BT[:, 1:] != follows_BT)
+    return opens_BT
+
+
+def _joined(old: Layout, new: Layout, num_tokens: tuple[int, int], rows: int, device: torch.device) -> Layout:
+    """`Layout.then`.
+
+    Raises:
+        InputError: a new token that does not follow the last one that its row kept.
+    """
+    if old.is_plain and new.is_plain and new.start == old.start + num_tokens[0]:
+        return Layout(old.start)
+    parts = [x.positions(n, device).expand(rows, -1) for x, n in zip((old, new), num_tokens, strict=True)]
+    joined = Layout(position_BT=torch.cat(parts, dim=1))
+    assert joined.position_BT is not None
+    opens = _starts(joined.position_BT)[:, num_tokens[0]] & (joined.position_BT[:, num_tokens[0]] > 0)
+    if bool(opens.any()):
+        raise InputError(
+            "the new tokens do not follow the last ones that each row of the cache kept: give the attention_mask with "
+            "zeros where a row dropped its guesses (accept_rows returns it)"
+        )
+    return joined
 
 
 def _check_no_holes(mask_BS: Tensor, num_tokens: int) -> None:

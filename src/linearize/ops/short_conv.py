@@ -27,21 +27,28 @@ def short_conv(
     layout: Layout,
     taps_BKC: Tensor | None = None,
     need_state: bool = True,
+    commit: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve; returns `y: [B, T, C]` in the dtype of x and the last K - 1 inputs (None unless `need_state`).
 
     `weight_CK`: the last column multiplies the current token (torch's Conv1d). `taps_BKC`: the K - 1 inputs before
-    these, oldest first (None: zeros). Padding is skipped, and no tap reaches into another document. Half precision
-    is computed in fp32 and the taps keep the dtype of x.
+    these, oldest first (None: zeros). Dead tokens are skipped, and no tap reaches into another document. Half precision
+    is computed in fp32 and the taps keep the dtype of x. `commit`: the inputs returned are the last ones of the first
+    `commit` tokens (None: of all).
     """
     past, dtype = weight_CK.shape[1] - 1, x_BTC.dtype
     extended = F.pad(x_BTC, (0, 0, past, 0)) if taps_BKC is None else torch.cat([taps_BKC.to(dtype), x_BTC], dim=1)
     document = _documents(layout, past, x_BTC)
+    after = _last_inputs(extended, document, layout, past, commit) if need_state else None
+    back = None
+    if layout.gaps():
+        extended, document, back = _without_gaps(extended, document, layout, past)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x_BTC.device.type, enabled=False):
         bias = None if bias_C is None else bias_C.to(wide)
         y = _ShortConv.apply(extended.to(wide), weight_CK.to(wide), bias, document)
-    return y.to(dtype), _last_inputs(extended, document, layout, past) if need_state else None
+    y = y.to(dtype)
+    return y if back is None else y.gather(1, back[:, :, None].expand(-1, -1, y.shape[2])), after
 
 
 def _documents(layout: Layout, past: int, x_BTC: Tensor) -> Tensor | None:
@@ -55,25 +62,41 @@ def _documents(layout: Layout, past: int, x_BTC: Tensor) -> Tensor | None:
     return found
 
 
-def _last_inputs(extended_BSC: Tensor, document_BS: Tensor | None, layout: Layout, past: int) -> Tensor:
-    """The last P inputs of tokens; zeros for those before the start of the last document."""
+def _order(layout: Layout, past: int, tokens: int) -> Tensor:
+    """Slots of the past inputs and the first `tokens` new ones, the dead first: `[B or 1, P + tokens]`."""
     live = layout.live()
-    size = extended_BSC.shape[1]
-    if document_BS is None and live is None:
-        return extended_BSC[:, size - past :].clone()
+    assert live is not None
+    return F.pad(live[:, :tokens], (past, 0), value=True).long().argsort(dim=1, stable=True)
+
+
+def _without_gaps(
+    extended_BSC: Tensor, document_BS: Tensor | None, layout: Layout, past: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The inputs with the dead ones in front, their documents, and where the output of each token then is, `[B, T]`."""
+    batch, size = extended_BSC.shape[:2]
+    order = _order(layout, past, size - past).expand(batch, -1)
+    moved = extended_BSC.gather(1, order[:, :, None].expand(-1, -1, extended_BSC.shape[2]))
+    document = None if document_BS is None else document_BS.expand(batch, -1).gather(1, order)
+    return moved, document, (order.argsort(dim=1)[:, past:] - past).clamp(min=0)
+
+
+def _last_inputs(
+    extended_BSC: Tensor, document_BS: Tensor | None, layout: Layout, past: int, commit: int | None
+) -> Tensor:
+    """The last P inputs of live tokens; zeros for those before the start of the last document."""
+    tokens = extended_BSC.shape[1] - past if commit is None else commit
+    if document_BS is None and layout.live() is None:
+        return extended_BSC[:, tokens : tokens + past].clone()
     batch, device = extended_BSC.shape[0], extended_BSC.device
-    slot = torch.arange(size, device=device)
-    if live is None:
-        last = torch.full((batch, 1), size - 1, device=device)
+    if layout.live() is None:
+        index = torch.arange(tokens, tokens + past, device=device).expand(batch, -1)
     else:
-        last = torch.where(F.pad(live, (past, 0), value=True), slot, 0).amax(-1, keepdim=True).expand(batch, 1)
-    index = (last - past + 1 + torch.arange(past, device=device)).clamp(min=0)
+        index = _order(layout, past, tokens)[:, tokens:].expand(batch, -1)
     taken = extended_BSC.gather(1, index[:, :, None].expand(-1, -1, extended_BSC.shape[2]))
-    if document_BS is None:
+    if document_BS is None or past == 0:
         return taken
-    document = document_BS.expand(batch, -1)
-    same = document.gather(1, index) == document.gather(1, last)
-    return taken * same[:, :, None].to(taken.dtype)
+    document = document_BS.expand(batch, -1).gather(1, index)
+    return taken * (document == document[:, -1:])[:, :, None].to(taken.dtype)
 
 
 class _ShortConv(torch.autograd.Function):

@@ -4,7 +4,8 @@ One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and
 
 | form | file | time | for |
 |---|---|---|---|
-| reference | `reference.py` | T steps | proof; decode and a few tokens |
+| reference | `reference.py` | T steps | proof; decode |
+| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py` | linear in T, matrix products | training, prefill |
 | fla | `backends.py` | the same, in Triton | CUDA tensors without padding or packing, where `fla` is installed |
 """
@@ -12,30 +13,34 @@ One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize.ops.decay_linear.backends import fla_decay_linear, fla_takes
 from linearize.ops.decay_linear.chunked import chunked
+from linearize.ops.decay_linear.few import few
 from linearize.ops.decay_linear.reference import reference
 from linearize.ops.forms import ForcedForm
 from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY, in_parts
 
 __all__ = ["FORMS", "decay_linear", "use_form"]
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
+    "few": few,
     "chunked": chunked,
     "fla": fla_decay_linear,
 }
-FEW_TOKENS = 8
+MULTI_STEP = {"reference", "few"}  # forms that know `commit` and fewer queries than tokens
 _forced = ForcedForm("decay_linear")
 use_form = _forced.use
 
 
 def decay_linear(
-    q_BHTK: Tensor,
+    q_BHUK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,
     log_decay: Tensor,
@@ -43,24 +48,32 @@ def decay_linear(
     layout: Layout,
     state: Tensor | None = None,
     need_state: bool = True,
+    commit: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the recurrence; returns `y: [B, H, T, V]` in the dtype of v and `S: [B, H, K, V]` (None unless `need_state`).
+    """Run the recurrence; returns `y: [B, H, U, V]` in the dtype of v and `S: [B, H, K, V]` (None unless `need_state`).
 
-    `log_decay`: g <= 0, `[B, H, T]` or `[B, H, T, K]`. Nothing is scaled. Half precision is computed in fp32, and the
-    state is fp32 (fp64 for fp64 inputs).
+    `q_BHUK`: of the last U of the T tokens, which get outputs. `log_decay`: g <= 0, `[B, H, T]` or `[B, H, T, K]`.
+    `commit`: S is that after the first `commit` tokens (None: after all). Nothing is scaled. Half precision is computed
+    in fp32, and the state is fp32 (fp64 for fp64 inputs).
     """
     dtype = v_BHTV.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(q_BHTK.device.type, enabled=False):
-        form = _choose(q_BHTK, layout)
-        inputs = (x.to(wide) for x in (q_BHTK, k_BHTK, v_BHTV, log_decay))
-        y, after = form(*inputs, layout=layout, state=None if state is None else state.to(wide))
+    with torch.autocast(q_BHUK.device.type, enabled=False):
+        name = _choose(k_BHTK, layout)
+        queries, *inputs = (x.to(wide) for x in (q_BHUK, k_BHTK, v_BHTV, log_decay))
+        options: dict[str, Any] = {"layout": layout, "state": None if state is None else state.to(wide)}
+        if name in MULTI_STEP:
+            y, after = FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+        elif commit is None and q_BHUK.shape[2] == k_BHTK.shape[2]:
+            y, after = FORMS[name](queries, *inputs, **options)
+        else:
+            y, after = in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
     return y.to(dtype), after if need_state else None
 
 
-def _choose(q_BHTK: Tensor, layout: Layout) -> Callable[..., tuple[Tensor, Tensor]]:
+def _choose(k_BHTK: Tensor, layout: Layout) -> str:
     if (forced := _forced.get()) is not None:
-        return FORMS[forced]
-    if q_BHTK.shape[2] <= FEW_TOKENS:
-        return reference
-    return fla_decay_linear if fla_takes(q_BHTK, layout) else chunked
+        return forced
+    if k_BHTK.shape[2] <= MANY:
+        return "reference" if k_BHTK.shape[2] == 1 else "few"
+    return "fla" if fla_takes(k_BHTK, layout) else "chunked"

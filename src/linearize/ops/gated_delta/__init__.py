@@ -3,15 +3,17 @@
 | form | file | time and memory | for |
 |---|---|---|---|
 | reference | `reference.py` | one product per token | proof; one token: decode |
+| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
 | fla | `backends.py` | a Triton kernel | CUDA tensors without padding or packing, where `fla` is installed |
 
-Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
+Letters: B batch, H heads, T tokens, U of them (the last) with an output, K key dimension, V value dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +21,26 @@ from torch import Tensor
 from linearize.ops.forms import ForcedForm
 from linearize.ops.gated_delta.backends import fla_form, has_fla
 from linearize.ops.gated_delta.chunked import chunked
+from linearize.ops.gated_delta.few import few
 from linearize.ops.gated_delta.reference import reference
 from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY, in_parts
 
 __all__ = ["FORMS", "gated_delta", "use_form"]
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
+    "few": few,
     "chunked": chunked,
     "fla": fla_form,
 }
+MULTI_STEP = {"reference", "few"}  # forms that know `commit` and fewer queries than tokens
 _forced = ForcedForm("gated_delta")
 use_form = _forced.use
 
 
 def gated_delta(
-    q_BHTK: Tensor,
+    q_BHUK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,
     log_decay_BHT: Tensor,
@@ -43,29 +49,38 @@ def gated_delta(
     layout: Layout,
     state: Tensor | None = None,
     need_state: bool = True,
+    commit: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - exp(g_t) S_{t-1}^T k_t))^T, y_t = S_t^T q_t; nothing is scaled.
 
-    `log_decay_BHT`: g, at most 0. `state: [B, H, K, V]`, at least fp32. A token that opens a document finds a state of
-    zeros; padding writes nothing and leaves the state alone, its outputs mean nothing.
-    Returns `y: [B, H, T, V]` in the dtype of v, and the state after the last token (None unless `need_state`).
-    Half-precision inputs are computed in fp32.
+    `q_BHUK`: of the last U of the T tokens, which get outputs. `log_decay_BHT`: g, at most 0. `state: [B, H, K, V]`, at
+    least fp32. A token that opens a document finds a state of zeros; a dead one writes nothing and leaves the state
+    alone, its outputs mean nothing.
+    Returns `y: [B, H, U, V]` in the dtype of v, and the state after the first `commit` tokens (None: after all; no
+    state unless `need_state`). Half-precision inputs are computed in fp32.
     """
     dtype = v_BHTV.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    inputs = (q_BHTK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT)
-    form = _choose(v_BHTV, layout)
+    name = _choose(v_BHTV, layout)
+    given = (q_BHUK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT)
     with torch.autocast(v_BHTV.device.type, enabled=False):
-        given = inputs if form is fla_form else tuple(x.to(wide) for x in inputs)
-        y, after = form(*given, layout=layout, state=state)
+        queries, *inputs = given if name == "fla" else tuple(x.to(wide) for x in given)
+        options: dict[str, Any] = {"layout": layout, "state": state}
+        if name in MULTI_STEP:
+            options["state"] = None if state is None else state.to(wide)
+            y, after = FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+        elif commit is None and q_BHUK.shape[2] == k_BHTK.shape[2]:
+            y, after = FORMS[name](queries, *inputs, **options)
+        else:
+            y, after = in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
     return y.to(dtype), after if need_state else None
 
 
-def _choose(v_BHTV: Tensor, layout: Layout) -> Callable[..., tuple[Tensor, Tensor]]:
+def _choose(v_BHTV: Tensor, layout: Layout) -> str:
     if (forced := _forced.get()) is not None:
-        return FORMS[forced]
-    if v_BHTV.shape[2] == 1:
-        return reference
+        return forced
+    if v_BHTV.shape[2] <= MANY:
+        return "reference" if v_BHTV.shape[2] == 1 else "few"
     if v_BHTV.is_cuda and layout.is_plain and v_BHTV.dtype != torch.float64 and has_fla():
-        return fla_form
-    return chunked
+        return "fla"
+    return "chunked"

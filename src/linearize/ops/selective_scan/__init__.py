@@ -2,7 +2,8 @@
 
 | form | file | for |
 |---|---|---|
-| reference | `reference.py` | proof; a few tokens (decode, verification) |
+| reference | `reference.py` | proof; decode |
+| few | `few.py` | a few tokens: verification of guesses |
 | chunked | `chunked.py` | training, prefill |
 | mamba_ssm | `backends.py` | CUDA tensors, where that package is installed and can do the call |
 """
@@ -11,24 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize.ops.forms import ForcedForm
 from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY, in_parts
 from linearize.ops.selective_scan.backends import can_run, mamba_ssm
 from linearize.ops.selective_scan.chunked import chunked
+from linearize.ops.selective_scan.few import few
 from linearize.ops.selective_scan.reference import reference
 
 __all__ = ["FORMS", "selective_scan", "use_form"]
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
+    "few": few,
     "chunked": chunked,
     "mamba_ssm": mamba_ssm,
 }
-FEW_TOKENS = 8
+MULTI_STEP = {"reference", "few"}  # forms that know `commit` and fewer queries than tokens
 _forced = ForcedForm("selective_scan")
 use_form = _forced.use
 
@@ -38,37 +43,50 @@ def selective_scan(
     dt_BTE: Tensor,
     A_EN: Tensor,
     B_BTGN: Tensor,
-    C_BTGN: Tensor,
+    C_BUGN: Tensor,
     *,
     layout: Layout,
     state: Tensor | None = None,
     need_state: bool = True,
+    commit: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """h = exp(dt A) h + dt B x, y = C . h; returns `y: [B, T, E]` and `h: [B, E, N]` (None unless `need_state`).
+    """h = exp(dt A) h + dt B x, y = C . h; returns `y: [B, U, E]` and `h: [B, E, N]` (None unless `need_state`).
 
-    `dt`: step sizes, after the softplus; `A`: negative; channel e uses B and C of group e // (E / G). Half-precision
-    inputs are computed in fp32; the state is at least fp32. At padding the state passes through unchanged; the state
-    carried into a document's first token is zero.
+    `dt`: step sizes, after the softplus; `A`: negative; channel e uses B and C of group e // (E / G). `C_BUGN`: of the
+    last U of the T tokens, which get outputs. `commit`: h is that after the first `commit` tokens (None: after all).
+    Half-precision inputs are computed in fp32; the state is at least fp32. At dead tokens the state passes through
+    unchanged; the state carried into a document's first token is zero.
     """
-    assert x_BTE.shape == dt_BTE.shape and x_BTE.shape[-1] % B_BTGN.shape[2] == 0 and B_BTGN.shape == C_BTGN.shape
-    inputs = (x_BTE, dt_BTE, A_EN, B_BTGN, C_BTGN)
-    wide = reduce(torch.promote_types, (w.dtype for w in inputs), torch.float32)
+    assert (
+        x_BTE.shape == dt_BTE.shape and x_BTE.shape[-1] % B_BTGN.shape[2] == 0 and B_BTGN.shape[2:] == C_BUGN.shape[2:]
+    )
+    given = (x_BTE, dt_BTE, A_EN, B_BTGN, C_BUGN)
+    wide = reduce(torch.promote_types, (w.dtype for w in given), torch.float32)
     with torch.autocast(x_BTE.device.type, enabled=False):
-        x, dt, A, B, C = (w.to(wide) for w in inputs)
+        x, dt, A, B, C = (w.to(wide) for w in given)
         live_BT = layout.live()
         if live_BT is not None:
             dt = dt.masked_fill(~live_BT[..., None], 0)
         state = None if state is None else state.to(wide)
-        form = _choose(x, A, state, need_state)
-        y, after = form(x, dt, A, B, C, layout=layout, state=state, need_state=need_state)
-    return y.to(x_BTE.dtype), after
+        whole = commit is None and C.shape[1] == x.shape[1]
+        name = _choose(x, A, state, need_state, whole)
+        options: dict[str, Any] = {"layout": layout, "state": state}
+        if name in MULTI_STEP:
+            y, after = FORMS[name](x, dt, A, B, C, need_state=need_state, commit=commit, **options)
+        elif whole:
+            y, after = FORMS[name](x, dt, A, B, C, need_state=need_state, **options)
+        else:
+
+            def scan(C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+                return FORMS[name](x, dt, A, B, C, **rest)
+
+            y, after = in_parts(scan, C, (x, dt, B), time_dim=1, commit=commit, **options)
+    return y.to(x_BTE.dtype), after if need_state else None
 
 
-def _choose(
-    x_BTE: Tensor, A_EN: Tensor, state: Tensor | None, need_state: bool
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _choose(x_BTE: Tensor, A_EN: Tensor, state: Tensor | None, need_state: bool, whole: bool) -> str:
     if (forced := _forced.get()) is not None:
-        return FORMS[forced]
-    if x_BTE.shape[1] <= FEW_TOKENS:
-        return reference
-    return mamba_ssm if can_run(x_BTE, A_EN, state=state, need_state=need_state) else chunked
+        return forced
+    if x_BTE.shape[1] <= MANY:
+        return "reference" if x_BTE.shape[1] == 1 else "few"
+    return "mamba_ssm" if whole and can_run(x_BTE, A_EN, state=state, need_state=need_state) else "chunked"

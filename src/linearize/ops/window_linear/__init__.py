@@ -2,7 +2,7 @@
 
 | form | file | time and memory | for |
 |---|---|---|---|
-| reference | `reference.py` | T x S | proof; a few tokens (padded decode, verification) |
+| reference | `reference.py` | U x S | proof; outputs of a few tokens (padded decode, verification) |
 | step | `step.py` | S | one token without padding: decode |
 | chunked | `chunked.py` | linear in T | training, prefill |
 """
@@ -43,7 +43,7 @@ use_form = _forced.use
 
 
 def window_linear(
-    q_BHTD: Tensor,
+    q_BHUD: Tensor,
     k_BGTD: Tensor,
     v_BGTV: Tensor,
     *,
@@ -51,17 +51,22 @@ def window_linear(
     layout: Layout,
     state: WindowLinearState | None = None,
     need_state: bool = True,
+    commit: int | None = None,
 ) -> tuple[Tensor, WindowLinearState | None]:
-    """Attend; returns `y: [B, H, T, V]` and the state after the last token (None unless `need_state`).
+    """Attend; returns `y: [B, H, U, V]` and the state after the last token (None unless `need_state`).
 
-    Half-precision inputs are computed in fp32 and the ring is kept in their dtype; the folded sum is at least fp32.
+    `q_BHUD`: of the last U of the T tokens, which get outputs. `commit`: the state is that after the first `commit`
+    tokens, at most T - U (None: after all). Half-precision inputs are computed in fp32 and the ring is kept in their
+    dtype; the folded sum is at least fp32.
     """
-    form = _choose(q_BHTD, layout, state, spec)
-    dtype = q_BHTD.dtype
+    if commit is not None:
+        return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
+    form = _choose(q_BHUD, k_BGTD, layout, state, spec)
+    dtype = q_BHUD.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(q_BHTD.device.type, enabled=False):
+    with torch.autocast(q_BHUD.device.type, enabled=False):
         y, after = form(
-            q_BHTD.to(wide),
+            q_BHUD.to(wide),
             k_BGTD.to(wide),
             v_BGTV.to(wide),
             spec=spec,
@@ -69,19 +74,42 @@ def window_linear(
             state=state,
             need_state=need_state,
         )
-    return y.to(dtype), None if after is None else _narrow(after, dtype)
+    return y.to(dtype), after if after is None else _narrow(after, dtype)
+
+
+def _multi_step(
+    q_BHUD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowLinearState | None,
+    commit: int,
+) -> tuple[Tensor, WindowLinearState | None]:
+    """The first `commit` tokens go into ring and sum, and the rest attend from there."""
+    tokens = k_BGTD.shape[2]
+    assert commit <= tokens - q_BHUD.shape[2]
+    if commit:
+        tail = slice(0, commit)
+        state = advance(k_BGTD[:, :, tail], v_BGTV[:, :, tail], spec=spec, layout=layout.part(0, commit), state=state)
+    rest, layout = slice(commit, None), layout.part(commit, tokens)
+    y, _ = window_linear(
+        q_BHUD, k_BGTD[:, :, rest], v_BGTV[:, :, rest], spec=spec, layout=layout, state=state, need_state=False
+    )
+    return y, state
 
 
 def _choose(
-    q_BHTD: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
+    q_BHUD: Tensor, k_BGTD: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
 ) -> Callable[..., tuple[Tensor, WindowLinearState | None]]:
+    whole = q_BHUD.shape[2] == k_BGTD.shape[2]
     if not (spec.has_window or spec.has_linear):
         return nothing
     if (forced := _forced.get()) is not None:
-        return FORMS[forced]
-    if is_step(q_BHTD, layout, state):
+        return FORMS[forced] if whole else reference
+    if whole and is_step(q_BHUD, layout, state):
         return step
-    return reference if q_BHTD.shape[2] <= FEW_TOKENS else chunked
+    return reference if k_BGTD.shape[2] <= FEW_TOKENS or not whole or layout.gaps() else chunked
 
 
 def nothing(
@@ -95,7 +123,7 @@ def nothing(
     need_state: bool = True,
 ) -> tuple[Tensor, WindowLinearState | None]:
     """An ablation that leaves nothing to attend to (the window of pure linear attention): 0, and the usual state."""
-    y = torch.zeros_like(v_BGTV).repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
+    y = v_BGTV.new_zeros(*q_BHTD.shape[:3], v_BGTV.shape[3])
     after = next_state(gather_slots(k_BGTD, v_BGTV, layout, state, spec), layout, state, spec) if need_state else None
     return y, after
 

@@ -23,7 +23,7 @@ from linearize.ops.window_linear.window import in_window
 
 
 def reference(
-    q_BHTD: Tensor,
+    q_BHUD: Tensor,
     k_BGTD: Tensor,
     v_BGTV: Tensor,
     *,
@@ -32,22 +32,25 @@ def reference(
     state: WindowLinearState | None = None,
     need_state: bool = True,
 ) -> tuple[Tensor, WindowLinearState | None]:
-    """Attend; returns `y: [B, H, T, V]` and the state after the last token (None unless `need_state`)."""
+    """Attend; returns `y: [B, H, U, V]` and the state after the last token (None unless `need_state`).
+
+    `q_BHUD`: of the last U of the T tokens.
+    """
     slots = gather_slots(k_BGTD, v_BGTV, layout, state, spec)
     k, v, position, origin = _with_sinks(slots, state, spec)
-    near, far, carried = _masks(slots, position, origin, spec)
-    dtype = state_dtype(q_BHTD)
+    near, far, carried = _masks(slots, position, origin, q_BHUD.shape[2], spec)
+    dtype = state_dtype(q_BHUD)
     value = with_ones(v.to(dtype))
-    weights, scale = _window_weights(q_BHTD, k, near, spec)
+    weights, scale = _window_weights(q_BHUD, k, near, spec)
     if spec.has_linear and bool(far.any()):
-        a = spec.features_q(q_BHTD) @ spec.features_k(k).transpose(-1, -2)
+        a = spec.features_q(q_BHUD) @ spec.features_k(k).transpose(-1, -2)
         weights = weights + scale * (a.to(dtype) * far[:, None])
     groups = k.shape[1]
     total = (weights.unflatten(1, (groups, -1)) @ value[:, :, None]).flatten(1, 2)
     if spec.has_linear and state is not None and state.memory_BHFV is not None:
-        recalled = spec.features_q(q_BHTD).to(dtype) @ state.memory_BHFV
+        recalled = spec.features_q(q_BHUD).to(dtype) @ state.memory_BHFV
         total = total + scale * recalled * carried[:, None, :, None]
-    return divide(total).to(q_BHTD.dtype), next_state(slots, layout, state, spec) if need_state else None
+    return divide(total).to(q_BHUD.dtype), next_state(slots, layout, state, spec) if need_state else None
 
 
 def _with_sinks(
@@ -58,11 +61,9 @@ def _with_sinks(
         return slots.k_BGSD, slots.v_BGSV, slots.position, slots.origin
     k = torch.cat([state.sink_k_BGND.to(slots.k_BGSD.dtype), slots.k_BGSD], dim=2)
     v = torch.cat([state.sink_v_BGNV.to(slots.v_BGSV.dtype), slots.v_BGSV], dim=2)
-    num_sinks, following = state.sink_k_BGND.shape[2], slots.num_past - slots.carried_origin
+    num_sinks, following = state.sink_k_BGND.shape[2], slots.follow
     j = torch.arange(num_sinks, device=k.device)
-    in_ring = ((slots.position[:, : slots.num_past, None] == j) & (slots.position[:, : slots.num_past, None] >= 0)).any(
-        1
-    )
+    in_ring = ((slots.position[..., None] == j) & (slots.origin == slots.carried_origin)[..., None]).any(1)
     position = torch.where((j < following) & ~in_ring, j, -1)
     rows = max(position.shape[0], slots.position.shape[0])
     position = torch.cat([position.expand(rows, -1), slots.position.expand(rows, -1)], dim=1)
@@ -70,9 +71,12 @@ def _with_sinks(
     return k, v, position, origin
 
 
-def _masks(slots: Slots, position: Tensor, origin: Tensor, spec: WindowLinear) -> tuple[Tensor, Tensor, Tensor]:
+def _masks(
+    slots: Slots, position: Tensor, origin: Tensor, num_queries: int, spec: WindowLinear
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which keys each query sees: in the window, beyond it; and whether the carried sum is of its document."""
-    query_position, query_origin = slots.position[:, slots.num_past :, None], slots.origin[:, slots.num_past :, None]
+    first = slots.new_position.shape[1] - num_queries
+    query_position, query_origin = slots.new_position[:, first:, None], slots.new_origin[:, first:, None]
     key_position, key_origin = position[:, None], origin[:, None]
     seen = (query_origin == key_origin) & (key_position >= 0) & (key_position <= query_position)
     near = in_window(query_position, key_position, spec.window, spec.shape) | (key_position < spec.num_sinks)

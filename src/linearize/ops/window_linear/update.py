@@ -23,15 +23,20 @@ from linearize.ops.window_linear.window import fold_boundary, ring_slots
 class Slots:
     """The ring and the new tokens side by side, with where each slot stands in which document.
 
-    `position`: [1 or B, S], -1 on padding and dead ring slots. `origin`: [1 or B, S], slot minus position: one value
-    per document.
-    `carried_origin`: [1 or B, 1], the origin of the document that the state belongs to. `num_past`: ring slots.
+    `position`: [1 or B, S], -1 on dead tokens and dead ring slots. `origin`: [1 or B, S], slot minus position: one
+    value per document. `new_position`, `new_origin`: [1 or B, T], of the new tokens, in their order. `follow`: [1 or B,
+    1], the position that comes next in the document that the state belongs to; `carried_origin`: [1 or B, 1], its
+    origin. `num_past`: ring slots. They stand in front, unless the layout has gaps: then dead tokens do, so that each
+    row's ring and tokens are side by side.
     """
 
     k_BGSD: Tensor
     v_BGSV: Tensor
     position: Tensor
     origin: Tensor
+    new_position: Tensor
+    new_origin: Tensor
+    follow: Tensor
     carried_origin: Tensor
     num_past: int
 
@@ -54,7 +59,23 @@ def gather_slots(
     rows = max(new.shape[0], ring.shape[0])
     position = torch.cat([ring.expand(rows, -1), new.expand(rows, -1)], dim=1)
     slot = torch.arange(position.shape[1], device=device)
-    return Slots(k, v, position, slot - position, past - follow, past)
+    if layout.gaps():
+        return _close_gaps(k, v, position, follow, past)
+    origin = slot - position
+    return Slots(k, v, position, origin, position[:, past:], origin[:, past:], follow, past - follow, past)
+
+
+def _close_gaps(k_BGSD: Tensor, v_BGSV: Tensor, position_BS: Tensor, follow: Tensor, past: int) -> Slots:
+    """The slots with each row's dead new tokens in front of its ring."""
+    batch = k_BGSD.shape[0]
+    position_BS = position_BS.expand(batch, -1)
+    new = position_BS[:, past:]
+    order = torch.nn.functional.pad(new >= 0, (past, 0), value=True).long().argsort(dim=1, stable=True)
+    k, v, position = take_slots(k_BGSD, order), take_slots(v_BGSV, order), position_BS.gather(1, order)
+    slot = torch.arange(order.shape[1], device=order.device)
+    dead = (new < 0).sum(-1, keepdim=True)
+    new_origin = order.argsort(dim=1)[:, past:] - new
+    return Slots(k, v, position, slot - position, new, new_origin, follow, past + dead - follow, past)
 
 
 def next_state(slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
@@ -122,18 +143,17 @@ def _fold(
 
 def _ragged(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
     batch, num_slots = slots.k_BGSD.shape[0], slots.k_BGSD.shape[2]
-    device = slots.position.device
     position, origin = slots.position.expand(batch, -1), slots.origin.expand(batch, -1)
-    slot = torch.arange(num_slots, device=device)
-    live = (position >= 0) & (slot >= slots.num_past)
-    old_next = slots.num_past - slots.carried_origin.expand(batch, 1)[:, 0]
-    last = torch.where(live, slot, -1).amax(-1)
+    carried, old_next = slots.carried_origin.expand(batch, 1)[:, 0], slots.follow.expand(batch, 1)[:, 0]
+    slot = torch.arange(num_slots, device=position.device)
+    past_end = carried[:, None] + slots.follow  # the slot after the ring
+    last = torch.where((position >= 0) & (slot >= past_end), slot, -1).amax(-1)
     touched = last >= 0
-    last = torch.where(touched, last, slots.num_past - 1)
+    last = torch.where(touched, last, past_end.expand(batch, 1)[:, 0] - 1)
     index = last.clamp(min=0)[:, None]
-    current = torch.where(touched, origin.gather(1, index)[:, 0], slots.carried_origin.expand(batch, 1)[:, 0])
+    current = torch.where(touched, origin.gather(1, index)[:, 0], carried)
     following = torch.where(touched, position.gather(1, index)[:, 0] + 1, old_next)
-    same = current == slots.carried_origin.expand(batch, 1)[:, 0]
+    same = current == carried
     boundary = fold_boundary(following, spec.window, spec.shape)
 
     memory = None if state is None else state.memory_BHFV
@@ -144,7 +164,7 @@ def _ragged(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -
         if memory is None or bool(fold.any()):
             memory = _fold(slots.k_BGSD, slots.v_BGSV, fold, memory, spec)
     capacity = min(ring_slots(spec.window, spec.shape), num_slots)
-    ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=device)
+    ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=slot.device)
     k, v = take_slots(slots.k_BGSD, ring), take_slots(slots.v_BGSV, ring)
     sinks = _ragged_sinks(slots, state, spec, current, same, old_next)
     return WindowLinearState(following, k, v, memory, *sinks)
