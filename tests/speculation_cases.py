@@ -10,6 +10,8 @@ import torch
 from models import mixer, student_of, tiny
 from torch import Tensor, nn
 
+from linearize.decoding.speculative import SpeculationStats
+
 MIXED = ["lolcats", "mamba2", "gated_delta_net"]
 NAMES = ["softmax", "local", "mixed", "lolcats", "sliding_window", "gla", "mamba", "mamba2", "gated_delta_net",
          "retention"]  # fmt: skip
@@ -73,3 +75,11 @@ def chi_square(counts: Sequence[float], probabilities: Sequence[float]) -> float
     statistic, freedom = sum((seen - due) ** 2 / due for seen, due in cells), len(cells) - 1
     spread = 2 / (9 * freedom)
     return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
+
+
+def both_ways(stats: SpeculationStats) -> None:
+    """Guesses were accepted and rejected, and the counts agree with each other."""
+    assert 0 < stats.accepted < stats.drafted
+    assert sum(kept * times for kept, times in stats.lengths.items()) == stats.accepted
+    assert stats.tokens_per_second > 0 and str(stats.accepted) in stats.line()
+    assert stats.summary()["drafted"] == stats.drafted

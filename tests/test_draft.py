@@ -214,7 +214,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(folder: Path, hy
 
 
 def test_a_checkpoint_of_other_layers_is_not_used(folder: Path, tmp_path: Path) -> None:
-    given = {"data": [folder / "text.txt"]}
+    given: dict[str, Any] = {"data": [folder / "text.txt"]}
     with pytest.raises(Killed):
         draft(folder, tmp_path / "draft", progress=KillAt("distill", 5), overrides={"plan.depth": [0, 1]}, **given)
     with pytest.raises(InputError, match=r"belongs to another run \(draft.layers was \[0, 1\], is \[0, 2\]\)"):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import linearize
 from linearize.errors import InputError
+from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.truncate import block_name, truncate
 
@@ -83,7 +84,7 @@ def test_layers_that_no_config_describes_are_refused() -> None:
     assert truncate(model, [0, 1]).config.num_hidden_layers == 2
 
 
-PLANS = {
+PLANS: dict[str, list[MixerConfig | None]] = {
     "hybrid": [mixer("lolcats"), None, mixer("mamba2")],
     "linear": [mixer("gla"), mixer("lolcats", window=3), mixer("gated_delta_net")],
 }
@@ -106,7 +107,7 @@ def test_a_students_draft_keeps_its_mixers(plan: str, layers: list[int], tmp_pat
     assert draft.config.num_hidden_layers == len(layers) and student.config.num_hidden_layers == LAYERS
     assert set(draft.mixers()) == {new for new, layer in enumerate(layers) if PLANS[plan][layer] is not None}
     draft.save_pretrained(tmp_path)
-    loaded = linearize.load(tmp_path, attn_implementation="eager")
+    loaded: Any = linearize.load(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(logits(loaded, ids), found, atol=1e-6, rtol=0)
     assert sorted(loaded._keep_in_fp32_modules_strict) == sorted(draft._keep_in_fp32_modules_strict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearize.decoding.generate import chat, continue_text, generate_text
 from linearize.errors import InputError
+from linearize.mixers import MIXERS
+from linearize.modeling import LinearizedForCausalLM
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -87,6 +90,44 @@ def test_guessing_ahead_changes_nothing(folder: Path, capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out == plain + "\n"
 
 
+def test_a_student_guesses_for_its_teacher(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Self-speculation: the teacher's own text, fewer passes; what is told of it goes to stderr."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    teacher = LlamaForCausalLM.from_pretrained(folder)
+    LinearizedForCausalLM.from_teacher(teacher, [MIXERS["lolcats"](window=12), None]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = generate_text(folder, "the cat", max_new_tokens=25, stream=False, device="cpu")
+    settings: dict = {"max_new_tokens": 25, "draft": tmp_path, "draft_tokens": 3, "stats": True, "device": "cpu"}
+    assert generate_text(folder, "the cat", **settings) == plain
+    out, err = capfd.readouterr()
+    assert out == plain + "\n"
+    passes, accepted = (int(n) for n in re.findall(r"in (\d+) passes.* (\d+) of \d+ guesses accepted", err)[0])
+    assert accepted > 0 and passes < 25
+    assert continue_text(teacher, tokenizer, "the cat", max_new_tokens=25, draft=teacher) == plain
+
+
+def test_guesses_keep_the_distribution_cold(folder: Path) -> None:
+    """At a temperature near zero drawing is greedy, with guesses as without, and the seed alone decides above."""
+    common: dict = {"max_new_tokens": 20, "stream": False, "device": "cpu", "prompt_lookup": True, "draft_tokens": 3}
+    assert generate_text(folder, "a red", temperature=1e-4, **common) == greedy_by_hand(folder, "a red", 20)
+    drawn = [generate_text(folder, "a red", temperature=1.5, seed=seed, **common) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_draft_of_another_vocabulary(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The same number of tokens, two of them the other way round."""
+    tokenizer = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
+    tiny_model(tokenizer, seed=4).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    told = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    swapped = told.replace('"a": 2,', '"a": -1,').replace('"b": 3,', '"b": 2,').replace('"a": -1,', '"a": 3,')
+    assert swapped != told
+    (tmp_path / "tokenizer.json").write_text(swapped, encoding="utf-8")
+    with pytest.raises(InputError, match="its vocabulary is not that of"):
+        generate_text(folder, "the", draft=tmp_path, device="cpu")
+    assert capfd.readouterr().out == ""
+
+
 def test_sampling_follows_the_seed(folder: Path) -> None:
     def sample(seed: int, temperature: float = 1.5) -> str:
         return generate_text(
@@ -113,6 +154,9 @@ def test_empty_prompt(folder: Path) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"prompt_lookup": True, "draft": "other"}, "choose one"),
+        ({"draft_tokens": 0, "draft": "other"}, "draft_tokens is 0"),
+        ({"draft_tokens": 4}, "draft_tokens 4 without anything that guesses"),
+        ({"stats": True}, "stats without anything that guesses"),
         ({"device": "abacus"}, "device 'abacus'"),
     ],
 )

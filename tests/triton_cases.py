@@ -1,15 +1,18 @@
-"""Cases of `test_triton_multi_step.py`: run by it with TRITON_INTERPRET=1 in a process of their own, where kernels run on
-CPU tensors. Prints one JSON object: for each case the numbers that the test judges, or its traceback.
+"""Cases of `test_triton_multi_step.py`: run by it with TRITON_INTERPRET=1 in a process of their own, where kernels run
+on CPU tensors. Prints one JSON object: for each case the numbers that the test judges, or its traceback.
 
 Every case compares with the PyTorch road in fp64 over the live tokens alone, one row at a time.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,11 +30,12 @@ from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
 from linearize.ops.triton.recurrence import decay_linear_steps, gated_delta_steps
 
 NAN = float("nan")
-SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=6, value_dim=10, model_dim=11)
-SQUARE = AttentionShape(num_heads=6, num_kv_heads=3, head_dim=6, value_dim=6, model_dim=11)
-WIDE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=130, value_dim=67, model_dim=11)
-# Positions of two rows: row 0 keeps 3 of 5 tail tokens and row 1 keeps 4; then 3 new tokens, the last of row 0 dead.
-TAIL, DEAD = 5, torch.tensor([[7, 8, 9, -1, -1, 10, 11, -1], [4, 5, 6, 7, -1, 8, 9, 10]])
+GROUPED = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=6, value_dim=10, model_dim=11)
+SHAPE = AttentionShape(num_heads=2, num_kv_heads=1, head_dim=6, value_dim=10, model_dim=11)
+SQUARE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=6, value_dim=6, model_dim=11)
+WIDE = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=130, value_dim=67, model_dim=11)
+# Positions of two rows: row 0 keeps 2 of 3 tail tokens and row 1 keeps 1; then 3 new tokens, the last of row 0 dead.
+TAIL, DEAD = 3, torch.tensor([[7, 8, -1, 9, 10, -1], [4, -1, -1, 5, 6, 7]])
 
 real_empty, real_empty_like = torch.empty, torch.empty_like
 
@@ -68,7 +72,9 @@ def gap(x: Tensor, y: Tensor) -> float:
 # The recurrences as given ---------------------------------------------------------------------------------------------
 
 
-def by_row(form: Callable[..., Any], inputs: tuple[Tensor, ...], state: Tensor, commit: int, dead: bool, dim: int) -> Any:
+def by_row(
+    form: Callable[..., Any], inputs: tuple[Tensor, ...], state: Tensor, commit: int, dead: bool, dim: int
+) -> Any:
     """y of the tokens after `commit` (zeros for dead ones) and the state after `commit`; inputs[0] is only read."""
     ys, states = [], []
     for b in range(state.shape[0]):
@@ -98,7 +104,12 @@ def alive(y: Tensor, commit: int, dead: bool, dim: int) -> Tensor:
 
 
 def op_case(
-    kernel: Callable[..., Any], form: Callable[..., Any], inputs: tuple[Tensor, ...], query: int, state: Tensor, dim: int
+    kernel: Callable[..., Any],
+    form: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    query: int,
+    state: Tensor,
+    dim: int,
 ) -> Callable[..., dict[str, float]]:
     """`query`: which input has the outputs' tokens alone; `dim`: which dimension counts tokens."""
 
@@ -175,7 +186,16 @@ def build(name: str, shape: AttentionShape, dtype: torch.dtype, **config: Any) -
     return mixer
 
 
-def kernel_call(mixer: Any, hidden: Tensor, memory: Tensor | None, taps: Tensor | None, **options: Any) -> Any:
+def project(mixer: Any, hidden: Tensor) -> list[Tensor]:
+    """What the kernel of this mixer takes, amid NaN."""
+    if mixer.config.name == "mamba":
+        return [padded(x) for x in (mixer.in_proj(hidden), mixer.dt_proj(mixer.dt_in(hidden)))]
+    if mixer.config.name == "mamba2":
+        return [padded(mixer.in_proj(hidden))]
+    return [padded(m(hidden)) for m in (mixer.qkv_proj, mixer.decay_proj, mixer.beta_proj, mixer.gate_proj)]
+
+
+def kernel_call(mixer: Any, raw: list[Tensor], memory: Tensor | None, taps: Tensor | None, **options: Any) -> Any:
     """y before the output projection, memory, taps: by the kernel of this mixer."""
     shape, name = mixer.shape, mixer.config.name
     state = {"memory": memory, "taps_BPC": taps, **options}
@@ -187,7 +207,6 @@ def kernel_call(mixer: Any, hidden: Tensor, memory: Tensor | None, taps: Tensor 
             state_dim=mixer.state_dim,
             repeat=mixer.config.repeat,
         )
-        raw = [padded(x) for x in (mixer.in_proj(hidden), mixer.dt_proj(mixer.dt_in(hidden)))]
         weights = {"conv_bias_C": mixer.conv_bias, "dt_bias_E": mixer.dt_bias, "A_log_EN": mixer.A_log, "D_E": mixer.D}
         return mamba_steps(*raw, conv_weight_CW=mixer.conv_weight, **weights, sizes=sizes, **state)
     heads = HeadSizes(
@@ -201,8 +220,7 @@ def kernel_call(mixer: Any, hidden: Tensor, memory: Tensor | None, taps: Tensor 
     state |= {"sizes": heads, "eps": shape.norm_eps}
     if name == "mamba2":
         weights |= {"conv_bias_C": mixer.conv_bias, "D_H": mixer.D, "norm_weight": mixer.norm_weight}
-        return mamba2_steps(padded(mixer.in_proj(hidden)), **weights, **state)
-    raw = [padded(m(hidden)) for m in (mixer.qkv_proj, mixer.decay_proj, mixer.beta_proj, mixer.gate_proj)]
+        return mamba2_steps(*raw, **weights, **state)
     return gated_delta_net_steps(*raw, **weights, norm_weight_V=mixer.norm_weight, **state)
 
 
@@ -227,7 +245,15 @@ def truth(mixer: Any, hidden: Tensor, state: Any, commit: int, dead: bool) -> tu
 
 @torch.no_grad()
 def mixer_case(
-    name: str, shape: AttentionShape, *, dtype: torch.dtype, commit: int, dead: bool, fresh: bool = False, **config: Any
+    name: str,
+    shape: AttentionShape,
+    *,
+    dtype: torch.dtype,
+    commit: int,
+    dead: bool,
+    fresh: bool = False,
+    rows: int = 2,
+    **config: Any,
 ) -> dict[str, float]:
     """One call of the kernel against the mixer in fp64; and the mixer in `dtype` against it too."""
     mixer, exact = build(name, shape, dtype, **config), build(name, shape, dtype, **config).double()
@@ -235,8 +261,8 @@ def mixer_case(
         for key, parameter in mixer.named_parameters():
             if key not in (mixer.fp32_parameters or ()):
                 parameter.data = parameter.data.to(dtype)
-    hidden = torch.randn(2, DEAD.shape[1], shape.model_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    early = torch.randn(2, 3, shape.model_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    hidden = torch.randn(rows, DEAD.shape[1], shape.model_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    early = torch.randn(rows, 3, shape.model_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
     state = None if fresh else mixer(early, layout=Layout())[1]
     wide = None if state is None else RecurrentState(state.memory.double(), state.taps.double())
     y0, memory0, taps0 = truth(exact, hidden.double(), wide, commit, dead)
@@ -247,7 +273,7 @@ def mixer_case(
     layout = Layout(position_BT=DEAD) if dead else Layout(start=0 if fresh else 3)
     memory, taps = (None, None) if state is None else (state.memory.clone(), state.taps)
     options: dict[str, Any] = {"outputs": hidden.shape[1] - commit, "commit": commit, "memory_out": memory}
-    y, after, taps = kernel_call(mixer, given, memory, taps, layout=layout, **options)
+    y, after, taps = kernel_call(mixer, project(mixer, given), memory, taps, layout=layout, **options)
     return {
         "y": gap(alive(mixer.out_proj(y), commit, dead, 1), y0),
         "torch": gap(y1, y0),
@@ -261,65 +287,81 @@ def mixer_case(
 @torch.no_grad()
 def same_bits(name: str) -> dict[str, float]:
     """Cutting a text in other places changes no bit of outputs, state or taps."""
-    mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32)
-    hidden = torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(4))
-    whole, memory, taps = kernel_call(mixer, hidden, None, None, layout=Layout())
-    differ = 0
-    for commit in (2, 5):
-        tail, m, c = kernel_call(mixer, hidden[:, :6], None, None, layout=Layout(), commit=commit, outputs=6 - commit)
-        differ += int((tail != whole[:, commit:6]).sum())
-        ys = []
-        for t in range(commit, 7):  # one token after the other, from the state that the multi-step call left
-            y, m, c = kernel_call(mixer, hidden[:, t : t + 1], m, c, layout=Layout(start=t), memory_out=m)
-            ys.append(y)
-        differ += int((torch.cat(ys, 1) != whole[:, commit:]).sum() + (m != memory).sum() + (c != taps).sum())
-    return {"differ": float(differ), "numbers": float(whole.numel())}
+    mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32, conv_taps=3)
+    raw = project(mixer, torch.randn(1, 5, 11, generator=torch.Generator().manual_seed(4)))
+    whole, memory, taps = kernel_call(mixer, raw, None, None, layout=Layout())
+    first = [x[:, :4] for x in raw]
+    y, m, c = kernel_call(mixer, first, None, None, layout=Layout(), commit=2, outputs=1)
+    differ = int((y != whole[:, 3:4]).sum())
+    ys = []
+    for t in range(2, 5):  # one token after the other, from the state that the multi-step call left
+        one = [x[:, t : t + 1] for x in raw]
+        y, m, c = kernel_call(mixer, one, m, c, layout=Layout(start=t), memory_out=m)
+        ys.append(y)
+    differ += int((torch.cat(ys, 1) != whole[:, 2:]).sum() + (m != memory).sum() + (c != taps).sum())
+    return {"differ": float(differ), "spread": whole.std().item()}
 
 
 @torch.no_grad()
 def documents(name: str) -> dict[str, float]:
     """A token at position 0 finds nothing of what was before: its row equals a row that begins there."""
-    mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32)
-    hidden = torch.randn(1, 7, 11, generator=torch.Generator().manual_seed(4))
-    packed = Layout(position_BT=torch.tensor([[5, 6, 0, 1, 2, 3, 4]]))
-    _, memory, taps = kernel_call(mixer, hidden[:, :3] + 1, None, None, layout=Layout())
-    y, after, taps_after = kernel_call(mixer, hidden, memory, taps, layout=packed)
-    y0, after0, taps0 = kernel_call(mixer, hidden[:, 2:], None, None, layout=Layout())
-    y_on, *_ = kernel_call(mixer, hidden, memory, taps, layout=Layout(start=5))
+    mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32, conv_taps=3)
+    raw = project(mixer, torch.randn(1, 4, 11, generator=torch.Generator().manual_seed(4)))
+    packed = Layout(position_BT=torch.tensor([[5, 0, 1, 2]]))
+    _, memory, taps = kernel_call(mixer, [x[:, 2:] for x in raw], None, None, layout=Layout())
+    y, after, taps_after = kernel_call(mixer, raw, memory, taps, layout=packed)
+    y0, after0, taps0 = kernel_call(mixer, [x[:, 1:] for x in raw], None, None, layout=Layout())
+    y_on, *_ = kernel_call(mixer, raw, memory, taps, layout=Layout(start=5))
     return {
-        "y": gap(y[:, 2:], y0),
+        "y": gap(y[:, 1:], y0),
         "state": gap(after, after0),
         "taps": gap(taps_after, taps0),
-        "without": gap(y_on[:, 2:], y0),
+        "without": gap(y_on[:, 1:], y0),
     }
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32, tail": {"dtype": torch.float32, "commit": TAIL, "dead": False},
+    "fp32, no tail": {"dtype": torch.float32, "commit": 0, "dead": False},
+    "fp32, dead": {"dtype": torch.float32, "commit": TAIL, "dead": True},
+    "fp16, dead": {"dtype": torch.float16, "commit": TAIL, "dead": True},
+}
 
 
 def cases() -> dict[str, Callable[[], dict[str, float]]]:
     found: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case}
-    settings = {
-        "fp32, tail": {"dtype": torch.float32, "commit": TAIL, "dead": False},
-        "fp32, no tail": {"dtype": torch.float32, "commit": 0, "dead": False},
-        "fp32, dead": {"dtype": torch.float32, "commit": TAIL, "dead": True},
-        "fp16, dead": {"dtype": torch.float16, "commit": TAIL, "dead": True},
-    }
     for op, run in op_cases().items():
-        for label, setting in settings.items():
+        for label, setting in SETTINGS.items():
             found[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)
-    for name, shape in (("mamba", SQUARE), ("mamba2", SHAPE), ("gated_delta_net", SHAPE)):
-        for label, setting in settings.items():
-            repeat = "after" if "no tail" in label or "fp16" in label else "before"
-            more: dict[str, Any] = {"repeat": repeat} | ({"state_dim": 3} if name == "mamba" else {})
-            found[f"{name}; {label}"] = lambda n=name, s=shape, o=setting | more: mixer_case(n, s, **o)
-        taps = {"conv_taps": 2, "fresh": True} | settings["fp32, tail"]
-        found[f"{name}; fresh"] = lambda n=name, s=shape, o=taps: mixer_case(n, s, **o)
+    for name in ("mamba", "mamba2", "gated_delta_net"):
+        few = {"state_dim": 3} if name == "mamba" else {}
+        shape, grouped = (SQUARE, SQUARE) if name == "mamba" else (SHAPE, GROUPED)
+        more = {
+            "fp32, dead": (shape, {**SETTINGS["fp32, dead"], **few, "repeat": "before", "conv_taps": 3}),
+            "fp16, dead": (shape, {**SETTINGS["fp16, dead"], **few, "repeat": "after", "conv_taps": 3}),
+            "fp32, no tail": (grouped, {**SETTINGS["fp32, no tail"], "repeat": "after", "rows": 1, "conv_taps": 2}),
+            "fresh": (shape, {**SETTINGS["fp32, tail"], "repeat": "before", "rows": 1, "fresh": True}),
+        }
+        for label, (size, setting) in more.items():
+            found[f"{name}; {label}"] = lambda n=name, s=size, o=setting: mixer_case(n, s, **o)
         found[f"{name}; same bits"] = lambda n=name: same_bits(n)
         found[f"{name}; documents"] = lambda n=name: documents(n)
-    for name in ("mamba2", "gated_delta_net"):
-        found[f"{name}; cut"] = lambda n=name: mixer_case(n, WIDE, **settings["fp32, tail"])
+    cut = {**SETTINGS["fp32, tail"], "rows": 1, "conv_taps": 2}
+    found["mamba2; cut"] = lambda: mixer_case("mamba2", WIDE, **cut)
     return found
 
 
+def quicken() -> None:
+    """The interpreter lists the members of `triton.language` anew at every call of a function: half of its time."""
+    import triton.runtime.interpreter as interpreter
+
+    listing = SimpleNamespace(**vars(inspect))
+    listing.getmembers = cache(inspect.getmembers)
+    interpreter.inspect = listing
+
+
 def main() -> None:
+    quicken()
     poison()
     results: dict[str, Any] = {}
     for name, run in cases().items():

@@ -1,5 +1,6 @@
-"""Generation for people: a prompt continued, a conversation held, by students and teachers alike."""
+"""Generation for people: a prompt continued, a conversation held, by students and teachers alike; speculation."""
 
 from linearize.decoding.generate import chat, generate_text
+from linearize.decoding.speculative import LookupDrafter, share_equal_weights, speculate
 
-__all__ = ["chat", "generate_text"]
+__all__ = ["LookupDrafter", "chat", "generate_text", "share_equal_weights", "speculate"]

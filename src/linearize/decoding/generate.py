@@ -1,19 +1,24 @@
-"""A prompt continued and a conversation held, with transformers' own `generate`: students and teachers alike."""
+"""A prompt continued and a conversation held: students and teachers alike, with transformers' own `generate`, or where
+tokens are guessed ahead with `speculate`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from linearize.decoding.loading import load_any, pad_token
+from linearize.decoding.speculative import Drafter, LookupDrafter, ModelDrafter, share_equal_weights, speculate
+from linearize.decoding.speculative.checks import check_tokenizers
+from linearize.decoding.speculative.chooser import chooser
 from linearize.errors import InputError
 
-LOOKUP_TOKENS = 8  # tokens that prompt lookup guesses at once
+DraftTokens = int | Literal["auto"]
 
 
 def generate_text(
@@ -26,17 +31,27 @@ def generate_text(
     stream: bool = True,
     prompt_lookup: bool = False,
     draft: str | Path | None = None,
+    draft_tokens: DraftTokens = "auto",
+    stats: bool = False,
     device: str | None = None,
 ) -> str:
     """Continue a prompt with a student or any causal LM, and return prompt and continuation.
 
     `stream` writes the text to stdout as it comes; temperature 0 is greedy. `prompt_lookup` guesses tokens from
-    repetitions in the text, `draft` from a second, smaller model with the same tokenizer; neither changes what greedy
-    decoding gives.
-    Raises InputError for a setting out of range, an empty prompt without a BOS token, or a path that is no model.
+    repetitions in the text, `draft` from a second, smaller model with the same tokenizer (it shares the memory of
+    weights that are equal), `draft_tokens` at a time; what greedy decoding gives stays the same, and so does the
+    distribution that tokens are drawn from. `stats` tells on stderr what guessing gave.
+    Raises InputError for a setting out of range, an empty prompt without a BOS token, a path that is no model, or a
+    draft that cannot guess for this model.
     """
-    _check(max_new_tokens, temperature, prompt_lookup, draft)
+    _check(max_new_tokens, temperature)
+    _check_guessing(prompt_lookup, draft, draft_tokens, stats)
     model, tokenizer = load_any(model_path, device=device)
+    guide = None
+    if draft is not None:
+        guide, its_tokenizer = load_any(draft, device=device)
+        check_tokenizers(tokenizer, its_tokenizer, str(model_path), str(draft))
+        share_equal_weights(guide, model)
     return continue_text(
         model,
         tokenizer,
@@ -46,7 +61,9 @@ def generate_text(
         seed=seed,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
         prompt_lookup=prompt_lookup,
-        draft=load_any(draft, device=device)[0] if draft is not None else None,
+        draft=guide,
+        draft_tokens=draft_tokens,
+        stats=stats,
     )
 
 
@@ -61,37 +78,74 @@ def continue_text(
     streamer: BaseStreamer | None = None,
     prompt_lookup: bool = False,
     draft: PreTrainedModel | None = None,
+    draft_tokens: DraftTokens = "auto",
+    stats: bool = False,
 ) -> str:
-    """`generate_text` for a model in memory: prompt and continuation as text, special tokens left out."""
-    _check(max_new_tokens, temperature, prompt_lookup, draft)
+    """`generate_text` for models in memory: prompt and continuation as text, special tokens left out.
+
+    `draft`: a model with the same tokenizer.
+    """
+    _check(max_new_tokens, temperature)
+    _check_guessing(prompt_lookup, draft, draft_tokens, stats)
     ids = list(tokenizer(prompt)["input_ids"]) or [tokenizer.bos_token_id]
     if ids == [None]:
         raise InputError("the prompt is empty and this tokenizer has no BOS token to start from: give some text")
-    settings = _settings(tokenizer, max_new_tokens, temperature, prompt_lookup, draft)
-    out = _generate(model, ids, settings, seed, streamer)
+    settings = _settings(tokenizer, max_new_tokens, temperature)
+    drafter = LookupDrafter() if prompt_lookup else None if draft is None else ModelDrafter(draft)
+    if drafter is None:
+        out = _generate(model, ids, settings, seed, streamer)
+    else:
+        out = _speculate(model, drafter, ids, settings, seed, streamer, draft_tokens=draft_tokens, stats=stats)
     return str(tokenizer.decode(out, skip_special_tokens=True))
 
 
-def _check(max_new_tokens: int, temperature: float, prompt_lookup: bool, draft: object) -> None:
+def _check(max_new_tokens: int, temperature: float) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature is {temperature}: it must be 0 (greedy) or more")
+
+
+def _check_guessing(prompt_lookup: bool, draft: object, draft_tokens: DraftTokens, stats: bool) -> None:
     if prompt_lookup and draft is not None:
         raise InputError("prompt lookup and a draft model were both given: they are two ways of guessing, choose one")
+    chooser(draft_tokens)
+    if not prompt_lookup and draft is None and (draft_tokens != "auto" or stats):
+        given = "stats" if stats else f"draft_tokens {draft_tokens}"
+        raise InputError(f"{given} without anything that guesses: give a draft model or prompt lookup too")
 
 
-def _settings(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, prompt_lookup: bool, draft: object
-) -> dict[str, Any]:
+def _settings(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Keywords for `generate`; with sampling, top-k and top-p are those of the model's own generation config."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token(tokenizer)}
-    settings |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    if prompt_lookup:
-        settings["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
-    if draft is not None:
-        settings["assistant_model"] = draft
-    return settings
+    return settings | ({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False})
+
+
+def _speculate(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    ids: list[int],
+    settings: dict[str, Any],
+    seed: int,
+    streamer: BaseStreamer | None,
+    *,
+    draft_tokens: DraftTokens,
+    stats: bool,
+) -> list[int]:
+    """The tokens of prompt and continuation, guessed ahead."""
+    result = speculate(
+        model,
+        drafter,
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=settings["max_new_tokens"],
+        draft_tokens=draft_tokens,
+        generation_config=GenerationConfig(**settings),
+        seed=seed,
+        streamer=streamer,
+    )
+    if stats:
+        print(result.stats.line(), file=sys.stderr)
+    return ids + result.tokens[0]
 
 
 @torch.inference_mode()
@@ -123,13 +177,13 @@ def chat(
     With a chat template each line is a user's turn; without one the conversation is one text that the model continues.
     `read` asks for a line, as `input` does.
     """
-    _check(max_new_tokens, temperature, False, None)
+    _check(max_new_tokens, temperature)
     model, tokenizer = load_any(model_path, device=device)
     print(_greeting(tokenizer))
     history: list[int] = []
     messages: list[dict[str, str]] = []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    settings = _settings(tokenizer, max_new_tokens, temperature, False, None)
+    settings = _settings(tokenizer, max_new_tokens, temperature)
     try:
         while True:
             line = read("> ")

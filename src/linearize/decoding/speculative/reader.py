@@ -1,0 +1,147 @@
+"""A model with its cache: reads tokens, and takes back those that are not to stay.
+
+Letters: B batch, T tokens, S columns of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from linearize.errors import InputError
+from linearize.modeling.cache import MixerCacheLayer
+
+MOST_DEAD = 64  # dead columns that a cache holds before they are taken out
+
+
+class Reader:
+    """Reads a batch of texts with one cache; `keep` says what stays of what was read since the last `keep`.
+
+    `passes`: forward passes so far. `lengths`: tokens of each row in the cache. `by_row`: whether rows may keep
+    different numbers of tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str) -> None:
+        """Raises InputError for a model whose cache cannot roll back; `role` names it in the message."""
+        check_rollback(model, role)
+        self.model, self.role = model, role
+        self.cache: Any = DynamicCache(config=model.config)
+        self.passes = 0
+        self.by_row = False
+        self._mask_BS: Tensor | None = None  # None: every column is a token in every row
+        self.lengths: list[int] = []
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._held = 0  # tokens read that `keep` has not decided on
+
+    def read_prompt(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """Read the prompts (padding on the left); gives the logits after them, `[B, 1, V]`."""
+        self.lengths = [0] * input_ids_BT.shape[0]
+        if mask_BT is not None and not bool(mask_BT.all()):
+            self._mask_BS = mask_BT[:, :0].long()
+        logits_B1V = self._forward(input_ids_BT, mask_BT if self._mask_BS is not None else None, prompt=True)[:, -1:]
+        self._held = 0
+        check_layers(self.cache, self.role)
+        self.cache.activate_past_recording()
+        self.by_row = all(_keeps_by_row(layer) for layer in self.cache.layers)
+        return logits_B1V
+
+    def read(self, tokens_BT: Tensor) -> Tensor:
+        """Read tokens after those that were read; gives the logits after each, `[B, T, V]`."""
+        new_BT = None if self._mask_BS is None else torch.ones_like(tokens_BT)
+        return self._forward(tokens_BT, new_BT, prompt=False)
+
+    def _forward(self, tokens_BT: Tensor, new_BT: Tensor | None, *, prompt: bool) -> Tensor:
+        self.passes += 1
+        added, positions = [tokens_BT.shape[1]] * len(self.lengths), {}
+        if new_BT is not None:
+            assert self._mask_BS is not None
+            before_B1 = torch.tensor(self.lengths, device=tokens_BT.device)[:, None]
+            self._mask_BS = torch.cat([self._mask_BS, new_BT.long()], dim=1)
+            positions = {
+                "attention_mask": self._mask_BS,
+                "position_ids": (before_B1 + new_BT.long().cumsum(1) - 1).clamp(min=0),
+            }
+        if prompt:
+            added = added if new_BT is None else new_BT.sum(1).tolist()
+        options: dict[str, Any] = {"logits_to_keep": 1} if prompt and self._keeps_last else {}
+        out = self.model(input_ids=tokens_BT, past_key_values=self.cache, use_cache=True, **positions, **options)
+        self.lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
+        self._held += tokens_BT.shape[1]
+        logits: Tensor = out.logits
+        return logits
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Row b keeps the first `counts[b]` of the tokens read since the last call; rows alike unless `by_row`."""
+        held, self._held = self._held, 0
+        self.lengths = [length - held + count for length, count in zip(self.lengths, counts, strict=True)]
+        if min(counts) == max(counts):
+            self.cache.crop(counts[0] - held)
+            if self._mask_BS is not None:
+                self._mask_BS = self._mask_BS[:, : self._mask_BS.shape[1] - held + counts[0]]
+        else:
+            self._keep_by_row(counts, held)
+        if self.by_row and self._mask_BS is not None:
+            self._compact()
+
+    def _keep_by_row(self, counts: Sequence[int], held: int) -> None:
+        """Columns that a row does not keep, and another one does, are dead: the mask hides them."""
+        from linearize.modeling.rows import accept_rows
+
+        if self._mask_BS is None:
+            columns = self.cache.get_seq_length()
+            self._mask_BS = torch.ones(len(counts), columns, dtype=torch.long, device=self.model.device)
+        kept_BN = accept_rows(self.cache, counts, held).to(self._mask_BS)
+        self._mask_BS = torch.cat([self._mask_BS[:, : self._mask_BS.shape[1] - held], kept_BN], dim=1)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Only these rows go on; to be called before `keep`."""
+        if len(rows) == len(self.lengths):
+            return
+        index = torch.tensor(rows, device=self.model.device)
+        self.cache.batch_select_indices(index)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._mask_BS is not None:
+            self._mask_BS = self._mask_BS[index]
+
+    def _compact(self) -> None:
+        """Take columns that no row needs out of the cache once there are more than `MOST_DEAD`."""
+        assert self._mask_BS is not None
+        if self._mask_BS.shape[1] - max(self.lengths) <= MOST_DEAD:
+            return
+        from linearize.modeling.rows import compact
+
+        self._mask_BS = compact(self.cache, self._mask_BS)
+        if bool(self._mask_BS.all()):
+            self._mask_BS = None
+
+
+def check_rollback(model: PreTrainedModel, role: str) -> None:
+    """Raises InputError for a model that cannot take tokens back."""
+    if getattr(model, "_is_stateful", False):
+        raise InputError(
+            f"the {role} ({type(model).__name__}) keeps a recurrent state that cannot roll back: convert it with "
+            "linearize, or decode without speculation"
+        )
+    cache = DynamicCache(config=model.config)
+    check_layers(cache, role)
+
+
+def check_layers(cache: Any, role: str) -> None:
+    """Raises InputError, naming the layer, where one of the cache cannot roll back."""
+    for index, layer in enumerate(cache.layers):
+        if not getattr(layer, "is_croppable", False):
+            raise InputError(
+                f"layer {index} of the {role}'s cache ({type(layer).__name__}) cannot roll back: decode without "
+                "speculation, or take a model whose layers are softmax attention or mixers of linearize"
+            )
+
+
+def _keeps_by_row(layer: Any) -> bool:
+    whole = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+    return whole or (isinstance(layer, MixerCacheLayer) and hasattr(layer, "accept"))

@@ -1,0 +1,112 @@
+"""The multi-step kernels: values in Triton's interpreter (fp32, fp16), building for GPUs that are not there (bf16).
+
+The interpreter is chosen when triton is imported, so the cases run in a process of their own: `triton_cases.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from linearize.ops import triton as kernels
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)")
+MIXERS = ["mamba", "mamba2", "gated_delta_net"]
+OPS = ["decay per head", "decay per key", "gated delta", "selective scan"]
+KINDS = ["fp32, tail", "fp32, no tail", "fp32, dead", "fp16, dead"]
+ROUNDING = {"fp32": 2e-6, "fp16": 1e-3}  # what a sum's order or one rounding of an output may change
+
+
+def run(*command: str, interpret: bool) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float]]:
+    return json.loads(run(str(Path(__file__).with_name("triton_cases.py")), interpret=True))
+
+
+def case(results: dict[str, dict[str, float]], name: str) -> dict[str, float]:
+    found = results[name]
+    assert "error" not in found, found["error"]
+    return found
+
+
+def judge(found: dict[str, float], dtype: str) -> None:
+    """At most twice the error of the PyTorch road in the same dtype (or a rounding)."""
+    assert found["y"] <= max(2 * found["torch"], ROUNDING[dtype]), found
+    assert found["state"] <= max(2 * found.get("torch_state", 0), 2e-6), found
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", OPS)
+def test_an_operation_advances_over_the_tail_and_gives_the_new_outputs(op: str, kind: str, results: dict) -> None:
+    found = case(results, f"{op}; {kind}")
+    judge(found, kind[:4])
+    assert found["in_place"] == float(kind != "fp32, no tail")
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["fp32, dead", "fp16, dead", "fp32, no tail", "fresh"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_fused_kernel_gives_what_its_mixer_gives(mixer: str, kind: str, results: dict) -> None:
+    found, dtype = case(results, f"{mixer}; {kind}"), "fp16" if "fp16" in kind else "fp32"
+    judge(found, dtype)
+    assert found["taps"] <= ROUNDING[dtype]
+
+
+@needs_triton
+def test_heads_too_large_for_one_program_are_cut(results: dict) -> None:
+    judge(case(results, "mamba2; cut"), "fp32")
+
+
+@needs_triton
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_bit_depends_on_where_a_text_is_cut(mixer: str, results: dict) -> None:
+    found = case(results, f"{mixer}; same bits")
+    assert found["differ"] == 0 and found["spread"] > 0.01
+
+
+@needs_triton
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_new_document_finds_nothing_of_the_last(mixer: str, results: dict) -> None:
+    found = case(results, f"{mixer}; documents")
+    assert max(found["y"], found["state"], found["taps"]) < 1e-7
+    assert found["without"] > 0.01  # what the last document would have brought in
+
+
+@needs_triton
+def test_gated_linear_attention_and_retention_are_fused_with_what_stands_around_them(results: dict) -> None:
+    assert max(case(results, "gla and norm").values()) < 2e-6
+
+
+@needs_triton
+def test_every_kernel_builds_for_gpus_that_are_not_here() -> None:
+    quick = ["--arch", "90", "--dtype", "bfloat16", "--head-dim", "16"]
+    one_each = ["--only", "gated delta", "selective scan", "mamba", "mamba2"]
+    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, *one_each, interpret=False))
+    built = {row["kernel"] for row in rows if row["cubin_bytes"] > 0}
+    assert built == {"recurrence_kernel", "scan_kernel", "mamba_kernel", "heads_kernel"}
+    older = ["--arch", "80", "--only", "selective scan"]
+    assert json.loads(run("-m", "linearize.benchmarks.compile_kernels", *older, interpret=False))[0]["arch"] == 80
+
+
+def test_kernels_are_for_gpus_alone_and_imported_when_asked_for() -> None:
+    import torch
+
+    assert not kernels.takes(torch.zeros(3))
+    code = "import sys, linearize.ops.triton; print([m for m in sys.modules if m.startswith('linearize.ops.triton.')])"
+    assert run("-c", code, interpret=False).strip() == "[]"
