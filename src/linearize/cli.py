@@ -156,13 +156,19 @@ def generate(
     seed: Seed = None,
     draft: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses ahead.")] = None,
     prompt_lookup: Annotated[bool, typer.Option("--prompt-lookup", help="Guess ahead from the text itself.")] = False,
+    draft_tokens: Annotated[
+        str | None, typer.Option(metavar="K|auto", help="Guesses a round; auto (the default): as many as pay.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Say on stderr what guessing gave.")] = False,
     device: Device = None,
 ) -> None:
     """Continue a prompt."""
     from linearize.decoding.generate import generate_text
 
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
-    generate_text(model, prompt, prompt_lookup=prompt_lookup, **chosen)
+    if draft_tokens is not None:
+        chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
+    generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, **chosen)
 
 
 @app.command()

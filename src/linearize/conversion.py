@@ -54,6 +54,9 @@ def convert(
 ) -> LinearizedForCausalLM:
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
+    With `plan.depth` in the recipe (as in `draft`) the student is a draft: some of the layers of `teacher`, which may
+    be a student itself.
+
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
     folder, which is removed at the end. A recipe's `data.length` beyond the teacher's context becomes that context,
     unless `overrides` ask for it.
@@ -103,6 +106,7 @@ class Conversion:
             "teacher": prepared.name,
             "data": prepared.text.fingerprint(length, self.heldout),
             "seed": self.recipe.seed,
+            **self._draft(),
         }
         self.before: dict[str, Any] = {}
         self.losses: list[float] = []
@@ -140,7 +144,8 @@ class Conversion:
         recipe = self.recipe.to_yaml()
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         write_report(report, folder)
-        (folder / "README.md").write_text(model_card(report, recipe, self.student.config.to_dict()), encoding="utf-8")
+        card = model_card(report, recipe, self.student.config.to_dict())
+        (folder / "README.md").write_text(_of_draft(card, **self._draft()) if self._draft() else card, encoding="utf-8")
         plot_stages(report, folder / "plots")
         if report.layer_error:
             converted = [layer for layer, mixer in enumerate(report.mixers) if mixer is not None]
@@ -157,7 +162,7 @@ class Conversion:
         text, length = self.given.text, self.recipe.data.length
         sample = text.sample(length, CALIBRATION_TOKENS, EVALUATION_BATCH, self.student.device)
         for layer in new:  # one at a time: the samples of all layers may not fit into memory
-            calibrate(self.student, self.teacher, sample, [layer])
+            calibrate(self.student, self.given.layer_teacher, sample, [layer])
 
     def _run_stage(self, number: int, step: int) -> None:
         """One stage at one step of the schedule, from its checkpoint if there is one."""
@@ -180,7 +185,8 @@ class Conversion:
     ) -> StageResult:
         """A stage in the common loop, on its part of the rows."""
         rows = self.given.text.rows(stage.length or self.recipe.data.length, *part)
-        run, device = stage.build(self.student, self.teacher), self.student.device
+        teacher = self.given.layer_teacher if stage.by_layer else self.teacher
+        run, device = stage.build(self.student, teacher), self.student.device
 
         def stream(start: int) -> Any:
             for batch in batches(rows, stage.batch, stage.seed, start_step=start):
@@ -212,8 +218,9 @@ class Conversion:
     def _measure(self, moment: str, step: int) -> None:
         """The held-out loss now, and the layers' errors once all layers are converted."""
         self.losses.append(loss_only(self.student, self.heldout)[0])
-        if step == len(self.steps) - 1:
-            self.errors[moment] = layer_errors(self.student, self.teacher, self.heldout[0])
+        teacher = self.given.layer_teacher
+        if step == len(self.steps) - 1 and teacher is not None:
+            self.errors[moment] = layer_errors(self.student, teacher, self.heldout[0])
 
     def _why_skipped(self, stage: StageConfig) -> str | None:
         if stage.tokens == 0:
@@ -223,10 +230,16 @@ class Conversion:
         return None
 
     def _choices(self) -> dict[str, Any]:
-        """For the report: which layers were chosen by what, and in which steps they were converted."""
+        """For the report: which layers were chosen by what, the steps they were converted in, and those of a draft."""
         scores = [asdict(score) for score in self.given.scores]
         steps = [list(step) for step in self.steps]
-        return ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
+        found = ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
+        return found | self._draft()
+
+    def _draft(self) -> dict[str, Any]:
+        """Of a draft: its target's layers that it has, and how many the target has."""
+        depth = self.teacher.config.get_text_config().num_hidden_layers
+        return {} if self.given.layers is None else {"draft": {"layers": list(self.given.layers), "of": depth}}
 
     def _ablation(self) -> Any:
         reach = window_reach(self.student.config.mixers())
@@ -236,6 +249,20 @@ class Conversion:
 def note(line: str) -> None:
     """One line for people, on stderr."""
     print(f"linearize: {line}", file=sys.stderr)
+
+
+def _of_draft(card: str, draft: Mapping[str, Any]) -> str:
+    """A student's model card that says first of all that this is a draft."""
+    top, heading, rest = card.partition("\n# ")
+    title, _, rest = rest.partition("\n")
+    target, layers = title.removesuffix(", linearized"), draft["layers"]
+    which = f"Layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return (
+        f"{top}{heading}A draft of {target}\n\n{which} of the target's {draft['of']}, with its vocabulary: it proposes "
+        "tokens that the target verifies (`linearize generate TARGET --draft FOLDER`). Below, *teacher* is the target; "
+        "the share of tokens where both have the same most likely one estimates how often greedy decoding accepts a "
+        f"proposed token.\n{rest}"
+    )
 
 
 def _share_of(stage: StageConfig, step: int, steps: int) -> tuple[StageConfig, tuple[int, int]]:

@@ -18,6 +18,7 @@ from linearize.training.stages import STAGES
 Key = tuple[str, ...]
 _LAYERS = ("plan", "layers")
 _SCHEDULE = ("plan", "schedule")
+_MIXER = ("plan", "mixer")
 _LAYER_FORMS = ({"keep", "select"}, {"every"})
 
 
@@ -78,10 +79,17 @@ def applied(data: dict[str, Any], overrides: Mapping[str, Any], everything: Mapp
             before = _find(data, _LAYERS)
             kept = {k: v for k, v in before.items() if k in form} if isinstance(before, dict) else {}
             key, value = key[:-1], kept | {key[-1]: value}
-        elif not (key[:2] == ("plan", "overrides") and len(key) in (3, 4)) and key[:-1] != _SCHEDULE:
+        elif not _opens(key, everything):
             _check(key, data, everything)
         _set(data, key, value)
     return data
+
+
+def _opens(key: Key, everything: Mapping[str, Any]) -> bool:
+    """Whether a key may open a part that the recipe leaves empty; what it says there is checked with the recipe."""
+    if key[:2] == ("plan", "overrides"):
+        return len(key) in (3, 4)
+    return key[:-1] == _SCHEDULE or (key[:-1] == _MIXER and _find(everything, _MIXER) is None)
 
 
 def _layer_form(key: Key) -> set[str]:
@@ -151,7 +159,7 @@ def _find(node: Any, key: Key) -> Any:
 
 def _table(key: Key) -> Mapping[str, type[BaseModel]] | None:
     """The table that names what may stand at this key."""
-    if key == ("plan", "mixer") or (key[:2] == ("plan", "overrides") and len(key) == 3):
+    if key == _MIXER or (key[:2] == ("plan", "overrides") and len(key) == 3):
         return MIXERS
     if key == _SCHEDULE:
         return SCHEDULES

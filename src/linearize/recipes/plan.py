@@ -1,11 +1,12 @@
-"""The plan: which mixer sits in which layer. A layer without a mixer keeps its softmax attention."""
+"""The plan: which layers there are, and which mixer sits in which. A layer without one keeps its attention."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, Union
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
@@ -89,14 +90,39 @@ class EveryLayer(BaseModel):
 
 class PlanConfig(BaseModel):
     """The mixer, the layers it goes to, other mixers for single layers, and whether the layers are converted all at
-    once or step by step (`schedule`). Negative indices count from the end."""
+    once or step by step (`schedule`). Negative indices count from the end.
+
+    `depth` makes a draft, the target with some of its layers alone: their number, or a list of them. All other layer
+    indices are those of the draft then, and `mixer` may be left out: the layers stay as they are.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mixer: MixerChoice
+    depth: int | tuple[int, ...] | None = Field(None, validate_default=True, description="null: all layers, no draft")
+    mixer: MixerChoice | None = Field(None, validate_default=True, description="null: none, of a draft alone")
     layers: Literal["all"] | tuple[int, ...] | KeepLayers | EveryLayer = "all"
     overrides: dict[int, MixerChoice] = Field(default_factory=dict, description="another mixer for single layers")
     schedule: ScheduleChoice | None = Field(None, description="null: all layers at once")
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _check_depth(cls, value: object) -> object:
+        if value is None or (_is_int(value) and value >= 1) or (_is_index_list(value) and value):  # type: ignore[operator]
+            return value
+        raise InputError(f"{value!r} given; allowed: a number of layers from 1, or a list of layers like [0, 2, -1]")
+
+    @field_validator("mixer")
+    @classmethod
+    def _mixer_or_draft(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and info.data.get("depth", 1) is None:
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_place(self) -> PlanConfig:
+        if self.mixer is None and (self.layers != "all" or self.overrides or self.schedule is not None):
+            raise ValueError("layers, overrides and schedule say where plan.mixer goes: give it or leave them out")
+        return self
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -115,8 +141,26 @@ class PlanConfig(BaseModel):
         """Whether `resolve` needs to know how sensitive the layers are."""
         return isinstance(self.layers, KeepLayers) and self.layers.needs_scores
 
+    def draft_layers(self, num_layers: int) -> list[int] | None:
+        """The target's layers that a draft has, in order; None where the plan makes no draft.
+
+        Of a number n: the first, the last and evenly between; of 1, the first.
+
+        Raises:
+            InputError: more layers than the target has, one that it does not have, or one named twice.
+        """
+        if self.depth is None:
+            return None
+        if not isinstance(self.depth, int):
+            return sorted(layer_indices(self.depth, num_layers, "plan.depth"))
+        if self.depth > num_layers:
+            raise InputError(
+                f"plan.depth: {self.depth} layers given, the target has {num_layers}: give at most {num_layers}"
+            )
+        return [i * (num_layers - 1) // max(self.depth - 1, 1) for i in range(self.depth)]
+
     def resolve(self, num_layers: int, scores: Sequence[float] | None = None) -> list[MixerChoice | None]:
-        """One entry per layer: its mixer's config, or None where the layer keeps softmax attention.
+        """One entry per layer: its mixer's config, or None where the layer keeps its attention.
 
         Args:
             scores: what replacing each layer alone costs; needed where `needs_scores`.
@@ -125,6 +169,8 @@ class PlanConfig(BaseModel):
             InputError: an index the model does not have or named twice, an override of a layer that is not converted
                 (or not yet known to be), or nothing to convert.
         """
+        if self.mixer is None:
+            return [None] * num_layers
         if self.needs_scores and self.overrides:
             raise InputError(
                 "plan.overrides: single layers given, but plan.layers.select: sensitivity chooses the layers; "

@@ -10,15 +10,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
-from linearize.decoding.loading import pick_device
+from linearize.decoding.loading import is_student, pick_device
 from linearize.errors import InputError
 from linearize.evaluation.sensitivity import LayerScore, layer_sensitivity
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
-from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.teacher import load_teacher
+from linearize.modeling.truncate import truncate
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
@@ -27,6 +29,7 @@ from linearize.training.own_loop import OwnLoopConfig
 from linearize.training.pseudo_labels import pseudo_labeller
 from linearize.training.sampling import self_sampler
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
+from linearize.training.stages.trainable import own
 from linearize.training.supply import TrainingText
 
 EVALUATION_BATCH = 8
@@ -40,12 +43,16 @@ class Prepared:
 
     `plan`: the mixer of each layer in the end. `steps`: the layers converted after each step of the schedule; the
     student has those of the first. `scores`: how sensitive the layers are, where the plan asks for it. `heldout`: on
-    the teacher's device.
+    the teacher's device. Of a draft `teacher` is its target and `layers` are the target's layers that it has.
+    `layer_teacher`: the teacher with the student's layers: itself, or cut as the draft is; None where a draft has the
+    mixers of a target that is a student.
     """
 
     name: str
     recipe: Recipe
     teacher: Any
+    layer_teacher: Any
+    layers: Sequence[int] | None
     tokenizer: Any
     student: LinearizedForCausalLM
     plan: Sequence[MixerConfig | None]
@@ -67,7 +74,7 @@ def prepare(
     """Load and check everything; nothing has been written or trained when this returns.
 
     Args:
-        name: the teacher, a folder or a Hub name. specs: of the data.
+        name: the teacher (of a draft: its target), a folder or a Hub name. specs: of the data.
         asked: recipe keys that were asked for: a length among them is refused beyond the teacher's context, where
             another is cut down to it.
 
@@ -75,26 +82,61 @@ def prepare(
         InputError: anything given that cannot be used.
     """
     _check_starts(recipe.plan)
-    teacher, tokenizer = _load_teacher(name, device, recipe.seed, trust_remote_code)
+    makes_draft = recipe.plan.depth is not None
+    teacher, tokenizer = _load_teacher(name, device, recipe.seed, trust_remote_code, students=makes_draft)
     recipe, cut = _fit_length(recipe, _context(teacher), asked)
-    sites = probe(teacher)
+    layers = recipe.plan.draft_layers(teacher.config.get_text_config().num_hidden_layers)
+    base = teacher if layers is None else truncate(teacher, layers)
+    if isinstance(base, LinearizedForCausalLM):
+        return _draft_of_student(name, recipe, teacher, tokenizer, base, layers or [], specs, cut)
+    sites = probe(base)
     scores: list[LayerScore] = []
-    plan, steps, untouched = _planned(recipe.plan, sites, teacher, scores)
-    student = _student(teacher, name, plan, recipe.seed)
-    _check_stages(recipe, student, teacher, tokenizer)
+    plan, steps, untouched = _planned(recipe.plan, sites, base, scores)
+    student = _student(base, name, plan, recipe.seed)
+    _check_stages(recipe, student, base, tokenizer)
     text, heldout = _read_text(teacher, tokenizer, recipe.data, specs)
     _check_rows(recipe, text, len(steps))
     if recipe.plan.needs_scores:
-        scores = layer_sensitivity(teacher, recipe.plan.mixer, _sample(recipe, text, teacher, SENSITIVITY_TOKENS))
-        plan, steps, untouched = _planned(recipe.plan, sites, teacher, scores)
+        assert recipe.plan.mixer is not None
+        scores = layer_sensitivity(base, recipe.plan.mixer, _sample(recipe, text, teacher, SENSITIVITY_TOKENS))
+        plan, steps, untouched = _planned(recipe.plan, sites, base, scores)
     if scores or len(steps) > 1:
         first = [mixer if layer in steps[0] else None for layer, mixer in enumerate(plan)]
-        student = _student(teacher, name, first, recipe.seed)
+        student = _student(base, name, first, recipe.seed)
     for notice in cut + untouched:
         LOG.warning(notice)
     return Prepared(
-        name=name, recipe=recipe, teacher=teacher, tokenizer=tokenizer, student=student, plan=plan, steps=steps,
-        scores=scores, text=text, heldout=heldout,
+        name=name, recipe=recipe, teacher=teacher, layer_teacher=base, layers=layers, tokenizer=tokenizer,
+        student=student, plan=plan, steps=steps, scores=scores, text=text, heldout=heldout,
+    )  # fmt: skip
+
+
+def _draft_of_student(
+    name: str,
+    recipe: Recipe,
+    target: Any,
+    tokenizer: Any,
+    draft: LinearizedForCausalLM,
+    layers: Sequence[int],
+    specs: Sequence[str],
+    notices: Sequence[str],
+) -> Prepared:
+    """A draft that keeps the mixers of the target's layers: nothing is converted, and no mixer starts anew."""
+    if (mixer := recipe.plan.mixer) is not None:
+        raise InputError(
+            f"plan.mixer {mixer.name} given, but {name} is a student, whose draft keeps the mixers of its layers: "  # type: ignore[attr-defined]
+            "set plan.mixer to null"
+        )
+    draft.config.teacher_name = name
+    own(draft, target, draft.mixer_parameters())
+    _check_stages(recipe, draft, target, tokenizer, converted=False)
+    text, heldout = _read_text(target, tokenizer, recipe.data, specs)
+    _check_rows(recipe, text, 1)
+    for notice in notices:
+        LOG.warning(notice)
+    return Prepared(
+        name=name, recipe=recipe, teacher=target, layer_teacher=None, layers=layers, tokenizer=tokenizer,
+        student=draft, plan=draft.config.mixers(), steps=[[]], scores=[], text=text, heldout=heldout,
     )  # fmt: skip
 
 
@@ -135,6 +177,8 @@ def inspect_sensitivity(
         InputError: a teacher, data or recipe that cannot be used.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if (mixer := chosen.plan.mixer) is None:
+        raise InputError(f"recipe {chosen.name} has no plan.mixer to replace layers by: give another recipe")
     _check_starts(chosen.plan)
     model, tokenizer = _load_teacher(teacher, device, chosen.seed, trust_remote_code)
     chosen, cut = _fit_length(chosen, _context(model), ())
@@ -142,10 +186,10 @@ def inspect_sensitivity(
     for notice in cut:
         LOG.warning(notice)
     sample = _sample(chosen, text, model, tokens)
-    scores = layer_sensitivity(model, chosen.plan.mixer, sample)
+    scores = layer_sensitivity(model, mixer, sample)
     return {
         "model": teacher,
-        "mixer": str(chosen.plan.mixer.name),  # type: ignore[attr-defined]
+        "mixer": str(mixer.name),  # type: ignore[attr-defined]
         "tokens": sum(batch["input_ids"].numel() for batch in sample),
         "layers": [asdict(score) for score in scores],
     }
@@ -165,7 +209,7 @@ def _check_starts(plan: PlanConfig) -> None:
         InputError: such a mixer.
     """
     size = AttentionShape(num_heads=1, num_kv_heads=1, head_dim=2, value_dim=2, model_dim=2)
-    for mixer in (plan.mixer, *plan.overrides.values()):
+    for mixer in filter(None, (plan.mixer, *plan.overrides.values())):
         if isinstance(mixer, LayerMixerConfig) and mixer.initialise == "calibrate":
             with torch.random.fork_rng():
                 built = mixer.build(size)
@@ -173,8 +217,11 @@ def _check_starts(plan: PlanConfig) -> None:
                 built.calibrate(())  # says why not, and what to do
 
 
-def _check_stages(recipe: Recipe, student: LinearizedForCausalLM, teacher: Any, tokenizer: Any) -> None:
-    """Refuse stages that could not run later on; `student` has every layer of the plan converted.
+def _check_stages(
+    recipe: Recipe, student: LinearizedForCausalLM, teacher: Any, tokenizer: Any, *, converted: bool = True
+) -> None:
+    """Refuse stages that could not run later on; `student` has every layer of the plan converted (not `converted`: it
+    is a draft with its target's mixers).
 
     Raises:
         InputError: a stage that does not fit mixers, teacher, tokenizer or data.
@@ -188,6 +235,11 @@ def _check_stages(recipe: Recipe, student: LinearizedForCausalLM, teacher: Any, 
             if isinstance(stage, OwnLoopConfig):
                 stage.check_data(tokenizer, _context(teacher))
                 continue
+            if stage.by_layer and not converted:
+                raise InputError(
+                    f"{stage.name} compares layers with the attention that they replaced, which a draft of a student "
+                    "does not have: use distill"
+                )
             if isinstance(stage, AttentionTransferConfig) and others:
                 raise InputError(
                     f"attention_transfer compares attention outputs, which {', '.join(others)} does not have (it "
@@ -219,12 +271,19 @@ def _context(teacher: Any) -> int | None:
     return found
 
 
-def _load_teacher(name: str, device: str | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Teacher and tokenizer on their device; in fp32 on a CPU."""
+def _load_teacher(
+    name: str, device: str | None, seed: int, trust_remote_code: bool, *, students: bool = False
+) -> tuple[Any, Any]:
+    """Teacher (or one of our `students`, frozen) and tokenizer on their device; in fp32 on a CPU."""
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     where = str(pick_device(device))
-    teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
+    if students and is_student(name):
+        teacher: Any = load(name, device=where)
+        teacher.requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    else:
+        teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
     if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()
     return teacher, tokenizer

@@ -76,7 +76,7 @@ class Recipe(BaseModel):
         """The whole recipe as YAML, every default spelled out; `load_recipe` reads it back."""
         data = self.model_dump(mode="json")
         plan = data["plan"]
-        plan["mixer"] = _name_first(plan["mixer"])
+        plan["mixer"] = plan["mixer"] and _name_first(plan["mixer"])
         plan["overrides"] = {int(layer): _name_first(mixer) for layer, mixer in plan["overrides"].items()}
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -18,8 +18,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StageConfig(BaseModel):
-    """Settings that every stage shares. Frozen; unknown keys are refused; the stage's own config derives from it."""
+    """Settings that every stage shares. Frozen; unknown keys are refused; the stage's own config derives from it.
 
+    `by_layer`: whether the stage compares each layer with the attention that it replaced; its teacher has the student's
+    layers then, also where the student is a draft with fewer than its target.
+    """
+
+    by_layer: ClassVar[bool] = False
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str

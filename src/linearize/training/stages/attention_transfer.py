@@ -10,7 +10,7 @@ Letters: B batch, H query heads, G key/value heads, T tokens, V value dimension.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -36,6 +36,7 @@ class AttentionTransferConfig(StageConfig):
     others; `none` is raw.
     """
 
+    by_layer: ClassVar[bool] = True
     name: Literal["attention_transfer"] = "attention_transfer"
     mse: float = Field(1.0, ge=0)
     weights_ce: float = Field(0.0, ge=0)

@@ -8,17 +8,18 @@ Letters: B batch, T tokens, M model width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.truncate import block_name
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.losses import counted
 from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
-from linearize.training.stages.trainable import block_name, own
+from linearize.training.stages.trainable import own
 
 
 class HiddenAlignmentConfig(StageConfig):
@@ -29,6 +30,7 @@ class HiddenAlignmentConfig(StageConfig):
     adds there (measured once, before the stage), so that late layers do not drown the others; `none` is raw.
     """
 
+    by_layer: ClassVar[bool] = True
     name: Literal["hidden_alignment"] = "hidden_alignment"
     output: Literal["mixer", "block"] = "mixer"
     normalize: Literal["power", "none"] = "power"

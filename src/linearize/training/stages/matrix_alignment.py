@@ -8,7 +8,7 @@ Letters: B batch, H heads, T tokens (n of the query, i of the key), M model widt
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from linearize.training.stages.trainable import own
 class MatrixAlignmentConfig(StageConfig):
     """Settings of the stage: those that all stages share."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["matrix_alignment"] = "matrix_alignment"
 
     def check(self, student: Any, teacher: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.truncate import block_name
 
 
 def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
@@ -22,13 +23,6 @@ def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
             if not holds_attention and any(parameter.dim() > 1 for parameter in child.parameters()):
                 found |= {f"{path}.{inner}" for inner, _ in child.named_parameters()}
     return found
-
-
-def block_name(site: str) -> str:
-    """The decoder layer of an attention module: its name up to the layer's number."""
-    parts = site.split(".")
-    last = max(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: last + 1])
 
 
 def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
