@@ -18,11 +18,11 @@ from linearize.decoding.generate import continue_text
 from linearize.demo.show import LineOrBar, show_demo
 from linearize.demo.text import DemoText, write_text
 from linearize.errors import InputError
-from linearize.evaluation.speed import DecodeCost, decode_cost
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.plots import plot_decode_cost, plot_loss_by_position, plot_recall, plot_stages
 from linearize.evaluation.recall import RecallReport, recall_beyond_window
 from linearize.evaluation.report import ConversionReport, provenance, read_report
+from linearize.evaluation.speed import DecodeCost, decode_cost
 from linearize.files import atomic_folder, atomic_write_text
 from linearize.modeling.teacher import load_teacher
 from linearize.ops.window_linear.window import ring_slots
