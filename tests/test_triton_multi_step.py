@@ -51,6 +51,12 @@ def judge(found: dict[str, float], dtype: str) -> None:
 
 
 @needs_triton
+def test_operations_take_the_kernel_by_name(results: dict) -> None:
+    found = case(results, "dispatched")
+    assert set(found) == {"decay", "delta", "scan"} and max(found.values()) < 5e-6
+
+
+@needs_triton
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", OPS)
 def test_an_operation_advances_over_the_tail_and_gives_the_new_outputs(op: str, kind: str, results: dict) -> None:

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import linearize.ops.decay_linear as decay_op
+import linearize.ops.gated_delta as delta_op
+import linearize.ops.selective_scan as scan_op
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.layer_mixer import LayerMixer, RecurrentState
 from linearize.ops.decay_linear.reference import reference as decay_reference
@@ -154,6 +157,31 @@ def op_cases() -> dict[str, Callable[..., dict[str, float]]]:
         "gated delta": op_case(gated_delta_steps, delta_reference, (q, unit, v, head, beta), 0, S, 2),
         "selective scan": op_case(selective_scan_steps, scan_reference, scan, 4, h, 1),
     }
+
+
+def dispatched() -> dict[str, float]:
+    """The forms as the operations choose them by name: the kernel against the step-by-step form, with a tail."""
+    g = torch.Generator().manual_seed(5)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g)
+
+    q, k, v, decay = normal(2, 3, 3, 5), normal(2, 3, 7, 5), normal(2, 3, 7, 9), -normal(2, 3, 7).abs()
+    scan = (normal(2, 7, 14), normal(2, 7, 14).abs(), -normal(14, 3).abs(), normal(2, 7, 7, 3), normal(2, 3, 7, 3))
+    calls = {
+        "decay": (decay_op, (q, k, v, decay), normal(2, 3, 5, 9)),
+        "delta": (delta_op, (q, k / k.norm(dim=-1, keepdim=True), v, decay, decay.exp()), normal(2, 3, 5, 9)),
+        "scan": (scan_op, scan, normal(2, 14, 3)),
+    }
+    gaps = {}
+    for name, (op, inputs, state) in calls.items():
+        found = {}
+        for form in ("triton", "reference"):
+            with op.use_form(form):
+                run = getattr(op, op.__name__.rpartition(".")[2])
+                found[form] = run(*inputs, layout=Layout(start=7), state=state.clone(), commit=4)
+        gaps[name] = max(gap(a, b) for a, b in zip(found["triton"], found["reference"], strict=True))
+    return gaps
 
 
 def gla_case() -> dict[str, float]:
@@ -329,7 +357,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def cases() -> dict[str, Callable[[], dict[str, float]]]:
-    found: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case}
+    found: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case, "dispatched": dispatched}
     for op, run in op_cases().items():
         for label, setting in SETTINGS.items():
             found[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)

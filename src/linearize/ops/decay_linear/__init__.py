@@ -8,6 +8,7 @@ One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and
 | few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py` | linear in T, matrix products | training, prefill |
 | fla | `backends.py` | the same, in Triton | CUDA tensors without padding or packing, where `fla` is installed |
+| triton | `../triton/` | tail and guesses in one launch | CUDA, by `use_form` only: not measured yet |
 """
 
 from __future__ import annotations
@@ -28,13 +29,22 @@ from linearize.ops.pairs import MANY, in_parts
 
 __all__ = ["FORMS", "decay_linear", "use_form"]
 
+
+def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    from linearize.ops.triton.recurrence import decay_linear_steps
+
+    return decay_linear_steps(*inputs, **options)
+
+
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
     "few": few,
     "chunked": chunked,
     "fla": fla_decay_linear,
+    "triton": steps,
 }
-MULTI_STEP = {"reference", "few"}  # forms that know `commit` and fewer queries than tokens
+MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
 _forced = ForcedForm("decay_linear")
 use_form = _forced.use
 

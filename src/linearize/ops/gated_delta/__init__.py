@@ -8,6 +8,7 @@
 | fla | `backends.py` | a Triton kernel | CUDA tensors without padding or packing, where `fla` is installed |
 
 Letters: B batch, H heads, T tokens, U of them (the last) with an output, K key dimension, V value dimension.
+| triton | `../triton/` | tail and guesses in one launch | CUDA, by `use_form` only: not measured yet |
 """
 
 from __future__ import annotations
@@ -28,13 +29,22 @@ from linearize.ops.pairs import MANY, in_parts
 
 __all__ = ["FORMS", "gated_delta", "use_form"]
 
+
+def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    from linearize.ops.triton.recurrence import gated_delta_steps
+
+    return gated_delta_steps(*inputs, **options)
+
+
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
     "few": few,
     "chunked": chunked,
     "fla": fla_form,
+    "triton": steps,
 }
-MULTI_STEP = {"reference", "few"}  # forms that know `commit` and fewer queries than tokens
+MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
 _forced = ForcedForm("gated_delta")
 use_form = _forced.use
 

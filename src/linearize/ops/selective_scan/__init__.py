@@ -6,6 +6,7 @@
 | few | `few.py` | a few tokens: verification of guesses |
 | chunked | `chunked.py` | training, prefill |
 | mamba_ssm | `backends.py` | CUDA tensors, where that package is installed and can do the call |
+| triton | `../triton/` | tail and guesses in one launch on CUDA, by `use_form` only: not measured yet |
 """
 
 from __future__ import annotations
@@ -27,13 +28,24 @@ from linearize.ops.selective_scan.reference import reference
 
 __all__ = ["FORMS", "selective_scan", "use_form"]
 
+
+def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    from linearize.ops.triton.channels import selective_scan_steps
+
+    need_state = options.pop("need_state")
+    y, after = selective_scan_steps(*inputs, **options)
+    return y, after if need_state else None
+
+
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
     "few": few,
     "chunked": chunked,
     "mamba_ssm": mamba_ssm,
+    "triton": steps,
 }
-MULTI_STEP = {"reference", "few"}  # forms that know `commit` and fewer queries than tokens
+MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
 _forced = ForcedForm("selective_scan")
 use_form = _forced.use
 
