@@ -262,13 +262,17 @@ def test_every_suite_can_be_told_and_kept() -> None:
     [
         (["eval", "--compare", "a", "b", "--limit", "3"], ["eval", "--compare", "a", "--compare", "b", "--limit", "3"]),
         (["eval", "x", "--compare", "a"], ["eval", "x", "--compare", "a"]),
-        (["eval", "--compare", "--json"], ["eval", "--compare", "--json"]),
-        (["eval", "x", "--compare"], ["eval", "x", "--compare"]),
         (["--compare", "a", "--compare", "b", "c"], ["--compare", "a", "--compare", "b", "--compare", "c"]),
     ],
 )  # fmt: skip
 def test_compare_takes_several_values(given: list[str], expected: list[str]) -> None:
     assert each_with_its_option(given, "--compare") == expected
+
+
+@pytest.mark.parametrize("given", [["eval", "--compare", "--json"], ["eval", "x", "--compare"]])
+def test_compare_without_a_value(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    assert capsys.readouterr().err == "linearize: --compare without a value: give one or more after it\n"
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = each_with_its_option([argument for argument in arguments if argument != "--debug"], "--compare")
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         if not debug:
             _quiet_libraries()
+        arguments = each_with_its_option(arguments, "--compare")
         with get_command(app).make_context("linearize", arguments) as context:
             context.command.invoke(context)
         sys.stdout.flush()

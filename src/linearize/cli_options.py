@@ -44,12 +44,16 @@ Temperature = Annotated[
 
 
 def each_with_its_option(arguments: Sequence[str], option: str) -> list[str]:
-    """`--compare A B` as `--compare A --compare B`: all values up to the next option belong to it."""
+    """`--compare A B` as `--compare A --compare B`: all values up to the next option belong to it.
+
+    Raises InputError for the option without a value.
+    """
     spread: list[str] = []
     values: int | None = None  # how many the open option has had; None: it is not open
     for argument in (*arguments, "-"):
         if values is not None and argument.startswith("-"):
-            spread += [option] if values == 0 else []  # the parser says what is missing
+            if values == 0:
+                raise InputError(f"{option} without a value: give one or more after it")
             values = None
         if argument == option:
             values = 0
