@@ -99,6 +99,8 @@ def evaluate(
     name, planned = _planned(suite, tasks, sections, chosen)
     final = _checked_out(out, models)
     notes: list[str] = []
+    if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
+        notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
     origins = [Origin.read(path) for path in models]
     contestants = load_contestants(models, str(teacher) if teacher else None, origins, chosen.device, notes)
     documents = _documents(list(data or ()), origins, contestants, chosen, notes)
