@@ -246,6 +246,7 @@ def test_bench_is_the_section_speed(folder: Path, capsys: pytest.CaptureFixture[
     ]
     assert main([*argv, "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
+    assert result["documents"] == 0 and not result["notes"]
     points = result["sections"]["speed"]["points"]
     assert {(p["model"], p["context"]) for p in points} == {(m, c) for m in ("teacher", "student") for c in (24, 40)}
 

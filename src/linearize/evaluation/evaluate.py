@@ -103,7 +103,8 @@ def evaluate(
         notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
     origins = [Origin.read(path) for path in models]
     contestants = load_contestants(models, str(teacher) if teacher else None, origins, chosen.device, notes)
-    documents = _documents(list(data or ()), origins, contestants, chosen, notes)
+    wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time
+    documents = _documents(list(data or ()), origins, contestants, chosen, notes) if wanted else []
     planned = _with_text(planned, bool(documents), models, notes)
     setting = _setting(contestants, documents, origins, chosen, final)
     for section in planned:
