@@ -24,7 +24,8 @@ B, H, G, D, V, T = 2, 6, 3, 5, 7, 47
 M = 11
 SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=M)
 EQUAL = {"mamba"}  # mixers that need values as wide as keys
-FP32 = {"rtol": 1e-5, "atol": 5e-5}  # of logits in the order of 6: rounding of a few layers in fp32
+FP32 = {"rtol": 1e-5, "atol": 2e-5}  # of logits in the order of 6: rounding of a few layers in fp32
+FP64 = {"rtol": 1e-9, "atol": 1e-9}
 SCORES: dict[str, Any] = {"scaling": 0.61, "softcap": 3.0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lolcats": [
@@ -169,15 +170,15 @@ def test_b_batch_order_changes_nothing(config: MixerConfig) -> None:
 
 @every_mixer
 def test_b_packing_changes_nothing(config: MixerConfig) -> None:
-    model, documents = student(config), [[11, 1, 32, 3], [30, 17]]
+    model, documents = student(config).double(), [[11, 1, 32, 3], [30, 17]]
     ids = text(2, T)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
     whole = model(ids, position_ids=positions).logits
     for row, lengths in enumerate(documents):
         apart = [model(part[None]).logits[0] for part in ids[row].split(lengths)]
-        torch.testing.assert_close(whole[row], torch.cat(apart), **FP32)
+        torch.testing.assert_close(whole[row], torch.cat(apart), **FP64)
     one_row = positions[:1]
-    torch.testing.assert_close(model(ids, position_ids=one_row).logits[0], whole[0], **FP32)
+    torch.testing.assert_close(model(ids, position_ids=one_row).logits[0], whole[0], **FP64)
 
 
 @every_mixer
