@@ -145,7 +145,7 @@ class Conversion:
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         write_report(report, folder)
         card = model_card(report, recipe, self.student.config.to_dict())
-        (folder / "README.md").write_text(_of_draft(card, **self._draft()) if self._draft() else card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         plot_stages(report, folder / "plots")
         if report.layer_error:
             converted = [layer for layer, mixer in enumerate(report.mixers) if mixer is not None]
@@ -249,20 +249,6 @@ class Conversion:
 def note(line: str) -> None:
     """One line for people, on stderr."""
     print(f"linearize: {line}", file=sys.stderr)
-
-
-def _of_draft(card: str, draft: Mapping[str, Any]) -> str:
-    """A student's model card that says first of all that this is a draft."""
-    top, heading, rest = card.partition("\n# ")
-    title, _, rest = rest.partition("\n")
-    target, layers = title.removesuffix(", linearized"), draft["layers"]
-    which = f"Layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    return (
-        f"{top}{heading}A draft of {target}\n\n{which} of the target's {draft['of']}, with its vocabulary: it proposes "
-        "tokens that the target verifies (`linearize generate TARGET --draft FOLDER`). Below, *teacher* is the target; "
-        "the share of tokens where both have the same most likely one estimates how often greedy decoding accepts a "
-        f"proposed token.\n{rest}"
-    )
 
 
 def _share_of(stage: StageConfig, step: int, steps: int) -> tuple[StageConfig, tuple[int, int]]:

@@ -15,7 +15,8 @@ def model_card(report: ConversionReport, recipe_yaml: str, config: Mapping[str, 
     """Markdown with YAML front matter. `config` is the student's `config.json` as a dict."""
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(report), sort_keys=False, allow_unicode=True)}---",
-        f"# {Path(report.teacher).name}, linearized",
+        f"# {_title(report)}",
+        *_draft(report.provenance.get("draft")),
         _summary(report, config),
         f"## Losses\n\n{_loss_table(report)}\n\n{_agreement(report)}",
         f"## How to load\n\n{_loading()}",
@@ -34,6 +35,24 @@ def _front_matter(report: ConversionReport) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["linearize", "linear-attention", "distillation", report.recipe],
     }
+
+
+def _title(report: ConversionReport) -> str:
+    name = Path(report.teacher).name
+    return f"A draft of {name}" if "draft" in report.provenance else f"{name}, linearized"
+
+
+def _draft(draft: Mapping[str, Any] | None) -> list[str]:
+    """What a draft is, where this is one: some layers of its target."""
+    if draft is None:
+        return []
+    layers = draft["layers"]
+    which = f"Layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return [
+        f"{which} of the target's {draft['of']}, with its vocabulary: it proposes tokens that the target verifies "
+        "(`linearize generate TARGET --draft FOLDER`). Below, *teacher* is the target; the share of tokens where both "
+        "have the same most likely one estimates how often greedy decoding accepts a proposed token."
+    ]
 
 
 def _summary(report: ConversionReport, config: Mapping[str, Any]) -> str:
