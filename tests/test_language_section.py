@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError
+from linearize.evaluation.branches import longest_reach
 from linearize.evaluation.evidence import evidence_classes, evidence_distance
 from linearize.evaluation.kept import Kept
 from linearize.evaluation.section import Contestant, Numbers, Setting
-from linearize.evaluation.sections.language import Language, longest_window
+from linearize.evaluation.sections.language import Language
 from linearize.evaluation.theme import styled
 from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
 from linearize.training.documents import Document, Example, tokenize
@@ -141,7 +142,9 @@ def evidence_by_hand(ids: list[int]) -> list[int]:
 
 def test_evidence(numbers: Numbers, models: dict[str, PreTrainedModel]) -> None:
     distance = torch.cat([torch.tensor(evidence_by_hand(ids)) for ids in pieces()])
-    reach = longest_window(Contestant(name="s", role="student", path="", model=models["window"], tokenizer=TOKENIZER))
+    reach = longest_reach(
+        Contestant(name="s", role="student", path="", model=models["window"], tokenizer=TOKENIZER).plan
+    )
     assert reach == 8 and [e["reach"] for e in numbers["evidence"]] == [8, 64]
     assert [e["students"] for e in numbers["evidence"]] == [["window"], ["recurrent"]]
     teacher, both = torch.cat(alone(models["teacher"])[0]), torch.cat(alone(models["window"])[0])

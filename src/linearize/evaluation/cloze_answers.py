@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize.decoding.loading import pad_token
 from linearize.evaluation.agreement import LOGITS_BYTES, View
 from linearize.evaluation.cloze_items import ClozeItem
-from linearize.evaluation.recall import left_padded, matches
+from linearize.evaluation.recall import matches
+from linearize.training.pseudo_labels import left_padded
 
 SPARE_TOKENS = 2  # written beyond the word's own, so that a longer word shows
 
@@ -121,9 +122,9 @@ def write_words(
     for start in range(0, len(items), batch):
         told(start)
         some = order[start : start + batch]
-        ids_BT, mask_BT = left_padded([items[i].context_ids for i in some], pad=pad)
+        ids_BT, mask_BT = left_padded([items[i].context_ids for i in some], pad, model.device)
         out_BT = generate(
-            input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), do_sample=False, num_beams=1,
+            input_ids=ids_BT, attention_mask=mask_BT, do_sample=False, num_beams=1,
             repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=pad,
             max_new_tokens=max(len(items[i].choice_ids[0]) for i in some) + SPARE_TOKENS,
         )  # fmt: skip

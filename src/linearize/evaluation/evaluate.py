@@ -29,7 +29,6 @@ from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
 from linearize.evaluation.verdict import verdict
 from linearize.files import atomic_write_text
-from linearize.modeling import LinearizedForCausalLM
 from linearize.training.documents import Document
 
 FORMAT = 1
@@ -299,7 +298,6 @@ def _as_after_convert(language: Mapping[str, Any], setting: Setting) -> dict[str
 
 def _described(contestant: Contestant) -> dict[str, Any]:
     model = contestant.model
-    plan = model.config.plan if isinstance(model, LinearizedForCausalLM) else ()
     return {
         "name": contestant.name,
         "role": contestant.role,
@@ -307,7 +305,7 @@ def _described(contestant: Contestant) -> dict[str, Any]:
         "student": is_student(contestant.path),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "mixers": ["softmax" if entry is None else entry["name"] for entry in plan],
+        "mixers": contestant.mixer_names,
     }
 
 

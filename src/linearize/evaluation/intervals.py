@@ -33,6 +33,10 @@ class Mean:
         """The 95% interval; None where the error is unknown."""
         return None if self.error is None else interval(self.value, self.error)
 
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON-able: value and standard error."""
+        return {"value": self.value, "error": self.error}
+
 
 def interval(value: float, error: float) -> tuple[float, float]:
     """The normal 95% interval of a value with this standard error."""

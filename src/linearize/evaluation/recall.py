@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
 from linearize.errors import InputError
+from linearize.training.pseudo_labels import left_padded
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, so that a longer wrong answer shows
 TIE = 1e-3  # nats between two tokens that the arithmetic's noise may swap, at least
@@ -147,11 +148,11 @@ def answer_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, items: Seque
     """
     prompts = [prompt_tokens(tokenizer, item.prompt) for item in items]
     expected = [answer_tokens(tokenizer, item.prompt, item.answer) for item in items]
-    input_ids, mask = left_padded(prompts, pad=pad_token(tokenizer))
+    input_ids, mask = left_padded(prompts, pad_token(tokenizer), model.device)
     own = getattr(model, "generation_config", None)
     out = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=input_ids,
+        attention_mask=mask,
         do_sample=False,
         max_new_tokens=max(map(len, expected)) + SPARE_TOKENS,
         pad_token_id=pad_token(tokenizer),
@@ -215,14 +216,6 @@ def _logits_after(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> T
 def _is_tie(logits_V: Tensor, token: int, dtype: torch.dtype) -> bool:
     noise = max(TIE, 4 * torch.finfo(dtype).eps * float(logits_V.abs().max()))
     return float(logits_V.max() - logits_V[token]) <= noise
-
-
-def left_padded(rows: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:
-    """Token rows of unequal length as (input_ids, attention_mask), both [B, T] int64, padding on the left."""
-    longest = max(len(row) for row in rows)
-    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 def _accuracy(answers: Sequence[RecallAnswer]) -> float:

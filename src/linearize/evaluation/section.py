@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.evaluation.kept import Kept
+from linearize.mixers import MixerConfig
+from linearize.modeling.config import LinearizeConfig
 from linearize.training.documents import Document
 from linearize.training.packing import PackedRows
 
@@ -39,6 +41,17 @@ class Contestant:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str = ""
+
+    @property
+    def plan(self) -> Sequence[MixerConfig | None]:
+        """By layer the mixer, None where softmax attention stays; empty for a model that is no student of ours."""
+        config = self.model.config
+        return config.mixers() if isinstance(config, LinearizeConfig) else ()
+
+    @property
+    def mixer_names(self) -> list[str]:
+        """The plan in words: by layer the mixer's name, or `softmax`."""
+        return ["softmax" if mixer is None else str(mixer.name) for mixer in self.plan]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)

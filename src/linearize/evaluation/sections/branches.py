@@ -27,10 +27,9 @@ from linearize.evaluation.branches import (
 )
 from linearize.evaluation.cache_checks import CacheProbe, check
 from linearize.evaluation.context_loss import ContextText
-from linearize.evaluation.intervals import Mean, mean_over_documents
+from linearize.evaluation.intervals import mean_over_documents
 from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.sections import branches_shown
-from linearize.modeling import LinearizedForCausalLM
 from linearize.training.documents import Document
 from linearize.training.packing import PackedRows, document_rows
 
@@ -68,7 +67,7 @@ class Branches(Section):
             setting.progress(f"branches of {contestant.name}", done, len(setting.contestants))
             models[contestant.name] = {
                 "role": contestant.role,
-                "mixers": mixer_names(contestant),
+                "mixers": contestant.mixer_names,
                 "ablation": work.ablation(contestant),
                 "layers": work.layers(contestant) if self.per_layer else [],
                 "context": work.context(contestant),
@@ -91,7 +90,7 @@ class _Work:
 
     def __init__(self, section: Branches, setting: Setting) -> None:
         self.section, self.setting = section, setting
-        self.reach = max((reach(c) or 0 for c in setting.contestants), default=0)
+        self.reach = max((longest_reach(c.plan) or 0 for c in setting.contestants), default=0)
 
     def kept(self, contestant: Contestant, part: str, measure: Callable[[], Any]) -> Any:
         """A part's numbers, measured unless an earlier run did."""
@@ -131,10 +130,14 @@ class _Work:
 
     def ablation(self, contestant: Contestant) -> Numbers | None:
         """Both branches, each alone, and the loss through the cache; None without two branches in one layer."""
-        return self.kept(contestant, "ablation", lambda: self._ablation(contestant)) if layers(contestant) else None
+        return (
+            self.kept(contestant, "ablation", lambda: self._ablation(contestant))
+            if two_branch_layers(contestant.plan)
+            else None
+        )
 
     def _ablation(self, contestant: Contestant) -> Numbers:
-        model, found, own_reach = contestant.model, layers(contestant), reach(contestant)
+        model, found, own_reach = contestant.model, two_branch_layers(contestant.plan), longest_reach(contestant.plan)
         assert own_reach is not None
         views = {
             "both": View(model=model),
@@ -171,8 +174,8 @@ class _Work:
         """What turning off one branch of one layer costs, on tokens beyond the window where there are any."""
         found: list[Numbers] = []
         base: list[TokenScores] = []
-        for done, layer in enumerate(layers(contestant)):
-            self.setting.progress(f"layers of {contestant.name}", done, len(layers(contestant)))
+        for done, layer in enumerate(two_branch_layers(contestant.plan)):
+            self.setting.progress(f"layers of {contestant.name}", done, len(two_branch_layers(contestant.plan)))
             found.append(self.kept(contestant, f"layer {layer}", lambda i=layer: self._layer(contestant, i, base)))  # type: ignore[misc]
         return found
 
@@ -180,7 +183,7 @@ class _Work:
         """`base` keeps the scores of the whole student from layer to layer."""
         if not base:
             base.append(self.scores({"both": View(model=contestant.model)}, self.layer_rows))
-        whole, own_reach = base[0], reach(contestant) or 0
+        whole, own_reach = base[0], longest_reach(contestant.plan) or 0
         beyond_N = whole.positions >= own_reach
         beyond_N = beyond_N if beyond_N.any() else ~beyond_N
         branches: tuple[Without, ...] = ("linear", "window")
@@ -189,9 +192,9 @@ class _Work:
         }
         scores = self.scores(views, self.layer_rows)
         costs = {
-            f"without_{name}": _mean(
-                difference(scores.loss[name][beyond_N], whole.loss["both"][beyond_N], whole.documents[beyond_N])
-            )
+            f"without_{name}": difference(
+                scores.loss[name][beyond_N], whole.loss["both"][beyond_N], whole.documents[beyond_N]
+            ).to_dict()
             for name in branches
         }
         return {"layer": layer, "tokens": int(beyond_N.sum()), **costs}
@@ -228,7 +231,7 @@ class _Work:
         is_teacher = teacher is not None and teacher.name == contestant.name
         own = self.teacher_contexts if is_teacher else self._contexts(contestant)
         document_N = text.token_documents
-        means = [_mean(mean_over_documents(x_N, document_N)) for x_N in own]
+        means = [mean_over_documents(x_N, document_N).to_dict() for x_N in own]
         share = None
         if teacher is not None and not is_teacher:
             far, near = self.teacher_contexts[0], self.teacher_contexts[-1]
@@ -238,40 +241,21 @@ class _Work:
             "tokens": len(document_N),
             "documents": len(text.documents),
             "losses": [{"size": size, **mean} for size, mean in zip([*text.sizes, None], means, strict=True)],
-            "gain": _mean(difference(own[0], own[-1], document_N)),
+            "gain": difference(own[0], own[-1], document_N).to_dict(),
             "share_of_gain": share,
         }
 
 
-def layers(contestant: Contestant) -> list[int]:
-    """A contestant's layers with two branches."""
-    model = contestant.model
-    return two_branch_layers(model.config.mixers()) if isinstance(model, LinearizedForCausalLM) else []
-
-
-def reach(contestant: Contestant) -> int | None:
-    """How far its longest window reaches, in tokens; None without one."""
-    model = contestant.model
-    return longest_reach(model.config.mixers()) if isinstance(model, LinearizedForCausalLM) else None
-
-
-def mixer_names(contestant: Contestant) -> list[str]:
-    """By layer; empty for a model that is no student."""
-    model = contestant.model
-    plan = model.config.mixers() if isinstance(model, LinearizedForCausalLM) else []
-    return ["softmax" if mixer is None else str(mixer.name) for mixer in plan]  # type: ignore[attr-defined]
-
-
 def _losses(loss: Mapping[str, Tensor], document_N: Tensor) -> Numbers:
     """Mean losses, what is won back, and what the window brings; each with its error over documents."""
-    found: Numbers = {name: _mean(mean_over_documents(x_N, document_N)) for name, x_N in loss.items()}
+    found: Numbers = {name: mean_over_documents(x_N, document_N).to_dict() for name, x_N in loss.items()}
     found["tokens"], found["documents"] = len(document_N), len(document_N.unique())
-    found["won"] = _mean(difference(loss["window"], loss["both"], document_N))
-    found["window_brings"] = _mean(difference(loss["linear"], loss["both"], document_N))
+    found["won"] = difference(loss["window"], loss["both"], document_N).to_dict()
+    found["window_brings"] = difference(loss["linear"], loss["both"], document_N).to_dict()
     if "teacher" in loss:
-        found["lost"] = _mean(difference(loss["window"], loss["teacher"], document_N))
+        found["lost"] = difference(loss["window"], loss["teacher"], document_N).to_dict()
         share = share_won(loss["window"], loss["both"], loss["teacher"], document_N)
-        found["share"] = None if share is None else _mean(share)
+        found["share"] = None if share is None else share.to_dict()
     return found
 
 
@@ -281,12 +265,7 @@ def _share_of_gain(own_N: Tensor, teacher_N: Tensor, document_N: Tensor) -> Numb
     if not clearly_positive(difference(teacher_N, zero_N, document_N)):
         return None
     share = share_won(teacher_N, teacher_N - own_N, zero_N, document_N)
-    return None if share is None else _mean(share)
-
-
-def _mean(mean: Mean) -> Numbers:
-    """JSON-able: value and standard error."""
-    return {"value": mean.value, "error": mean.error}
+    return None if share is None else share.to_dict()
 
 
 def _first(documents: Sequence[Document], tokens: int) -> list[Document]:

@@ -48,7 +48,7 @@ class Consistency(Section):
 
     def run(self, setting: Setting) -> Numbers:
         """Every check that applies to a model, for every contestant, on the same tokens."""
-        reach = max((_reach(c) for c in setting.contestants), default=0)
+        reach = max((longest_reach(c.plan) or 0 for c in setting.contestants), default=0)
         rows, prefill = self._rows(setting, reach)
         models: Numbers = {}
         for done, contestant in enumerate(setting.contestants):
@@ -110,11 +110,6 @@ def passed(model: Numbers, name: str) -> bool:
     return Deviation(**found).within(tolerance(model["dtype"]))
 
 
-def _reach(contestant: Contestant) -> int:
-    model = contestant.model
-    return (longest_reach(model.config.mixers()) or 0) if isinstance(model, LinearizedForCausalLM) else 0
-
-
 def _positions(contestant: Contestant) -> int:
     """Tokens that a model has positions for."""
     most = getattr(contestant.model.config.get_text_config(), "max_position_embeddings", None)
@@ -126,7 +121,7 @@ def _measured(contestant: Contestant, rows: Sequence[Tensor], prefill: int, seed
     names = [n for n in CHECKS if n != "static" or not isinstance(contestant.model, LinearizedForCausalLM)]
     return {
         "role": contestant.role,
-        "reach": _reach(contestant),
+        "reach": longest_reach(contestant.plan) or 0,
         "dtype": str(contestant.model.dtype).removeprefix("torch."),
         "checks": {name: _checked(name, probe) for name in names},
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.evaluation.agreement import IGNORED, Batch, TokenScores, View, number_documents, score_batches
-from linearize.evaluation.branches import window_reach
+from linearize.evaluation.branches import longest_reach, window_reach
 from linearize.evaluation.evidence import evidence_classes, evidence_distance
 from linearize.evaluation.intervals import (
     Mean,
@@ -29,10 +29,9 @@ from linearize.evaluation.intervals import (
     mean_over_documents,
     ratio_over_documents,
 )
-from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.section import Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.sections import language_shown
 from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
-from linearize.ops.window_linear.window import ring_slots
 from linearize.training.packing import PackedRows
 
 LN2 = math.log(2)
@@ -75,7 +74,11 @@ class Language(Section):
         teacher = setting.teacher.name if setting.teacher else None
         views = {c.name: View(model=c.model) for c in setting.contestants}
         if self.ablate:
-            views |= {_alone(c.name): View(model=c.model, branch="window") for c in setting.students if _branched(c)}
+            views |= {
+                _alone(c.name): View(model=c.model, branch="window")
+                for c in setting.students
+                if window_reach(c.plan) is not None
+            }
         batches = _told(rows, setting.batch, setting.progress)
         scores = score_batches(batches, views, reference=teacher, rows=setting.batch)
         text = _Text(scores, rows, teacher)
@@ -98,7 +101,7 @@ class Language(Section):
         distance_N = evidence_distance(rows)
         reaches: dict[int, list[str]] = {}
         for contestant in setting.students or setting.contestants:
-            reaches.setdefault(longest_window(contestant) or self.default_reach, []).append(contestant.name)
+            reaches.setdefault(longest_reach(contestant.plan) or self.default_reach, []).append(contestant.name)
         found = []
         for reach, names in sorted(reaches.items()):
             masks = evidence_classes(distance_N, reach)
@@ -153,12 +156,12 @@ class _Text:
         tokens = int(mask_N.sum())
         models = {}
         for name in names if tokens else ():
-            models[name] = {"loss": _number(mean_over_documents(self.scores.loss[name][mask_N], documents_N))}
+            models[name] = {"loss": mean_over_documents(self.scores.loss[name][mask_N], documents_N).to_dict()}
             if self.compares(name):
-                models[name]["gap"] = _number(mean_over_documents(self.gap(name)[mask_N], documents_N))
+                models[name]["gap"] = mean_over_documents(self.gap(name)[mask_N], documents_N).to_dict()
                 if _alone(name) in self.scores.loss:
                     alone = mean_over_documents(self.gap(_alone(name))[mask_N], documents_N)
-                    models[name]["window_gap"] = _number(alone)
+                    models[name]["window_gap"] = alone.to_dict()
         return {"tokens": tokens, "documents": documents_N.unique().numel(), "models": models}
 
     def bins(self, value_N: Tensor, first: int, names: list[str]) -> list[dict[str, Any]]:
@@ -179,28 +182,11 @@ def _alone(name: str) -> str:
     return f"{name} (window)"
 
 
-def _branched(contestant: Contestant) -> bool:
-    """Whether the student's window can run alone."""
-    mixers = getattr(contestant.model.config, "mixers", None)
-    return callable(mixers) and window_reach(mixers()) is not None
-
-
-def longest_window(contestant: Contestant) -> int | None:
-    """Tokens that a student's longest window reaches back, the query included; None for a model without one."""
-    mixers = getattr(contestant.model.config, "mixers", None)
-    windows = [m for m in (mixers() if callable(mixers) else ()) if getattr(m, "window", None)]
-    return max((ring_slots(m.window, m.window_shape) + 1 for m in windows), default=None)
-
-
 def _told(rows: PackedRows, batch: int, progress: Callable[[str, int, int], None]) -> Iterator[Batch]:
     for done, some in enumerate(rows.in_order(batch)):
         progress("language modelling", done * batch, len(rows))
         yield some
     progress("language modelling", len(rows), len(rows))
-
-
-def _number(mean: Mean) -> dict[str, float | None]:
-    return {"value": mean.value, "error": mean.error}
 
 
 def _exponential(mean: Mean, sign: int = 1) -> dict[str, float | None]:
@@ -215,15 +201,15 @@ def _model(text: _Text, name: str, bytes_N: Tensor, text_N: Tensor) -> dict[str,
     """What is said of one model on all tokens."""
     scores = text.scores
     loss = mean_over_documents(scores.loss[name], scores.documents)
-    found: dict[str, Any] = {"loss": _number(loss), "perplexity": _exponential(loss), "bits_per_byte": None}
+    found: dict[str, Any] = {"loss": loss.to_dict(), "perplexity": _exponential(loss), "bits_per_byte": None}
     if bytes_N.sum():
         bits_N = scores.loss[name] / LN2 * text_N
-        found["bits_per_byte"] = _number(ratio_over_documents(bits_N, bytes_N, scores.documents))
+        found["bits_per_byte"] = ratio_over_documents(bits_N, bytes_N, scores.documents).to_dict()
     if text.compares(name):
         gap = mean_over_documents(text.gap(name), scores.documents)
-        found |= {"gap": _number(gap), "kept": _exponential(gap, -1)}
+        found |= {"gap": gap.to_dict(), "kept": _exponential(gap, -1)}
         for what in ("kl", "top1", "top5"):
-            found[what] = _number(mean_over_documents(getattr(scores, what)[name], scores.documents))
+            found[what] = mean_over_documents(getattr(scores, what)[name], scores.documents).to_dict()
     return found
 
 
@@ -264,7 +250,7 @@ def _growth(text: _Text, students: list[str]) -> dict[str, Any]:
             "doubling": [(1.0, late_N), (-2.0, early_N)],
         }
         found["models"][name] = {
-            what: _number(contrast_over_documents(gap_N, documents_N, parts)) for what, parts in contrasts.items()
+            what: contrast_over_documents(gap_N, documents_N, parts).to_dict() for what, parts in contrasts.items()
         }
     return found
 
@@ -282,7 +268,7 @@ def _recall(text: _Text, masks: Mapping[str, Tensor], name: str) -> dict[str, An
     gap_N, documents_N = text.gap(name), text.scores.documents
     over = {"over_all": torch.ones_like(far_N), "over_inside": masks["inside"]}
     found: dict[str, Any] = {
-        what: _number(contrast_over_documents(gap_N, documents_N, [(1.0, far_N), (-1.0, mask_N)]))
+        what: contrast_over_documents(gap_N, documents_N, [(1.0, far_N), (-1.0, mask_N)]).to_dict()
         for what, mask_N in over.items()
     }
     found["share"] = None
@@ -291,5 +277,5 @@ def _recall(text: _Text, masks: Mapping[str, Tensor], name: str) -> dict[str, An
         lost = mean_over_documents(lost_N[far_N], documents_N[far_N])
         if lost.interval is not None and lost.interval[0] > 0:
             won_N = lost_N - gap_N
-            found["share"] = _number(ratio_over_documents(won_N[far_N], lost_N[far_N], documents_N[far_N]))
+            found["share"] = ratio_over_documents(won_N[far_N], lost_N[far_N], documents_N[far_N]).to_dict()
     return found

@@ -13,7 +13,7 @@ from pydantic import Field
 from linearize.errors import InputError
 from linearize.evaluation.attention_shape import MEASURES, AttentionShape, student_shapes, teacher_shapes
 from linearize.evaluation.branches import longest_reach
-from linearize.evaluation.intervals import Mean, plus_minus, ratio_over_documents
+from linearize.evaluation.intervals import plus_minus, ratio_over_documents
 from linearize.evaluation.section import Contestant, Finding, Numbers, Plot, Section, Setting, Shown, Table
 from linearize.evaluation.theme import colours, legend_below, plain_label
 from linearize.modeling import LinearizedForCausalLM
@@ -48,7 +48,11 @@ class Layers(Section):
     def run(self, setting: Setting) -> Numbers:
         """Every contestant, on the same texts; queries of the second half of a text count."""
         batches = self._batches(setting)
-        far = self.far or max(map(_reach, setting.contestants)) or batches[0]["input_ids"].shape[1] // 4
+        far = (
+            self.far
+            or max(longest_reach(c.plan) or 0 for c in setting.contestants)
+            or batches[0]["input_ids"].shape[1] // 4
+        )
         models: Numbers = {}
         for done, contestant in enumerate(setting.contestants):
             setting.progress(f"layers of {contestant.name}", done, len(setting.contestants))
@@ -88,11 +92,6 @@ class Layers(Section):
         return Shown(summary=summary, findings=findings, tables=tables, plots=_plots(numbers))
 
 
-def _reach(contestant: Contestant) -> int:
-    model = contestant.model
-    return (longest_reach(model.config.mixers()) or 0) if isinstance(model, LinearizedForCausalLM) else 0
-
-
 def _source(contestant: Contestant, teacher: Contestant | None) -> Contestant | None:
     """Whose hidden states the layers are given: the teacher's where it is of the student's own family and sizes."""
     model = contestant.model
@@ -121,9 +120,9 @@ def _measured(contestant: Contestant, source: Contestant | None, batches: Sequen
             by_text.append(teacher_shapes(model, batch, **where))
         except InputError as error:  # a family that cannot be converted has no weights to look at
             return {**found, "error": str(error)}
-    mixers = model.config.mixers() if isinstance(model, LinearizedForCausalLM) else None
+    names = contestant.mixer_names
     for layer in by_text[0]:
-        name = "softmax" if mixers is None else mixers[layer].name  # type: ignore[union-attr]
+        name = names[layer] if names else "softmax"
         found["layers"].append({"layer": layer, "mixer": name, **_joined([shapes[layer] for shapes in by_text])})
     return found
 
@@ -134,17 +133,13 @@ def _joined(shapes: Sequence[AttentionShape]) -> Numbers:
     joined: Numbers = {}
     for name in MEASURES:
         value_R = torch.tensor([asdict(shape)[name] for shape in shapes], dtype=torch.float64)
-        joined[name] = _mean(ratio_over_documents(value_R, torch.ones_like(value_R), text_R))
+        joined[name] = ratio_over_documents(value_R, torch.ones_like(value_R), text_R).to_dict()
     if any(shape.power is None for shape in shapes):
         return {**joined, "error": None}
     error_R, power_R = (
         torch.tensor([asdict(s)[name] for s in shapes], dtype=torch.float64) for name in ("error", "power")
     )
-    return {**joined, "error": _mean(ratio_over_documents(error_R, power_R, text_R))}
-
-
-def _mean(mean: Mean) -> Numbers:
-    return {"value": mean.value, "error": mean.error}
+    return {**joined, "error": ratio_over_documents(error_R, power_R, text_R).to_dict()}
 
 
 def _findings(name: str, numbers: Numbers) -> list[Finding]:

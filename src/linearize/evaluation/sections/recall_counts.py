@@ -9,7 +9,6 @@ from linearize.evaluation.branches import window_reach
 from linearize.evaluation.haystack import HiddenFact
 from linearize.evaluation.intervals import Proportion
 from linearize.evaluation.section import Contestant, Numbers
-from linearize.modeling.config import LinearizeConfig
 
 ABLE = 0.5
 """The teacher's share below which a length or a number of facts says nothing about a student."""
@@ -35,7 +34,7 @@ def measured(
     """All that is known of one contestant."""
     config = contestant.model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    reach = window_reach(config.mixers()) if isinstance(config, LinearizeConfig) else None
+    reach = window_reach(contestant.plan)
     agree = [answer[3] for found in answers.values() for answer in found]
     numbers: Numbers = {
         "role": contestant.role, "context": context, "window_reach": reach,
