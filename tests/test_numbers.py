@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from linearize.errors import InputError
-from linearize.numbers import Count, Number, parse_count, parse_number
+from linearize.numbers import Count, Number, parse_count, parse_number, parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,38 @@ def test_as_pydantic_fields() -> None:
     assert (config.tokens, config.lr) == (3000, 0.01)
     with pytest.raises(ValidationError, match="no count"):
         _Config(tokens="3.5", lr=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ("80GB", 80 * 10**9),
+        ("1.5 TB", 1_500 * 10**9),
+        ("512MiB", 2**29),
+        ("2g", 2 * 10**9),
+        (4096, 4096),
+        ("1e3k", 10**6),
+    ],
+)
+def test_sizes(given: object, size: int) -> None:
+    assert parse_size(given) == size
+
+
+@pytest.mark.parametrize("given", ["", "GB", "-1GB", "0", "3 apples", True, None, 1.5e-9])
+def test_no_size(given: object) -> None:
+    with pytest.raises(InputError, match="80GB"):
+        parse_size(given)
+
+
+def test_sizes_for_people() -> None:
+    sizes = (0, 512, 999, 1000, 16_060_000_000, 206_438_400_000_000, 999_600, 5 * 10**18)
+    assert [size_text(size) for size in sizes] == [
+        "0 B",
+        "512 B",
+        "999 B",
+        "1 kB",
+        "16.1 GB",
+        "206 TB",
+        "1 MB",
+        "5e+03 PB",
+    ]

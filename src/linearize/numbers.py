@@ -13,6 +13,8 @@ from linearize.errors import InputError
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _PATTERN = re.compile(r"\s*([+-]?(?:\d[\d_]*)?\.?\d*(?:e[+-]?\d+)?)\s*([kmbg]?)\s*", re.IGNORECASE)
 
+_SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
+
 
 def parse_number(value: object) -> float | int:
     """A number given as int, float or text (`"1e-3"`, `"2M"`, `"250k"`); whole numbers come back as int.
@@ -40,6 +42,33 @@ def parse_count(value: object) -> int:
     if not isinstance(number, int) or number < 0:
         raise InputError(f"{value!r} is no count: a whole number >= 0 is needed, like 2000000, 2e6, 2M or 250k")
     return number
+
+
+def parse_size(value: object) -> int:
+    """Bytes as people write them: `parse_size("1.5TB") == 1_500_000_000_000`; also `80GB`, `512MiB`, `2G`, `4096`.
+
+    Decimal units (k, M, G, T, P) are powers of 1000, binary ones (KiB, MiB, ...) of 1024.
+
+    Raises:
+        InputError: when the value is no number of bytes above 0.
+    """
+    match = _SIZE.fullmatch(str(value))
+    if match is None or isinstance(value, bool):
+        raise InputError(f"{value!r} is no size: write it like 80GB, 512MiB, 1.5TB or 4096 (bytes)")
+    factor = (1024 if match[3] else 1000) ** " kmgtp".index(match[2].lower() or " ")
+    size = round(float(match[1].replace("_", "")) * factor)
+    if size < 1:
+        raise InputError(f"{value!r} is no size above 0: write it like 80GB, 512MiB, 1.5TB or 4096 (bytes)")
+    return size
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, three figures in decimal units: `205 TB`, `16.1 GB`, `512 B`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} PB"
 
 
 def _from_text(text: str) -> float | int:
