@@ -18,8 +18,9 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "linearize"
 LAYERS = {
     "errors": 0,
     "version": 0,
-    "files": 1,
     "numbers": 1,
+    "disk": 2,
+    "files": 3,
     "ops": 2,
     "mixers": 3,
     "modeling": 4,

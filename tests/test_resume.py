@@ -17,7 +17,7 @@ from toy_stage import LENGTH, ToyRun, toy_batches, toy_config, toy_heldout
 
 from linearize.errors import InputError
 from linearize.training import checkpoint as checkpoint_module
-from linearize.training.checkpoint import FILE
+from linearize.training.checkpoint import FILE, PREVIOUS, check_formats, load_checkpoint
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.tracking import LOG, make_tracker
 
@@ -131,7 +131,7 @@ def test_killed_while_a_checkpoint_is_written(
             train(new_run(), tmp_path)
     run = new_run()
     assert_same(run, train(run, tmp_path), unbroken)
-    assert {path.name for path in tmp_path.iterdir()} == {FILE, LOG}
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, LOG}, "the previous one goes when the stage ends"
     if after > 0:
         assert run.forwards < 3 * unbroken[1].steps, "the old checkpoint was lost"
 
@@ -199,11 +199,11 @@ def test_the_log_of_a_broken_run_is_that_of_an_unbroken_one(tmp_path: Path) -> N
     assert (broken / LOG).read_text().splitlines() == lines
 
 
-def interrupted(folder: Path) -> None:
-    run = new_run()
+def interrupted(folder: Path, forwards: int = 3 * 6) -> None:
+    run, at = new_run(), forwards
 
     def kill(forwards: int) -> None:
-        if forwards == 3 * 6:
+        if forwards == at:
             raise Killed
 
     run.before_loss = kill
@@ -236,11 +236,64 @@ def test_a_checkpoint_with_other_parameters_is_refused(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in run.weights().items())
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors", bytes(64)])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(InputError, match="not a readable checkpoint"):
-        train(new_run(), tmp_path)
+def spoil(path: Path, how: str) -> None:
+    """Damage a file as disks and people do."""
+    content = bytearray(path.read_bytes())
+    if how == "bit":  # of a tensor's value: the file itself stays valid
+        content[-17] ^= 4
+    path.write_bytes({"empty": b"", "other": b"no tensors", "half": content[: len(content) // 2]}.get(how, content))
+
+
+@pytest.mark.parametrize("how", ["empty", "other", "half", "bit"])
+@pytest.mark.parametrize("which", ["newest", "both", "only"])
+def test_a_damaged_checkpoint_is_never_trained_on(
+    tmp_path: Path, unbroken: tuple[ToyRun, StageResult], caplog: pytest.LogCaptureFixture, how: str, which: str
+) -> None:
+    interrupted(tmp_path, forwards=3 * 14)
+    assert (tmp_path / FILE).is_file() and (tmp_path / PREVIOUS).is_file()
+    spoil(tmp_path / FILE, how)
+    if which == "both":
+        spoil(tmp_path / PREVIOUS, how)
+    if which == "only":
+        (tmp_path / PREVIOUS).unlink()
+    run = new_run()
+    assert_same(run, train(run, tmp_path), unbroken)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"{tmp_path / FILE} is damaged" in message and "\n" not in message
+    ends = "goes on from the checkpoint before it" if which == "newest" else "the stage starts anew"
+    assert message.endswith(ends)
+    assert (run.forwards < 3 * unbroken[1].steps) == (which == "newest")
+
+
+def test_killed_between_the_two_renames(
+    tmp_path: Path, unbroken: tuple[ToyRun, StageResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead_before_the_second(source: Path, target: Path) -> None:
+        REPLACE(source, target)
+        if Path(target).name == PREVIOUS:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dead_before_the_second)
+        with pytest.raises(Killed):
+            train(new_run(), tmp_path)
+    assert not (tmp_path / FILE).exists() and (tmp_path / PREVIOUS).is_file()
+    run = new_run()
+    assert_same(run, train(run, tmp_path), unbroken)
+    assert run.forwards < 3 * unbroken[1].steps
+
+
+@pytest.mark.parametrize("fields", [{"format": "7", "linearize": "9.9"}, {}])
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, fields: dict[str, str]) -> None:
+    path = tmp_path / "1-toy" / FILE
+    path.parent.mkdir()
+    SAVE({"parameter/a": torch.ones(3)}, path, metadata={"scalars": "{}", "identity": "{}", **fields})
+    told = r"linearize 9\.9 in format 7; this is .* with format 1" if fields else "older version in format 0"
+    for look in (lambda: check_formats(tmp_path), lambda: load_checkpoint(path.parent, identity={}, shapes={})):
+        with pytest.raises(InputError, match=told) as caught:
+            look()
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert path.is_file()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

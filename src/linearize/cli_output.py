@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
+from linearize.disk import DiskFullError, is_disk_full
 from linearize.errors import InputError
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -126,17 +126,13 @@ def one_line(error: BaseException) -> tuple[int, str]:
     if isinstance(error, typer.TyperException):
         command = getattr(getattr(error, "ctx", None), "command_path", "linearize")
         return error.exit_code, f"{' '.join(error.format_message().split())} (see {command} --help)"
-    if _disk_is_full(error, message):
+    if isinstance(error, DiskFullError):
+        return FAILED, message
+    if is_disk_full(error):
         return FAILED, f"no space left on the device; free some or choose another folder ({message})"
     if isinstance(error, _PATH_ERRORS) and error.filename is not None:
         return BAD_USAGE, f"{error.filename}: {error.strerror}; check the path"
     return FAILED, f"failed: {type(error).__name__}: {message}"
-
-
-def _disk_is_full(error: BaseException, message: str) -> bool:
-    """Also by text: libraries that write files tell it in exceptions of their own."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in message
 
 
 def _is_nested(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,19 +14,31 @@ from typing import Any
 
 import torch
 
-from linearize.errors import InputError
+from linearize.disk import not_created, writing
 from linearize.evaluation.branches import window_reach
 from linearize.evaluation.card import model_card
 from linearize.evaluation.language_modeling import branch_ablation, held_out_report, loss_only
 from linearize.evaluation.layer_error import layer_errors
 from linearize.evaluation.plots import plot_layer_error, plot_stages
+from linearize.evaluation.report import FILE_NAME as REPORT
 from linearize.evaluation.report import ConversionReport, StageReport, build_report, provenance, write_report
-from linearize.files import atomic_folder, check_apart, check_free
+from linearize.files import (
+    atomic_folder,
+    atomic_write_text,
+    check_apart,
+    check_free,
+    discard,
+    output_lock,
+    read_json,
+    read_text,
+)
 from linearize.modeling import LinearizedForCausalLM, load
+from linearize.modeling.checksums import model_fingerprint
 from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
 from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.training.checkpoint import check_formats
 from linearize.training.config import StageConfig
 from linearize.training.data import PSEUDO, batches
 from linearize.training.hardware import bf16_pays
@@ -36,6 +49,7 @@ from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.tracking import Tracker, make_tracker
 
 CALIBRATION_TOKENS = 16_384
+ENDED = "ended.json"
 LOG = logging.getLogger("linearize")
 
 
@@ -58,8 +72,8 @@ def convert(
     be a student itself.
 
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
-    folder, which is removed at the end. A recipe's `data.length` beyond the teacher's context becomes that context,
-    unless `overrides` ask for it.
+    folder, which is removed at the end; of two calls at once with the same `out` the second is refused. A recipe's
+    `data.length` beyond the teacher's context becomes that context, unless `overrides` ask for it.
 
     Args:
         teacher: folder or Hub name. data: SPECs (files, Hub data sets, `self`). out: folder that must not exist
@@ -71,25 +85,50 @@ def convert(
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
     final = Path(out).expanduser().resolve()
-    check_free(final, overwrite)
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
     check_apart(final, str(teacher), *(spec.removeprefix(PSEUDO) for spec in specs))
-    asked = set(overrides or {})
     work = final.parent / f".{final.name}.run"  # checkpoints and the log lie here until the student is whole
-    tracker = make_tracker(work / "log", track)
-    prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one") from error
-    conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker)
-    report = conversion.run()
-    with atomic_folder(final, overwrite) as folder:
-        conversion.write(folder, report)
-        if (work / "log").is_dir():
-            shutil.copytree(work / "log", folder / "log")
-    shutil.rmtree(work, ignore_errors=True)
-    return load(final, device=device)
+    wanted = {"teacher": str(teacher), "data": specs, "recipe": chosen.model_dump(mode="json")}
+    with output_lock(final), writing("what the conversion keeps", final.parent):
+        if (ended := _ended(final, work)) is not None:  # killed after its last step
+            if ended != wanted:
+                check_free(final, overwrite)
+            discard(work)
+            if ended == wanted:
+                return load(final, device=device)
+        check_free(final, overwrite)
+        check_formats(work)
+        tracker = make_tracker(work / "log", track)
+        asked = set(overrides or {})
+        prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_created(final, error) from error
+        conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker)
+        report = conversion.run()
+        with atomic_folder(final, overwrite, locked=True) as folder:
+            conversion.write(folder, report)
+            if (work / "log").is_dir():
+                shutil.copytree(work / "log", folder / "log")
+            _mark_ended(folder, work, wanted)
+        student = load(final, device=device)
+        discard(work)
+    return student
+
+
+def _mark_ended(folder: Path, work: Path, wanted: Mapping[str, Any]) -> None:
+    """Note in `work` which student it led to: from when the folder has its final name, nothing is left to do."""
+    record = {"report": read_text(folder / REPORT), "wanted": wanted}
+    atomic_write_text(work / ENDED, json.dumps(record))
+
+
+def _ended(final: Path, work: Path) -> Any:
+    """What was wanted of a run that was killed when its student had its final name already; else None."""
+    if not (work / ENDED).is_file() or not (final / REPORT).is_file():
+        return None
+    record = read_json(work / ENDED)
+    return record["wanted"] if record["report"] == read_text(final / REPORT) else None
 
 
 class Conversion:
@@ -104,6 +143,7 @@ class Conversion:
         length = self.recipe.data.length
         self.identity = {
             "teacher": prepared.name,
+            "teacher_weights": model_fingerprint(prepared.teacher),
             "data": prepared.text.fingerprint(length, self.heldout),
             "seed": self.recipe.seed,
             **self._draft(),
@@ -193,9 +233,10 @@ class Conversion:
                 yield {name: x.to(device) for name, x in batch.items()}
 
         run.calibrate(next(stream(0)))
+        more: dict[str, str] = getattr(run, "identity", dict)()
         return run_stage(
-            run, stage, stream, self.heldout, length=rows.length, checkpoint_dir=self.work / key, identity=identity,
-            name=key, progress=self.progress, tracker=self.tracker,
+            run, stage, stream, self.heldout, length=rows.length, checkpoint_dir=self.work / key,
+            identity={**identity, **more}, name=key, progress=self.progress, tracker=self.tracker,
         )  # fmt: skip
 
     def _on_this_device(self, number: int, stage: StageConfig, step: int) -> StageConfig:

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, and JSON read with one-line errors."""
+"""Files and folders written whole or not at all, by one run at a time; broken JSON told in one line."""
 
 from __future__ import annotations
 
@@ -7,33 +7,86 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from linearize.disk import lock, not_created, sync, writing
 from linearize.errors import InputError
 
 
 @contextmanager
-def atomic_folder(final: Path | str, overwrite: bool = False) -> Iterator[Path]:
+def output_lock(final: Path | str, *, shared: bool = False) -> Iterator[None]:
+    """One run at a time writes `final` (several with `shared`, which then keep out of each other's way themselves).
+
+    The lock is the system's, on `.NAME.lock` beside the folder: it ends with the process, however that ends. Whoever
+    has it alone first puts right what dead runs left behind (see `tidy`). File systems without locks have none.
+
+    Raises:
+        InputError: another run that lives has it, or the place cannot be written.
+    """
+    final = Path(final).expanduser().resolve()
+    made = _make_parents(final)
+    path = final.parent / f".{final.name}.lock"
+    descriptor = lock(path, final, shared=shared)
+    try:
+        if not shared:
+            tidy(final)
+        yield
+    finally:
+        if not shared:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+        for parent in made:  # a refused command leaves nothing behind
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def tidy(final: Path) -> None:
+    """Remove what killed runs left beside `final`, and put back a folder that was stepping aside; see `output_lock`."""
+    for aside in final.parent.glob(f".{_escaped(final.name)}.old-*"):
+        if not final.exists() and (aside / final.name).is_dir():
+            (aside / final.name).rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    for folder in final.parent.glob(f".{_escaped(final.name)}.partial-*"):
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+    if final.is_dir():
+        for file in final.glob(".*.partial-*"):
+            file.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder in one step, as far as a kill is concerned: it loses its name first."""
+    if folder.is_dir():
+        doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name.removesuffix('.run')}.partial-"))
+        folder.rename(doomed / folder.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(final: Path | str, overwrite: bool = False, *, locked: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `final`; it takes the final name when the block ends well, else it is removed.
 
     Any exception (a full disk, Ctrl-C) leaves nothing at `final`, or, with `overwrite`, the old folder untouched:
-    that one is removed only after the new one is complete.
+    that one is removed only after the new one is complete. `locked`: the caller holds `output_lock(final)`.
 
     Raises:
-        InputError: `final` exists and `overwrite` is off, is no folder, or cannot be created.
+        InputError: `final` exists and `overwrite` is off, is no folder, cannot be created, or is being written by
+            another run; DiskFullError.
     """
     final = Path(final).expanduser().resolve()
     check_free(final, overwrite)
-    temporary = _make_sibling(final)
-    try:
-        yield temporary
-        check_free(final, overwrite)
-        _swap_in(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with nullcontext() if locked else output_lock(final), writing(f"the folder {final.name}", final.parent):
+        temporary = _make_sibling(final)
+        try:
+            yield temporary
+            check_free(final, overwrite)
+            _sync_all(temporary)
+            _swap_in(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
@@ -109,21 +162,44 @@ def check_apart(final: Path, *read: Path | str) -> None:
             raise InputError(f"{final}: is or holds {name}, which is read; give another output folder")
 
 
+def _sync_all(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
 def _make_sibling(final: Path) -> Path:
     """An empty folder next to `final` (same file system, so that renaming is atomic), with ordinary permissions."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.partial-"))
     except OSError as error:
-        raise InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one") from error
+        raise not_created(final, error) from error
     temporary.chmod(0o777 & ~_umask())
     return temporary
+
+
+def _make_parents(final: Path) -> list[Path]:
+    """Make the folders above; returns those that were not there, the deepest first."""
+    missing = [parent for parent in final.parents if not parent.exists()]
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_created(final, error) from error
+    return missing
+
+
+def _escaped(name: str) -> str:
+    """A name for `glob`, in which nothing stands for anything else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _swap_in(temporary: Path, final: Path) -> None:
     """Rename `temporary` to `final`; an old `final` steps aside first and comes back if that fails."""
     if not final.exists():
         temporary.rename(final)
+        sync(final.parent)
         return
     aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old-"))
     try:
@@ -135,6 +211,7 @@ def _swap_in(temporary: Path, final: Path) -> None:
         with suppress(OSError):
             aside.rmdir()
         raise
+    sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

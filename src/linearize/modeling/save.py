@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.disk import writing
 from linearize.errors import InputError
 
 ADAPTER = "adapter"
@@ -33,16 +34,18 @@ def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
     """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
     `adapter/`."""
     kept: KeptAdapters | None = getattr(student, "kept_adapters", None)
-    with _weights(student, kept.weights if kept else {}):
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    with writing("the student", folder, size), _weights(student, kept.weights if kept else {}):
         student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if kept is not None:
-        from safetensors.torch import save_file
+    with writing("the student's tokenizer and adapters", folder):
+        tokenizer.save_pretrained(folder)
+        if kept is not None:
+            from safetensors.torch import save_file
 
-        (folder / ADAPTER).mkdir()
-        kept.config.save_pretrained(folder / ADAPTER)
-        tensors = {k: v.cpu() for k, v in kept.state.items()}
-        save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+            (folder / ADAPTER).mkdir()
+            kept.config.save_pretrained(folder / ADAPTER)
+            tensors = {k: v.cpu() for k, v in kept.state.items()}
+            save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""A stage's checkpoint: one safetensors file, its scalars as JSON in the header, written whole or not at all."""
+"""A stage's checkpoint: one safetensors file, its scalars and a checksum as JSON in the header, written whole or not at
+all. The one before it stays beside it, for the case that the newest is damaged."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linearize.errors import InputError
+from linearize.disk import is_disk_full, sync, writing
+from linearize.errors import InputError, one_line
+from linearize.modeling.checksums import crc32
+from linearize.version import __version__
 
+FORMAT = 1  # of the file; goes up when an older version would misread it
 FILE = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 PARAMETER = "parameter/"  # the names of trained parameters start with it
+LOG = logging.getLogger("linearize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,61 +36,133 @@ class Checkpoint:
     identity: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False) -> None:
     """Replaces the checkpoint in `folder` in one atomic step; a kill at any point leaves the old one or the new one.
+
+    The old one becomes the previous one, unless this is the `last` (of a stage that ended) or the disk is too small.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the old checkpoint stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{FILE}.partial"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     metadata = {
+        "format": str(FORMAT),
+        "linearize": __version__,
         "scalars": json.dumps(checkpoint.scalars, allow_nan=False),
         "identity": json.dumps(checkpoint.identity, allow_nan=False),
     }
-    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    metadata["checksum"] = _checksum(tensors, metadata)
     try:
-        save_file(tensors, partial, metadata=metadata)
-        _sync(partial)
+        try:
+            _write(tensors, partial, metadata)
+        except OSError as error:
+            if not is_disk_full(error) or not (folder / PREVIOUS).is_file():
+                raise
+            (folder / PREVIOUS).unlink()  # room for the new one matters more
+            _write(tensors, partial, metadata)
+        if (folder / FILE).is_file() and not last:
+            os.replace(folder / FILE, folder / PREVIOUS)
         os.replace(partial, folder / FILE)
-    except SafetensorError as error:
-        raise OSError(f"cannot write the checkpoint {partial}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    _sync(folder)
+    if last:
+        (folder / PREVIOUS).unlink(missing_ok=True)
+    sync(folder)
 
 
 def load_checkpoint(
     folder: Path, *, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint | None:
-    """The checkpoint in `folder` with tensors on the CPU, or None if there is none.
+    """The newest checkpoint in `folder` that is whole, with tensors on the CPU, or None if there is none.
+
+    A damaged one (truncated, or its checksum does not fit) is removed, which is said in one warning.
 
     Raises:
-        InputError: the file is no checkpoint, it belongs to another run than `identity`, or its parameters (names that
+        InputError: it has another format, it belongs to another run than `identity`, or its parameters (names that
             start with `PARAMETER`) have not exactly these names and shapes.
     """
-    path = folder / FILE
-    if not path.is_file():
+    damaged: list[str] = []
+    found, path = None, folder / FILE
+    for path in (folder / FILE, folder / PREVIOUS):
+        if path.is_file():
+            try:
+                found = _read(path)
+            except InputError:
+                raise
+            except (SafetensorError, KeyError, ValueError) as error:
+                damaged.append(f"{path} is damaged ({one_line(error)})")
+                path.unlink(missing_ok=True)
+            else:
+                break
+    if damaged:
+        left = "the stage starts anew" if found is None else "the stage goes on from the checkpoint before it"
+        LOG.warning("%s and was removed: %s", "; ".join(damaged), left)
+    if found is None:
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            metadata = file.metadata() or {}
-        saved = json.loads(metadata["identity"])
-        scalars = json.loads(metadata["scalars"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a readable checkpoint ({error!r}): delete it to start the stage anew"
-        ) from error
-    _check_identity(path, saved, json.loads(json.dumps(dict(identity))))
-    held = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith(PARAMETER)}
+    _check_identity(path, found.identity, json.loads(json.dumps(dict(identity))))
+    held = {name: tuple(value.shape) for name, value in found.tensors.items() if name.startswith(PARAMETER)}
     wrong = [name for name in sorted({*held, *shapes}) if held.get(name) != shapes.get(name)]
     if wrong:
         raise InputError(
             f"{path} does not fit the stage: {wrong[0]} has shape {held.get(wrong[0])} there, "
             f"not {shapes.get(wrong[0])}: delete it to start the stage anew"
         )
-    return Checkpoint(tensors=tensors, scalars=scalars, identity=saved)
+    return found
+
+
+def check_formats(work: Path) -> None:
+    """Refuse a run's folder that another version wrote a checkpoint into, before any work.
+
+    Raises:
+        InputError: such a file, named with its version.
+    """
+    for path in sorted(work.rglob("checkpoint*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError):
+            continue  # damaged: said, and put right, when its stage begins
+        _check_format(path, metadata)
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    found, version = metadata.get("format", "0"), metadata.get("linearize", "an older version")
+    if found != str(FORMAT):
+        raise InputError(
+            f"{path} was written by linearize {version} in format {found}; this is {__version__} with format {FORMAT}: "
+            "finish the run with that version, or delete the folder"
+        )
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """The file, on the disk when this returns. Raises OSError; of a full disk it says what was to be written where."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        with writing("the checkpoint", path.parent, size):
+            save_file(tensors, path, metadata=metadata)
+            sync(path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+
+
+def _read(path: Path) -> Checkpoint:
+    """A file that is whole. Raises ValueError, KeyError or SafetensorError for any other."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        _check_format(path, metadata)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if _checksum(tensors, metadata) != metadata["checksum"]:
+        raise ValueError("its checksum does not fit")
+    return Checkpoint(
+        tensors=tensors, scalars=json.loads(metadata["scalars"]), identity=json.loads(metadata["identity"])
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Over all that is in the file but itself."""
+    return crc32(tensors, "/".join((metadata["scalars"], metadata["identity"])).encode())
 
 
 def _check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -103,12 +183,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
     return flat
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -82,7 +82,8 @@ class StageRun(Protocol):
     """A stage over a student and a teacher: exactly what trains, and by which loss.
 
     Random numbers, if any, come from torch's global generator, which the loop seeds anew for every step.
-    A run may have `enable_gradient_checkpointing() -> None`, called once before the first step if the config asks.
+    A run may have `enable_gradient_checkpointing() -> None`, called once before the first step if the config asks, and
+    `identity() -> dict` (JSON): what its checkpoints depend on besides the config and the student's start.
     """
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -247,15 +247,14 @@ class _Loop:
         self.best = {}
         self.stepper.optimizer.state.clear()
         self.state.done = True
-        self._save()
+        self._save(last=True)
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
         """A checkpoint of everything that the next step depends on."""
         if self.folder is not None and self.stepper.rank == 0:
             tensors = self.stepper.tensors() | {f"best/{key}": value for key, value in self.best.items()}
-            save_checkpoint(
-                self.folder, Checkpoint(tensors=tensors, scalars=asdict(self.state), identity=self.identity)
-            )
+            checkpoint = Checkpoint(tensors=tensors, scalars=asdict(self.state), identity=self.identity)
+            save_checkpoint(self.folder, checkpoint, last=last)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `_save`."""

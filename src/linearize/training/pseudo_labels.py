@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.files import atomic_write_text
+from linearize.modeling.checksums import model_fingerprint
 from linearize.training.data import DataConfig
 from linearize.training.data_sources import read_as
 from linearize.training.documents import Document, end_token
@@ -29,7 +29,6 @@ from linearize.training.step import derived_seed
 
 FILE = "answers.jsonl"
 FORMATS = "prompt; messages; instruction (and input)"
-_SAMPLED = 256  # values of each weight that its fingerprint looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,16 +237,5 @@ def _key(
     digest = hashlib.sha256()
     parts = [vars(config), list(map(list, prompts)), sorted(end_tokens(model, tokenizer)), str(model.device.type)]
     digest.update(json.dumps(parts).encode())
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for part in _fingerprint(model):
-        digest.update(part)
+    digest.update(model_fingerprint(model).encode())
     return digest.hexdigest()[:24]
-
-
-def _fingerprint(model: PreTrainedModel) -> Iterable[bytes]:
-    """Every weight's name, type and shape, and some of its values, spread evenly: all of them would take minutes."""
-    for name, value in model.state_dict().items():
-        flat: Any = value.detach().flatten()
-        some = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
-        yield f"{name} {value.dtype} {tuple(value.shape)}".encode() + some.numpy().tobytes()

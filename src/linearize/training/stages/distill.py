@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.checksums import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.losses import Divergence
@@ -76,6 +77,12 @@ class Distill:
         if config.kl:
             other = teacher if config.teacher is None else load_other_teacher(config.teacher, student)
             self.teacher_readout = Readout(other)
+
+    def identity(self) -> dict[str, str]:
+        """Of another teacher, what its weights are."""
+        if self.config.teacher is None or self.teacher_readout is None:
+            return {}
+        return {"other_teacher": model_fingerprint(self.teacher_readout.model)}
 
     def calibrate(self, batch: Batch) -> None:
         """Nothing to measure."""
