@@ -8,6 +8,7 @@ from test_window_linear import CASES, V, inputs, make_spec
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import use_form, window_linear
+from linearize.ops.window_linear.few import is_few
 from linearize.ops.window_linear.step import is_step
 
 
@@ -52,3 +53,46 @@ def test_a_plain_state_holds_no_memory_but_its_own(window):
         _, state = window_linear(q[row], k[row], v[row], spec=spec, layout=Layout())
         for x in (state.k_BGRD, state.v_BGRV, state.sink_k_BGND, state.sink_v_BGNV, state.memory_BHFV):
             assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize(("window", "shape", "options"), CASES)
+def test_a_few_tokens_give_the_reference_of_the_whole_text(window, shape, options):
+    """Pieces as verification makes them: some tokens committed, some neither committed nor asked for."""
+    spec, (q, k, v) = make_spec(window, shape, **options), inputs(53)
+    with use_form("reference"):
+        whole, _ = window_linear(q, k, v, spec=spec, layout=Layout())
+    for first, sizes in (
+        (1, [(0, 0, 3), (3, 2, 1), (1, 0, 9), (11, 4, 13)]),
+        (20, [(0, 1, 31), (9, 0, 2), (2, 0, 22)]),
+    ):
+        _, state = window_linear(*(x[:, :, :first] for x in (q, k, v)), spec=spec, layout=Layout())
+        start = first
+        for commit, waiting, new in sizes:
+            end = start + commit + waiting + new
+            given = {"spec": spec, "layout": Layout(start), "state": state}
+            piece = [q[:, :, end - new : end], k[:, :, start:end], v[:, :, start:end]]
+            assert is_few(end - start, Layout(start), state, spec) == spec.has_window
+            y, after = window_linear(*piece, commit=commit, **given)
+            torch.testing.assert_close(y, whole[:, :, end - new : end], rtol=0, atol=1e-10)
+            with use_form("reference"):
+                y, all_after = window_linear(*piece, **given)
+                _, expected = window_linear(*piece, commit=commit, **given)
+            again, found = window_linear(*piece, **given)
+            torch.testing.assert_close(again, y, rtol=0, atol=1e-10)
+            for one, two in ((after, expected), (found, all_after)):
+                assert one.next == two.next
+                for name in ("k_BGRD", "v_BGRV", "memory_BHFV", "sink_k_BGND", "sink_v_BGNV"):
+                    torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=1e-10)
+            state, start = after, start + commit
+            for x in (state.k_BGRD, state.v_BGRV):
+                assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def test_few_tokens_are_few_plain_and_after_others():
+    spec, (q, k, v) = make_spec(5, "sliding", sinks=2), inputs(9)
+    _, plain = window_linear(q, k, v, spec=spec, layout=Layout())
+    _, ragged = window_linear(q, k, v, spec=spec, layout=Layout(position_BT=torch.arange(9).repeat(2, 1)))
+    assert is_few(2, Layout(9), plain, spec) and is_few(32, Layout(9), plain, spec)
+    assert not is_few(33, Layout(9), plain, spec) and not is_few(2, Layout(9), ragged, spec)
+    assert not is_few(2, Layout(), None, spec)
+    assert not is_few(2, Layout(position_BT=torch.tensor([[9, 10]])), plain, spec)

@@ -2,11 +2,12 @@
 
 A verification is one call: the accepted tail goes into the state, K new tokens come out with their logits. All K are
 then accepted, so that the next verification has a tail of K tokens. The single-token step is plain decoding, with
-nothing recorded. Both are timed in turn in one run; then the verifications with `packed_projections`.
+nothing recorded and nothing packed. All are timed in turn in one run, each as it is and `packed`, as the loop runs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,14 +37,10 @@ def measure(
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(teacher.config.vocab_size, (1, context), generator=generator)
     with torch.inference_mode():
-        runs: dict[str, Call] = {"step": _plain(student, prompt)}
-        runs |= {str(count): _verification(student, prompt, count) for count in guesses}
-        tokens = {name: prompt[:, : int(name) if name.isdigit() else 1] for name in runs}
-        calls = {name: lambda run=run, ids=tokens[name]: run(ids) for name, run in runs.items()}
-        times = interleaved(calls, repeats)
-        with packed_projections(student, max(guesses)):
-            packed = interleaved({name: calls[name] for name in map(str, guesses)}, repeats)
-    times |= {f"packed {name}": timing for name, timing in packed.items()}
+        calls = _calls(student, prompt, guesses)
+        with packed_projections(twin := copy.deepcopy(student)):
+            calls |= {f"packed {name}": call for name, call in _calls(twin, prompt, guesses).items()}
+            times = interleaved(calls, repeats)
     steps = {name: timing.seconds / times["step"].seconds for name, timing in times.items() if name != "step"}
     return {
         "mixer": mixer,
@@ -53,6 +50,16 @@ def measure(
         "steps": steps,
         "steps_cpu": {name: times[name].cpu_seconds / times["step"].cpu_seconds for name in steps},
     }
+
+
+def _calls(student: Any, prompt: Tensor, guesses: Sequence[int]) -> dict[str, Callable[[], Any]]:
+    """A plain step, and a verification for each K."""
+    step = _plain(student, prompt)
+    calls: dict[str, Callable[[], Any]] = {"step": lambda: step(prompt[:, :1])}
+    for count in guesses:
+        run = _verification(student, prompt, count)
+        calls[str(count)] = lambda run=run, ids=prompt[:, :count]: run(ids)  # type: ignore[misc]
+    return calls
 
 
 def _plain(student: Any, prompt: Tensor) -> Call:
@@ -76,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run and publish."""
     options = parser(__doc__)
     options.set_defaults(repeats=15)
-    options.add_argument("--guesses", type=int, nargs="+", default=[4, 8])
+    options.add_argument("--guesses", type=int, nargs="+", default=[4, 6, 8])
     options.add_argument("--context", type=int, default=200)
     options.add_argument("--hidden", type=int, default=768)
     options.add_argument("--layers", type=int, default=12)

@@ -63,6 +63,13 @@ def key_projection(module: nn.Module, hidden_BTM: Tensor, shape: AttentionShape)
     return keys.unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
 
 
+def read_directly(model: nn.Module) -> set[nn.Module]:
+    """Projections whose weight is read without a call of theirs: where `key_projection` takes a part of it."""
+    attentions = [m for m in model.modules() if getattr(getattr(m, "mixer", None), "needs_keys", False)]
+    names = {name for names in READERS for name in names if len(names) == 1}
+    return {child for module in attentions for name, child in module.named_children() if name in names}
+
+
 def _inputs(module: Any, shape: AttentionShape) -> tuple[Rows, Rows, Rows]:
     for names, read in READERS.items():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in names):

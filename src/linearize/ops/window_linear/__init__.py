@@ -2,8 +2,9 @@
 
 | form | file | time and memory | for |
 |---|---|---|---|
-| reference | `reference.py` | U x S | proof; outputs of a few tokens (padded decode, verification) |
+| reference | `reference.py` | U x S | proof; outputs of a few tokens (padded decode and verification) |
 | step | `step.py` | S | one token without padding: decode |
+| few | `few.py` | U x S | a few tokens without padding: verification of guesses |
 | chunked | `chunked.py` | linear in T | training, prefill |
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from linearize.ops.forms import ForcedForm
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.chunked import chunked
+from linearize.ops.window_linear.few import FEW_TOKENS, few, is_few
 from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.spec import Branch, WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
@@ -37,7 +40,6 @@ __all__ = [
 ]
 
 FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
-FEW_TOKENS = 32
 _forced = ForcedForm("window_linear")
 use_form = _forced.use
 
@@ -59,21 +61,16 @@ def window_linear(
     tokens, at most T - U (None: after all). Half-precision inputs are computed in fp32 and the ring is kept in their
     dtype; the folded sum is at least fp32.
     """
-    if commit is not None:
-        return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
+    options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state, "need_state": need_state}
     form = _choose(q_BHUD, k_BGTD, layout, state, spec)
+    if form is few:
+        options["commit"] = commit
+    elif commit is not None:
+        return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
     dtype = q_BHUD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(q_BHUD.device.type, enabled=False):
-        y, after = form(
-            q_BHUD.to(wide),
-            k_BGTD.to(wide),
-            v_BGTV.to(wide),
-            spec=spec,
-            layout=layout,
-            state=state,
-            need_state=need_state,
-        )
+        y, after = form(q_BHUD.to(wide), k_BGTD.to(wide), v_BGTV.to(wide), **options)
     return y.to(dtype), after if after is None else _narrow(after, dtype)
 
 
@@ -109,6 +106,8 @@ def _choose(
         return FORMS[forced] if whole else reference
     if whole and is_step(q_BHUD, layout, state):
         return step
+    if is_few(k_BGTD.shape[2], layout, state, spec):
+        return few
     return reference if k_BGTD.shape[2] <= FEW_TOKENS or not whole or layout.gaps() else chunked
 
 

@@ -105,6 +105,33 @@ def next_plain_state(
     return WindowLinearState(following, _owned(k), _owned(v), memory, *sinks)
 
 
+def next_joined_state(
+    k_BGTD: Tensor, v_BGTV: Tensor, start: int, state: WindowLinearState, spec: WindowLinear
+) -> WindowLinearState:
+    """`next_plain_state` of a ring and new keys and values that are not side by side yet: one copy at most."""
+    following, ring = start + k_BGTD.shape[2], state.k_BGRD.shape[2]
+    first, boundary = start - ring, fold_boundary(following, spec.window, spec.shape)
+    leaving = slice(min(max(spec.num_sinks - first, 0), boundary - first), boundary - first)
+    memory, past = state.memory_BHFV, (state.k_BGRD.to(k_BGTD.dtype), state.v_BGRV.to(v_BGTV.dtype))
+    if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
+        gone = [between(*pair, leaving) for pair in zip(past, (k_BGTD, v_BGTV), strict=True)]
+        memory = _fold(gone[0], gone[1], None, memory, spec)
+    keep = slice(boundary - first, ring + k_BGTD.shape[2])
+    k, v = (between(*pair, keep) for pair in zip(past, (k_BGTD, v_BGTV), strict=True))
+    sinks = _plain_sinks(k_BGTD, v_BGTV, 0, state, spec)
+    return WindowLinearState(following, _owned(k), _owned(v), memory, *sinks)
+
+
+def between(past: Tensor, new: Tensor, slots: slice) -> Tensor:
+    """Some slots of two tensors that stand one after the other in time."""
+    ring = past.shape[2]
+    if slots.start >= ring:
+        return new[:, :, slots.start - ring : slots.stop - ring]
+    if slots.stop <= ring:
+        return past[:, :, slots]
+    return torch.cat([past[:, :, slots.start :], new[:, :, : slots.stop - ring]], dim=2)
+
+
 def _owned(x: Tensor) -> Tensor:
     """x in memory of its own: a view, contiguous or not, would keep the whole text's keys alive."""
     whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()

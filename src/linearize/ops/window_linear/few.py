@@ -1,0 +1,151 @@
+"""A few new tokens without padding or packing: verification of guesses, decoding in small pieces.
+
+What is committed goes into ring and sum first (one copy of the ring); the rest attends from there, past and new keys
+side by side but never put together. Keys that are in the window of no query, and are not folded yet, are few: only
+they get features.
+
+Letters: B batch, G key/value heads, R query heads for each, H = G R, T new tokens, U of them (the last) with an output,
+M = R U, N sinks that left the ring, P ring, S = N + P + T slots, D, V, F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear.spec import WindowLinear, divide, with_ones
+from linearize.ops.window_linear.state import WindowLinearState
+from linearize.ops.window_linear.update import between, next_joined_state
+from linearize.ops.window_linear.window import fold_boundary, in_window
+
+FEW_TOKENS = 32
+
+
+def is_few(num_tokens: int, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> bool:
+    """Whether `few` can do this call."""
+    plain = layout.is_plain and state is not None and isinstance(state.next, int)
+    return plain and 0 < num_tokens <= FEW_TOKENS and spec.has_window
+
+
+def few(
+    q_BHUD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    *,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowLinearState,
+    need_state: bool = True,
+    commit: int | None = None,
+) -> tuple[Tensor, WindowLinearState | None]:
+    """Attend; same arguments, outputs and values as `reference`, state after `commit` tokens (None: all)."""
+    tokens, start, after = k_BGTD.shape[2], layout.start, None
+    if commit is not None:
+        if commit:
+            state = next_joined_state(k_BGTD[:, :, :commit], v_BGTV[:, :, :commit], start, state, spec)
+            k_BGTD, v_BGTV = k_BGTD[:, :, commit:], v_BGTV[:, :, commit:]
+        after = state
+    elif need_state:
+        after = next_joined_state(k_BGTD, v_BGTV, start, state, spec)
+    slots = _slots(q_BHUD.shape[2], start + tokens, k_BGTD.shape[2], layout, state, spec)
+    return _attend(q_BHUD, k_BGTD, v_BGTV, slots, state, spec), after if need_state else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """`sinks`: how many have left the ring. `hidden_US`: slots outside the query's window (None: all are inside).
+
+    `first`, `far_UP`: slots from `first` on that some query sees only through the sum, which does not hold them yet;
+    None: there are none.
+    """
+
+    sinks: int
+    hidden_US: Tensor | None
+    first: int
+    far_UP: Tensor | None
+
+
+def _slots(asked: int, end: int, num_new: int, layout: Layout, state: WindowLinearState, spec: WindowLinear) -> _Slots:
+    """Where each slot stands for each query; once for all layers that share layout and window."""
+    ring, have = state.k_BGRD.shape[2], 0 if state.sink_k_BGND is None else state.sink_k_BGND.shape[2]
+    key = ("few", asked, end, num_new, ring, have, spec.window, spec.shape, spec.num_sinks)
+    if key not in layout.memo:
+        layout.memo[key] = _place(asked, end, end - num_new - ring, have, spec, state.k_BGRD.device)
+    found: _Slots = layout.memo[key]
+    return found
+
+
+def _place(asked: int, end: int, oldest: int, have: int, spec: WindowLinear, device: torch.device) -> _Slots:
+    """`oldest`: position of the ring's first slot; `end`: of the token after the last."""
+    sinks = min(have, max(oldest, 0))
+    query = torch.arange(end - asked, end, device=device)[:, None]
+    slot = torch.cat([torch.arange(sinks, device=device), torch.arange(oldest, end, device=device)])
+    near = (in_window(query, slot, spec.window, spec.shape) | (slot < spec.num_sinks)) & (slot <= query)
+    hidden = None if bool(near.all()) else ~near
+    first = max(oldest, spec.num_sinks)
+    beyond = fold_boundary(end - 1, spec.window, spec.shape)
+    if beyond <= first:
+        return _Slots(sinks, hidden, 0, None)
+    far = slice(sinks + first - oldest, sinks + beyond - oldest)
+    return _Slots(sinks, hidden, first - oldest, ((slot <= query) & ~near)[:, far])
+
+
+def _attend(
+    q_BHUD: Tensor, k_BGTD: Tensor, v_BGTV: Tensor, slots: _Slots, state: WindowLinearState, spec: WindowLinear
+) -> Tensor:
+    groups, dtype = k_BGTD.shape[1], q_BHUD.dtype
+    keys, values = [state.k_BGRD.to(dtype), k_BGTD], [state.v_BGRV.to(dtype), v_BGTV]
+    if slots.sinks:
+        assert state.sink_k_BGND is not None and state.sink_v_BGNV is not None
+        keys.insert(0, state.sink_k_BGND[:, :, : slots.sinks].to(dtype))
+        values.insert(0, state.sink_v_BGNV[:, :, : slots.sinks].to(dtype))
+    q_BGMD = q_BHUD.reshape(q_BHUD.shape[0], groups, -1, q_BHUD.shape[-1])
+    p, m = _weights(torch.cat([q_BGMD @ k.mT for k in keys], dim=-1), slots.hidden_US, spec)
+    recalled = None
+    if spec.has_linear and (state.memory_BHFV is not None or slots.far_UP is not None):
+        recalled = _recall(spec.features_q(q_BHUD), keys, values, slots, state, spec)
+        recalled = recalled * (-m.view(*q_BHUD.shape[:3], 1)).exp() if spec.shared_shift else recalled
+    parts = zip(p.split([k.shape[2] for k in keys], dim=-1), values, strict=True)
+    summed = [part @ v for part, v in parts]
+    total = torch.cat([sum(summed[1:], summed[0]), p.sum(-1, keepdim=True)], dim=-1)
+    total = total.view(*q_BHUD.shape[:3], -1)
+    return divide(total if recalled is None else total + recalled)
+
+
+def _weights(s_BGMS: Tensor, hidden_US: Tensor | None, spec: WindowLinear) -> tuple[Tensor, Tensor]:
+    """g exp(s - m), and m, `[B, G, M, 1]`."""
+    s = s_BGMS * spec.scaling
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    if hidden_US is not None:
+        asked = hidden_US.shape[0]
+        s = s.unflatten(2, (-1, asked)).masked_fill(hidden_US, -torch.inf).flatten(2, 3)
+    m = spec.shift(s.amax(-1, keepdim=True))
+    p = (s - m).exp()
+    if spec.log_window_factor_H is not None:
+        factor = spec.log_window_factor_H.exp().to(p.dtype).view(p.shape[1], -1, 1, 1)
+        p = (p.unflatten(2, (factor.shape[1], -1)) * factor).flatten(2, 3)
+    return p, m
+
+
+def _recall(
+    phi_BHUF: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    slots: _Slots,
+    state: WindowLinearState,
+    spec: WindowLinear,
+) -> Tensor:
+    """The linear term's numerator and normaliser, `[B, H, U, V + 1]`: the sum, and keys beyond the window."""
+    total = None if state.memory_BHFV is None else phi_BHUF @ state.memory_BHFV.to(phi_BHUF.dtype)
+    if slots.far_UP is None:
+        assert total is not None
+        return total
+    far = slice(slots.first, slots.first + slots.far_UP.shape[1])
+    k, v = (between(some[-2], some[-1], far) for some in (keys, values))
+    a_BHUP = (phi_BHUF @ spec.features_k(k).mT).masked_fill(~slots.far_UP, 0)
+    added = a_BHUP @ with_ones(v).repeat_interleave(a_BHUP.shape[1] // v.shape[1], dim=1)
+    return added if total is None else total + added
