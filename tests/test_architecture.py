@@ -29,13 +29,14 @@ LAYERS = {
     "evaluation": 6,
     "benchmarks": 7,
     "recipes": 7,
-    "conversion": 8,
-    "demo": 9,
-    "cli_output": 9,
-    "cli_options": 9,
-    "cli": 10,
-    "__init__": 11,
-    "__main__": 12,
+    "streaming": 8,
+    "conversion": 9,
+    "demo": 10,
+    "cli_output": 10,
+    "cli_options": 10,
+    "cli": 11,
+    "__init__": 12,
+    "__main__": 13,
 }
 EXTRAS = ["trl", "lm_eval", "fla", "triton", "fastapi", "uvicorn", "wandb", "tensorboard"]
 NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import text, tiny
+from models import text
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from teacher_folder import WORDS, write_teacher, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
 from linearize.errors import InputError
@@ -37,28 +36,14 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 REPORT = {"teacher_loss", "swap_loss", "stages", "student_loss", "student_kl", "student_top1", "provenance"}
 STAGE = {"name", "loss_before", "loss_after", "tokens", "trainable_parameters", "seconds"}
-WORDS = ["the cat sat", "a red box", "on the mat", "code 4821", "and ran", "to see", "Ann: why", "so it was"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random teacher with a tokenizer of single characters, and 30 documents of text."""
     path = tmp_path_factory.mktemp("convert")
-    tokens = ["<s>", "</s>", *string.ascii_letters[:26], *"ARN", *string.digits, *" \n:.,>"]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(path / "teacher")
-    teacher = tiny("llama", attention="sdpa", vocab_size=len(tokens), bos_token_id=0, eos_token_id=1, pad_token_id=None,
-                   max_position_embeddings=64)  # fmt: skip
-    teacher.save_pretrained(path / "teacher")
-    generator = torch.Generator().manual_seed(1)
-    documents = [
-        ", ".join(WORDS[i] for i in torch.randint(len(WORDS), (4 + n % 9,), generator=generator)) + "."
-        for n in range(30)
-    ]
-    (path / "text.txt").write_text("\n\n".join(documents))
+    write_teacher(path / "teacher")
+    write_text(path / "text.txt")
     (path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     return path
 

@@ -27,6 +27,7 @@ from linearize.cli_options import (
     each_with_its_option,
     given,
     names,
+    size,
 )
 from linearize.cli_output import DONE, FAILED, INTERRUPTED, conversion_lines, json_only, one_line, show, table
 from linearize.errors import InputError
@@ -128,21 +129,38 @@ def convert(
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
     ] = None,
+    memory: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=size, help="Memory that block-wise training may take: 24GB.")
+    ] = None,
+    disk: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=size, help="Disk that saved hidden states may take: 2TB.")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="N-N,N", help="Train only these blocks (from 0), then stop.")
+    ] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a teacher into a student."""
     from linearize.conversion import convert as run_convert
+    from linearize.conversion import convert_blocks
     from linearize.recipes.overrides import parse_settings
+    from linearize.streaming.options import BlockOptions
 
+    options = BlockOptions(memory=memory, disk=disk, only=blocks)
+    chosen = given(recipe=recipe, device=device) | {"trust_remote_code": trust_remote_code, "blocks": options}
+    if blocks is not None:
+        convert_blocks(teacher, blocks, data=data, out=out, overrides=parse_settings(settings or []), **chosen)
+        print(f"blocks {blocks} are trained; the same command without --blocks makes the student")
+        return
     run_convert(
         teacher,
         data=data,
         out=out,
         overrides=parse_settings(settings or []),
         overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        **given(recipe=recipe, track=track, device=device),
+        **given(track=track),
+        **chosen,
     )
     for line in conversion_lines(out):
         print(line)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.errors import InputError
-from linearize.numbers import parse_count, parse_number
+from linearize.numbers import parse_count, parse_number, parse_size
 
 
 def count(value: str) -> int:
@@ -21,6 +21,13 @@ def count(value: str) -> int:
 def number(value: str) -> float:
     try:
         return float(parse_number(value))
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def size(value: str) -> int:
+    try:
+        return parse_size(value)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linearize.disk import not_created, writing
+from linearize.disk import writing
 from linearize.evaluation.branches import window_reach
 from linearize.evaluation.card import model_card
 from linearize.evaluation.language_modeling import branch_ablation, held_out_report, loss_only
 from linearize.evaluation.layer_error import layer_errors
 from linearize.evaluation.plots import plot_layer_error, plot_stages
-from linearize.evaluation.report import FILE_NAME as REPORT
-from linearize.evaluation.report import ConversionReport, StageReport, build_report, provenance, write_report
+from linearize.evaluation.report import (
+    ConversionReport,
+    StageReport,
+    build_report,
+    provenance,
+    stage_report,
+    write_report,
+)
 from linearize.files import (
     atomic_folder,
-    atomic_write_text,
     check_apart,
     check_free,
     discard,
     output_lock,
-    read_json,
-    read_text,
 )
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.checksums import model_fingerprint
@@ -38,8 +40,14 @@ from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
 from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.schedule import share_of
+from linearize.streaming.in_memory import run_loaded, take_parts
+from linearize.streaming.options import BlockOptions, check_options, is_blockwise
+from linearize.streaming.work_folder import ended, make_work, mark_ended, work_folder
+from linearize.training.blockwise.parts import Part
+from linearize.training.blockwise.rows import StageRows
 from linearize.training.checkpoint import check_formats
-from linearize.training.config import StageConfig
+from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data import PSEUDO, batches
 from linearize.training.hardware import bf16_pays
 from linearize.training.loop import StageResult, run_stage
@@ -49,7 +57,6 @@ from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.tracking import Tracker, make_tracker
 
 CALIBRATION_TOKENS = 16_384
-ENDED = "ended.json"
 LOG = logging.getLogger("linearize")
 
 
@@ -65,11 +72,15 @@ def convert(
     track: Sequence[str] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    blocks: BlockOptions | None = None,
 ) -> LinearizedForCausalLM:
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
     With `plan.depth` in the recipe (as in `draft`) the student is a draft: some of the layers of `teacher`, which may
     be a student itself.
+
+    With `block` in the recipe's first stage (`stages.0.block=4`, or `auto`) its layers are trained block by block on
+    hidden states of the teacher saved in `.OUT.run`; `convert_blocks` lets other processes do some of them.
 
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
     folder, which is removed at the end; of two calls at once with the same `out` the second is refused. A recipe's
@@ -82,61 +93,100 @@ def convert(
     Raises:
         InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    chosen = chosen.override(dict(overrides or {}))
-    final = Path(out).expanduser().resolve()
-    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    check_apart(final, str(teacher), *(spec.removeprefix(PSEUDO) for spec in specs))
-    work = final.parent / f".{final.name}.run"  # checkpoints and the log lie here until the student is whole
+    options = blocks or BlockOptions()
+    final, chosen, specs = _checked(teacher, data, out, recipe, overrides, options)
     wanted = {"teacher": str(teacher), "data": specs, "recipe": chosen.model_dump(mode="json")}
+    work = work_folder(final)
     with output_lock(final), writing("what the conversion keeps", final.parent):
-        if (ended := _ended(final, work)) is not None:  # killed after its last step
-            if ended != wanted:
+        if (last := ended(final, work)) is not None:  # killed after its last step
+            if last != wanted:
                 check_free(final, overwrite)
             discard(work)
-            if ended == wanted:
+            if last == wanted:
                 return load(final, device=device)
         check_free(final, overwrite)
         check_formats(work)
-        tracker = make_tracker(work / "log", track)
-        asked = set(overrides or {})
+        tracker, asked = make_tracker(work / "log", track), set(overrides or {})
         prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise not_created(final, error) from error
-        conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker)
+        conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker, options)
+        conversion.check_blocks()
+        make_work(work, final)
         report = conversion.run()
         with atomic_folder(final, overwrite, locked=True) as folder:
             conversion.write(folder, report)
             if (work / "log").is_dir():
                 shutil.copytree(work / "log", folder / "log")
-            _mark_ended(folder, work, wanted)
+            mark_ended(folder, work, wanted)
         student = load(final, device=device)
         discard(work)
     return student
 
 
-def _mark_ended(folder: Path, work: Path, wanted: Mapping[str, Any]) -> None:
-    """Note in `work` which student it led to: from when the folder has its final name, nothing is left to do."""
-    record = {"report": read_text(folder / REPORT), "wanted": wanted}
-    atomic_write_text(work / ENDED, json.dumps(record))
+def convert_blocks(
+    teacher: str | os.PathLike[str],
+    only: str,
+    *,
+    data: Sequence[str | os.PathLike[str]] | str,
+    out: str | os.PathLike[str],
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    overrides: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    blocks: BlockOptions | None = None,
+) -> None:
+    """Train some blocks (`only`: `0-3,7`, or `all`) of a conversion whose first stage is block-wise, and stop.
+
+    The arguments are those of `convert`, which makes the student when it is called afterwards. Any number of processes
+    and machines that see the folder `.OUT.run` may do so at once; a block that one of them trains the others leave.
+
+    Raises:
+        InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
+    """
+    options = replace(blocks or BlockOptions(), only=only)
+    final, chosen, specs = _checked(teacher, data, out, recipe, overrides, options)
+    work, asked = work_folder(final), set(overrides or {})
+    with output_lock(final, shared=True), writing("what the conversion keeps", final.parent):
+        check_formats(work)
+        prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
+        tracker = make_tracker(work / "log", ())
+        conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker, options)
+        conversion.check_blocks()
+        make_work(work, final)
+        conversion.train_blocks()
 
 
-def _ended(final: Path, work: Path) -> Any:
-    """What was wanted of a run that was killed when its student had its final name already; else None."""
-    if not (work / ENDED).is_file() or not (final / REPORT).is_file():
-        return None
-    record = read_json(work / ENDED)
-    return record["wanted"] if record["report"] == read_text(final / REPORT) else None
+def _checked(
+    teacher: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]] | str,
+    out: str | os.PathLike[str],
+    recipe: str | Recipe,
+    overrides: Mapping[str, Any] | None,
+    options: BlockOptions,
+) -> tuple[Path, Recipe, list[str]]:
+    """Where the student will be, the recipe and the data SPECs. Raises InputError."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = chosen.override(dict(overrides or {}))
+    check_options(chosen.stages, options)
+    final = Path(out).expanduser().resolve()
+    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
+    check_apart(final, str(teacher), *(spec.removeprefix(PSEUDO) for spec in specs))
+    return final, chosen, specs
 
 
 class Conversion:
     """A conversion on its way: each step of the plan's schedule, at each step the stages, everything measured."""
 
     def __init__(
-        self, prepared: Prepared, specs: Sequence[str], work: Path, progress: Progress, tracker: Tracker
+        self,
+        prepared: Prepared,
+        specs: Sequence[str],
+        work: Path,
+        progress: Progress,
+        tracker: Tracker,
+        blocks: BlockOptions | None = None,
     ) -> None:
+        self.blocks = blocks or BlockOptions()
         self.given, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
         self.recipe, self.student, self.teacher = prepared.recipe, prepared.student, prepared.teacher
         self.steps, self.heldout = prepared.steps, prepared.heldout
@@ -178,6 +228,17 @@ class Conversion:
             provenance=provenance(seed=self.recipe.seed) | self._choices(),
         )
 
+    def check_blocks(self) -> None:
+        """Refuse block-wise stages that do not fit into memory or disk. Raises InputError."""
+        for number, stage in enumerate(self.recipe.stages):
+            if is_blockwise(stage):
+                self._blockwise(number, 0, check_only=True)
+
+    def train_blocks(self) -> None:
+        """Some blocks of the first stage, for a call without `only` to assemble."""
+        self._start_step(0)
+        self._blockwise(next(i for i, stage in enumerate(self.recipe.stages) if stage.tokens != 0), 0)
+
     def write(self, folder: Path, report: ConversionReport) -> None:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
         save_student(self.student, self.given.tokenizer, folder)
@@ -207,18 +268,40 @@ class Conversion:
     def _run_stage(self, number: int, step: int) -> None:
         """One stage at one step of the schedule, from its checkpoint if there is one."""
         stage, steps = self.recipe.stages[number], len(self.steps)
-        share, part = _share_of(stage, step, steps)
-        key = f"{number}-{stage.name}" if steps == 1 else f"{step + 1}of{steps}-{number}-{stage.name}"
+        share, part = share_of(stage, step, steps)
+        key, identity = self._key(number, step), self._stage_identity()
         torch.manual_seed(self.recipe.seed + stage.seed)
-        identity = {**self.identity, "plan": self.student.config.plan, "before": dict(self.before)}
         if isinstance(share, OwnLoopConfig):
             result = self._run_own_loop(share, key, identity)
+        elif is_blockwise(share):
+            result = take_parts(self.student, self._blockwise(number, step), key)
         else:
             result = self._run_in_loop(self._on_this_device(number, share, step), key, identity, part)
         self.before[key] = share.model_dump(mode="json")
         before = self.losses[-1]
         self._measure(key, step)
-        self.stages.append(_stage_report(stage, result, before, self.losses[-1], self.steps, step))
+        self.stages.append(stage_report(stage, result, before, self.losses[-1], self.steps, step))
+
+    def _key(self, number: int, step: int) -> str:
+        """The name of a stage at a step of the schedule."""
+        steps, name = len(self.steps), self.recipe.stages[number].name
+        return f"{number}-{name}" if steps == 1 else f"{step + 1}of{steps}-{number}-{name}"
+
+    def _stage_identity(self) -> dict[str, Any]:
+        """What a stage depends on besides its own settings."""
+        return {**self.identity, "plan": self.student.config.plan, "before": dict(self.before)}
+
+    def _blockwise(self, number: int, step: int, *, check_only: bool = False) -> list[Part]:
+        """A stage block by block, on its part of the rows; `check_only`: whether it fits, and nothing else."""
+        share, part = share_of(self.recipe.stages[number], step, len(self.steps))
+        stage = self._on_this_device(number, share, step, tell=not check_only)
+        assert isinstance(stage, BlockwiseConfig)
+        rows, key = self.given.text.rows(stage.length or self.recipe.data.length, *part), self._key(number, step)
+        return run_loaded(
+            stage, self.student, self.given.layer_teacher, StageRows(stage, rows, self.heldout), self.work / key,
+            self.blocks, check_only=check_only, identity=self._stage_identity(), progress=self.progress,
+            tracker=self.tracker, name=key,
+        )  # fmt: skip
 
     def _run_in_loop(
         self, stage: StageConfig, key: str, identity: Mapping[str, Any], part: tuple[int, int]
@@ -239,11 +322,11 @@ class Conversion:
             identity={**identity, **more}, name=key, progress=self.progress, tracker=self.tracker,
         )  # fmt: skip
 
-    def _on_this_device(self, number: int, stage: StageConfig, step: int) -> StageConfig:
+    def _on_this_device(self, number: int, stage: StageConfig, step: int, *, tell: bool = True) -> StageConfig:
         """The stage, in fp32 where bf16 would be slower; said once."""
         if stage.precision == "fp32" or bf16_pays(self.student.device):
             return stage
-        if step == 0 or stage.at == "last":
+        if tell and (step == 0 or stage.at == "last"):
             note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
         return stage.model_copy(update={"precision": "fp32"})
 
@@ -290,36 +373,3 @@ class Conversion:
 def note(line: str) -> None:
     """One line for people, on stderr."""
     print(f"linearize: {line}", file=sys.stderr)
-
-
-def _share_of(stage: StageConfig, step: int, steps: int) -> tuple[StageConfig, tuple[int, int]]:
-    """A stage as it runs at one step of a schedule, and its part of the rows: tokens and rows are shared out evenly."""
-    if stage.at == "last" or steps == 1 or isinstance(stage, OwnLoopConfig):
-        return stage, (0, 1)
-    tokens = stage.tokens * (step + 1) // steps - stage.tokens * step // steps
-    return stage.model_copy(update={"tokens": max(1, tokens)}), (step, steps)
-
-
-def _stage_report(
-    stage: StageConfig, result: StageResult, before: float, after: float, steps: Sequence[Sequence[int]], step: int
-) -> StageReport:
-    every = max(1, len(result.losses) // 200)
-    details = {
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "stopped_early": result.stopped_early,
-        "losses": [list(x) for x in result.losses[::every]],
-        "heldout": [list(x) for x in result.heldout],
-        **({"metrics": {k: [list(x) for x in v] for k, v in result.metrics.items()}} if result.metrics else {}),
-        **({"data": stage.data} if isinstance(stage, OwnLoopConfig) else {}),
-    }
-    scheduled = len(steps) > 1
-    return StageReport(
-        name=f"{stage.name} ({step + 1}/{len(steps)})" if scheduled and stage.at == "each" else stage.name,
-        loss_before=before,
-        loss_after=after,
-        tokens=result.tokens,
-        trainable_parameters=result.trainable_parameters,
-        seconds=round(result.seconds, 2),
-        details=details | ({"layers": list(steps[step])} if scheduled else {}),
-    )

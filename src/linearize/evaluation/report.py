@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from linearize.errors import InputError
 from linearize.evaluation.language_modeling import BranchAblation, LanguageModelingReport
 from linearize.files import atomic_write_text, read_json
+from linearize.training.config import StageConfig
+from linearize.training.loop import StageResult
+from linearize.training.own_loop import OwnLoopConfig
 
 FILE_NAME = "report.json"
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "numpy")
@@ -133,6 +136,32 @@ def build_report(
         ablation=ablation.to_dict() if ablation is not None else None,
         layer_error={moment: list(errors) for moment, errors in (layer_error or {}).items()},
         provenance=dict(provenance),
+    )
+
+
+def stage_report(
+    stage: StageConfig, result: StageResult, before: float, after: float, steps: Sequence[Sequence[int]], step: int
+) -> StageReport:
+    """What a stage did between two held-out losses. `steps`: of the plan's schedule, `step`: the stage's."""
+    every = max(1, len(result.losses) // 200)
+    details = {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "losses": [list(x) for x in result.losses[::every]],
+        "heldout": [list(x) for x in result.heldout],
+        **({"metrics": {k: [list(x) for x in v] for k, v in result.metrics.items()}} if result.metrics else {}),
+        **({"data": stage.data} if isinstance(stage, OwnLoopConfig) else {}),
+    }
+    scheduled = len(steps) > 1
+    return StageReport(
+        name=f"{stage.name} ({step + 1}/{len(steps)})" if scheduled and stage.at == "each" else stage.name,
+        loss_before=before,
+        loss_after=after,
+        tokens=result.tokens,
+        trainable_parameters=result.trainable_parameters,
+        seconds=round(result.seconds, 2),
+        details=details | ({"layers": list(steps[step])} if scheduled else {}),
     )
 
 

@@ -37,8 +37,8 @@ def truncate(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """
     if isinstance(model, LinearizedForCausalLM):
         return _truncated_student(model, layers)
-    lm = _truncated(model, [site.name for site in probe(model)], layers)
-    _check_config_describes(lm, lm, _list_of_layers([site.name for site in probe(lm)]), layers)
+    lm = cut_tree(model, [site.name for site in probe(model)], layers)
+    _check_config_describes(lm, lm, list_of_layers([site.name for site in probe(lm)]), layers)
     return lm
 
 
@@ -50,19 +50,19 @@ def block_name(site: str) -> str:
 
 
 def _truncated_student(student: LinearizedForCausalLM, layers: Sequence[int]) -> LinearizedForCausalLM:
-    lm = _truncated(student.lm, student.config.attention, layers)
-    config = _student_config(student.config, layers)
+    lm = cut_tree(student.lm, student.config.attention, layers)
+    config = cut_student_config(student.config, layers)
     if all(entry is not None for entry in config.plan):  # as `surgery.install`: no layer needs a T x T mask
         for own in attention_configs(lm):
             own._attn_implementation = ATTENTION
     with no_init_weights():
         result = LinearizedForCausalLM(config, lm=lm)
     result.generation_config = copy.deepcopy(student.generation_config)
-    _check_config_describes(result, lm, f"lm.{_list_of_layers(config.attention)}", layers)
+    _check_config_describes(result, lm, f"lm.{list_of_layers(config.attention)}", layers)
     return result.eval()
 
 
-def _student_config(config: LinearizeConfig, layers: Sequence[int]) -> LinearizeConfig:
+def cut_student_config(config: LinearizeConfig, layers: Sequence[int]) -> LinearizeConfig:
     """The student's config with everything that it says by layer cut alike."""
     result, teacher = copy.deepcopy(config), config.teacher_config()
     _cut(teacher.get_text_config(), layers)
@@ -79,14 +79,14 @@ def _renumbered(site: str, layer: int) -> str:
     return f"{block.rpartition('.')[0]}.{layer}{site.removeprefix(block)}"
 
 
-def _list_of_layers(sites: Sequence[str]) -> str:
+def list_of_layers(sites: Sequence[str]) -> str:
     """The module list that holds all layers."""
     return block_name(sites[0]).rpartition(".")[0]
 
 
-def _truncated(lm: PreTrainedModel, sites: Sequence[str], layers: Sequence[int]) -> PreTrainedModel:
+def cut_tree(lm: PreTrainedModel, sites: Sequence[str], layers: Sequence[int]) -> PreTrainedModel:
     """A second module tree over the same tensors with these layers alone, renumbered, and configs that say so."""
-    name, result = _list_of_layers(sites), share_weights(lm)
+    name, result = list_of_layers(sites), share_weights(lm)
     blocks: Any = result.get_submodule(name)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) != len(sites):
         raise InputError(f"{lm.config.model_type}: its {len(sites)} layers do not lie in one list; no draft can be cut")

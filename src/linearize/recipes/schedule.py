@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from linearize.errors import InputError
+from linearize.training.config import StageConfig
+from linearize.training.own_loop import OwnLoopConfig
 
 
 class Progressive(BaseModel):
@@ -70,3 +72,11 @@ ScheduleChoice = Annotated[Progressive | Stepwise, Field(discriminator="kind")]
 def rounded(count: float) -> int:
     """A number of kept layers as a whole number, halves down: of 5 layers, a half keeps 2."""
     return max(0, math.ceil(count - 0.5 - 1e-9))
+
+
+def share_of(stage: StageConfig, step: int, steps: int) -> tuple[StageConfig, tuple[int, int]]:
+    """A stage as it runs at one step of a schedule, and its part of the rows: tokens and rows are shared out evenly."""
+    if stage.at == "last" or steps == 1 or isinstance(stage, OwnLoopConfig):
+        return stage, (0, 1)
+    tokens = stage.tokens * (step + 1) // steps - stage.tokens * step // steps
+    return stage.model_copy(update={"tokens": max(1, tokens)}), (step, steps)

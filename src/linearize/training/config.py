@@ -64,6 +64,20 @@ class StageConfig(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} has no build")
 
 
+class BlockwiseConfig(StageConfig):
+    """A stage whose layers learn each by itself, so that blocks of `block` layers can train one after the other on
+    saved hidden states of the teacher (2410.10254, section 3.3); None: all layers at once, nothing is saved."""
+
+    block: int | Literal["auto"] | None = Field(None, description="layers a block; auto: as memory and disk allow")
+
+    @field_validator("block")
+    @classmethod
+    def _at_least_one(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{value} given; a block has 1 layer or more, or is auto")
+        return value
+
+
 class LossSum(NamedTuple):
     """A loss that is not yet divided: `sum / count` over any set of batches is their mean loss."""
 

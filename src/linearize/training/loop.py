@@ -72,6 +72,7 @@ def run_stage(
     progress: Progress | None = None,
     tracker: Tracker | None = None,
     name: str | None = None,
+    alone: bool = False,
 ) -> StageResult:
     """Trains the parameters that `run` names, puts the best weights in place, and calls `run.finish()`.
 
@@ -88,13 +89,14 @@ def run_stage(
         identity: what else this run depends on (data, student plan), as JSON; a checkpoint with another one is refused.
         checkpoint_seconds: a checkpoint is written at every evaluation and at least this often.
         name: of the stage in progress lines and logs, unique in its run; default `config.name`.
+        alone: this process trains by itself, also under torch.distributed (a block of layers, say).
 
     Raises:
         InputError: the ranks cannot share the batch, the checkpoint belongs to another run, or nothing held out counts.
         RuntimeError: a loss or a gradient is not finite; nothing is kept as final.
     """
     torch.set_flush_denormal(True)
-    loop = _Loop(run, config, heldout, length=length, name=name or config.name)
+    loop = _Loop(run, config, heldout, length=length, name=name or config.name, alone=alone)
     if config.tokens > 0:
         if checkpoint_dir is not None:
             loop.attach(checkpoint_dir, {"stage": config.model_dump(mode="json"), "length": length, **(identity or {})})
@@ -107,9 +109,18 @@ def run_stage(
 class _Loop:
     """One stage on its way. The state after step k depends on nothing but the arguments and k."""
 
-    def __init__(self, run: StageRun, config: StageConfig, heldout: Sequence[Batch], *, length: int, name: str) -> None:
+    def __init__(
+        self,
+        run: StageRun,
+        config: StageConfig,
+        heldout: Sequence[Batch],
+        *,
+        length: int,
+        name: str,
+        alone: bool = False,
+    ) -> None:
         self.config, self.length, self.name = config, length, name
-        self.stepper = Stepper(run, config)
+        self.stepper = Stepper(run, config, alone=alone)
         self.device = self.stepper.device
         self.heldout = heldout[self.stepper.rank :: self.stepper.ranks] if heldout else None
         self.steps = count_steps(config, length)

@@ -108,17 +108,19 @@ def batches(
     if batch_size < 1 or batch_size % world_size:
         raise InputError(f"batch of {batch_size} sequences on {world_size} processes: use a multiple of {world_size}")
     assert 0 <= rank < world_size
-    return (rows.take(_step_rows(len(rows), batch_size, seed, step, rank, world_size)) for step in count(start_step))
+    return (rows.take(step_rows(len(rows), batch_size, seed, step, rank, world_size)) for step in count(start_step))
 
 
-def _step_rows(num_rows: int, batch_size: int, seed: int, step: int, rank: int, world_size: int) -> list[int]:
+def step_rows(num_rows: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    """The rows of the batch of one step, by number; `batches` says how they are drawn."""
     share = batch_size // world_size
     first = step * batch_size + rank * share
-    return [int(_epoch_order(num_rows, seed, i // num_rows)[i % num_rows]) for i in range(first, first + share)]
+    return [int(epoch_order(num_rows, seed, i // num_rows)[i % num_rows]) for i in range(first, first + share)]
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(num_rows: int, seed: int, epoch: int) -> _Ints:
+def epoch_order(num_rows: int, seed: int, epoch: int) -> _Ints:
+    """All rows in the order of one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 

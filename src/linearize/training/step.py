@@ -28,10 +28,12 @@ class StepNumbers(NamedTuple):
 class Stepper:
     """AdamW over exactly the parameters that a run names, on one process or on every rank of torch.distributed."""
 
-    def __init__(self, run: StageRun, config: StageConfig) -> None:
-        """All ranks start from the first rank's parameters. Raises `InputError` if they cannot share a batch evenly."""
+    def __init__(self, run: StageRun, config: StageConfig, *, alone: bool = False) -> None:
+        """All ranks start from the first rank's parameters; `alone`: other ranks do something else. Raises `InputError`
+        if they cannot share a batch evenly."""
         self.run, self.config = run, config
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        together = dist.is_initialized() and not alone
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         if config.batch % self.ranks:
             raise InputError(
                 f"batch {config.batch} of {config.name!r} does not divide by {self.ranks} ranks: change one"

@@ -21,11 +21,11 @@ from linearize.mixers import LayerMixer, Mixer
 from linearize.modeling import LinearizedForCausalLM
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
-from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
 
 
-class AttentionTransferConfig(StageConfig):
+class AttentionTransferConfig(BlockwiseConfig):
     """Settings of the stage.
 
     `mse`, `weights_ce`: weights of the squared error of attention outputs and of the cross-entropy between rows of

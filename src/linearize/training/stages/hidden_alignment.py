@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.truncate import block_name
-from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
 from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
 from linearize.training.stages.trainable import own
 
 
-class HiddenAlignmentConfig(StageConfig):
+class HiddenAlignmentConfig(BlockwiseConfig):
     """Settings of the stage.
 
     `output`: whose output is compared: `mixer` (the attention module's, output projection included) or `block` (the

@@ -1,0 +1,41 @@
+"""The folder of a conversion on its way, beside that of its student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from linearize.disk import not_created
+from linearize.evaluation.report import FILE_NAME as REPORT
+from linearize.files import atomic_write_text, read_json, read_text
+
+ENDED = "ended.json"
+
+
+def work_folder(final: Path) -> Path:
+    """Checkpoints and the log lie here until the student is whole."""
+    return final.parent / f".{final.name}.run"
+
+
+def make_work(work: Path, final: Path) -> None:
+    """Make it. Raises InputError."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_created(final, error) from error
+
+
+def mark_ended(folder: Path, work: Path, wanted: Mapping[str, Any]) -> None:
+    """Note in `work` which student it led to: from when the folder has its final name, nothing is left to do."""
+    record = {"report": read_text(folder / REPORT), "wanted": wanted}
+    atomic_write_text(work / ENDED, json.dumps(record))
+
+
+def ended(final: Path, work: Path) -> Any:
+    """What was wanted of a run that was killed when its student had its final name already; else None."""
+    if not (work / ENDED).is_file() or not (final / REPORT).is_file():
+        return None
+    record = read_json(work / ENDED)
+    return record["wanted"] if record["report"] == read_text(final / REPORT) else None

@@ -1,0 +1,234 @@
+"""A stage trained block by block: hidden states written once, then each block by itself with a checkpoint of its own,
+in any order, by any number of processes that share the folder (LoLCATs, 2410.10254, section 3.3)."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.modeling.blocks import Block, Blocks
+from linearize.training.blockwise.claims import Claim, Claims, wait
+from linearize.training.blockwise.filling import Filler
+from linearize.training.blockwise.parts import Part, load_part, save_part
+from linearize.training.blockwise.rows import HELDOUT, HIDDEN, SAMPLE, StageRows, StoredBatches
+from linearize.training.blockwise.store import DamagedShardError, HiddenStore
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.loop import StageResult, run_stage
+from linearize.training.progress import Progress
+from linearize.training.tracking import Tracker
+
+POLL_SECONDS = 1.0
+LOG = logging.getLogger("linearize")
+
+
+def block_spans(layers: int, block: int) -> list[range]:
+    """Blocks of `block` layers; the last one may be shorter."""
+    return [range(first, min(first + block, layers)) for first in range(0, layers, block)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockJob:
+    """A stage over blocks.
+
+    `folder`: holds hidden states, checkpoints, parts and claims; shared by all who work on it. `identity`: what the
+    stage depends on besides its settings, as JSON. `only`: the blocks to train by number, None: all. `calibrate`: gives
+    mixers of a block their start from batches of its teacher, where they ask for it.
+    """
+
+    stage: StageConfig
+    block: int
+    source: Blocks
+    rows: StageRows
+    folder: Path
+    identity: Mapping[str, Any]
+    only: Sequence[int] | None = None
+    calibrate: Callable[[Block, Sequence[Batch]], None] | None = None
+    progress: Progress | None = None
+    tracker: Tracker | None = None
+    name: str
+
+
+class BlockwiseStage:
+    """A block-wise stage on its way."""
+
+    def __init__(self, job: BlockJob) -> None:
+        """Raises InputError: a folder of another run."""
+        self.job, source = job, job.source
+        self.spans = block_spans(source.layers, job.block)
+        self.wanted = list(range(len(self.spans))) if job.only is None else sorted(set(job.only))
+        assert not self.wanted or 0 <= self.wanted[0] <= self.wanted[-1] < len(self.spans)
+        self.identity = {
+            "stage": job.stage.model_dump(mode="json"), "length": job.rows.rows.length, "block": job.block,
+            **job.identity,
+        }  # fmt: skip
+        self.store = HiddenStore(
+            job.folder / "hidden", job.rows.sizes(), boundaries=len(self.spans), model_dim=source.model_dim,
+            dtype=source.dtype, identity={**job.identity, "block": job.block},
+        )  # fmt: skip
+        self.claims = Claims(job.folder / "claims")
+        micro_batch = job.stage.micro_batch or job.stage.batch
+        self.filler = Filler(self.store, source, job.rows, self.spans, micro_batch)
+
+    def run(self) -> list[Part]:
+        """Train what no one has trained yet; returns the parts of the wanted blocks, in order.
+
+        Raises:
+            RuntimeError: training diverged; OSError: the disk is full.
+        """
+        told = False
+        while todo := [number for number in self.wanted if self.part(number) is None]:
+            if self._train_one(todo) or self._fill(todo):
+                continue
+            if not told:
+                LOG.warning("waiting for %s", " and ".join(self._others(todo)) or "another process")
+                told = True
+            wait(POLL_SECONDS)
+        parts = [self.part(number) for number in self.wanted]
+        return [part for part in parts if part is not None]
+
+    def part(self, number: int) -> Part | None:
+        """The part of a block, None where it has not been trained."""
+        return load_part(self.job.folder / "parts", self.spans[number], self.identity)
+
+    def _train_one(self, todo: Sequence[int]) -> bool:
+        """Train a block whose input is there and that no one else trains."""
+        for number in todo:
+            if self.store.missing(number):
+                continue
+            with self.claims.take(f"block-{number}") as claim:
+                if claim is not None and self.part(number) is None:
+                    save_part(self.job.folder / "parts", self._train(number, claim), self.identity)
+                    release_memory()
+                    return True
+        return False
+
+    def _fill(self, todo: Sequence[int]) -> bool:
+        """Write the inputs of blocks, unless another process does so."""
+        if not any(self.store.missing(number) for number in todo):
+            return False
+        with self.claims.take("hidden") as claim:
+            if claim is None:
+                return False
+            for boundary in range(max(todo) + 1):
+                claim.check()
+                if boundary in todo or self.store.missing(boundary):
+                    self.filler.fill(boundary)
+                    release_memory()
+            return True
+
+    def _train(self, number: int, claim: Claim) -> Part:
+        """One block from its checkpoint; what is damaged on the disk is written anew and read again."""
+        block = self.job.source.pair(self.spans[number])
+        if self.job.calibrate is not None:
+            self.job.calibrate(block, StoredBatches(self.store, number, SAMPLE, self.job.rows.sample))
+        start = {name: value.clone() for name, value in mixer_tensors(block).items()}
+        result = None
+        while result is None:
+            _put(block, start)
+            try:
+                result = self._run_stage(number, block, claim) if list(block_parameters(block)) else None
+                break
+            except DamagedShardError as damaged:
+                self.filler.mend(damaged)
+        final = mixer_tensors(block)
+        return Part(layers=block.span, start=_whole(block, start), final=_whole(block, final), result=result)
+
+    def _run_stage(self, number: int, block: Block, claim: Claim) -> StageResult:
+        job, rows = self.job, self.job.rows
+        run = BlockRun(job.stage.build(block.student, block.teacher), block, claim)
+        run.calibrate(next(rows.stream(self.store, number, 0)))
+        name = f"layers-{block.span[0]:03d}-{block.span[-1]:03d}"
+        return run_stage(
+            run, job.stage, lambda first: rows.stream(self.store, number, first),
+            StoredBatches(self.store, number, HELDOUT, rows.heldout), length=rows.rows.length,
+            checkpoint_dir=job.folder / "checkpoints" / name, identity={**self.identity, "layers": list(block.span)},
+            name=f"{job.name}/{name}", progress=job.progress, tracker=job.tracker, alone=True,
+        )  # fmt: skip
+
+    def _others(self, todo: Sequence[int]) -> list[str]:
+        holders = [self.claims.holder(name) for name in ("hidden", *(f"block-{number}" for number in todo))]
+        return list(dict.fromkeys(holder for holder in holders if holder is not None))
+
+
+class BlockRun:
+    """A stage over a block: each batch brings the hidden states that the block starts from."""
+
+    def __init__(self, run: StageRun, block: Block, claim: Claim | None = None) -> None:
+        self.run, self.block, self.claim = run, block, claim
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """As the stage's."""
+        return self.run.parameter_groups()
+
+    def loss(self, batch: Batch) -> LossSum:
+        """As the stage's. Raises RuntimeError where another process has taken the block over."""
+        if self.claim is not None:
+            self.claim.check()
+        return self._with_hidden(self.run.loss, batch)
+
+    def heldout_loss(self, batch: Batch) -> LossSum:
+        """As the stage's."""
+        return self._with_hidden(self.run.heldout_loss, batch)
+
+    def calibrate(self, batch: Batch) -> None:
+        """As the stage's."""
+        placed = {name: value.to(self.block.device) for name, value in batch.items()}
+        self._with_hidden(self.run.calibrate, placed)
+
+    def finish(self) -> None:
+        """As the stage's."""
+        self.run.finish()
+
+    def _with_hidden(self, work: Callable[[Batch], Any], batch: Batch) -> Any:
+        with self.block.slot.holding(self.block.placed(batch[HIDDEN])):
+            return work({name: value for name, value in batch.items() if name != HIDDEN})
+
+
+def mixer_tensors(block: Block) -> dict[str, Tensor]:
+    """Parameters and buffers of a block's mixers by their names in the block."""
+    assert block.student is not None
+    return {name: value for name, value in block.student.state_dict().items() if ".mixer." in name}
+
+
+def block_parameters(block: Block) -> dict[str, Any]:
+    """What could train in a block."""
+    assert block.student is not None
+    return block.student.mixer_parameters()
+
+
+def whole_name(block: Block, name: str) -> str:
+    """The name in the whole student of a tensor of a block's student."""
+    prefix = f"lm.{block.layers}."
+    if not name.startswith(prefix):
+        return name
+    number, rest = re.fullmatch(r"(\d+)(\..*)", name.removeprefix(prefix)).groups()  # type: ignore[union-attr]
+    return f"{prefix}{int(number) + block.span.start}{rest}"
+
+
+def _whole(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {whole_name(block, name): value for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def _put(block: Block, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in mixer_tensors(block).items():
+        value.copy_(tensors[name])
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, as far as it lets us."""
+    gc.collect()
+    try:
+        import ctypes
+
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,118 @@
+"""`linearize convert` with a block-wise first stage: models in memory, or weights read layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from teacher_folder import write_teacher, write_text
+
+import linearize
+from linearize.conversion import convert_blocks
+from linearize.errors import InputError
+from linearize.recipes.recipe import Recipe
+from linearize.streaming.options import BlockOptions, parse_blocks
+
+LAYERS = 5
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "plan": {"mixer": {"name": "lolcats", "window": 4, "feature_dim": 3}, "layers": [0, 2, 3, 4]},
+    "data": {"length": 40, "heldout": 0.2},
+    "stages": [{"name": "attention_transfer", "tokens": 480, "lr": 1e-2, "batch": 3, "evaluate_every": 0.5}],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("blockwise")
+    write_teacher(path / "teacher", num_hidden_layers=LAYERS, shard="40KB")
+    write_text(path / "text.txt")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plot_stages", "plot_layer_error"):
+        monkeypatch.setattr(f"linearize.conversion.{name}", lambda *_: [])
+
+
+def arguments(folder: Path, out: Path, **overrides: Any) -> dict[str, Any]:
+    settings = {f"stages.0.{key}": value for key, value in overrides.items()}
+    recipe = Recipe.from_data(RECIPE).override(settings)
+    return {"data": [folder / "text.txt"], "recipe": recipe, "device": "cpu", "out": out}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(out.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def report(out: Path) -> dict[str, Any]:
+    found = json.loads((out / "report.json").read_text())
+    found.pop("provenance")
+    for stage in found["stages"]:
+        stage.pop("seconds")
+        stage["details"].pop("metrics", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def joint(folder: Path) -> Path:
+    linearize.convert(folder / "teacher", **arguments(folder, folder / "joint"))
+    return folder / "joint"
+
+
+def test_one_block_gives_the_joint_student_and_report(folder: Path, joint: Path, tmp_path: Path) -> None:
+    linearize.convert(folder / "teacher", **arguments(folder, tmp_path / "out", block=LAYERS))
+    expected, found = weights(joint), weights(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert report(tmp_path / "out") == report(joint)
+    assert not (tmp_path / ".out.run").exists()
+
+
+def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> None:
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    linearize.convert(folder / "teacher", **arguments(folder, whole, block=2))
+    for blocks in ("2", "0-1"):
+        convert_blocks(folder / "teacher", blocks, **arguments(folder, shared, block=2))
+        assert not shared.exists()
+    parts = sorted(path.name for path in (tmp_path / ".shared.run" / "0-attention_transfer" / "parts").iterdir())
+    assert parts == [f"layers-{a:03d}-{b:03d}.safetensors" for a, b in ((0, 1), (2, 3), (4, 4))]
+    linearize.convert(folder / "teacher", **arguments(folder, shared, block=2))
+    expected, found = weights(whole), weights(shared)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert report(shared) == report(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        ({}, BlockOptions(memory=10**9), "no|none: set stages.0.block=auto"),
+        ({"block": 9}, BlockOptions(disk=20_000), "even one block of all 5 layers needs 115 kB of disk"),
+        ({"block": 1}, BlockOptions(disk=240_000), "3 to 5 would fit"),
+        ({"block": "auto"}, BlockOptions(memory=1000), "even block 1 needs"),
+        ({"block": 2}, BlockOptions(only="7"), "in blocks 0 to 2"),
+        ({"block": 2}, BlockOptions(only="3-1"), "write numbers and ranges"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, change: dict[str, Any], options: BlockOptions, says: str
+) -> None:
+    given = arguments(folder, tmp_path / "out", **change)
+    with pytest.raises(InputError, match=says):
+        if options.only is None:
+            linearize.convert(folder / "teacher", **given, blocks=options)
+        else:
+            convert_blocks(folder / "teacher", options.only, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_as_people_write_them() -> None:
+    assert parse_blocks("0-3, 7,5-5") == [0, 1, 2, 3, 5, 7]
+    for wrong in ("", "a", "1-", "-1", "2-1", "1,,2"):
+        with pytest.raises(InputError, match="write numbers"):
+            parse_blocks(wrong)
