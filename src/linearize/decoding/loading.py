@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize.modeling as modeling
 from linearize.errors import InputError
 from linearize.files import read_json
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.teacher import load_teacher
+from linearize.modeling.teacher import load_teacher, load_tokenizer
 
 
 def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -22,7 +22,7 @@ def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrained
     """
     where = pick_device(device)
     if is_student(path):
-        return modeling.load(path, device=where), AutoTokenizer.from_pretrained(path)
+        return modeling.load(path, device=where), load_tokenizer(path)
     model, tokenizer = load_teacher(path, device=where)
     return model, tokenizer
 

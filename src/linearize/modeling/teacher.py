@@ -11,6 +11,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError, one_line
+from linearize.modeling.model_files import check_model_files
+
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
+)  # fmt: skip
 
 
 def load_teacher(
@@ -34,23 +39,42 @@ def load_teacher(
         config = AutoConfig.from_pretrained(name, **options)
         if config.model_type == "linearized":
             raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype or "auto", use_safetensors=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load {name} as a causal language model: {one_line(error)}") from error
-    placed: Any = model.to(device or "cpu")  # type: ignore[arg-type]
+    model, info = loaded
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise InputError(
+            f"{name} lacks weights of a {config.model_type} model ({missing[0]}; {len(missing)} missing): "
+            "copy or download the folder again"
+        )
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    placed: Any = model.to(device or "cpu")
     return placed.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, by folder or Hub name. Raises InputError where there is none that can be used."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises nothing more special
+        told = f"cannot load the tokenizer of {name}: {one_line(error)}"
+        folder = Path(name)
+        if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZERS):
+            told = f"{name} has no tokenizer: tokenizer.json is missing; copy or download the folder again"
+        raise InputError(told) from error
 
 
 def check_model_folder(name: str) -> None:
     """Refuse early, and in one line, what looks like a path but is no model folder.
 
     Raises:
-        InputError: a missing folder, a file, a folder without config.json, or one whose weights are pickles.
+        InputError: a missing folder, a file, a folder without config.json, one whose weights are pickles, or one with
+            files that are missing or damaged as far as sizes and headers tell.
     """
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
@@ -70,3 +94,4 @@ def check_model_folder(name: str) -> None:
                 f"{name} holds weights as pickle ({pickles[0]}), which can run code: save them as safetensors first"
             )
         raise InputError(f"{name} holds no weights: model.safetensors is missing")
+    check_model_files(path)

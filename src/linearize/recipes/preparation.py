@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from linearize.decoding.loading import is_student, pick_device
 from linearize.errors import InputError
@@ -19,7 +18,7 @@ from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
-from linearize.modeling.teacher import load_teacher
+from linearize.modeling.teacher import load_teacher, load_tokenizer
 from linearize.modeling.truncate import truncate
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -281,7 +280,7 @@ def _load_teacher(
     if students and is_student(name):
         teacher: Any = load(name, device=where)
         teacher.requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     else:
         teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
     if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
