@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["LINEARIZE_CACHE"] = tempfile.mkdtemp(prefix="linearize-tests-")  # teachers' texts; removed at the end
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> Iterator[None]:
+    """What teachers write in the tests does not go to the user's cache."""
+    yield
+    shutil.rmtree(os.environ["LINEARIZE_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

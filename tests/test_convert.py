@@ -303,7 +303,7 @@ def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path) -> Non
 def test_a_conversion_on_the_teachers_own_answers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n, word in enumerate(WORDS)))
     settings = {"data.pseudo_max_new_tokens": 20, "data.length": 20, "data.answer_only": True, "stages.1.tokens": 0}

@@ -144,7 +144,7 @@ def test_the_bars_of_a_hybrid_stand_at_their_layers(drawn: list[Figure], tmp_pat
 def test_a_student_of_pseudo_labels_is_evaluated_on_its_held_out_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     teacher = tiny_llama(1)
     student = LinearizedForCausalLM.from_teacher(teacher, [mixer("mamba2"), None, None])
     for path, model in ((tmp_path / "teacher", teacher), (tmp_path / "student", student)):

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.training.data import DataConfig, load_documents
 from linearize.training.documents import Document
+from linearize.training.journal import default_cache
 from linearize.training.pseudo_labels import (
     FILE,
     PseudoConfig,
-    default_cache,
     prompt_of,
     pseudo_documents,
     pseudo_labeller,
@@ -104,8 +104,8 @@ def test_a_killed_run_goes_on_and_yields_the_same_text(tmp_path: Path, monkeypat
         run(kill)
     (file,) = (tmp_path / "cache").glob(f"*/{FILE}")
     lines = file.read_text("utf-8").splitlines()
-    assert len(lines) == 6
-    file.write_text("\n".join(lines[:5]) + "\n" + lines[5][:9], encoding="utf-8")  # as a kill while writing leaves it
+    assert len(lines) == 2, "one for each batch"
+    file.write_text(lines[0] + "\n" + lines[1][:19], encoding="utf-8")  # as a kill while writing leaves it
     seen: list[tuple[int, int]] = []
     assert run(lambda *now: seen.append(now)) == expected
     assert seen == [(3, 7), (6, 7), (7, 7)]
@@ -162,10 +162,13 @@ def test_the_spec_in_data_and_the_answers_alone(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "linearize" / "pseudo_labels"
+    assert default_cache("kind") == tmp_path / "own" / "kind"
+    monkeypatch.delenv("LINEARIZE_CACHE")
+    assert default_cache("kind") == tmp_path / "linearize" / "kind"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "linearize" / "pseudo_labels"
+    assert default_cache("kind") == Path.home() / ".cache" / "linearize" / "kind"
 
 
 @pytest.mark.parametrize(

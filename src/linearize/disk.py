@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,11 +64,13 @@ def not_created(final: Path, error: OSError) -> Exception:
     return InputError(f"{final}: cannot create the output folder ({error.strerror}); give another one")
 
 
-def lock(path: Path, final: Path, *, shared: bool = False) -> int:
+def lock(path: Path, final: Path, *, shared: bool = False, waits: Callable[[str], None] | None = None) -> int:
     """The descriptor of a locked file, which is made; closing it, or the end of the process, lets go of it.
 
+    Where another process that lives has it, `waits` is told which one, and then waited.
+
     Raises:
-        InputError: another process that lives has it; named with what it was to write, `final`.
+        InputError: there is such a process and no `waits`; named with what is written, `final`.
     """
     try:
         import fcntl
@@ -83,10 +85,13 @@ def lock(path: Path, final: Path, *, shared: bool = False) -> int:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode("utf-8", "replace") or "another process"
-            os.close(descriptor)
-            raise InputError(
-                f"{final}: is being written by {holder}: wait for it or stop it, or give another output folder"
-            ) from None
+            if waits is None:
+                os.close(descriptor)
+                raise InputError(
+                    f"{final}: is being written by {holder}: wait for it or stop it, or give another output folder"
+                ) from None
+            waits(holder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
             return descriptor  # a file system without locks
         with suppress(OSError):  # between opening and locking, the last holder may have removed the file

@@ -295,8 +295,8 @@ def _read_text(
     documents = load_documents(
         specs,
         tokenizer,
-        sample=self_sampler(teacher, tokenizer, data),
-        answer=pseudo_labeller(teacher, tokenizer, data, progress=_tell_answers()),
+        sample=self_sampler(teacher, tokenizer, data, progress=_tell("written {done:,} of {all:,} tokens")),
+        answer=pseudo_labeller(teacher, tokenizer, data, progress=_tell("answered {done:,} of {all:,} prompts")),
         answer_only=data.answer_only,
     )
     parts = split(documents, data)
@@ -306,15 +306,15 @@ def _read_text(
     return text, [{k: x.to(teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)]
 
 
-def _tell_answers() -> Callable[[int, int], None]:
-    """A line on stderr for every tenth of the prompts that the teacher has answered."""
+def _tell(line: str) -> Callable[[int, int], None]:
+    """A line on stderr for every tenth of what the teacher writes."""
     told = 0
 
-    def tell(done: int, prompts: int) -> None:
+    def tell(done: int, wanted: int) -> None:
         nonlocal told
-        if (tenth := done * 10 // max(prompts, 1)) > told:
+        if (tenth := done * 10 // max(wanted, 1)) > told:
             told = tenth
-            print(f"linearize: the teacher has answered {done:,} of {prompts:,} prompts", file=sys.stderr)
+            print(f"linearize: the teacher has {line.format(done=done, all=wanted)}", file=sys.stderr, flush=True)
 
     return tell
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
-from linearize.files import atomic_write_text
 from linearize.modeling.checksums import model_fingerprint
 from linearize.training.data import DataConfig
 from linearize.training.data_sources import read_as
 from linearize.training.documents import Document, end_token
+from linearize.training.journal import Journal, default_cache, open_journal
 from linearize.training.row_formats import alpaca_prompt, check_template, message_list, render, string
 from linearize.training.sampling import Progress, cuda_devices, end_tokens, generation_config, write
 from linearize.training.step import derived_seed
 
+KIND = "pseudo_labels"
 FILE = "answers.jsonl"
 FORMATS = "prompt; messages; instruction (and input)"
 
@@ -52,7 +52,7 @@ def pseudo_labeller(
     """The `answer` argument of `load_documents`: the teacher and the `pseudo_*` settings, bound.
 
     Args:
-        cache: folder of all cached answers; None: `pseudo_labels` in `$XDG_CACHE_HOME/linearize` (or `~/.cache/...`).
+        cache: folder of all cached answers; None: see `journal.default_cache`.
         progress: called with prompts answered so far, and their number.
     """
     settings = PseudoConfig(
@@ -86,18 +86,13 @@ def pseudo_documents(
         InputError: prompts that cannot be read or fill the teacher's context (names the row), or none at all.
     """
     prompts = read_prompts(spec, model, tokenizer)
-    folder = (default_cache() if cache is None else cache) / _key(model, tokenizer, prompts, config)
-    answers = _answers(model, tokenizer, prompts, config, folder, progress)
+    folder = (default_cache(KIND) if cache is None else cache) / _key(model, tokenizer, prompts, config)
+    with open_journal(folder / FILE) as journal:
+        answers = _answers(model, tokenizer, prompts, config, journal, progress)
     return [
         Document(prompt + answer, [0 if answer_only else 1] * len(prompt) + [1] * len(answer))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-
-
-def default_cache() -> Path:
-    """The folder of all cached answers."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "linearize" / "pseudo_labels"
 
 
 def read_prompts(spec: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -152,28 +147,22 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     config: PseudoConfig,
-    folder: Path,
+    journal: Journal,
     progress: Progress | None,
 ) -> list[list[int]]:
-    """The answers of all prompts, those in the folder's file first; each new batch goes there at once."""
-    answers = _read(folder / FILE, len(prompts), config.batch)
+    """The answers of all prompts, batch by batch: those in the journal first; each new batch goes there at once."""
+    answers: list[list[int]] = [answer for batch in journal.rows for answer in batch]
     if progress is not None:
         progress(len(answers), len(prompts))
-    if len(answers) == len(prompts):
-        return answers
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / FILE, "".join(_line(row, answer) for row, answer in enumerate(answers)))
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=cuda_devices(model)), (folder / FILE).open("a", encoding="utf-8") as file:
+        with torch.random.fork_rng(devices=cuda_devices(model)):
             while len(answers) < len(prompts):
                 first = len(answers)
                 torch.manual_seed(derived_seed(config.seed, first, 0))
-                batch = prompts[first : first + config.batch]
-                answers += _answer_batch(model, tokenizer, batch, config)
-                file.write("".join(_line(row, answers[row]) for row in range(first, len(answers))))
-                file.flush()
+                journal.append(_answer_batch(model, tokenizer, prompts[first : first + config.batch], config))
+                answers += journal.rows[-1]
                 if progress is not None:
                     progress(len(answers), len(prompts))
     finally:
@@ -208,26 +197,6 @@ def _room(model: PreTrainedModel, num_prompt: int, max_new_tokens: int) -> int:
     """How long an answer to a prompt of this length may be."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return max_new_tokens if context is None else min(max_new_tokens, context - num_prompt)
-
-
-def _line(row: int, tokens: Sequence[int]) -> str:
-    return json.dumps({"row": row, "tokens": list(tokens)}) + "\n"
-
-
-def _read(path: Path, num_prompts: int, batch: int) -> list[list[int]]:
-    """The answers in a file from the first on, in whole batches; a line that a kill cut short ends them."""
-    answers: list[list[int]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if record["row"] != len(answers):
-                break
-            answers.append(record["tokens"])
-    whole = len(answers) if len(answers) >= num_prompts else len(answers) // batch * batch
-    return answers[:whole]
 
 
 def _key(

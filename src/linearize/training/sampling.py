@@ -1,8 +1,17 @@
-"""The data SPEC `self`: text that the teacher writes, so that a conversion needs no data set."""
+"""The data SPEC `self`: text that the teacher writes, so that a conversion needs no data set.
+
+It is kept in a cache folder, batch by batch with the random state after it, so that a killed run goes on where it
+stopped, and a second run or an evaluation reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +19,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
+from linearize.modeling.checksums import model_fingerprint
 from linearize.training.data import DataConfig
 from linearize.training.documents import Document, end_token
+from linearize.training.journal import Journal, default_cache, open_journal
+
+KIND = "self_text"
+FILE = "texts.jsonl"
 
 _MAX_EMPTY = 256  # documents in a row without a token before the teacher counts as unable to write
 
@@ -23,9 +37,13 @@ def self_sampler(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     *,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Callable[[], list[Document]]:
-    """The `sample` argument of `load_documents`: the teacher and the `self_*` settings, bound."""
+    """The `sample` argument of `load_documents`: the teacher and the `self_*` settings, bound.
+
+    `cache`: folder of all texts kept; None: see `journal.default_cache`.
+    """
     return lambda: sample_documents(
         model,
         tokenizer,
@@ -35,6 +53,7 @@ def self_sampler(
         batch_size=config.self_batch,
         max_new_tokens=config.self_max_new_tokens or config.length,
         prompt=config.self_prompt,
+        cache=default_cache(KIND) if cache is None else cache,
         progress=progress,
     )
 
@@ -49,13 +68,15 @@ def sample_documents(
     batch_size: int = 64,
     max_new_tokens: int = 1024,
     prompt: str | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Document]:
     """Documents sampled from the teacher's own distribution until they hold `num_tokens` tokens or a little more.
 
     Each begins with BOS (if the tokenizer has one) and the prompt, and ends with the token that the teacher ended it
     with; one that reaches `max_new_tokens`, or the teacher's context, ends there without. The same seed, batch size
-    and machine give the same text. The caller's random state and the model's mode are left as they were.
+    and machine give the same text. The caller's random state and the model's mode are left as they were. With `cache`,
+    a folder, the text is kept there, and what was asked for before is not written again.
 
     Raises:
         InputError: a temperature that is not positive, a prompt that fills the context, or a teacher that writes only
@@ -68,16 +89,21 @@ def sample_documents(
     limit = _fit_context(model, len(start), max_new_tokens)
     config = generation_config(model, temperature, limit, ends, end_token(tokenizer))
     inputs = torch.tensor([start] * batch_size, device=model.device)
+    file = None if cache is None else cache / _key(model, config, inputs, seed) / FILE
 
     documents: list[Document] = []
     written = num_empty = 0
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=cuda_devices(model)):
+        with (
+            torch.random.fork_rng(devices=cuda_devices(model)),
+            nullcontext() if file is None else open_journal(file) as journal,
+        ):
             torch.manual_seed(seed)
+            batches = _batches(journal, model, lambda: write(model, inputs, torch.ones_like(inputs), config, ends))
             while written < num_tokens:
-                for tokens in write(model, inputs, torch.ones_like(inputs), config, ends):
+                for tokens in next(batches):
                     num_empty = 0 if len(tokens) > 1 or tokens[0] not in ends else num_empty + 1
                     if num_empty == 0 and written < num_tokens:
                         documents.append(_document([*shown, *tokens]))
@@ -88,6 +114,42 @@ def sample_documents(
     finally:
         model.train(training)
     return documents
+
+
+def _batches(
+    journal: Journal | None, model: PreTrainedModel, write_batch: Callable[[], list[list[int]]]
+) -> Iterator[list[list[int]]]:
+    """Batches of texts without end: those in the journal, then new ones from the random state after them."""
+    rows = [] if journal is None else list(journal.rows)
+    for row in rows:
+        yield row["texts"]
+    if rows:
+        _set_random_state(model, rows[-1]["random"])
+    while True:
+        texts = write_batch()
+        if journal is not None:
+            journal.append({"texts": texts, "random": _random_state(model)})
+        yield texts
+
+
+def _random_state(model: PreTrainedModel) -> str:
+    """Of the generator that sampling on the model's device draws from."""
+    state = torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.get_rng_state()
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _set_random_state(model: PreTrainedModel, text: str) -> None:
+    state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    if model.device.type == "cuda":
+        torch.cuda.set_rng_state(state, model.device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _key(model: PreTrainedModel, config: GenerationConfig, inputs_BT: Tensor, seed: int) -> str:
+    """A hash of all that the text depends on."""
+    told = [config.to_json_string(), inputs_BT.tolist(), seed, model.device.type, model_fingerprint(model)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 
 def write(

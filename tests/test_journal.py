@@ -1,0 +1,147 @@
+"""What a teacher has written stays written: over kills, damage, a second run, and two runs at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byte_tokenizer import SIZE, byte_tokenizer
+from models import tiny
+
+import linearize.training.sampling as sampling
+from linearize.errors import InputError
+from linearize.training.documents import Document
+from linearize.training.journal import open_journal
+from linearize.training.sampling import FILE, sample_documents
+
+BATCH = 3
+
+
+class Killed(Exception):  # noqa: N818 (not an error)
+    """Stands for the end of the process."""
+
+
+def written(cache: Path | None, tokens: int = 200, seed: int = 5, model_seed: int = 5, **more: Any) -> list[Document]:
+    """Text of a random teacher that ends some of it early."""
+    model = tiny(vocab_size=SIZE, max_position_embeddings=40, eos_token_id=1, bos_token_id=0, seed=model_seed)
+    model.generation_config.eos_token_id = [1, *range(20, 60)]
+    return sample_documents(
+        model, byte_tokenizer(), tokens, seed=seed, batch_size=BATCH, max_new_tokens=13, cache=cache, **more
+    )
+
+
+def killed_after(cache: Path, batches: int) -> Path:
+    calls = 0
+
+    def kill(done: int, wanted: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == batches:
+            raise Killed
+
+    with pytest.raises(Killed):
+        written(cache, progress=kill)
+    (file,) = cache.glob(f"*/{FILE}")
+    return file
+
+
+def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each batch that a teacher writes."""
+    made: list[int] = []
+    write = sampling.write
+
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return write(*given)
+
+    monkeypatch.setattr(sampling, "write", counted)
+    return made
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_killed_sampling_goes_on_and_yields_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    made = count_batches(monkeypatch)
+    expected = written(None)
+    whole = len(made)
+    assert whole > 4
+    file = killed_after(tmp_path, batches)
+    assert len(file.read_bytes().splitlines()) == batches
+    made.clear()
+    torch.manual_seed(batches)  # what else was drawn does not matter
+    before = torch.get_rng_state()
+    assert written(tmp_path) == expected and len(made) == whole - batches
+    assert torch.equal(torch.get_rng_state(), before)
+    made.clear()
+    assert written(tmp_path) == expected and not made, "the second run reads"
+    assert written(tmp_path, tokens=90) == expected[: len(written(None, tokens=90))]
+    made.clear()
+    assert written(tmp_path, tokens=300) == written(None, tokens=300)
+    assert len(list(tmp_path.glob("*"))) == 1
+    for other in ({"seed": 6}, {"model_seed": 6}):
+        assert written(tmp_path, **other) != expected
+    assert len(list(tmp_path.glob("*"))) == 3
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "line gone", "empty"])
+def test_damaged_text_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    expected = written(None)
+    file = killed_after(tmp_path, 3)
+    content = bytearray(file.read_bytes())
+    lines = content.splitlines(keepends=True)
+    if how == "cut":
+        content = content[:-9]
+    elif how == "bit":
+        digit = next(i for i in range(len(lines[0]) + 30, len(content)) if chr(content[i]).isdigit())
+        content[digit] ^= 1  # another digit: valid JSON
+    elif how == "line gone":
+        content = lines[0] + b"\n" + lines[2]
+    else:
+        content = bytearray()
+    file.write_bytes(content)
+    assert written(tmp_path) == expected
+    told = [record.getMessage() for record in caplog.records]
+    if how in ("cut", "empty"):
+        assert not told, "a kill explains it"
+    else:
+        assert len(told) == 1 and f"{file} is damaged from line 2 on" in told[0]
+    assert written(tmp_path) == expected and len(caplog.records) == len(told), "the file is whole again"
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from linearize.training.journal import open_journal
+with open_journal(Path(sys.argv[1])) as journal:
+    journal.append("first")
+    print("open", flush=True)
+    time.sleep(float(sys.argv[2]))
+    journal.append("second")
+"""
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a" / "texts.jsonl"
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(path), "2"], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "open\n"
+        began = time.monotonic()
+        with open_journal(path) as journal:
+            assert journal.rows == ["first", "second"] and time.monotonic() - began > 0.5
+    assert f"process {child.pid} on " in capsys.readouterr().err
+    with open_journal(path) as journal:
+        assert journal.rows == ["first", "second"]
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="LINEARIZE_CACHE") as caught:
+        written(tmp_path / "file")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
