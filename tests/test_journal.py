@@ -115,28 +115,29 @@ def test_damaged_text_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert written(tmp_path) == expected and len(caplog.records) == len(told), "the file is whole again"
 
 
-CHILD = """
-import sys, time
-from pathlib import Path
-from linearize.training.journal import open_journal
-with open_journal(Path(sys.argv[1])) as journal:
-    journal.append("first")
-    print("open", flush=True)
-    time.sleep(float(sys.argv[2]))
-    journal.append("second")
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write("process 7 on moon")
+    file.flush()
+    print("locked", flush=True)
+    time.sleep(1)
 """
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "a" / "texts.jsonl"
-    with subprocess.Popen([sys.executable, "-c", CHILD, str(path), "2"], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None and child.stdout.readline() == "open\n"
+    path = tmp_path / "texts.jsonl"
+    command = [sys.executable, "-c", HOLDER, str(path.with_suffix(".lock"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
         began = time.monotonic()
         with open_journal(path) as journal:
-            assert journal.rows == ["first", "second"] and time.monotonic() - began > 0.5
-    assert f"process {child.pid} on " in capsys.readouterr().err
+            assert time.monotonic() - began > 0.3, "it did not wait"
+            journal.append("row")
+    assert f"process 7 on moon is writing the same text ({path})" in capsys.readouterr().err
     with open_journal(path) as journal:
-        assert journal.rows == ["first", "second"]
+        assert journal.rows == ["row"]
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
