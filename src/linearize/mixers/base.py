@@ -100,6 +100,10 @@ class Mixer(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Start the new parameters as their paper does."""
 
+    def fixed(self, state: Any) -> Any:
+        """The same state in shapes that do not depend on what was read, as a static cache keeps it."""
+        return state
+
 
 class AttentionMixer(Mixer):
     """Mixes q, k, v of a layer. Its raw inputs are k and v, and where `needs_keys` the key projection's output too."""

@@ -112,6 +112,11 @@ class Gla(AttentionMixer):
         assert memory is not None
         return GlaState(ring, memory)
 
+    def fixed(self, state: GlaState) -> GlaState:
+        """See `Mixer.fixed`."""
+        ring = ring_slots(self.config.window, self.config.window_shape)
+        return GlaState(state.window.fixed(ring=ring, num_sinks=0), state.memory_BGDV)
+
     def cost(self, element_size: int) -> MixerCost:
         """The window's keys and values, and D V sums per key/value head."""
         shape, width = self.shape, self.shape.head_dim + self.shape.value_dim

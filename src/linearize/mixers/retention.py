@@ -119,7 +119,7 @@ class Retention(LayerMixer):
         heads, groups = shape.num_heads, shape.num_kv_heads
         k = self._mapped(repeat_heads(k_BTC, groups, heads), layout) * shape.head_dim**-0.5
         v = wide(split_heads(repeat_heads(v_BTC, groups, heads), heads))
-        decay = log_decays(self.config.decay, heads).to(v)
+        decay = log_decays(self.config.decay, heads, v.device).to(v.dtype)
         return k, v, decay[:, None].expand(v.shape[:3])
 
     def _mapped(self, x_BTC: Tensor, layout: Layout) -> Tensor:
@@ -138,10 +138,10 @@ class Retention(LayerMixer):
         )
 
 
-def log_decays(kind: Literal["retnet", "alibi"], heads: int) -> Tensor:
+def log_decays(kind: Literal["retnet", "alibi"], heads: int, device: torch.device | None = None) -> Tensor:
     """The log decay of each head, `[H]`, fp64 (RetNet, section 2.2; ALiBi's slopes, 2108.12409, also for H that is no
     power of two)."""
-    head = torch.arange(heads, dtype=torch.float64)
+    head = torch.arange(heads, dtype=torch.float64, device=device)
     if kind == "retnet":
         return torch.log1p(-torch.exp2(-5 - head))
     return -torch.exp2(-8 * (head + 1) / heads)

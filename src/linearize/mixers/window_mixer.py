@@ -68,6 +68,11 @@ class WindowMixer(AttentionMixer):
             k_BGTD, v_BGTV, spec=self.spec(scaling=1.0, softcap=None, branch="both"), layout=layout, state=state
         )
 
+    def fixed(self, state: WindowLinearState) -> WindowLinearState:
+        """See `Mixer.fixed`."""
+        config = self.config
+        return state.fixed(ring=ring_slots(config.window, config.window_shape), num_sinks=config.num_sinks)
+
     def cost(self, element_size: int) -> MixerCost:
         """Ring and sinks of keys and values; scores and weighted sum over the window."""
         config, shape = self.config, self.shape

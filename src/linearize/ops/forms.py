@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 
 class ForcedForm:
-    """The form of one operation that is forced, if any; each operation has its own."""
+    """The form of one operation that is forced, if any; each operation has its own.
+
+    A plain attribute, for all threads: `torch.compile` sees it, and compiles again where it changes.
+    """
 
     def __init__(self, operation: str) -> None:
-        self._name: ContextVar[str | None] = ContextVar(f"{operation}_form", default=None)
+        self.operation = operation
+        self._name: str | None = None
 
     def get(self) -> str | None:
         """Its name in the operation's `FORMS`; None: the operation chooses."""
-        return self._name.get()
+        return self._name
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
-        token = self._name.set(name)
+        before, self._name = self._name, name
         try:
             yield
         finally:
-            self._name.reset(token)
+            self._name = before

@@ -37,7 +37,8 @@ class _Hedgehog(torch.autograd.Function):
         z = z.view(groups, *lead, tokens, heads, features).movedim(0, -4).transpose(-2, -3)  # [..., G, R, C, F]
         signed = x.new_empty(*lead, groups, heads, tokens, 2, features)
         signed[..., 0, :] = z
-        torch.neg(z, out=signed[..., 1, :])
+        signed[..., 1, :] = z
+        signed[..., 1, :].neg_()
         phi = signed.softmax(-1).clamp_(min=SMALLEST)
         gain = None if log_gain is None else log_gain.exp()
         if gain is not None:

@@ -23,11 +23,15 @@ class Layout:
     Ragged: `position_BT` holds each token's position in its own document and -1 on dead tokens (padding, and guesses
     that a row of the batch did not keep). A token whose position does not follow that of the last live token before it
     opens a new document, from which no mixer may look back.
+    Static (`tail` is not None): ragged, and known without reading the positions: no token opens a document, and only the
+    first `tail` tokens may be dead, each row's live ones in front. Every shape then follows from sizes alone, and no call
+    waits for the device, as CUDA graphs demand.
     `memo`: what was computed from the layout, once for all layers.
     """
 
     start: int = 0
     position_BT: Tensor | None = None
+    tail: int | None = None
     memo: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -47,7 +51,7 @@ class Layout:
         None: none of them does, or only the first of a text. The first live token of a call opens one at position 0
         alone.
         """
-        if self.position_BT is None:
+        if self.position_BT is None or self.tail is not None:
             return None
         if "starts" not in self.memo:
             self.memo["starts"] = _starts(self.position_BT)
@@ -56,16 +60,18 @@ class Layout:
 
     def live(self) -> Tensor | None:
         """Whether each token is alive (no padding, not dropped), `[B or 1, T]` bool; None: all are."""
-        if self.position_BT is None:
+        if self.position_BT is None or self.tail == 0:
             return None
         if "live" not in self.memo:
             live_BT = self.position_BT >= 0
-            self.memo["live"] = None if bool(live_BT.all()) else live_BT
+            self.memo["live"] = live_BT if self.tail is not None or not bool(live_BT.all()) else None
         found: Tensor | None = self.memo["live"]
         return found
 
     def gaps(self) -> bool:
         """Whether dead tokens stand between tokens of one document (or between past tokens and new ones)."""
+        if self.position_BT is not None and self.tail is not None:
+            return 0 < self.tail < self.position_BT.shape[1]
         if self.position_BT is None or (live_BT := self.live()) is None:
             return False
         if "gaps" not in self.memo:
@@ -75,12 +81,17 @@ class Layout:
         found: bool = self.memo["gaps"]
         return found
 
+    def any(self, mask: Tensor) -> bool:
+        """Whether any of `mask` is true; a static layout says yes without looking."""
+        return self.tail is not None or bool(mask.any())
+
     def part(self, start: int, stop: int) -> Layout:
         """The layout of the tokens `start` to `stop`."""
         key = ("part", start, stop)
         if key not in self.memo:
             position = None if self.position_BT is None else self.position_BT[:, start:stop]
-            self.memo[key] = Layout(self.start + start, position)
+            tail = None if self.tail is None else min(max(self.tail - start, 0), stop - start)
+            self.memo[key] = Layout(self.start + start, position, tail)
         found: Layout = self.memo[key]
         return found
 

@@ -42,7 +42,7 @@ def reference(
     dtype = state_dtype(q_BHUD)
     value = with_ones(v.to(dtype))
     weights, scale = _window_weights(q_BHUD, k, near, spec)
-    if spec.has_linear and bool(far.any()):
+    if spec.has_linear and layout.any(far):
         a = spec.features_q(q_BHUD) @ spec.features_k(k).transpose(-1, -2)
         weights = weights + scale * (a.to(dtype) * far[:, None])
     groups = k.shape[1]

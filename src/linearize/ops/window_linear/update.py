@@ -85,7 +85,7 @@ def next_state(slots: Slots, layout: Layout, state: WindowLinearState | None, sp
     """
     if layout.is_plain and (state is None or isinstance(state.next, int)):
         return next_plain_state(slots.k_BGSD, slots.v_BGSV, slots.num_past, layout.start, state, spec)
-    return _ragged(slots, state, spec)
+    return _ragged(slots, layout, state, spec)
 
 
 def next_plain_state(
@@ -168,7 +168,9 @@ def _fold(
     return added if memory is None else memory + added
 
 
-def _ragged(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
+def _ragged(
+    slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
+) -> WindowLinearState:
     batch, num_slots = slots.k_BGSD.shape[0], slots.k_BGSD.shape[2]
     position, origin = slots.position.expand(batch, -1), slots.origin.expand(batch, -1)
     carried, old_next = slots.carried_origin.expand(batch, 1)[:, 0], slots.follow.expand(batch, 1)[:, 0]
@@ -188,7 +190,7 @@ def _ragged(slots: Slots, state: WindowLinearState | None, spec: WindowLinear) -
         fold = (origin == current[:, None]) & (position >= spec.num_sinks) & (position < boundary[:, None])
         if memory is not None:
             memory = memory * same[:, None, None, None].to(memory.dtype)
-        if memory is None or bool(fold.any()):
+        if memory is None or layout.any(fold):
             memory = _fold(slots.k_BGSD, slots.v_BGSV, fold, memory, spec)
     capacity = min(ring_slots(spec.window, spec.shape), num_slots)
     ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=slot.device)
