@@ -12,6 +12,7 @@ from transformers import AttentionInterface, Cache
 
 from linearize.modeling.cache import MixerCacheLayer, Pending, Run
 from linearize.modeling.projections import key_projection
+from linearize.modeling.static_cache import Place, StaticMixerLayer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class MixerCall:
     sliding_window=, layout=)
     -> y [B, H, T, V]`; attention transfer uses it to compute both attentions and pass the teacher's on.
     `branch`: what every mixer runs, or by layer (those not named run both).
+    `place`: of the new tokens in a static cache; None everywhere else, and while such a cache reads its prompts.
     """
 
     layout: Layout
     cache: Cache | None = None
     branch: Branch | Mapping[int, Branch] = "both"
     tap: Tap | None = None
+    place: Place | None = None
 
     def branch_of(self, layer_idx: int) -> Branch:
         """What the mixer of this layer runs."""
@@ -91,6 +94,8 @@ def through_cache(call: MixerCall, layer_idx: int, mixer: Mixer, inputs: tuple[T
         raw, everything = Pending(inputs, mixer.time_dim, call.layout), slice(None)
         return run(raw, state=None, commit=None, need_state=False, outputs=everything)[0]
     layer = call.cache.layers[layer_idx]
+    if isinstance(layer, StaticMixerLayer):
+        return layer.step(mixer, inputs, run, layout=call.layout, place=call.place)
     assert isinstance(layer, MixerCacheLayer)
     return layer.step(mixer, inputs, run, layout=call.layout)
 

@@ -23,9 +23,9 @@ class Layout:
     Ragged: `position_BT` holds each token's position in its own document and -1 on dead tokens (padding, and guesses
     that a row of the batch did not keep). A token whose position does not follow that of the last live token before it
     opens a new document, from which no mixer may look back.
-    Static (`tail` is not None): ragged, and known without reading the positions: no token opens a document, and only the
-    first `tail` tokens may be dead, each row's live ones in front. Every shape then follows from sizes alone, and no call
-    waits for the device, as CUDA graphs demand.
+    Static (`tail` is not None): ragged, and known without reading the positions: no token opens a document, and only
+    the first `tail` tokens may be dead, each row's live ones in front. Every shape then follows from sizes alone, and
+    no call waits for the device, as CUDA graphs demand.
     `memo`: what was computed from the layout, once for all layers.
     """
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from linearize.decoding.speculative.graphs import reader_for
 from linearize.decoding.speculative.ngrams import NgramIndex
-from linearize.decoding.speculative.reader import Reader
 from linearize.decoding.speculative.scores import ScoreRules
 
 Texts = Sequence[Sequence[int]]
@@ -55,7 +55,7 @@ class ModelDrafter:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises InputError for a model whose cache cannot roll back."""
-        self.reader = Reader(model, "draft")
+        self.reader = reader_for(model, "draft")
         self._behind = self._proposed = 0  # of the last proposal: unread tokens before it, and its guesses
 
     @property
@@ -78,7 +78,7 @@ class ModelDrafter:
         behind = self._unread(texts)
         if behind > 2:
             unread = [text[-behind:-1] for text in texts]
-            self.reader.read(torch.tensor(unread, device=self.reader.model.device))
+            self.reader.read(torch.tensor(unread, device=self.reader.model.device), settled=True)
             self.reader.keep([behind - 1] * len(texts))
 
     def _unread(self, texts: Texts) -> int:

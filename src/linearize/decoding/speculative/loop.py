@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from linearize.decoding.speculative.checks import check_input, check_vocabularies
 from linearize.decoding.speculative.chooser import Chooser, Round, chooser
 from linearize.decoding.speculative.drafters import Drafter, ModelDrafter
+from linearize.decoding.speculative.graphs import reader_for
 from linearize.decoding.speculative.reader import Reader
 from linearize.decoding.speculative.rows import Rows
 from linearize.decoding.speculative.scores import ScoreRules, score_rules
@@ -62,7 +63,9 @@ def speculate(
     if isinstance(draft, PreTrainedModel):
         check_vocabularies(target, draft)
         draft = ModelDrafter(draft)
-    run = _Run(Reader(target, "target"), draft, rules, Rows(prompts, max_new_tokens, rules.stop_tokens), pace, streamer)
+    run = _Run(
+        reader_for(target, "target"), draft, rules, Rows(prompts, max_new_tokens, rules.stop_tokens), pace, streamer
+    )
     with torch.inference_mode():
         return run.finish(input_ids, attention_mask)
 

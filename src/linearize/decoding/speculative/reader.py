@@ -51,8 +51,11 @@ class Reader:
         self.by_row = all(_keeps_by_row(layer) for layer in self.cache.layers)
         return logits_B1V
 
-    def read(self, tokens_BT: Tensor) -> Tensor:
-        """Read tokens after those that were read; gives the logits after each, `[B, T, V]`."""
+    def read(self, tokens_BT: Tensor, *, settled: bool = False) -> Tensor:
+        """Read tokens after those that were read; gives the logits after each, `[B, T, V]`.
+
+        `settled`: they are of the text, and the next `keep` keeps them all.
+        """
         new_BT = None if self._mask_BS is None else torch.ones_like(tokens_BT)
         return self._forward(tokens_BT, new_BT, prompt=False)
 

@@ -168,9 +168,7 @@ def _fold(
     return added if memory is None else memory + added
 
 
-def _ragged(
-    slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
-) -> WindowLinearState:
+def _ragged(slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
     batch, num_slots = slots.k_BGSD.shape[0], slots.k_BGSD.shape[2]
     position, origin = slots.position.expand(batch, -1), slots.origin.expand(batch, -1)
     carried, old_next = slots.carried_origin.expand(batch, 1)[:, 0], slots.follow.expand(batch, 1)[:, 0]
