@@ -34,6 +34,7 @@ LAYERS = {
     "demo": 10,
     "cli_output": 10,
     "cli_options": 10,
+    "cli_together": 10,
     "cli": 11,
     "__init__": 12,
     "__main__": 13,

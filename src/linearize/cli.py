@@ -30,6 +30,7 @@ from linearize.cli_options import (
     size,
 )
 from linearize.cli_output import DONE, FAILED, INTERRUPTED, conversion_lines, json_only, one_line, show, table
+from linearize.cli_together import agreed, join
 from linearize.errors import InputError
 
 app = typer.Typer(
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    stderr = sys.stderr
     try:
+        join(arguments)
         if not debug:
             _quiet_libraries()
         arguments = each_with_its_option(arguments, "--compare")
@@ -62,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None  # the reader has gone; nothing is left to flush
         return FAILED
     except Exception as error:
-        if debug:
-            traceback.print_exc()
         code, message = one_line(error)
-        hint = " (--debug shows where)" if code == FAILED and not debug else ""
-        print(f"linearize: {message}{hint}", file=sys.stderr)
+        speaks, code = agreed(error, code)
+        if speaks:
+            if debug:
+                traceback.print_exc(file=stderr)
+            hint = " (--debug shows where)" if code == FAILED and not debug else ""
+            print(f"linearize: {message}{hint}", file=stderr)
         return code
 
 

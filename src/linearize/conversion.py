@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,25 @@ from linearize.evaluation.report import (
 from linearize.files import (
     atomic_folder,
     check_apart,
-    check_free,
     discard,
     output_lock,
 )
 from linearize.modeling import LinearizedForCausalLM, load
-from linearize.modeling.checksums import model_fingerprint
 from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
 from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.recipes.schedule import share_of
+from linearize.recipes.together import check_together, facts, share_out
 from linearize.streaming.in_memory import run_loaded, take_parts
 from linearize.streaming.options import BlockOptions, check_options, is_blockwise
-from linearize.streaming.work_folder import ended, make_work, mark_ended, work_folder
+from linearize.streaming.work_folder import is_written, make_work, mark_ended, work_folder
 from linearize.training.blockwise.parts import Part
 from linearize.training.blockwise.rows import StageRows
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data import PSEUDO, batches
+from linearize.training.distributed import current, start
 from linearize.training.hardware import bf16_pays
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.own_loop import OwnLoopConfig, StageJob
@@ -96,29 +97,34 @@ def convert(
     options = blocks or BlockOptions()
     final, chosen, specs = _checked(teacher, data, out, recipe, overrides, options)
     wanted = {"teacher": str(teacher), "data": specs, "recipe": chosen.model_dump(mode="json")}
-    work = work_folder(final)
-    with output_lock(final), writing("what the conversion keeps", final.parent):
-        if (last := ended(final, work)) is not None:  # killed after its last step
-            if last != wanted:
-                check_free(final, overwrite)
-            discard(work)
-            if last == wanted:
-                return load(final, device=device)
-        check_free(final, overwrite)
-        check_formats(work)
-        tracker, asked = make_tracker(work / "log", track), set(overrides or {})
-        prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
+    work, group = work_folder(final), start()
+    check_together(chosen, group)
+    group.agree(facts(str(teacher), specs, wanted, final))
+    with output_lock(final) if group.leads else nullcontext(), writing("what the conversion keeps", final.parent):
+        if group.share(lambda: is_written(final, work, wanted, overwrite)):
+            return load(final, device=device)
+        prepared = group.share(
+            lambda: prepare(
+                str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code,
+                asked=set(overrides or {}), stage_on_cpu=group.ranks > 1,
+            )
+        )  # fmt: skip
+        prepared = share_out(prepared, group, device)
+        tracker = make_tracker(work / "log" if group.leads else None, track if group.leads else ())
         conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker, options)
         conversion.check_blocks()
         make_work(work, final)
         report = conversion.run()
-        with atomic_folder(final, overwrite, locked=True) as folder:
+        with atomic_folder(final, overwrite, locked=True) if group.leads else nullcontext() as folder:
             conversion.write(folder, report)
-            if (work / "log").is_dir():
-                shutil.copytree(work / "log", folder / "log")
-            mark_ended(folder, work, wanted)
-        student = load(final, device=device)
-        discard(work)
+            if folder is not None:
+                if (work / "log").is_dir():
+                    shutil.copytree(work / "log", folder / "log")
+                mark_ended(folder, work, wanted)
+        group.wait()
+        student = load(final, device=device) if group.ranks == 1 else conversion.student
+        if group.leads:
+            discard(work)
     return student
 
 
@@ -193,7 +199,7 @@ class Conversion:
         length = self.recipe.data.length
         self.identity = {
             "teacher": prepared.name,
-            "teacher_weights": model_fingerprint(prepared.teacher),
+            "teacher_weights": prepared.teacher_weights,
             "data": prepared.text.fingerprint(length, self.heldout),
             "seed": self.recipe.seed,
             **self._draft(),
@@ -225,7 +231,7 @@ class Conversion:
             held_out=held_out_report(self.student, self.teacher, self.heldout),
             ablation=self._ablation(),
             layer_error={k: v for k, v in self.errors.items() if v},
-            provenance=provenance(seed=self.recipe.seed) | self._choices(),
+            provenance=provenance(seed=self.recipe.seed) | self._choices() | self._processes(),
         )
 
     def check_blocks(self) -> None:
@@ -239,9 +245,12 @@ class Conversion:
         self._start_step(0)
         self._blockwise(next(i for i, stage in enumerate(self.recipe.stages) if stage.tokens != 0), 0)
 
-    def write(self, folder: Path, report: ConversionReport) -> None:
-        """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
+    def write(self, folder: Path | None, report: ConversionReport) -> None:
+        """Weights, tokenizer, recipe, report, plots and model card into an empty folder; None on ranks but the first,
+        which give their part of the weights."""
         save_student(self.student, self.given.tokenizer, folder)
+        if folder is None:
+            return
         recipe = self.recipe.to_yaml()
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         write_report(report, folder)
@@ -309,13 +318,13 @@ class Conversion:
         """A stage in the common loop, on its part of the rows."""
         rows = self.given.text.rows(stage.length or self.recipe.data.length, *part)
         teacher = self.given.layer_teacher if stage.by_layer else self.teacher
-        run, device = stage.build(self.student, teacher), self.student.device
+        run, device, group = stage.build(self.student, teacher), self.student.device, current()
 
-        def stream(start: int) -> Any:
-            for batch in batches(rows, stage.batch, stage.seed, start_step=start):
+        def stream(start: int, rank: int = group.rank, ranks: int = group.ranks) -> Any:
+            for batch in batches(rows, stage.batch, stage.seed, start_step=start, rank=rank, world_size=ranks):
                 yield {name: x.to(device) for name, x in batch.items()}
 
-        run.calibrate(next(stream(0)))
+        run.calibrate(next(stream(0, 0, 1)))  # on all rows of the batch, so that every rank measures the same
         more: dict[str, str] = getattr(run, "identity", dict)()
         return run_stage(
             run, stage, stream, self.heldout, length=rows.length, checkpoint_dir=self.work / key,
@@ -365,11 +374,17 @@ class Conversion:
         depth = self.teacher.config.get_text_config().num_hidden_layers
         return {} if self.given.layers is None else {"draft": {"layers": list(self.given.layers), "of": depth}}
 
+    def _processes(self) -> dict[str, Any]:
+        ranks = current().ranks
+        return {"processes": ranks} if ranks > 1 else {}
+
     def _ablation(self) -> Any:
         reach = window_reach(self.student.config.mixers())
         return branch_ablation(self.student, self.heldout, window=reach, teacher=self.teacher) if reach else None
 
 
 def note(line: str) -> None:
-    """One line for people, on stderr."""
+    """One line for people, on stderr; of many processes the first says it."""
+    if not current().leads:
+        return
     print(f"linearize: {line}", file=sys.stderr)

@@ -65,7 +65,7 @@ class TokenScores:
     top5: dict[str, Tensor]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_batches(
     batches: Iterable[Batch], views: Mapping[str, View], *, reference: str | None = None, rows: int | None = None
 ) -> TokenScores:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from linearize.disk import writing
 from linearize.errors import InputError
+from linearize.modeling.sharding import shards_of, whole_state
 
 ADAPTER = "adapter"
 
@@ -30,13 +31,20 @@ class KeptAdapters:
     weights: dict[str, nn.Parameter]
 
 
-def save_student(student: Any, tokenizer: Any, folder: Path) -> None:
+def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
     """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
-    `adapter/`."""
+    `adapter/`.
+
+    A sharded student is gathered tensor by tensor on rank 0: all ranks call it, those that write nothing with None.
+    """
     kept: KeptAdapters | None = getattr(student, "kept_adapters", None)
-    size = sum(parameter.nbytes for parameter in student.parameters())
-    with writing("the student", folder, size), _weights(student, kept.weights if kept else {}):
-        student.save_pretrained(folder)
+    with _weights(student, kept.weights if kept else {}):
+        gathered = {} if shards_of(student) is None else {"state_dict": whole_state(student)}
+        if folder is None:
+            return
+        size = sum(parameter.nbytes for parameter in student.parameters())
+        with writing("the student", folder, size):
+            student.save_pretrained(folder, **gathered)
     with writing("the student's tokenizer and adapters", folder):
         tokenizer.save_pretrained(folder)
         if kept is not None:

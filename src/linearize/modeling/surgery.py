@@ -17,6 +17,7 @@ from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, 
 from linearize.modeling.attention import ATTENTION
 from linearize.modeling.mixer_layer import MixerLayer
 from linearize.modeling.projections import attention_weights, with_biases
+from linearize.modeling.sharding import is_unit, whole
 
 PROBE = "linearize_probe"
 KNOWN_KEYWORDS = {"scaling", "softcap", "sliding_window", "dropout", "is_causal", "linearize_probe_calls"}
@@ -226,7 +227,11 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
     if weight is None:
         return mixer
     if isinstance(mixer, LayerMixer) and start and mixer.config.initialise != "random":
-        mixer.start_from(attention_weights(module, shape))
+        with whole(module):
+            mixer.start_from(attention_weights(module, shape))
+            if is_unit(module):  # its whole weights are gone afterwards: a start may not be a view of them
+                for parameter in mixer.parameters():
+                    parameter.data = parameter.data.clone()
     for name, parameter in mixer.named_parameters():
         keeps = mixer.fp32_parameters is None or name in mixer.fp32_parameters
         dtype = parameter.dtype if keeps else weight.dtype

@@ -17,13 +17,14 @@ from linearize.evaluation.sensitivity import LayerScore, layer_sensitivity
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
+from linearize.modeling.checksums import model_fingerprint
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.teacher import load_teacher, load_tokenizer
 from linearize.modeling.truncate import truncate
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
-from linearize.training.data import DataConfig, document_rows, load_documents, split
+from linearize.training.data import PSEUDO, DataConfig, document_rows, load_documents, split
 from linearize.training.own_loop import OwnLoopConfig
 from linearize.training.pseudo_labels import pseudo_labeller
 from linearize.training.sampling import self_sampler
@@ -44,7 +45,7 @@ class Prepared:
     student has those of the first. `scores`: how sensitive the layers are, where the plan asks for it. `heldout`: on
     the teacher's device. Of a draft `teacher` is its target and `layers` are the target's layers that it has.
     `layer_teacher`: the teacher with the student's layers: itself, or cut as the draft is; None where a draft has the
-    mixers of a target that is a student.
+    mixers of a target that is a student. `teacher_weights`: what tells the teacher's weights from others.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Prepared:
     scores: Sequence[LayerScore]
     text: TrainingText
     heldout: Sequence[Batch]
+    teacher_weights: str
 
 
 def prepare(
@@ -69,6 +71,7 @@ def prepare(
     device: str | None = None,
     trust_remote_code: bool = False,
     asked: Container[str] = (),
+    stage_on_cpu: bool = False,
 ) -> Prepared:
     """Load and check everything; nothing has been written or trained when this returns.
 
@@ -76,13 +79,18 @@ def prepare(
         name: the teacher (of a draft: its target), a folder or a Hub name. specs: of the data.
         asked: recipe keys that were asked for: a length among them is refused beyond the teacher's context, where
             another is cut down to it.
+        stage_on_cpu: the models stay in the CPU's memory, in their own dtype, unless the teacher has to write or score;
+            whoever asks brings them to the device.
 
     Raises:
         InputError: anything given that cannot be used.
     """
     _check_starts(recipe.plan)
     makes_draft = recipe.plan.depth is not None
-    teacher, tokenizer = _load_teacher(name, device, recipe.seed, trust_remote_code, students=makes_draft)
+    runs = recipe.plan.needs_scores or any(spec == "self" or spec.startswith(PSEUDO) for spec in specs)
+    teacher, tokenizer = _load_teacher(
+        name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs
+    )
     recipe, cut = _fit_length(recipe, _context(teacher), asked)
     layers = recipe.plan.draft_layers(teacher.config.get_text_config().num_hidden_layers)
     base = teacher if layers is None else truncate(teacher, layers)
@@ -107,6 +115,7 @@ def prepare(
     return Prepared(
         name=name, recipe=recipe, teacher=teacher, layer_teacher=base, layers=layers, tokenizer=tokenizer,
         student=student, plan=plan, steps=steps, scores=scores, text=text, heldout=heldout,
+        teacher_weights=model_fingerprint(teacher),
     )  # fmt: skip
 
 
@@ -136,6 +145,7 @@ def _draft_of_student(
     return Prepared(
         name=name, recipe=recipe, teacher=target, layer_teacher=None, layers=layers, tokenizer=tokenizer,
         student=draft, plan=draft.config.mixers(), steps=[[]], scores=[], text=text, heldout=heldout,
+        teacher_weights=model_fingerprint(target),
     )  # fmt: skip
 
 
@@ -271,19 +281,21 @@ def _context(teacher: Any) -> int | None:
 
 
 def _load_teacher(
-    name: str, device: str | None, seed: int, trust_remote_code: bool, *, students: bool = False
+    name: str, device: str | None, seed: int, trust_remote_code: bool, *, students: bool = False, on_cpu: bool = False
 ) -> tuple[Any, Any]:
-    """Teacher (or one of our `students`, frozen) and tokenizer on their device; in fp32 on a CPU."""
+    """Teacher (or one of our `students`, frozen) and tokenizer on their device, or on the way to it (`on_cpu`); in fp32
+    where the device is a CPU."""
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
-    where = str(pick_device(device))
+    target = str(pick_device(device))
+    where = "cpu" if on_cpu else target
     if students and is_student(name):
         teacher: Any = load(name, device=where)
         teacher.requires_grad_(False)
         tokenizer = load_tokenizer(name)
     else:
         teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
-    if where == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
+    if target == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()
     return teacher, tokenizer
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from linearize.disk import not_created
 from linearize.evaluation.report import FILE_NAME as REPORT
-from linearize.files import atomic_write_text, read_json, read_text
+from linearize.files import atomic_write_text, check_free, discard, read_json, read_text
+from linearize.training.checkpoint import check_formats
 
 ENDED = "ended.json"
 
@@ -39,3 +40,20 @@ def ended(final: Path, work: Path) -> Any:
         return None
     record = read_json(work / ENDED)
     return record["wanted"] if record["report"] == read_text(final / REPORT) else None
+
+
+def is_written(final: Path, work: Path, wanted: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether a run of the same call was killed after its last step; else the folder is free and `work` can be used.
+
+    Raises:
+        InputError: the folder is not free, or `work` belongs to another version.
+    """
+    if (last := ended(final, work)) is not None:
+        if last != wanted:
+            check_free(final, overwrite)
+        discard(work)
+        if last == wanted:
+            return True
+    check_free(final, overwrite)
+    check_formats(work)
+    return False

@@ -101,7 +101,7 @@ def load_checkpoint(
         LOG.warning("%s and was removed: %s", "; ".join(damaged), left)
     if found is None:
         return None
-    _check_identity(path, found.identity, json.loads(json.dumps(dict(identity))))
+    check_identity(path, found.identity, json.loads(json.dumps(dict(identity))))
     held = {name: tuple(value.shape) for name, value in found.tensors.items() if name.startswith(PARAMETER)}
     wrong = [name for name in sorted({*held, *shapes}) if held.get(name) != shapes.get(name)]
     if wrong:
@@ -165,7 +165,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return crc32(tensors, "/".join((metadata["scalars"], metadata["identity"])).encode())
 
 
-def _check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuses a checkpoint that another run wrote, naming the first settings that differ."""
     old, new = _flat(saved), _flat(asked)
     differing = [key for key in sorted({*old, *new}) if old.get(key, "unset") != new.get(key, "unset")]

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from linearize.training.checkpoint import Checkpoint
 from linearize.training.config import Batch, StageConfig, StageRun
 from linearize.training.progress import Progress
+from linearize.training.saved import load_stage, save_stage
 from linearize.training.schedule import Plateau, as_steps, count_steps, lr_factor
 from linearize.training.step import Stepper, check_finite
 from linearize.training.tracking import Tracker
@@ -122,7 +123,7 @@ class _Loop:
         self.config, self.length, self.name = config, length, name
         self.stepper = Stepper(run, config, alone=alone)
         self.device = self.stepper.device
-        self.heldout = heldout[self.stepper.rank :: self.stepper.ranks] if heldout else None
+        self.heldout = heldout or None
         self.steps = count_steps(config, length)
         self.interval = max(1, as_steps(config.evaluate_every, self.steps))
         self.state = _State()
@@ -137,7 +138,7 @@ class _Loop:
     def attach(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Saves to this folder from now on, and continues from the checkpoint in it, if any."""
         self.folder, self.identity = folder, dict(identity)
-        checkpoint = load_checkpoint(folder, identity=self.identity, shapes=_shapes(self.stepper.tensors()))
+        checkpoint = load_stage(folder, self.stepper.group, identity=self.identity, parameters=self.stepper.parameters)
         if checkpoint is not None:
             self._restore(checkpoint)
         step = self.state.step
@@ -204,7 +205,7 @@ class _Loop:
                 self._evaluate()
             now = time.monotonic()
             state.seconds = earlier + now - begun
-            if due or now - saved >= checkpoint_seconds:
+            if due or self._agreed(now - saved >= checkpoint_seconds):
                 self._save()
                 saved = now
         self._end()
@@ -260,12 +261,20 @@ class _Loop:
         self.state.done = True
         self._save(last=True)
 
+    def _agreed(self, wanted: bool) -> bool:
+        """What rank 0 wants, whose clock counts, where all ranks must act together."""
+        if not self.stepper.sharded:
+            return wanted
+        found = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
+        dist.broadcast(found, src=0)
+        return bool(found.item())
+
     def _save(self, *, last: bool = False) -> None:
         """A checkpoint of everything that the next step depends on."""
-        if self.folder is not None and self.stepper.rank == 0:
+        if self.folder is not None and (self.stepper.rank == 0 or self.stepper.sharded):
             tensors = self.stepper.tensors() | {f"best/{key}": value for key, value in self.best.items()}
             checkpoint = Checkpoint(tensors=tensors, scalars=asdict(self.state), identity=self.identity)
-            save_checkpoint(self.folder, checkpoint, last=last)
+            save_stage(self.folder, checkpoint, sharded=bool(self.stepper.sharded), last=last)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `_save`."""
@@ -274,11 +283,8 @@ class _Loop:
         self.state = _State(**scalars | {"plateau": Plateau(**scalars["plateau"])})
         self.stepper.restore(checkpoint.tensors)
         best = {key: value for key, value in checkpoint.tensors.items() if key.startswith("best/")}
-        self.best = {key.removeprefix("best/"): value.to(self.device) for key, value in best.items()}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in tensors.items()}
+        names = ((key.removeprefix("best/"), value) for key, value in best.items())
+        self.best = {name: self.stepper.placed(name, value) for name, value in names}
 
 
 def _enable_gradient_checkpointing(run: StageRun, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linearize.errors import InputError
+from linearize.modeling.sharding import gathered, is_sharded, spread, sync_gradients
 from linearize.training.checkpoint import PARAMETER
 from linearize.training.config import Batch, LossSum, StageConfig, StageRun
+from linearize.training.distributed import Group, current
+
+BUCKET_NUMBERS = 2**24
+"""Gradients are summed over the ranks so many numbers at a time (64 MiB in fp32)."""
 
 
 class StepNumbers(NamedTuple):
@@ -26,14 +31,18 @@ class StepNumbers(NamedTuple):
 
 
 class Stepper:
-    """AdamW over exactly the parameters that a run names, on one process or on every rank of torch.distributed."""
+    """AdamW over exactly the parameters that a run names, on one process or on every rank of torch.distributed.
+
+    Parameters are whole on every rank, their gradients summed here; or sharded (`modeling/sharding.py`), each rank
+    stepping its part of them with gradients that FSDP has summed.
+    """
 
     def __init__(self, run: StageRun, config: StageConfig, *, alone: bool = False) -> None:
         """All ranks start from the first rank's parameters; `alone`: other ranks do something else. Raises `InputError`
         if they cannot share a batch evenly."""
         self.run, self.config = run, config
-        together = dist.is_initialized() and not alone
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.group = Group() if alone else current()
+        self.rank, self.ranks = self.group.rank, self.group.ranks
         if config.batch % self.ranks:
             raise InputError(
                 f"batch {config.batch} of {config.name!r} does not divide by {self.ranks} ranks: change one"
@@ -44,14 +53,19 @@ class Stepper:
         assert self.parameters, "a stage must train something"
         assert all(value.requires_grad for value in self.parameters.values()), "a frozen parameter is to be trained"
         self.device = next(iter(self.parameters.values())).device
+        self.sharded = {key for key, value in self.parameters.items() if self.ranks > 1 and is_sharded(value)}
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(group.parameters.values()), "lr_scale": group.lr_scale} for group in groups],
+            [
+                {"params": parameters, "lr_scale": group.lr_scale}
+                for group in groups
+                for parameters in _parted(group.parameters, self.sharded)
+            ],
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
         if self.ranks > 1:
-            for parameter in self.parameters.values():
+            for parameter in self._whole():
                 dist.broadcast(parameter.data, src=0)
 
     def step(self, batch: Batch, *, number: int, lr: float) -> StepNumbers | None:
@@ -77,13 +91,19 @@ class Stepper:
         return StepNumbers(loss=total / count, counted=count, gradient_norm=norm)
 
     @torch.no_grad()
-    def heldout_loss(self, batches: Iterable[Batch]) -> float:
-        """The run's mean held-out loss over the batches of all ranks. Raises `InputError` if nothing in them counts."""
+    def heldout_loss(self, batches: Sequence[Batch]) -> float:
+        """The run's mean held-out loss over all batches, each measured by one of the ranks.
+
+        All ranks run the same number of batches, since sharded weights are gathered together: who has none left runs
+        the first one, which then does not count. Raises `InputError` if nothing in them counts.
+        """
         torch.manual_seed(derived_seed(self.config.seed, -1, self.rank))
         sums = self._pair(0.0, 0.0)
-        for batch in batches:
-            loss = self._forward(self.run.heldout_loss, batch)
-            sums += self._pair(loss.sum, loss.count)
+        for number in range(self.rank, -(-len(batches) // self.ranks) * self.ranks, self.ranks):
+            own = number < len(batches)
+            loss = self._forward(self.run.heldout_loss, batches[number if own else 0])
+            if own:
+                sums += self._pair(loss.sum, loss.count)
         self._reduce(sums)
         if sums[1] == 0:
             raise InputError(f"no held-out token of stage {self.config.name!r} counts: give more text or labels")
@@ -102,14 +122,14 @@ class Stepper:
         for name, value in tensors.items():
             part, _, key = name.partition("/")
             if part.startswith("adamw."):
-                moment = value if part == "adamw.step" else value.to(self.device)  # AdamW counts its steps on the CPU
+                moment = value if part == "adamw.step" else self.placed(key, value)  # AdamW counts steps on the CPU
                 self.optimizer.state[self.parameters[key]][part.removeprefix("adamw.")] = moment
 
     @torch.no_grad()
     def set_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Copies values into the parameters of the same names."""
         for key, value in values.items():
-            self.parameters[key].copy_(value)
+            self.parameters[key].copy_(self.placed(key, value))
 
     def _accumulate(self, batch: Batch) -> tuple[float, float]:
         """Gradients of the *sum* of the loss over this rank's rows; returns sum and count over all ranks."""
@@ -118,6 +138,8 @@ class Stepper:
         assert all(len(value) == share for value in batch.values()), f"a batch must have {share} rows on each rank"
         sums = self._pair(0.0, 0.0)
         for start in range(0, share, size):
+            if self.sharded:
+                sync_gradients(self.run.student, start + size >= share)  # type: ignore[attr-defined]
             loss = self._forward(self.run.loss, {key: value[start : start + size] for key, value in batch.items()})
             loss.sum.backward()
             sums += self._pair(loss.sum.detach(), loss.count)
@@ -126,17 +148,22 @@ class Stepper:
 
     def _scale_gradients(self, count: float) -> float:
         """Sums gradients over the ranks, divides once by the count of all, and clips; returns the norm before that."""
-        gradients: list[Tensor] = []
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        for gradient in gradients:
-            self._reduce(gradient)
-            gradient.div_(count)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.ranks > 1:
+            sum_over_ranks([parameter.grad for parameter in self._whole() if parameter.grad is not None])
+        kinds = [list(kind) for kind in _parted(self.parameters, self.sharded)]
+        norms = []
+        for kind in kinds:
+            gradients = [parameter.grad for parameter in kind if parameter.grad is not None]
+            for gradient in gradients:
+                gradient.div_(count)
+            norms.append(gathered(torch.nn.utils.get_total_norm(gradients)))
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip, norm)
+            for kind in kinds:
+                torch.nn.utils.clip_grads_with_norm_(kind, self.config.clip, norm)
         return float(norm)
 
     def _forward(self, loss: Callable[[Batch], LossSum], batch: Batch) -> LossSum:
@@ -145,6 +172,14 @@ class Stepper:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
             return loss(batch)
+
+    def _whole(self) -> list[Tensor]:
+        """The parameters that every rank holds whole."""
+        return [value for key, value in self.parameters.items() if key not in self.sharded]
+
+    def placed(self, key: str, value: Tensor) -> Tensor:
+        """A value for a parameter, on its device and sharded as it is."""
+        return spread(value, self.parameters[key]) if key in self.sharded else value.to(self.device)
 
     def _pair(self, total: Tensor | float, count: Tensor | float) -> Tensor:
         """Sum and count as fp64 `[2]` on the device."""
@@ -156,6 +191,35 @@ class Stepper:
         """Sums in place over the ranks."""
         if self.ranks > 1:
             dist.all_reduce(tensor)
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Sums each tensor in place over the ranks, many small ones in one go; half precision is summed in fp32."""
+    for bucket in _buckets(tensors):
+        exact = torch.float32 if bucket[0].dtype in (torch.float16, torch.bfloat16) else bucket[0].dtype
+        flat = torch.cat([tensor.reshape(-1).to(exact) for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype, in portions of `BUCKET_NUMBERS` or a single larger one."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        numbers = sum(held.numel() for held in bucket) + tensor.numel()
+        if bucket and (tensor.dtype != bucket[0].dtype or numbers > BUCKET_NUMBERS):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _parted(parameters: Mapping[str, Tensor], sharded: set[str]) -> list[list[Tensor]]:
+    """Whole parameters and sharded ones, which no operation takes together; one list where all are of a kind."""
+    kinds = ([value for key, value in parameters.items() if (key in sharded) == wanted] for wanted in (False, True))
+    return [kind for kind in kinds if kind]
 
 
 def derived_seed(seed: int, step: int, rank: int) -> int:

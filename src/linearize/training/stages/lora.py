@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.sharding import add_part, shards_of
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),
@@ -42,11 +43,16 @@ class Adapters:
     def remove(self) -> dict[str, nn.Parameter]:
         """Take the LoRA layers out again, their product in new weight tensors; returns the weights from before."""
         before: dict[str, nn.Parameter] = {}
+        if (shards := shards_of(self.student)) is not None:
+            shards.separate()
         for name, layer in self.layers.items():
             base = layer.base_layer
-            before[name] = base.weight
             delta = layer.get_delta_weight("default")
-            base.weight = nn.Parameter(base.weight.data + delta.to(base.weight.dtype), requires_grad=False)
+            if shards is None:
+                before[name] = base.weight
+                base.weight = nn.Parameter(base.weight.data + delta.to(base.weight.dtype), requires_grad=False)
+            else:
+                before[name] = add_part(base.weight, delta)
             parent, _, child = name.rpartition(".")
             setattr(self.student.get_submodule(parent), child, base)
         return before

@@ -8,7 +8,9 @@ import torch
 
 from linearize.errors import InputError, one_line
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.sharding import shards_of
 from linearize.modeling.teacher import check_model_folder, load_teacher
+from linearize.training.distributed import current
 
 
 def check_vocabulary(name: str, student: LinearizedForCausalLM) -> None:
@@ -37,14 +39,22 @@ def check_vocabulary(name: str, student: LinearizedForCausalLM) -> None:
 
 
 def load_other_teacher(name: str, student: LinearizedForCausalLM) -> Any:
-    """The other teacher on the student's device, frozen; on a CPU in fp32.
+    """The other teacher on the student's device, frozen; on a CPU in fp32. Sharded as the student is.
 
     Raises:
         InputError: it cannot be loaded.
     """
-    teacher, _ = load_teacher(name, device=student.device)
-    on_cpu = teacher.device.type == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16)
-    return teacher.float() if on_cpu else teacher
+    shards = shards_of(student)
+
+    def read() -> Any:
+        teacher, _ = load_teacher(name, device=student.device if shards is None else "cpu")
+        on_cpu = student.device.type == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16)
+        return teacher.float() if on_cpu else teacher
+
+    teacher = current().share(read)
+    if shards is not None:
+        shards.place([teacher])
+    return teacher
 
 
 def _vocabulary_size(name: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.sharding import is_sharded, shards_of
 from linearize.modeling.truncate import block_name
 
 
@@ -28,12 +29,15 @@ def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
 def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The student's parameters of these names, those that share memory with the teacher replaced by copies.
 
-    A copy takes the place of its original wherever the student holds it, so tied weights stay tied.
+    A copy takes the place of its original wherever the student holds it, so tied weights stay tied. Sharded weights
+    that the teacher borrows are copied for the teacher instead.
     """
+    named, names = dict(student.named_parameters()), list(names)
+    if (shards := shards_of(student)) is not None and any(is_sharded(named[name]) for name in names):
+        shards.separate()
     taken = {_memory(parameter) for parameter in teacher.parameters()}
-    named = dict(student.named_parameters())
     copies: dict[int, nn.Parameter] = {}
-    for name in (names := list(names)):
+    for name in names:
         parameter = named[name]
         if _memory(parameter) in taken:
             copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -46,7 +50,9 @@ def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[st
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """What tells memory from other memory; sharded weights are never shared between trees by it."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or id(tensor)
 
 
 def recompute_blocks(student: LinearizedForCausalLM, wanted: bool) -> None:

@@ -1,0 +1,282 @@
+"""Base weights shared out over processes: each holds a part of every matrix, whole ones exist while they are used.
+
+What is sharded is what fills a model: attention modules, MLPs and experts (FSDP2, `fully_shard`, each of them a unit of
+its own). Embeddings, head, norms and all new parameters are whole on every process. Student and teacher share one
+sharded copy as long as nothing trains it: the student's unit owns the weights, the teacher's borrows them while it
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from linearize.errors import InputError
+
+
+class Slot(NamedTuple):
+    """A place that holds a parameter."""
+
+    module: nn.Module
+    key: str
+
+    def get(self) -> nn.Parameter:
+        """The parameter that is there now."""
+        found = self.module._parameters[self.key]
+        assert found is not None
+        return found
+
+    def put(self, value: nn.Parameter) -> None:
+        """Another parameter in its place."""
+        self.module._parameters[self.key] = value
+
+
+@dataclass(eq=False)
+class Loan:
+    """Weights of `owner` that a module of another tree uses: whole while that module runs, without gradients."""
+
+    owner: Any
+    borrower: nn.Module
+    slots: list[tuple[Slot, Slot]]  # the borrower's, the owner's
+    handles: list[Any] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """From now on the borrower's forward gathers the owner's weights, and lets them go at its end."""
+
+        def gather(*_: Any) -> None:
+            self.owner.unshard()
+            self._follow()
+
+        def release(*_: Any) -> None:
+            self.owner.reshard()
+            self._follow()
+
+        self._follow()
+        self.handles = [
+            self.borrower.register_forward_pre_hook(gather, prepend=True),
+            self.borrower.register_forward_hook(release, always_call=True),
+        ]
+
+    def end(self) -> None:
+        """Copies of the borrower's own, whole."""
+        for handle in self.handles:
+            handle.remove()
+        with whole(self.owner):
+            for mine, theirs in self.slots:
+                mine.put(nn.Parameter(theirs.get().detach().clone(), requires_grad=False))
+
+    def _follow(self) -> None:
+        for mine, theirs in self.slots:
+            mine.put(theirs.get())
+
+
+class Shards:
+    """The sharded weights of several module trees."""
+
+    def __init__(self, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.device = device
+        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        self.loans: list[Loan] = []
+
+    def place(self, trees: Sequence[nn.Module]) -> None:
+        """Bring the weights of rank 0 to all ranks, of each unit only a part; one unit is whole at a time.
+
+        On rank 0 the trees hold values, on the others the same parameters may be on the meta device. Trees may share
+        parameters; the first of them owns what it shares.
+        """
+        trees = list({id(tree): tree for tree in trees}.values())
+        slots = _slots(trees)
+        for tree in trees:
+            for unit in units_of(tree):
+                mine = [p for _, p in base_parameters(unit) if id(p) in slots]
+                if mine:
+                    self._take(unit, trees, [slots.pop(id(p)) for p in mine])
+        for places in list(slots.values()):
+            _fill(places, self.device)
+        for tree in trees:
+            for module in tree.modules():
+                for key, buffer in module._buffers.items():
+                    module._buffers[key] = None if buffer is None else buffer.to(self.device)
+
+    def separate(self) -> None:
+        """Give every tree sharded copies of its own of what it borrowed, before its owner's weights change."""
+        loans, self.loans = self.loans, []
+        for loan in loans:
+            loan.end()
+            self._shard(loan.borrower, [mine.get() for mine, _ in loan.slots])
+
+    def _take(self, unit: nn.Module, trees: Sequence[nn.Module], places: Sequence[list[Slot]]) -> None:
+        """Fill and shard a unit, and lend to the units of other trees that hold the same parameters."""
+        for shared in places:
+            _fill(shared, self.device)
+        inside = set(unit.modules())
+        self._shard(unit, [shared[0].get() for shared in places])
+        borrowers: dict[nn.Module, list[tuple[Slot, Slot]]] = {}
+        for shared in places:
+            owner = next(slot for slot in shared if slot.module in inside)
+            for slot in shared:
+                if slot.module not in inside:
+                    borrowers.setdefault(_unit_with(slot.module, trees), []).append((slot, owner))
+        for borrower, pairs in borrowers.items():
+            loan = Loan(unit, borrower, pairs)
+            loan.begin()
+            self.loans.append(loan)
+
+    def _shard(self, unit: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        taken = {id(p) for p in parameters}
+        sharded: Any = fully_shard(
+            unit,
+            mesh=self.mesh,
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+            ignored_params={p for p in unit.parameters() if id(p) not in taken},
+        )
+        sharded.set_gradient_divide_factor(1.0)  # losses are sums, divided once by what all ranks counted
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """How the weights of a student (or another teacher) are shared out over processes; None: they are whole."""
+    found: Shards | None = getattr(model, "shards", None)
+    return found
+
+
+def hand_over(model: Any, shards: Shards) -> None:
+    """From now on the model knows how its weights are shared out."""
+    model.shards = shards
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of it."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def sync_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass adds up gradients of sharded weights over the ranks; off until the last
+    micro-batch."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(wanted)
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside the `with` block the weights of a sharded unit are whole; of another module they always are."""
+    unit: Any = module if is_unit(module) else None
+    if unit is not None:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        if unit is not None:
+            unit.reshard()
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module's weights are sharded, to be gathered together."""
+    return hasattr(module, "unshard")
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """Rank 0's whole tensor, sharded as another one is; a sharded one is as it was. All ranks call it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if is_sharded(value):
+        return value
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    found: Tensor = distribute_tensor(value.detach().to(mesh.device_type), mesh, like.placements)  # type: ignore[attr-defined]
+    return found
+
+
+@torch.no_grad()
+def add_part(parameter: nn.Parameter, change: Tensor) -> nn.Parameter:
+    """Add a whole tensor to a sharded parameter in place; returns the parameter from before. All ranks call it."""
+    before = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    part: Any = spread(change.to(parameter.dtype), parameter)
+    parameter.to_local().add_(part.to_local())  # type: ignore[attr-defined]
+    return before
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors on rank 0's CPU, one gathered after the other; empty on the other ranks."""
+    leads = dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}  # tied weights stay one tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        full = gathered(tensor)
+        if leads:
+            state[name] = made.setdefault(id(tensor), full.detach().cpu())
+    return state
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all ranks call it."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
+def units_of(tree: nn.Module) -> list[nn.Module]:
+    """What is sharded as a unit: the children of every decoder layer that hold matrices."""
+    found = []
+    for block in decoder_layers(tree):
+        for child in block.children():
+            if any(p.dim() > 1 for _, p in base_parameters(child)):
+                found.append(child)
+    return found
+
+
+def base_parameters(unit: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A unit's parameters without those of mixers and adapters."""
+    return [(name, p) for name, p in unit.named_parameters() if "mixer" not in name.split(".") and "lora_" not in name]
+
+
+def decoder_layers(tree: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a causal LM. Raises InputError where they do not lie in one list."""
+    config: Any = getattr(tree, "lm", tree).config
+    number = config.get_text_config().num_hidden_layers
+    for module in tree.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return list(module)
+    raise InputError(f"{config.model_type}: its {number} layers do not lie in one list, so no process can hold a part")
+
+
+def _slots(trees: Sequence[nn.Module]) -> dict[int, list[Slot]]:
+    """By parameter, every place that holds it."""
+    found: dict[int, list[Slot]] = {}
+    for tree in trees:
+        for module in tree.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    found.setdefault(id(parameter), []).append(Slot(module, key))
+    return found
+
+
+def _unit_with(module: nn.Module, trees: Sequence[nn.Module]) -> nn.Module:
+    return next(unit for tree in trees for unit in units_of(tree) if module in set(unit.modules()))
+
+
+def _fill(places: Sequence[Slot], device: torch.device) -> None:
+    """Rank 0's values on this device, in every place that holds the parameter."""
+    old = places[0].get()
+    value = torch.empty(old.shape, dtype=old.dtype, device=device)
+    if dist.get_rank() == 0:
+        value.copy_(old.detach())
+    if value.numel():
+        dist.broadcast(value.view(-1).view(torch.uint8), src=0)
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for place in places:
+        place.put(new)

@@ -1,0 +1,90 @@
+"""A conversion by many processes: what cannot be done so, what all must know alike, and the models shared out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.decoding.loading import pick_device
+from linearize.errors import InputError
+from linearize.modeling.sharding import Shards, hand_over
+from linearize.recipes.preparation import Prepared
+from linearize.recipes.recipe import Recipe
+from linearize.training.data import PSEUDO
+from linearize.training.distributed import Group
+from linearize.training.own_loop import OwnLoopConfig
+from linearize.version import __version__
+
+
+def check_together(recipe: Recipe, group: Group) -> None:
+    """Refuse a recipe that this many processes cannot run; a process alone can run any.
+
+    Raises:
+        InputError: a stage with a loop of its own, one in blocks, or a batch that does not divide by the processes.
+    """
+    if group.ranks == 1:
+        return
+    for number, stage in enumerate(recipe.stages):
+        if stage.tokens == 0:
+            continue
+        if isinstance(stage, OwnLoopConfig):
+            raise InputError(
+                f"stages.{number}: {stage.name} runs in one process: convert up to it with torchrun (set "
+                f"stages.{number}.tokens=0), and run it without"
+            )
+        if getattr(stage, "block", None) is not None:
+            raise InputError(
+                f"stages.{number}: {stage.name} with block is not for torchrun: start the same command with `--blocks "
+                "all` in as many processes as there are, without torchrun; they share out the blocks"
+            )
+        if stage.batch % group.ranks:
+            raise InputError(
+                f"stages.{number}: batch {stage.batch} of {stage.name} does not divide by {group.ranks} processes: set "
+                f"stages.{number}.batch to a multiple"
+            )
+
+
+def facts(teacher: str, specs: Sequence[str], wanted: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """What must be the same for every process, in the words of a message: versions, recipe, teacher, data, folder."""
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {
+        "versions": ", ".join(f"{name} {number}" for name, number in {"linearize": __version__, **versions}.items()),
+        "recipe": f"one with checksum {_checksum(json.dumps(wanted['recipe'], sort_keys=True).encode())}",
+        "teacher": f"{teacher} ({_file(Path(teacher) / 'config.json')})",
+        "data": ", ".join(f"{spec} ({_file(Path(spec.removeprefix(PSEUDO)))})" for spec in specs),
+        "output folder": str(out),
+    }
+
+
+def share_out(prepared: Prepared, group: Group, device: str | None) -> Prepared:
+    """The weights of teacher and student brought to all processes, sharded; as they are where there is one process."""
+    if group.ranks == 1:
+        return prepared
+    where = pick_device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", torch.cuda.current_device())
+    shards = Shards(where)
+    models = (prepared.student, prepared.layer_teacher, prepared.teacher)
+    shards.place([model for model in models if model is not None])
+    hand_over(prepared.student, shards)
+    heldout = [{name: x.to(where) for name, x in batch.items()} for batch in prepared.heldout]
+    return replace(prepared, heldout=heldout)
+
+
+def _file(path: Path) -> str:
+    path = path.expanduser()
+    if not path.is_file():
+        return "no file"
+    with path.open("rb") as file:
+        return f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]

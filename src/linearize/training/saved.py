@@ -1,0 +1,183 @@
+"""A stage's checkpoint in either of its two forms: one safetensors file, or, where parameters are sharded over
+processes, a folder that every rank writes its part of (torch.distributed.checkpoint).
+
+A folder is written under a temporary name and renamed, so it is whole or not there; the one before it stays, for the
+case that the newest is damaged. Either form continues on any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.disk import sync, writing
+from linearize.errors import InputError, one_line
+from linearize.files import atomic_write_text
+from linearize.training.checkpoint import (
+    FILE,
+    FORMAT,
+    PARAMETER,
+    PREVIOUS,
+    Checkpoint,
+    check_identity,
+    load_checkpoint,
+    save_checkpoint,
+)
+from linearize.training.distributed import Group, current
+from linearize.version import __version__
+
+PREFIX = "checkpoint-"
+STATE = "state.json"
+LOG = logging.getLogger("linearize")
+
+
+def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, last: bool = False) -> None:
+    """Replaces the checkpoint in `folder`; a kill at any point leaves the old one or the new one.
+
+    Where tensors are `sharded` all ranks call it, else rank 0 alone. The old one is kept beside it but for the `last`.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    if not sharded:
+        save_checkpoint(folder, checkpoint, last=last)
+        _remove(folder, keep=0)
+        return
+    group = current()
+    number: int = group.share(lambda: max([*_numbers(folder), 0]) + 1)
+    final = folder / f"{PREFIX}{number}"
+    partial = folder / f"{final.name}.partial"
+    if group.leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    group.wait()
+    _write(partial, checkpoint.tensors)
+    if group.leads:
+        _write_state(partial, checkpoint)
+        partial.rename(final)
+        sync(folder)
+        _remove(folder, keep=1 if last else 2)
+        for name in (FILE, PREVIOUS):
+            (folder / name).unlink(missing_ok=True)
+    group.wait()
+
+
+def load_stage(
+    folder: Path, group: Group, *, identity: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that is whole, None if there is none; sharded tensors as the parameters are.
+
+    All ranks of the group call it. A damaged one is removed, which is said in a warning.
+
+    Raises:
+        InputError: it has another format, belongs to another run than `identity`, or does not fit the parameters.
+    """
+    found: tuple[Path, dict[str, Any]] | None = group.share(lambda: _newest(folder))
+    if found is None:
+        shapes = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
+        return load_checkpoint(folder, identity=identity, shapes=shapes)
+    path, state = found
+    check_identity(path, state["identity"], json.loads(json.dumps(dict(identity))))
+    return Checkpoint(tensors=_read(path, group, parameters), scalars=state["scalars"], identity=state["identity"])
+
+
+def _write_state(folder: Path, checkpoint: Checkpoint) -> None:
+    """All that is no tensor, and the checksums of what the ranks wrote."""
+    state = {
+        "format": FORMAT,
+        "linearize": __version__,
+        "files": {path.name: _crc32(path) for path in sorted(folder.iterdir())},
+        "scalars": checkpoint.scalars,
+        "identity": checkpoint.identity,
+    }
+    atomic_write_text(folder / STATE, json.dumps(state, allow_nan=False))
+    sync(folder)
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest folder that is whole, and what its state says; damaged ones are removed."""
+    for number in sorted(_numbers(folder), reverse=True):
+        path = folder / f"{PREFIX}{number}"
+        try:
+            state = json.loads((path / STATE).read_text("utf-8"))
+            whole = all(_crc32(path / name) == crc for name, crc in state["files"].items())
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if whole and state["format"] == FORMAT:
+            return path, state
+        if whole:
+            raise InputError(
+                f"{path} was written by linearize {state['linearize']} in format {state['format']}; this is "
+                f"{__version__} with format {FORMAT}: finish the run with that version, or delete the folder"
+            )
+        LOG.warning("%s is damaged and was removed: the stage goes on from what there was before it", path)
+        shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Of the folders that were written to their end."""
+    found = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*"))
+    return [int(name) for name in found if name.isdigit()]
+
+
+def _remove(folder: Path, keep: int) -> None:
+    """All folders but the newest few, and what was not written to its end."""
+    kept = {f"{PREFIX}{number}" for number in sorted(_numbers(folder), reverse=True)[:keep]}
+    for path in folder.glob(f"{PREFIX}*"):
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with writing("the checkpoint", folder.parent), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save(dict(tensors), storage_writer=FileSystemWriter(folder, sync_files=True))
+    except CheckpointException as error:
+        raise OSError(f"cannot write the checkpoint {folder}: {one_line(error)}") from error
+
+
+def _read(folder: Path, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(folder)
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    held = {name: tuple(entry.size) for name, entry in entries.items()}
+    wanted = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
+    here = {name: shape for name, shape in held.items() if name.startswith(PARAMETER)}
+    if wrong := [name for name in sorted({*here, *wanted}) if here.get(name) != wanted.get(name)]:
+        raise InputError(
+            f"{folder} does not fit the stage: {wrong[0]} has shape {here.get(wrong[0])} there, not "
+            f"{wanted.get(wrong[0])}: delete it to start the stage anew"
+        )
+    tensors = {name: _room(parameters[name.partition("/")[2]], shape) for name, shape in held.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(tensors, storage_reader=reader, no_dist=group.ranks == 1)
+    return tensors
+
+
+def _room(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor for what belongs to a parameter, sharded as it is; AdamW's number of steps is whole."""
+    return torch.empty_like(parameter.detach()) if shape == tuple(parameter.shape) else torch.zeros(shape)
