@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from linearize.benchmarks import decode_speed, export_parity, op_speed, prefill_growth, transfer_cost, verify_cost
+from linearize.benchmarks import (
+    decode_speed,
+    export_parity,
+    op_speed,
+    prefill_growth,
+    static_step,
+    transfer_cost,
+    verify_cost,
+)
 from linearize.evaluation.speed.timing import interleaved
 
 TINY = ["--hidden", "24", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "37", "--threads", "1"]
@@ -15,6 +23,12 @@ CASES = [
     (decode_speed, [*TINY, "--head-dim", "6", "--context", "301", "--mixer", "window-linear"], "speedup", 1),
     (prefill_growth, [*TINY, "--tokens", "65", "131"], "growth", 2),
     (transfer_cost, [*TINY, "--tokens", "67"], "ratio", 1),
+    (
+        static_step,
+        [*TINY, "--context", "21", "--guesses", "2", "--mixer", "gla", "--device", "cpu"],
+        "times_as_fast",
+        2,
+    ),
     (verify_cost, [*TINY, "--context", "21", "--guesses", "3", "5", "--mixer", "mamba2", "gla"], "steps", 2),
 ]
 

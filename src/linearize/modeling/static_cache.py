@@ -234,7 +234,9 @@ def tensors(state: Any) -> list[Tensor]:
 
 
 def copy_state(memory: Any, new: Any) -> None:
-    """Put a state into the memory of another one of the same shapes."""
+    """Put a state into the memory of another one of the same shapes (an operation may have written there itself)."""
+    if new is memory:
+        return
     for old, x in zip(tensors(memory), tensors(new), strict=True):
         assert old.shape == x.shape, f"a state changed its shape from {list(old.shape)} to {list(x.shape)}"
         old.copy_(x)
