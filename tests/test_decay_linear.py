@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.decay_linear import decay_linear, use_form
-from linearize.ops.decay_linear.backends import fla_decay_linear, fla_takes, has_fla
+from linearize.ops.decay_linear.backends import fla_decay_linear
 from linearize.ops.layout import Layout
 
 B, H, K, V = 2, 3, 5, 7
@@ -182,20 +182,3 @@ def test_fla_gets_the_arguments_in_its_own_layout(per_key: bool, monkeypatch: py
     assert calls == [list(modules.values())[per_key]]
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(after, end)
-
-
-def test_fla_is_taken_on_cuda_only_and_only_for_plain_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        device = torch.device("cuda")
-
-        def element_size(self) -> int:
-            return 4
-
-    monkeypatch.setattr("linearize.ops.decay_linear.backends.find_spec", lambda name: object())
-    has_fla.cache_clear()
-    try:
-        assert fla_takes(OnGpu(), Layout())
-        assert not fla_takes(OnGpu(), packed(20))
-        assert not fla_takes(torch.randn(1, 1, 1, 1), Layout())
-    finally:
-        has_fla.cache_clear()

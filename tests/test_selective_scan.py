@@ -227,17 +227,15 @@ def test_the_kernel_is_called_as_it_documents(position_BT: Tensor | None) -> Non
 
 @pytest.mark.usefixtures("_kernel")
 def test_the_kernel_runs_only_what_it_can() -> None:
-    class OnGpu:
-        is_cuda, dtype = True, torch.float32
+    def taken(**change: object) -> bool:
+        call = {"device": "cuda", "dtype": torch.float32, "tokens": 99, "state_dim": N, "gradients": True, **change}
+        return backends.choice(backends.ScanCall(**call))[0] == "mamba_ssm"  # type: ignore[arg-type]
 
-    A, here = torch.ones(E, N), OnGpu()
-    assert backends.can_run(here, A, state=None, need_state=False)  # type: ignore[arg-type]
-    assert not backends.can_run(here, A, state=None, need_state=True)  # type: ignore[arg-type]
-    with torch.no_grad():
-        assert backends.can_run(here, A, state=None, need_state=True)  # type: ignore[arg-type]
-    assert not backends.can_run(here, A, state=A, need_state=False)  # type: ignore[arg-type]
-    assert not backends.can_run(here, torch.ones(E, 300), state=None, need_state=False)  # type: ignore[arg-type]
-    assert not backends.can_run(torch.ones(1, T, E), A, state=None, need_state=False)
+    assert taken(need_state=False) and taken(gradients=False)
+    assert not taken()  # it has no gradient through the last state
+    for change in ({"has_state": True}, {"state_dim": 300}, {"whole": False}, {"device": "cpu"}, {"tokens": 9}):
+        assert not taken(need_state=False, **change), change
+    assert not taken(need_state=False, dtype=torch.float64)
 
 
 @pytest.mark.skipif(backends.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")

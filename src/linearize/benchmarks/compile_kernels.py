@@ -40,11 +40,11 @@ class Recorder:
 @contextmanager
 def recording() -> Any:
     """Inside the `with` block every kernel's launches go to the list given."""
-    from linearize.ops.triton import channels, fused_heads, mamba, recurrence
+    from linearize.ops.triton import channels, fused_heads, mamba, recurrence, window
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     places = [(recurrence, "recurrence_kernel"), (channels, "scan_kernel"), (mamba, "mamba_kernel")]
-    places += [(fused_heads, "heads_kernel"), (fused_heads, "norm_kernel")]
+    places += [(fused_heads, "heads_kernel"), (fused_heads, "norm_kernel"), (window, "window_kernel")]
     kernels = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, kernels, strict=True):
         setattr(module, name, Recorder(kernel, launches))
@@ -90,6 +90,7 @@ def calls(dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64) -> dict
         **run,
     }
     scan |= {"conv_weight_CW": some(total, taps), "conv_bias_C": some(total), "dt_bias_E": wide(total)}
+    near = window_calls(dtype, key_dim, value_dim)
     shared = (some(ROWS, groups, TOKENS, key_dim), some(ROWS, groups, TOKENS, value_dim))
     return {
         "decay per head": lambda: decay_linear_steps(*qkv, wide(*keys), state=state, norm_eps=1e-5, **run),
@@ -123,7 +124,42 @@ def calls(dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64) -> dict
             norm_weight_V=some(value_dim),
             **fused,
         ),
+        **near,
     }
+
+
+def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Callable[[], Any]]:
+    """The window + linear kernel with all it has, in place and not; and a window alone."""
+    from linearize.mixers import AttentionShape
+    from linearize.mixers.feature_maps import FeatureMap
+    from linearize.ops.triton.window import window_linear_steps
+    from linearize.ops.window_linear import WindowLinear, WindowLinearState
+    from linearize.ops.window_linear.buffers import WindowBuffers
+
+    heads, groups, sinks, window = 4, 2, 4, 64
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=groups, head_dim=key_dim, value_dim=value_dim, model_dim=heads * key_dim
+    )
+    feature, ones = FeatureMap("gain", shape, key_dim // 2, "identity"), torch.ones(heads)
+    more: dict[str, Any] = {"window": window, "scaling": 1.0, "num_sinks": sinks, "softcap": 30.0}
+    maps: dict[str, Any] = {"feature_q": feature, "feature_k": feature, "log_window_factor_H": ones}
+    full = WindowLinear(shape="terraced", shared_shift=True, linear_factor_H=ones, **maps, **more)
+    alone = WindowLinear(shape="sliding", **more)
+    given = [torch.zeros(ROWS, n, TOKENS, d, dtype=dtype) for n, d in ((groups, key_dim), (groups, value_dim))]
+    q = torch.zeros(ROWS, heads, TOKENS - COMMIT, key_dim, dtype=dtype)
+    layout = Layout(position_BT=torch.arange(TOKENS).expand(ROWS, -1))
+
+    (k, v), (sink_k, sink_v) = (
+        [x.new_zeros(*x.shape[:2], count, x.shape[3]) for x in given] for count in (2 * window - 1, sinks)
+    )
+    memory = torch.zeros(ROWS, heads, feature.num_features, value_dim + 1)
+    state = WindowLinearState(torch.zeros(ROWS, dtype=torch.int64), k, v, memory, sink_k, sink_v)
+
+    def call(spec: WindowLinear, held: Any) -> Callable[[], Any]:
+        return lambda: window_linear_steps(q, *given, spec=spec, layout=layout, state=held, commit=COMMIT)
+
+    buffers = WindowBuffers.of(state, full, most=COMMIT)
+    return {"window + linear": call(full, state), "in place": call(full, buffers), "window": call(alone, state)}
 
 
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: int) -> Any:

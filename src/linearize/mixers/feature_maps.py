@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape
 from linearize.ops.hedgehog import hedgehog
+from linearize.ops.window_linear.maps import FeatureWeights
 
 FeatureMapName = Literal["hedgehog", "t2r", "elu", "exp", "gain"]
 FeatureStart = Literal["identity", "scales"]
@@ -47,6 +48,11 @@ class FeatureMap(nn.Module):
     def num_features(self) -> int:
         """Width of phi(x)."""
         return {"elu": self.head_dim, "t2r": self.dim}.get(self.name, 2 * self.dim)
+
+    def feature_weights(self) -> FeatureWeights:
+        """What a kernel needs to compute the map itself."""
+        names = {"weight_HDC": "weight_HDF", "bias_HC": "bias_HF", "gain_HD": "gain_HD", "log_scale_H": "log_scale_H"}
+        return FeatureWeights(name=self.name, **{ours: getattr(self, own, None) for ours, own in names.items()})
 
     def reset_parameters(self) -> None:
         """W starts as copies of the identity, the rest as zeros.

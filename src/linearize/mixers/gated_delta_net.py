@@ -21,6 +21,7 @@ from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import (
     Repeat,
     copy_projection,
+    head_sizes,
     l2_norm,
     norm_then_gate,
     repeat_heads,
@@ -39,6 +40,7 @@ from linearize.mixers.layer_mixer import (
 )
 from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.gated_delta import gated_delta
+from linearize.ops.layer_steps import run_layer
 from linearize.ops.layout import Layout
 from linearize.ops.short_conv import short_conv
 
@@ -132,12 +134,45 @@ class GatedDeltaNet(LayerMixer):
         outputs: int | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See `LayerMixer.mix`."""
-        qkv, decay, beta, gate = projected
         options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+        y_BUC, after = run_layer(
+            projected,
+            (self.A_log, self.norm_weight),
+            self.conv_weight,
+            layout,
+            lambda: self.by_kernel(*projected, outputs=outputs, **options),
+            lambda: self.by_operations(*projected, outputs=outputs, **options),
+        )
+        return self.out_proj(y_BUC), after
+
+    def by_operations(
+        self, qkv: Tensor, decay: Tensor, beta: Tensor, gate: Tensor, *, outputs: int | None, **options: Any
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """`y: [B, U, H V]` before the output projection, and the state; `options`: those of `recall`."""
         y_BUHV, after = self.recall(qkv, decay, beta, outputs=outputs, **options)
         gate = last(gate, outputs).unflatten(-1, (self.shape.num_heads, -1))
         y = norm_then_gate(y_BUHV, gate, wide(self.norm_weight), self.shape.norm_eps)
-        return self.out_proj(y.flatten(-2).to(qkv.dtype)), after
+        return y.flatten(-2).to(qkv.dtype), after
+
+    def by_kernel(
+        self, *projected: Tensor, state: RecurrentState | None, need_state: bool, **options: Any
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """`by_operations` in one launch of `ops/triton/heads.py`; `options`: layout, commit, outputs."""
+        from linearize.ops.triton.fused_heads import gated_delta_net_steps
+
+        y, memory, taps = gated_delta_net_steps(
+            *projected,
+            conv_weight_CW=self.conv_weight,
+            dt_bias_H=self.dt_bias,
+            A_log_H=self.A_log,
+            norm_weight_V=self.norm_weight,
+            sizes=head_sizes(self.shape, self.config.repeat),
+            eps=self.shape.norm_eps,
+            memory=None if state is None else state.memory,
+            taps_BPC=None if state is None else state.taps,
+            **options,
+        )
+        return y, RecurrentState(memory, taps) if need_state else None
 
     def recall(
         self,

@@ -7,7 +7,7 @@ dimension, C channels, K taps.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from linearize.mixers.layer_mixer import copy_rows
 from linearize.ops.conv_heads import can_fuse
 from linearize.ops.gated_norm import gated_norm
 from linearize.ops.layout import Layout
+
+if TYPE_CHECKING:
+    from linearize.mixers.base import AttentionShape
+    from linearize.ops.triton.fused_heads import HeadSizes
 
 Repeat = Literal["before", "after"]
 FEW_TOKENS = 8  # up to which nothing is gained by working in slabs
@@ -38,6 +42,19 @@ def repeat_heads(x_BTC: Tensor, groups: int, heads: int) -> Tensor:
 def split_heads(x_BTC: Tensor, heads: int) -> Tensor:
     """`[B, T, heads X] -> [B, heads, T, X]`."""
     return x_BTC.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def head_sizes(shape: AttentionShape, repeat: Repeat) -> HeadSizes:
+    """The sizes of a layer with a matrix for each head, as its kernel takes them."""
+    from linearize.ops.triton.fused_heads import HeadSizes
+
+    return HeadSizes(
+        heads=shape.num_heads,
+        groups=shape.num_kv_heads,
+        key_dim=shape.head_dim,
+        value_dim=shape.value_dim,
+        repeat=repeat,
+    )
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

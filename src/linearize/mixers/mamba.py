@@ -32,6 +32,7 @@ from linearize.mixers.gates import (
     wide,
 )
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
+from linearize.ops.layer_steps import run_layer
 from linearize.ops.layout import Layout
 from linearize.ops.selective_scan import selective_scan
 from linearize.ops.short_conv import short_conv
@@ -128,12 +129,60 @@ class Mamba(LayerMixer):
         outputs: int | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See `LayerMixer.mix`."""
+        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+        y_BUE, after = run_layer(
+            projected,
+            (self.A_log, self.dt_bias),
+            self.conv_weight,
+            layout,
+            lambda: self.by_kernel(*projected, outputs=outputs, **options),
+            lambda: self.by_operations(*projected, outputs=outputs, **options),
+        )
+        return self.out_proj(y_BUE), after
+
+    def by_operations(
+        self,
+        *projected: Tensor,
+        layout: Layout,
+        state: RecurrentState | None,
+        need_state: bool,
+        commit: int | None,
+        outputs: int | None,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """`y: [B, U, E]` before the output projection, and the state."""
         (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), z_BTE, taps = self._inputs(projected, layout, state, need_state, commit)
         memory = None if state is None else state.memory
         options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
         y_BUE, memory = selective_scan(x_BTE, dt_BTE, A_EN, B_BTSN, last(C_BTSN, outputs), **options)
         y_BUE = torch.addcmul(y_BUE, wide(self.D), last(x_BTE, outputs)) * F.silu(wide(last(z_BTE, outputs)))
-        return self.out_proj(y_BUE.to(z_BTE.dtype)), None if memory is None else RecurrentState(memory, taps)
+        return y_BUE.to(z_BTE.dtype), None if memory is None else RecurrentState(memory, taps)
+
+    def by_kernel(
+        self, *projected: Tensor, state: RecurrentState | None, need_state: bool, **options: Any
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """`by_operations` in one launch of `ops/triton/mamba.py`; `options`: layout, commit, outputs."""
+        from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
+
+        shape = self.shape
+        y, memory, taps = mamba_steps(
+            *projected,
+            conv_weight_CW=self.conv_weight,
+            conv_bias_C=self.conv_bias,
+            dt_bias_E=self.dt_bias,
+            A_log_EN=self.A_log,
+            D_E=self.D,
+            sizes=ChannelSizes(
+                heads=shape.num_heads,
+                groups=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                state_dim=self.state_dim,
+                repeat=self.config.repeat,
+            ),
+            memory=None if state is None else state.memory,
+            taps_BPC=None if state is None else state.taps,
+            **options,
+        )
+        return y, RecurrentState(memory, taps) if need_state else None
 
     def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
         """See `LayerMixer.advance`."""

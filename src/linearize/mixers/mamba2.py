@@ -22,6 +22,7 @@ from linearize.mixers.gates import (
     Repeat,
     copy_projection,
     gate_then_norm,
+    head_sizes,
     repeat_heads,
     start_conv,
     start_decay,
@@ -38,6 +39,7 @@ from linearize.mixers.layer_mixer import (
 )
 from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.decay_linear import decay_linear
+from linearize.ops.layer_steps import run_layer
 from linearize.ops.layout import Layout
 from linearize.ops.short_conv import short_conv
 
@@ -131,15 +133,58 @@ class Mamba2(LayerMixer):
         outputs: int | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See `LayerMixer.mix`."""
-        gate, C, key, x, decay, taps = self._inputs(projected[0], layout, state, need_state, commit)
+        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+        y_BUC, after = run_layer(
+            projected,
+            (self.A_log, self.norm_weight),
+            self.conv_weight,
+            layout,
+            lambda: self.by_kernel(*projected, outputs=outputs, **options),
+            lambda: self.by_operations(projected[0], outputs=outputs, **options),
+        )
+        return self.out_proj(y_BUC), after
+
+    def by_operations(
+        self,
+        projected: Tensor,
+        *,
+        layout: Layout,
+        state: RecurrentState | None,
+        need_state: bool,
+        commit: int | None,
+        outputs: int | None,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """`y: [B, U, H V]` before the output projection, and the state."""
+        gate, C, key, x, decay, taps = self._inputs(projected, layout, state, need_state, commit)
         memory, heads = None if state is None else state.memory, self.shape.num_heads
         options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
         y, memory = decay_linear(last(C, outputs).transpose(1, 2), key, x.transpose(1, 2), decay, **options)
         y = torch.addcmul(y.transpose(1, 2), wide(self.D)[:, None], last(x, outputs))
         weight = wide(self.norm_weight).unflatten(0, (heads, -1))
         y = gate_then_norm(y, last(gate, outputs).unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
-        out = self.out_proj(y.flatten(-2).to(projected[0].dtype))
-        return out, None if memory is None else RecurrentState(memory, taps)
+        return y.flatten(-2).to(projected.dtype), None if memory is None else RecurrentState(memory, taps)
+
+    def by_kernel(
+        self, projected: Tensor, *, state: RecurrentState | None, need_state: bool, **options: Any
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """`by_operations` in one launch of `ops/triton/heads.py`; `options`: layout, commit, outputs."""
+        from linearize.ops.triton.fused_heads import mamba2_steps
+
+        y, memory, taps = mamba2_steps(
+            projected,
+            conv_weight_CW=self.conv_weight,
+            conv_bias_C=self.conv_bias,
+            dt_bias_H=self.dt_bias,
+            A_log_H=self.A_log,
+            D_H=self.D,
+            norm_weight=self.norm_weight,
+            sizes=head_sizes(self.shape, self.config.repeat),
+            eps=self.shape.norm_eps,
+            memory=None if state is None else state.memory,
+            taps_BPC=None if state is None else state.taps,
+            **options,
+        )
+        return y, RecurrentState(memory, taps) if need_state else None
 
     def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
         """See `LayerMixer.advance`."""

@@ -1,30 +1,118 @@
-"""Which form of an operation runs, where a test or a benchmark forces one."""
+"""Which form of an operation runs a call, and why: rules tried in order, unless a test or a benchmark forces a form."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from linearize.errors import InputError
+from linearize.ops.layout import Layout
+
+Result = TypeVar("Result")
+OUR_OWN = (AssertionError, InputError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt)
 
 
-class ForcedForm:
-    """The form of one operation that is forced, if any; each operation has its own.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """What a rule may look at; can be made without tensors.
 
-    A plain attribute, for all threads: `torch.compile` sees it, and compiles again where it changes.
+    `device`: its type. `dtype`: what the form is given. `tokens`: T. `whole`: every token has an output, and the state
+    wanted is that after all of them. `gradients`: whether they are asked for.
     """
 
-    def __init__(self, operation: str) -> None:
-        self.operation = operation
-        self._name: str | None = None
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    layout: Layout = field(default_factory=Layout)
+    whole: bool = True
+    gradients: bool = False
 
-    def get(self) -> str | None:
-        """Its name in the operation's `FORMS`; None: the operation chooses."""
-        return self._name
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may come through one of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A form, why it is not for a call (None: it is), why it is taken where it is; `built`: compiled at its first use.
+
+    A built form that fails at it is never tried again in this process.
+    """
+
+    form: str
+    refuses: Callable[..., str | None]
+    why: str
+    built: bool = False
+
+
+class Dispatcher:
+    """The rules of one operation, the form that is forced (None: the rules decide), and which forms did not build here.
+
+    Forced for all threads: by an attribute, which `torch.compile` can trace.
+    """
+
+    def __init__(self, operation: str, rules: Sequence[Rule]) -> None:
+        self.operation, self.rules = operation, tuple(rules)
+        self.broken: dict[str, str] = {}
+        self.forced: str | None = None
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Force one form of `FORMS` inside the `with` block (tests, benchmarks)."""
-        before, self._name = self._name, name
+        """Force one form inside the `with` block (tests, benchmarks)."""
+        before, self.forced = self.forced, name
         try:
             yield
         finally:
-            self._name = before
+            self.forced = before
+
+    def choice(self, call: Call) -> tuple[str, str]:
+        """The form for a call, and why: what it is good for, and what kept the forms before it away."""
+        if (forced := self.forced) is not None:
+            return forced, "forced"
+        before: list[str] = []
+        for rule in self.rules:
+            reason = self.broken.get(rule.form) or rule.refuses(call)
+            if reason is None:
+                return rule.form, "; ".join([rule.why, *before])
+            before.append(f"not {rule.form}: {reason}")
+        raise AssertionError(f"no form of {self.operation} takes {call}: {before}")
+
+    def run(self, call: Call, invoke: Callable[[str], Result]) -> Result:
+        """`invoke(form)` of the form chosen; where one does not build, one warning and the next form."""
+        if (forced := self.forced) is not None:
+            return invoke(forced)
+        rule = next(r for r in self.rules if r.form not in self.broken and r.refuses(call) is None)
+        if not rule.built:
+            return invoke(rule.form)
+        try:
+            return invoke(rule.form)
+        except OUR_OWN:
+            raise
+        except Exception as error:
+            self.broken[rule.form] = reason = f"it does not build here ({_line(error)})"
+            then, _ = self.choice(call)
+            warnings.warn(f"{self.operation}: not {rule.form}: {reason}; {then} runs instead", stacklevel=3)
+        return self.run(call, invoke)
+
+
+def _line(error: Exception) -> str:
+    """The last line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def more_than(most: int) -> Callable[[Call], str | None]:
+    """Refuses more tokens than `most`."""
+    return lambda call: f"more than {most} token{'s' if most > 1 else ''}" if call.tokens > most else None
+
+
+def never(call: Call) -> str | None:
+    """Refuses nothing."""
+    return None

@@ -8,7 +8,7 @@ One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and
 | few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py` | linear in T, matrix products | training, prefill |
 | fla | `backends.py` | the same, in Triton | CUDA tensors without padding or packing, where `fla` is installed |
-| triton | `../triton/` | tail and guesses in one launch | CUDA, by `use_form` only: not measured yet |
+| triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops.decay_linear.backends import fla_decay_linear, fla_takes
+from linearize.ops.decay_linear.backends import DISPATCH, fla_decay_linear
 from linearize.ops.decay_linear.chunked import chunked
 from linearize.ops.decay_linear.few import few
 from linearize.ops.decay_linear.reference import reference
-from linearize.ops.forms import ForcedForm
+from linearize.ops.forms import Call, wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY, in_parts
+from linearize.ops.pairs import in_parts
 
 __all__ = ["FORMS", "decay_linear", "use_form"]
 
@@ -45,8 +45,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "triton": steps,
 }
 MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-_forced = ForcedForm("decay_linear")
-use_form = _forced.use
+use_form = DISPATCH.use
 
 
 def decay_linear(
@@ -68,22 +67,19 @@ def decay_linear(
     """
     dtype = v_BHTV.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(q_BHUK.device.type, enabled=False):
-        name = _choose(k_BHTK, layout)
+    tokens, device = k_BHTK.shape[2], q_BHUK.device.type
+    gradients = wants_gradients(q_BHUK, k_BHTK, v_BHTV, log_decay, state)
+    with torch.autocast(device, enabled=False):
         queries, *inputs = (x.to(wide) for x in (q_BHUK, k_BHTK, v_BHTV, log_decay))
         options: dict[str, Any] = {"layout": layout, "state": None if state is None else state.to(wide)}
-        if name in MULTI_STEP:
-            y, after = FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
-        elif commit is None and q_BHUK.shape[2] == k_BHTK.shape[2]:
-            y, after = FORMS[name](queries, *inputs, **options)
-        else:
-            y, after = in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+
+        def run(name: str) -> tuple[Tensor, Tensor | None]:
+            if name in MULTI_STEP:
+                return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+            if commit is None and q_BHUK.shape[2] == tokens:
+                return FORMS[name](queries, *inputs, **options)
+            return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+
+        call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
+        y, after = DISPATCH.run(call, run)
     return y.to(dtype), after if need_state else None
-
-
-def _choose(k_BHTK: Tensor, layout: Layout) -> str:
-    if (forced := _forced.get()) is not None:
-        return forced
-    if k_BHTK.shape[2] <= MANY:
-        return "reference" if k_BHTK.shape[2] == 1 else "few"
-    return "fla" if fla_takes(k_BHTK, layout) else "chunked"

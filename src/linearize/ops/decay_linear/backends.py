@@ -1,4 +1,4 @@
-"""The same operation by `fla` (flash-linear-attention, Triton), for CUDA tensors where it is installed.
+"""Which form of the recurrence runs a call, and the form by `fla` (flash-linear-attention, Triton), where installed.
 
 fla's layout is `[B, T, H, .]`; a decay per head is its `chunk_simple_gla`, one per key dimension its `chunk_gla`.
 
@@ -7,24 +7,30 @@ Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 
 from torch import Tensor
 
+from linearize.ops import triton as kernels
+from linearize.ops.forms import Call, Dispatcher, Rule, more_than, never
 from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY
+
+DISPATCH = Dispatcher(
+    "decay_linear",
+    [
+        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("reference", more_than(1), "one token: the recurrence itself"),
+        Rule("few", more_than(MANY), "a few tokens: the state read once"),
+        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True),
+        Rule("chunked", never, "many tokens: products of chunks"),
+    ],
+)
 
 
-@cache
-def has_fla() -> bool:
-    """Whether fla can be imported (the import itself takes seconds and happens at the first use)."""
-    return find_spec("fla") is not None
-
-
-def fla_takes(q_BHTK: Tensor, layout: Layout) -> bool:
-    """Whether fla runs this call: CUDA tensors in at most fp32, no padding, no packing."""
-    return q_BHTK.device.type == "cuda" and layout.is_plain and q_BHTK.element_size() <= 4 and has_fla()
+def choice(call: Call) -> tuple[str, str]:
+    """The form for a call and why."""
+    return DISPATCH.choice(call)
 
 
 def fla_decay_linear(

@@ -6,9 +6,9 @@
 | few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
 | fla | `backends.py` | a Triton kernel | CUDA tensors without padding or packing, where `fla` is installed |
+| triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
 
 Letters: B batch, H heads, T tokens, U of them (the last) with an output, K key dimension, V value dimension.
-| triton | `../triton/` | tail and guesses in one launch | CUDA, by `use_form` only: not measured yet |
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops.forms import ForcedForm
-from linearize.ops.gated_delta.backends import fla_form, has_fla
+from linearize.ops.forms import Call, wants_gradients
+from linearize.ops.gated_delta.backends import DISPATCH, fla_form
 from linearize.ops.gated_delta.chunked import chunked
 from linearize.ops.gated_delta.few import few
 from linearize.ops.gated_delta.reference import reference
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY, in_parts
+from linearize.ops.pairs import in_parts
 
 __all__ = ["FORMS", "gated_delta", "use_form"]
 
@@ -45,8 +45,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "triton": steps,
 }
 MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-_forced = ForcedForm("gated_delta")
-use_form = _forced.use
+use_form = DISPATCH.use
 
 
 def gated_delta(
@@ -71,26 +70,21 @@ def gated_delta(
     """
     dtype = v_BHTV.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    name = _choose(v_BHTV, layout)
     given = (q_BHUK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT)
-    with torch.autocast(v_BHTV.device.type, enabled=False):
+    tokens, device = k_BHTK.shape[2], v_BHTV.device.type
+
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
         queries, *inputs = given if name == "fla" else tuple(x.to(wide) for x in given)
         options: dict[str, Any] = {"layout": layout, "state": state}
         if name in MULTI_STEP:
             options["state"] = None if state is None else state.to(wide)
-            y, after = FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
-        elif commit is None and q_BHUK.shape[2] == k_BHTK.shape[2]:
-            y, after = FORMS[name](queries, *inputs, **options)
-        else:
-            y, after = in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+            return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+        if commit is None and q_BHUK.shape[2] == tokens:
+            return FORMS[name](queries, *inputs, **options)
+        return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+
+    gradients = wants_gradients(*given, state)
+    call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
+    with torch.autocast(device, enabled=False):
+        y, after = DISPATCH.run(call, run)
     return y.to(dtype), after if need_state else None
-
-
-def _choose(v_BHTV: Tensor, layout: Layout) -> str:
-    if (forced := _forced.get()) is not None:
-        return forced
-    if v_BHTV.shape[2] <= MANY:
-        return "reference" if v_BHTV.shape[2] == 1 else "few"
-    if v_BHTV.is_cuda and layout.is_plain and v_BHTV.dtype != torch.float64 and has_fla():
-        return "fla"
-    return "chunked"

@@ -1,23 +1,34 @@
-"""The gated delta rule by flash-linear-attention's Triton kernel, imported when it is first called for.
+"""Which form of the gated delta rule runs a call, and the form by flash-linear-attention's Triton kernel, imported when
+it is first called for.
 
 Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from linearize.ops import triton as kernels
+from linearize.ops.forms import Call, Dispatcher, Rule, more_than, never
 from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY
+
+DISPATCH = Dispatcher(
+    "gated_delta",
+    [
+        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("reference", more_than(1), "one token: the recurrence itself"),
+        Rule("few", more_than(MANY), "a few tokens: the state read once"),
+        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True),
+        Rule("chunked", never, "many tokens: products of chunks"),
+    ],
+)
 
 
-@cache
-def has_fla() -> bool:
-    """Whether flash-linear-attention is installed; says nothing of a device."""
-    return find_spec("fla") is not None
+def choice(call: Call) -> tuple[str, str]:
+    """The form for a call and why."""
+    return DISPATCH.choice(call)
 
 
 def fla_form(

@@ -6,7 +6,7 @@
 | few | `few.py` | a few tokens: verification of guesses |
 | chunked | `chunked.py` | training, prefill |
 | mamba_ssm | `backends.py` | CUDA tensors, where that package is installed and can do the call |
-| triton | `../triton/` | tail and guesses in one launch on CUDA, by `use_form` only: not measured yet |
+| triton | `../triton/` | a few CUDA tokens without gradients: tail and guesses in one launch |
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops.forms import ForcedForm
+from linearize.ops.forms import wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY, in_parts
-from linearize.ops.selective_scan.backends import can_run, mamba_ssm
+from linearize.ops.pairs import in_parts
+from linearize.ops.selective_scan.backends import DISPATCH, ScanCall, mamba_ssm
 from linearize.ops.selective_scan.chunked import chunked
 from linearize.ops.selective_scan.few import few
 from linearize.ops.selective_scan.reference import reference
@@ -46,8 +46,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "triton": steps,
 }
 MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-_forced = ForcedForm("selective_scan")
-use_form = _forced.use
+use_form = DISPATCH.use
 
 
 def selective_scan(
@@ -74,31 +73,36 @@ def selective_scan(
     )
     given = (x_BTE, dt_BTE, A_EN, B_BTGN, C_BUGN)
     wide = reduce(torch.promote_types, (w.dtype for w in given), torch.float32)
-    with torch.autocast(x_BTE.device.type, enabled=False):
+    device, gradients = x_BTE.device.type, wants_gradients(*given, state)
+    with torch.autocast(device, enabled=False):
         x, dt, A, B, C = (w.to(wide) for w in given)
         live_BT = layout.live()
         if live_BT is not None:
             dt = dt.masked_fill(~live_BT[..., None], 0)
         state = None if state is None else state.to(wide)
         whole = commit is None and C.shape[1] == x.shape[1]
-        name = _choose(x, A, state, need_state, whole)
         options: dict[str, Any] = {"layout": layout, "state": state}
-        if name in MULTI_STEP:
-            y, after = FORMS[name](x, dt, A, B, C, need_state=need_state, commit=commit, **options)
-        elif whole:
-            y, after = FORMS[name](x, dt, A, B, C, need_state=need_state, **options)
-        else:
 
+        def run(name: str) -> tuple[Tensor, Tensor | None]:
             def scan(C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
                 return FORMS[name](x, dt, A, B, C, **rest)
 
-            y, after = in_parts(scan, C, (x, dt, B), time_dim=1, commit=commit, **options)
+            if name in MULTI_STEP:
+                return scan(C, x, dt, B, need_state=need_state, commit=commit, **options)
+            if whole:
+                return scan(C, x, dt, B, need_state=need_state, **options)
+            return in_parts(scan, C, (x, dt, B), time_dim=1, commit=commit, **options)
+
+        call = ScanCall(
+            device=device,
+            dtype=wide,
+            tokens=x.shape[1],
+            layout=layout,
+            whole=whole,
+            gradients=gradients,
+            state_dim=A.shape[1],
+            has_state=state is not None,
+            need_state=need_state,
+        )
+        y, after = DISPATCH.run(call, run)
     return y.to(x_BTE.dtype), after if need_state else None
-
-
-def _choose(x_BTE: Tensor, A_EN: Tensor, state: Tensor | None, need_state: bool, whole: bool) -> str:
-    if (forced := _forced.get()) is not None:
-        return forced
-    if x_BTE.shape[1] <= MANY:
-        return "reference" if x_BTE.shape[1] == 1 else "few"
-    return "mamba_ssm" if whole and can_run(x_BTE, A_EN, state=state, need_state=need_state) else "chunked"

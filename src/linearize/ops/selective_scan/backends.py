@@ -1,4 +1,4 @@
-"""The CUDA kernel of `mamba_ssm` for the selective scan, where that package is installed.
+"""Which form of the selective scan runs a call, and the CUDA kernel of `mamba_ssm`, where that package is installed.
 
 Its `selective_scan_fn(u: [B, E, T], delta: [B, E, T], A: [E, N], B: [B, G, N, T], C: [B, G, N, T])` begins from a state
 of zeros, knows no documents, and gives no gradient through the last state.
@@ -9,6 +9,7 @@ Letters: B batch, T tokens, E channels, N state size, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.ops import triton as kernels
+from linearize.ops.forms import Call, Dispatcher, Rule, more_than, never
 from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY
 
 MOST_STATE = 256
 FORGETS = 120.0
@@ -31,11 +35,43 @@ def kernel() -> Callable[..., Any] | None:
     return import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
 
-def can_run(x_BTE: Tensor, A_EN: Tensor, *, state: Tensor | None, need_state: bool) -> bool:
-    """Whether the kernel can do this call; x is fp32 here unless the model is fp64."""
-    if not x_BTE.is_cuda or x_BTE.dtype != torch.float32 or A_EN.shape[1] > MOST_STATE or state is not None:
-        return False
-    return not (need_state and torch.is_grad_enabled()) and kernel() is not None
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScanCall(Call):
+    """A call of the scan: N, whether there is a state before it, whether one is wanted after it."""
+
+    state_dim: int
+    has_state: bool = False
+    need_state: bool = True
+
+
+def refuses(call: ScanCall) -> str | None:
+    """Why `mamba_ssm` does not run a call; None: it does."""
+    if call.device != "cuda":
+        return f"the tensors are on {call.device}"
+    if call.dtype != torch.float32 or call.state_dim > MOST_STATE:
+        return f"it takes fp32 and a state of at most {MOST_STATE}"
+    if call.has_state or not call.whole:
+        return "it begins from no state and gives every output"
+    if call.need_state and call.gradients:
+        return "it has no gradient through the last state"
+    return None if kernel() is not None else "mamba_ssm is not installed"
+
+
+DISPATCH = Dispatcher(
+    "selective_scan",
+    [
+        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("reference", more_than(1), "one token: the recurrence itself"),
+        Rule("few", more_than(MANY), "a few tokens: the state read once"),
+        Rule("mamba_ssm", refuses, "many tokens on a GPU: its CUDA kernel", built=True),
+        Rule("chunked", never, "many tokens: chunks"),
+    ],
+)
+
+
+def choice(call: ScanCall) -> tuple[str, str]:
+    """The form for a call and why."""
+    return DISPATCH.choice(call)
 
 
 def mamba_ssm(
@@ -49,7 +85,7 @@ def mamba_ssm(
     state: Tensor | None = None,
     need_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scan; same arguments, outputs and values as `reference`, where `can_run` allows it.
+    """Scan; same arguments, outputs and values as `reference`, where nothing is refused.
 
     A document's first token forgets by a step so long that exp(dt A) is 0 in fp32, with x scaled so that dt x stays.
     """

@@ -9,10 +9,11 @@ Inputs in fp32, fp16 or bf16; sums and state in fp32.
 | file | kernel | for |
 |---|---|---|
 | `recurrence.py` | q, k, v and decays as given | SSD, retention, gated linear attention, gated delta rule |
+| `window_step.py` | window, feature maps, folded sum | LoLCATs, sliding window |
 | `heads.py` | convolution, gates, recurrence, gated norm | Mamba-2 and Gated DeltaNet between their projections |
 | `channels.py` | the selective scan as given | Mamba-1 |
 | `mamba.py` | convolution, steps, scan, gate | Mamba-1 between its projections |
-| `parts.py`, `launch.py` | what the kernels, and what their callers share | |
+| `parts.py`, `window_parts.py`, `launch.py` | what the kernels, and what their callers share | |
 
 Nothing here is imported before a kernel is asked for: `triton` is an extra.
 """
@@ -23,9 +24,11 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
-__all__ = ["MOST_TOKENS", "has_triton", "takes"]
+from linearize.ops.forms import Call
+from linearize.ops.pairs import MANY
+
+__all__ = ["MOST_TOKENS", "fla_refuses", "has_fla", "has_triton", "refuses"]
 
 MOST_TOKENS = 240  # of a call of a fused kernel: a slot of the convolution is a byte
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,8 +40,33 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels run this call: CUDA tensors in at most fp32, no gradients asked, triton installed."""
-    if not all(x.is_cuda and x.dtype in _DTYPES for x in tensors) or not has_triton():
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+@cache
+def has_fla() -> bool:
+    """Whether flash-linear-attention is installed (its import takes seconds and happens at the first use)."""
+    return find_spec("fla") is not None
+
+
+def refuses(call: Call) -> str | None:
+    """Why the multi-step kernels do not run a call; None: they do."""
+    if call.device != "cuda":
+        return f"the tensors are on {call.device}"
+    if call.tokens > MANY:
+        return f"more than {MANY} tokens"
+    if call.gradients:
+        return "gradients are asked for"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the forms in PyTorch"
+    if call.dtype not in _DTYPES:
+        return f"{str(call.dtype).removeprefix('torch.')} is computed in full"
+    return None if has_triton() else "triton is not installed"
+
+
+def fla_refuses(call: Call) -> str | None:
+    """Why fla's kernels do not run a call."""
+    if call.device != "cuda":
+        return f"the tensors are on {call.device}"
+    if not call.layout.is_plain:
+        return "rows with padding or several documents"
+    if call.dtype not in _DTYPES:
+        return f"{str(call.dtype).removeprefix('torch.')} is computed in full"
+    return None if has_fla() else "flash-linear-attention is not installed"

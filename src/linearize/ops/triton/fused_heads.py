@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.ops.layer_steps import MOST_TAPS
 from linearize.ops.layout import Layout
 from linearize.ops.triton import MOST_TOKENS
 from linearize.ops.triton.heads import heads_kernel, norm_kernel
 from linearize.ops.triton.launch import WHOLE_TILE, Span, positions, power_of_two, read_state, rows_of, state_memory
 from linearize.ops.triton.launch import tile as make_tile
 
-MOST_TAPS = 8
 Part = tuple[int, int, int, int]  # first column, heads there, first channel, heads there
 
 

@@ -6,6 +6,7 @@
 | step | `step.py` | S | one token without padding: decode |
 | few | `few.py` | U x S | a few tokens without padding: verification of guesses |
 | chunked | `chunked.py` | linear in T | training, prefill |
+| triton | `../triton/window.py` | S, one launch | a few CUDA tokens without gradients; tail and guesses together |
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops.forms import ForcedForm
+from linearize.ops.forms import wants_gradients
 from linearize.ops.layout import Layout
+from linearize.ops.window_linear.backends import DISPATCH, Cursor, WindowCall
 from linearize.ops.window_linear.chunked import chunked
-from linearize.ops.window_linear.few import FEW_TOKENS, few, is_few
+from linearize.ops.window_linear.few import few
+from linearize.ops.window_linear.maps import weights_of
 from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.spec import Branch, WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.step import is_step, step
+from linearize.ops.window_linear.step import step
 from linearize.ops.window_linear.update import gather_slots, next_state
 from linearize.ops.window_linear.window import WindowShape
 
@@ -40,8 +43,7 @@ __all__ = [
 ]
 
 FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
-_forced = ForcedForm("window_linear")
-use_form = _forced.use
+use_form = DISPATCH.use  # of FORMS, or "triton"
 
 
 def window_linear(
@@ -61,16 +63,56 @@ def window_linear(
     tokens, at most T - U (None: after all). Half-precision inputs are computed in fp32 and the ring is kept in their
     dtype; the folded sum is at least fp32.
     """
+    whole = commit is None and q_BHUD.shape[2] == k_BGTD.shape[2]
     options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state, "need_state": need_state}
-    form = _choose(q_BHUD, k_BGTD, layout, state, spec)
-    if form is few:
-        options["commit"] = commit
-    elif commit is not None:
-        return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
-    dtype = q_BHUD.dtype
+
+    def run(name: str) -> tuple[Tensor, WindowLinearState | None]:
+        if name == "triton" and (spec.has_window or spec.has_linear):
+            return _steps(q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
+        if name == "few" and (spec.has_window or spec.has_linear):
+            return _in_torch(few, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
+        if commit is not None:
+            return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
+        form = (FORMS | {"step": step})[name if whole else "reference"]
+        form = form if spec.has_window or spec.has_linear else nothing
+        return _in_torch(form, q_BHUD, k_BGTD, v_BGTV, **options)
+
+    cursor: Cursor = "none" if state is None else "same" if isinstance(state.next, int) else "rows"
+    call = WindowCall(
+        device=q_BHUD.device.type,
+        dtype=q_BHUD.dtype,
+        tokens=k_BGTD.shape[2],
+        layout=layout,
+        whole=whole,
+        gradients=wants_gradients(q_BHUD, k_BGTD, v_BGTV, *_trained(spec)),
+        spec=spec,
+        cursor=cursor,
+    )
+    return DISPATCH.run(call, run)
+
+
+def _trained(spec: WindowLinear) -> list[Tensor | None]:
+    """What of the operation may be trained, as far as its maps say."""
+    known = [weights_of(m) for m in (spec.feature_q, spec.feature_k)] if torch.is_grad_enabled() else []
+    return [spec.log_window_factor_H, spec.linear_factor_H, *(w for m in known if m is not None for w in m.tensors)]
+
+
+def _steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState | None]:
+    """The multi-step kernel, which is imported when first asked for."""
+    from linearize.ops.triton.window import window_linear_steps
+
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return window_linear_steps(*inputs, **options)
+
+
+def _in_torch(
+    form: Callable[..., tuple[Tensor, WindowLinearState | None]], *inputs: Tensor, **options: Any
+) -> tuple[Tensor, WindowLinearState | None]:
+    """A form in PyTorch, in at least fp32."""
+    dtype = inputs[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(q_BHUD.device.type, enabled=False):
-        y, after = form(q_BHUD.to(wide), k_BGTD.to(wide), v_BGTV.to(wide), **options)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        y, after = form(*(x.to(wide) for x in inputs), **options)
     return y.to(dtype), after if after is None else _narrow(after, dtype)
 
 
@@ -94,21 +136,6 @@ def _multi_step(
         q_BHUD, k_BGTD[:, :, rest], v_BGTV[:, :, rest], spec=spec, layout=layout, state=state, need_state=False
     )
     return y, state
-
-
-def _choose(
-    q_BHUD: Tensor, k_BGTD: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
-) -> Callable[..., tuple[Tensor, WindowLinearState | None]]:
-    whole = q_BHUD.shape[2] == k_BGTD.shape[2]
-    if not (spec.has_window or spec.has_linear):
-        return nothing
-    if (forced := _forced.get()) is not None:
-        return FORMS[forced] if whole else reference
-    if whole and is_step(q_BHUD, layout, state):
-        return step
-    if is_few(k_BGTD.shape[2], layout, state, spec):
-        return few
-    return reference if k_BGTD.shape[2] <= FEW_TOKENS or not whole or layout.gaps() else chunked
 
 
 def nothing(

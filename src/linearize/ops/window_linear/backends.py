@@ -1,0 +1,64 @@
+"""Which form of window + linear attention runs a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from linearize.ops import triton as kernels
+from linearize.ops.forms import Call, Dispatcher, Rule, never
+from linearize.ops.window_linear.few import FEW_TOKENS
+from linearize.ops.window_linear.maps import weights_of
+from linearize.ops.window_linear.spec import WindowLinear
+
+Cursor = Literal["none", "same", "rows"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WindowCall(Call):
+    """A call of the operation: what it computes, and the state before it (`cursor`: none, at the same position in
+    every row, or at one for each)."""
+
+    spec: WindowLinear
+    cursor: Cursor = "none"
+
+
+def kernel_refuses(call: WindowCall) -> str | None:
+    """Why the multi-step kernel does not run a call; None: it does."""
+    if (reason := kernels.refuses(call)) is not None:
+        return reason
+    maps = (call.spec.feature_q, call.spec.feature_k)
+    unknown = any(m is not None and weights_of(m) is None for m in maps)
+    return "a feature map that the kernel does not know" if unknown else None
+
+
+def _step_refuses(call: WindowCall) -> str | None:
+    one = call.whole and call.tokens == 1 and call.layout.is_plain and call.cursor == "same"
+    return None if one else "not one token after the same state in every row"
+
+
+def _few_refuses(call: WindowCall) -> str | None:
+    plain = call.layout.is_plain and call.cursor == "same" and call.spec.has_window
+    return None if plain and 0 < call.tokens <= FEW_TOKENS else "not a few tokens after the same state in every row"
+
+
+def _reference_refuses(call: WindowCall) -> str | None:
+    few = call.tokens <= FEW_TOKENS or not call.whole or call.layout.gaps()
+    return None if few else f"more than {FEW_TOKENS} tokens"
+
+
+DISPATCH = Dispatcher(
+    "window_linear",
+    [
+        Rule("triton", kernel_refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("step", _step_refuses, "one token: nothing is masked"),
+        Rule("few", _few_refuses, "a few tokens: past and new keys side by side"),
+        Rule("reference", _reference_refuses, "a few tokens, or dead ones among them"),
+        Rule("chunked", never, "many tokens: products of chunks"),
+    ],
+)
+
+
+def choice(call: WindowCall) -> tuple[str, str]:
+    """The form for a call and why."""
+    return DISPATCH.choice(call)

@@ -1,0 +1,75 @@
+"""The window + linear kernel: values in Triton's interpreter (fp32, fp16), building for GPUs that are not there (bf16).
+
+The cases run in a process of their own, `triton_window_cases.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_triton_multi_step import ROUNDING, case, needs_triton, run
+
+CASES = [
+    "hedgehog, terraced, dead",
+    "gain, sliding, shared, dead, fp16",
+    "hedgehog, terraced, fp16",
+    "t2r, sliding, documents",
+    "exp, terraced, fresh",
+    "elu, no window, documents",
+    "window of one",
+    "window alone, no tail",
+]
+IN_PLACE = ["in place, dead", "in place, documents", "cut"]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float]]:
+    return json.loads(run(str(Path(__file__).with_name("triton_window_cases.py")), interpret=True))
+
+
+def judge(found: dict[str, float], dtype: str) -> None:
+    """Outputs at most twice as far off as the PyTorch road (or a rounding), sums to fp32, keys and values equal."""
+    assert found["y"] <= max(2 * found["torch"], ROUNDING[dtype]), found
+    assert found["state"] <= 5e-6 and found["rows"] == 0, found
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_advances_over_the_tail_and_gives_the_new_outputs(name: str, results: dict) -> None:
+    judge(case(results, name), "fp16" if "fp16" in name else "fp32")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_buffers_are_written_in_place(name: str, results: dict) -> None:
+    judge(case(results, name), "fp32")
+    assert results[name]["in_place"] == 1
+
+
+@needs_triton
+def test_no_bit_depends_on_where_a_text_is_cut_and_no_buffer_moves(results: dict) -> None:
+    found = case(results, "same bits")
+    assert found["differ"] == 0 and found["moved"] == 0 and found["spread"] > 0.1
+
+
+@needs_triton
+def test_each_branch_can_be_asked_for_alone(results: dict) -> None:
+    found = case(results, "branches")
+    assert max(found["window"], found["linear"], found["both"]) < 2e-6 and found["apart"] > 0.01
+
+
+@needs_triton
+def test_mixers_and_operation_take_their_kernels_by_name(results: dict) -> None:
+    found = case(results, "dispatched")
+    assert set(found) == {"window", "mamba", "mamba2", "gated_delta_net"} and max(found.values()) < 5e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 100])
+def test_it_builds_for_gpus_that_are_not_here(arch: int) -> None:
+    quick = ["--arch", str(arch), "--dtype", "bfloat16", "--head-dim", "16", "--only", "window + linear", "window"]
+    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, interpret=False))
+    assert {row["call"] for row in rows} == {"window + linear", "window"}
+    assert all(row["kernel"] == "window_kernel" and row["cubin_bytes"] > 0 for row in rows)

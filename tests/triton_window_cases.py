@@ -1,0 +1,264 @@
+"""Cases of `test_triton_window.py`, run by it in Triton's interpreter as `triton_cases.py` says. Prints a JSON object.
+
+Every case compares with the reference in fp64 over the live tokens alone, one row and one document after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton_cases import NAN, SHAPE, SQUARE, build, gap, padded, poison, quicken
+
+import linearize.ops.layer_steps as layer
+from linearize.mixers import MIXERS, AttentionShape
+from linearize.mixers.feature_maps import FeatureMap
+from linearize.ops.layout import Layout
+from linearize.ops.triton import launch
+from linearize.ops.triton.window import window_linear_steps
+from linearize.ops.window_linear import WindowLinear, WindowLinearState, use_form, window_linear
+from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear.reference import reference
+
+H, G, D, V, C = 2, 1, 6, 5, 3
+HEADS = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=7)
+# Two rows after 10 tokens each. Dead: row 0 keeps 2 of 3 tail tokens, row 1 one; a guess of row 0 is dead too.
+PAST, TAIL = 10, 3
+DEAD = torch.tensor([[10, 11, -1, 12, 13, -1], [10, -1, -1, 11, 12, 13]])
+# A document opens in the tail of row 0 and among the new tokens of row 1.
+DOCUMENTS = torch.tensor([[10, 0, 1, 2, 3, 4], [10, 11, 12, 13, 0, 1]])
+
+
+def some(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_spec(window: int, shape: str, feature: str | None, **options: Any) -> WindowLinear:
+    def maps(seed: int) -> FeatureMap:
+        made = FeatureMap(feature, HEADS, C, "identity").requires_grad_(False)
+        for n, parameter in enumerate(made.parameters()):
+            parameter.add_(0.5 * some(*parameter.shape, seed=seed + n))
+        return made
+
+    if feature is not None:
+        options |= {"feature_q": maps(1), "feature_k": maps(11), "log_window_factor_H": -some(H, seed=21).abs()}
+    return WindowLinear(window=window, shape=shape, scaling=0.4, **options)
+
+
+def inputs(tokens: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(some(2, n, tokens, d, seed=seed + n + d, dtype=dtype) for n, d in ((H, D), (G, D), (G, V)))
+
+
+def exactly(spec: WindowLinear) -> WindowLinear:
+    """The same operation with parameters in fp64."""
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, FeatureMap):
+            made = FeatureMap(x.name, HEADS, C, "identity").double().requires_grad_(False)
+            made.load_state_dict(x.state_dict())
+            return made
+        return x.double() if isinstance(x, Tensor) else x
+
+    names = ("feature_q", "feature_k", "log_window_factor_H", "linear_factor_H")
+    return replace(spec, **{name: wide(getattr(spec, name)) for name in names})
+
+
+def truth(
+    spec: WindowLinear, qkv: tuple[Tensor, ...], state: WindowLinearState | None, position: Tensor, commit: int
+) -> tuple[Tensor, list[Any]]:
+    """y of the tokens after `commit` (zeros for dead ones), and each row's state after `commit` tokens."""
+    ys, states = [], []
+    for b in range(position.shape[0]):
+        here = None if state is None else state.map_batch(lambda x, b=b: x[b : b + 1])
+        start = 0 if here is None else int(here.next)
+        y, kept = torch.zeros(1, H, position.shape[1], V, dtype=qkv[0].dtype), here
+        for t in range(position.shape[1]):
+            at = int(position[b, t])
+            if at >= 0:
+                here, start = (None, 0) if at == 0 else (here, start)
+                one = [x[b : b + 1, :, t : t + 1] for x in qkv]
+                y[:, :, t : t + 1], here = reference(*one, spec=spec, layout=Layout(at), state=here)
+            kept = here if t + 1 == commit else kept
+        ys.append(y)
+        states.append(kept)
+    return torch.cat(ys)[:, :, commit:], states
+
+
+def unrolled(state: WindowLinearState, b: int) -> dict[str, Tensor]:
+    """What matters of one row of a state: live ring tokens and sinks, the folded sum, what comes next."""
+    following = int(state.next[b]) if isinstance(state.next, Tensor) else state.next
+    return {
+        "memory": torch.zeros(1) if state.memory_BHFV is None else state.memory_BHFV[b],
+        "k": state.k_BGRD[b],
+        "v": state.v_BGRV[b],
+        "sink_k": torch.zeros(G, 0, D) if state.sink_k_BGND is None else state.sink_k_BGND[b, :, :following],
+        "sink_v": torch.zeros(G, 0, V) if state.sink_v_BGNV is None else state.sink_v_BGNV[b, :, :following],
+        "next": torch.tensor([following]),
+    }
+
+
+def state_gaps(found: WindowLinearState, states: list[Any]) -> dict[str, float]:
+    gaps = {"state": 0.0, "rows": 0.0}
+    for b, expected in enumerate(states):
+        mine, right = unrolled(found, b), unrolled(expected, 0)
+        for name in ("k", "v"):  # the ring of a ragged state may have dead slots in front
+            mine[name] = mine[name][:, mine[name].shape[1] - right[name].shape[1] :]
+        gaps["state"] = max(gaps["state"], gap(mine["memory"], right["memory"]))
+        gaps["rows"] = max(gaps["rows"], *(gap(mine[n], right[n]) for n in ("k", "v", "sink_k", "sink_v", "next")))
+    return gaps
+
+
+@torch.no_grad()
+def case(
+    spec: WindowLinear,
+    *,
+    dtype: torch.dtype = torch.float32,
+    position: Tensor | None = None,
+    commit: int = TAIL,
+    fresh: bool = False,
+    in_place: bool = False,
+) -> dict[str, float]:
+    """One call, from a state after a text unless `fresh`, against the reference; and the PyTorch road in `dtype`."""
+    exact, state = exactly(spec), None
+    early, late = inputs(PAST, dtype, 31), inputs(6, dtype, 41)
+    if not fresh:
+        _, state = window_linear(*early, spec=spec, layout=Layout())
+    start = 0 if fresh else PAST
+    at = torch.arange(start, start + 6).expand(2, -1) if position is None else position
+    wide = None if state is None else state.map_batch(lambda x: x.double())
+    y0, states = truth(exact, tuple(x.double() for x in late), wide, at, commit)
+    layout = Layout(start) if position is None else Layout(position_BT=position)
+    narrow = state if state is None or position is None else replace(state, next=torch.full((2,), PAST))
+    y1, _ = window_linear(late[0][:, :, commit:], *late[1:], spec=spec, layout=layout, state=narrow, commit=commit)
+    given = [padded(x.masked_fill((at < 0)[:, None, :, None], NAN)) for x in late]
+    given[0] = given[0][:, :, commit:]
+    held: Any = state
+    if in_place and state is not None:
+        held = WindowBuffers.of(state, spec, most=commit)
+        for x in (held.k_BGCD, held.v_BGCV):  # what is not in the window is never read
+            x.masked_fill_(x == 0, NAN)
+    y, after = window_linear_steps(*given, spec=spec, layout=layout, state=held, commit=commit)
+    found = {"y": gap(y, y0), "torch": gap(y1.masked_fill((at[:, commit:] < 0)[:, None, :, None], 0), y0)}
+    if in_place:
+        found["in_place"] = float(after is held)
+        after = after.state(spec)
+    return found | (state_gaps(after, states) if commit else {"state": 0.0, "rows": float(after is not state)})
+
+
+@torch.no_grad()
+def same_bits() -> dict[str, float]:
+    """Cutting a text in other places changes no bit: one call, tail and new tokens, single steps in place."""
+    spec = make_spec(2, "terraced", "exp", num_sinks=1)
+    qkv = tuple(x[:1] for x in inputs(7, torch.float32, 51))
+    _, state = window_linear(*(x[:1] for x in inputs(4, torch.float32, 31)), spec=spec, layout=Layout())
+    whole, end = window_linear_steps(*qkv, spec=spec, layout=Layout(4), state=state)
+    cut = [x[:, :, :5] for x in qkv]
+    y, _ = window_linear_steps(cut[0][:, :, 3:], *cut[1:], spec=spec, layout=Layout(4), state=state, commit=3)
+    differ = int((y != whole[:, :, 3:5]).sum())
+    buffers = WindowBuffers.of(state, spec)
+    kept = [buffers.next_B, buffers.k_BGCD, buffers.memory_BHFV]
+    for t in range(7):
+        one = [x[:, :, t : t + 1] for x in qkv]
+        y, after = window_linear_steps(*one, spec=spec, layout=Layout(), state=buffers)
+        differ += int((y != whole[:, :, t : t + 1]).sum())
+    moved = sum(a is not b for a, b in zip(kept, [after.next_B, after.k_BGCD, after.memory_BHFV], strict=True))
+    rolled = after.state(spec)
+    differ += int((rolled.memory_BHFV != end.memory_BHFV).sum()) + int(rolled.next[0]) - 11
+    differ += int((rolled.k_BGRD[:, :, -end.k_BGRD.shape[2] :] != end.k_BGRD).sum())
+    return {"differ": float(differ), "moved": float(moved), "spread": whole.std().item()}
+
+
+@torch.no_grad()
+def cut_values() -> dict[str, float]:
+    """Values in blocks, state in place: the normaliser is read by every block and written by the last."""
+    whole, launch.WHOLE_TILE = launch.WHOLE_TILE, 16
+    try:
+        return case(make_spec(3, "sliding", "hedgehog"), in_place=True)
+    finally:
+        launch.WHOLE_TILE = whole
+
+
+@torch.no_grad()
+def branches() -> dict[str, float]:
+    """Each branch by itself, and how far it is from both."""
+    found, qkv, ys = {}, inputs(9, torch.float32, 31), {}
+    for branch in ("window", "linear", "both"):
+        spec = make_spec(3, "terraced", "elu", branch=branch)
+        ys[branch], _ = reference(*qkv, spec=spec, layout=Layout())
+        found[branch] = case(spec)["y"]
+    return found | {"apart": min(gap(ys[branch], ys["both"]) for branch in ("window", "linear"))}
+
+
+@torch.no_grad()
+def dispatched() -> dict[str, float]:
+    """The kernels by name, through mixers and cache contract: `use_form("triton")` against the PyTorch road."""
+    gaps: dict[str, float] = {}
+    qkv, early = inputs(5, torch.float32, 61), inputs(9, torch.float32, 31)
+    spec = make_spec(3, "sliding", "hedgehog")
+    _, state = window_linear(*early, spec=spec, layout=Layout())
+    call: dict[str, Any] = {"spec": spec, "layout": Layout(9), "state": state, "commit": 2}
+    y0, s0 = window_linear(qkv[0][:, :, 2:], *qkv[1:], **call)
+    with use_form("triton"):
+        y, s = window_linear(qkv[0][:, :, 2:], *qkv[1:], **call)
+    gaps["window"] = max(gap(y, y0), gap(s.memory_BHFV, s0.memory_BHFV), gap(s.k_BGRD, s0.k_BGRD))
+    for name in ("mamba", "mamba2", "gated_delta_net"):
+        mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32, conv_taps=3)
+        hidden = some(2, 8, 11, seed=5)
+        _, state = mixer(hidden[:, :3], layout=Layout())
+        raw, rest = mixer.project(hidden[:, 3:]), {"layout": Layout(3), "state": state, "commit": 2, "outputs": 3}
+        y0, s0 = mixer.mix(*raw, **rest)
+        with layer.use_form("triton"):
+            y, s = mixer.mix(*raw, **rest)
+            _, none = mixer.mix(*raw, **rest, need_state=False)
+        gaps[name] = max(gap(y, y0), gap(s.memory, s0.memory), gap(s.taps, s0.taps), float(none is not None))
+    return gaps
+
+
+def cases() -> dict[str, Callable[[], dict[str, float]]]:
+    affine = {"linear_factor_H": torch.rand(H, generator=torch.Generator().manual_seed(3))}
+    return {
+        "hedgehog, terraced, dead": lambda: case(
+            make_spec(3, "terraced", "hedgehog", num_sinks=2, **affine), position=DEAD
+        ),
+        "gain, sliding, shared, dead, fp16": lambda: case(
+            make_spec(2, "sliding", "gain", shared_shift=True, softcap=2.5), position=DEAD, dtype=torch.float16
+        ),
+        "hedgehog, terraced, fp16": lambda: case(make_spec(3, "terraced", "hedgehog"), dtype=torch.float16, commit=5),
+        "t2r, sliding, documents": lambda: case(make_spec(3, "sliding", "t2r", num_sinks=1), position=DOCUMENTS),
+        "exp, terraced, fresh": lambda: case(make_spec(1, "terraced", "exp", num_sinks=1), fresh=True),
+        "elu, no window, documents": lambda: case(make_spec(0, "sliding", "elu"), position=DOCUMENTS),
+        "window of one": lambda: case(make_spec(1, "sliding", None, num_sinks=1), position=DEAD),
+        "window alone, no tail": lambda: case(make_spec(4, "sliding", None, num_sinks=2), commit=0),
+        "in place, dead": lambda: case(make_spec(3, "terraced", "t2r", num_sinks=2), position=DEAD, in_place=True),
+        "in place, documents": lambda: case(make_spec(2, "sliding", "elu"), position=DOCUMENTS, in_place=True),
+        "cut": cut_values,
+        "same bits": same_bits,
+        "branches": branches,
+        "dispatched": dispatched,
+    }
+
+
+def main() -> None:
+    quicken()
+    poison()
+    assert "lolcats" in MIXERS
+    results: dict[str, Any] = {}
+    for name, run in cases().items():
+        if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            continue
+        try:
+            results[name] = run()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()[-2500:]}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
