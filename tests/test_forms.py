@@ -30,7 +30,8 @@ def choice(module: Any, **change: Any) -> str:
     call: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 4, **change}
     kinds = {scan_backends: scan_backends.ScanCall, window_backends: window_backends.WindowCall}
     kinds[layer_steps] = layer_steps.LayerCall
-    extra = {scan_backends: {"state_dim": 16}, window_backends: {"spec": WINDOW}, layer_steps: {"taps": 4}}
+    window = {"spec": WINDOW, "cursor": "same"}
+    extra = {scan_backends: {"state_dim": 16}, window_backends: window, layer_steps: {"taps": 4}}
     form, why = module.choice(kinds.get(module, Call)(**{**extra.get(module, {}), **call}))
     assert why and "\n" not in why
     return form
@@ -50,7 +51,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (decay_backends, "triton", "triton", "fla", ["reference", "few", "chunked"]),
         (delta_backends, "triton", "triton", "fla", ["reference", "few", "chunked"]),
         (scan_backends, "triton", "triton", "chunked", ["reference", "few", "chunked"]),
-        (window_backends, "triton", "triton", "chunked", ["reference", "reference", "chunked"]),
+        (window_backends, "triton", "triton", "chunked", ["step", "few", "chunked"]),
         (layer_steps, "triton", "triton", "operations", ["operations"] * 3),
     ],
 )
@@ -73,7 +74,7 @@ def test_what_each_operation_looks_at_besides() -> None:
     known = FeatureMap("t2r", SHAPE, 3, "identity")
     for feature, form in ((known, "triton"), (torch.exp, "reference")):
         spec = WindowLinear(window=3, shape="sliding", scaling=1.0, feature_q=feature, feature_k=feature)
-        assert choice(window_backends, spec=spec) == form
+        assert choice(window_backends, spec=spec, cursor="rows") == form
 
 
 def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from linearize.ops import triton as kernels
+from linearize.ops.forms import Call
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)")
 MIXERS = ["mamba", "mamba2", "gated_delta_net"]
@@ -113,6 +114,7 @@ def test_every_kernel_builds_for_gpus_that_are_not_here() -> None:
 def test_kernels_are_for_gpus_alone_and_imported_when_asked_for() -> None:
     import torch
 
-    assert not kernels.takes(torch.zeros(3))
+    call = Call(device="cpu", dtype=torch.zeros(3).dtype, tokens=3)
+    assert kernels.refuses(call) == "the tensors are on cpu"
     code = "import sys, linearize.ops.triton; print([m for m in sys.modules if m.startswith('linearize.ops.triton.')])"
     assert run("-c", code, interpret=False).strip() == "[]"

@@ -67,9 +67,8 @@ def test_mixers_and_operation_take_their_kernels_by_name(results: dict) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 100])
-def test_it_builds_for_gpus_that_are_not_here(arch: int) -> None:
-    quick = ["--arch", str(arch), "--dtype", "bfloat16", "--head-dim", "16", "--only", "window + linear", "window"]
+def test_it_builds_for_gpus_that_are_not_here() -> None:
+    quick = ["--arch", "80", "90", "100", "--dtype", "bfloat16", "--head-dim", "16", "--only", "window + linear"]
     rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, interpret=False))
-    assert {row["call"] for row in rows} == {"window + linear", "window"}
+    assert [row["arch"] for row in rows] == [80, 90, 100]
     assert all(row["kernel"] == "window_kernel" and row["cubin_bytes"] > 0 for row in rows)

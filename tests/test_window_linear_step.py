@@ -8,8 +8,14 @@ from test_window_linear import CASES, V, inputs, make_spec
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import use_form, window_linear
-from linearize.ops.window_linear.few import is_few
-from linearize.ops.window_linear.step import is_step
+from linearize.ops.window_linear.backends import WindowCall, choice, cursor_of
+
+
+def form(q, layout, state, spec, tokens=None):
+    """The one that such a call gets, with an output for each token of q."""
+    tokens, whole = tokens or q.shape[2], tokens in (None, q.shape[2])
+    call = {"device": "cpu", "dtype": q.dtype, "tokens": tokens, "layout": layout, "whole": whole, "spec": spec}
+    return choice(WindowCall(cursor=cursor_of(state), **call))[0]
 
 
 @pytest.mark.parametrize(("window", "shape", "options"), CASES)
@@ -22,7 +28,7 @@ def test_decoding_gives_the_reference_of_the_whole_text(window, shape, options):
     parts = [y]
     for t in range(first, 53):
         one = [x[:, :, t : t + 1] for x in (q, k, v)]
-        assert is_step(one[0], Layout(t), state)
+        assert form(one[0], Layout(t), state, spec) == "step"
         y, state = window_linear(*one, spec=spec, layout=Layout(t), state=state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-10)
@@ -36,11 +42,11 @@ def test_a_step_needs_one_token_a_plain_layout_and_a_plain_state():
     _, plain = window_linear(q, k, v, spec=spec, layout=Layout())
     _, ragged = window_linear(q, k, v, spec=spec, layout=Layout(position_BT=torch.arange(9).repeat(2, 1)))
     one = q[:, :, :1]
-    assert is_step(one, Layout(9), plain)
-    assert not is_step(one, Layout(9), ragged)
-    assert not is_step(one, Layout(), None)
-    assert not is_step(q[:, :, :2], Layout(9), plain)
-    assert not is_step(one, Layout(position_BT=torch.tensor([[9], [9]])), plain)
+    assert form(one, Layout(9), plain, spec) == "step"
+    assert form(one, Layout(9), ragged, spec) != "step"
+    assert form(one, Layout(), None, spec) != "step"
+    assert form(q[:, :, :2], Layout(9), plain, spec) != "step"
+    assert form(one, Layout(position_BT=torch.tensor([[9], [9]])), plain, spec) != "step"
     y, _ = window_linear(one, k[:, :, :1], v[:, :, :1], spec=spec, layout=Layout(9), state=plain, need_state=False)
     assert y.shape == (2, 6, 1, V)
 
@@ -71,7 +77,7 @@ def test_a_few_tokens_give_the_reference_of_the_whole_text(window, shape, option
             end = start + commit + waiting + new
             given = {"spec": spec, "layout": Layout(start), "state": state}
             piece = [q[:, :, end - new : end], k[:, :, start:end], v[:, :, start:end]]
-            assert is_few(end - start, Layout(start), state, spec) == spec.has_window
+            assert (form(piece[0], Layout(start), state, spec, end - start) == "reference") == (not spec.has_window)
             y, after = window_linear(*piece, commit=commit, **given)
             torch.testing.assert_close(y, whole[:, :, end - new : end], rtol=0, atol=1e-10)
             with use_form("reference"):
@@ -92,7 +98,7 @@ def test_few_tokens_are_few_plain_and_after_others():
     spec, (q, k, v) = make_spec(5, "sliding", sinks=2), inputs(9)
     _, plain = window_linear(q, k, v, spec=spec, layout=Layout())
     _, ragged = window_linear(q, k, v, spec=spec, layout=Layout(position_BT=torch.arange(9).repeat(2, 1)))
-    assert is_few(2, Layout(9), plain, spec) and is_few(32, Layout(9), plain, spec)
-    assert not is_few(33, Layout(9), plain, spec) and not is_few(2, Layout(9), ragged, spec)
-    assert not is_few(2, Layout(), None, spec)
-    assert not is_few(2, Layout(position_BT=torch.tensor([[9, 10]])), plain, spec)
+    two = q[:, :, :2]
+    assert [form(two, Layout(9), plain, spec, tokens) for tokens in (2, 32, 33)] == ["few", "few", "reference"]
+    assert form(two, Layout(9), ragged, spec) == form(two, Layout(), None, spec) == "reference"
+    assert form(two, Layout(position_BT=torch.tensor([[9, 10]])), plain, spec) == "reference"

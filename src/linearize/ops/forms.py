@@ -22,8 +22,8 @@ OUR_OWN = (AssertionError, InputError, torch.OutOfMemoryError, torch.Accelerator
 class Call:
     """What a rule may look at; can be made without tensors.
 
-    `device`: its type. `dtype`: what the form is given. `tokens`: T. `whole`: every token has an output, and the state
-    wanted is that after all of them. `gradients`: whether they are asked for.
+    `device`: its type. `dtype`: what the form is given. `tokens`: T. `whole`: every token has an output (the scan: and
+    the state wanted is that after all). `gradients`: whether they are asked for.
     """
 
     device: str

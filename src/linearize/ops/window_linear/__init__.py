@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linearize.ops.forms import wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.backends import DISPATCH, Cursor, WindowCall
+from linearize.ops.window_linear.backends import DISPATCH, WindowCall, cursor_of
 from linearize.ops.window_linear.chunked import chunked
 from linearize.ops.window_linear.few import few
 from linearize.ops.window_linear.maps import weights_of
@@ -63,7 +63,7 @@ def window_linear(
     tokens, at most T - U (None: after all). Half-precision inputs are computed in fp32 and the ring is kept in their
     dtype; the folded sum is at least fp32.
     """
-    whole = commit is None and q_BHUD.shape[2] == k_BGTD.shape[2]
+    whole = q_BHUD.shape[2] == k_BGTD.shape[2]
     options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state, "need_state": need_state}
 
     def run(name: str) -> tuple[Tensor, WindowLinearState | None]:
@@ -77,7 +77,6 @@ def window_linear(
         form = form if spec.has_window or spec.has_linear else nothing
         return _in_torch(form, q_BHUD, k_BGTD, v_BGTV, **options)
 
-    cursor: Cursor = "none" if state is None else "same" if isinstance(state.next, int) else "rows"
     call = WindowCall(
         device=q_BHUD.device.type,
         dtype=q_BHUD.dtype,
@@ -86,7 +85,7 @@ def window_linear(
         whole=whole,
         gradients=wants_gradients(q_BHUD, k_BGTD, v_BGTV, *_trained(spec)),
         spec=spec,
-        cursor=cursor,
+        cursor=cursor_of(state),
     )
     return DISPATCH.run(call, run)
 

@@ -10,6 +10,7 @@ from linearize.ops.forms import Call, Dispatcher, Rule, never
 from linearize.ops.window_linear.few import FEW_TOKENS
 from linearize.ops.window_linear.maps import weights_of
 from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.state import WindowLinearState
 
 Cursor = Literal["none", "same", "rows"]
 
@@ -21,6 +22,13 @@ class WindowCall(Call):
 
     spec: WindowLinear
     cursor: Cursor = "none"
+
+
+def cursor_of(state: WindowLinearState | None) -> Cursor:
+    """What a rule looks at of a state."""
+    if state is None:
+        return "none"
+    return "same" if isinstance(state.next, int) else "rows"
 
 
 def kernel_refuses(call: WindowCall) -> str | None:

@@ -24,12 +24,6 @@ from linearize.ops.window_linear.window import fold_boundary, in_window
 FEW_TOKENS = 32
 
 
-def is_few(num_tokens: int, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> bool:
-    """Whether `few` can do this call."""
-    plain = layout.is_plain and state is not None and isinstance(state.next, int)
-    return plain and 0 < num_tokens <= FEW_TOKENS and spec.has_window
-
-
 def few(
     q_BHUD: Tensor,
     k_BGTD: Tensor,

@@ -14,11 +14,6 @@ from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import next_plain_state
 
 
-def is_step(q_BHTD: Tensor, layout: Layout, state: WindowLinearState | None) -> bool:
-    """Whether `step` can do this call."""
-    return q_BHTD.shape[2] == 1 and layout.is_plain and state is not None and isinstance(state.next, int)
-
-
 def step(
     q_BH1D: Tensor,
     k_BG1D: Tensor,
