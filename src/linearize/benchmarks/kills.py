@@ -1,0 +1,190 @@
+"""A long command killed with SIGKILL at random moments and given again each time, beside an unbroken run of it.
+
+    python -m linearize.benchmarks.kills --kills 20 --out FILE -- convert TEACHER --data self --out STUDENT ...
+
+The command after `--` is any of linearize that writes a folder (`--out`). Both runs have caches of their own. Compared
+are all files of the two folders: weights by their bytes, reports by all that is no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from linearize.benchmarks.timing import publish
+
+ASKED = "after every kill the same command goes on, and it ends with the same folder as an unbroken run"
+TIMES = {"seconds", "provenance"}  # keys of a report that differ between any two runs
+EARLY, REACH = 0.2, 0.35  # share of kills while the program starts; how far into an unbroken run the others go
+LONGEST = 3600.0  # seconds for one attempt
+
+
+@dataclass(kw_only=True)
+class Victim:
+    """A command with an `--out` of its own, and what happened to it."""
+
+    arguments: list[str]
+    out: Path
+    cache: Path
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    finishes: int = 0
+
+    @classmethod
+    def of(cls, command: Sequence[str], out: Path) -> Victim:
+        """The command with another `--out`."""
+        if "--out" not in command:
+            raise SystemExit("kills: the command after -- needs --out")
+        arguments = list(command)
+        arguments[arguments.index("--out") + 1] = str(out)
+        return cls(arguments=arguments, out=out, cache=out.parent / f"{out.name}.cache")
+
+    def run(self, kill_after: float | None = None) -> tuple[int, float, list[str]]:
+        """One attempt: its exit code, seconds, and what it said; killed after so many seconds, if it still runs."""
+        environment = {**os.environ, "LINEARIZE_CACHE": str(self.cache), "PYTHONUNBUFFERED": "1"}
+        said = self.out.parent / f"{self.out.name}.said"
+        began = time.monotonic()
+        with said.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "linearize", *self.arguments], stdout=file, stderr=file, env=environment
+            )
+            try:
+                process.wait(kill_after if kill_after is not None else LONGEST)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        lines = said.read_text(encoding="utf-8").splitlines()
+        said.unlink()
+        return process.returncode, time.monotonic() - began, lines
+
+    def left_beside(self) -> list[str]:
+        """What lies beside the folder under its name with a dot."""
+        return sorted(path.name for path in self.out.parent.glob(f".{self.out.name}.*"))
+
+    def clear(self) -> None:
+        """Nothing was ever done."""
+        for path in (self.out, self.cache, *self.out.parent.glob(f".{self.out.name}.*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run it, print the result, and write it to `--out`; the exit code is 1 where the two runs differ."""
+    arguments = _arguments(argv)
+    place = arguments.work.resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    whole, broken = (Victim.of(arguments.command, place / name) for name in ("whole", "broken"))
+    for victim in (whole, broken):
+        victim.clear()
+    code, seconds, lines = whole.run()
+    if code:
+        raise SystemExit(f"kills: the unbroken run failed ({code}): {lines[-1:]}")
+    torture(broken, arguments.kills, seconds=seconds, start=_start_seconds(), seed=arguments.seed)
+    differing = differences(whole.out, broken.out)
+    setting = {
+        "killed_command": ["linearize", *arguments.command],
+        "unbroken_seconds": round(seconds, 1),
+        "seed": arguments.seed,
+        "ended_before_all_kills": broken.finishes - 1,
+        "files": sorted(str(path.relative_to(whole.out)) for path in whole.out.rglob("*") if path.is_file()),
+        "differing": differing,
+        "left_beside": broken.left_beside(),
+    }
+    publish(ASKED, setting, broken.kills, arguments.out)
+    if differing or broken.left_beside():
+        raise SystemExit(1)
+
+
+def torture(victim: Victim, kills: int, *, seconds: float, start: float, seed: int) -> None:
+    """Start, kill and start again until so many kills have hit, then let it end.
+
+    `seconds`: of an unbroken run, the first `start` of which import the package. A run that ends before all kills is
+    cleared away and begun again.
+    """
+    generator = random.Random(seed)
+    while len(victim.kills) < kills:
+        early = generator.random() < EARLY
+        reach = start if early else start + REACH * max(seconds - start, 1.0)
+        delay = generator.uniform(0.0 if early else 0.8 * start, reach)
+        code, _, lines = victim.run(delay)
+        if code == 0:
+            victim.finishes += 1
+            victim.clear()
+        elif code == -signal.SIGKILL:
+            victim.kills.append({"after_seconds": round(delay, 2), "while": _moment(victim, lines)})
+            print(f"kill {len(victim.kills)}: {victim.kills[-1]}", file=sys.stderr, flush=True)
+        else:
+            _fail(code, lines)
+    code, _, lines = victim.run()
+    if code:
+        _fail(code, lines)
+    victim.finishes += 1
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Files of two folders that are not the same; of JSON, all but times counts, and logs in pictures do not."""
+    names = sorted({str(path.relative_to(root)) for root in (one, other) for path in root.rglob("*") if path.is_file()})
+    return [name for name in names if not _same(one / name, other / name)]
+
+
+def _same(one: Path, other: Path) -> bool:
+    if not one.is_file() or not other.is_file():
+        return False
+    if one.suffix in (".png", ".html", ".md", ".svg"):  # drawn from the report, with its times
+        return True
+    if one.suffix in (".json", ".jsonl"):
+        first, second = (path.read_text(encoding="utf-8") for path in (one, other))
+        if one.suffix == ".jsonl":
+            return [_timeless(json.loads(x)) for x in first.splitlines()] == [
+                _timeless(json.loads(x)) for x in second.splitlines()
+            ]
+        return bool(_timeless(json.loads(first)) == _timeless(json.loads(second)))
+    return one.read_bytes() == other.read_bytes()
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _timeless(entry) for key, entry in value.items() if key not in TIMES}
+    return [_timeless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _moment(victim: Victim, lines: Sequence[str]) -> str:
+    """Where a run was killed, as far as its folders and its last line tell."""
+    if any(".partial-" in name for name in victim.left_beside()):
+        return "the folder is written"
+    if victim.out.exists():
+        return "the folder has its name"
+    return lines[-1][:100] if lines else "nothing was said"
+
+
+def _start_seconds() -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import linearize, linearize.cli"], check=True)
+    return time.monotonic() - began
+
+
+def _fail(code: int, lines: Sequence[str]) -> NoReturn:
+    raise SystemExit(f"kills: the command failed with exit code {code}: {' | '.join(lines[-3:])}")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="linearize.benchmarks.kills", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("kills-work"), help="folder for both runs")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("command", nargs="+", help="a command of linearize, after --")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
