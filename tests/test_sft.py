@@ -99,6 +99,28 @@ def test_killed_and_resumed_is_bit_equal_to_unbroken(tmp_path: Path) -> None:
     assert (result.losses, result.metrics, result.tokens) == (expected.losses, expected.metrics, expected.tokens)
 
 
+@pytest.mark.parametrize(("damaged", "resumed"), [([3], 2), ([2, 3], 0)])
+def test_a_damaged_checkpoint_is_never_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: list[int], resumed: int
+) -> None:
+    settings = config(tmp_path, epochs=2.5, evaluate_every=0.25)
+    whole = job(tmp_path / "whole", tokenizer=byte_tokenizer(chat=CHAT))
+    settings.run(whole)
+    with pytest.raises(Killed):
+        settings.run(job(tmp_path / "killed", progress=Watcher(4), tokenizer=byte_tokenizer(chat=CHAT)))
+    for step in damaged:
+        path = tmp_path / "killed" / "trl" / f"checkpoint-{step}" / "optimizer.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    again = job(tmp_path / "killed", progress=Watcher(), tokenizer=byte_tokenizer(chat=CHAT))
+    settings.run(again)
+    assert again.progress.begun == [("sft", resumed, 4)]
+    assert not changed(weights(whole.student), weights(again.student))
+    (told,) = [m for record in caplog.records if "damaged" in (m := record.getMessage())]
+    assert "checkpoint-3" in told and ("before it" if resumed else "anew") in told
+
+
 def test_adapters_kept_beside_the_weights_are_merged_when_the_weights_move(tmp_path: Path) -> None:
     for train, kept in (("mixers", True), ("all", False)):
         work = job(tmp_path / train, tokenizer=byte_tokenizer(chat=CHAT))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import logging
 import math
 import random
 import shutil
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.files import read_json
 from linearize.training.chat import template_text
 from linearize.training.checkpoint import PARAMETER, Checkpoint, load_checkpoint, save_checkpoint
 from linearize.training.loop import StageResult
@@ -32,10 +34,10 @@ from linearize.training.progress import LineProgress
 from linearize.training.schedule import Plateau, as_steps, lr_factor
 from linearize.training.stages.trainable import own, recompute_blocks
 from linearize.training.stages.trl_scores import scoring
-from linearize.training.stages.trl_trainer import Watch, stage_trainer
+from linearize.training.stages.trl_trainer import COMPLETE, Watch, checksums, stage_trainer
 
 WORK = "trl"
-COMPLETE = "complete"  # marks a checkpoint that was written to its end
+LOG = logging.getLogger("linearize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,6 @@ def _train(
         every=max(1, as_steps(config.evaluate_every, steps)),
         progress=job.progress or LineProgress(),
         tracker=job.tracker,
-        marker=COMPLETE,
     )
     bf16 = config.precision == "bf16"
     if config.gradient_checkpointing:
@@ -223,13 +224,27 @@ def _optimizers(config: OwnLoopConfig, trained: Mapping[str, nn.Parameter], step
 
 
 def _latest_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; the others are removed."""
+    """The newest checkpoint that was written to its end and is whole; those that are not are removed.
+
+    A kill leaves one without its mark; one whose files are not those that were written is damaged, which is said.
+    """
     found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / COMPLETE).is_file()]
+    marked = [path for path in found if (path / COMPLETE).is_file()]
+    whole = [path for path in marked if _is_whole(path)]
     for path in found:
-        if path not in whole[-1:]:
+        if path not in whole:
             shutil.rmtree(path)
+    if damaged := [path for path in marked if path not in whole]:
+        left = "the stage goes on from the checkpoint before it" if whole else "the stage starts anew"
+        LOG.warning("%s is damaged and was removed: %s", damaged[-1], left)
     return whole[-1] if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(read_json(checkpoint / COMPLETE) == checksums(checkpoint))
+    except InputError:
+        return False
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
+from linearize.files import atomic_write_text
 from linearize.training.checkpoint import PARAMETER, Checkpoint, load_checkpoint, save_checkpoint
 from linearize.training.own_loop import OwnLoopConfig
 from linearize.training.progress import Progress
@@ -21,6 +24,7 @@ from linearize.training.tracking import Tracker
 if TYPE_CHECKING:
     from linearize.training.stages.trl_loop import TrlTask
 
+COMPLETE = "complete"  # the file that marks a checkpoint which was written to its end
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -28,11 +32,9 @@ LOGGED = ("loss", "grad_norm", "learning_rate")
 class Watch(TrainerCallback):
     """Progress, log and checkpoints of one stage."""
 
-    def __init__(
-        self, name: str, steps: int, *, every: int, progress: Progress, tracker: Tracker | None, marker: str
-    ) -> None:
+    def __init__(self, name: str, steps: int, *, every: int, progress: Progress, tracker: Tracker | None) -> None:
         self.name, self.steps, self.every = name, steps, every
-        self.progress, self.tracker, self.marker = progress, tracker, marker
+        self.progress, self.tracker = progress, tracker
         self.metrics: tuple[str, ...] = ()
         self.earlier = 0.0  # seconds of runs before this one
         self.first = self.tokens = 0
@@ -73,9 +75,10 @@ class Watch(TrainerCallback):
             self.tracker.log(step, {key: float(logs[key]) for key in (*LOGGED, *self.metrics) if key in logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Marks the checkpoint as whole."""
+        """Marks the checkpoint as whole, with a checksum for each of its files."""
         self.saved = time.monotonic()
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.marker).touch()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        atomic_write_text(folder / COMPLETE, json.dumps(checksums(folder)))
 
     def close(self) -> None:
         """The stage is over, finished or not."""
@@ -83,6 +86,15 @@ class Watch(TrainerCallback):
             self.progress.end()
             if self.tracker:
                 self.tracker.end()
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file in a folder but the marker of a whole one."""
+    return {
+        path.name: zlib.crc32(path.read_bytes())
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != COMPLETE
+    }
 
 
 def stage_trainer(
