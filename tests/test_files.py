@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from linearize.errors import InputError
-from linearize.files import atomic_folder, atomic_write_text, read_json, read_text
+from linearize.files import atomic_folder, atomic_write_text, discard, output_lock, read_json, read_text
 
 
 def _names(folder: Path) -> list[str]:
@@ -115,6 +115,52 @@ def test_targets_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="working"), atomic_folder(tmp_path, overwrite=True):
         pass
     assert _names(tmp_path) == ["file", "student"]
+
+
+def test_what_dead_runs_left_is_put_right(tmp_path: Path) -> None:
+    for name in (".student.partial-a", ".student.old-b", ".student2.partial-c", ".student.run"):
+        (tmp_path / name / "student").mkdir(parents=True)
+    (tmp_path / ".student.old-b" / "student" / "old.txt").write_text("old")
+    with output_lock(tmp_path / "student"):
+        assert _names(tmp_path) == [".student.lock", ".student.run", ".student2.partial-c", "student"]
+        assert (tmp_path / "student" / "old.txt").read_text() == "old", "it was killed between two renames"
+    (tmp_path / ".student.old-d" / "student").mkdir(parents=True)
+    (tmp_path / "student" / ".report.json.partial-e").write_text("half")
+    with output_lock(tmp_path / "student"):
+        pass
+    assert _names(tmp_path) == [".student.run", ".student2.partial-c", "student"]
+    assert _names(tmp_path / "student") == ["old.txt"]
+
+
+def test_two_locks_on_one_folder(tmp_path: Path) -> None:
+    with output_lock(tmp_path / "deep" / "student"):
+        with (
+            pytest.raises(InputError, match=rf"is being written by process {os.getpid()} on .*: wait") as caught,
+            output_lock(tmp_path / "deep" / "student"),
+        ):
+            raise AssertionError("the block must not run")
+        assert "\n" not in str(caught.value)
+        with output_lock(tmp_path / "deep" / "other"):
+            pass
+    assert _names(tmp_path) == [], "nothing is left of a command that did nothing"
+    with (
+        output_lock(tmp_path / "shared", shared=True),
+        output_lock(tmp_path / "shared", shared=True),
+        pytest.raises(InputError),
+        output_lock(tmp_path / "shared"),
+    ):
+        raise AssertionError("the block must not run")
+
+
+def test_a_folder_is_discarded_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".student.run" / "deep").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.files.shutil.rmtree", lambda *_, **__: None)  # killed before anything was removed
+        discard(tmp_path / ".student.run")
+    assert not (tmp_path / ".student.run").exists()
+    with output_lock(tmp_path / "student"):
+        pass
+    assert _names(tmp_path) == []
 
 
 def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

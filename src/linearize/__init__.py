@@ -8,10 +8,19 @@ Importing this package registers students with transformers, so that `AutoModelF
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
 from linearize.version import __version__
+
+try:
+    from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
+except KeyboardInterrupt:  # these imports are most of the time that the command takes to start
+    if os.path.basename(sys.argv[0]) not in ("-m", "linearize"):
+        raise
+    sys.stderr.write("linearize: interrupted\n")
+    os._exit(130)
 
 if TYPE_CHECKING:
     from linearize.conversion import convert

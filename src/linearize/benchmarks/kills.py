@@ -26,7 +26,8 @@ from linearize.benchmarks.timing import publish
 
 ASKED = "after every kill the same command goes on, and it ends with the same folder as an unbroken run"
 TIMES = {"seconds", "provenance"}  # keys of a report that differ between any two runs
-EARLY, REACH = 0.2, 0.35  # share of kills while the program starts; how far into an unbroken run the others go
+EARLY, REACH = 0.2, 3.0  # share of kills while the program starts; most work between the others, of `work / kills`
+TICK = 0.02
 LONGEST = 3600.0  # seconds for one attempt
 
 
@@ -49,23 +50,30 @@ class Victim:
         arguments[arguments.index("--out") + 1] = str(out)
         return cls(arguments=arguments, out=out, cache=out.parent / f"{out.name}.cache")
 
-    def run(self, kill_after: float | None = None) -> tuple[int, float, list[str]]:
-        """One attempt: its exit code, seconds, and what it said; killed after so many seconds, if it still runs."""
+    def run(self, kill_after: float | None = None, *, from_first_line: bool = False) -> tuple[int, float, list[str]]:
+        """One attempt: its exit code, seconds until it first said something, and all it said.
+
+        It is killed after so many seconds, if it still runs; `from_first_line` counts them from its first line on.
+        """
         environment = {**os.environ, "LINEARIZE_CACHE": str(self.cache), "PYTHONUNBUFFERED": "1"}
         said = self.out.parent / f"{self.out.name}.said"
-        began = time.monotonic()
+        began, spoke = time.monotonic(), 0.0
         with said.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "linearize", *self.arguments], stdout=file, stderr=file, env=environment
             )
-            try:
-                process.wait(kill_after if kill_after is not None else LONGEST)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            while process.poll() is None:
+                time.sleep(TICK)
+                now = time.monotonic() - began
+                if not spoke and said.stat().st_size:
+                    spoke = now
+                waited = now - spoke if spoke or not from_first_line else 0.0
+                if now > LONGEST or (kill_after is not None and waited >= kill_after):
+                    process.kill()
+                    process.wait()
         lines = said.read_text(encoding="utf-8").splitlines()
         said.unlink()
-        return process.returncode, time.monotonic() - began, lines
+        return process.returncode, spoke, lines
 
     def left_beside(self) -> list[str]:
         """What lies beside the folder under its name with a dot."""
@@ -85,10 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     whole, broken = (Victim.of(arguments.command, place / name) for name in ("whole", "broken"))
     for victim in (whole, broken):
         victim.clear()
-    code, seconds, lines = whole.run()
+    began = time.monotonic()
+    code, start, lines = whole.run()
+    seconds = time.monotonic() - began
     if code:
         raise SystemExit(f"kills: the unbroken run failed ({code}): {lines[-1:]}")
-    torture(broken, arguments.kills, seconds=seconds, start=_start_seconds(), seed=arguments.seed)
+    torture(broken, arguments.kills, start=start, work=seconds - start, seed=arguments.seed)
     differing = differences(whole.out, broken.out)
     setting = {
         "killed_command": ["linearize", *arguments.command],
@@ -104,23 +114,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def torture(victim: Victim, kills: int, *, seconds: float, start: float, seed: int) -> None:
+def torture(victim: Victim, kills: int, *, start: float, work: float, seed: int) -> None:
     """Start, kill and start again until so many kills have hit, then let it end.
 
-    `seconds`: of an unbroken run, the first `start` of which import the package. A run that ends before all kills is
-    cleared away and begun again.
+    `start`: seconds until an unbroken run says something; `work`: those after it, of which every kill lets pass a
+    share. A run that ends before all kills is cleared away and begun again.
     """
     generator = random.Random(seed)
     while len(victim.kills) < kills:
         early = generator.random() < EARLY
-        reach = start if early else start + REACH * max(seconds - start, 1.0)
-        delay = generator.uniform(0.0 if early else 0.8 * start, reach)
-        code, _, lines = victim.run(delay)
+        delay = generator.uniform(0.0, start if early else REACH * work / kills)
+        code, _, lines = victim.run(delay, from_first_line=not early)
         if code == 0:
             victim.finishes += 1
             victim.clear()
         elif code == -signal.SIGKILL:
-            victim.kills.append({"after_seconds": round(delay, 2), "while": _moment(victim, lines)})
+            counted = "seconds" if early else "seconds_after_the_first_line"
+            victim.kills.append({counted: round(delay, 2), "while": _moment(victim, lines)})
             print(f"kill {len(victim.kills)}: {victim.kills[-1]}", file=sys.stderr, flush=True)
         else:
             _fail(code, lines)
@@ -164,12 +174,6 @@ def _moment(victim: Victim, lines: Sequence[str]) -> str:
     if victim.out.exists():
         return "the folder has its name"
     return lines[-1][:100] if lines else "nothing was said"
-
-
-def _start_seconds() -> float:
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import linearize, linearize.cli"], check=True)
-    return time.monotonic() - began
 
 
 def _fail(code: int, lines: Sequence[str]) -> NoReturn:

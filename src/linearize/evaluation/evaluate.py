@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from linearize.decoding.loading import is_student
+from linearize.disk import not_created, writing
 from linearize.errors import InputError, unknown
 from linearize.evaluation.contestants import load_contestants
 from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
@@ -28,7 +30,7 @@ from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
 from linearize.evaluation.verdict import verdict
-from linearize.files import atomic_write_text
+from linearize.files import atomic_write_text, output_lock
 from linearize.training.documents import Document
 
 FORMAT = 1
@@ -97,11 +99,30 @@ def evaluate(
         raise InputError("no model given: name one, or several with --compare")
     name, planned = _planned(suite, tasks, sections, chosen)
     final = _checked_out(out, models)
+    with contextlib.ExitStack() as stack:
+        if final is not None:
+            stack.enter_context(output_lock(final))
+            stack.enter_context(writing("what the evaluation keeps", final))
+            _make(final)
+        return _evaluated(models, name, planned, str(teacher) if teacher else None, data, tasks, final, chosen)
+
+
+def _evaluated(
+    models: list[str],
+    name: str,
+    planned: tuple[Section, ...],
+    teacher: str | None,
+    data: Sequence[str] | None,
+    tasks: Sequence[str],
+    final: Path | None,
+    chosen: EvaluationOptions,
+) -> dict[str, Any]:
+    """The report of what is planned, written to `final` where there is one."""
     notes: list[str] = []
     if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
         notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
     origins = [Origin.read(path) for path in models]
-    contestants = load_contestants(models, str(teacher) if teacher else None, origins, chosen.device, notes)
+    contestants = load_contestants(models, teacher, origins, chosen.device, notes)
     wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time
     documents = _documents(list(data or ()), origins, contestants, chosen, notes) if wanted else []
     planned = _with_text(planned, bool(documents), models, notes)
@@ -162,11 +183,14 @@ def _checked_out(out: str | Path | None, models: Sequence[str]) -> Path | None:
         raise InputError(f"{out}: exists and is no folder; give another output folder")
     if (final / "config.json").exists() or any(Path(m).exists() and Path(m).resolve() == final for m in models):
         raise InputError(f"{out}: is a model's folder, whose own report.json would be lost; give another output folder")
+    return final
+
+
+def _make(final: Path) -> None:
     try:
         final.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{out}: cannot create the output folder ({error.strerror}); give another one") from error
-    return final
+        raise not_created(final, error) from error
 
 
 def _documents(

@@ -1,0 +1,100 @@
+"""A full disk: one line that says what could not be written and where, nothing half-written, and with room again the
+same command goes on."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_cases import assert_same, command, folder, one_line, own_text
+
+from linearize.cli import main
+
+__all__ = ["folder", "own_text"]  # fixtures
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 8 MB; the test skips where none may be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount here ({error})")
+    if mounted.returncode:
+        pytest.skip(f"may not mount a small file system here ({mounted.stderr.strip()})")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=False)
+
+
+def leave(disk: Path, room: int | None) -> None:
+    """Fill a disk but for `room` bytes; None: empty the filling."""
+    filling = disk / "filling"
+    filling.unlink(missing_ok=True)
+    if room is not None:
+        filling.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - room))
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(
+    folder: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, told = small_disk / "student", []
+    monkeypatch.setenv("LINEARIZE_CACHE", str(small_disk / "cache"))
+    for room in (0, 90_000, 180_000, 400_000, 650_000):
+        leave(small_disk, room)
+        capsys.readouterr()
+        if main(command(folder, out)) == 0:
+            break
+        told.append(one_line(capsys))
+        assert "cannot be written to" in told[-1] and "No space left on device" in told[-1] and "free" in told[-1]
+        assert {path.name for path in small_disk.iterdir()} <= {"cache", "filling", ".student.run"}
+    said = " ".join(told)
+    assert "the text that the teacher writes" in said and "the checkpoint cannot" in said, told
+    leave(small_disk, None)
+    if not out.exists():
+        assert main(command(folder, out)) == 0
+    assert_same(folder, out)
+
+
+@pytest.mark.parametrize("verb", ["eval", "export"])
+def test_a_full_disk_and_the_commands_that_take_a_student(
+    folder: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    out = small_disk / "result"
+    more = (
+        ["--to", "hf"]
+        if verb == "export"
+        else ["--device", "cpu", "--data", str(folder / "text.txt"), "--tokens", "80"]
+    )
+    (folder / "text.txt").write_text("\n\n".join(f"Story {i}: the cat sat. The end of {i * 37}." for i in range(9)))
+    arguments = [verb, str(folder / "whole"), "--out", str(out), *more]
+    for room in (0, 20_000):
+        leave(small_disk, room)
+        capsys.readouterr()
+        assert main(arguments) == 1
+        told = one_line(capsys)
+        assert "No space left on device" in told and "cannot be written to" in told
+        assert not (out / "report.json").exists() and not (out / "config.json").exists()
+    leave(small_disk, None)
+    assert main(arguments) == 0
+    assert (out / ("config.json" if verb == "export" else "report.html")).is_file()
+
+
+def test_a_limit_on_the_size_of_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, limits = tmp_path / "student", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        code = main(command(folder, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "File too large" in one_line(capsys) and not out.exists()
+    assert main(command(folder, out)) == 0
+    assert_same(folder, out)
