@@ -29,6 +29,7 @@ LAYERS = {
     "evaluation": 6,
     "benchmarks": 7,
     "recipes": 7,
+    "planning": 8,
     "streaming": 8,
     "conversion": 9,
     "demo": 10,

@@ -18,16 +18,16 @@ def count(value: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
-def number(value: str) -> float:
+def size(value: str) -> int:
     try:
-        return float(parse_number(value))
+        return parse_size(value)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def size(value: str) -> int:
+def number(value: str) -> float:
     try:
-        return parse_size(value)
+        return float(parse_number(value))
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -107,13 +107,13 @@ def _score_all(
         step = rows or max(1, LOGITS_BYTES // row_bytes)
         for start in range(0, total, step):
             some_rows = {name: x[start : start + step] for name, x in batch.items()}
-            part, seen = _score_rows(some_rows, views, reference)
+            part, seen = score_rows(some_rows, views, reference)
             part.documents.add_(documents)
             documents += seen
             yield part
 
 
-def _score_rows(batch: Batch, views: Mapping[str, View], reference: str | None) -> tuple[TokenScores, int]:
+def score_rows(batch: Batch, views: Mapping[str, View], reference: str | None) -> tuple[TokenScores, int]:
     """The scores of some rows, documents numbered from 0, and how many documents the rows hold."""
     counts_BT = (batch["labels"][:, 1:] != IGNORED).cpu()
     row_N, column_N = counts_BT.nonzero(as_tuple=True)

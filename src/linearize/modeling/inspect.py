@@ -119,14 +119,14 @@ def _sites_by_config(model: PreTrainedModel) -> list[AttentionSite]:
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, value_dim=dim, **body_sizes(model.config)
     )
-    blocks = _blocks(model, config.num_hidden_layers)
+    blocks = list_of_blocks(model, config.num_hidden_layers)
     return [
         AttentionSite(name=f"{blocks}.{i}.attention", layer=i, shape=shape, sliding_window=None)
         for i in range(config.num_hidden_layers)
     ]
 
 
-def _blocks(model: nn.Module, count: int) -> str:
+def list_of_blocks(model: nn.Module, count: int) -> str:
     """The name of the list that holds the model's blocks."""
     found = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count

@@ -236,7 +236,9 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
         keeps = mixer.fp32_parameters is None or name in mixer.fp32_parameters
         dtype = parameter.dtype if keeps else weight.dtype
         parameter.data = parameter.data.to(device=weight.device, dtype=dtype)
-    return mixer.to(device=weight.device)
+    for buffer in mixer.buffers():
+        buffer.data = buffer.data.to(weight.device)
+    return mixer
 
 
 def _route(module: Any, mixer: Mixer, routed: dict[int, PreTrainedConfig]) -> None:

@@ -1,0 +1,140 @@
+"""What one step of a stage holds and does: the stage's own code, run without contents on a sample of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from linearize.evaluation.agreement import LOGITS_BYTES, View, score_rows
+from linearize.evaluation.layer_error import layer_errors
+from linearize.mixers import LayerMixer
+from linearize.modeling import LinearizedForCausalLM
+from linearize.planning.devices import Device
+from linearize.planning.samples import Numbers, Sample
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig
+from linearize.training.footprint import tensor_bytes, weight_bytes
+from linearize.training.own_loop import OwnLoopConfig
+from linearize.training.stages.dpo import DpoConfig
+from linearize.training.stages.trainable import own, recompute_blocks
+from linearize.training.stages.trl_scores import score
+from linearize.training.step import Stepper
+
+
+def stage_costs(stage: StageConfig, sample: Sample, rows: int, length: int, heldout: Batch, device: Device) -> Numbers:
+    """Of one micro-batch of `rows` rows and one held-out batch, in bytes, operations and seconds.
+
+    `weights`: teacher and student with what the stage copies. `step`, `calibrate`, `heldout`: the most above that (and
+    AdamW's moments, `optimizer`) while a step runs, while the loss is scaled, while held-out text is measured.
+    """
+    meter, student = sample.meter, sample.student
+    run: Any = _OwnLoop(stage, sample) if isinstance(stage, OwnLoopConfig) else stage.build(student, sample.teacher)
+    batch = text(rows, length, student.config.get_text_config().vocab_size)
+    calibrate = _peak(sample, lambda: run.calibrate(batch))
+    if stage.gradient_checkpointing and hasattr(run, "enable_gradient_checkpointing"):
+        run.enable_gradient_checkpointing()
+    stepper = Stepper(run, stage.model_copy(update={"batch": rows, "micro_batch": None}))
+    weights = weight_bytes(sample.teacher, student, *getattr(run, "models", ()))
+    _make_moments(stepper)
+    step = _peak(sample, lambda: stepper.step(batch, number=0, lr=stage.lr))
+    done = list(meter.operations)
+    held = 0 if isinstance(stage, OwnLoopConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
+    parameters = stepper.parameters.values()
+    return {
+        "weights": weights,
+        "trained": sum(p.numel() for p in parameters),
+        "gradients": tensor_bytes(parameters),
+        "optimizer": sum(tensor_bytes(state.values()) for state in stepper.optimizer.state.values()),
+        "step": step,
+        "calibrate": calibrate,
+        "heldout": held,
+        "flops": sum(one.flops for one in done),
+        "seconds": device.seconds(done),
+        "heldout_seconds": device.seconds(meter.operations) if held else 0.0,
+    }
+
+
+def error_costs(sample: Sample, heldout: Batch, *, by_layer: bool) -> Numbers:
+    """Of the layers' errors, which keep the outputs of all layers: `weights`, and `errors`, the most above them."""
+    numbers = {"weights": float(weight_bytes(sample.teacher, sample.student)), "errors": 0.0}
+    if by_layer and sample.student.mixer_parameters():
+        numbers["errors"] = _peak(sample, lambda: layer_errors(sample.student, sample.teacher, heldout))
+    return numbers
+
+
+def score_costs(sample: Sample, heldout: Batch) -> Numbers:
+    """Of the losses and the agreement of teacher, student and its branches, on the few rows that are measured at once:
+    `scores`, the most above the weights; hardly any of it grows with the layers."""
+    student = sample.student
+    views = {"teacher": View(model=sample.teacher), "student": View(model=student)}
+    if not any(isinstance(mixer, LayerMixer) for mixer in student.mixers().values()):
+        views |= {branch: View(model=student, branch=branch) for branch in ("window", "linear")}
+    row_bytes = 4 * heldout["input_ids"].shape[1] * len(views) * next(iter(views.values())).vocabulary
+    rows = {name: tensor[: max(1, LOGITS_BYTES // row_bytes)] for name, tensor in heldout.items()}
+    with torch.no_grad():
+        return {"scores": _peak(sample, lambda: score_rows(rows, views, "teacher"))}
+
+
+def text(rows: int, length: int, vocabulary: int) -> Batch:
+    """Packed rows of two documents each; the tokens mean nothing."""
+    position_BT = (torch.arange(length) % max(2, 5 * length // 8)).repeat(rows, 1)
+    ids_BT = (torch.arange(rows * length).view(rows, length) * 7) % vocabulary
+    return {"input_ids": ids_BT, "position_ids": position_BT, "labels": ids_BT.clone()}
+
+
+def _peak(sample: Sample, work: Any) -> int:
+    before = sample.meter.restart()
+    work()
+    return sample.meter.peak - before
+
+
+def _make_moments(stepper: Stepper) -> None:
+    """AdamW's moments, as they are from the second step on."""
+    for parameter in stepper.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    stepper.optimizer.step()
+    stepper.optimizer.zero_grad(set_to_none=True)
+
+
+class _OwnLoop:
+    """A stage with trl's loop, as far as memory and work go: the scores of answers, for `dpo` beside a reference's."""
+
+    def __init__(self, stage: OwnLoopConfig, sample: Sample) -> None:
+        self.stage, self.student = stage, sample.student.eval().requires_grad_(False)
+        self.pairs = isinstance(stage, DpoConfig)
+        names = self.student.mixer_parameters() if stage.train == "mixers" else dict(self.student.named_parameters())
+        self.parameters = own(self.student, sample.teacher, list(names))
+        self.reference = [p.detach().clone() for p in self.parameters.values()] if self.pairs else []
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    @property
+    def models(self) -> list[torch.nn.ParameterList]:
+        """What is in memory beside teacher and student."""
+        return [torch.nn.ParameterList(torch.nn.Parameter(p, requires_grad=False) for p in self.reference)]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        recompute_blocks(self.student, True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What the stage trains."""
+        return [ParameterGroup(self.parameters)]
+
+    def calibrate(self, batch: Batch) -> None:
+        """Nothing to measure."""
+
+    def loss(self, batch: Batch) -> LossSum:
+        """The labels' log-probabilities; of a pair two rows, and the reference's too."""
+        if self.pairs:
+            batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
+            with torch.no_grad():
+                _scores(self.student, batch)
+        return LossSum(_scores(self.student, batch), 1.0)
+
+    heldout_loss = loss
+
+
+def _scores(student: LinearizedForCausalLM, batch: Batch) -> torch.Tensor:
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    return score(lambda **more: student(**given, **more).logits, batch["labels"]).loss

@@ -1,0 +1,131 @@
+"""The devices that a plan can be made for: the packaged table, a user's own, and this machine's CPU as it measures."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from linearize.errors import InputError, unknown
+from linearize.files import read_text
+from linearize.numbers import Number, parse_size, size_text
+from linearize.training.footprint import Operation
+from linearize.training.hardware import bf16_pays, resident_bytes
+
+CPU = "cpu"
+CPU_SHARE = 0.6
+CPU_LAUNCH = 1e-5
+Bytes = Annotated[int, BeforeValidator(parse_size)]
+Rate = Annotated[Number, Field(gt=0)]
+
+
+class Device(BaseModel):
+    """One device: bytes, operations and bytes per second at their peaks, and the share of the peaks that is reached."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory: Bytes
+    reserve: Bytes
+    flops_bf16: Rate
+    flops_fp32: Rate
+    bandwidth: Rate
+    share: Annotated[float, Field(gt=0, le=1)]
+    launch: Annotated[Number, Field(ge=0)] = 0.0
+    kind: str = "cuda"
+
+    def seconds(self, operations: Sequence[Operation]) -> float:
+        """Of operations one after the other, each as long as its products, its bytes or its launch take."""
+        return sum(max(self._products(one), one.moved / (self.bandwidth * self.share), self.launch)
+                   for one in operations)  # fmt: skip
+
+    def _products(self, one: Operation) -> float:
+        return one.flops / ((self.flops_bf16 if one.itemsize < 4 else self.flops_fp32) * self.share)
+
+
+def load_device(name: str, table: str | Path | None = None) -> Device:
+    """A device of the packaged table, of the YAML file `table`, or `cpu`: this machine, measured.
+
+    Raises:
+        InputError: an unknown name, or a table that cannot be used.
+    """
+    known = _parse((files("linearize.planning") / "devices.yaml").read_text("utf-8"), "the packaged table")
+    if table is not None:
+        known |= _parse(read_text(Path(table)), str(table))
+    if name in known:
+        return known[name]
+    if name == CPU:
+        return this_cpu()
+    raise InputError(f"{unknown('device', name, [*known, CPU])} (--table FILE adds others)")
+
+
+def this_cpu() -> Device:
+    """This machine: memory that a process may have, products and copies of half a second's measuring."""
+    fp32 = _rate(torch.float32)
+    bf16 = _rate(torch.bfloat16) if bf16_pays(torch.device(CPU)) else fp32
+    source, target = torch.ones(2**24), torch.empty(2**24)
+    copies = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    return Device(
+        memory=_memory(), reserve=resident_bytes() or 1, flops_bf16=bf16, flops_fp32=fp32, bandwidth=copies,
+        share=CPU_SHARE, launch=CPU_LAUNCH, kind=CPU,
+    )  # fmt: skip
+
+
+def _rate(dtype: torch.dtype, size: int = 768) -> float:
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 / _seconds(lambda: a @ b)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """The shortest of five."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return max(min(times), 1e-9)
+
+
+def _memory() -> int:
+    """Bytes of this machine, or of the control group that the process is in."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(limit).read_text("ascii")))
+        except (OSError, ValueError):
+            continue
+    return min(found)
+
+
+def _parse(text: str, where: str) -> dict[str, Device]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: a table of devices maps names to {', '.join(Device.model_fields)}")
+    devices = {}
+    for name, fields in data.items():
+        try:
+            devices[str(name)] = Device.model_validate(fields)
+        except (ValidationError, InputError) as error:
+            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            key = ".".join(map(str, (name, *told["loc"])))
+            raise InputError(f"{where}: {key}: {told['msg']}; a device has {', '.join(Device.model_fields)}") from error
+    return devices
+
+
+def room(device: Device) -> int:
+    """Bytes that a process may take there."""
+    return device.memory
+
+
+def fits(device: Device, need: int) -> str | None:
+    """None if the device has this many bytes, else how much is missing, in words."""
+    return None if need <= room(device) else f"needs {size_text(need)} of memory ({size_text(room(device))} are there)"

@@ -1,0 +1,172 @@
+"""What a piece of training would cost, found by running its own code on tensors without contents: bytes alive and their
+peak, multiplications, bytes moved. No weights are read and nothing large is computed.
+
+Floating-point tensors are fake (torch's FakeTensorMode), on a CPU that is not there; whole numbers (tokens, positions,
+masks) are real, so that shapes which depend on the text come out right.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+REAL_NUMBERS = 2**23  # whole-number tensors up to so many numbers are computed for real
+_ATEN = torch.ops.aten
+_SAME = (_ATEN.allclose.default, _ATEN.equal.default)
+_DEPEND_ON_CONTENTS = (_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.index.Tensor, *_SAME)
+
+_swap_tensors = torch.utils.swap_tensors
+
+
+class Operation(NamedTuple):
+    """One operation of torch: multiply-adds times two, bytes read and written, bytes of one number of its result."""
+
+    flops: int
+    moved: int
+    itemsize: int
+
+
+class Meter(TorchDispatchMode):
+    """Counts what operations hold and do. `alive`: bytes of tensors made inside that still exist; `peak`: the most
+    since `restart`; `operations`: those that compute something, since `restart`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self.operations: list[Operation] = []
+        self._storages: dict[int, Any] = {}
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that were made before."""
+        for tensor in tensors:
+            self._hold(tensor)
+
+    def restart(self) -> int:
+        """Count peak and operations anew; returns the bytes alive now."""
+        self.peak = self.alive
+        self.operations = []
+        return self.alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = _run(func, args, kwargs)
+        made = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
+        new = sum([self._hold(tensor) for tensor in made])
+        if new or func._schema.is_mutable:
+            self._note(func, args, kwargs, result, made)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
+        given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
+        count = flop_registry.get(func._overloadpacket)
+        flops = int(count(*args, **kwargs, out_val=result)) if count else 0
+        moved = sum(min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()) for tensor in given + made)
+        self.operations.append(Operation(flops, moved, made[0].itemsize if made else 4))
+
+    def _hold(self, tensor: Tensor) -> bool:
+        """Take note of a tensor's memory; whether it is new."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages:
+            return False
+
+        def gone(_: Any) -> None:
+            self._storages.pop(key, None)
+            self.alive -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        return True
+
+
+@contextmanager
+def simulation(mode: FakeTensorMode | None = None) -> Iterator[Meter]:
+    """Inside, models are built and run without contents, on the CPU; the meter counts what they would hold and do.
+
+    `mode`: what tensors that shall be used again were made in (`no_contents`).
+    """
+    meter = Meter()
+    with warnings.catch_warnings(), patch.object(torch.utils, "swap_tensors", _swap), mode or no_contents(), meter:
+        warnings.simplefilter("ignore")
+        yield meter
+
+
+def no_contents() -> FakeTensorMode:
+    """What makes tensors without contents; those of one cannot be used with those of another."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold, memory that several share once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """Bytes of the parameters and buffers of models, shared ones once."""
+    return tensor_bytes(tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _swap(old: Tensor, new: Tensor) -> None:
+    """What `Module.to` does to a parameter; torch's own way refuses some that have no contents."""
+    if isinstance(old, FakeTensor):
+        old.data = new.data
+    else:
+        _swap_tensors(old, new)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation: on contents where it has them, else on shapes alone."""
+    given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
+    if not any(isinstance(tensor, FakeTensor) for tensor in given):
+        return _on_contents(func, args, kwargs)
+    if func is _ATEN._local_scalar_dense.default:
+        dtype = given[0].dtype
+        return 1.0 if dtype.is_floating_point else 0 if dtype == torch.bool else 1
+    if func in _SAME:
+        return given[0].shape == given[1].shape
+    if func is _ATEN.nonzero.default:  # as if nothing were zero
+        return _all_indices(given[0])
+    if func is _ATEN.index.Tensor:
+        args = (args[0], [index for given in args[1] for index in _as_numbers(given)])
+    return func(*args, **kwargs)
+
+
+def _on_contents(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation on real tensors, or none: real if its result is whole numbers, not too many, or depends on them."""
+    if func in _DEPEND_ON_CONTENTS or func._schema.is_mutable:
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    made = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
+    if made and all(not tensor.is_floating_point() and tensor.numel() <= REAL_NUMBERS for tensor in made):
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    return result
+
+
+def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
+    """An index as whole numbers: a mask becomes the places where it is true (all of them where it has no contents)."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    if isinstance(index, FakeTensor):
+        return list(_all_indices(index).unbind(1))
+    with unset_fake_temporarily():
+        return list(index.nonzero().unbind(1))
+
+
+def _all_indices(tensor: Tensor) -> Tensor:
+    with unset_fake_temporarily():
+        return torch.cartesian_prod(*(torch.arange(size) for size in tensor.shape)).view(-1, tensor.dim())
