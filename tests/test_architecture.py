@@ -35,10 +35,11 @@ LAYERS = {
     "demo": 10,
     "cli_output": 10,
     "cli_options": 10,
+    "cli_plan": 11,
     "cli_together": 10,
-    "cli": 11,
-    "__init__": 12,
-    "__main__": 13,
+    "cli": 12,
+    "__init__": 13,
+    "__main__": 14,
 }
 EXTRAS = ["trl", "lm_eval", "fla", "triton", "fastapi", "uvicorn", "wandb", "tensorboard"]
 NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]
