@@ -28,7 +28,7 @@ def write_teacher(folder: Path, family: str = "llama", *, dtype: torch.dtype = t
     write_tokenizer(folder)
     shard = changes.pop("shard", None)
     sizes = {"vocab_size": len(TOKENS), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    teacher = tiny(family, attention="sdpa", **{**sizes, "max_position_embeddings": 64, **changes}).to(dtype)
+    teacher = tiny(family, attention=None, **{**sizes, "max_position_embeddings": 64, **changes}).to(dtype)
     teacher.save_pretrained(folder, **({} if shard is None else {"max_shard_size": shard}))
 
 

@@ -24,9 +24,13 @@ from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_la
 
 
 class Slot:
-    """The hidden states `[B, T, M]` that blocks start from; None: what the model itself computes. Copies share it."""
+    """The hidden states `[B, T, M]` that blocks start from; None: what the model itself computes. Copies share it.
+
+    `as_tuple`: whether layers give their output in a tuple, once one was seen.
+    """
 
     hidden: Tensor | None = None
+    as_tuple: bool = False
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Slot:
         return self
@@ -74,7 +78,7 @@ class Block:
         self, model: nn.Module, last: nn.Module, batch: Mapping[str, Tensor], hidden_BTM: Tensor, **options: Any
     ) -> Tensor:
         with self.slot.holding(self.placed(hidden_BTM)):
-            return reached(model, last, batch, before=False, **options)
+            return reached(model, last, batch, before=False, slot=self.slot, **options)
 
 
 class Blocks(Protocol):
@@ -178,7 +182,13 @@ class _Reached(Exception):  # noqa: N818 (no error: how a pass ends early)
 
 @torch.no_grad()
 def reached(
-    model: nn.Module, module: nn.Module, batch: Mapping[str, Tensor], *, before: bool, **options: Any
+    model: nn.Module,
+    module: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    before: bool,
+    slot: Slot | None = None,
+    **options: Any,
 ) -> Tensor:
     """The hidden states that a module of the model is given (`before`) or gives; nothing after it is computed."""
 
