@@ -16,6 +16,7 @@ from linearize.conversion import convert_blocks
 from linearize.errors import InputError
 from linearize.recipes.recipe import Recipe
 from linearize.streaming.options import BlockOptions, parse_blocks
+from linearize.streaming.streamed import convert_streamed
 
 LAYERS = 5
 RECIPE: dict[str, Any] = {
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.conversion.{name}", lambda *_: [])
+        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: [])
 
 
 def arguments(folder: Path, out: Path, **overrides: Any) -> dict[str, Any]:
@@ -116,3 +117,47 @@ def test_blocks_as_people_write_them() -> None:
     for wrong in ("", "a", "1-", "-1", "2-1", "1,,2"):
         with pytest.raises(InputError, match="write numbers"):
             parse_blocks(wrong)
+
+
+def config_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("family", "mixer"),
+    [
+        ("llama", {"name": "lolcats", "window": 4, "feature_dim": 3}),
+        ("gpt2", {"name": "lolcats", "window": 4, "feature_dim": 3}),
+        ("mixtral", {"name": "gated_delta_net", "initialise": "calibrate"}),
+    ],
+)
+def test_streamed_conversion_is_the_one_in_memory(family: str, mixer: dict[str, Any], tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True} if family == "gpt2" else {}
+    write_teacher(tmp_path / "teacher", family, num_hidden_layers=LAYERS, shard="40KB", **tied)
+    write_text(tmp_path / "text.txt")
+    name = "attention_transfer" if mixer["name"] == "lolcats" else "hidden_alignment"
+    recipe = Recipe.from_data(
+        {**RECIPE, "plan": {**RECIPE["plan"], "mixer": mixer}, "stages": [{**RECIPE["stages"][0], "name": name}]}
+    ).override({"stages.0.block": 2})
+    one, other = tmp_path / "memory", tmp_path / "streamed"
+    given = {"data": [tmp_path / "text.txt"], "recipe": recipe, "device": "cpu"}
+    linearize.convert(tmp_path / "teacher", out=one, **given)
+    convert_streamed(tmp_path / "teacher", out=other, **given)
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        assert ".mixer." in key or torch.equal(found[key], value)
+    assert config_of(other) == config_of(one)
+    first, second = report(one), report(other)
+    for key in ("teacher_loss", "swap_loss", "student_loss", "student_kl", "student_top1"):
+        assert second[key] == pytest.approx(first[key], rel=1e-4, abs=1e-5), key
+    assert second["layer_error"].keys() == first["layer_error"].keys()
+    for moment, errors in first["layer_error"].items():
+        assert second["layer_error"][moment] == pytest.approx(errors, rel=1e-3)
+    assert (second["ablation"] is None) == (first["ablation"] is None)
+    if first["ablation"] is not None:
+        both = [{k: v for k, v in each["ablation"]["all_tokens"].items() if v is not None} for each in (first, second)]
+        assert both[1] == pytest.approx(both[0], rel=1e-3)
+    assert sorted(p.name for p in other.iterdir()) == sorted(p.name for p in one.iterdir())
+    assert linearize.load(other)(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

@@ -64,7 +64,7 @@ def student(folder: Path) -> Path:
 def _no_plots(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student above has its plots; every other run here saves the time."""
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.conversion.{name}", lambda *_: None)
+        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -135,6 +135,9 @@ def convert(
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the teacher block by block: it need not fit into memory.")
+    ] = False,
     memory: Annotated[
         int | None, typer.Option(metavar="SIZE", parser=size, help="Memory that block-wise training may take: 24GB.")
     ] = None,
@@ -152,22 +155,20 @@ def convert(
     from linearize.conversion import convert_blocks
     from linearize.recipes.overrides import parse_settings
     from linearize.streaming.options import BlockOptions
+    from linearize.streaming.streamed import convert_streamed
 
     options = BlockOptions(memory=memory, disk=disk, only=blocks)
     chosen = given(recipe=recipe, device=device) | {"trust_remote_code": trust_remote_code, "blocks": options}
+    chosen |= {"data": data, "out": out, "overrides": parse_settings(settings or [])}
+    if stream:
+        convert_streamed(teacher, overwrite=overwrite, **given(track=track), **chosen)
+    elif blocks is not None:
+        convert_blocks(teacher, blocks, **chosen)
+    else:
+        run_convert(teacher, overwrite=overwrite, **given(track=track), **chosen)
     if blocks is not None:
-        convert_blocks(teacher, blocks, data=data, out=out, overrides=parse_settings(settings or []), **chosen)
         print(f"blocks {blocks} are trained; the same command without --blocks makes the student")
         return
-    run_convert(
-        teacher,
-        data=data,
-        out=out,
-        overrides=parse_settings(settings or []),
-        overwrite=overwrite,
-        **given(track=track),
-        **chosen,
-    )
     for line in conversion_lines(out):
         print(line)
 

@@ -16,17 +16,14 @@ import torch
 
 from linearize.disk import writing
 from linearize.evaluation.branches import window_reach
-from linearize.evaluation.card import model_card
 from linearize.evaluation.language_modeling import branch_ablation, held_out_report, loss_only
 from linearize.evaluation.layer_error import layer_errors
-from linearize.evaluation.plots import plot_layer_error, plot_stages
 from linearize.evaluation.report import (
     ConversionReport,
     StageReport,
     build_report,
     provenance,
     stage_report,
-    write_report,
 )
 from linearize.files import (
     atomic_folder,
@@ -43,6 +40,7 @@ from linearize.recipes.schedule import share_of
 from linearize.recipes.together import check_together, facts, share_out
 from linearize.streaming.in_memory import run_loaded, take_parts
 from linearize.streaming.options import BlockOptions, check_options, is_blockwise
+from linearize.streaming.papers import write_papers
 from linearize.streaming.work_folder import is_written, make_work, mark_ended, work_folder
 from linearize.training.blockwise.parts import Part
 from linearize.training.blockwise.rows import StageRows
@@ -50,7 +48,7 @@ from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data import PSEUDO, batches
 from linearize.training.distributed import current, start
-from linearize.training.hardware import bf16_pays
+from linearize.training.hardware import computed_on
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.own_loop import OwnLoopConfig, StageJob
 from linearize.training.progress import Progress, make_progress
@@ -249,17 +247,8 @@ class Conversion:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder; None on ranks but the first,
         which give their part of the weights."""
         save_student(self.student, self.given.tokenizer, folder)
-        if folder is None:
-            return
-        recipe = self.recipe.to_yaml()
-        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        write_report(report, folder)
-        card = model_card(report, recipe, self.student.config.to_dict())
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        plot_stages(report, folder / "plots")
-        if report.layer_error:
-            converted = [layer for layer, mixer in enumerate(report.mixers) if mixer is not None]
-            plot_layer_error(report.layer_error, folder / "plots", converted)
+        if folder is not None:
+            write_papers(report, self.recipe, self.student.config.to_dict(), folder)
 
     def _start_step(self, step: int) -> None:
         """Convert the layers of this step (those of the first are already), and calibrate what asks for it."""
@@ -333,11 +322,10 @@ class Conversion:
 
     def _on_this_device(self, number: int, stage: StageConfig, step: int, *, tell: bool = True) -> StageConfig:
         """The stage, in fp32 where bf16 would be slower; said once."""
-        if stage.precision == "fp32" or bf16_pays(self.student.device):
-            return stage
-        if tell and (step == 0 or stage.at == "last"):
+        computed = computed_on(stage, self.student.device)
+        if computed is not stage and tell and (step == 0 or stage.at == "last"):
             note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
-        return stage.model_copy(update={"precision": "fp32"})
+        return computed
 
     def _run_own_loop(self, stage: OwnLoopConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
         """A stage with a loop and data of its own."""

@@ -35,46 +35,44 @@ def write_student_weights(
     Raises:
         OSError: the disk is full.
     """
-    entries = student_entries(teacher, student)
+    entries, sources = _planned(teacher, student)
     writer = ShardedWriter(folder, entries, shard_bytes)
     trained: Mapping[str, Tensor] = {}
     layer = -1
-    tree: dict[str, Tensor] = {}
     for name in entries:
         if (now := _layer(name, teacher)) != layer:
-            layer, tree = now, {}
-            trained = mixers(layer) if layer >= 0 else {}
-        source = name.removeprefix("lm.")
-        if name in trained:
-            writer.write(name, trained[name])
-        elif source in teacher.plain:
-            writer.write(name, teacher.files.read(teacher.plain[source]))
-        else:
-            tree = tree or teacher.tree(range(max(layer, 0), layer + 1)).state_dict()
-            writer.write(name, tree[source])
+            layer, trained = now, mixers(now) if now >= 0 else {}
+        writer.write(name, teacher.files.read(sources[name]) if name in sources else trained[name])
     writer.close()
     student.config.architectures = [type(student).__name__]
     student.config.save_pretrained(folder)
-    student.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
+    student.generation_config.save_pretrained(folder)
 
 
-def student_entries(teacher: StreamedTeacher, student: LinearizedForCausalLM) -> dict[str, Entry]:
-    """Dtype and shape of every tensor of the student's folder, tied ones once."""
-    fp32 = set(student._keep_in_fp32_modules_strict or ())
-    tensors: dict[str, Tensor] = dict(student.named_parameters())
+def _planned(teacher: StreamedTeacher, student: LinearizedForCausalLM) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Dtype and shape of every tensor of the student's folder, tied ones once; and which of the checkpoint's tensors
+    those are that are not new. What transformers renames or joins on loading keeps the checkpoint's name, as it has
+    when transformers saves it."""
+    fp32 = tuple(f"lm.{kept}" for kept in student._keep_in_fp32_modules_strict or ())
     saved = student.state_dict()
+    tensors: dict[str, Tensor] = dict(student.named_parameters())
     tensors |= {name: value for name, value in student.named_buffers() if name in saved}
-    found: dict[str, Entry] = {}
+    groups = {f"lm.{name}": keys for name, keys in teacher.converted.items()}
+    entries: dict[str, Entry] = {}
+    sources: dict[str, str] = {}
     for name, tensor in tensors.items():
-        source = teacher.plain.get(name.removeprefix("lm."))
-        if source is not None:
-            dtype = teacher.files.places[source].dtype
-        elif name.startswith(tuple(f"lm.{kept}" for kept in fp32)):
-            dtype = torch.float32
-        else:
-            dtype = teacher.stored if tensor.is_floating_point() else tensor.dtype
-        found[name] = (dtype, tuple(tensor.shape))
-    return found
+        keys = groups.get(name) or [teacher.plain[own] for own in [name.removeprefix("lm.")] if own in teacher.plain]
+        if not keys and ".mixer." not in name:
+            continue  # a further parameter that its group's tensors make
+        if not keys:
+            kept = name.startswith(fp32) or not tensor.is_floating_point()
+            entries[name] = (tensor.dtype if kept else teacher.stored, tuple(tensor.shape))
+        for key in keys:
+            place = teacher.files.places[key]
+            renamed = name in groups or not name.endswith(key)
+            own = f"lm.{key}" if renamed else name
+            entries[own], sources[own] = (place.dtype, place.shape), key
+    return entries, sources
 
 
 def _layer(name: str, teacher: StreamedTeacher) -> int:

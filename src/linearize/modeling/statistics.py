@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from linearize.mixers.layer_mixer import AttentionSample
-from linearize.modeling.surgery import AttentionSite, probe, routed
+from linearize.modeling.surgery import probe, routed
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 
@@ -18,11 +18,18 @@ CAPTURE = "linearize_capture"
 
 
 def attention_samples(
-    teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]], layers: Sequence[int]
+    teacher: PreTrainedModel,
+    batches: Sequence[dict[str, Tensor]],
+    layers: Sequence[int],
+    sites: Mapping[int, str] | None = None,
 ) -> dict[int, list[AttentionSample]]:
-    """For each of these layers one sample per batch (`input_ids`, `position_ids: [B, T]`); the teacher is unchanged."""
+    """For each of these layers one sample per batch (`input_ids`, `position_ids: [B, T]`); the teacher is unchanged.
+
+    `sites`: names of the attention modules by layer, where they are known.
+    """
     samples: dict[int, list[AttentionSample]] = {layer: [] for layer in layers}
-    sites = [site for site in probe(teacher) if site.layer in samples]
+    names = {site.layer: site.name for site in probe(teacher)} if sites is None else sites
+    sites = {layer: names[layer] for layer in samples}
     for batch in batches:
         for layer, sample in _run(teacher, batch, sites).items():
             samples[layer].append(sample)
@@ -49,9 +56,7 @@ def calibrate(
                 mixer.calibrate(samples[layer])
 
 
-def _run(
-    teacher: PreTrainedModel, batch: dict[str, Tensor], sites: Sequence[AttentionSite]
-) -> dict[int, AttentionSample]:
+def _run(teacher: PreTrainedModel, batch: dict[str, Tensor], sites: Mapping[int, str]) -> dict[int, AttentionSample]:
     """One pass with every attention module's work written down."""
     tokens = batch["input_ids"]
     layout = Layout.from_inputs(num_tokens=tokens.shape[1], past=0, position_ids=batch.get("position_ids"))
@@ -62,7 +67,7 @@ def _run(
         hidden = args[0] if args else kwargs["hidden_states"]
         outside[module] = (hidden, output[0] if isinstance(output, tuple) else output)
 
-    modules = {site.layer: teacher.get_submodule(site.name) for site in sites}
+    modules = {layer: teacher.get_submodule(name) for layer, name in sites.items()}
     hooks = [module.register_forward_hook(after, with_kwargs=True) for module in modules.values()]
     try:
         with torch.no_grad(), routed(teacher, CAPTURE):

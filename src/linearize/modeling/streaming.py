@@ -61,7 +61,7 @@ class StreamedTeacher:
     def tree(self, span: range, *, embedding: bool = False, head: bool = False) -> PreTrainedModel:
         """The layers `span` with their weights and whatever stands outside of all layers, in a tree that has the other
         layers on meta. Input embedding and head have weights only where they are asked for."""
-        tree = share_weights(self.skeleton)
+        tree: Any = share_weights(self.skeleton)
         without = set()
         if not embedding and not (head and self._tied()):
             without |= _names(tree, tree.get_input_embeddings())
@@ -75,10 +75,10 @@ class StreamedTeacher:
 
         self._load(tree, needed)
         if (head or embedding) and self._tied():
-            tree.get_output_embeddings().weight = tree.get_input_embeddings().weight  # type: ignore[union-attr]
-        return tree.to(self.device) if self.device.type != "cpu" else tree
+            tree.get_output_embeddings().weight = tree.get_input_embeddings().weight
+        return _placed(tree, self.device)
 
-    def block(self, span: range, slot: Slot) -> PreTrainedModel:
+    def block(self, span: range) -> PreTrainedModel:
         """A tree of these layers alone, whose embedding and head compute nothing."""
         cut = cut_tree(self.tree(span), [site.name for site in self.sites], span)
         _blind(cut, self.dtype, self.device)
@@ -120,16 +120,16 @@ class StreamedBlocks:
     def enter(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """See `Blocks`."""
         tree = self.given.tree(range(0), embedding=True)
-        first: Any = tree.get_submodule(self.given.layers)[0]
-        return lambda batch: reached(tree, first, batch, before=True)
+        layers: Any = tree.get_submodule(self.given.layers)
+        return lambda batch: reached(tree, layers[0], batch, before=True)
 
     def teacher(self, span: range) -> Block:
         """See `Blocks`."""
-        return make_block(self.given.block(span, self.slot), span, self.given.layers, self.slot)
+        return make_block(self.given.block(span), span, self.given.layers, self.slot)
 
     def pair(self, span: range) -> Block:
         """See `Blocks`."""
-        teacher = self.given.block(span, self.slot)
+        teacher = self.given.block(span)
         config = cut_student_config(self.config, span)
         plan, shapes = self.config.mixers(), self.config.attention_shapes()
         lm = share_weights(teacher)
@@ -157,8 +157,8 @@ class Ending:
         self.slot, self.device, self.dtype = slot, teacher.device, teacher.dtype
         self.vocabulary: int = teacher.config.get_text_config().vocab_size
         _blind_embedding(self.model, self.dtype, self.device)
-        layer: Any = self.model.get_submodule(teacher.layers)[0]
-        layer.forward = lambda *_args, **_kwargs: (slot.hidden,) if as_tuple else slot.hidden
+        layers: Any = self.model.get_submodule(teacher.layers)
+        layers[0].forward = lambda *_args, **_kwargs: (slot.hidden,) if as_tuple else slot.hidden
 
     def logits(self, batch: Mapping[str, Tensor], hidden_BTM: Tensor) -> Tensor:
         """`[B, T, V]` from the last layer's output."""
@@ -189,7 +189,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -230,12 +230,24 @@ def _convert(tree: PreTrainedModel, state: dict[str, Any], dtype: torch.dtype) -
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        load = LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(tree))
+        rules: Any = get_model_conversion_mapping(tree)
+        load = LoadStateDictConfig(dtype=dtype, weight_mapping=rules)
         convert_and_load_state_dict_in_model(tree, state, load)
     finally:
         if shown:
             logging.enable_progress_bar()
     tree.requires_grad_(False)
+
+
+def _placed(tree: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """What has weights, and the buffers, on a device; what is on meta stays there."""
+    for module in tree.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta and parameter.device != device:
+                module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return tree
 
 
 def _set(tree: nn.Module, name: str, tensor: Tensor) -> None:

@@ -72,7 +72,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
         sites = probe(teacher)
         checked = check_plan(plan, sites, teacher.config.model_type)
-        config = _config(teacher, sites, checked, teacher_name)
+        config = student_config(teacher, sites, checked, teacher_name)
         lm = share_weights(teacher)
         install(lm, checked, config.attention, config.attention_shapes(), start=True)
         with no_init_weights():
@@ -226,9 +226,10 @@ def _positions(position_ids: Tensor | None, layout: Layout) -> Tensor | None:
     return layout.position_BT.clamp(min=0)
 
 
-def _config(
+def student_config(
     teacher: PreTrainedModel, sites: Sequence[AttentionSite], plan: Sequence[MixerConfig | None], name: str | None
 ) -> LinearizeConfig:
+    """The config of a student of this teacher, whose plan was checked (`surgery.check_plan`)."""
     from linearize.version import __version__
 
     fields = teacher.config.to_dict()

@@ -3,7 +3,6 @@ memory, so that memory holds what was asked for and no more."""
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.files import read_json
+from linearize.modeling.model_files import tensors_of
 from linearize.modeling.teacher import check_model_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -132,22 +132,12 @@ def _located(name_or_path: str, file: str) -> Path | None:
 
 def _places(path: Path) -> dict[str, TensorPlace]:
     """What a file's header says. Raises InputError for a file that is no safetensors file or not whole."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            if length > size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            found = {
-                name: TensorPlace(path, 8 + length + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                for name, entry in header.items()
-                for start, end in [entry["data_offsets"]]
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no readable safetensors file ({error}): fetch it again") from error
-    end = max((place.start + place.size for place in found.values()), default=8 + length)
-    if end != size:
-        raise InputError(f"{path} is damaged: {size} bytes, its header speaks of {end}; fetch it again")
+        begin = 8 + int.from_bytes(file.read(8), "little")
+    found = {}
+    for name, entry in tensors_of(path).items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path} holds {name} as {entry['dtype']}, which cannot be read here: save it as bfloat16")
+        start, end = entry["data_offsets"]
+        found[name] = TensorPlace(path, begin + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return found

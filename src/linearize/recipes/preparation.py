@@ -91,22 +91,22 @@ def prepare(
     teacher, tokenizer = _load_teacher(
         name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs
     )
-    recipe, cut = _fit_length(recipe, _context(teacher), asked)
+    recipe, cut = fit_length(recipe, context(teacher), asked)
     layers = recipe.plan.draft_layers(teacher.config.get_text_config().num_hidden_layers)
     base = teacher if layers is None else truncate(teacher, layers)
     if isinstance(base, LinearizedForCausalLM):
         return _draft_of_student(name, recipe, teacher, tokenizer, base, layers or [], specs, cut)
     sites = probe(base)
     scores: list[LayerScore] = []
-    plan, steps, untouched = _planned(recipe.plan, sites, base, scores)
+    plan, steps, untouched = planned(recipe.plan, sites, base, scores)
     student = _student(base, name, plan, recipe.seed)
-    _check_stages(recipe, student, base, tokenizer)
-    text, heldout = _read_text(teacher, tokenizer, recipe.data, specs)
-    _check_rows(recipe, text, len(steps))
+    check_stages(recipe, student, base, tokenizer)
+    text, heldout = read_text(teacher, tokenizer, recipe.data, specs)
+    check_rows(recipe, text, len(steps))
     if recipe.plan.needs_scores:
         assert recipe.plan.mixer is not None
         scores = layer_sensitivity(base, recipe.plan.mixer, _sample(recipe, text, teacher, SENSITIVITY_TOKENS))
-        plan, steps, untouched = _planned(recipe.plan, sites, base, scores)
+        plan, steps, untouched = planned(recipe.plan, sites, base, scores)
     if scores or len(steps) > 1:
         first = [mixer if layer in steps[0] else None for layer, mixer in enumerate(plan)]
         student = _student(base, name, first, recipe.seed)
@@ -137,9 +137,9 @@ def _draft_of_student(
         )
     draft.config.teacher_name = name
     own(draft, target, draft.mixer_parameters())
-    _check_stages(recipe, draft, target, tokenizer, converted=False)
-    text, heldout = _read_text(target, tokenizer, recipe.data, specs)
-    _check_rows(recipe, text, 1)
+    check_stages(recipe, draft, target, tokenizer, converted=False)
+    text, heldout = read_text(target, tokenizer, recipe.data, specs)
+    check_rows(recipe, text, 1)
     for notice in notices:
         LOG.warning(notice)
     return Prepared(
@@ -149,7 +149,7 @@ def _draft_of_student(
     )  # fmt: skip
 
 
-def _planned(
+def planned(
     plan: PlanConfig, sites: Sequence[AttentionSite], teacher: Any, scores: Sequence[LayerScore]
 ) -> tuple[list[MixerConfig | None], list[list[int]], list[str]]:
     """The mixer of each layer, the steps of the schedule, and what is to be told of layers that stay as they are.
@@ -190,8 +190,8 @@ def inspect_sensitivity(
         raise InputError(f"recipe {chosen.name} has no plan.mixer to replace layers by: give another recipe")
     _check_starts(chosen.plan)
     model, tokenizer = _load_teacher(teacher, device, chosen.seed, trust_remote_code)
-    chosen, cut = _fit_length(chosen, _context(model), ())
-    text, _ = _read_text(model, tokenizer, chosen.data, data)
+    chosen, cut = fit_length(chosen, context(model), ())
+    text, _ = read_text(model, tokenizer, chosen.data, data)
     for notice in cut:
         LOG.warning(notice)
     sample = _sample(chosen, text, model, tokens)
@@ -226,7 +226,7 @@ def _check_starts(plan: PlanConfig) -> None:
                 built.calibrate(())  # says why not, and what to do
 
 
-def _check_stages(
+def check_stages(
     recipe: Recipe, student: LinearizedForCausalLM, teacher: Any, tokenizer: Any, *, converted: bool = True
 ) -> None:
     """Refuse stages that could not run later on; `student` has every layer of the plan converted (not `converted`: it
@@ -242,7 +242,7 @@ def _check_stages(
             continue
         with _told_of(number):
             if isinstance(stage, OwnLoopConfig):
-                stage.check_data(tokenizer, _context(teacher))
+                stage.check_data(tokenizer, context(teacher))
                 continue
             if stage.by_layer and not converted:
                 raise InputError(
@@ -257,7 +257,7 @@ def _check_stages(
             stage.check(student, teacher)
 
 
-def _check_rows(recipe: Recipe, text: TrainingText, steps: int) -> None:
+def check_rows(recipe: Recipe, text: TrainingText, steps: int) -> None:
     """Refuse text that is too short for a stage's rows. Raises InputError."""
     for number, stage in enumerate(recipe.stages):
         if stage.tokens != 0 and not isinstance(stage, OwnLoopConfig):
@@ -274,7 +274,7 @@ def _told_of(number: int) -> Iterator[None]:
         raise InputError(f"stages.{number}: {error}") from error
 
 
-def _context(teacher: Any) -> int | None:
+def context(teacher: Any) -> int | None:
     """The teacher's longest context in tokens; None: no limit is known."""
     found: int | None = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     return found
@@ -300,10 +300,10 @@ def _load_teacher(
     return teacher, tokenizer
 
 
-def _read_text(
-    teacher: Any, tokenizer: Any, data: DataConfig, specs: Sequence[str]
+def read_text(
+    teacher: Any, tokenizer: Any, data: DataConfig, specs: Sequence[str], device: torch.device | None = None
 ) -> tuple[TrainingText, list[Batch]]:
-    """The text to train on, and the held-out batches on the teacher's device."""
+    """The text to train on, and the held-out batches on `device` (None: the teacher's)."""
     documents = load_documents(
         specs,
         tokenizer,
@@ -315,7 +315,9 @@ def _read_text(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     text = TrainingText(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole)
     rows = document_rows(parts.heldout, data.length, pad_token_id=pad)
-    return text, [{k: x.to(teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)]
+    return text, [
+        {k: x.to(device or teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)
+    ]
 
 
 def _tell(line: str) -> Callable[[int, int], None]:
@@ -335,7 +337,7 @@ def _sample(recipe: Recipe, text: TrainingText, teacher: Any, tokens: int) -> li
     return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
 
 
-def _fit_length(recipe: Recipe, limit: int | None, asked: Container[str]) -> tuple[Recipe, list[str]]:
+def fit_length(recipe: Recipe, limit: int | None, asked: Container[str]) -> tuple[Recipe, list[str]]:
     """The recipe with rows that fit into the teacher's context, and what is to be told of it; refuses a length that was
     asked for and does not fit."""
     lengths = {"data.length": recipe.data.length}

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+from linearize.training.config import StageConfig
+
+Stage = TypeVar("Stage", bound=StageConfig)
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -21,3 +26,10 @@ def resident_bytes() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def computed_on(stage: Stage, device: torch.device) -> Stage:
+    """The stage as it is computed on a device: in fp32 where bf16 would be slower."""
+    if stage.precision == "fp32" or bf16_pays(device):
+        return stage
+    return stage.model_copy(update={"precision": "fp32"})

@@ -1,0 +1,118 @@
+"""What a streamed conversion works on, checked before any work: a teacher of names and shapes, plan, stage, text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from linearize.decoding.loading import pick_device
+from linearize.errors import InputError
+from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.assemble import student_on_meta
+from linearize.modeling.streaming import StreamedTeacher
+from linearize.modeling.student import student_config
+from linearize.recipes.preparation import check_rows, check_stages, context, fit_length, planned, read_text
+from linearize.recipes.recipe import Recipe
+from linearize.streaming.options import is_blockwise
+from linearize.training.config import Batch, BlockwiseConfig
+from linearize.training.data import PSEUDO
+from linearize.training.hardware import computed_on
+from linearize.training.supply import TrainingText
+
+LOG = logging.getLogger("linearize")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamPrepared:
+    """Everything checked. `student`: on meta. `stage`: the recipe's only stage that runs, its number `number`."""
+
+    name: str
+    recipe: Recipe
+    teacher: StreamedTeacher
+    student: LinearizedForCausalLM
+    stage: BlockwiseConfig
+    number: int
+    text: TrainingText
+    heldout: Sequence[Batch]
+
+
+def prepare_stream(
+    name: str,
+    recipe: Recipe,
+    specs: Sequence[str],
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    asked: Container[str] = (),
+) -> StreamPrepared:
+    """Check everything; nothing has been written or trained when this returns, and no weights were read.
+
+    Raises:
+        InputError: anything given that cannot be used, or that needs the whole model in memory.
+    """
+    number = _only_stage(recipe)
+    _check_plan(recipe)
+    if written := [spec for spec in specs if spec == "self" or spec.startswith(PSEUDO)]:
+        raise InputError(
+            f"data {written[0]!r} is written by the teacher, which --stream never has in memory: give a file"
+        )
+    torch.set_flush_denormal(True)
+    where = pick_device(device)
+    teacher = StreamedTeacher(name, device=where, trust_remote_code=trust_remote_code)
+    recipe, told = fit_length(recipe, context(teacher), asked)
+    applied, _, untouched = planned(recipe.plan, teacher.sites, teacher.skeleton, [])
+    config = student_config(teacher.skeleton, teacher.sites, applied, name)
+    config.dtype = teacher.stored
+    student = student_on_meta(config)
+    student.generation_config = _generation(name, teacher)
+    check_stages(recipe, student, teacher.skeleton, teacher.tokenizer)
+    if not student.mixer_parameters():
+        raise InputError("no mixer of this plan has parameters to train, so there is nothing to do block by block")
+    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, where)
+    check_rows(recipe, text, 1)
+    for notice in told + untouched:
+        LOG.warning(notice)
+    stage: Any = recipe.stages[number]
+    return StreamPrepared(
+        name=name, recipe=recipe, teacher=teacher, student=student, stage=computed_on(stage, where), number=number,
+        text=text, heldout=heldout,
+    )  # fmt: skip
+
+
+def _only_stage(recipe: Recipe) -> int:
+    """The number of the stage that runs. Raises InputError unless it is one block-wise stage."""
+    running = [(number, stage) for number, stage in enumerate(recipe.stages) if stage.tokens != 0]
+    for number, stage in running:
+        if not is_blockwise(stage):
+            way = f"set stages.{number}.tokens=0"
+            if isinstance(stage, BlockwiseConfig):
+                way = f"set stages.{number}.block=auto, or a number of layers"
+            raise InputError(f"stages.{number} ({stage.name}) needs the whole model in memory, without --stream: {way}")
+    if len(running) != 1:
+        raise InputError(
+            f"--stream runs one block-wise stage, the recipe has {len(running)}: set tokens of others to 0"
+        )
+    return running[0][0]
+
+
+def _check_plan(recipe: Recipe) -> None:
+    plan = recipe.plan
+    wrong = {
+        "plan.depth (a draft)": plan.depth is not None,
+        "plan.schedule": plan.schedule is not None,
+        "layers chosen by sensitivity": plan.needs_scores,
+    }
+    if found := [what for what, given in wrong.items() if given]:
+        raise InputError(f"{found[0]} needs the whole model in memory: leave it out, or convert without --stream")
+
+
+def _generation(name: str, teacher: StreamedTeacher) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(teacher.config)

@@ -1,0 +1,244 @@
+"""A conversion of a model larger than memory: the teacher's weights are read block by block, everything else lies on
+the disk, and the student's folder is written tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.disk import writing
+from linearize.evaluation.agreement import score_batches
+from linearize.evaluation.branches import window_reach
+from linearize.evaluation.intervals import mean_over_documents
+from linearize.evaluation.language_modeling import BranchAblation, ablation_of, report_of
+from linearize.evaluation.layer_error import layer_errors
+from linearize.evaluation.report import ConversionReport, build_report, provenance, stage_report
+from linearize.evaluation.streamed import Walk, Walker, put
+from linearize.files import atomic_folder, check_apart, check_free, discard, output_lock
+from linearize.modeling.assemble import write_student_weights
+from linearize.modeling.blocks import Block
+from linearize.modeling.statistics import attention_samples
+from linearize.modeling.streaming import StreamedBlocks
+from linearize.recipes.preparation import EVALUATION_BATCH
+from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.streaming.options import BlockOptions, check_options, parse_blocks
+from linearize.streaming.papers import write_papers
+from linearize.streaming.preparation import StreamPrepared, prepare_stream
+from linearize.streaming.sizes import chosen_block
+from linearize.streaming.work_folder import make_work, work_folder
+from linearize.training.blockwise.parts import Part, merge_results
+from linearize.training.blockwise.rows import HIDDEN, StageRows
+from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
+from linearize.training.checkpoint import check_formats
+from linearize.training.config import Batch
+from linearize.training.progress import Progress, make_progress
+from linearize.training.tracking import Tracker, make_tracker
+
+CALIBRATION_TOKENS = 16_384
+LOG = logging.getLogger("linearize")
+
+
+def convert_streamed(
+    teacher: str | os.PathLike[str],
+    *,
+    data: Sequence[str | os.PathLike[str]] | str,
+    out: str | os.PathLike[str],
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    track: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    blocks: BlockOptions | None = None,
+) -> ConversionReport | None:
+    """Convert a teacher whose weights need not fit into memory; returns the report, and writes the student's folder.
+
+    As `convert`, of which it takes the arguments; the recipe's only stage that runs must be block-wise
+    (`stages.0.block`), and data must be files or data sets. With `blocks.only` these blocks are trained, nothing else
+    is done, and None is returned.
+
+    Raises:
+        InputError: anything given that cannot be used, or that needs the model in memory; RuntimeError: training
+        diverged; OSError: the disk is full.
+    """
+    options = blocks or BlockOptions()
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = chosen.override(dict(overrides or {}))
+    check_options(chosen.stages, options)
+    final = Path(out).expanduser().resolve()
+    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
+    check_apart(final, str(teacher), *specs)
+    work = work_folder(final)
+    with output_lock(final, shared=options.only is not None), writing("what the conversion keeps", final.parent):
+        check_free(final, overwrite)
+        check_formats(work)
+        asked, tracker = set(overrides or {}), make_tracker(work / "log", track)
+        given = prepare_stream(
+            str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked
+        )
+        conversion = StreamedConversion(given, specs, work, progress or make_progress(), tracker, options)
+        make_work(work, final)
+        if options.only is not None:
+            conversion.stage().run()
+            return None
+        parts = conversion.stage().run()
+        report = conversion.measure(parts)
+        with atomic_folder(final, overwrite, locked=True) as folder:
+            conversion.write(folder, report, parts)
+            if (work / "log").is_dir():
+                shutil.copytree(work / "log", folder / "log")
+        discard(work)
+    return report
+
+
+class StreamedConversion:
+    """A streamed conversion on its way."""
+
+    def __init__(
+        self,
+        given: StreamPrepared,
+        specs: Sequence[str],
+        work: Path,
+        progress: Progress,
+        tracker: Tracker,
+        options: BlockOptions,
+    ) -> None:
+        """Raises InputError: memory or disk that no block, or not this one, fits into."""
+        self.given, self.specs, self.work, self.progress, self.tracker = given, specs, work, progress, tracker
+        self.recipe, self.config = given.recipe, given.student.config
+        self.source = StreamedBlocks(given.teacher, self.config, seed=self.recipe.seed)
+        self.key = f"{given.number}-{given.stage.name}"
+        length = given.stage.length or self.recipe.data.length
+        self.rows = StageRows(given.stage, given.text.rows(length), given.heldout, self._sample())
+        folder = work / self.key
+        self.block = chosen_block(given.stage, given.student, self.source, self.rows, options, folder=folder)
+        count = -(-self.source.layers // self.block)
+        self.only = None if options.only is None else parse_blocks(options.only, count)
+
+    def stage(self) -> BlockwiseStage:
+        """The block-wise stage."""
+        identity = {
+            "teacher": self.given.name,
+            "teacher_weights": self.given.teacher.files.fingerprint(),
+            "data": self.given.text.fingerprint(self.recipe.data.length, self.given.heldout),
+            "seed": self.recipe.seed,
+            "plan": self.config.plan,
+        }
+        return BlockwiseStage(
+            BlockJob(
+                stage=self.given.stage, block=self.block, source=self.source, rows=self.rows,
+                folder=self.work / self.key, identity=identity, only=self.only,
+                calibrate=calibrate_block if self.rows.sample else None,
+                progress=self.progress, tracker=self.tracker, name=self.key,
+            )
+        )  # fmt: skip
+
+    def measure(self, parts: Sequence[Part]) -> ConversionReport:
+        """Teacher, the student before training and after it, and its branches, on the held-out rows."""
+        reach = window_reach(self.config.mixers())
+        walkers = {"teacher": Walker(), "swap": Walker(mixers="start"), "student": Walker(mixers="final")}
+        if reach:
+            walkers |= {branch: Walker(mixers="final", branch=branch) for branch in ("window", "linear")}
+        walk = Walk(walkers=walkers, batches=self.given.heldout, folder=self.work / "walk")
+        errors = self._walk(walk, parts)
+        ending = self.source.end(self.source.slot.as_tuple)
+        batches = walk.numbered()
+        swap, student = (self._loss(walk, ending, batches, name) for name in ("swap", "student"))
+        scores = score_batches(batches, walk.views(ending, "teacher", "student"), reference="teacher", rows=1)
+        result = merge_results(parts, self.key)
+        report = build_report(
+            teacher=self.given.name,
+            recipe=self.recipe.name,
+            data=self.specs,
+            mixers=[None if mixer is None else str(mixer["name"]) for mixer in self.config.plan],
+            swap_loss=swap,
+            stages=[stage_report(self.given.stage, result, swap, student, [list(range(self.source.layers))], 0)],
+            held_out=report_of(scores),
+            ablation=self._ablation(walk, ending, batches, reach),
+            layer_error={moment: found for moment, found in errors.items() if found},
+            provenance=provenance(seed=self.recipe.seed) | {"streamed": {"block": self.block}},
+        )
+        walk.remove()
+        return report
+
+    def write(self, folder: Path, report: ConversionReport, parts: Sequence[Part]) -> None:
+        """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
+        by_layer = {layer: part for part in parts for layer in part.layers}
+        prefix = f"lm.{self.given.teacher.layers}."
+
+        def mixers(layer: int) -> Mapping[str, Tensor]:
+            start = f"{prefix}{layer}."
+            return {name: value for name, value in by_layer[layer].final.items() if name.startswith(start)}
+
+        write_student_weights(self.given.teacher, self.given.student, mixers, folder)
+        self.given.teacher.tokenizer.save_pretrained(folder)
+        write_papers(report, self.recipe, self.config.to_dict(), folder)
+
+    def _walk(self, walk: Walk, parts: Sequence[Part]) -> dict[str, list[float]]:
+        """All walkers through all blocks; returns the errors of layers before and after training."""
+        errors: dict[str, list[float]] = {"swap": [], self.key: []}
+        walk.enter(self.source.enter(), self.source.model_dim, self.given.teacher.dtype)
+        release_memory()
+        for part in parts:
+            block = self.source.pair(part.layers)
+            mixers = {"start": _in_block(block, part.start), "final": _in_block(block, part.final)}
+            for moment, which in (("swap", "start"), (self.key, "final")):
+                errors[moment] += self._layer_errors(block, mixers[which], walk)
+            walk.through(block, mixers)
+            del block
+            release_memory()
+        return errors
+
+    def _layer_errors(self, block: Block, mixers: Mapping[str, Tensor], walk: Walk) -> list[float]:
+        put(block, mixers)
+        assert block.student is not None
+        with block.slot.holding(block.placed(walk.first("teacher"))):
+            return layer_errors(block.student, block.teacher, self.given.heldout[0])
+
+    def _loss(self, walk: Walk, ending: Any, batches: Sequence[Batch], name: str) -> float:
+        scores = score_batches(batches, walk.views(ending, name), rows=1)
+        return mean_over_documents(scores.loss[name], scores.documents).value
+
+    def _ablation(self, walk: Walk, ending: Any, batches: Sequence[Batch], reach: int | None) -> BranchAblation | None:
+        if not reach:
+            return None
+        views = walk.views(ending, "student", "window", "linear", "teacher")
+        return ablation_of(score_batches(batches, views, rows=1), window=reach)
+
+    def _sample(self) -> list[Batch]:
+        """The rows that calibrate mixers, where some ask for it."""
+        asks = any(getattr(mixer, "initialise", None) == "calibrate" for mixer in self.config.mixers())
+        length = self.recipe.data.length
+        return self.given.text.sample(length, CALIBRATION_TOKENS, EVALUATION_BATCH) if asks else []
+
+
+def calibrate_block(block: Block, batches: Sequence[Batch]) -> None:
+    """Calibrate those mixers of a block whose config asks for it, on batches with hidden states."""
+    student = block.student
+    assert student is not None
+    for layer, mixer in student.mixers().items():
+        if getattr(mixer.config, "initialise", None) != "calibrate":
+            continue
+        samples = []
+        for batch in batches:
+            placed = {name: value.to(block.device) for name, value in batch.items() if name != HIDDEN}
+            with block.slot.holding(block.placed(batch[HIDDEN])):
+                sites = {layer: student.config.attention[layer]}
+                samples += attention_samples(block.teacher, [placed], [layer], sites)[layer]
+        with torch.no_grad():
+            mixer.calibrate(samples)  # type: ignore[operator]
+
+
+def _in_block(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the whole student by their names in a block."""
+    assert block.student is not None
+    names = {whole_name(block, name): name for name in block.student.state_dict()}
+    return {names[name]: value for name, value in tensors.items()}
