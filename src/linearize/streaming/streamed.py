@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from linearize.training.blockwise.rows import HIDDEN, StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import Batch
+from linearize.training.distributed import start
 from linearize.training.progress import Progress, make_progress
 from linearize.training.tracking import Tracker, make_tracker
 
@@ -63,7 +65,7 @@ def convert_streamed(
 
     As `convert`, of which it takes the arguments; the recipe's only stage that runs must be block-wise
     (`stages.0.block`), and data must be files or data sets. With `blocks.only` these blocks are trained, nothing else
-    is done, and None is returned.
+    is done, and None is returned; so it is on processes but the first where torchrun started several.
 
     Raises:
         InputError: anything given that cannot be used, or that needs the model in memory; RuntimeError: training
@@ -77,19 +79,25 @@ def convert_streamed(
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
     check_apart(final, str(teacher), *specs)
     work = work_folder(final)
-    with output_lock(final, shared=options.only is not None), writing("what the conversion keeps", final.parent):
-        check_free(final, overwrite)
-        check_formats(work)
-        asked, tracker = set(overrides or {}), make_tracker(work / "log", track)
+    group = start()
+    lock = output_lock(final, shared=options.only is not None) if group.leads else nullcontext()
+    with lock, writing("what the conversion keeps", final.parent):
+        if group.leads:
+            check_free(final, overwrite)
+            check_formats(work)
+        asked, tracker = set(overrides or {}), make_tracker(work / "log" if group.leads else None, track)
         given = prepare_stream(
             str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked
         )
         conversion = StreamedConversion(given, specs, work, progress or make_progress(), tracker, options)
-        make_work(work, final)
-        if options.only is not None:
-            conversion.stage().run()
+        if group.leads:
+            make_work(work, final)
+            conversion.stage()  # says whose folder it is before others look
+        group.wait()
+        parts = conversion.stage().run()  # processes started together share out the blocks as all others do
+        group.wait()
+        if options.only is not None or not group.leads:
             return None
-        parts = conversion.stage().run()
         report = conversion.measure(parts)
         with atomic_folder(final, overwrite, locked=True) as folder:
             conversion.write(folder, report, parts)
