@@ -12,6 +12,7 @@ import pytest
 
 import linearize.demo.run as run
 import linearize.demo.text as text
+from linearize.benchmarks.kills import differences
 from linearize.cli import main
 from linearize.errors import InputError
 from linearize.evaluation import read_report
@@ -72,6 +73,36 @@ def test_the_folder_is_complete_and_moves(demo: SimpleNamespace) -> None:
     assert report is not None and report.data == ["text/stories.jsonl", "text/recall.jsonl"]
 
 
+def test_stopped_half_way_the_next_demo_goes_on(
+    demo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def not_again(*_: Any, **__: Any) -> None:
+        raise AssertionError("what was done is done again")
+
+    for module, constants in SMALL.items():
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "convert", stop)
+        assert main(["demo"]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.training.sampling.write", not_again)
+        patch.setattr(run, "recall_beyond_window", stop)
+        assert main(["demo"]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".linearize-demo.run"]
+    monkeypatch.setattr(run, "convert", not_again)
+    assert main(["demo"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["linearize-demo"]
+    assert sorted(path.name for path in (tmp_path / "linearize-demo" / "text").iterdir()) == [
+        "recall.jsonl", "stories.jsonl",
+    ]  # fmt: skip
+    assert differences(demo.folder / "student", tmp_path / "linearize-demo" / "student") == []
+
+
 def test_training_text_holds_no_question_that_is_asked(demo: SimpleNamespace) -> None:
     rows = [json.loads(line)["text"] for line in (demo.folder / "text" / "recall.jsonl").read_text().splitlines()]
     assert len(rows) == 14 and all("What is the code of the" in row for row in rows)
@@ -113,7 +144,8 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(
     capsys.readouterr()
     assert main(["demo", "--out", str(tmp_path / "mine")]) == 130
     assert capsys.readouterr().err == "linearize: interrupted\n"
-    assert (tmp_path / "mine" / "thesis.txt").is_file() and [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", ".mine.run"}
     monkeypatch.setattr(run, "_run", lambda folder, console: (folder / "new").touch())
     monkeypatch.setattr(run, "_write", lambda result, folder: None)
     monkeypatch.setattr(run, "show_demo", lambda *_: None)

@@ -139,6 +139,25 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: no valid JSON, {error.msg} (line {error.lineno}, column {error.colno})") from error
 
 
+@contextmanager
+def resumable_folder(final: Path | str, version: str) -> Iterator[Path]:
+    """As `atomic_folder` with `overwrite`; what a kill or an error leaves is yielded again to the same `version`."""
+    final = Path(final).expanduser().resolve()
+    work = final.parent / f".{final.name}.run"
+    mark = work / ".version"
+    with output_lock(final), writing(f"the folder {final.name}", final.parent):
+        check_free(final, overwrite=True)
+        if not mark.is_file() or read_text(mark) != version:
+            discard(work)
+            work.mkdir()
+            atomic_write_text(mark, version)
+        yield work
+        check_free(final, overwrite=True)
+        _sync_all(work)
+        _swap_in(work, final)
+        (final / mark.name).unlink()
+
+
 def check_free(final: Path, overwrite: bool) -> None:
     if not final.exists():
         return

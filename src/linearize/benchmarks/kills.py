@@ -31,6 +31,45 @@ TICK = 0.02
 LONGEST = 3600.0  # seconds for one attempt
 
 
+class Fork:
+    """A command as a fork of this process, which has imported everything; as far as needed like a `Popen`."""
+
+    def __init__(self, arguments: Sequence[str], output: int, environment: Mapping[str, str]) -> None:
+        """Starts it with both outputs going to a file's descriptor."""
+        sys.stdout.flush()
+        self.returncode: int | None = None
+        self.process = os.fork()
+        if self.process == 0:
+            from linearize.__main__ import command
+
+            os.environ.update(environment)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.argv = ["linearize", *arguments]
+            code = command()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        """Waits for its end."""
+        return self._wait(0)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.process, signal.SIGKILL)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.process, options)
+            if found:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
 @dataclass(kw_only=True)
 class Victim:
     """A command with an `--out` of its own, and what happened to it."""
@@ -38,17 +77,18 @@ class Victim:
     arguments: list[str]
     out: Path
     cache: Path
+    forked: bool = False
     kills: list[dict[str, Any]] = field(default_factory=list)
     finishes: int = 0
 
     @classmethod
-    def of(cls, command: Sequence[str], out: Path) -> Victim:
+    def of(cls, command: Sequence[str], out: Path, forked: bool) -> Victim:
         """The command with another `--out`."""
         if "--out" not in command:
             raise SystemExit("kills: the command after -- needs --out")
         arguments = list(command)
         arguments[arguments.index("--out") + 1] = str(out)
-        return cls(arguments=arguments, out=out, cache=out.parent / f"{out.name}.cache")
+        return cls(arguments=arguments, out=out, cache=out.parent / f"{out.name}.cache", forked=forked)
 
     def run(self, kill_after: float | None = None, *, from_first_line: bool = False) -> tuple[int, float, list[str]]:
         """One attempt: its exit code, seconds until it first said something, and all it said.
@@ -59,8 +99,12 @@ class Victim:
         said = self.out.parent / f"{self.out.name}.said"
         began, spoke = time.monotonic(), 0.0
         with said.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "linearize", *self.arguments], stdout=file, stderr=file, env=environment
+            process: Any = (
+                Fork(self.arguments, file.fileno(), environment)
+                if self.forked
+                else subprocess.Popen(
+                    [sys.executable, "-m", "linearize", *self.arguments], stdout=file, stderr=file, env=environment
+                )
             )
             while process.poll() is None:
                 time.sleep(TICK)
@@ -90,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     place = arguments.work.resolve()
     place.mkdir(parents=True, exist_ok=True)
-    whole, broken = (Victim.of(arguments.command, place / name) for name in ("whole", "broken"))
+    whole, broken = (Victim.of(arguments.command, place / name, arguments.fork) for name in ("whole", "broken"))
     for victim in (whole, broken):
         victim.clear()
     began = time.monotonic()
@@ -104,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "killed_command": ["linearize", *arguments.command],
         "unbroken_seconds": round(seconds, 1),
         "seed": arguments.seed,
+        "forked": arguments.fork,
         "ended_before_all_kills": broken.finishes - 1,
         "files": sorted(str(path.relative_to(whole.out)) for path in whole.out.rglob("*") if path.is_file()),
         "differing": differing,
@@ -183,6 +228,7 @@ def _fail(code: int, lines: Sequence[str]) -> NoReturn:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="linearize.benchmarks.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--fork", action="store_true", help="start by fork: no kill while the package is imported")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("kills-work"), help="folder for both runs")
     parser.add_argument("--out", type=Path, help="JSON file for the result")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ from rich.console import Console
 from linearize.conversion import convert
 from linearize.decoding.generate import continue_text
 from linearize.demo.show import LineOrBar, show_demo
-from linearize.demo.text import DemoText, write_text
+from linearize.demo.text import KEPT, DemoText, write_text
 from linearize.errors import InputError
 from linearize.evaluation.language_modeling import PositionBin
 from linearize.evaluation.plots import plot_decode_cost, plot_loss_by_position, plot_recall, plot_stages
 from linearize.evaluation.recall import RecallReport, recall_beyond_window
 from linearize.evaluation.report import ConversionReport, provenance, read_report
 from linearize.evaluation.speed import DecodeCost, decode_cost
-from linearize.files import atomic_folder, atomic_write_text
+from linearize.files import atomic_write_text, resumable_folder
+from linearize.modeling import load
 from linearize.modeling.teacher import load_teacher
 from linearize.ops.window_linear.window import ring_slots
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.version import __version__
 
 TEACHER = Path(__file__).parent / "teacher"
 DEFAULT_OUT = Path("linearize-demo")
@@ -57,7 +60,7 @@ class DemoResult:
 def run_demo(*, out: str | Path = DEFAULT_OUT) -> DemoResult:
     """Convert the embedded teacher, measure teacher and student, print tables, and leave everything in `out`.
 
-    An earlier demo at `out` is replaced once the new one is complete; stopped half-way, nothing is left behind.
+    An earlier demo at `out` is replaced once the new one is complete; stopped half-way, the next call goes on.
 
     Raises:
         InputError: `out` exists and is neither empty nor an earlier demo.
@@ -65,7 +68,7 @@ def run_demo(*, out: str | Path = DEFAULT_OUT) -> DemoResult:
     final = Path(out)
     _check(final)
     console = Console(highlight=False)
-    with atomic_folder(final, overwrite=True) as folder:
+    with resumable_folder(final, __version__) as folder:
         result = _run(folder, console)
         _write(result, folder)
     show_demo(result, final, console)
@@ -88,7 +91,10 @@ def _run(folder: Path, console: Console) -> DemoResult:
         text = write_text(teacher, tokenizer, folder, seed=SEED, progress=LineOrBar("writing").update)
     title = f"2/4  conversion with the recipe {recipe.name}, window {WINDOW}"
     with clock.part("conversion", title), contextlib.chdir(folder):  # the report then names the text as `text/...`
-        student = convert(TEACHER, data=text.files, out="student", recipe=recipe)
+        if Path("student").is_dir() and not Path(".student.run").exists():  # of a run that was stopped later on
+            student = load("student")
+        else:
+            student = convert(TEACHER, data=text.files, out="student", recipe=recipe)
     report = read_report(folder / "student")
     assert report is not None
     models = {"teacher": teacher, "student": student}
@@ -135,7 +141,8 @@ def reach(recipe: Recipe) -> int:
 
 
 def _write(result: DemoResult, folder: Path) -> None:
-    """`demo.json` and the plots."""
+    """`demo.json` and the plots; what was kept for an interruption goes."""
+    shutil.rmtree(folder / KEPT, ignore_errors=True)
     plots = folder / "plots"
     plot_stages(result.report, plots)
     plot_loss_by_position([PositionBin(**b) for b in result.report.held_out["by_position"]], plots)

@@ -13,6 +13,7 @@ from typing import Any
 from linearize.evaluation.needles import RecallItem, recall_document
 from linearize.training.sampling import sample_documents
 
+KEPT = Path("text", ".kept")  # what the teacher has written, until the demo is whole
 STORY_TOKENS = 30_000
 STORY_BATCH = 48
 LONGEST_STORY = 384
@@ -41,7 +42,8 @@ def write_text(
     """Sample stories from the teacher, hide facts in some of them, and write both to `folder/text/*.jsonl`."""
     documents = sample_documents(
         teacher, tokenizer, STORY_TOKENS,
-        seed=seed, batch_size=STORY_BATCH, max_new_tokens=LONGEST_STORY, progress=progress,
+        seed=seed, batch_size=STORY_BATCH, max_new_tokens=LONGEST_STORY, cache=folder / KEPT,
+        progress=progress,
     )  # fmt: skip
     written = [text for d in documents if (text := tokenizer.decode(d.tokens, skip_special_tokens=True).strip())]
     hay = [story for story in written if not _FACT.search(story)]  # the teacher also writes facts of its own
@@ -50,7 +52,6 @@ def write_text(
     recall = [_training_document(rng, hay[apart:]).text for _ in range(RECALL_DOCUMENTS)]
     kept = set(hay[:apart])
     stories = [story for story in written if story not in kept]
-    (folder / "text").mkdir()
     files = (_write(folder, "text/stories.jsonl", stories), _write(folder, "text/recall.jsonl", recall))
     return DemoText(
         files=files, num_stories=len(stories), num_recall=len(recall), questions=recall_questions(hay[:apart], seed)
