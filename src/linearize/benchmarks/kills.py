@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -40,15 +41,18 @@ class Fork:
         self.returncode: int | None = None
         self.process = os.fork()
         if self.process == 0:
-            from linearize.__main__ import command
-
             os.environ.update(environment)
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.argv = ["linearize", *arguments]
-            code = command()
-            sys.stderr.flush()
-            os._exit(code)
+            code = 1
+            try:
+                runpy.run_module("linearize", run_name="__main__")
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
