@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from models import mixer, student_of, text, tiny
 from speculation_cases import Widths, near, target
 
 from linearize.decoding import LookupDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative.chooser import MOST, PROBE, Auto, Round, choose, expected_tokens, seconds_at
+from linearize.decoding.speculative.auto import FIRST, PLAIN, Auto
+from linearize.decoding.speculative.chooser import MOST, Fixed, Round, choose, expected_tokens, seconds_at
+from linearize.decoding.speculative.experience import ALLOWANCE, Experience, remembered
 from linearize.decoding.speculative.ngrams import NgramIndex
 from linearize.decoding.speculative.rows import Rows
 from linearize.errors import InputError
@@ -47,29 +50,115 @@ def test_the_best_number_by_hand(draft: float, slope: float, rate: float, expect
     assert choose(*sparse, [rate], 8) == choose(target, drafting, [rate], 8)
 
 
-def simulate(auto: Auto, rounds: int, *, draft: float, slope: float, rate: float, seed: int = 1) -> list[int]:
-    """Rounds with costs and acceptance as said; the numbers it chose."""
-    generator, chosen = torch.Generator().manual_seed(seed), []
-    for _ in range(rounds):
-        count = auto.next()
-        draws = torch.rand(count, generator=generator) < rate
-        kept = int(draws.long().cumprod(0).sum())
-        auto.observe(Round(count, [kept], 1 + slope * count, draft * count))
+COSTS = {  # seconds of a pass over 1 to 9 tokens, in steps
+    "large": [1, 1.2, 1.3, 1.4, 1.45, 1.55, 1.65, 1.75, 1.85],
+    "small": [1, 1.2, 1.25, 1.3, 1.35, 1.4, 1.45, 1.5, 1.55],
+    "steep": [1, 1.35, 1.7, 2.05, 2.4, 2.75, 3.1, 3.45, 3.8],
+}
+
+
+def simulate(
+    pace: Any, tokens: int, *, costs: str, draft: float, rate: float, seed: int = 1
+) -> tuple[float, list[int]]:
+    """A clock that is not real: a guess stays with probability `rate` and costs `draft`; times jitter, now and then a
+    lot, and a plain step after guesses costs more. Seconds per token, and the numbers that were chosen."""
+    draws, chosen, done, clock = random.Random(seed), [], 0, 0.0
+
+    def jitter() -> float:
+        return 1 + 0.05 * abs(draws.gauss(0, 1)) + (0.5 if draws.random() < 0.03 else 0)
+
+    while done < tokens:
+        count = min(pace.next(), tokens - done - 1)
+        kept = 0
+        while kept < count and draws.random() < rate:
+            kept += 1
+        target = COSTS[costs][count] * jitter() + (0.15 if count == 0 and chosen and chosen[-1] else 0)
+        guessing = draft * count * jitter()
+        pace.observe(Round(count, [kept], target, guessing))
+        clock, done = clock + target + guessing, done + kept + 1
         chosen.append(count)
-    return chosen
+    return clock / done, chosen
 
 
-def test_auto_finds_what_pays_and_leaves_what_does_not() -> None:
-    auto = Auto()
-    good = simulate(auto, 150, draft=0.02, slope=0.02, rate=0.9)
-    assert sum(good[20:]) / len(good[20:]) > 5 and max(good) <= MOST and 0 in good[20:]
-    bad = simulate(auto, 400, draft=0.6, slope=0.5, rate=0.3)
-    assert sum(count > 0 for count in bad[100:]) < 20, "it goes on guessing at a loss"
-    assert any(bad[100:]), "it never tries again"
-    better = simulate(auto, 600, draft=0.02, slope=0.02, rate=0.9)
-    assert sum(count > 0 for count in better[-100:]) > 80, "it does not come back"
-    alone = simulate(Auto(), 3 * PROBE, draft=1.5, slope=1.0, rate=0.9)
-    assert alone[5 : 2 * PROBE].count(0) >= PROBE
+def average(pace: Any, seeds: int = 12, **setting: Any) -> float:
+    """Seconds per token over some texts of 200 tokens; `pace()` makes what chooses."""
+    return sum(simulate(pace(), 200, seed=seed, **setting)[0] for seed in range(seeds)) / seeds
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize(
+    ("draft", "rate"),
+    [(0.3, 0.05), (0.3, 0.3), (0.3, 0.7), (0.15, 0.5), (0.1, 0.85), (0.0, 0.1), (0.0, 0.35), (0.0, 0.6), (0.05, 0.95)],
+)
+def test_auto_is_near_the_best_number_and_never_far_below_none(costs: str, draft: float, rate: float) -> None:
+    setting: dict[str, Any] = {"costs": costs, "draft": draft, "rate": rate}
+    plain = average(lambda: Fixed(0), **setting)
+    best = min(average(lambda k=k: Fixed(k), **setting) for k in range(1, MOST + 1))
+    known = Experience()
+    simulate(Auto(known), 200, seed=99, **setting)
+    for pace in (Auto, lambda: Auto(copy.deepcopy(known))):
+        seconds = average(pace, **setting)
+        assert plain / seconds > 0.965, "it loses against plain decoding"
+        assert best / seconds > 0.93, "it misses what a fixed number gives"
+
+
+def test_auto_leaves_what_loses_tries_again_and_comes_back() -> None:
+    known = Experience()
+    setting: dict[str, Any] = {"costs": "large", "draft": 0.05}
+    _, good = simulate(Auto(known), 400, rate=0.9, **setting)
+    assert good[:PLAIN] == [0] * PLAIN and good[PLAIN] == FIRST
+    assert sum(good[20:]) / len(good[20:]) > 4 and max(good) <= MOST
+    _, bad = simulate(Auto(known), 1200, rate=0.05, **setting)
+    assert sum(count > 0 for count in bad[400:]) < 30, "it goes on guessing at a loss"
+    assert any(bad[400:]), "it never tries again"
+    _, better = simulate(Auto(known), 1200, rate=0.9, **setting)
+    assert sum(count > 0 for count in better[-60:]) > 50, "it does not come back"
+
+
+def test_what_guessing_may_lose_is_bounded() -> None:
+    for costs, draft in (("steep", 0.5), ("large", 0.3), ("small", 2.0)):
+        seconds, chosen = simulate(Auto(), 2000, costs=costs, draft=draft, rate=0.02)
+        plain, _ = simulate(Fixed(0), 2000, costs=costs, draft=draft, rate=0.02)
+        assert seconds / plain < 1.025
+        assert sum(count > 0 for count in chosen) >= 2
+
+
+def test_what_is_known_of_one_pair_stays_with_it() -> None:
+    model, draft, other = target("softmax"), near(target("softmax")), near(target("softmax"), 0)
+    ids = text(1, 9)
+    speculate(model, draft, ids, max_new_tokens=12)
+    known = remembered(model, draft)
+    seen = known.rounds
+    assert seen > 0 and len(known.target[1]) >= PLAIN
+    speculate(model, draft, ids, max_new_tokens=12)
+    assert remembered(model, draft) is known and known.rounds >= seen
+    assert remembered(model, other).rounds == 0 == remembered(draft, model).rounds
+    speculate(model, LookupDrafter(), ids, max_new_tokens=12)
+    assert len(remembered(model, LookupDrafter().source).target[1]) >= PLAIN
+    mine, before = Experience(), known.rounds
+    speculate(model, draft, ids, max_new_tokens=12, experience=mine)
+    assert mine.rounds > 0 and known.rounds == before
+    speculate(model, draft, ids.expand(2, -1), max_new_tokens=12, experience=mine)
+    assert mine.rows == 2
+
+
+def test_experience_by_hand() -> None:
+    known = Experience()
+    known.count(3, [0, 2])
+    known.count(3, [3, 1])
+    assert known.tried == pytest.approx([0.95 * 2 + 2, 0.95 + 2, 0.95 + 1])
+    assert known.kept == pytest.approx([0.95 + 2, 0.95 + 1, 1])
+    first = (2.95 + 0.5) / 4.9
+    assert known.acceptance()[:2] == pytest.approx([first, (1.95 + first) / 3.95])
+    assert known.acceptance(hopeful=True)[0] == pytest.approx(3.95 / 4.9)
+    known.allowance = -1.0
+    known.begin(1)
+    assert known.allowance == 1 and known.tried[0] == pytest.approx(3.9 / 2)
+    known.time(known.target, 1, 2.0)
+    known.begin(1)
+    assert known.seconds() == ({1: 2.0}, {})
+    known.begin(3)
+    assert known.seconds() == ({}, {}) and known.allowance <= ALLOWANCE
 
 
 def test_where_the_last_tokens_stood_before() -> None:

@@ -52,6 +52,7 @@ def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: py
     """The draft reads more than its tail holds, piece by piece; and guesses more than its tail held at first."""
 
     class Now:
+        pays = True
         plan = [0, 3, *[0] * 25, 2, 0, 5, 1, 14, 4]  # noqa: RUF012
 
         def next(self) -> int:
@@ -62,7 +63,7 @@ def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: py
 
     model, (ids, mask) = models["mixed"], left_padded(text(2, 23), [23, 6])
     expected = [plain(model, ids[i : i + 1, 23 - n :], 60) for i, n in enumerate([23, 6])]
-    monkeypatch.setattr("linearize.decoding.speculative.loop.chooser", lambda _: Now())
+    monkeypatch.setattr("linearize.decoding.speculative.loop.pace_of", lambda *_: Now())
     draft = near(model)
     widths = Widths(draft.lm)
     result = speculate(model, draft, ids, mask, max_new_tokens=60)

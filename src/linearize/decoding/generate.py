@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from linearize.decoding.loading import load_any, pad_token
 from linearize.decoding.speculative import Drafter, LookupDrafter, ModelDrafter, share_equal_weights, speculate
 from linearize.decoding.speculative.checks import check_tokenizers
-from linearize.decoding.speculative.chooser import chooser
+from linearize.decoding.speculative.chooser import check_draft_tokens
 from linearize.errors import InputError
 
 DraftTokens = int | Literal["auto"]
@@ -109,7 +109,7 @@ def _check(max_new_tokens: int, temperature: float) -> None:
 def _check_guessing(prompt_lookup: bool, draft: object, draft_tokens: DraftTokens, stats: bool) -> None:
     if prompt_lookup and draft is not None:
         raise InputError("prompt lookup and a draft model were both given: they are two ways of guessing, choose one")
-    chooser(draft_tokens)
+    check_draft_tokens(draft_tokens)
     if not prompt_lookup and draft is None and (draft_tokens != "auto" or stats):
         given = "stats" if stats else f"draft_tokens {draft_tokens}"
         raise InputError(f"{given} without anything that guesses: give a draft model or prompt lookup too")

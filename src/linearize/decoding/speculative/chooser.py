@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from linearize.errors import InputError
 
 MOST = 8  # the most that `auto` guesses
-FIRST = 4  # what `auto` begins with
-RECENT = 5  # timings of each width that count
-FORGET = 0.95  # what an older round counts in the acceptance, per round
-REFRESH = 64  # rounds with guesses after which one without is timed again
-PROBE = 24  # rounds without guesses before `auto` tries again; doubled each time it does not help, up to eight times
 
 
 def expected_tokens(acceptance: Sequence[float], count: int) -> float:
@@ -78,7 +71,11 @@ class Round:
 
 
 class Chooser(Protocol):
-    """Says how many tokens to guess."""
+    """Says how many tokens to guess. `pays`: whether guessing is known to pay."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether guessing is known to pay."""
 
     def next(self) -> int:
         """Guesses of the next round."""
@@ -92,6 +89,7 @@ class Fixed:
     """Always the same number."""
 
     count: int
+    pays = True
 
     def next(self) -> int:
         """Guesses of the next round."""
@@ -101,74 +99,8 @@ class Fixed:
         """Nothing to learn."""
 
 
-@dataclass
-class Auto:
-    """The number with the most expected tokens per second, 0 where guessing loses; then it is tried again at times.
-
-    What is drawn with it in sampling depends on timings; greedy text does not.
-    """
-
-    most: int = MOST
-    target: dict[int, deque[float]] = field(default_factory=dict)
-    draft: dict[int, deque[float]] = field(default_factory=dict)
-    _kept: list[float] = field(default_factory=list)  # rounds in which guess i stayed, older ones counting less
-    _tried: list[float] = field(default_factory=list)  # rounds in which all guesses before i stayed
-    _plan: deque[int] = field(default_factory=deque)
-    _plain: int = 0  # rounds without guesses since the last with some
-    _guessing: int = 0
-    _patience: int = PROBE
-
-    def __post_init__(self) -> None:
-        first = min(FIRST, self.most)
-        self._plan.extend([0, 0, first, first, first])
-
-    def next(self) -> int:
-        """Guesses of the next round."""
-        if self._plan:
-            return self._plan.popleft()
-        best = self.best(0)
-        if best == 0 and self._plain >= self._patience:
-            self._patience = min(2 * self._patience, 8 * PROBE)
-            best = self.best(1)
-            self._plan.append(best)
-        elif best > 0:
-            self._patience, self._guessing = PROBE, self._guessing + 1
-            if self._guessing % REFRESH == 0:
-                return 0
-        return best
-
-    def best(self, least: int) -> int:
-        """The best number of at least `least`, by what was seen."""
-        times = [{width: median(seen) for width, seen in table.items()} for table in (self.target, self.draft)]
-        if not times[0]:
-            return least
-        return max(least, choose(times[0], times[1], self.acceptance(), self.most))
-
-    def acceptance(self) -> list[float]:
-        """How often guess i stayed where those before it did."""
-        return [kept / tried for kept, tried in zip(self._kept, self._tried, strict=True) if tried > 0]
-
-    def observe(self, seen: Round) -> None:
-        """Timings and acceptance of a round."""
-        self.target.setdefault(seen.drafted + 1, deque(maxlen=RECENT)).append(seen.target_seconds)
-        self._plain = self._plain + 1 if seen.drafted == 0 else 0
-        if not seen.drafted:
-            return
-        self.draft.setdefault(seen.drafted, deque(maxlen=RECENT)).append(seen.draft_seconds)
-        self._kept = [FORGET * count for count in self._kept]
-        self._tried = [FORGET * count for count in self._tried]
-        missing = seen.drafted - len(self._kept)
-        self._kept += [0.0] * missing
-        self._tried += [0.0] * missing
-        for i in range(seen.drafted):
-            self._tried[i] += sum(kept >= i for kept in seen.kept)
-            self._kept[i] += sum(kept > i for kept in seen.kept)
-
-
-def chooser(draft_tokens: int | Literal["auto"]) -> Chooser:
-    """What `draft_tokens` asks for. Raises InputError for a number below 1."""
-    if draft_tokens == "auto":
-        return Auto()
-    if isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int) or draft_tokens < 1:
+def check_draft_tokens(draft_tokens: int | Literal["auto"]) -> None:
+    """Raises InputError for anything but `auto` and a number of at least 1."""
+    whole = isinstance(draft_tokens, int) and not isinstance(draft_tokens, bool)
+    if draft_tokens != "auto" and not (whole and int(draft_tokens) >= 1):
         raise InputError(f"draft_tokens is {draft_tokens!r}: give a number of at least 1, or auto")
-    return Fixed(draft_tokens)

@@ -5,7 +5,7 @@ Letters: B batch, T tokens, K guessed tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -31,8 +31,16 @@ class Drafter(Protocol):
     def by_row(self) -> bool:
         """Whether rows may keep different numbers of guesses."""
 
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """What it guesses with."""
+
+    @property
+    def source(self) -> PreTrainedModel | Hashable:
+        """What experience with it is kept under: a model, or a name."""
+
     def start(self, input_ids_BT: Tensor, mask_BT: Tensor | None, rules: ScoreRules) -> None:
-        """Read the prompts, `[B, T]` behind padding on the left; `rules`: how the target's tokens are chosen."""
+        """The prompts, `[B, T]` behind padding on the left; `rules`: how the target's tokens are chosen."""
 
     def prepare(self, texts: Texts) -> None:
         """Read what it has not read of the texts (all tokens so far), so that a round costs only its guesses."""
@@ -68,13 +76,24 @@ class ModelDrafter:
         """Whether rows may keep different numbers of guesses."""
         return self.reader.by_row
 
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """The model."""
+        return [self.reader.model]
+
+    @property
+    def source(self) -> PreTrainedModel:
+        """The model."""
+        return self.reader.model
+
     def start(self, input_ids_BT: Tensor, mask_BT: Tensor | None, rules: ScoreRules) -> None:
-        """Read the prompts."""
+        """Nothing is read before it is to guess, which may be never."""
         self.rules = rules
-        self.reader.read_prompt(input_ids_BT, mask_BT)
 
     def prepare(self, texts: Texts) -> None:
-        """Read all but the last tokens of the texts, after rounds without guesses."""
+        """Read all but the last tokens of the texts: at first, and after rounds without guesses."""
+        if not self.reader.lengths:
+            self.reader.read_prompt(*_rectangle([text[:-1] for text in texts], self.reader.model.device))
         behind = self._unread(texts)
         if behind > 2:
             unread = [text[-behind:-1] for text in texts]
@@ -118,7 +137,16 @@ class ModelDrafter:
 
     def select(self, rows: Sequence[int]) -> None:
         """Only these rows go on."""
-        self.reader.select(rows)
+        if self.reader.lengths:
+            self.reader.select(rows)
+
+
+def _rectangle(texts: Texts, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, `[B, T]`, with padding on the left."""
+    width = max(map(len, texts))
+    ids = [[0] * (width - len(text)) + list(text) for text in texts]
+    mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 class LookupDrafter:
@@ -126,11 +154,17 @@ class LookupDrafter:
 
     passes = 0
     by_row = True
+    models: Sequence[PreTrainedModel] = ()
 
     def __init__(self, longest: int = 3) -> None:
         """`longest`: the most tokens that are compared."""
         self._longest = longest
         self._index: list[NgramIndex] = []
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """Lookup of runs so long."""
+        return "lookup", self._longest
 
     def start(self, input_ids_BT: Tensor, mask_BT: Tensor | None, rules: ScoreRules) -> None:
         """An index per row."""

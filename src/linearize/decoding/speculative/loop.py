@@ -14,10 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from linearize.decoding.speculative.auto import pace_of
 from linearize.decoding.speculative.checks import check_input, check_vocabularies
-from linearize.decoding.speculative.chooser import Chooser, Round, chooser
+from linearize.decoding.speculative.chooser import Chooser, Round, check_draft_tokens
 from linearize.decoding.speculative.drafters import Drafter, ModelDrafter
+from linearize.decoding.speculative.experience import Experience, remembered
 from linearize.decoding.speculative.graphs import reader_for
+from linearize.decoding.speculative.products import Pack, Products, check_pack
 from linearize.decoding.speculative.reader import Reader
 from linearize.decoding.speculative.rows import Rows
 from linearize.decoding.speculative.scores import ScoreRules, score_rules
@@ -37,6 +40,8 @@ def speculate(
     stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
+    pack: Pack = "auto",
+    experience: Experience | None = None,
 ) -> SpeculationResult:
     """Continue prompts with a target and a draft that guesses for it; the text is the target's own.
 
@@ -44,13 +49,16 @@ def speculate(
     or `LookupDrafter()`. `draft_tokens`: guesses per round; `auto`: by costs and acceptance, none where guessing loses.
     `generation_config` (None: the target's) says how tokens are chosen: greedy gives what plain greedy decoding does,
     sampling follows the target's distribution (2211.17192), with a generator of its own seeded with `seed`.
-    `stop_tokens` None: the config's EOS tokens.
+    `stop_tokens` None: the config's EOS tokens. `pack`: fp32 weights on a CPU in the form that reads a few tokens
+    quickest (`packed_projections`); `auto`: once guessing is known to pay, where many tokens may follow. `experience`:
+    what `auto` learns from and adds to (None: what it learned about this target and draft so far).
 
     Raises:
         InputError: before anything is read: sizes, vocabularies, settings such as beams, or a cache that cannot roll
             back.
     """
-    pace = chooser(draft_tokens)
+    check_draft_tokens(draft_tokens)
+    check_pack(pack)
     prompts = check_input(input_ids, attention_mask, max_new_tokens, streamer)
     rules = score_rules(
         target,
@@ -63,10 +71,13 @@ def speculate(
     if isinstance(draft, PreTrainedModel):
         check_vocabularies(target, draft)
         draft = ModelDrafter(draft)
-    run = _Run(
-        reader_for(target, "target"), draft, rules, Rows(prompts, max_new_tokens, rules.stop_tokens), pace, streamer
-    )
-    with torch.inference_mode():
+    if experience is None:
+        experience = remembered(target, draft.source)
+    pace = pace_of(draft_tokens, experience, len(prompts))
+    products = Products([target, *draft.models], pack)
+    rows = Rows(prompts, max_new_tokens, rules.stop_tokens)
+    run = _Run(reader_for(target, "target"), draft, rules, rows, pace, products, streamer)
+    with torch.inference_mode(), products:
         return run.finish(input_ids, attention_mask)
 
 
@@ -80,11 +91,17 @@ class _Run:
         rules: ScoreRules,
         rows: Rows,
         pace: Chooser,
+        products: Products,
         streamer: BaseStreamer | None,
     ) -> None:
         self.target, self.drafter, self.rules, self.rows = target, drafter, rules, rows
         self.pace, self.streamer, self.stats = pace, streamer, SpeculationStats()
-        self.by_row = False
+        self.products = products
+
+    @property
+    def by_row(self) -> bool:
+        """Whether rows may keep different numbers of guesses."""
+        return self.target.by_row and self.drafter.by_row
 
     def finish(self, input_ids: Tensor, mask: Tensor | None) -> SpeculationResult:
         """Read the prompts, then go round until every row has ended."""
@@ -93,7 +110,6 @@ class _Run:
             self.streamer.put(input_ids.cpu())
         logits_B1V = self.target.read_prompt(input_ids, mask)
         self.drafter.start(input_ids, mask, self.rules)
-        self.by_row = self.target.by_row and self.drafter.by_row
         nothing_B0 = input_ids[:, :0]
         self._take(0, *self._verdict(logits_B1V, nothing_B0, None, [[]] * len(self.rows.texts)), nothing_B0.tolist())
         self._wait()
@@ -110,6 +126,7 @@ class _Run:
         return SpeculationResult(self.rows.new, stats)
 
     def _round(self) -> None:
+        self.products.consider(pays=self.pace.pays, room=self.rows.room)
         count = min(self.pace.next(), self.rows.room - 1)
         proposal = None
         if count > 0:
@@ -131,7 +148,7 @@ class _Run:
         last_B1 = torch.tensor([[text[-1]] for text in self.rows.texts], device=self.target.model.device)
         draft_BK, q_BKV = (last_B1[:, :0], None) if proposal is None else proposal
         guesses: list[list[int]] = draft_BK.tolist()
-        logits_BTV = self.target.read(torch.cat([last_B1, draft_BK], dim=1))
+        logits_BTV = self.target.read(torch.cat([last_B1, draft_BK], dim=1), settled=proposal is None)
         kept, following = self._verdict(logits_BTV, draft_BK, q_BKV, guesses)
         return self._take(draft_BK.shape[1], kept, following, guesses)
 

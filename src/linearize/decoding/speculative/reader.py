@@ -33,7 +33,7 @@ class Reader:
         self.model, self.role = model, role
         self.cache: Any = DynamicCache(config=model.config)
         self.passes = 0
-        self.by_row = False
+        self.by_row = all(_keeps_by_row(layer) for layer in self.cache.layers)
         self._mask_BS: Tensor | None = None  # None: every column is a token in every row
         self.lengths: list[int] = []
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -54,10 +54,17 @@ class Reader:
     def read(self, tokens_BT: Tensor, *, settled: bool = False) -> Tensor:
         """Read tokens after those that were read; gives the logits after each, `[B, T, V]`.
 
-        `settled`: they are of the text, and the next `keep` keeps them all.
+        `settled`: they are of the text, and the next `keep` keeps them all: mixers take them into their states at once,
+        as plain decoding does.
         """
         new_BT = None if self._mask_BS is None else torch.ones_like(tokens_BT)
-        return self._forward(tokens_BT, new_BT, prompt=False)
+        mixers = [layer for layer in self.cache.layers if settled and isinstance(layer, MixerCacheLayer)]
+        for layer in mixers:
+            layer.record_past = False
+        logits_BTV = self._forward(tokens_BT, new_BT, prompt=False)
+        for layer in mixers:
+            layer.record_past = True
+        return logits_BTV
 
     def _forward(self, tokens_BT: Tensor, new_BT: Tensor | None, *, prompt: bool) -> Tensor:
         self.passes += 1
