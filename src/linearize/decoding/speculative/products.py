@@ -13,7 +13,7 @@ from linearize.errors import InputError
 from linearize.modeling.packed import packed_projections, turned_projections
 
 Pack = bool | Literal["auto"]
-WORTH = 64  # new tokens from which packing, and making the plain weights again, costs less than it saves
+WORTH = 128  # new tokens from which packing, and making the plain weights again, costs less than it saves
 
 
 class Products:
