@@ -10,14 +10,18 @@ from models import left_padded, text
 from speculation_cases import both_ways, near, plain, target
 
 from linearize.decoding import LookupDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative.products import WORTH, Products
+from linearize.decoding.speculative import products as products_module
+from linearize.decoding.speculative.products import Products
 from linearize.errors import InputError
 from linearize.modeling import packed
+
+WORTH = 12
 
 
 @pytest.fixture(autouse=True)
 def _pack_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "SMALLEST", 100)
+    monkeypatch.setattr(products_module, "WORTH", WORTH)
 
 
 def packs(model: Any) -> list[bool]:
