@@ -23,6 +23,7 @@ def join(arguments: Sequence[str]) -> None:
     """
     if not is_one_of_many():
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stack traces where another process has ended
     from linearize.training.distributed import start
 
     if not start().leads:

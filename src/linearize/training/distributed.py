@@ -134,7 +134,7 @@ def outcome(error: BaseException, code: int) -> tuple[bool, int]:
     """
     if _store is None:
         return True, code
-    store, ranks = _store, dist.get_world_size()
+    store, rank, ranks = _store, dist.get_rank(), dist.get_world_size()
     store.set_timeout(timedelta(seconds=LEAVING_SECONDS))
     with suppress(RuntimeError):
         first = not isinstance(error, FailedElsewhereError) and store.add("linearize/failed", 1) == 1
@@ -145,7 +145,7 @@ def outcome(error: BaseException, code: int) -> tuple[bool, int]:
         stop()
         left = store.add("linearize/left", 1)
         end = time.monotonic() + LEAVING_SECONDS
-        while first and left < ranks and time.monotonic() < end:
+        while (first or rank == 0) and left < ranks and time.monotonic() < end:  # rank 0 may hold the store
             time.sleep(0.05)
             left = store.add("linearize/left", 0)
         return first, code

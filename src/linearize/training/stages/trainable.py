@@ -51,8 +51,7 @@ def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[st
 
 def _memory(tensor: Tensor) -> int:
     """What tells memory from other memory; sharded weights are never shared between trees by it."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or id(tensor)
+    return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def recompute_blocks(student: LinearizedForCausalLM, wanted: bool) -> None:
