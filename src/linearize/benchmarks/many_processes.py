@@ -24,6 +24,7 @@ import yaml
 from linearize.benchmarks.timing import SEED, parser, publish, random_llama
 
 STEPS, BATCH, LENGTH = 50, 4, 64
+PARTS = ("losses", "kills", "memory")
 COMMON = {"tokens": STEPS * BATCH * LENGTH, "batch": BATCH, "evaluate_every": 10, "precision": "fp32"}
 RECIPES: dict[str, dict[str, Any]] = {
     "between": {
@@ -146,8 +147,9 @@ def measured(words: Sequence[str]) -> list[int]:
                 status = Path(f"/proc/{rank}/status").read_text(encoding="utf-8")
             except OSError:
                 continue
-            lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM")]
-            peaks |= {rank: int(line[1]) * 1024 for line in lines}
+            for line in status.splitlines():
+                if line.startswith("VmHWM"):
+                    peaks[rank] = int(line.split()[1]) * 1024
     assert process.returncode == 0, "the conversion failed"
     return [peaks[rank] for rank in sorted(peaks)]
 

@@ -1,0 +1,132 @@
+"""Weights shared out over two processes: outputs and gradients as of whole ones, one copy for teacher and student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from many import together
+from models import mixer, student_of, text, tiny
+from torch import Tensor, nn
+
+from linearize.errors import InputError
+from linearize.mixers import MixerConfig
+from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.sharding import (
+    Shards,
+    add_part,
+    decoder_layers,
+    gathered,
+    hand_over,
+    is_sharded,
+    units_of,
+    whole,
+    whole_state,
+)  # fmt: skip
+from linearize.modeling.truncate import truncate
+from linearize.training.distributed import start
+
+IDS = text(2, 11)
+EQUAL = (
+    "student", "base", "teacher", "mixer gradients", "copied", "all gradients", "kept", "changed", "teacher after",
+    "state",
+)  # fmt: skip
+
+
+def models(family: str, draft: bool) -> dict[str, Any]:
+    """A teacher and its student; a draft of two layers goes over a cut teacher."""
+    torch.manual_seed(3)
+    teacher = tiny(family).requires_grad_(False)
+    base = truncate(teacher, [0, 2]) if draft else teacher
+    plan: list[MixerConfig | None] = [mixer("lolcats"), mixer("mamba2")] + ([] if draft else [None])
+    return {"student": student_of(base, plan), "base": base, "teacher": teacher}
+
+
+def largest(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def loss(model: nn.Module) -> Tensor:
+    found: Tensor = model(IDS, labels=IDS, use_cache=False).loss
+    return found
+
+
+def look(family: str, draft: bool) -> dict[str, Any]:
+    """What a rank sees; differences are from the same models whole."""
+    group, expected = start(), models(family, draft)
+    given = group.share(lambda: models(family, draft))
+    student, teacher, base = given["student"], given["teacher"], given["base"]
+    found: dict[str, Any] = {"meta": {p.device.type for p in student.parameters()}}
+    shards = Shards(torch.device("cpu"))
+    shards.place([student, base, teacher])
+    hand_over(student, shards)
+    named, before = dict(student.named_parameters()), dict(expected["student"].named_parameters())
+    found["held"] = sum((p.to_local() if is_sharded(p) else p).numel() for p in named.values())
+    found["whole"] = sum(p.numel() for p in before.values())
+    found["loans"] = len(shards.loans)
+    with torch.no_grad():
+        for name, model in given.items():
+            found[name] = largest(model(IDS).logits, expected[name](IDS).logits)
+    found["mixer gradients"] = gradients(student, expected["student"], ".mixer.")
+    unit, wanted = units_of(student)[0], units_of(expected["student"])[0]
+    with whole(unit):
+        found["copied"] = largest(next(unit.parameters()), next(wanted.parameters()))
+    shards.separate()
+    found["all gradients"] = gradients(student, expected["student"], "")
+    name, weight = next((name, p) for name, p in named.items() if is_sharded(p))
+    change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    old = add_part(weight, change)
+    found["kept"] = largest(gathered(old), before[name])
+    with torch.no_grad():
+        before[name].add_(change)
+        found["changed"] = largest(student(IDS).logits, expected["student"](IDS).logits)
+        found["teacher after"] = largest(teacher(IDS).logits, models(family, draft)["teacher"](IDS).logits)
+    state = whole_state(student)
+    saved = expected["student"].state_dict()
+    found["state"] = max((largest(value, saved[key]) for key, value in state.items()), default=0.0)
+    return found | {"names": len(state), "expected names": len(before)}
+
+
+def gradients(model: nn.Module, expected: nn.Module, part: str) -> float:
+    """The largest difference of a gradient; those of sharded weights are sums over the ranks."""
+    for one in (model, expected):
+        one.zero_grad()
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(part in name and parameter.is_floating_point())
+        loss(one).backward()
+    worst, wanted = 0.0, dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (wanted[name].grad is None), name
+        if parameter.grad is not None:
+            ranks = 2 if is_sharded(parameter) else 1
+            worst = max(worst, largest(gathered(parameter.grad) / ranks, wanted[name].grad))
+            assert wanted[name].grad.abs().max() > 0
+    return worst
+
+
+@pytest.mark.parametrize(("family", "draft"), [("llama", False), ("gpt2", False), ("mixtral", False), ("qwen3", True)])
+def test_outputs_and_gradients_are_those_of_whole_weights(family: str, draft: bool) -> None:
+    for rank, found in enumerate(together(2, look, family, draft)):
+        assert found is not None, "a rank died"
+        assert found["meta"] == ({"cpu"} if rank == 0 else {"meta"})
+        assert found["held"] < 0.85 * found["whole"] and found["loans"] >= 4
+        for key in EQUAL:
+            assert found[key] < 1e-6, key
+        assert found["names"] == (found["expected names"] if rank == 0 else 0)
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    model = tiny("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(InputError, match="its 7 layers do not lie in one list"):
+        decoder_layers(model)
+
+
+def test_units_are_attention_and_mlp_without_the_mixers() -> None:
+    student: LinearizedForCausalLM = student_of(tiny("llama"), [mixer("lolcats"), mixer("mamba2"), None])
+    names = {id(module): name for name, module in student.lm.named_modules()}
+    assert [names[id(unit)] for unit in units_of(student)] == [
+        "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.self_attn",
+        "model.layers.2.mlp",
+    ]  # fmt: skip
