@@ -11,6 +11,7 @@ import yaml
 from many import command, together
 from safetensors.torch import load_file
 from test_evaluation_outputs import tiny_llama, tiny_tokenizer
+from torch import Tensor
 
 STAGE = {"tokens": 4 * 64 * 3, "batch": 4, "lr": 0.003, "evaluate_every": 2, "precision": "fp32"}
 BETWEEN: dict[str, Any] = {
@@ -26,12 +27,13 @@ BETWEEN: dict[str, Any] = {
             "gradient_checkpointing": True,
         },
         {"name": "distill", **STAGE, "train": "no_mlp", "kl": 1.0, "old_lr_scale": 0.5},
+        {"name": "lowrank", **STAGE, "merge": False, "targets": ["q", "down_proj"]},
     ],
 }  # fmt: skip
 WHOLE: dict[str, Any] = {
     **BETWEEN,
     "plan": {
-        "mixer": {"name": "mamba2"},
+        "mixer": {"name": "mamba2", "initialise": "calibrate"},
         "layers": "all",
         "schedule": {"kind": "progressive", "replaced": [0.34, 1.0]},
     },
@@ -62,6 +64,14 @@ def argv(folder: Path, recipe: str, out: str, *more: str) -> list[str]:
     return ["convert", str(folder / "teacher"), *data, "--out", str(folder / out), "--device", "cpu", *more]
 
 
+def all_weights(student: Path) -> dict[str, Tensor]:
+    """Those of the student, and of adapters kept beside them."""
+    found: dict[str, Tensor] = {}
+    for path in student.rglob("*.safetensors"):
+        found |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+    return found
+
+
 def differences(one: Path, other: Path) -> dict[str, float]:
     """The largest differences of all losses by stage, of the report's figures, and of the weights."""
     found: dict[str, float] = {}
@@ -77,7 +87,7 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     for moment, errors in a["layer_error"].items():
         found[f"layer error {moment}"] = max(abs(p - q) for p, q in zip(errors, b["layer_error"][moment], strict=True))
     assert (a["ablation"] is None) == (b["ablation"] is None)
-    weights, others = (load_file(path / "model.safetensors") for path in (one, other))
+    weights, others = (all_weights(path) for path in (one, other))
     assert weights.keys() == others.keys()
     found["weights"] = max(float((weights[name] - others[name]).abs().max()) for name in weights)
     return found
