@@ -122,7 +122,7 @@ def test_other_commands_are_for_one_process(folder: Path) -> None:
     ("change", "expected"),
     [
         ({"batch": 4}, "stages.0: batch 4 of hidden_alignment does not divide by 3 processes"),
-        ({"batch": 6, "block": 1}, "block is not for torchrun"),
+        ({"batch": 6, "block": 1}, "block needs --stream under torchrun"),
         ({"name": "sft", "data": "x.jsonl", "keep_best": False}, "stages.0: sft runs in one process"),
     ],
 )

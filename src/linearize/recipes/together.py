@@ -41,8 +41,8 @@ def check_together(recipe: Recipe, group: Group) -> None:
             )
         if getattr(stage, "block", None) is not None:
             raise InputError(
-                f"stages.{number}: {stage.name} with block is not for torchrun: start the same command with `--blocks "
-                "all` in as many processes as there are, without torchrun; they share out the blocks"
+                f"stages.{number}: {stage.name} with block needs --stream under torchrun, where every process reads "
+                "the blocks that it trains; or set block to null"
             )
         if stage.batch % group.ranks:
             raise InputError(

@@ -29,6 +29,7 @@ from linearize.modeling.statistics import attention_samples
 from linearize.modeling.streaming import StreamedBlocks
 from linearize.recipes.preparation import EVALUATION_BATCH
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.together import facts
 from linearize.streaming.options import BlockOptions, check_options, parse_blocks
 from linearize.streaming.papers import write_papers
 from linearize.streaming.preparation import StreamPrepared, prepare_stream
@@ -80,6 +81,7 @@ def convert_streamed(
     check_apart(final, str(teacher), *specs)
     work = work_folder(final)
     group = start()
+    group.agree(facts(str(teacher), specs, {"recipe": chosen.model_dump(mode="json")}, final))
     lock = output_lock(final, shared=options.only is not None) if group.leads else nullcontext()
     with lock, writing("what the conversion keeps", final.parent):
         if group.leads:
