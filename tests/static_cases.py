@@ -49,12 +49,26 @@ def guesses(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Ten
         yield width, torch.rand(expected.shape[0], width, generator=generator) < 0.7
 
 
-def verified(step: StaticStep, ids: Tensor, mask: Tensor, expected: Tensor, seed: int = 0) -> set[tuple[int, ...]]:
-    """Go through the expected tokens with guesses right and wrong, rows keeping different numbers, and compare.
+def logits_after(model: Any, ids: Tensor, mask: Tensor, expected: Tensor) -> list[Tensor]:
+    """Of each row, the logits after its prompt and after each of its expected tokens, read at once and alone."""
+    found = []
+    for row, live, more in zip(ids, mask.bool(), expected, strict=True):
+        whole = torch.cat([row[live], more])[None]
+        with torch.no_grad():
+            found.append(model(whole).logits[0, int(live.sum()) - 1 :])
+    return found
+
+
+def verified(
+    step: StaticStep, ids: Tensor, mask: Tensor, expected: Tensor, seed: int = 0, tolerance: float = 1e-3
+) -> set[tuple[int, ...]]:
+    """Go through the expected tokens with guesses right and wrong, rows keeping different numbers, and compare tokens
+    and logits.
 
     Gives the combinations of widths and kept tokens that came up.
     """
     rows, count = expected.shape
+    due_logits = logits_after(step.model, ids, mask, expected)
     padded = torch.cat([expected, torch.full((rows, step.width + 1), 5)], dim=1)
     assert torch.equal(step.prefill(ids, mask)[:, -1].argmax(-1), expected[:, 0])
     at, kept, seen = [0] * rows, [0] * rows, set()
@@ -62,12 +76,15 @@ def verified(step: StaticStep, ids: Tensor, mask: Tensor, expected: Tensor, seed
         truth = torch.stack([padded[row, start : start + width] for row, start in enumerate(at)])
         right[:, 0] = True  # the first token is the target's own
         tokens = torch.where(right, truth, (truth + 1) % 50 + 3)
-        best = step.step(tokens, kept).argmax(-1)
+        logits = step.step(tokens, kept)
+        best = logits.argmax(-1)
         kept = right.long().cumprod(1).sum(1).tolist()
         seen.add((width, *kept))
         for row, (start, stays) in enumerate(zip(at, kept, strict=True)):
             due = expected[row, start + 1 : start + 1 + stays]
             assert torch.equal(best[row, : len(due)], due), f"row {row} from token {start} on"
+            exact = due_logits[row][start + 1 : start + 1 + len(due)]
+            torch.testing.assert_close(logits[row, : len(due)], exact, rtol=0, atol=tolerance)
         at = [min(start + stays, count) for start, stays in zip(at, kept, strict=True)]
         if min(at) >= count - 1:
             return seen

@@ -81,10 +81,6 @@ class Layout:
         found: bool = self.memo["gaps"]
         return found
 
-    def any(self, mask: Tensor) -> bool:
-        """Whether any of `mask` is true; a static layout says yes without looking."""
-        return self.tail is not None or bool(mask.any())
-
     def part(self, start: int, stop: int) -> Layout:
         """The layout of the tokens `start` to `stop`."""
         key = ("part", start, stop)

@@ -19,7 +19,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear.spec import WindowLinear, divide, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import Slots, gather_slots, next_state
-from linearize.ops.window_linear.window import in_window
+from linearize.ops.window_linear.window import in_window, most_leaving
 
 
 def reference(
@@ -42,15 +42,33 @@ def reference(
     dtype = state_dtype(q_BHUD)
     value = with_ones(v.to(dtype))
     weights, scale = _window_weights(q_BHUD, k, near, spec)
-    if spec.has_linear and layout.any(far):
+    static = layout.tail is not None
+    if spec.has_linear and not static and bool(far.any()):
         a = spec.features_q(q_BHUD) @ spec.features_k(k).transpose(-1, -2)
         weights = weights + scale * (a.to(dtype) * far[:, None])
     groups = k.shape[1]
     total = (weights.unflatten(1, (groups, -1)) @ value[:, :, None]).flatten(1, 2)
+    if spec.has_linear and static:
+        total = total + scale * _beyond(q_BHUD, slots, spec)
     if spec.has_linear and state is not None and state.memory_BHFV is not None:
         recalled = spec.features_q(q_BHUD).to(dtype) @ state.memory_BHFV
         total = total + scale * recalled * carried[:, None, :, None]
     return divide(total).to(q_BHUD.dtype), next_state(slots, layout, state, spec) if need_state else None
+
+
+def _beyond(q_BHUD: Tensor, slots: Slots, spec: WindowLinear) -> Tensor | int:
+    """The linear term of keys that are in no state yet and beyond the window of some query, `[B, H, U, V + 1]`, where
+    the layout is static: of as many as there may be."""
+    tokens, groups = slots.new_position.shape[1], slots.k_BGSD.shape[1]
+    size = most_leaving(tokens - 1, spec.window, spec.shape) if spec.window else tokens
+    if size == 0:
+        return 0
+    k, v, position = slots.unfolded(size, spec)
+    query, key = slots.new_position[:, tokens - q_BHUD.shape[2] :, None], position[:, None]
+    far = (key <= query) & (key >= spec.num_sinks) & ~in_window(query, key, spec.window, spec.shape)
+    dtype = state_dtype(q_BHUD)
+    a = (spec.features_q(q_BHUD) @ spec.features_k(k).mT).to(dtype) * far[:, None]
+    return (a.unflatten(1, (groups, -1)) @ with_ones(v.to(dtype))[:, :, None]).flatten(1, 2)
 
 
 def _with_sinks(

@@ -16,7 +16,7 @@ from torch import Tensor
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.window import fold_boundary, ring_slots
+from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,14 @@ class Slots:
     follow: Tensor
     carried_origin: Tensor
     num_past: int
+
+    def unfolded(self, size: int, spec: WindowLinear) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v `[B, G, N, .]` and positions `[1 or B, N]` of the `size` tokens of the carried document that are to be
+        folded next; those that are not there yet are some other token's."""
+        first = fold_boundary(self.follow, spec.window, spec.shape)
+        position = first + torch.arange(min(size, self.k_BGSD.shape[2]), device=first.device)
+        index = (position + self.carried_origin).expand(self.k_BGSD.shape[0], -1)
+        return take_slots(self.k_BGSD, index), take_slots(self.v_BGSV, index), position
 
 
 def gather_slots(
@@ -188,7 +196,10 @@ def _ragged(slots: Slots, layout: Layout, state: WindowLinearState | None, spec:
         fold = (origin == current[:, None]) & (position >= spec.num_sinks) & (position < boundary[:, None])
         if memory is not None:
             memory = memory * same[:, None, None, None].to(memory.dtype)
-        if memory is None or layout.any(fold):
+        if layout.tail is not None:
+            k, v, leaving = slots.unfolded(most_leaving(slots.new_position.shape[1], spec.window, spec.shape), spec)
+            memory = _fold(k, v, (leaving >= spec.num_sinks) & (leaving < boundary[:, None]), memory, spec)
+        elif memory is None or bool(fold.any()):
             memory = _fold(slots.k_BGSD, slots.v_BGSV, fold, memory, spec)
     capacity = min(ring_slots(spec.window, spec.shape), num_slots)
     ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=slot.device)

@@ -33,6 +33,11 @@ def fold_boundary(next_position: Position, window: int, shape: WindowShape) -> P
     return max(start, 0) if isinstance(start, int) else start.clamp(min=0)
 
 
+def most_leaving(num_tokens: int, window: int, shape: WindowShape) -> int:
+    """The most positions that `fold_boundary` passes while so many tokens come."""
+    return window * -(-num_tokens // window) if window and shape == "terraced" else num_tokens
+
+
 def ring_slots(window: int, shape: WindowShape) -> int:
     """The most tokens that can wait in the ring before they are folded."""
     if window == 0:
