@@ -16,6 +16,7 @@ CASES = [
     "gain, sliding, shared, dead, fp16",
     "hedgehog, terraced, fp16",
     "t2r, sliding, documents",
+    "exp, sliding, jumps",
     "exp, terraced, fresh",
     "elu, no window, documents",
     "window of one",
@@ -30,8 +31,8 @@ def results() -> dict[str, dict[str, float]]:
 
 
 def judge(found: dict[str, float], dtype: str) -> None:
-    """Outputs at most twice as far off as the PyTorch road (or a rounding), sums to fp32, keys and values equal."""
-    assert found["y"] <= max(2 * found["torch"], ROUNDING[dtype]), found
+    """Outputs to a rounding, at most twice as far off as the PyTorch road; sums to fp32, keys and values equal."""
+    assert found["y"] <= ROUNDING[dtype] and found["y"] <= max(2 * found["torch"], 5e-7), found
     assert found["state"] <= 5e-6 and found["rows"] == 0, found
 
 
@@ -64,11 +65,3 @@ def test_each_branch_can_be_asked_for_alone(results: dict) -> None:
 def test_mixers_and_operation_take_their_kernels_by_name(results: dict) -> None:
     found = case(results, "dispatched")
     assert set(found) == {"window", "mamba", "mamba2", "gated_delta_net"} and max(found.values()) < 5e-6
-
-
-@needs_triton
-def test_it_builds_for_gpus_that_are_not_here() -> None:
-    quick = ["--arch", "80", "90", "100", "--dtype", "bfloat16", "--head-dim", "16", "--only", "window + linear"]
-    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, interpret=False))
-    assert [row["arch"] for row in rows] == [80, 90, 100]
-    assert all(row["kernel"] == "window_kernel" and row["cubin_bytes"] > 0 for row in rows)

@@ -25,6 +25,7 @@ from linearize.ops.triton.window import window_linear_steps
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, use_form, window_linear
 from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.reference import reference
+from linearize.ops.window_linear.window import fold_boundary
 
 H, G, D, V, C = 2, 1, 6, 5, 3
 HEADS = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=7)
@@ -33,6 +34,8 @@ PAST, TAIL = 10, 3
 DEAD = torch.tensor([[10, 11, -1, 12, 13, -1], [10, -1, -1, 11, 12, 13]])
 # A document opens in the tail of row 0 and among the new tokens of row 1.
 DOCUMENTS = torch.tensor([[10, 0, 1, 2, 3, 4], [10, 11, 12, 13, 0, 1]])
+# The same, where the new document does not begin at position 0.
+JUMPS = torch.tensor([[10, 11, 5, 6, 7, 8], [10, 11, 12, 13, 4, 5]])
 
 
 def some(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,14 +79,16 @@ def truth(
     ys, states = [], []
     for b in range(position.shape[0]):
         here = None if state is None else state.map_batch(lambda x, b=b: x[b : b + 1])
-        start = 0 if here is None else int(here.next)
-        y, kept = torch.zeros(1, H, position.shape[1], V, dtype=qkv[0].dtype), here
+        y, kept, follow = torch.zeros(1, H, position.shape[1], V, dtype=qkv[0].dtype), here, PAST
         for t in range(position.shape[1]):
             at = int(position[b, t])
             if at >= 0:
-                here, start = (None, 0) if at == 0 else (here, start)
-                one = [x[b : b + 1, :, t : t + 1] for x in qkv]
-                y[:, :, t : t + 1], here = reference(*one, spec=spec, layout=Layout(at), state=here)
+                here, follow = here if at == follow else None, at + 1
+                one, where = (
+                    [x[b : b + 1, :, t : t + 1] for x in qkv],
+                    Layout(position_BT=position[b : b + 1, t : t + 1]),
+                )
+                y[:, :, t : t + 1], here = reference(*one, spec=spec, layout=where, state=here)
             kept = here if t + 1 == commit else kept
         ys.append(y)
         states.append(kept)
@@ -103,12 +108,15 @@ def unrolled(state: WindowLinearState, b: int) -> dict[str, Tensor]:
     }
 
 
-def state_gaps(found: WindowLinearState, states: list[Any]) -> dict[str, float]:
+def state_gaps(found: WindowLinearState, states: list[Any], spec: WindowLinear) -> dict[str, float]:
+    """Of the sums, and of the rows that are still in the window (a ring may have dead slots in front)."""
     gaps = {"state": 0.0, "rows": 0.0}
     for b, expected in enumerate(states):
         mine, right = unrolled(found, b), unrolled(expected, 0)
-        for name in ("k", "v"):  # the ring of a ragged state may have dead slots in front
-            mine[name] = mine[name][:, mine[name].shape[1] - right[name].shape[1] :]
+        following = int(right["next"])
+        held = min(following - fold_boundary(following, spec.window, spec.shape), right["k"].shape[1])
+        for state in (mine, right):
+            state["k"], state["v"] = (state[n][:, state[n].shape[1] - held :] for n in ("k", "v"))
         gaps["state"] = max(gaps["state"], gap(mine["memory"], right["memory"]))
         gaps["rows"] = max(gaps["rows"], *(gap(mine[n], right[n]) for n in ("k", "v", "sink_k", "sink_v", "next")))
     return gaps
@@ -148,7 +156,7 @@ def case(
     if in_place:
         found["in_place"] = float(after is held)
         after = after.state(spec)
-    return found | (state_gaps(after, states) if commit else {"state": 0.0, "rows": float(after is not state)})
+    return found | (state_gaps(after, states, spec) if commit else {"state": 0.0, "rows": float(after is not state)})
 
 
 @torch.no_grad()
@@ -231,6 +239,7 @@ def cases() -> dict[str, Callable[[], dict[str, float]]]:
         ),
         "hedgehog, terraced, fp16": lambda: case(make_spec(3, "terraced", "hedgehog"), dtype=torch.float16, commit=5),
         "t2r, sliding, documents": lambda: case(make_spec(3, "sliding", "t2r", num_sinks=1), position=DOCUMENTS),
+        "exp, sliding, jumps": lambda: case(make_spec(3, "sliding", "exp"), position=JUMPS),
         "exp, terraced, fresh": lambda: case(make_spec(1, "terraced", "exp", num_sinks=1), fresh=True),
         "elu, no window, documents": lambda: case(make_spec(0, "sliding", "elu"), position=DOCUMENTS),
         "window of one": lambda: case(make_spec(1, "sliding", None, num_sinks=1), position=DEAD),

@@ -1,94 +1,131 @@
 """The multi-step kernels on a GPU, against the PyTorch road through the same mixer and against one token at a time.
 
-For each mixer, from one state: advance over `--tail` accepted tokens and give the outputs of K new ones. `kernel`: one
-launch between the projections. `unfused`: the same by the mixer's PyTorch operations, as two calls (tail, then new
-tokens). `single`: K launches of one token each. Projections are left out of `kernel` and `single`; `unfused` has them,
-and `projections` tells what they cost.
+For each mixer, from one state: advance over `--tail` accepted tokens and give the outputs of K new ones, between the
+projections. `kernel`: one launch. `unfused`: the same by the operations of the mixer, each in PyTorch. `single`: K
+launches of one token each; `in_place`: the same with ring and state written where they are (window mixers: decode).
+`projections`: what they cost besides.
+
+With `--interpret` the kernels run on CPU tensors in Triton's interpreter, at a small size: everything is run, and the
+times mean nothing.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from linearize.benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS, AttentionShape
+from linearize.ops.layer_steps import use_form as use_layer_form
 from linearize.ops.layout import Layout
 from linearize.ops.triton import has_triton
+from linearize.ops.window_linear import use_form as use_window_form
 
-MIXER_NAMES = ("mamba2", "gated_delta_net", "mamba")
+LAYER_MIXERS = ("mamba2", "gated_delta_net", "mamba")
+WINDOW_MIXERS = ("lolcats", "sliding_window")
+PAST = 300  # tokens read before: more than any window here holds
 INNER = 20  # runs between two readings of the clock: one is too short for it
+SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "tail": 1, "tokens": [1, 2], "repeats": 1, "window": 2}
+Run = Callable[[], Any]
 
 
-def kernel_of(mixer: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """A mixer's kernel with the mixer's parameters: takes raw inputs, `memory`, `taps_BPC` and the rest by keyword."""
-    from linearize.ops.triton.fused_heads import HeadSizes, gated_delta_net_steps, mamba2_steps
-    from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Rows, tokens before, accepted tokens, new tokens."""
 
-    shape, repeat = mixer.shape, mixer.config.repeat
-    heads = {"heads": shape.num_heads, "groups": shape.num_kv_heads, "repeat": repeat}
-    given: dict[str, Any] = {"conv_weight_CW": mixer.conv_weight}
-    if mixer.config.name == "mamba":
-        sizes = ChannelSizes(head_dim=shape.head_dim, state_dim=mixer.state_dim, **heads)
-        given |= {"conv_bias_C": mixer.conv_bias, "dt_bias_E": mixer.dt_bias, "A_log_EN": mixer.A_log, "D_E": mixer.D}
-        return partial(mamba_steps, sizes=sizes, **given)
-    given |= {"sizes": HeadSizes(key_dim=shape.head_dim, value_dim=shape.value_dim, **heads), "eps": shape.norm_eps}
-    given |= {"dt_bias_H": mixer.dt_bias, "A_log_H": mixer.A_log}
-    if mixer.config.name == "mamba2":
-        given |= {"conv_bias_C": mixer.conv_bias, "D_H": mixer.D, "norm_weight": mixer.norm_weight}
-        return partial(mamba2_steps, **given)
-    return partial(gated_delta_net_steps, norm_weight_V=mixer.norm_weight, **given)
+    batch: int
+    past: int
+    tail: int
+    new: int
 
 
-def project(mixer: Any, hidden_BTM: Tensor) -> tuple[Tensor, ...]:
-    """What the kernel takes."""
-    if mixer.config.name == "mamba":
-        return mixer.in_proj(hidden_BTM), mixer.dt_proj(mixer.dt_in(hidden_BTM))
-    if mixer.config.name == "mamba2":
-        return (mixer.in_proj(hidden_BTM),)
-    return tuple(m(hidden_BTM) for m in (mixer.qkv_proj, mixer.decay_proj, mixer.beta_proj, mixer.gate_proj))
-
-
-def runs_of(mixer: Any, batch: int, tail: int, new: int, device: torch.device, graphs: bool) -> dict[str, Any]:
-    """The things to time, each `INNER` times over."""
+def layer_runs(mixer: Any, sizes: Sizes, device: torch.device) -> dict[str, Run]:
+    """What to time of a layer mixer."""
+    tail, tokens = sizes.tail, sizes.tail + sizes.new
     weight = mixer.out_proj.weight
-    hidden = torch.randn(batch, tail + new, mixer.shape.model_dim, device=device, dtype=weight.dtype)
-    kernel, raw = kernel_of(mixer), project(mixer, hidden)
-    _, state = mixer(hidden, layout=Layout())
-    held = {"memory": state.memory, "taps_BPC": state.taps}
-    layout = Layout(start=tail + new)
-
-    def fused() -> Any:
-        return kernel(*raw, layout=layout, commit=tail, outputs=new, memory_out=state.memory.clone(), **held)
+    hidden = torch.randn(sizes.batch, sizes.past + tokens, mixer.shape.model_dim, device=device, dtype=weight.dtype)
+    _, state = mixer(hidden[:, : sizes.past], layout=Layout())
+    hidden, raw = hidden[:, sizes.past :], mixer.project(hidden[:, sizes.past :])
+    layout = Layout(start=sizes.past)
+    options: dict[str, Any] = {"layout": layout, "state": state, "commit": tail, "outputs": sizes.new}
+    options["need_state"] = True
 
     def single() -> None:
-        memory, taps = state.memory.clone(), state.taps
-        for t in range(new):
-            one = [x[:, t : t + 1] for x in raw]
-            _, memory, taps = kernel(*one, layout=layout, memory=memory, taps_BPC=taps, memory_out=memory)
+        after = mixer.advance(*(x[:, :tail] for x in raw), layout=layout, state=state) if tail else state
+        for t in range(tail, tokens):
+            one, at = [x[:, t : t + 1] for x in raw], Layout(start=sizes.past + t)
+            _, after = mixer.by_kernel(*one, layout=at, state=after, need_state=True, commit=1, outputs=1)
 
     def unfused() -> Any:
-        after = mixer(hidden[:, :tail], layout=layout, state=state)[1] if tail else state
-        return mixer(hidden[:, tail:], layout=Layout(start=tail), state=after, need_state=False)
+        return mixer.by_operations(*raw, **options)
 
-    found = {"kernel": fused, "single": single, "unfused": unfused, "projections": lambda: project(mixer, hidden)}
-    return {name: _repeated(_graphed(run) if graphs else run) for name, run in found.items()}
+    return {
+        "kernel": lambda: mixer.by_kernel(*raw, **options),
+        "single": single,
+        "unfused": _forced("operations", unfused),
+        "projections": lambda: mixer.project(hidden),
+    }
 
 
-def _repeated(run: Callable[[], Any]) -> Callable[[], None]:
+def window_runs(mixer: Any, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
+    """What to time of a window mixer; k and v are given, so that there are no projections."""
+    from linearize.ops.triton.window import window_linear_steps
+    from linearize.ops.window_linear.buffers import WindowBuffers
+
+    shape, tail, tokens = mixer.shape, sizes.tail, sizes.tail + sizes.new
+    widths = ((shape.num_heads, shape.head_dim), (shape.num_kv_heads, shape.head_dim))
+    many = [
+        torch.randn(sizes.batch, heads, sizes.past + tokens, dim, device=device, dtype=dtype)
+        for heads, dim in (*widths, (shape.num_kv_heads, shape.value_dim))
+    ]
+    scaling = shape.head_dim**-0.5
+    _, state = mixer(*(x[:, :, : sizes.past] for x in many), scaling=scaling, layout=Layout())
+    q, k, v = (x[:, :, sizes.past :] for x in many)
+    spec = mixer.spec(scaling=scaling, softcap=None, branch="both")
+    buffers = WindowBuffers.of(state, spec, most=1)
+    layout, options = Layout(start=sizes.past), {"scaling": scaling, "state": state, "commit": tail}
+
+    def call() -> Any:
+        return mixer(q[:, :, tail:], k, v, layout=layout, **options)
+
+    def one_by_one(held: Any) -> None:
+        for t in range(tokens):
+            one = [x[:, :, t : t + 1] for x in (q, k, v)]
+            _, held = window_linear_steps(*one, spec=spec, layout=Layout(start=sizes.past + t), state=held)
+
+    return {
+        "kernel": _forced("triton", call),
+        "single": lambda: one_by_one(state),
+        "in_place": lambda: one_by_one(buffers),
+        "unfused": _forced("reference", call),
+    }
+
+
+def _forced(form: str, run: Run) -> Run:
+    def forced() -> Any:
+        force = use_layer_form if form == "operations" else use_window_form
+        with force(form):
+            return run()
+
+    return forced
+
+
+def _repeated(run: Run, times: int) -> Run:
     def many() -> None:
-        for _ in range(INNER):
+        for _ in range(times):
             run()
 
     return many
 
 
-def _graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+def _graphed(run: Run) -> Run:
     """The run as a CUDA graph, so that launches cost what they cost in a captured decoding loop."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -102,7 +139,7 @@ def _graphed(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def measure(options: Any, device: torch.device) -> list[dict[str, Any]]:
+def measure(options: Any, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One row per mixer and K: microseconds of each, and the ratios."""
     shape = AttentionShape(
         num_heads=options.heads,
@@ -111,44 +148,63 @@ def measure(options: Any, device: torch.device) -> list[dict[str, Any]]:
         value_dim=options.head_dim,
         model_dim=options.heads * options.head_dim,
     )
+    inner = 1 if options.interpret else INNER
     rows = []
-    for name in MIXER_NAMES:
+    for name in options.mixers:
         torch.manual_seed(SEED)
-        mixer: Any = MIXERS[name]().build(shape).to(device, torch.bfloat16).requires_grad_(False)
+        config = {"window": options.window} if name in WINDOW_MIXERS else {}
+        mixer: Any = MIXERS[name](**config).build(shape).to(device, dtype).requires_grad_(False)
         for new in options.tokens:
-            runs = runs_of(mixer, options.batch, options.tail, new, device, options.graphs)
-            times = interleaved(runs, options.repeats, warmup=3)
-            micro = {key: 1e6 * timing.lowest / INNER for key, timing in times.items()}
-            rows.append(
-                {
-                    "mixer": name,
-                    "new_tokens": new,
-                    "microseconds": micro,
-                    "speedup_over_unfused": micro["unfused"] / (micro["kernel"] + micro["projections"]),
-                    "speedup_over_single": micro["single"] / micro["kernel"],
-                }
-            )
+            past = 5 * options.window if options.interpret else PAST
+            sizes = Sizes(batch=options.batch, past=past, tail=options.tail, new=new)
+            made = window_runs(mixer, sizes, device, dtype) if config else layer_runs(mixer, sizes, device)
+            runs = {key: _repeated(_graphed(run) if options.graphs else run, inner) for key, run in made.items()}
+            times = interleaved(runs, options.repeats, warmup=0 if options.interpret else 3)
+            micro = {key: 1e6 * timing.lowest / inner for key, timing in times.items()}
+            ratios = {f"speedup_over_{key}": micro[key] / micro["kernel"] for key in ("unfused", "single")}
+            rows.append({"mixer": name, "new_tokens": new, "microseconds": micro, **ratios})
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run and publish; says so in one line where there is no GPU."""
+def arguments(given: Sequence[str] | None) -> Any:
+    """The options; `--interpret` makes those small that were not given."""
     options = parser(__doc__)
+    names = [*LAYER_MIXERS, *WINDOW_MIXERS]
+    options.add_argument("--mixers", nargs="+", choices=names, default=names)
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--heads", type=int, default=32)
     options.add_argument("--kv-heads", type=int, default=8)
     options.add_argument("--head-dim", type=int, default=128)
+    options.add_argument("--window", type=int, default=64, help="of the window mixers")
     options.add_argument("--tail", type=int, default=4, help="accepted tokens that the state has not seen")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8], help="K, new tokens")
     options.add_argument("--graphs", action="store_true", help="time CUDA graphs, without Python's share")
-    chosen = options.parse_args(arguments)
-    if not torch.cuda.is_available() or not has_triton():
-        print("needs a GPU and triton: nothing was measured")
+    options.add_argument("--interpret", action="store_true", help="run everything small, on CPU; times mean nothing")
+    first, _ = options.parse_known_args(given)
+    if first.interpret:
+        options.set_defaults(**SMALL)
+    return options.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run and publish; says so in one line where there is no GPU."""
+    chosen = arguments(given)
+    if chosen.interpret and os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported, by whomever
+        again = [
+            sys.executable,
+            "-m",
+            "linearize.benchmarks.multi_step_gpu",
+            *(sys.argv[1:] if given is None else given),
+        ]
+        sys.exit(subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode)
+    if not has_triton() or not (chosen.interpret or torch.cuda.is_available()):
+        print("needs a GPU and triton: nothing was measured (--interpret runs everything small, without times)")
         return
-    device = torch.device("cuda")
-    rows = measure(chosen, device)
+    device = torch.device("cpu" if chosen.interpret else "cuda")
+    dtype = torch.float32 if chosen.interpret else torch.bfloat16
+    rows = measure(chosen, device, dtype)
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
-    setting |= {"dtype": "bfloat16", "gpu": torch.cuda.get_device_name(device)}
+    setting |= {"dtype": str(dtype), "gpu": None if chosen.interpret else torch.cuda.get_device_name(device)}
     publish("the fused kernel is faster than the unfused road and than K single steps", setting, rows, chosen.out)
 
 
