@@ -22,6 +22,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 ROWS, TOKENS, COMMIT = 2, 9, 4
@@ -41,10 +42,14 @@ class Recorder:
 def recording() -> Any:
     """Inside the `with` block every kernel's launches go to the list given."""
     from linearize.ops.triton import channels, fused_heads, mamba, recurrence, window
+    from linearize.ops.triton.window_chunks import attend, carry, gradients, key_gradients
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     places = [(recurrence, "recurrence_kernel"), (channels, "scan_kernel"), (mamba, "mamba_kernel")]
     places += [(fused_heads, "heads_kernel"), (fused_heads, "norm_kernel"), (window, "window_kernel")]
+    places += [(attend, "attend_kernel"), (gradients, "queries_kernel")]
+    places += [(key_gradients, "keys_kernel"), (carry, "join_kernel")]
+    places += [(carry, "runs_kernel"), (carry, "gradient_runs_kernel")]
     kernels = [getattr(module, name) for module, name in places]
     for (module, name), kernel in zip(places, kernels, strict=True):
         setattr(module, name, Recorder(kernel, launches))
@@ -90,7 +95,7 @@ def calls(dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64) -> dict
         **run,
     }
     scan |= {"conv_weight_CW": some(total, taps), "conv_bias_C": some(total), "dt_bias_E": wide(total)}
-    near = window_calls(dtype, key_dim, value_dim)
+    near = window_calls(dtype, key_dim, value_dim) | chunk_calls(dtype, key_dim)
     shared = (some(ROWS, groups, TOKENS, key_dim), some(ROWS, groups, TOKENS, value_dim))
     return {
         "decay per head": lambda: decay_linear_steps(*qkv, wide(*keys), state=state, norm_eps=1e-5, **run),
@@ -162,6 +167,30 @@ def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, 
     return {"window + linear": call(full, state), "in place": call(full, buffers), "window": call(alone, state)}
 
 
+def chunk_calls(dtype: torch.dtype, head_dim: int) -> dict[str, Callable[[], Any]]:
+    """The kernels over many tokens: LoLCATs as published, forward and backward, from packed documents."""
+    from linearize.mixers import AttentionShape
+    from linearize.mixers.feature_maps import FeatureMap
+    from linearize.ops.triton.window_chunks.run import window_linear_chunks
+    from linearize.ops.window_linear import WindowLinear
+
+    tokens, heads, groups = 5 * 64, 4, 2
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=groups, head_dim=head_dim, value_dim=head_dim, model_dim=heads * head_dim
+    )
+    feature = FeatureMap("hedgehog", shape, min(64, head_dim), "identity")
+    spec = WindowLinear(window=64, shape="terraced", scaling=1.0, feature_q=feature, feature_k=feature)
+    layout = Layout(position_BT=torch.arange(tokens).expand(ROWS, -1) % (tokens - 70))
+
+    def train() -> None:
+        sizes = ((n, tokens, head_dim) for n in (heads, groups, groups))
+        q, k, v = (torch.zeros(ROWS, *size, dtype=dtype, requires_grad=True) for size in sizes)
+        y, _ = window_linear_chunks(q, k, v, spec=spec, layout=layout)
+        y.sum().backward()
+
+    return {"window chunks": train}
+
+
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: int) -> Any:
     """The compiled kernel of one recorded launch for compute capability `arch` (80: 8.0)."""
     import triton
@@ -173,7 +202,8 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: in
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     signature = {name: _type(value) for name, value in named.items()} | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": options["num_warps"]})
+    asked = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=asked)
 
 
 def _type(value: Any) -> Any:

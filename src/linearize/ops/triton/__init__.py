@@ -1,7 +1,8 @@
-"""Multi-step kernels in Triton: from one committed state over the accepted tail and on over the new tokens (2408.15237,
-algorithm 2).
+"""Kernels in Triton. Multi-step ones go from one committed state over the accepted tail and on over the new tokens
+(2408.15237, algorithm 2); `window_chunks/` is for training and prefill.
 
-One launch reads the state once, writes the outputs asked for and the state after `commit` tokens, and nothing between.
+A multi-step launch reads the state once, writes the outputs asked for and the state after `commit` tokens, and nothing
+between.
 Every token is done by the same sums in the same order wherever a call begins and ends, and no kernel is built anew for
 other numbers of tokens, so a text cut anywhere has the same bits (in the interpreter; not yet measured on a GPU).
 Inputs in fp32, fp16 or bf16; sums and state in fp32.
@@ -13,6 +14,7 @@ Inputs in fp32, fp16 or bf16; sums and state in fp32.
 | `heads.py` | convolution, gates, recurrence, gated norm | Mamba-2 and Gated DeltaNet between their projections |
 | `channels.py` | the selective scan as given | Mamba-1 |
 | `mamba.py` | convolution, steps, scan, gate | Mamba-1 between its projections |
+| `window_chunks/` | window, feature maps and folded sum over many tokens, forward and backward | training, prefill |
 | `parts.py`, `window_parts.py`, `launch.py` | what the kernels, and what their callers share | |
 
 Nothing here is imported before a kernel is asked for: `triton` is an extra.
@@ -28,7 +30,7 @@ import torch
 from linearize.ops.forms import Call
 from linearize.ops.pairs import MANY
 
-__all__ = ["MOST_TOKENS", "fla_refuses", "has_fla", "has_triton", "refuses"]
+__all__ = ["MOST_TOKENS", "base_refuses", "fla_refuses", "has_fla", "has_triton", "refuses"]
 
 MOST_TOKENS = 240  # of a call of a fused kernel: a slot of the convolution is a byte
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,12 +50,17 @@ def has_fla() -> bool:
 
 def refuses(call: Call) -> str | None:
     """Why the multi-step kernels do not run a call; None: they do."""
+    if call.device == "cuda" and call.tokens > MANY:
+        return f"more than {MANY} tokens"
+    if call.device == "cuda" and call.gradients:
+        return "gradients are asked for"
+    return base_refuses(call)
+
+
+def base_refuses(call: Call) -> str | None:
+    """Why none of these kernels runs a call, whatever its size."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    if call.tokens > MANY:
-        return f"more than {MANY} tokens"
-    if call.gradients:
-        return "gradients are asked for"
     if torch.compiler.is_compiling():
         return "torch.compile traces the forms in PyTorch"
     if call.dtype not in _DTYPES:

@@ -7,6 +7,7 @@
 | few | `few.py` | U x S | a few tokens without padding: verification of guesses |
 | chunked | `chunked.py` | linear in T | training, prefill |
 | triton | `../triton/window.py` | S, one launch | a few CUDA tokens without gradients; tail and guesses together |
+| triton_chunks | `../triton/window_chunks/` | linear in T | many CUDA tokens: training, prefill |
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
-use_form = DISPATCH.use  # of FORMS, or "triton"
+use_form = DISPATCH.use  # of FORMS, or one of the kernels'
 
 
 def window_linear(
@@ -71,9 +72,11 @@ def window_linear(
             return _steps(q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         if name == "few" and (spec.has_window or spec.has_linear):
             return _in_torch(few, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
+        if name == "triton_chunks" and commit is None and (spec.has_window or spec.has_linear):
+            return _chunks(q_BHUD, k_BGTD, v_BGTV, **options)
         if commit is not None:
             return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
-        form = (FORMS | {"step": step})[name if whole else "reference"]
+        form = (FORMS | {"step": step}).get(name if whole else "reference", chunked)
         form = form if spec.has_window or spec.has_linear else nothing
         return _in_torch(form, q_BHUD, k_BGTD, v_BGTV, **options)
 
@@ -86,6 +89,7 @@ def window_linear(
         gradients=wants_gradients(q_BHUD, k_BGTD, v_BGTV, *_trained(spec)),
         spec=spec,
         cursor=cursor_of(state),
+        widest=max(q_BHUD.shape[3], v_BGTV.shape[3]),
     )
     return DISPATCH.run(call, run)
 
@@ -102,6 +106,14 @@ def _steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState |
 
     with torch.autocast(inputs[0].device.type, enabled=False):
         return window_linear_steps(*inputs, **options)
+
+
+def _chunks(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState | None]:
+    """The kernels over chunks, which are imported when first asked for."""
+    from linearize.ops.triton.window_chunks.run import window_linear_chunks
+
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return window_linear_chunks(*inputs, **options)
 
 
 def _in_torch(

@@ -11,17 +11,20 @@ from linearize.ops.window_linear.few import FEW_TOKENS
 from linearize.ops.window_linear.maps import weights_of
 from linearize.ops.window_linear.spec import WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
+from linearize.ops.window_linear.window import MOST_CHUNK, chunk_of
 
+MOST_HEAD_DIM = 128
 Cursor = Literal["none", "same", "rows"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowCall(Call):
     """A call of the operation: what it computes, and the state before it (`cursor`: none, at the same position in
-    every row, or at one for each)."""
+    every row, or at one for each). `widest`: its largest head dimension."""
 
     spec: WindowLinear
     cursor: Cursor = "none"
+    widest: int = 0
 
 
 def cursor_of(state: WindowLinearState | None) -> Cursor:
@@ -38,6 +41,19 @@ def kernel_refuses(call: WindowCall) -> str | None:
     maps = (call.spec.feature_q, call.spec.feature_k)
     unknown = any(m is not None and weights_of(m) is None for m in maps)
     return "a feature map that the kernel does not know" if unknown else None
+
+
+def chunks_refuse(call: WindowCall) -> str | None:
+    """Why the kernels over chunks do not run a call; None: they do."""
+    if not call.whole or call.layout.gaps():
+        return "tokens without an output, or dead ones between others"
+    if (reason := kernels.base_refuses(call)) is not None:
+        return reason
+    if chunk_of(call.spec.window, call.spec.shape) > MOST_CHUNK:
+        return f"a window whose reach is more than {MOST_CHUNK} tokens"
+    if call.widest > MOST_HEAD_DIM:
+        return f"heads of more than {MOST_HEAD_DIM}"
+    return None
 
 
 def _step_refuses(call: WindowCall) -> str | None:
@@ -62,6 +78,7 @@ DISPATCH = Dispatcher(
         Rule("step", _step_refuses, "one token: nothing is masked"),
         Rule("few", _few_refuses, "a few tokens: past and new keys side by side"),
         Rule("reference", _reference_refuses, "a few tokens, or dead ones among them"),
+        Rule("triton_chunks", chunks_refuse, "many tokens on a GPU: window and sum in one pass", built=True),
         Rule("chunked", never, "many tokens: products of chunks"),
     ],
 )

@@ -54,10 +54,7 @@ def chunked(
     v = alignment.gather(slots.v_BGSV, chunk).transpose(1, 2)
     sinks = None
     if spec.num_sinks and spec.has_window:
-        old = (None, None) if state is None else (state.sink_k_BGND, state.sink_v_BGNV)
-        sinks = tuple(
-            _sinks(x, old_x, slots, alignment, spec) for x, old_x in zip((slots.k_BGSD, slots.v_BGSV), old, strict=True)
-        )
+        sinks = sinks_of(slots, alignment, state, spec)
     memory = None if state is None else state.memory_BHFV
     y_BHAV = _attend(q, k, v, sinks, memory, _masks(alignment, slots, layout, chunk, spec), spec).flatten(2, 3)
     return alignment.scatter(y_BHAV, q_BHTD.shape[2]), next_state(slots, layout, state, spec) if need_state else None
@@ -99,9 +96,17 @@ def _slab_chunks(q_BNHCD: Tensor) -> int:
     return max(1, SLAB // (batch * heads * chunk * max(2 * chunk, 64)))
 
 
+def sinks_of(
+    slots: Slots, alignment: Alignment, state: WindowLinearState | None, spec: WindowLinear
+) -> tuple[Tensor, ...]:
+    """Keys and values of the first tokens of each chunk's document, `[B, N, G, J, D]` and `[B, N, G, J, V]`."""
+    old = (None, None) if state is None else (state.sink_k_BGND, state.sink_v_BGNV)
+    pairs = zip((slots.k_BGSD, slots.v_BGSV), old, strict=True)
+    return tuple(_sinks(x, old_x, slots, alignment, spec) for x, old_x in pairs)
+
+
 def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Alignment, spec: WindowLinear) -> Tensor:
-    """The first tokens of each chunk's document, `[B, N, G, J, D]`: from the state where it holds them, else from the
-    slots."""
+    """One of `sinks_of`: from the state where it holds them, else from the slots."""
     batch, j = x_BGSD.shape[0], torch.arange(spec.num_sinks, device=x_BGSD.device)
     index = spec.num_sinks + alignment.origin_BN[..., None] + j
     old = x_BGSD.new_zeros(*x_BGSD.shape[:2], spec.num_sinks, x_BGSD.shape[3])

@@ -8,6 +8,7 @@ ring, N sinks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
+
+Fold = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, WindowLinear], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,18 +89,27 @@ def _close_gaps(k_BGSD: Tensor, v_BGSV: Tensor, position_BS: Tensor, follow: Ten
     return Slots(k, v, position, slot - position, new, new_origin, follow, past + dead - follow, past)
 
 
-def next_state(slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
+def next_state(
+    slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear, fold: Fold | None = None
+) -> WindowLinearState:
     """Fold what has left the window of the token that would come next, keep the rest.
 
-    Raises nothing; sums are kept in fp32 (fp64 for fp64 inputs).
+    `fold` adds up what leaves (None: in PyTorch). Sums are kept in fp32 (fp64 for fp64 inputs).
     """
+    fold = fold or folded
     if layout.is_plain and (state is None or isinstance(state.next, int)):
-        return next_plain_state(slots.k_BGSD, slots.v_BGSV, slots.num_past, layout.start, state, spec)
-    return _ragged(slots, layout, state, spec)
+        return next_plain_state(slots.k_BGSD, slots.v_BGSV, slots.num_past, layout.start, state, spec, fold)
+    return _ragged(slots, layout, state, spec, fold)
 
 
 def next_plain_state(
-    k_BGSD: Tensor, v_BGSV: Tensor, num_past: int, start: int, state: WindowLinearState | None, spec: WindowLinear
+    k_BGSD: Tensor,
+    v_BGSV: Tensor,
+    num_past: int,
+    start: int,
+    state: WindowLinearState | None,
+    spec: WindowLinear,
+    fold: Fold | None = None,
 ) -> WindowLinearState:
     """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`."""
     following = start + k_BGSD.shape[2] - num_past
@@ -106,7 +118,7 @@ def next_plain_state(
     leaving = slice(min(max(spec.num_sinks - first, 0), boundary - first), boundary - first)
     memory = None if state is None else state.memory_BHFV
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
-        memory = _fold(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
+        memory = (fold or folded)(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
     keep = slice(boundary - first, None)
     k, v = k_BGSD[:, :, keep], v_BGSV[:, :, keep]
     sinks = _plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
@@ -123,7 +135,7 @@ def next_joined_state(
     memory, past = state.memory_BHFV, (state.k_BGRD.to(k_BGTD.dtype), state.v_BGRV.to(v_BGTV.dtype))
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
         gone = [between(*pair, leaving) for pair in zip(past, (k_BGTD, v_BGTV), strict=True)]
-        memory = _fold(gone[0], gone[1], None, memory, spec)
+        memory = folded(gone[0], gone[1], None, memory, spec)
     keep = slice(boundary - first, ring + k_BGTD.shape[2])
     k, v = (between(*pair, keep) for pair in zip(past, (k_BGTD, v_BGTV), strict=True))
     sinks = _plain_sinks(k_BGTD, v_BGTV, 0, state, spec)
@@ -163,7 +175,7 @@ def _plain_sinks(
     return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
 
 
-def _fold(
+def folded(
     k_BGTD: Tensor, v_BGTV: Tensor, weight_BT: Tensor | None, memory: Tensor | None, spec: WindowLinear
 ) -> Tensor:
     """memory + sum over tokens of weight phi_k(k) [v, 1]^T."""
@@ -176,7 +188,9 @@ def _fold(
     return added if memory is None else memory + added
 
 
-def _ragged(slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear) -> WindowLinearState:
+def _ragged(
+    slots: Slots, layout: Layout, state: WindowLinearState | None, spec: WindowLinear, fold: Fold
+) -> WindowLinearState:
     batch, num_slots = slots.k_BGSD.shape[0], slots.k_BGSD.shape[2]
     position, origin = slots.position.expand(batch, -1), slots.origin.expand(batch, -1)
     carried, old_next = slots.carried_origin.expand(batch, 1)[:, 0], slots.follow.expand(batch, 1)[:, 0]
@@ -193,14 +207,14 @@ def _ragged(slots: Slots, layout: Layout, state: WindowLinearState | None, spec:
 
     memory = None if state is None else state.memory_BHFV
     if spec.feature_k is not None:
-        fold = (origin == current[:, None]) & (position >= spec.num_sinks) & (position < boundary[:, None])
+        leaves = (origin == current[:, None]) & (position >= spec.num_sinks) & (position < boundary[:, None])
         if memory is not None:
             memory = memory * same[:, None, None, None].to(memory.dtype)
         if layout.tail is not None:
             k, v, leaving = slots.unfolded(most_leaving(slots.new_position.shape[1], spec.window, spec.shape), spec)
-            memory = _fold(k, v, (leaving >= spec.num_sinks) & (leaving < boundary[:, None]), memory, spec)
-        elif memory is None or bool(fold.any()):
-            memory = _fold(slots.k_BGSD, slots.v_BGSV, fold, memory, spec)
+            memory = fold(k, v, (leaving >= spec.num_sinks) & (leaving < boundary[:, None]), memory, spec)
+        elif memory is None or bool(leaves.any()):
+            memory = fold(slots.k_BGSD, slots.v_BGSV, leaves, memory, spec)
     capacity = min(ring_slots(spec.window, spec.shape), num_slots)
     ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=slot.device)
     k, v = take_slots(slots.k_BGSD, ring), take_slots(slots.v_BGSV, ring)

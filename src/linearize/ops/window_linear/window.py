@@ -43,3 +43,16 @@ def ring_slots(window: int, shape: WindowShape) -> int:
     if window == 0:
         return 0
     return window - 1 if shape == "sliding" else 2 * window - 1
+
+
+MOST_CHUNK = 128  # tokens of a chunk that a program of a kernel holds
+
+
+def chunk_of(window: int, shape: WindowShape) -> int:
+    """Tokens of a kernel's chunk, a power of two: a terraced window's block, so that nothing of two chunks lies beyond
+    the window, or else at least the window's reach."""
+    block = 1 << max(0, window - 1).bit_length()
+    if shape == "terraced" and window >= 64 and block == window:
+        return window
+    reach = window if shape == "sliding" else 2 * window - 1
+    return max(64, 1 << max(0, reach - 1).bit_length())

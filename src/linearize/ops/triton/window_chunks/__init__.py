@@ -1,0 +1,12 @@
+"""Window + linear attention in Triton, forward and backward (`run.py`); imported when a kernel is asked for.
+
+| file | what |
+|---|---|
+| `run.py`, `backward.py` | the operation and its gradients: arguments and launches |
+| `call.py` | what the launches share |
+| `sizes.py` | tiles, and tables of which token stands where |
+| `tiles.py` | tiles of tokens, masks, feature maps |
+| `carry.py` | the folded sum before each run of chunks, and its gradient |
+| `attend.py` | the outputs |
+| `gradients.py`, `key_gradients.py` | gradients of queries, sinks and factors; of keys and values |
+"""

@@ -1,0 +1,141 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Tiles of tokens, masks and feature maps of the window + linear kernels. Triton types the arguments.
+
+Tokens are read through a table: `slot[n C + c]` is the row of k and v (ring, then new tokens) that stands in place c of
+chunk n, -1 for none, so that no document shares a chunk with another and nothing is copied to get there.
+
+Letters: C chunk, D head dimension, V value dimension, F columns of the feature map's weight (its features, or half of
+them).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GIVEN, HEDGEHOG, T2R = 0, 1, 2  # features read from memory, or computed here
+
+
+@triton.jit
+def of_head(x, strides, b, h):
+    """The first row of a head; strides: of batch and head."""
+    return x + b * strides[0] + h * strides[1]
+
+
+@triton.jit
+def chunk_slots(slot, n, chunks, C: tl.constexpr):
+    """The slots of chunk n, -1 where there is none."""
+    exists = (n >= 0) & (n < chunks)
+    found = tl.load(slot + tl.where(exists, n, 0) * C + tl.arange(0, C))
+    return tl.where(exists, found, -1)
+
+
+@triton.jit
+def flag(table, n, chunks):
+    """An entry of a table of chunks, 0 outside."""
+    exists = (n >= 0) & (n < chunks)
+    return tl.where(exists, tl.load(table + tl.where(exists, n, 0)), 0)
+
+
+@triton.jit
+def provided(mask, count):
+    """The mask where `count` is above 0, else nothing. (The interpreter cannot join a mask and a scalar condition.)"""
+    return mask & (tl.full(mask.shape, 0, tl.int32) < count)
+
+
+@triton.jit
+def rows(x, index, stride, lane, width, valid):
+    """Rows of x by index, `[C, lanes]`; 0 where not valid."""
+    at = x + index.to(tl.int64)[:, None] * stride + lane[None, :]
+    return tl.load(at, mask=valid[:, None] & (lane < width)[None, :], other=0.0)
+
+
+@triton.jit
+def write_rows(x, index, stride, lane, width, valid, values):
+    """The inverse of `rows`."""
+    at = x + index.to(tl.int64)[:, None] * stride + lane[None, :]
+    tl.store(at, values.to(x.dtype.element_ty), mask=valid[:, None] & (lane < width)[None, :])
+
+
+@triton.jit
+def in_window(query, key, W: tl.constexpr, TERRACED: tl.constexpr):
+    """Whether positions `key: [1, K]` are in the window of `query: [C, 1]`; no key is after its query."""
+    if TERRACED:
+        return query // W - key // W < 2
+    else:
+        return query - key < W
+
+
+@triton.jit
+def bent(s, softcap, CAP: tl.constexpr):
+    """softcap tanh(s / softcap)."""
+    if CAP:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+    return s
+
+
+@triton.jit
+def softmax_half(z, inside):
+    """One half of Hedgehog's features, at least 1e-12; 0 on lanes outside."""
+    z = tl.where(inside, z, -float("inf"))
+    e = tl.exp(z - tl.max(z, 1)[:, None])
+    return tl.where(inside, tl.maximum(e / tl.sum(e, 1)[:, None], 1e-12), 0.0)
+
+
+@triton.jit
+def features(x, given, index, stride, valid, weight, bias, lane, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr):
+    """phi of a tile, `[C, F]` fp32, and Hedgehog's second half (the first again for other maps); 0 where not valid."""
+    inside = (lane < F)[None, :]
+    if MAP == 0:
+        a = rows(given, index, stride, lane, F, valid).to(tl.float32)
+        b = a
+    else:
+        z = tl.dot(x, weight, input_precision=DOT)
+        if MAP == 1:
+            a = softmax_half(z, inside)
+            b = tl.where(valid[:, None], softmax_half(-z, inside), 0.0)
+        else:
+            a = tl.where(inside, tl.maximum(z + bias[None, :], 0.0), 0.0)
+            b = a
+        a = tl.where(valid[:, None], a, 0.0)
+    return a, b
+
+
+@triton.jit
+def features_backward(a, b, d_a, d_b, MAP: tl.constexpr):
+    """The gradient of x W (of x W + b for T2R) from those of the features."""
+    if MAP == 1:
+        d_z = a * (d_a - tl.sum(a * d_a, 1)[:, None]) - b * (d_b - tl.sum(b * d_b, 1)[:, None])
+    else:
+        d_z = tl.where(a > 0, d_a, 0.0)
+    return d_z
+
+
+@triton.jit
+def read_sum(x, feature, lane, F: tl.constexpr, V: tl.constexpr):
+    """S `[F, V]` and z `[F]` of `x: [F, V + 1]`."""
+    at = x + feature[:, None] * (V + 1) + lane[None, :]
+    S = tl.load(at, mask=(feature < F)[:, None] & (lane < V)[None, :], other=0.0)
+    return S, tl.load(x + feature * (V + 1) + V, mask=feature < F, other=0.0)
+
+
+@triton.jit
+def write_sum(x, S, z, feature, lane, F: tl.constexpr, V: tl.constexpr):
+    """The inverse of `read_sum`."""
+    at = x + feature[:, None] * (V + 1) + lane[None, :]
+    tl.store(at, S, mask=(feature < F)[:, None] & (lane < V)[None, :])
+    tl.store(x + feature * (V + 1) + V, z, mask=feature < F)
+
+
+@triton.jit
+def read_weight(weight, bias, head, dim, feature, D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
+    """A head's W `[D, F]` and b `[F]`; zeros where there is none."""
+    if MAP == 0:
+        w = tl.zeros((1, 1), tl.float32)
+    else:
+        at = weight + head * D * F + dim[:, None] * F + feature[None, :]
+        w = tl.load(at, mask=(dim < D)[:, None] & (feature < F)[None, :], other=0.0)
+    b = tl.zeros(feature.shape, tl.float32)
+    if MAP == 2:
+        b = tl.load(bias + head * F + feature, mask=feature < F, other=0.0).to(tl.float32)
+    return w, b

@@ -1,0 +1,75 @@
+"""The kernels of window + linear attention: values and gradients in Triton's interpreter against the equation in fp64.
+
+The interpreter is chosen when triton is imported, so the cases run in a process of their own:
+`triton_window_chunks_cases.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from linearize.ops.window_linear import WindowLinear
+from linearize.ops.window_linear.backends import WindowCall, choice
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)")
+EXACT = 3e-6
+HALF = 4e-3  # a sum of fp16 numbers of both signs
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    script = str(Path(__file__).with_name("triton_window_chunks_cases.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+def errors(results: dict[str, dict[str, float]], name: str) -> dict[str, float]:
+    found = results[name]
+    assert "error" not in found, found["error"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["blocks", "beyond", "given features", "no window", "window alone"])
+def test_outputs_and_all_gradients_are_those_of_the_equation(name: str, results: dict) -> None:
+    found = errors(results, name)
+    assert len(found) >= 8 and max(found.values()) < EXACT, found
+
+
+def test_prefill_in_two_pieces_goes_on_from_the_state(results: dict) -> None:
+    assert max(errors(results, "two calls").values()) < EXACT
+
+
+def test_half_precision_is_as_near_as_its_rounding(results: dict) -> None:
+    found = errors(results, "half")
+    assert max(found.values()) < HALF and found["y"] < 1e-3, found
+
+
+@pytest.mark.parametrize(
+    ("changed", "form"),
+    [
+        ({}, "triton_chunks"),
+        ({"gradients": True, "dtype": torch.float32}, "triton_chunks"),
+        ({"device": "cpu"}, "chunked"),
+        ({"dtype": torch.float64}, "chunked"),
+        ({"widest": 129}, "chunked"),
+        ({"whole": False}, "reference"),
+        ({"spec": WindowLinear(window=65, shape="terraced", scaling=1.0)}, "chunked"),
+        ({"spec": WindowLinear(window=128, shape="sliding", scaling=1.0)}, "triton_chunks"),
+    ],
+)
+def test_calls_that_the_kernels_do_not_take_go_to_another_form(changed: dict, form: str) -> None:
+    spec = WindowLinear(window=64, shape="terraced", scaling=1.0)
+    given = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 1000, "spec": spec, "widest": 128} | changed
+    chosen, why = choice(WindowCall(**given))
+    assert chosen == form and (form == "triton_chunks" or "not triton_chunks: " in why or form == "reference")
