@@ -130,6 +130,7 @@ def test_which_models_are_read_so(models: dict) -> None:
     with pytest.raises(InputError, match="keeps something else than its keys and values"):
         reader_for(latent, "target")
     assert type(reader_for(models["gla"], "draft")) is StaticReader
+    assert reader_for(models["local"], "draft").by_row and not Reader(models["local"], "draft").by_row
     with static_reading(False):
         assert type(reader_for(models["gla"], "draft")) is Reader
     graphs._Forced.static = None

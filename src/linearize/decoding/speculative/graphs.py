@@ -80,12 +80,17 @@ class StaticReader(Reader):
 
     _step: StaticStep
 
+    def __init__(self, model: PreTrainedModel, role: str) -> None:
+        """See `Reader`; rows may always keep different numbers of tokens."""
+        super().__init__(model, role)
+        self.by_row = True
+
     def read_prompt(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """See `Reader`."""
         rows, tokens = input_ids_BT.shape
         self.lengths = [tokens] * rows if mask_BT is None else mask_BT.sum(1).tolist()
         self._step = self._take(rows, max(self.lengths) + ROOM)
-        self._rows, self._size, self.by_row = list(range(rows)), rows, True
+        self._rows, self._size = list(range(rows)), rows
         self._decided: list[int] | None = [0] * rows
         self._settled = 0  # tokens since the last `keep` that are decided on already
         self.passes += 1
