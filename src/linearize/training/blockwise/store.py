@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +122,19 @@ class HiddenStore:
             shard = Shard(boundary, name, first, min(first + size, self.rows[name][0]))
             self._read_row(shard, row - first, _bytes(hidden[place]))
         return hidden
+
+    def expect(self, boundary: int, name: str, rows: Sequence[int]) -> None:
+        """Rows that will be read soon: the system fetches them while something else is computed."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        size, count = self.shard_rows[name], self.row_bytes(name)
+        for row in rows:
+            first = row // size * size
+            path = self._paths(Shard(boundary, name, first, min(first + size, self.rows[name][0])))[0]
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(descriptor, (row - first) * count, count, os.POSIX_FADV_WILLNEED)
+                os.close(descriptor)
 
     def _read_row(self, shard: Shard, row: int, view: memoryview) -> None:
         path, size = self._paths(shard)[0], self.row_bytes(shard.name)
