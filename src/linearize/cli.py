@@ -13,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from linearize.cli_options import (
+    Base,
     Data,
     Device,
     Json,
@@ -135,6 +136,7 @@ def convert(
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
     ] = None,
+    base: Base = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the teacher block by block: it need not fit into memory.")
     ] = False,
@@ -159,7 +161,7 @@ def convert(
 
     options = BlockOptions(memory=memory, disk=disk, only=blocks)
     chosen = given(recipe=recipe, device=device) | {"trust_remote_code": trust_remote_code, "blocks": options}
-    chosen |= {"data": data, "out": out, "overrides": parse_settings(settings or [])}
+    chosen |= {"data": data, "out": out, "overrides": parse_settings(settings or []) | given(base_weights=base)}
     if stream:
         convert_streamed(teacher, overwrite=overwrite, **given(track=track), **chosen)
     elif blocks is not None:

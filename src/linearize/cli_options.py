@@ -41,6 +41,9 @@ Data = Annotated[
 ]
 Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="Compare with this model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="8bit", help="Hold the frozen weights in 8 bits (transfer and LoRA; torchao).")
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", parser=count, help="Seed of the sampling.")]

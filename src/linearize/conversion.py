@@ -32,8 +32,10 @@ from linearize.files import (
     output_lock,
 )
 from linearize.modeling import LinearizedForCausalLM, load
+from linearize.modeling.quantized import whole_student
 from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
+from linearize.recipes.base_weights import checked_base
 from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.recipes.schedule import share_of
@@ -171,6 +173,7 @@ def _checked(
     """Where the student will be, the recipe and the data SPECs. Raises InputError."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
+    checked_base(chosen)
     check_options(chosen.stages, options)
     final = Path(out).expanduser().resolve()
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
@@ -246,9 +249,10 @@ class Conversion:
     def write(self, folder: Path | None, report: ConversionReport) -> None:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder; None on ranks but the first,
         which give their part of the weights."""
-        save_student(self.student, self.given.tokenizer, folder)
+        student = whole_student(self.student) if self.recipe.base_weights != "full" else self.student
+        save_student(student, self.given.tokenizer, folder)
         if folder is not None:
-            write_papers(report, self.recipe, self.student.config.to_dict(), folder)
+            write_papers(report, self.recipe, student.config.to_dict(), folder)
 
     def _start_step(self, step: int) -> None:
         """Convert the layers of this step (those of the first are already), and calibrate what asks for it."""

@@ -21,6 +21,7 @@ from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
+    from linearize.modeling.quantized import LowRankChange
     from linearize.modeling.surgery import AttentionSite
     from linearize.ops.window_linear import Branch
 
@@ -55,6 +56,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             )
             install(lm, config.mixers(), config.attention, config.attention_shapes(), start=False)
         self.lm = lm
+        self.weight_changes: dict[str, list[LowRankChange]] = {}  # of layers whose base is quantized
         self._keep_in_fp32_modules_strict = self._fp32_names()
         self.post_init()
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.model_files import check_model_files
+from linearize.modeling.quantized import BaseWeights, quantization_config
 
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
@@ -24,23 +25,28 @@ def load_teacher(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    base: BaseWeights = "full",
 ) -> tuple[PreTrainedModel, Any]:
     """A pretrained causal LM in eval mode, frozen, and its tokenizer.
 
-    A folder is read from disk; anything else is a Hub name. `dtype`: default is that of the checkpoint.
+    A folder is read from disk; anything else is a Hub name. `dtype`: default is that of the checkpoint. `base`:
+    what its linear layers are held in.
 
     Raises:
-        InputError: no such folder or model, no causal LM, weights only as pickle, a student instead of a teacher.
+        InputError: no such folder or model, no causal LM, weights only as pickle, a student instead of a teacher, a
+            missing library.
     """
     name = str(name_or_path)
     check_model_folder(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    small = quantization_config(base)
+    how = {} if small is None else {"quantization_config": small}
     try:
         config = AutoConfig.from_pretrained(name, **options)
         if config.model_type == "linearized":
             raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options, **how
         )
     except InputError:
         raise

@@ -110,6 +110,8 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
     student = whole.weight_bytes + max((s.trained_parameters for s in stages), default=0) * 4
     hidden = max((s.runs_by_block.disk_bytes for s in stages if s.runs_by_block), default=0)
     peak = max([s.peak_bytes for s in stages] + ([] if blockwise else [measuring]), default=measuring)
+    loading = round(errors["weights"]) + student * (2 if kind.kind == CPU else 1) + kind.reserve
+    peak = max(peak, 0 if blockwise else loading)
     missing = None if blockwise else fits(kind, measuring)
     told = [f"the measurements between the stages {missing}: convert by blocks (--stream)"] if missing else []
     return ConversionPlan(
@@ -122,6 +124,8 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
         student_parameters=round(student / whole.dtype.itemsize),
         stages=stages,
         measuring_bytes=measuring,
+        loading_bytes=loading,
+        reserve_bytes=kind.reserve,
         student_bytes=student,
         hidden_bytes=hidden,
         disk_bytes=student + hidden + max((s.checkpoint_bytes for s in stages), default=0),

@@ -66,7 +66,9 @@ class StagePlan:
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
     """The whole conversion. `measuring_bytes`: the peak of the measurements between and after the stages.
-    `disk_bytes`: hidden states, checkpoints and the student together."""
+    `loading_bytes`: while the student is read back at the end, its file in memory beside it, and the conversion still
+    there. `reserve_bytes`: of each peak what the process or the driver takes by itself. `disk_bytes`: hidden states,
+    checkpoints and the student together."""
 
     teacher: str
     recipe: str
@@ -77,6 +79,8 @@ class ConversionPlan:
     student_parameters: int
     stages: tuple[StagePlan, ...]
     measuring_bytes: int
+    loading_bytes: int
+    reserve_bytes: int
     student_bytes: int
     hidden_bytes: int
     disk_bytes: int

@@ -18,9 +18,11 @@ from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.checksums import model_fingerprint
+from linearize.modeling.quantized import BaseWeights
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.teacher import load_teacher, load_tokenizer
 from linearize.modeling.truncate import truncate
+from linearize.recipes.base_weights import checked_base
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
@@ -89,8 +91,9 @@ def prepare(
     makes_draft = recipe.plan.depth is not None
     runs = recipe.plan.needs_scores or any(spec == "self" or spec.startswith(PSEUDO) for spec in specs)
     teacher, tokenizer = _load_teacher(
-        name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs
-    )
+        name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs,
+        base=checked_base(recipe),
+    )  # fmt: skip
     recipe, cut = fit_length(recipe, context(teacher), asked)
     layers = recipe.plan.draft_layers(teacher.config.get_text_config().num_hidden_layers)
     base = teacher if layers is None else truncate(teacher, layers)
@@ -281,7 +284,14 @@ def context(teacher: Any) -> int | None:
 
 
 def _load_teacher(
-    name: str, device: str | None, seed: int, trust_remote_code: bool, *, students: bool = False, on_cpu: bool = False
+    name: str,
+    device: str | None,
+    seed: int,
+    trust_remote_code: bool,
+    *,
+    students: bool = False,
+    on_cpu: bool = False,
+    base: BaseWeights = "full",
 ) -> tuple[Any, Any]:
     """Teacher (or one of our `students`, frozen) and tokenizer on their device, or on the way to it (`on_cpu`); in fp32
     where the device is a CPU."""
@@ -294,7 +304,10 @@ def _load_teacher(
         teacher.requires_grad_(False)
         tokenizer = load_tokenizer(name)
     else:
-        teacher, tokenizer = load_teacher(name, device=where, trust_remote_code=trust_remote_code)
+        dtype = torch.float32 if base != "full" and target == "cpu" else None
+        teacher, tokenizer = load_teacher(
+            name, dtype=dtype, device=where, trust_remote_code=trust_remote_code, base=base
+        )  # fmt: skip
     if target == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()
     return teacher, tokenizer

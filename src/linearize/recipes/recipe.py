@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import InputError, unknown
 from linearize.files import read_text
+from linearize.modeling.quantized import BaseWeights
 from linearize.recipes import overrides as dotted
 from linearize.recipes.messages import explain
 from linearize.recipes.plan import PlanConfig
@@ -42,6 +43,7 @@ class Recipe(BaseModel):
     data: DataConfig = Field(default_factory=DataConfig)
     stages: tuple[StageChoice, ...]
     seed: int = Field(0, ge=0)
+    base_weights: BaseWeights = Field("full", description="8bit: the frozen linear layers in memory, by torchao")
 
     @classmethod
     def from_data(cls, data: object, *, where: str = "") -> Self:

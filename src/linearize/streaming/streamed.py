@@ -27,6 +27,7 @@ from linearize.modeling.assemble import write_student_weights
 from linearize.modeling.blocks import Block
 from linearize.modeling.statistics import attention_samples
 from linearize.modeling.streaming import StreamedBlocks
+from linearize.recipes.base_weights import checked_base
 from linearize.recipes.preparation import EVALUATION_BATCH
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.recipes.together import facts
@@ -75,6 +76,7 @@ def convert_streamed(
     options = blocks or BlockOptions()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
+    checked_base(chosen)
     check_options(chosen.stages, options)
     final = Path(out).expanduser().resolve()
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]

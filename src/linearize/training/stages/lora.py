@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.quantized import LowRankChange, is_quantized, whole_weight
 from linearize.modeling.sharding import add_part, shards_of
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -50,12 +51,21 @@ class Adapters:
             delta = layer.get_delta_weight("default")
             if shards is None:
                 before[name] = base.weight
-                base.weight = nn.Parameter(base.weight.data + delta.to(base.weight.dtype), requires_grad=False)
+                if is_quantized(base.weight):
+                    self.student.weight_changes.setdefault(name, []).append(_change(layer))
+                whole = whole_weight(base.weight)
+                base.weight = nn.Parameter(whole + delta.to(whole.dtype), requires_grad=False)
             else:
                 before[name] = add_part(base.weight, delta)
             parent, _, child = name.rpartition(".")
             setattr(self.student.get_submodule(parent), child, base)
         return before
+
+
+def _change(layer: Any) -> LowRankChange:
+    """What an adapter adds, to be added again to the weight that the layer had before it was quantized."""
+    a_RI, b_OR = (part["default"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+    return LowRankChange(a_RI, b_OR, float(layer.scaling["default"]))
 
 
 def find_projections(student: LinearizedForCausalLM, targets: Sequence[str]) -> list[str]:
