@@ -27,7 +27,7 @@ from linearize.benchmarks.timing import publish
 
 ASKED = "after every kill the same command goes on, and it ends with the same folder as an unbroken run"
 TIMES = {"seconds", "provenance"}  # keys of a report that differ between any two runs
-EARLY, REACH = 0.2, 3.0  # share of kills while the program starts; most work between the others, of `work / kills`
+EARLY, REACH = 0.2, 3.0  # share of kills while the program starts; see --reach
 TICK = 0.02
 LONGEST = 3600.0  # seconds for one attempt
 
@@ -146,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.monotonic() - began
     if code:
         raise SystemExit(f"kills: the unbroken run failed ({code}): {lines[-1:]}")
-    torture(broken, arguments.kills, start=start, work=seconds - start, seed=arguments.seed)
+    share = arguments.reach * (seconds - start) / arguments.kills
+    torture(broken, arguments.kills, start=start, share=share, seed=arguments.seed)
     differing = differences(whole.out, broken.out)
     setting = {
         "killed_command": ["linearize", *arguments.command],
@@ -163,16 +164,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def torture(victim: Victim, kills: int, *, start: float, work: float, seed: int) -> None:
+def torture(victim: Victim, kills: int, *, start: float, share: float, seed: int) -> None:
     """Start, kill and start again until so many kills have hit, then let it end.
 
-    `start`: seconds until an unbroken run says something; `work`: those after it, of which every kill lets pass a
-    share. A run that ends before all kills is cleared away and begun again.
+    `start`: seconds until an unbroken run says something; `share`: most that a kill lets pass after that. A run that ends before all kills is cleared away and begun again.
     """
     generator = random.Random(seed)
     while len(victim.kills) < kills:
         early = generator.random() < EARLY
-        delay = generator.uniform(0.0, start if early else REACH * work / kills)
+        delay = generator.uniform(0.0, start if early else share)
         code, _, lines = victim.run(delay, from_first_line=not early)
         if code == 0:
             victim.finishes += 1
@@ -233,6 +233,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="linearize.benchmarks.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--fork", action="store_true", help="start by fork: no kill while the package is imported")
+    parser.add_argument("--reach", type=float, default=REACH, help="most work that a kill lets pass, in shares of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("kills-work"), help="folder for both runs")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
