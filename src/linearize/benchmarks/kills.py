@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def torture(victim: Victim, kills: int, *, start: float, share: float, seed: int) -> None:
     """Start, kill and start again until so many kills have hit, then let it end.
 
-    `start`: seconds until an unbroken run says something; `share`: most that a kill lets pass after that. A run that ends before all kills is cleared away and begun again.
+    `start`: seconds until an unbroken run says something; `share`: most that a kill lets pass after that. A run that
+    ends before all kills is cleared away and begun again.
     """
     generator = random.Random(seed)
     while len(victim.kills) < kills:
