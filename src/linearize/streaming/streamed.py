@@ -20,7 +20,7 @@ from linearize.evaluation.branches import window_reach
 from linearize.evaluation.intervals import mean_over_documents
 from linearize.evaluation.language_modeling import BranchAblation, ablation_of, report_of
 from linearize.evaluation.layer_error import layer_errors
-from linearize.evaluation.report import ConversionReport, build_report, provenance, stage_report
+from linearize.evaluation.report import ConversionReport, build_report, provenance, read_report, stage_report
 from linearize.evaluation.streamed import Walk, Walker, put
 from linearize.files import atomic_folder, check_apart, check_free, discard, output_lock
 from linearize.modeling.assemble import write_student_weights
@@ -35,7 +35,7 @@ from linearize.streaming.options import BlockOptions, check_options, parse_block
 from linearize.streaming.papers import write_papers
 from linearize.streaming.preparation import StreamPrepared, prepare_stream
 from linearize.streaming.sizes import chosen_block
-from linearize.streaming.work_folder import make_work, work_folder
+from linearize.streaming.work_folder import is_written, make_work, mark_ended, work_folder
 from linearize.training.blockwise.parts import Part, merge_results
 from linearize.training.blockwise.rows import HIDDEN, StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
@@ -81,14 +81,17 @@ def convert_streamed(
     final = Path(out).expanduser().resolve()
     specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
     check_apart(final, str(teacher), *specs)
+    wanted = {"teacher": str(teacher), "data": specs, "recipe": chosen.model_dump(mode="json")}
     work = work_folder(final)
     group = start()
     group.agree(facts(str(teacher), specs, {"recipe": chosen.model_dump(mode="json")}, final))
     lock = output_lock(final, shared=options.only is not None) if group.leads else nullcontext()
     with lock, writing("what the conversion keeps", final.parent):
-        if group.leads:
+        if options.only is not None:
             check_free(final, overwrite)
             check_formats(work)
+        elif group.share(lambda: is_written(final, work, wanted, overwrite)):
+            return read_report(final) if group.leads else None
         asked, tracker = set(overrides or {}), make_tracker(work / "log" if group.leads else None, track)
         given = prepare_stream(
             str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked
@@ -107,6 +110,7 @@ def convert_streamed(
             conversion.write(folder, report, parts)
             if (work / "log").is_dir():
                 shutil.copytree(work / "log", folder / "log")
+            mark_ended(folder, work, wanted)
         discard(work)
     return report
 
