@@ -16,6 +16,7 @@ def advice(
     rows: int,
     checkpointed: int | None,
     cheapest: BlockPlan | None,
+    devices: int,
 ) -> str:
     """One sentence: what is missing, and each way out that there is."""
     ways = []
@@ -33,8 +34,10 @@ def advice(
         ways.append(f"--set stages.{number}.block={cheapest.block} ({size_text(cheapest.peak_bytes)} of memory, "
                     f"{size_text(cheapest.disk_bytes)} of disk)")  # fmt: skip
     divided = memory.weights + memory.gradients + memory.optimizer + memory.best
-    left = room - memory.reserve - memory.activations // rows
-    if left > 0:
-        ways.append(f"--devices {2 ** max(1, (-(-divided // left) - 1).bit_length())} or more")
+    for more in (2**power for power in range(1, 11)):
+        shared = memory.reserve + divided // more + memory.activations // rows * -(-rows // more)
+        if shared <= room:
+            ways.append(f"--devices {devices * more} or more")
+            break
     ways.append("a device with more memory")
     return f"stages.{number} ({stage.name}) {missing}: {', or '.join(ways)}"

@@ -110,7 +110,8 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
     student = whole.weight_bytes + max((s.trained_parameters for s in stages), default=0) * 4
     hidden = max((s.runs_by_block.disk_bytes for s in stages if s.runs_by_block), default=0)
     peak = max([s.peak_bytes for s in stages] + ([] if blockwise else [measuring]), default=measuring)
-    loading = round(errors["weights"]) + student * (2 if kind.kind == CPU else 1) + kind.reserve
+    copies = (2 if kind.kind == CPU else 1) if request.devices == 1 else 0  # a rank of several reads back its share
+    loading = round(errors["weights"] / request.devices) + student * copies + kind.reserve
     peak = max(peak, 0 if blockwise else loading)
     missing = None if blockwise else fits(kind, measuring)
     told = [f"the measurements between the stages {missing}: convert by blocks (--stream)"] if missing else []
@@ -177,7 +178,17 @@ def _stage(number: int, request: Request) -> StagePlan:
         fits=missing is None,
         advice=None
         if missing is None
-        else advice(number, stage, missing, memory, room(device), rows, checkpointed, blocks[0] if blocks else None),
+        else advice(
+            number,
+            stage,
+            missing,
+            memory,
+            room(device),
+            rows,
+            checkpointed,
+            blocks[0] if blocks else None,
+            request.devices,
+        ),
     )
 
 
