@@ -38,8 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "plan": {"mixer": {"name": "mamba2"}},
         "stages": [
             {"name": "matrix_alignment", "lr": 1e-3, **COMMON},
-            {"name": "hidden_alignment", "lr": 1e-3, **COMMON},
-            {"name": "distill", "lr": 3e-4, "train": "all", "kl": 1.0, "micro_batch": 1, **COMMON},
+            {"name": "hidden_alignment", "lr": 1e-4, **COMMON},
+            {"name": "distill", "lr": 1e-4, "train": "all", "kl": 1.0, "micro_batch": 1, **COMMON},
         ],
     },
 }
@@ -87,16 +87,17 @@ def run(words: Sequence[str], *, kill_after: int | None = None) -> tuple[int, in
         time.sleep(0.02)
         if kill_after is not None and killed is None and log.exists():
             steps = log.read_bytes().count(b'"loss"')
-            if steps >= kill_after:
-                os.kill(random.choice(ranks_of(process.pid)), signal.SIGKILL)
+            if steps >= kill_after and ranks_of(words, process.pid):
+                os.kill(random.choice(ranks_of(words, process.pid)), signal.SIGKILL)
                 killed = steps
     return process.returncode, killed
 
 
-def ranks_of(parent: int) -> list[int]:
+def ranks_of(words: Sequence[str], parent: int) -> list[int]:
     """The process itself, or under torchrun the processes that it started."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8").split()
-    return [int(child) for child in children] or [parent]
+    if "torch.distributed.run" not in words:
+        return [parent]
+    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8").split()]
 
 
 def kill_and_rerun(teacher: Path, recipe: Path, folder: Path, ranks: int, kills: Sequence[int]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def measured(words: Sequence[str]) -> list[int]:
     peaks: dict[int, int] = {}
     while process.poll() is None:
         time.sleep(0.01)
-        for rank in ranks_of(process.pid):
+        for rank in ranks_of(words, process.pid):
             try:
                 status = Path(f"/proc/{rank}/status").read_text(encoding="utf-8")
             except OSError:
