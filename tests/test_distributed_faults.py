@@ -130,5 +130,7 @@ def test_recipes_that_so_many_processes_cannot_run(change: dict[str, Any], expec
     stage: dict[str, Any] = {"name": "hidden_alignment", "tokens": 64, "lr": 0.1, **change}
     recipe = Recipe.model_validate({"name": "own", **BASE, "stages": [stage]})
     check_together(recipe, Group())
+    with pytest.raises(InputError, match="base_weights 8bit is for one process"):
+        check_together(recipe.model_copy(update={"base_weights": "8bit"}), Group(ranks=3))
     with pytest.raises(InputError, match=expected):
         check_together(recipe, Group(rank=1, ranks=3))

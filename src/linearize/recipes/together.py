@@ -27,10 +27,15 @@ def check_together(recipe: Recipe, group: Group) -> None:
     """Refuse a recipe that this many processes cannot run; a process alone can run any.
 
     Raises:
-        InputError: a stage with a loop of its own, one in blocks, or a batch that does not divide by the processes.
+        InputError: base weights in 8 bits, a stage with a loop of its own, one in blocks, a batch that does not divide.
     """
     if group.ranks == 1:
         return
+    if recipe.base_weights != "full":
+        raise InputError(
+            f"base_weights {recipe.base_weights} is for one process: set base_weights=full, torchrun's processes share "
+            "the weights out"
+        )
     for number, stage in enumerate(recipe.stages):
         if stage.tokens == 0:
             continue
