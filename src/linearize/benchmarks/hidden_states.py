@@ -27,42 +27,55 @@ from linearize.files import atomic_write_text
 from linearize.training.blockwise.budget import boundary_bytes
 from linearize.training.blockwise.store import HiddenStore
 
-LENGTH, WIDTH, LAYERS, BLOCK = 1024, 2048, 4, 2  # rows of 4 MiB in bf16, at two boundaries
+BATCH, LENGTH, WIDTH, LAYERS, BLOCK = 4, 1024, 2048, 4, 2  # rows of 4 MiB in bf16, at two boundaries
 
 
 def run(folder: Path, megabytes: int) -> dict[str, float]:
     """One round of all four; bytes per second."""
-    rows = max(1, megabytes * 2**20 // (LENGTH * WIDTH * 2 * 2))
+    rows = max(1, megabytes * 2**20 // (BATCH * LENGTH * WIDTH * 2 * 2)) * BATCH
     store = HiddenStore(
         folder / "hidden", {"train": (rows, LENGTH)}, boundaries=2, model_dim=WIDTH, dtype=torch.bfloat16,
         identity={},
     )  # fmt: skip
-    hidden = torch.randn(2, LENGTH, WIDTH).bfloat16()
+    hidden = torch.randn(7, LENGTH, WIDTH).bfloat16()
     found = {"write": _timed(lambda: _write(store, hidden), store.payload_bytes)}
     assert store.written_bytes() == boundary_bytes(rows * LENGTH, WIDTH, LAYERS, BLOCK), "the formula is exact"
-    plain = folder / "dd.bin"
+    plain, source = folder / "dd.bin", _source(folder, store)
     blocks = ["bs=4M", f"count={store.payload_bytes // 2**22}"]
     found["dd_write"] = _timed(
-        lambda: _dd("if=/dev/zero", f"of={plain}", *blocks, "conv=fdatasync"), plain_bytes := store.payload_bytes
+        lambda: _dd(f"if={source}", f"of={plain}", *blocks, "conv=fdatasync"), plain_bytes := store.payload_bytes
     )
     _drop(folder.rglob("*.bin"))
     found["read"] = _timed(lambda: _read(store, rows), store.payload_bytes)
     found["dd_read"] = _timed(lambda: _dd(f"if={plain}", "of=/dev/null", *blocks), plain_bytes)
     shutil.rmtree(folder / "hidden")
     plain.unlink()
+    source.unlink()
     return found
+
+
+def _source(folder: Path, store: HiddenStore) -> Path:
+    """The same bytes as one file in memory, for dd to write: some disks keep zeros without writing them."""
+    memory = Path("/dev/shm")
+    path = (memory if memory.is_dir() else folder) / f"linearize-hidden-states-{os.getpid()}"
+    with path.open("wb") as file:
+        for shard in sorted(folder.glob("hidden/*/*.bin")):
+            file.write(shard.read_bytes())
+    assert path.stat().st_size == store.payload_bytes
+    return path
 
 
 def _write(store: HiddenStore, hidden: torch.Tensor) -> None:
     shards = [shard for boundary in range(store.boundaries) for shard in store.shards(boundary)]
-    store.write((shard, (hidden[:1] for _ in range(shard.first, shard.end))) for shard in shards)
+    store.write((shard, (hidden[row % 7][None] for row in range(shard.first, shard.end))) for shard in shards)
 
 
 def _read(store: HiddenStore, rows: int) -> None:
+    """As training does: a batch into one of two buffers."""
+    buffers = [store.buffer("train", BATCH) for _ in range(2)]
     for boundary in range(store.boundaries):
-        for first in range(0, rows, 2):  # as training does: the next batch is announced, then this one is read
-            store.expect(boundary, "train", range(min(first + 2, rows), min(first + 4, rows)))
-            store.read(boundary, "train", range(first, min(first + 2, rows)))
+        for number, first in enumerate(range(0, rows, BATCH)):
+            store.read(boundary, "train", range(first, first + BATCH), buffers[number % 2])
 
 
 def _dd(*arguments: str) -> None:

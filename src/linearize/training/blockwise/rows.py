@@ -55,17 +55,13 @@ class StageRows:
         return {key: value[rows.start : rows.stop] for key, value in joined.items()}
 
     def stream(self, store: HiddenStore, boundary: int, first_step: int) -> Iterator[Batch]:
-        """The batches of the joint loop from a step on, with the hidden states at a boundary."""
+        """The batches of the joint loop from a step on, with the hidden states at a boundary, which hold until the
+        next batch but one is read."""
+        buffers = [store.buffer(TRAIN, self.stage.batch) for _ in range(2)]
         for step in count(first_step):
-            rows, places = self._step(step)
-            store.expect(boundary, TRAIN, self._step(step + 1)[1])
-            hidden = store.read(boundary, TRAIN, places)
+            rows = step_rows(len(self.rows), self.stage.batch, self.stage.seed, step)
+            hidden = store.read(boundary, TRAIN, [self._place[row] for row in rows], buffers[step % 2])
             yield {**self.rows.take(rows), HIDDEN: hidden}
-
-    def _step(self, step: int) -> tuple[list[int], list[int]]:
-        """The rows of a step, and their places in the store (of a step beyond the last one, those that have one)."""
-        rows = step_rows(len(self.rows), self.stage.batch, self.stage.seed, step)
-        return rows, [self._place[row] for row in rows if row in self._place]
 
 
 class StoredBatches(Sequence[Batch]):

@@ -14,7 +14,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,28 +112,23 @@ class HiddenStore:
             if pending is not None:
                 pending.result()
 
-    def read(self, boundary: int, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows by number, `[B, T, M]`. Raises DamagedShardError."""
-        hidden = torch.empty(len(rows), self.rows[name][1], self.model_dim, dtype=self.dtype)
+    def buffer(self, name: str, rows: int) -> Tensor:
+        """Room for rows, `[B, T, M]`."""
+        return torch.empty(rows, self.rows[name][1], self.model_dim, dtype=self.dtype)
+
+    def read(self, boundary: int, name: str, rows: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Rows by number, `[B, T, M]`, into `out` where it is given (new memory costs more than reading does).
+
+        Raises DamagedShardError.
+        """
+        hidden = self.buffer(name, len(rows)) if out is None else out
         size = self.shard_rows[name]
+
         for place, row in enumerate(rows):
             first = row // size * size
             shard = Shard(boundary, name, first, min(first + size, self.rows[name][0]))
             self._read_row(shard, row - first, _bytes(hidden[place]))
         return hidden
-
-    def expect(self, boundary: int, name: str, rows: Sequence[int]) -> None:
-        """Rows that will be read soon: the system fetches them while something else is computed."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        size, count = self.shard_rows[name], self.row_bytes(name)
-        for row in rows:
-            first = row // size * size
-            path = self._paths(Shard(boundary, name, first, min(first + size, self.rows[name][0])))[0]
-            with suppress(OSError):
-                descriptor = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(descriptor, (row - first) * count, count, os.POSIX_FADV_WILLNEED)
-                os.close(descriptor)
 
     def _read_row(self, shard: Shard, row: int, view: memoryview) -> None:
         path, size = self._paths(shard)[0], self.row_bytes(shard.name)
