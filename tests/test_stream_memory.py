@@ -33,9 +33,8 @@ print(json.dumps({"before": before, "peak": peak}))
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
 def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
-    size = write_teacher(
-        tmp_path / "teacher", 24, hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4
-    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+    size = write_teacher(tmp_path / "teacher", 24, **sizes)
     (tmp_path / "text.txt").write_text("\n\n".join(f"Document {i}: a quick brown fox." for i in range(40)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", RUN, str(tmp_path)]
