@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from test_evaluation_outputs import tiny_llama, tiny_tokenizer
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM
 
@@ -105,7 +108,11 @@ def test_a_family_without_the_attention_interface_is_told_by_its_config(tmp_path
 def test_no_weights_are_read(folder: Path, tmp_path: Path) -> None:
     expected = inspect_model(folder / "student")
     shutil.copytree(folder / "student", tmp_path / "student")
-    (tmp_path / "student" / "model.safetensors").write_bytes(b"no tensors here")
+    weights = tmp_path / "student" / "model.safetensors"
+    header = json.dumps({"lm_head.weight": {"dtype": "no such", "shape": [3], "data_offsets": [0, 3]}}).encode()
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + b"abc")  # of the size that it tells, and unreadable
+    with pytest.raises(SafetensorError):
+        load_file(weights)
     found = inspect_model(tmp_path / "student")
     assert {k: v for k, v in found.items() if k != "model"} == {k: v for k, v in expected.items() if k != "model"}
 
