@@ -44,11 +44,11 @@ def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 def command(arguments: list[str], output: Path | None = None) -> int:
     """The command `linearize`, without plots, on one of the processes; what it prints goes to files by its rank."""
-    from linearize import conversion
     from linearize.cli import main
+    from linearize.streaming import papers
 
     for plot in ("plot_stages", "plot_layer_error"):
-        setattr(conversion, plot, lambda *_: None)
+        setattr(papers, plot, lambda *_: None)
     if output is not None:
         rank = os.environ.get("RANK", "0")
         sys.stdout = (output.parent / f"{output.name}.out.{rank}").open("w")

@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_nothing_and_no_training_is_lost(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.conversion.write_report", full)
+        patch.setattr("linearize.streaming.papers.write_report", full)
         with pytest.raises(OSError, match="No space left"):
             convert(folder, tmp_path / "student")
     assert nothing_at(tmp_path / "student")

@@ -60,7 +60,7 @@ PLACES = {
     "held-out loss": "linearize.conversion:loss_only",
     "the report's numbers": "linearize.conversion:held_out_report",
     "weights": "linearize.modeling.save:writing",
-    "the card": "linearize.conversion:model_card",
+    "the card": "linearize.streaming.papers:model_card",
     "the last rename": "linearize.files:_swap_in",
     "loading the student": "linearize.conversion:load",
     "clearing up": "linearize.conversion:discard",

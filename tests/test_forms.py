@@ -51,7 +51,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (decay_backends, "triton", "triton", "fla", ["reference", "few", "chunked"]),
         (delta_backends, "triton", "triton", "fla", ["reference", "few", "chunked"]),
         (scan_backends, "triton", "triton", "chunked", ["reference", "few", "chunked"]),
-        (window_backends, "triton", "triton", "chunked", ["step", "few", "chunked"]),
+        (window_backends, "triton", "triton", "triton_chunks", ["step", "few", "chunked"]),
         (layer_steps, "triton", "triton", "operations", ["operations"] * 3),
     ],
 )

@@ -180,7 +180,7 @@ STEPWISE: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.conversion.{name}", lambda *_: None)
+        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def by_steps(folder: Path) -> Path:
     (folder / "by-steps.yaml").write_text(yaml.safe_dump(STEPWISE))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot_stages", "plot_layer_error"):
-            patch.setattr(f"linearize.conversion.{name}", lambda *_: None)
+            patch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
         convert(folder, folder / "by-steps", recipe=folder / "by-steps.yaml")
     return folder / "by-steps"
 
