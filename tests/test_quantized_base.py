@@ -1,4 +1,6 @@
-"""Frozen base weights in 8 bits: memory falls, losses stay near, the saved student is whole and needs no library."""
+"""Frozen base weights in 8 and 4 bits: memory falls, losses stay near, the saved student is whole and needs no
+library.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from linearize.conversion import convert
 from linearize.errors import InputError
-from linearize.evaluation.report import read_report
-from linearize.modeling.quantized import LowRankChange, quantization_config
+from linearize.evaluation.report import ConversionReport, read_report
+from linearize.modeling.quantized import LowRankChange, loading_options, parts_of
 from linearize.modeling.teacher import load_teacher
 from linearize.recipes.base_weights import checked_base
 from linearize.recipes.recipe import Recipe
 from linearize.training.footprint import tensor_bytes
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+
+def base(name: str, library: str, near: float) -> Any:
+    """Weights of this kind, the library that holds them, and how near losses come to those of whole ones (nats)."""
+    absent = importlib.util.find_spec(library) is None
+    return pytest.param(name, library, near, id=name, marks=pytest.mark.skipif(absent, reason=f"needs {library}"))
+
+
+BASES = [base("8bit", "torchao", 0.03), base("4bit", "bitsandbytes", 0.25)]
 RECIPE: dict[str, Any] = {
     "plan": {"mixer": {"name": "lolcats", "window": 8, "feature_dim": 6}},
     "data": {"length": 48},
@@ -48,25 +58,34 @@ def demo_teacher() -> Path:
     return Path(linearize.__file__).parent / "demo" / "teacher"
 
 
-@needs_torchao
-def test_a_conversion_over_8_bits(demo_teacher: Path, text: Path, tmp_path: Path) -> None:
-    reports = {}
-    for base in ("full", "8bit"):
-        recipe = Recipe.from_data({**RECIPE, "base_weights": base})
-        convert(demo_teacher, data=[str(text)], out=tmp_path / base, recipe=recipe, device="cpu")
-        reports[base] = read_report(tmp_path / base)
-    full, small = reports["full"], reports["8bit"]
-    assert full is not None and small is not None
-    assert small.student_loss == pytest.approx(full.student_loss, abs=0.03)
-    assert small.student_loss != full.student_loss
-    whole, saved = load_file(demo_teacher / "model.safetensors"), load_file(tmp_path / "8bit" / "model.safetensors")
+@pytest.fixture(scope="module")
+def full(demo_teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> ConversionReport:
+    """The report of the conversion over whole weights."""
+    out = tmp_path_factory.mktemp("full") / "student"
+    convert(demo_teacher, data=[str(text)], out=out, recipe=Recipe.from_data(RECIPE), device="cpu")
+    report = read_report(out)
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize(("base", "library", "near"), BASES)
+def test_a_conversion(
+    base: str, library: str, near: float, full: ConversionReport, demo_teacher: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.from_data({**RECIPE, "base_weights": base})
+    convert(demo_teacher, data=[str(text)], out=tmp_path / "out", recipe=recipe, device="cpu")
+    small = read_report(tmp_path / "out")
+    assert small is not None
+    assert small.student_loss == pytest.approx(full.student_loss, abs=near)
+    assert abs(small.student_loss - full.student_loss) > near / 100
+    whole, saved = load_file(demo_teacher / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     same = {name for name, value in whole.items() if torch.equal(saved[f"lm.{name}"], value)}
     changed = {name for name in whole if name not in same}
     assert changed and all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj") for name in changed)
     assert {saved[f"lm.{name}"].dtype for name in whole} == {load_teacher(demo_teacher)[0].dtype}
     code = (
-        "import sys; sys.modules['torchao'] = None; import linearize\n"
-        f"m = linearize.load({str(tmp_path / '8bit')!r}, device='cpu')\n"
+        f"import sys; sys.modules[{library!r}] = None; import linearize\n"
+        f"m = linearize.load({str(tmp_path / 'out')!r}, device='cpu')\n"
         "import torch; print(float(m(torch.arange(3, 20)[None]).logits.std()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -74,18 +93,14 @@ def test_a_conversion_over_8_bits(demo_teacher: Path, text: Path, tmp_path: Path
     assert float(done.stdout) > 0.1
 
 
-@needs_torchao
-def test_the_base_takes_a_quarter(demo_teacher: Path) -> None:
+@pytest.mark.parametrize(("base", "library", "near"), BASES)
+def test_what_the_base_takes(base: Any, library: str, near: float, demo_teacher: Path) -> None:
     def held(base: Any) -> int:
         model, _ = load_teacher(demo_teacher, dtype=torch.float32, base=base)
-        tensors = []
-        for layer in model.model.layers:
-            for parameter in layer.parameters():
-                parts = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
-                tensors += [getattr(parameter, part) for part in parts] or [parameter]
-        return tensor_bytes(tensors)
+        layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+        return tensor_bytes(part for m in layers for part in (parts_of(m.weight).values() or [m.weight]))
 
-    assert held("8bit") < 0.3 * held("full")
+    assert held(base) < {"8bit": 0.3, "4bit": 0.2}[base] * held("full")
 
 
 def test_a_change_of_low_rank() -> None:
@@ -110,9 +125,11 @@ def test_what_cannot_run_over_it_is_refused(changes: dict[str, Any], told: str) 
     assert checked_base(recipe.override({"base_weights": "full"})) == "full"
     skipped = Recipe.from_data({**RECIPE, "base_weights": "8bit"}).override({"stages.1.tokens": 0})
     assert checked_base(skipped) == "8bit"
+    assert checked_base(skipped.override({"base_weights": "4bit"})) == "4bit"
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base", ["8bit", "4bit"])
+def test_without_the_library(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install linearize\[quant\]"):
-        quantization_config("8bit")
+    with pytest.raises(InputError, match=rf"{base[0]} bits need \w+, .* pip install linearize\[quant\]"):
+        loading_options(base, torch.float32, torch.device("cpu"))

@@ -42,7 +42,10 @@ Data = Annotated[
 Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="Compare with this model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
 Base = Annotated[
-    str | None, typer.Option(metavar="8bit", help="Hold the frozen weights in 8 bits (transfer and LoRA; torchao).")
+    str | None,
+    typer.Option(
+        metavar="8bit|4bit", help="Hold the frozen weights in 8 or 4 bits (transfer and LoRA; torchao or bitsandbytes)."
+    ),
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

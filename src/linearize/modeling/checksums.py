@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.modeling.quantized import parts_of
+
 
 def crc32(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
     """CRC-32 over `start`, then over names, types, shapes and values of tensors, whatever their order (3 GB/s)."""
@@ -30,9 +32,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def _bytes(name: str, tensor: Tensor) -> Iterator[Any]:
     yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised: the tensors that it is made of
-        parts, _ = tensor.__tensor_flatten__()
-        for part in parts:
-            yield from _bytes(part, getattr(tensor, part))
+    if parts := parts_of(tensor):  # quantised: the tensors that it is made of
+        for part, values in parts.items():
+            yield from _bytes(part, values)
     elif tensor.numel():
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.modeling.four_bits import is_nf4, nf4_numbers
 
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape
@@ -91,7 +92,8 @@ def _output(module: Any) -> nn.Module:
 def _linear(layer: Any) -> Rows:
     """Weight `[out, in]` and bias of a linear layer (GPT-2's stores its weight the other way round)."""
     weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
-    return weight.detach(), None if getattr(layer, "bias", None) is None else layer.bias.detach()
+    weight = nf4_numbers(weight) if is_nf4(weight) else weight.detach()
+    return weight, None if getattr(layer, "bias", None) is None else layer.bias.detach()
 
 
 def _separate(module: Any, _shape: AttentionShape) -> tuple[Rows, Rows, Rows]:

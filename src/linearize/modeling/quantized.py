@@ -1,5 +1,5 @@
-"""A teacher whose linear layers lie in memory in 8 bits while only new parameters train, and the whole student that is
-saved: the teacher's own weights from its folder, with what was trained."""
+"""A teacher whose linear layers lie in memory in 8 or 4 bits while only new parameters train, and the whole student
+that is saved: the teacher's own weights from its folder, with what was trained."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.modeling.four_bits import is_nf4, linear_of, nf4_config, nf4_numbers, nf4_parts, settle
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from linearize.modeling.student import LinearizedForCausalLM
 
-BaseWeights = Literal["full", "8bit"]
+BaseWeights = Literal["full", "8bit", "4bit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,29 +35,55 @@ class LowRankChange:
         return weight_OI + change_OI.to(weight_OI.device, weight_OI.dtype)
 
 
-def quantization_config(base: BaseWeights) -> Any:
-    """What transformers needs to load linear layers like this; None for whole weights.
+def loading_options(base: BaseWeights, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What transformers' `from_pretrained` needs to load linear layers like this, rounding each as it is read.
 
     Raises:
-        InputError: the library is not installed.
+        InputError: the library is not installed, or the device cannot.
     """
     if base == "full":
-        return None
+        return {}
+    if base == "4bit":
+        return {"quantization_config": nf4_config(dtype, device), "device_map": {"": device}}
     if importlib.util.find_spec("torchao") is None:
         raise InputError("base weights in 8 bits need torchao, which is not installed: pip install linearize[quant]")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+
+
+def after_loading(model: PreTrainedModel, base: BaseWeights) -> None:
+    """Take from a model what loading it left that a student cannot share."""
+    if base == "4bit":
+        settle(model)
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Whether a weight is in fewer bits than its dtype says."""
-    return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "dequantize")
+    """Whether a weight is in fewer bits than a whole one."""
+    return is_nf4(tensor) or (hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "dequantize"))
+
+
+def parts_of(weight: Any) -> dict[str, Tensor]:
+    """The plain tensors that a quantized weight is made of, by name; none of a whole one."""
+    if is_nf4(weight):
+        return nf4_parts(weight)
+    names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
+    return {name: getattr(weight, name) for name in names}
+
+
+def with_weight(layer: nn.Linear, weight_OI: Tensor) -> nn.Linear:
+    """A linear layer with a new, whole, frozen weight: itself, unless it can only compute with codes."""
+    if is_nf4(layer.weight):
+        return linear_of(layer, weight_OI)
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    return layer
 
 
 def whole_weight(weight: Tensor) -> Tensor:
     """A weight as plain numbers."""
+    if is_nf4(weight):
+        return nf4_numbers(weight)
     if not is_quantized(weight):
         return weight.data
     plain: Tensor = weight.dequantize()
@@ -85,9 +114,11 @@ def whole_student(student: LinearizedForCausalLM) -> LinearizedForCausalLM:
         parameter.data = trained[name].detach().cpu()
     for name, changes in student.weight_changes.items():
         layer: Any = whole.get_submodule(name)
-        weight = layer.weight.data
+        turned = type(layer).__name__ == "Conv1D"  # GPT-2's weights are [I, O]
+        weight_OI = layer.weight.data.T if turned else layer.weight.data
         for change in changes:
-            weight = change.added_to(weight.float())
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+            weight_OI = change.added_to(weight_OI.float())
+        weight_OI = weight_OI.to(layer.weight.dtype)
+        layer.weight = nn.Parameter((weight_OI.T if turned else weight_OI).contiguous(), requires_grad=False)
     whole.generation_config = student.generation_config
     return whole

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.modeling.attention import ATTENTION
+from linearize.modeling.four_bits import nf4_states
 from linearize.modeling.mixer_layer import MixerLayer
 from linearize.modeling.projections import attention_weights, with_biases
 from linearize.modeling.sharding import is_unit, whole
@@ -176,8 +177,8 @@ def _is_local(mixer: MixerConfig | None, site: AttentionSite) -> bool:
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same tensors: the student's, so that teacher and student cost the memory of one."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    shared = [*model.parameters(), *model.buffers(), *nf4_states(model)]
+    return copy.deepcopy(model, {id(part): part for part in shared})
 
 
 def body_sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError, one_line
+from linearize.modeling.allocation import freed_at_once
 from linearize.modeling.model_files import check_model_files
-from linearize.modeling.quantized import BaseWeights, quantization_config
+from linearize.modeling.quantized import BaseWeights, after_loading, loading_options
 
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
@@ -39,15 +41,16 @@ def load_teacher(
     name = str(name_or_path)
     check_model_folder(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    small = quantization_config(base)
-    how = {} if small is None else {"quantization_config": small}
     try:
         config = AutoConfig.from_pretrained(name, **options)
         if config.model_type == "linearized":
             raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options, **how
-        )
+        numbers = dtype or getattr(config, "dtype", None) or torch.float32
+        numbers = getattr(torch, numbers) if isinstance(numbers, str) else numbers
+        how = loading_options(base, numbers, torch.device(device or "cpu"))
+        how |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+        with freed_at_once() if base != "full" else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, **how)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
@@ -58,6 +61,7 @@ def load_teacher(
             f"{name} lacks weights of a {config.model_type} model ({missing[0]}; {len(missing)} missing): "
             "copy or download the folder again"
         )
+    after_loading(model, base)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     placed: Any = model.to(device or "cpu")
     return placed.eval().requires_grad_(False), tokenizer

@@ -43,7 +43,9 @@ class Recipe(BaseModel):
     data: DataConfig = Field(default_factory=DataConfig)
     stages: tuple[StageChoice, ...]
     seed: int = Field(0, ge=0)
-    base_weights: BaseWeights = Field("full", description="8bit: the frozen linear layers in memory, by torchao")
+    base_weights: BaseWeights = Field(
+        "full", description="The frozen linear layers in memory: 8bit by torchao, 4bit by bitsandbytes"
+    )
 
     @classmethod
     def from_data(cls, data: object, *, where: str = "") -> Self:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.quantized import LowRankChange, is_quantized, whole_weight
+from linearize.modeling.quantized import LowRankChange, is_quantized, whole_weight, with_weight
 from linearize.modeling.sharding import add_part, shards_of
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ class Adapters:
                 if is_quantized(base.weight):
                     self.student.weight_changes.setdefault(name, []).append(_change(layer))
                 whole = whole_weight(base.weight)
-                base.weight = nn.Parameter(whole + delta.to(whole.dtype), requires_grad=False)
+                base = with_weight(base, whole + delta.to(whole.dtype))
             else:
                 before[name] = add_part(base.weight, delta)
             parent, _, child = name.rpartition(".")
