@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from linearize.modeling.four_bits import nf4_config
 from linearize.modeling.quantized import has_quantized, is_quantized, parts_of, whole_student, whole_weight, with_weight
 from linearize.modeling.surgery import probe
 from linearize.modeling.teacher import load_teacher
+from linearize.training.blockwise.run import release_memory
 from linearize.training.footprint import tensor_bytes
 from linearize.training.stages.lora import add_adapters
 
@@ -146,12 +146,13 @@ def test_a_device_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         nf4_config(torch.float32, CPU)
 
 
-def test_loading_never_holds_the_whole_model(tmp_path: Path) -> None:
+def test_loading_never_holds_the_whole_model(folders: dict[str, Path], tmp_path: Path) -> None:
     """Memory of the process itself (no file pages), watched while a checkpoint of 80 MB is read."""
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
     write_teacher(tmp_path, "llama", num_key_value_heads=8, head_dim=64, **wide)
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
-    gc.collect()
+    load_teacher(folders["llama"], base="4bit")  # the libraries themselves
+    release_memory()
     start, seen, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -167,7 +168,8 @@ def test_loading_never_holds_the_whole_model(tmp_path: Path) -> None:
         done.set()
         watcher.join()
     assert file_bytes > 75e6 and has_quantized(model)
-    assert 0.1 * file_bytes < max(seen) - start < 0.5 * file_bytes
+    rise = (max(seen) - start) / file_bytes
+    assert 0.1 < rise < 0.5
 
 
 def anonymous() -> int:
