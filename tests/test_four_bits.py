@@ -147,8 +147,8 @@ def test_a_device_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loading_never_holds_the_whole_model(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Memory of the process itself (no file pages), watched while a checkpoint of 80 MB is read."""
-    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+    """Memory of the process itself (no file pages), watched while a checkpoint of 160 MB is read."""
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}
     write_teacher(tmp_path, "llama", num_key_value_heads=8, head_dim=64, **wide)
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
     load_teacher(folders["llama"], base="4bit")  # the libraries themselves
@@ -167,7 +167,7 @@ def test_loading_never_holds_the_whole_model(folders: dict[str, Path], tmp_path:
     finally:
         done.set()
         watcher.join()
-    assert file_bytes > 75e6 and has_quantized(model)
+    assert file_bytes > 150e6 and has_quantized(model)
     rise = (max(seen) - start) / file_bytes
     assert 0.1 < rise < 0.5
 
