@@ -19,6 +19,7 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "numbers": 1,
+    "memory": 1,
     "disk": 2,
     "files": 3,
     "ops": 2,

@@ -116,7 +116,8 @@ def kill_and_rerun(teacher: Path, recipe: Path, folder: Path, ranks: int, kills:
 
 
 def peak_memory(folder: Path, ranks: int, *, layers: int = 12) -> dict[str, Any]:
-    """Peak resident memory of each rank over that of a small model, in sizes of the weights."""
+    """Peak resident memory of each rank over that of a small model, in sizes of the weights; rows are short, since what
+    is asked for is weights and not activations."""
     recipe = write_recipe(folder, "between")
     peaks = {}
     for name, depth in (("small", 1), ("large", layers)):
@@ -130,7 +131,7 @@ def peak_memory(folder: Path, ranks: int, *, layers: int = 12) -> dict[str, Any]
         text.write_text("\n\n".join(f"Once there were {i} cats. They sat on a mat." for i in range(200)), "utf-8")
         words = command(teacher, recipe, folder / f"{name}-{ranks}-memory", ranks)
         words[words.index("self")] = str(text)
-        words += ["--set", "stages.0.tokens=512", "--set", "stages.1.tokens=512"]
+        words += ["--set", "data.length=16", "--set", "stages.0.tokens=192", "--set", "stages.1.tokens=192"]
         peaks[name] = (size, measured(words))
     weights = peaks["large"][0] - peaks["small"][0]
     above = [peak - base for peak, base in zip(peaks["large"][1], peaks["small"][1], strict=True)]

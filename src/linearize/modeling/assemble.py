@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.save import save_config
 from linearize.modeling.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.streaming import StreamedTeacher
 from linearize.modeling.student import LinearizedForCausalLM
@@ -44,9 +45,7 @@ def write_student_weights(
             layer, trained = now, mixers(now) if now >= 0 else {}
         writer.write(name, teacher.files.read(sources[name]) if name in sources else trained[name])
     writer.close()
-    student.config.architectures = [type(student).__name__]
-    student.config.save_pretrained(folder)
-    student.generation_config.save_pretrained(folder)
+    save_config(student, folder)
 
 
 def _planned(teacher: StreamedTeacher, student: LinearizedForCausalLM) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from linearize.disk import writing
 from linearize.errors import InputError
+from linearize.modeling.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.sharding import shards_of, whole_state
 
 ADAPTER = "adapter"
@@ -35,16 +36,17 @@ def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
     """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
     `adapter/`.
 
-    A sharded student is gathered tensor by tensor on rank 0: all ranks call it, those that write nothing with None.
+    A sharded student is gathered and written tensor by tensor: all ranks call it, those that write nothing with None.
     """
     kept: KeptAdapters | None = getattr(student, "kept_adapters", None)
-    with _weights(student, kept.weights if kept else {}):
-        gathered = {} if shards_of(student) is None else {"state_dict": whole_state(student)}
-        if folder is None:
-            return
-        size = sum(parameter.nbytes for parameter in student.parameters())
-        with writing("the student", folder, size):
-            student.save_pretrained(folder, **gathered)
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    with _weights(student, kept.weights if kept else {}), writing("the student", folder or Path(), size):
+        if shards_of(student) is not None:
+            _save_sharded(student, folder)
+        elif folder is not None:
+            student.save_pretrained(folder)
+    if folder is None:
+        return
     with writing("the student's tokenizer and adapters", folder):
         tokenizer.save_pretrained(folder)
         if kept is not None:
@@ -54,6 +56,46 @@ def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
             kept.config.save_pretrained(folder / ADAPTER)
             tensors = {k: v.cpu() for k, v in kept.state.items()}
             save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+
+
+def save_config(student: Any, folder: Path) -> None:
+    """What tells a loader of the weights in a student's folder."""
+    student.config.architectures = [type(student).__name__]
+    student.config.dtype = student.dtype
+    student.config.save_pretrained(folder)
+    student.generation_config.save_pretrained(folder)
+
+
+def _save_sharded(student: Any, folder: Path | None) -> None:
+    """Never more than one whole tensor in memory, but for families whose tensors transformers joins or splits."""
+    entries = _entries(student)
+    if entries is None:
+        state = dict(whole_state(student))
+        if folder is not None:
+            student.save_pretrained(folder, state_dict=state)
+        return
+    writer = None if folder is None else ShardedWriter(folder, entries, SHARD_BYTES)
+    for name, tensor in whole_state(student):
+        if writer is not None and name in entries:
+            writer.write(name, tensor)
+    if writer is not None and folder is not None:
+        writer.close()
+        save_config(student, folder)
+
+
+def _entries(student: Any) -> dict[str, Entry] | None:
+    """Dtype and shape of every tensor of a folder, tied ones once; None: transformers saves others than these."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    held: dict[str, Tensor] = student.state_dict(keep_vars=True)
+    marks = {id(tensor): torch.empty(1) for tensor in held.values()}
+    names = remove_tied_weights_from_state_dict({name: marks[id(held[name])] for name in held}, student)
+    shapes = {name: torch.empty(held[name].shape, dtype=held[name].dtype, device="meta") for name in names}
+    saved = revert_weight_conversion(student, dict(shapes))
+    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in shapes.items()}:
+        return None
+    return {name: (x.dtype, tuple(x.shape)) for name, x in shapes.items()}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.memory import MappedFiles
 
 
 class Slot(NamedTuple):
@@ -93,30 +94,34 @@ class Shards:
         parameters; the first of them owns what it shares.
         """
         trees = list({id(tree): tree for tree in trees}.values())
-        slots = _slots(trees)
+        slots, files = _slots(trees), MappedFiles()
         for tree in trees:
             for unit in units_of(tree):
                 mine = [p for _, p in base_parameters(unit) if id(p) in slots]
                 if mine:
-                    self._take(unit, trees, [slots.pop(id(p)) for p in mine])
+                    self._take(unit, trees, [slots.pop(id(p)) for p in mine], files)
         for places in list(slots.values()):
-            _fill(places, self.device)
+            _fill(places, self.device, files)
         for tree in trees:
             for module in tree.modules():
                 for key, buffer in module._buffers.items():
                     module._buffers[key] = None if buffer is None else buffer.to(self.device)
 
-    def separate(self) -> None:
-        """Give every tree sharded copies of its own of what it borrowed, before its owner's weights change."""
-        loans, self.loans = self.loans, []
-        for loan in loans:
-            loan.end()
-            self._shard(loan.borrower, [mine.get() for mine, _ in loan.slots])
+    def separate(self, changing: Iterable[nn.Parameter]) -> None:
+        """Before these parameters change: sharded copies of their own for all that borrow from a unit with one."""
+        ids = {id(parameter) for parameter in changing}
+        for loan in list(self.loans):
+            if any(id(theirs.get()) in ids for _, theirs in loan.slots):
+                self.loans.remove(loan)
+                loan.end()
+                self._shard(loan.borrower, [mine.get() for mine, _ in loan.slots])
 
-    def _take(self, unit: nn.Module, trees: Sequence[nn.Module], places: Sequence[list[Slot]]) -> None:
+    def _take(
+        self, unit: nn.Module, trees: Sequence[nn.Module], places: Sequence[list[Slot]], files: MappedFiles
+    ) -> None:
         """Fill and shard a unit, and lend to the units of other trees that hold the same parameters."""
         for shared in places:
-            _fill(shared, self.device)
+            _fill(shared, self.device, files)
         inside = set(unit.modules())
         self._shard(unit, [shared[0].get() for shared in places])
         borrowers: dict[nn.Module, list[tuple[Slot, Slot]]] = {}
@@ -201,24 +206,30 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_part(parameter: nn.Parameter, change: Tensor) -> nn.Parameter:
-    """Add a whole tensor to a sharded parameter in place; returns the parameter from before. All ranks call it."""
-    before = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+def add_part(parameter: nn.Parameter, change: Tensor) -> None:
+    """Add a whole tensor to a sharded parameter in place. All ranks call it."""
     part: Any = spread(change.to(parameter.dtype), parameter)
     parameter.to_local().add_(part.to_local())  # type: ignore[attr-defined]
-    return before
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors on rank 0's CPU, one gathered after the other; empty on the other ranks."""
-    leads = dist.get_rank() == 0
-    state: dict[str, Tensor] = {}
-    made: dict[int, Tensor] = {}  # tied weights stay one tensor
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        full = gathered(tensor)
-        if leads:
-            state[name] = made.setdefault(id(tensor), full.detach().cpu())
-    return state
+def whole_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state dict's tensors in turn, whole and on the CPU on rank 0, empty on the others. All ranks go through it.
+
+    Tied weights come once for each name, as one tensor.
+    """
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    made: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if sum(other is tensor for other in state.values()) == 1:
+            yield name, _on_first(gathered(tensor))
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = _on_first(gathered(tensor))
+        yield name, made[id(tensor)]
+
+
+def _on_first(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -267,12 +278,13 @@ def _unit_with(module: nn.Module, trees: Sequence[nn.Module]) -> nn.Module:
     return next(unit for tree in trees for unit in units_of(tree) if module in set(unit.modules()))
 
 
-def _fill(places: Sequence[Slot], device: torch.device) -> None:
-    """Rank 0's values on this device, in every place that holds the parameter."""
+def _fill(places: Sequence[Slot], device: torch.device, files: MappedFiles) -> None:
+    """Rank 0's values on this device, in every place that holds the parameter; what was read from is let go."""
     old = places[0].get()
     value = torch.empty(old.shape, dtype=old.dtype, device=device)
     if dist.get_rank() == 0:
         value.copy_(old.detach())
+        files.let_go(old)
     if value.numel():
         dist.broadcast(value.view(-1).view(torch.uint8), src=0)
     new = nn.Parameter(value, requires_grad=old.requires_grad)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from linearize.errors import InputError
+from linearize.memory import return_large_blocks
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -108,6 +109,8 @@ def start() -> Group:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    else:
+        return_large_blocks()  # weights are whole for a moment, in the memory that holds the parts
     _store, rank, ranks = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=10))))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",

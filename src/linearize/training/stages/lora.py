@@ -41,22 +41,25 @@ class Adapters:
 
         return {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(self.student).items()}
 
-    def remove(self) -> dict[str, nn.Parameter]:
-        """Take the LoRA layers out again, their product in new weight tensors; returns the weights from before."""
+    def remove(self, *, keep: bool) -> dict[str, nn.Parameter]:
+        """Take the LoRA layers out again, their product in new weight tensors; returns the weights from before if they
+        are to be kept."""
         before: dict[str, nn.Parameter] = {}
         if (shards := shards_of(self.student)) is not None:
-            shards.separate()
+            shards.separate(layer.base_layer.weight for layer in self.layers.values())
         for name, layer in self.layers.items():
             base = layer.base_layer
             delta = layer.get_delta_weight("default")
+            if keep:
+                weight = base.weight
+                before[name] = weight if shards is None else nn.Parameter(weight.detach().clone(), requires_grad=False)
             if shards is None:
-                before[name] = base.weight
                 if is_quantized(base.weight):
                     self.student.weight_changes.setdefault(name, []).append(_change(layer))
                 whole = whole_weight(base.weight)
                 base = with_weight(base, whole + delta.to(whole.dtype))
             else:
-                before[name] = add_part(base.weight, delta)
+                add_part(base.weight, delta)
             parent, _, child = name.rpartition(".")
             setattr(self.student.get_submodule(parent), child, base)
         return before

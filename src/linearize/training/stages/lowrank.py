@@ -91,7 +91,7 @@ class LowRank:
     def finish(self) -> None:
         """Merge the adapters; those to be kept beside the weights are remembered for `save_student`."""
         state = self.adapters.state()
-        before = self.adapters.remove()
+        before = self.adapters.remove(keep=not self.config.merge)
         if not self.config.merge:
             self.student.kept_adapters = KeptAdapters(self.adapters.config, state, before)
         if self.config.gradient_checkpointing:

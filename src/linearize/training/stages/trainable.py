@@ -33,8 +33,8 @@ def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[st
     that the teacher borrows are copied for the teacher instead.
     """
     named, names = dict(student.named_parameters()), list(names)
-    if (shards := shards_of(student)) is not None and any(is_sharded(named[name]) for name in names):
-        shards.separate()
+    if (shards := shards_of(student)) is not None:
+        shards.separate(named[name] for name in names)
     taken = {_memory(parameter) for parameter in teacher.parameters()}
     copies: dict[int, nn.Parameter] = {}
     for name in names:
