@@ -178,6 +178,45 @@ def test_devices(tmp_path: Path) -> None:
     assert cpu.kind == "cpu" and cpu.memory > 10**8 and cpu.reserve > 10**7
 
 
+def test_gathering_within_a_node_and_between_nodes() -> None:
+    fields: dict[str, Any] = {
+        "memory": 10**9,
+        "reserve": 1,
+        "flops_bf16": 1e9,
+        "flops_fp32": 1e8,
+        "bandwidth": 1e9,
+        "share": 1,
+    }
+    linked = Device(**fields, link=7e9, link_between_nodes=1e9, link_share=0.5)
+    assert linked.gather_seconds(56e9, 1) == 0 and Device(**fields).gather_seconds(56e9, 8) == 0
+    assert linked.gather_seconds(56e9, 8) == pytest.approx(56 * (7 / 8) / 7 / 0.5)
+    across = 56 * (2 / 3) / 8 / 0.5  # what other nodes hold, by the eight cards of a node; inside would take less
+    assert linked.gather_seconds(56e9, 24) == pytest.approx(max(across, 56 * (23 / 24) / 7 / 0.5))
+    slower = linked.model_copy(update={"link_between_nodes": 1e8})
+    assert slower.gather_seconds(56e9, 24) == pytest.approx(10 * across)
+
+
+def test_what_devices_send_counts_where_it_takes_longer(tmp_path: Path) -> None:
+    folder, table = tiny_folder(tmp_path / "m"), tmp_path / "mine.yaml"
+    common = "memory: 1GB, reserve: 1MB, flops_bf16: 1e9, flops_fp32: 1e8, bandwidth: 1e9, share: 1"
+    rows = {"none": "", "fast": ", link: 1e9, heap: 0.5, beside: 2MB", "slow": ", link: 1e3"}
+    table.write_text("".join(f"{name}: {{{common}{more}}}\n" for name, more in rows.items()))
+    stages = [{"name": "attention_transfer", "tokens": 108, "lr": 1e-2, "batch": 4},
+              {"name": "lowrank", "tokens": 108, "lr": 1e-2, "batch": 4, "micro_batch": 1}]  # fmt: skip
+    recipe = Recipe.from_data({"plan": {"mixer": {"name": "lolcats"}}, "data": {"length": 9}, "stages": stages})
+    none, fast, slow = (plan_conversion(folder, recipe=recipe, devices=2, device=name, table=table) for name in rows)
+    assert any("no link" in notice for notice in none.notices) and not any("link" in n for n in fast.notices)
+    for without, hidden, bound in zip(none.stages, fast.stages, slow.stages, strict=True):
+        assert without.sending_seconds == 0 < hidden.sending_seconds < hidden.seconds == without.seconds
+        assert bound.sending_seconds == pytest.approx(1e6 * hidden.sending_seconds)
+        assert bound.sending_seconds < bound.seconds < bound.sending_seconds + without.seconds
+    transfer, adapters = (stage.sending_seconds for stage in fast.stages)
+    assert adapters > 3 * transfer  # two micro-batches a step, each forward and backward
+    memory = fast.stages[0].memory
+    assert memory.allocator == 2_000_000 + round(memory.activations / 2)
+    assert memory.peak == none.stages[0].memory.peak + memory.allocator
+
+
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tiny_folder(tmp_path))
     arguments = ["plan", folder, "--device", "B200", "--set", "data.length=19", "--set", "stages.1.tokens=0"]

@@ -19,10 +19,13 @@ from linearize.benchmarks.timing import parser, publish, random_llama
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lolcats, transfer": ("lolcats", {"stages.0.batch": 4, "stages.1.tokens": 0}),
-    "lolcats, transfer and LoRA": ("lolcats", {"stages.0.batch": 2, "stages.1.batch": 4}),
-    "mamba2, everything distilled": ("mohawk", {"stages.0.tokens": 0, "stages.1.tokens": 0, "stages.2.batch": 4}),
+    "lolcats, LoRA": ("lolcats", {"stages.0.tokens": 0, "stages.1.batch": 4}),
+    "mamba2 in every second layer, hidden states": (
+        "mohawk",
+        {"plan.layers": "[0,2,4,6]", "stages.0.tokens": 0, "stages.1.batch": 4, "stages.2.tokens": 0},
+    ),
 }
-LENGTH = 512
+LENGTH = 256
 _CHILD = """
 import json, sys
 from pathlib import Path
@@ -41,7 +44,7 @@ print(json.dumps({"code": code, "baseline": baseline, "peak": held("VmHWM")}))
 def measure(name: str, folder: Path, teacher: Path, text: Path) -> dict[str, Any]:
     """One case: what the plan says, what the process held."""
     recipe, settings = CASES[name]
-    settings = {"data.length": LENGTH, "data.max_heldout_tokens": 4 * LENGTH, **settings}
+    settings = {"data.length": LENGTH, "data.max_heldout_tokens": 8 * LENGTH, **settings}
     for stage in (0, 1, 2)[: 3 if recipe == "mohawk" else 2]:
         tokens = f"stages.{stage}.tokens"
         if tokens not in settings:
@@ -86,13 +89,13 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
-    """A random Llama of 100M parameters with the demo's tokenizer, and a text of random words."""
+    """A random Llama of 26M parameters with the demo's tokenizer, and a text of random words."""
     from importlib.resources import files
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(files("linearize.demo") / "teacher"))
-    teacher = random_llama(hidden=768, layers=12, heads=12, kv_heads=4, context=2 * LENGTH, vocab=len(tokenizer))
+    teacher = random_llama(hidden=512, layers=8, heads=8, kv_heads=4, context=2 * LENGTH, vocab=len(tokenizer))
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     draw = random.Random(0)

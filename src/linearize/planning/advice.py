@@ -35,7 +35,7 @@ def advice(
                     f"{size_text(cheapest.disk_bytes)} of disk)")  # fmt: skip
     divided = memory.weights + memory.gradients + memory.optimizer + memory.best
     for more in (2**power for power in range(1, 11)):
-        shared = memory.reserve + divided // more + memory.activations // rows * -(-rows // more)
+        shared = memory.reserve + memory.allocator + divided // more + memory.activations // rows * -(-rows // more)
         if shared <= room:
             ways.append(f"--devices {devices * more} or more")
             break

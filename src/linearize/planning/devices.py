@@ -22,12 +22,20 @@ from linearize.training.hardware import bf16_pays, resident_bytes
 CPU = "cpu"
 CPU_SHARE = 0.6
 CPU_LAUNCH = 1e-5
+CPU_HEAP = 0.35  # measured between 0.2 and 0.5: docs/plan.md
+CPU_BESIDE = 60_000_000
+NODE = 8  # devices that `link` joins
 Bytes = Annotated[int, BeforeValidator(parse_size)]
 Rate = Annotated[Number, Field(gt=0)]
 
 
 class Device(BaseModel):
-    """One device: bytes, operations and bytes per second at their peaks, and the share of the peaks that is reached."""
+    """One device: bytes, operations and bytes per second at their peaks, and the share of the peaks that is reached.
+
+    `link`, `link_between_nodes`: bytes per second that one device receives from others of its node, and from other
+    nodes; `link_share` of them is reached. `heap`: what the allocator holds of freed memory, as a share of the
+    activations; `beside`: bytes of text, tokenizer and code that a conversion loads.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,6 +47,24 @@ class Device(BaseModel):
     share: Annotated[float, Field(gt=0, le=1)]
     launch: Annotated[Number, Field(ge=0)] = 0.0
     kind: str = "cuda"
+    link: Rate | None = None
+    link_between_nodes: Rate | None = None
+    link_share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    heap: Annotated[Number, Field(ge=0)] = 0.0
+    beside: Bytes = 0
+
+    def gather_seconds(self, size: float, devices: int) -> float:
+        """Until each of `devices` has all of `size` bytes of which it holds a part; adding up gradients takes as long.
+
+        Within a node each device receives what it lacks; all of a node's devices together bring in what other nodes
+        hold. The slower of the two counts; 0 where the table has no `link`.
+        """
+        if devices == 1 or self.link is None:
+            return 0.0
+        nodes = -(-devices // NODE)
+        inside = size * (devices - 1) / devices / self.link
+        across = size * (nodes - 1) / nodes / (NODE * (self.link_between_nodes or self.link))
+        return max(inside, across) / self.link_share
 
     def seconds(self, operations: Sequence[Operation]) -> float:
         """Of operations one after the other, each as long as its products, its bytes or its launch take."""
@@ -73,7 +99,7 @@ def this_cpu() -> Device:
     copies = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
     return Device(
         memory=_memory(), reserve=resident_bytes() or 1, flops_bf16=bf16, flops_fp32=fp32, bandwidth=copies,
-        share=CPU_SHARE, launch=CPU_LAUNCH, kind=CPU,
+        share=CPU_SHARE, launch=CPU_LAUNCH, kind=CPU, heap=CPU_HEAP, beside=CPU_BESIDE,
     )  # fmt: skip
 
 

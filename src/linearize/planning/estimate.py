@@ -106,14 +106,17 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
     errors = measured(whole, lambda sample: error_costs(sample, heldout, by_layer=whole.draft is None)).total
     scores = on_sample(whole, [kind[0] for kind in whole.kinds], lambda sample: score_costs(sample, heldout))["scores"]
     blockwise = bool(stages) and all(stage.runs_by_block for stage in stages)
-    measuring = round(errors["weights"] / request.devices + max(errors["errors"], scores)) + kind.reserve
+    measuring = round(errors["weights"] / request.devices + (1 + kind.heap) * max(errors["errors"], scores))
+    measuring += kind.beside + kind.reserve
     student = whole.weight_bytes + max((s.trained_parameters for s in stages), default=0) * 4
     hidden = max((s.runs_by_block.disk_bytes for s in stages if s.runs_by_block), default=0)
     peak = max([s.peak_bytes for s in stages] + ([] if blockwise else [measuring]), default=measuring)
-    copies = (2 if kind.kind == CPU else 1) if request.devices == 1 else 0  # a rank of several reads back its share
-    loading = round(errors["weights"] / request.devices) + student * copies + kind.reserve
+    copies = 1 if request.devices == 1 else 0  # a rank of several keeps its share; on a CPU the file itself is mapped
+    loading = round(errors["weights"] / request.devices) + student * copies + kind.beside + kind.reserve
     peak = max(peak, 0 if blockwise else loading)
     missing = None if blockwise else fits(kind, measuring)
+    if request.devices > 1 and kind.link is None:
+        notices = [*notices, f"{device} has no link in the table: what devices send each other takes no time here"]
     told = [f"the measurements between the stages {missing}: convert by blocks (--stream)"] if missing else []
     return ConversionPlan(
         teacher=teacher,
@@ -159,6 +162,9 @@ def _stage(number: int, request: Request) -> StagePlan:
     evaluations = 0 if isinstance(stage, OwnLoopConfig) else 1 + steps // max(1, as_steps(stage.evaluate_every, steps))
     batches = request.recipe.data.max_heldout_tokens / (HELDOUT_ROWS * request.recipe.data.length)
     heldout_seconds = evaluations * batches * costs.total["heldout_seconds"] / request.devices
+    micro_batches = math.ceil(share / rows)
+    sending = 0.0 if runs else steps * _sending_seconds(stage, request, costs, micro_batches)
+    working = costs.total["seconds"] * steps * micro_batches
     return StagePlan(
         stage=stage.name,
         tokens=steps * stage.batch * length,
@@ -168,7 +174,8 @@ def _stage(number: int, request: Request) -> StagePlan:
         micro_batch=rows,
         trained_parameters=round(costs.total["trained"]),
         flops=costs.total["flops"] * steps * stage.batch / rows,
-        seconds=costs.total["seconds"] * steps * math.ceil(share / rows) + heldout_seconds,
+        seconds=max(working, sending) + heldout_seconds,
+        sending_seconds=sending,
         memory=memory,
         peak_bytes=peak,
         checkpointed_bytes=checkpointed,
@@ -192,6 +199,20 @@ def _stage(number: int, request: Request) -> StagePlan:
     )
 
 
+def _sending_seconds(stage: StageConfig, request: Request, costs: Measured, micro_batches: int) -> float:
+    """Of one step on sharded weights: each pass over the layers gathers them (forward, backward, and a teacher's), and
+    the gradients of what trains are added up once, in fp32."""
+    whole, device, devices = request.whole, request.device, request.devices
+    if stage.by_layer:
+        passes = 1
+    else:
+        passes = 3 if stage.gradient_checkpointing else 2
+        passes += isinstance(stage, DistillConfig) or getattr(stage, "loss", "ce") != "ce" or stage.name == "dpo"
+    layers = sum(len(kind) for kind in whole.kinds) * whole.layer_bytes
+    gathers = passes * micro_batches * device.gather_seconds(layers, devices)
+    return gathers + device.gather_seconds(4 * costs.total["trained"], devices)
+
+
 def _memory(stage: StageConfig, request: Request, total: Mapping[str, float]) -> Memory:
     """All layers at once, sharded over the devices: what is divided, and two layers whole beside it."""
     shards, gradients = request.devices, total["gradients"]
@@ -204,6 +225,7 @@ def _memory(stage: StageConfig, request: Request, total: Mapping[str, float]) ->
         optimizer=math.ceil(total["optimizer"] / shards),
         best=math.ceil(gradients / shards) if keeps_best else 0,
         activations=round(activations),
+        allocator=request.device.beside + round(request.device.heap * activations),
         reserve=request.device.reserve,
     )
 
@@ -216,7 +238,8 @@ def _checkpointed(stage: StageConfig, request: Request, costs: Measured, memory:
     one = costs.base["step"] - costs.base["gradients"] - (sampled - 1) * costs.largest_layer("step")
     kept = request.whole.layers * tokens * request.whole.model_dim * request.whole.dtype.itemsize
     activations = max(round(one + kept), round(costs.total["heldout"] - costs.total["gradients"]), 0)
-    return memory.peak - memory.activations + min(activations, memory.activations)
+    saved = memory.activations - min(activations, memory.activations)
+    return memory.peak - saved - round(saved * request.device.heap)
 
 
 def _blocks(

@@ -11,7 +11,8 @@ class Memory:
 
     `weights`: teacher and student, what they share once, new parameters included. `best`: the best weights so far.
     `activations`: what is kept for the backward pass and lives beside it, logits included; of the step, of the
-    calibration of its loss or of the held-out text, whichever is most. `reserve`: the process or the driver.
+    calibration of its loss or of the held-out text, whichever is most. `allocator`: freed
+    memory that the process keeps, and what it loads besides. `reserve`: the process or the driver.
     """
 
     weights: int
@@ -19,12 +20,14 @@ class Memory:
     optimizer: int
     best: int
     activations: int
+    allocator: int
     reserve: int
 
     @property
     def peak(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.best + self.activations + self.reserve
+        tensors = self.weights + self.gradients + self.optimizer + self.best + self.activations
+        return tensors + self.allocator + self.reserve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers at once;
+    """One stage. `seconds` with `sending_seconds`, what devices send each other, where that takes longer than the work
+    beside it. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers at once;
     `peak_bytes` as the stage is run (by blocks where `runs_by_block`); `checkpointed_bytes`: the peak with gradient
     checkpointing where the stage can do it and does not; `cheapest`: the fewest blocks that fit; `advice`: what to do
     where the stage does not fit."""
@@ -53,6 +57,7 @@ class StagePlan:
     trained_parameters: int
     flops: float
     seconds: float
+    sending_seconds: float
     memory: Memory
     peak_bytes: int
     checkpointed_bytes: int | None
