@@ -211,7 +211,7 @@ def test_what_devices_send_counts_where_it_takes_longer(tmp_path: Path) -> None:
         assert bound.sending_seconds == pytest.approx(1e6 * hidden.sending_seconds)
         assert bound.sending_seconds < bound.seconds < bound.sending_seconds + without.seconds
     transfer, adapters = (stage.sending_seconds for stage in fast.stages)
-    assert adapters > 3 * transfer  # two micro-batches a step, each forward and backward
+    assert adapters > 2 * transfer  # two micro-batches a step, each forward and backward; gradients in both
     memory = fast.stages[0].memory
     assert memory.allocator == 2_000_000 + round(memory.activations / 2)
     assert memory.peak == none.stages[0].memory.peak + memory.allocator
