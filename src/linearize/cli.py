@@ -328,11 +328,21 @@ def inspect(
     tokens: Annotated[
         int | None, typer.Option(metavar="N", parser=count, help="Training tokens to measure on; default: 16384.")
     ] = None,
+    backends: Annotated[
+        bool, typer.Option("--backends", help="Which form of each operation runs here, and why; takes --device.")
+    ] = False,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Per layer: mixer, parameters and bytes of state; totals. Or: how much a teacher needs each layer."""
+    if backends:
+        if sensitivity or given(data=data, recipe=recipe, tokens=tokens) or trust_remote_code:
+            raise InputError("inspect --backends takes --device and --json alone")
+        from linearize.modeling.backends import inspect_backends
+
+        show(inspect_backends(model, device=device), as_json=as_json)
+        return
     chosen = given(data=data, recipe=recipe, tokens=tokens, device=device)
     if not sensitivity:
         if chosen or trust_remote_code:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch
 
@@ -95,6 +96,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def cost(self, element_size: int) -> MixerCost:
         """Cost with raw inputs of `element_size` bytes per number."""
+
+    @abstractmethod
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """The operations that such a call runs, with the calls that they see: `linearize inspect --backends`."""
 
     @abstractmethod
     def reset_parameters(self) -> None:

@@ -39,8 +39,11 @@ from linearize.mixers.layer_mixer import (
     last,
 )
 from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
+from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.gated_delta import gated_delta
-from linearize.ops.layer_steps import run_layer
+from linearize.ops.gated_delta.backends import DISPATCH as GATED_DELTA
+from linearize.ops.layer_steps import DISPATCH as LAYER
+from linearize.ops.layer_steps import LayerCall, run_layer
 from linearize.ops.layout import Layout
 from linearize.ops.short_conv import short_conv
 
@@ -260,6 +263,11 @@ class GatedDeltaNet(LayerMixer):
         cut = F.silu(wide(qkv)).split(self.channels, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(cut, (dim, dim, shape.value_dim), strict=True))
         return l2_norm(q) * dim**-0.5, l2_norm(k), v, taps
+
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """See `Mixer.operations`."""
+        layer = asked.call(LayerCall, taps=self.config.conv_taps)
+        return [(LAYER, layer), (GATED_DELTA, asked.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """State in fp32 and the convolution's taps; the state decayed, corrected, written and read, the convolution."""

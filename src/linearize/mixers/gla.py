@@ -23,8 +23,12 @@ from torch.nn import functional as F
 from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
 from linearize.mixers.gates import wide
 from linearize.ops.decay_linear import decay_linear
+from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
+from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
+from linearize.ops.window_linear.backends import WindowCall
 from linearize.ops.window_linear.window import ring_slots
 
 
@@ -116,6 +120,12 @@ class Gla(AttentionMixer):
         """See `Mixer.fixed`."""
         ring = ring_slots(self.config.window, self.config.window_shape)
         return GlaState(state.window.fixed(ring=ring, num_sinks=0), state.memory_BGDV)
+
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """See `Mixer.operations`."""
+        widest, cursor = max(self.shape.head_dim, self.shape.value_dim), "same" if asked.past else "none"
+        window = asked.call(WindowCall, spec=self._window(1.0, None), cursor=cursor, widest=widest)
+        return [(WINDOW_LINEAR, window), (DECAY_LINEAR, asked.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """The window's keys and values, and D V sums per key/value head."""

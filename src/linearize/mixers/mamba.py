@@ -32,9 +32,13 @@ from linearize.mixers.gates import (
     wide,
 )
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
-from linearize.ops.layer_steps import run_layer
+from linearize.ops.forms import Asked, Call, Dispatcher
+from linearize.ops.layer_steps import DISPATCH as LAYER
+from linearize.ops.layer_steps import LayerCall, run_layer
 from linearize.ops.layout import Layout
 from linearize.ops.selective_scan import selective_scan
+from linearize.ops.selective_scan.backends import DISPATCH as SELECTIVE_SCAN
+from linearize.ops.selective_scan.backends import ScanCall
 from linearize.ops.short_conv import short_conv
 
 PUBLISHED_STATE = 16
@@ -191,6 +195,12 @@ class Mamba(LayerMixer):
         _, memory = selective_scan(x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN[:, :0], layout=layout, state=memory)
         assert memory is not None
         return RecurrentState(memory, taps)
+
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """See `Mixer.operations`."""
+        state = {"state_dim": self.state_dim, "has_state": asked.past, "need_state": not asked.gradients}
+        layer, scan = asked.call(LayerCall, taps=self.config.conv_taps), asked.wide().call(ScanCall, **state)
+        return [(LAYER, layer), (SELECTIVE_SCAN, scan)]
 
     def cost(self, element_size: int) -> MixerCost:
         """N sums per channel and the convolution's past inputs; decay, write and read of the state, and the taps."""

@@ -39,7 +39,10 @@ from linearize.mixers.layer_mixer import (
 )
 from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
 from linearize.ops.decay_linear import decay_linear
-from linearize.ops.layer_steps import run_layer
+from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.forms import Asked, Call, Dispatcher
+from linearize.ops.layer_steps import DISPATCH as LAYER
+from linearize.ops.layer_steps import LayerCall, run_layer
 from linearize.ops.layout import Layout
 from linearize.ops.short_conv import short_conv
 
@@ -259,6 +262,11 @@ class Mamba2(LayerMixer):
         cut = F.silu(wide(xBC)).split(self.channels, dim=-1)
         x, B, C = (w.unflatten(-1, (-1, width)) for w, width in zip(cut, widths, strict=True))
         return gate, dt, x, B, C, taps
+
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """See `Mixer.operations`."""
+        layer = asked.call(LayerCall, taps=self.config.conv_taps)
+        return [(LAYER, layer), (DECAY_LINEAR, asked.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """State in at least fp32 and the last inputs; the state decayed, written and read, and the convolution."""

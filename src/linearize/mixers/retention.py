@@ -16,6 +16,8 @@ from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_heads, wide
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
 from linearize.ops.decay_linear import decay_linear
+from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
 
 NORM_EPS = 1e-5  # of the published GroupNorm, which has no weights
@@ -127,6 +129,10 @@ class Retention(LayerMixer):
         x_BHTD = wide(split_heads(x_BTC, self.shape.num_heads))
         x_BHTD = F.relu(x_BHTD @ wide(self.map_weight) + wide(self.map_bias)[:, None])
         return rotate(x_BHTD, layout, self.shape.rope_theta)
+
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """See `Mixer.operations`."""
+        return [(DECAY_LINEAR, asked.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """State in at least fp32, decayed, written and read; the map of q and k."""

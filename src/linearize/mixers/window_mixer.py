@@ -9,8 +9,11 @@ from pydantic import model_validator
 from torch import Tensor
 
 from linearize.mixers.base import AttentionMixer, AttentionShape, MixerConfig, MixerCost
+from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
+from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
+from linearize.ops.window_linear.backends import WindowCall
 from linearize.ops.window_linear.window import ring_slots
 
 
@@ -72,6 +75,13 @@ class WindowMixer(AttentionMixer):
         """See `Mixer.fixed`."""
         config = self.config
         return state.fixed(ring=ring_slots(config.window, config.window_shape), num_sinks=config.num_sinks)
+
+    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+        """See `Mixer.operations`."""
+        spec = self.spec(scaling=1.0, softcap=None, branch="both")
+        widest = max(self.shape.head_dim, self.shape.value_dim)
+        cursor = "same" if asked.past else "none"
+        return [(WINDOW_LINEAR, asked.call(WindowCall, spec=spec, cursor=cursor, widest=widest))]
 
     def cost(self, element_size: int) -> MixerCost:
         """Ring and sinks of keys and values; scores and weighted sum over the window."""

@@ -31,7 +31,7 @@ def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CON
     Raises:
         InputError: no model at `path`, or a family whose cache cannot be told from its config.
     """
-    config = _read_config(path)
+    config = read_config(path)
     element_size = _element_size(config)
     model = _on_meta(config, path)
     student = isinstance(model, LinearizedForCausalLM)
@@ -49,7 +49,8 @@ def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CON
     }
 
 
-def _read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """A model's config, checked; no weights are read. Raises InputError."""
     check_model_folder(str(path))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)

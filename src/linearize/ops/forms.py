@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from linearize.errors import InputError
 from linearize.ops.layout import Layout
 
 Result = TypeVar("Result")
+CallKind = TypeVar("CallKind")
 OUR_OWN = (AssertionError, InputError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt)
 
 
@@ -32,6 +33,25 @@ class Call:
     layout: Layout = field(default_factory=Layout)
     whole: bool = True
     gradients: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A kind of call that a person asks about: so many tokens of whole rows, after past ones or not."""
+
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    past: bool = False
+    gradients: bool = False
+
+    def call(self, kind: Callable[..., CallKind], **more: Any) -> CallKind:
+        """The call that an operation would see; `more`: what its rules look at besides."""
+        return kind(device=self.device, dtype=self.dtype, tokens=self.tokens, gradients=self.gradients, **more)
+
+    def wide(self) -> Asked:
+        """The same in at least fp32, as recurrences compute."""
+        return replace(self, dtype=torch.promote_types(self.dtype, torch.float32))
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
