@@ -36,6 +36,7 @@ LAYERS = {
     "demo": 10,
     "cli_output": 10,
     "cli_options": 10,
+    "cli_inspect": 11,
     "cli_plan": 11,
     "cli_together": 10,
     "cli": 12,

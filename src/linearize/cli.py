@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.main import get_command
 
+from linearize.cli_inspect import inspect
 from linearize.cli_options import (
     Base,
     Data,
@@ -33,7 +34,6 @@ from linearize.cli_options import (
 from linearize.cli_output import DONE, FAILED, INTERRUPTED, conversion_lines, json_only, one_line, show, table
 from linearize.cli_plan import plan
 from linearize.cli_together import agreed, join
-from linearize.errors import InputError
 
 app = typer.Typer(
     name="linearize",
@@ -315,51 +315,7 @@ def bench(
         print_report(report)
 
 
-@app.command()
-def inspect(
-    model: Model,
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="What replacing each layer alone costs; needs --data.")
-    ] = False,
-    data: Data = None,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="The recipe whose mixer is tried; default: window-linear.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(metavar="N", parser=count, help="Training tokens to measure on; default: 16384.")
-    ] = None,
-    backends: Annotated[
-        bool, typer.Option("--backends", help="Which form of each operation runs here, and why; takes --device.")
-    ] = False,
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
-    as_json: Json = False,
-) -> None:
-    """Per layer: mixer, parameters and bytes of state; totals. Or: how much a teacher needs each layer."""
-    if backends:
-        if sensitivity or given(data=data, recipe=recipe, tokens=tokens) or trust_remote_code:
-            raise InputError("inspect --backends takes --device and --json alone")
-        from linearize.modeling.backends import inspect_backends
-
-        show(inspect_backends(model, device=device), as_json=as_json)
-        return
-    chosen = given(data=data, recipe=recipe, tokens=tokens, device=device)
-    if not sensitivity:
-        if chosen or trust_remote_code:
-            raise InputError("inspect takes --data, --recipe, --tokens, --device and code only with --sensitivity")
-        from linearize.modeling.inspect import inspect_model
-
-        with json_only(as_json):
-            report = inspect_model(model)
-        show(report, as_json=as_json)
-        return
-    from linearize.recipes.preparation import inspect_sensitivity
-
-    if data is None:
-        raise InputError("inspect --sensitivity measures on text: give it with --data")
-    with json_only(as_json):
-        found = inspect_sensitivity(model, trust_remote_code=trust_remote_code, **chosen)
-    show(found if as_json else {**found, "layers": _with_bars(found["layers"])}, as_json=as_json)
+app.command()(inspect)
 
 
 @app.command()
@@ -398,9 +354,3 @@ def recipes(
         return
     for line in table(rows):
         print(line)
-
-
-def _with_bars(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of layers with a bar as long as their KL is large."""
-    most = max((row["kl"] for row in layers), default=0.0)
-    return [{**row, "": "#" * round(30 * row["kl"] / most) if most > 0 else ""} for row in layers]

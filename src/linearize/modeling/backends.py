@@ -46,7 +46,7 @@ def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None)
     config = read_config(path)
     if not isinstance(config, LinearizeConfig):
         raise InputError(f"{path} is no student: --backends tells the forms of a student's mixers")
-    dtype = config.dtype or torch.float32
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     first: dict[str, tuple[MixerConfig, AttentionShape]] = {}
     for mixer, shape in zip(config.mixers(), config.attention_shapes(), strict=True):
         if mixer is not None:
