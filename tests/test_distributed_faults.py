@@ -122,7 +122,6 @@ def test_other_commands_are_for_one_process(folder: Path) -> None:
     ("change", "expected"),
     [
         ({"batch": 4}, "stages.0: batch 4 of hidden_alignment does not divide by 3 processes"),
-        ({"batch": 6, "block": 1}, "block needs --stream under torchrun"),
         ({"name": "sft", "data": "x.jsonl", "keep_best": False}, "stages.0: sft runs in one process"),
     ],
 )
@@ -134,3 +133,7 @@ def test_recipes_that_so_many_processes_cannot_run(change: dict[str, Any], expec
         check_together(recipe.model_copy(update={"base_weights": "8bit"}), Group(ranks=3))
     with pytest.raises(InputError, match=expected):
         check_together(recipe, Group(rank=1, ranks=3))
+    blocks = recipe.override(
+        {"stages.0": {"name": "hidden_alignment", "tokens": 64, "lr": 0.1, "batch": 4, "block": 1}}
+    )
+    check_together(blocks, Group(rank=1, ranks=3))  # a block is trained by one process

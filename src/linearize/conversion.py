@@ -27,7 +27,6 @@ from linearize.evaluation.report import (
 )
 from linearize.files import (
     atomic_folder,
-    check_apart,
     discard,
     output_lock,
 )
@@ -35,20 +34,22 @@ from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.quantized import whole_student
 from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
-from linearize.recipes.base_weights import checked_base
 from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
-from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
 from linearize.recipes.schedule import share_of
 from linearize.recipes.together import check_together, facts, share_out
 from linearize.streaming.in_memory import run_loaded, take_parts
-from linearize.streaming.options import BlockOptions, check_options, is_blockwise
+from linearize.streaming.options import BlockOptions, is_blockwise
 from linearize.streaming.papers import write_papers
-from linearize.streaming.work_folder import is_written, make_work, mark_ended, work_folder
+from linearize.streaming.preparation import block_stage
+from linearize.streaming.request import read_request
+from linearize.streaming.streamed import train_parts
+from linearize.streaming.work_folder import is_written, log_folder, make_work, mark_ended
 from linearize.training.blockwise.parts import Part
 from linearize.training.blockwise.rows import StageRows
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
-from linearize.training.data import PSEUDO, batches
+from linearize.training.data import batches
 from linearize.training.distributed import current, start
 from linearize.training.hardware import computed_on
 from linearize.training.loop import StageResult, run_stage
@@ -74,6 +75,7 @@ def convert(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     blocks: BlockOptions | None = None,
+    stream: bool = False,
 ) -> LinearizedForCausalLM:
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
@@ -81,7 +83,9 @@ def convert(
     be a student itself.
 
     With `block` in the recipe's first stage (`stages.0.block=4`, or `auto`) its layers are trained block by block on
-    hidden states of the teacher saved in `.OUT.run`; `convert_blocks` lets other processes do some of them.
+    hidden states of the teacher saved in `.OUT.run`; `convert_blocks` lets other processes do some of them. Its blocks
+    are read from the disk, and the model is in memory for the stages after it alone, with `stream` and where torchrun
+    started several processes, which share them out.
 
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
     folder, which is removed at the end; of two calls at once with the same `out` the second is refused. A recipe's
@@ -94,24 +98,26 @@ def convert(
     Raises:
         InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
     """
-    options = blocks or BlockOptions()
-    final, chosen, specs = _checked(teacher, data, out, recipe, overrides, options)
-    wanted = {"teacher": str(teacher), "data": specs, "recipe": chosen.model_dump(mode="json")}
-    work, group = work_folder(final), start()
+    request = read_request(teacher, data=data, out=out, recipe=recipe, overrides=overrides, options=blocks)
+    chosen, specs, final, work, wanted = request.recipe, request.specs, request.final, request.work, request.wanted
+    group = start()
+    remote: Any = {"device": device, "trust_remote_code": trust_remote_code}
     check_together(chosen, group)
-    group.agree(facts(str(teacher), specs, wanted, final))
+    group.agree(facts(request.teacher, specs, wanted, final) | {"way of reading (--stream)": str(stream)})
+    by_block = stream or (group.ranks > 1 and any(map(is_blockwise, chosen.stages)))
+    if by_block:
+        block_stage(chosen, later=True)
     with output_lock(final) if group.leads else nullcontext(), writing("what the conversion keeps", final.parent):
         if group.share(lambda: is_written(final, work, wanted, overwrite)):
             return load(final, device=device)
+        tracker = make_tracker(log_folder(work, group), track if group.leads else ())
+        shown = progress or make_progress()
+        trained = train_parts(request, group, tracker, shown, later=True, **remote)[1] if by_block else []
         prepared = group.share(
-            lambda: prepare(
-                str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code,
-                asked=set(overrides or {}), stage_on_cpu=group.ranks > 1,
-            )
-        )  # fmt: skip
+            lambda: prepare(request.teacher, chosen, specs, asked=request.asked, stage_on_cpu=group.ranks > 1, **remote)
+        )
         prepared = share_out(prepared, group, device)
-        tracker = make_tracker(work / "log" if group.leads else None, track if group.leads else ())
-        conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker, options)
+        conversion = Conversion(prepared, specs, work, shown, tracker, request.options, trained)
         conversion.check_blocks()
         make_work(work, final)
         report = conversion.run()
@@ -150,35 +156,19 @@ def convert_blocks(
         InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
     """
     options = replace(blocks or BlockOptions(), only=only)
-    final, chosen, specs = _checked(teacher, data, out, recipe, overrides, options)
-    work, asked = work_folder(final), set(overrides or {})
+    request = read_request(teacher, data=data, out=out, recipe=recipe, overrides=overrides, options=options)
+    final, work = request.final, request.work
     with output_lock(final, shared=True), writing("what the conversion keeps", final.parent):
         check_formats(work)
-        prepared = prepare(str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked)
+        prepared = prepare(
+            request.teacher, request.recipe, request.specs, device=device, trust_remote_code=trust_remote_code,
+            asked=request.asked,
+        )  # fmt: skip
         tracker = make_tracker(work / "log", ())
-        conversion = Conversion(prepared, specs, work, progress or make_progress(), tracker, options)
+        conversion = Conversion(prepared, request.specs, work, progress or make_progress(), tracker, options)
         conversion.check_blocks()
         make_work(work, final)
         conversion.train_blocks()
-
-
-def _checked(
-    teacher: str | os.PathLike[str],
-    data: Sequence[str | os.PathLike[str]] | str,
-    out: str | os.PathLike[str],
-    recipe: str | Recipe,
-    overrides: Mapping[str, Any] | None,
-    options: BlockOptions,
-) -> tuple[Path, Recipe, list[str]]:
-    """Where the student will be, the recipe and the data SPECs. Raises InputError."""
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    chosen = chosen.override(dict(overrides or {}))
-    checked_base(chosen)
-    check_options(chosen.stages, options)
-    final = Path(out).expanduser().resolve()
-    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    check_apart(final, str(teacher), *(spec.removeprefix(PSEUDO) for spec in specs))
-    return final, chosen, specs
 
 
 class Conversion:
@@ -192,8 +182,10 @@ class Conversion:
         progress: Progress,
         tracker: Tracker,
         blocks: BlockOptions | None = None,
+        trained: Sequence[Part] = (),
     ) -> None:
-        self.blocks = blocks or BlockOptions()
+        """`trained`: the parts of the block-wise stage, where its blocks were read from the disk."""
+        self.blocks, self.trained = blocks or BlockOptions(), trained
         self.given, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
         self.recipe, self.student, self.teacher = prepared.recipe, prepared.student, prepared.teacher
         self.steps, self.heldout = prepared.steps, prepared.heldout
@@ -238,7 +230,7 @@ class Conversion:
     def check_blocks(self) -> None:
         """Refuse block-wise stages that do not fit into memory or disk. Raises InputError."""
         for number, stage in enumerate(self.recipe.stages):
-            if is_blockwise(stage):
+            if is_blockwise(stage) and not self.trained:
                 self._blockwise(number, 0, check_only=True)
 
     def train_blocks(self) -> None:
@@ -276,7 +268,7 @@ class Conversion:
         if isinstance(share, OwnLoopConfig):
             result = self._run_own_loop(share, key, identity)
         elif is_blockwise(share):
-            result = take_parts(self.student, self._blockwise(number, step), key)
+            result = take_parts(self.student, self.trained or self._blockwise(number, step), key)
         else:
             result = self._run_in_loop(self._on_this_device(number, share, step), key, identity, part)
         self.before[key] = share.model_dump(mode="json")
@@ -355,11 +347,13 @@ class Conversion:
         return None
 
     def _choices(self) -> dict[str, Any]:
-        """For the report: which layers were chosen by what, the steps they were converted in, and those of a draft."""
+        """For the report: which layers were chosen by what, the steps they were converted in, the layers of a block
+        read from the disk, and those of a draft."""
         scores = [asdict(score) for score in self.given.scores]
         steps = [list(step) for step in self.steps]
         found = ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
-        return found | self._draft()
+        streamed = {"streamed": {"block": len(self.trained[0].layers)}} if self.trained else {}
+        return found | streamed | self._draft()
 
     def _draft(self) -> dict[str, Any]:
         """Of a draft: its target's layers that it has, and how many the target has."""

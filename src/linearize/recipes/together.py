@@ -27,7 +27,7 @@ def check_together(recipe: Recipe, group: Group) -> None:
     """Refuse a recipe that this many processes cannot run; a process alone can run any.
 
     Raises:
-        InputError: base weights in 8 bits, a stage with a loop of its own, one in blocks, a batch that does not divide.
+        InputError: base weights in 8 bits, a stage with a loop of its own, a batch that does not divide.
     """
     if group.ranks == 1:
         return
@@ -45,10 +45,7 @@ def check_together(recipe: Recipe, group: Group) -> None:
                 f"stages.{number}.tokens=0), and run it without"
             )
         if getattr(stage, "block", None) is not None:
-            raise InputError(
-                f"stages.{number}: {stage.name} with block needs --stream under torchrun, where every process reads "
-                "the blocks that it trains; or set block to null"
-            )
+            continue  # every block is trained by one process
         if stage.batch % group.ranks:
             raise InputError(
                 f"stages.{number}: batch {stage.batch} of {stage.name} does not divide by {group.ranks} processes: set "

@@ -69,3 +69,9 @@ def check_options(stages: Sequence[StageConfig], options: BlockOptions) -> None:
             raise InputError(
                 "blocks were given, but this recipe has several block-wise stages: set one of them at a time"
             )
+
+
+def has_later(stages: Sequence[StageConfig]) -> bool:
+    """Whether stages on the whole model follow the block-wise ones."""
+    running = [is_blockwise(stage) for stage in stages if stage.tokens != 0]
+    return any(running) and not all(running)

@@ -29,7 +29,7 @@ LOG = logging.getLogger("linearize")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamPrepared:
-    """Everything checked. `student`: on meta. `stage`: the recipe's only stage that runs, its number `number`."""
+    """Everything checked. `student`: on meta. `stage`: the recipe's block-wise stage, its number `number`."""
 
     name: str
     recipe: Recipe
@@ -49,17 +49,21 @@ def prepare_stream(
     device: str | None = None,
     trust_remote_code: bool = False,
     asked: Container[str] = (),
+    later: bool = False,
 ) -> StreamPrepared:
     """Check everything; nothing has been written or trained when this returns, and no weights were read.
+
+    `later`: stages on the whole model may follow the block-wise one.
 
     Raises:
         InputError: anything given that cannot be used, or that needs the whole model in memory.
     """
-    number = _only_stage(recipe)
+    number = block_stage(recipe, later=later)
     _check_plan(recipe)
     if written := [spec for spec in specs if spec == "self" or spec.startswith(PSEUDO)]:
         raise InputError(
-            f"data {written[0]!r} is written by the teacher, which --stream never has in memory: give a file"
+            f"data {written[0]!r} is written by the teacher, which is not in memory while its blocks are read from the "
+            "disk: give a file"
         )
     torch.set_flush_denormal(True)
     where = pick_device(device)
@@ -84,20 +88,33 @@ def prepare_stream(
     )  # fmt: skip
 
 
-def _only_stage(recipe: Recipe) -> int:
-    """The number of the stage that runs. Raises InputError unless it is one block-wise stage."""
+def block_stage(recipe: Recipe, *, later: bool) -> int:
+    """The number of the block-wise stage, the first of those that run and, unless `later`, the only one.
+
+    Raises:
+        InputError: other stages; says which setting changes that.
+    """
     running = [(number, stage) for number, stage in enumerate(recipe.stages) if stage.tokens != 0]
-    for number, stage in running:
-        if not is_blockwise(stage):
-            way = f"set stages.{number}.tokens=0"
-            if isinstance(stage, BlockwiseConfig):
-                way = f"set stages.{number}.block=auto, or a number of layers"
-            raise InputError(f"stages.{number} ({stage.name}) needs the whole model in memory, without --stream: {way}")
-    if len(running) != 1:
-        raise InputError(
-            f"--stream runs one block-wise stage, the recipe has {len(running)}: set tokens of others to 0"
-        )
-    return running[0][0]
+    if not running:
+        raise InputError("blocks read from the disk need a block-wise stage, and this recipe runs none: set tokens")
+    first, stage = running[0]
+    if not is_blockwise(stage):
+        way = f"set stages.{first}.tokens=0"
+        if isinstance(stage, BlockwiseConfig):
+            way = f"set stages.{first}.block=auto, or a number of layers"
+        raise InputError(f"stages.{first} ({stage.name}) needs the whole model in memory, without --stream: {way}")
+    for number, other in running[1:]:
+        if is_blockwise(other):
+            raise InputError(
+                f"one stage can be block-wise where blocks are read from the disk, and stages.{number} ({other.name}) "
+                f"is a second: set stages.{number}.block=null, or its tokens to 0"
+            )
+        if not later:
+            raise InputError(
+                f"stages.{number} ({other.name}) needs the whole model in memory: call convert with stream=True, or "
+                f"set stages.{number}.tokens=0"
+            )
+    return first
 
 
 def _check_plan(recipe: Recipe) -> None:
@@ -108,7 +125,9 @@ def _check_plan(recipe: Recipe) -> None:
         "layers chosen by sensitivity": plan.needs_scores,
     }
     if found := [what for what, given in wrong.items() if given]:
-        raise InputError(f"{found[0]} needs the whole model in memory: leave it out, or convert without --stream")
+        raise InputError(
+            f"{found[0]} needs the whole model in memory: leave it out, or convert in one process without --stream"
+        )
 
 
 def _generation(name: str, teacher: StreamedTeacher) -> GenerationConfig:

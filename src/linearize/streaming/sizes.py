@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.blocks import Blocks
 from linearize.modeling.truncate import block_name
+from linearize.numbers import size_text
 from linearize.streaming.options import BlockOptions
 from linearize.training.blockwise.budget import BlockSizes, check_block, choose_block
 from linearize.training.blockwise.rows import StageRows
@@ -84,6 +87,29 @@ def block_sizes(
         passing_bytes=2 * scores + tokens * (8 * source.model_dim + 4 * inner) * 4,
         outside_bytes=_bytes(outside.parameters(), item) * 2 if resident is None else 0,
         process_bytes=PROCESS_BYTES + resident_bytes,
+    )
+
+
+def check_whole(
+    student: LinearizedForCausalLM, device: torch.device, stages: Sequence[str], memory: int | None, processes: int
+) -> None:
+    """Refuse stages on the whole model whose weights alone are more than the memory of a process; `memory`: the bound
+    that was given.
+
+    Raises:
+        InputError: says what is needed, and the ways out.
+    """
+    if memory is None:
+        return
+    item = 2 if device.type != "cpu" and student.dtype.itemsize == 2 else 4
+    need = PROCESS_BYTES + _bytes(student.parameters(), item) // processes
+    if need <= memory:
+        return
+    where = "one process" if processes == 1 else f"each of {processes} processes"
+    raise InputError(
+        f"{', '.join(stages) or 'what is loaded at the end'} needs the whole model, of which {where} takes at least "
+        f"{size_text(need)} of memory, {size_text(memory)} given: share it among more processes (torchrun), give more, "
+        "or set the tokens of the later stages to 0"
     )
 
 

@@ -22,26 +22,26 @@ from linearize.evaluation.language_modeling import BranchAblation, ablation_of, 
 from linearize.evaluation.layer_error import layer_errors
 from linearize.evaluation.report import ConversionReport, build_report, provenance, read_report, stage_report
 from linearize.evaluation.streamed import Walk, Walker, put
-from linearize.files import atomic_folder, check_apart, check_free, discard, output_lock
+from linearize.files import atomic_folder, check_free, discard, output_lock
 from linearize.modeling.assemble import write_student_weights
 from linearize.modeling.blocks import Block
 from linearize.modeling.statistics import attention_samples
 from linearize.modeling.streaming import StreamedBlocks
-from linearize.recipes.base_weights import checked_base
 from linearize.recipes.preparation import EVALUATION_BATCH
-from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
 from linearize.recipes.together import facts
-from linearize.streaming.options import BlockOptions, check_options, parse_blocks
+from linearize.streaming.options import BlockOptions, parse_blocks
 from linearize.streaming.papers import write_papers
-from linearize.streaming.preparation import StreamPrepared, prepare_stream
-from linearize.streaming.sizes import chosen_block
-from linearize.streaming.work_folder import is_written, make_work, mark_ended, work_folder
+from linearize.streaming.preparation import StreamPrepared, block_stage, prepare_stream
+from linearize.streaming.request import Request, read_request
+from linearize.streaming.sizes import check_whole, chosen_block
+from linearize.streaming.work_folder import is_written, log_folder, make_work, mark_ended
 from linearize.training.blockwise.parts import Part, merge_results
 from linearize.training.blockwise.rows import HIDDEN, StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import Batch
-from linearize.training.distributed import start
+from linearize.training.distributed import Group, start
 from linearize.training.progress import Progress, make_progress
 from linearize.training.tracking import Tracker, make_tracker
 
@@ -73,46 +73,66 @@ def convert_streamed(
         InputError: anything given that cannot be used, or that needs the model in memory; RuntimeError: training
         diverged; OSError: the disk is full.
     """
-    options = blocks or BlockOptions()
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    chosen = chosen.override(dict(overrides or {}))
-    checked_base(chosen)
-    check_options(chosen.stages, options)
-    final = Path(out).expanduser().resolve()
-    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    check_apart(final, str(teacher), *specs)
-    wanted = {"teacher": str(teacher), "data": specs, "recipe": chosen.model_dump(mode="json")}
-    work = work_folder(final)
-    group = start()
-    group.agree(facts(str(teacher), specs, {"recipe": chosen.model_dump(mode="json")}, final))
-    lock = output_lock(final, shared=options.only is not None) if group.leads else nullcontext()
+    request = read_request(teacher, data=data, out=out, recipe=recipe, overrides=overrides, options=blocks)
+    final, work, group = request.final, request.work, start()
+    only = request.options.only is not None
+    block_stage(request.recipe, later=only)
+    group.agree(facts(request.teacher, request.specs, request.wanted, final))
+    lock = output_lock(final, shared=only) if group.leads else nullcontext()
     with lock, writing("what the conversion keeps", final.parent):
-        if options.only is not None:
+        if only:
             check_free(final, overwrite)
             check_formats(work)
-        elif group.share(lambda: is_written(final, work, wanted, overwrite)):
+        elif group.share(lambda: is_written(final, work, request.wanted, overwrite)):
             return read_report(final) if group.leads else None
-        asked, tracker = set(overrides or {}), make_tracker(work / "log" if group.leads else None, track)
-        given = prepare_stream(
-            str(teacher), chosen, specs, device=device, trust_remote_code=trust_remote_code, asked=asked
+        tracker = make_tracker(log_folder(work, group), track if group.leads else ())
+        conversion, parts = train_parts(
+            request, group, tracker, progress or make_progress(), device=device, trust_remote_code=trust_remote_code
         )
-        conversion = StreamedConversion(given, specs, work, progress or make_progress(), tracker, options)
-        if group.leads:
-            make_work(work, final)
-            conversion.stage()  # says whose folder it is before others look
-        group.wait()
-        parts = conversion.stage().run()  # processes started together share out the blocks as all others do
-        group.wait()
-        if options.only is not None or not group.leads:
+        if only or not group.leads:
             return None
         report = conversion.measure(parts)
         with atomic_folder(final, overwrite, locked=True) as folder:
             conversion.write(folder, report, parts)
             if (work / "log").is_dir():
                 shutil.copytree(work / "log", folder / "log")
-            mark_ended(folder, work, wanted)
+            mark_ended(folder, work, request.wanted)
         discard(work)
     return report
+
+
+def train_parts(
+    request: Request,
+    group: Group,
+    tracker: Tracker,
+    progress: Progress,
+    *,
+    device: str | None,
+    trust_remote_code: bool,
+    later: bool = False,
+) -> tuple[StreamedConversion, list[Part]]:
+    """Train the blocks that the request names, those of many processes shared out; returns their parts.
+
+    `later`: the whole model is needed afterwards.
+
+    Raises:
+        InputError: anything that cannot be used, or does not fit; RuntimeError: training diverged; OSError: disk full.
+    """
+    given = prepare_stream(
+        request.teacher, request.recipe, request.specs, device=device, trust_remote_code=trust_remote_code,
+        asked=request.asked, later=later or request.options.only is not None,
+    )  # fmt: skip
+    conversion = StreamedConversion(given, request.specs, request.work, progress, tracker, request.options)
+    if later:
+        names = [stage.name for stage in given.recipe.stages[given.number + 1 :] if stage.tokens != 0]
+        check_whole(given.student, given.teacher.device, names, request.options.memory, group.ranks)
+    if group.leads:
+        make_work(request.work, request.final)
+        conversion.stage()  # says whose folder it is before others look
+    group.wait()
+    parts = conversion.stage().run()  # processes started together share out the blocks as all others do
+    group.wait()
+    return conversion, parts
 
 
 class StreamedConversion:

@@ -11,6 +11,7 @@ from linearize.disk import not_created
 from linearize.evaluation.report import FILE_NAME as REPORT
 from linearize.files import atomic_write_text, check_free, discard, read_json, read_text
 from linearize.training.checkpoint import check_formats
+from linearize.training.distributed import Group
 
 ENDED = "ended.json"
 
@@ -18,6 +19,11 @@ ENDED = "ended.json"
 def work_folder(final: Path) -> Path:
     """Checkpoints and the log lie here until the student is whole."""
     return final.parent / f".{final.name}.run"
+
+
+def log_folder(work: Path, group: Group) -> Path:
+    """Where the numbers of this process go: other processes than the first log the blocks that they train."""
+    return work / "log" if group.leads else work / "log" / f"process-{group.rank}"
 
 
 def make_work(work: Path, final: Path) -> None:

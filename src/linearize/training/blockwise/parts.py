@@ -6,21 +6,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from linearize.errors import InputError
+from linearize.modeling.checksums import crc32
 from linearize.training.loop import History, StageResult
 
-FORMAT = 1
+FORMAT = 2
 LOG = logging.getLogger("linearize")
 
 
@@ -48,7 +47,7 @@ def save_part(folder: Path, part: Part, identity: Mapping[str, Any]) -> None:
     metadata = {
         "identity": _canonical(identity),
         "result": json.dumps(None if part.result is None else asdict(part.result)),
-        "crc32": str(_checksum(tensors)),
+        "crc32": crc32(tensors),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = part_path(folder, part.layers)
@@ -78,7 +77,7 @@ def load_part(folder: Path, layers: range, identity: Mapping[str, Any]) -> Part 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             metadata = file.metadata() or {}
         result, saved = json.loads(metadata["result"]), metadata["identity"]
-        if int(metadata["crc32"]) != _checksum(tensors):
+        if metadata["crc32"] != crc32(tensors):
             raise ValueError("its bytes do not fit their checksum")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         LOG.warning("%s is damaged (%s): its block is trained again", path, " ".join(str(error).split()))
@@ -138,14 +137,6 @@ def _result(data: dict[str, Any] | None) -> StageResult | None:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    found = 0
-    for name in sorted(tensors):
-        numbers: Any = tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy()
-        found = zlib.crc32(memoryview(numbers), zlib.crc32(name.encode(), found))
-    return found
 
 
 def _canonical(identity: Mapping[str, Any]) -> str:
