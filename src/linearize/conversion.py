@@ -34,7 +34,7 @@ from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.quantized import whole_student
 from linearize.modeling.save import save_student
 from linearize.modeling.statistics import calibrate
-from linearize.recipes.preparation import EVALUATION_BATCH, Prepared, prepare
+from linearize.recipes.preparation import CALIBRATION_TOKENS, EVALUATION_BATCH, Prepared, prepare
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
 from linearize.recipes.schedule import share_of
 from linearize.recipes.together import check_together, facts, share_out
@@ -58,7 +58,6 @@ from linearize.training.progress import Progress, make_progress
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.tracking import Tracker, make_tracker
 
-CALIBRATION_TOKENS = 16_384
 LOG = logging.getLogger("linearize")
 
 

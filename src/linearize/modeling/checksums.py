@@ -1,10 +1,11 @@
-"""Checksums over tensors: what tells damaged weights from whole ones, and a model from another of the same name."""
+"""Checksums: what tells damaged weights and files from whole ones, and a model from another of the same name."""
 
 from __future__ import annotations
 
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ def crc32(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
         for part in _bytes(name, tensors[name]):
             found = zlib.crc32(part, found)
     return f"{found:08x}"
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def model_fingerprint(model: nn.Module) -> str:

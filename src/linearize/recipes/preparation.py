@@ -34,6 +34,7 @@ from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.stages.trainable import own
 from linearize.training.supply import TrainingText
 
+CALIBRATION_TOKENS = 16_384
 EVALUATION_BATCH = 8
 SENSITIVITY_TOKENS = 16_384
 LOG = logging.getLogger("linearize")

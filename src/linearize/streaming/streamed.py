@@ -27,7 +27,7 @@ from linearize.modeling.assemble import write_student_weights
 from linearize.modeling.blocks import Block
 from linearize.modeling.statistics import attention_samples
 from linearize.modeling.streaming import StreamedBlocks
-from linearize.recipes.preparation import EVALUATION_BATCH
+from linearize.recipes.preparation import CALIBRATION_TOKENS, EVALUATION_BATCH
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
 from linearize.recipes.together import facts
 from linearize.streaming.options import BlockOptions, parse_blocks
@@ -45,7 +45,6 @@ from linearize.training.distributed import Group, start
 from linearize.training.progress import Progress, make_progress
 from linearize.training.tracking import Tracker, make_tracker
 
-CALIBRATION_TOKENS = 16_384
 LOG = logging.getLogger("linearize")
 
 

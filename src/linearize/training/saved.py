@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from linearize.disk import sync, writing
 from linearize.errors import InputError, one_line
 from linearize.files import atomic_write_text
+from linearize.modeling.checksums import file_crc32
 from linearize.training.checkpoint import (
     FILE,
     FORMAT,
@@ -95,7 +95,7 @@ def _write_state(folder: Path, checkpoint: Checkpoint) -> None:
     state = {
         "format": FORMAT,
         "linearize": __version__,
-        "files": {path.name: _crc32(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: file_crc32(path) for path in sorted(folder.iterdir())},
         "scalars": checkpoint.scalars,
         "identity": checkpoint.identity,
     }
@@ -109,7 +109,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         path = folder / f"{PREFIX}{number}"
         try:
             state = json.loads((path / STATE).read_text("utf-8"))
-            whole = all(_crc32(path / name) == crc for name, crc in state["files"].items())
+            whole = all(file_crc32(path / name) == crc for name, crc in state["files"].items())
         except (OSError, ValueError, KeyError):
             whole = False
         if whole and state["format"] == FORMAT:
@@ -136,14 +136,6 @@ def _remove(folder: Path, keep: int) -> None:
     for path in folder.glob(f"{PREFIX}*"):
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _crc32(path: Path) -> int:
-    found = 0
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            found = zlib.crc32(part, found)
-    return found
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:

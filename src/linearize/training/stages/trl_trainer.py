@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from linearize.files import atomic_write_text
+from linearize.modeling.checksums import file_crc32
 from linearize.training.checkpoint import PARAMETER, Checkpoint, load_checkpoint, save_checkpoint
 from linearize.training.own_loop import OwnLoopConfig
 from linearize.training.progress import Progress
@@ -91,9 +91,7 @@ class Watch(TrainerCallback):
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of each file in a folder but the marker of a whole one."""
     return {
-        path.name: zlib.crc32(path.read_bytes())
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != COMPLETE
+        path.name: file_crc32(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != COMPLETE
     }
 
 
