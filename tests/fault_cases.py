@@ -44,7 +44,12 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
 
 def assert_same(folder: Path, out: Path) -> None:
     assert differences(folder / "whole", out) == []
-    assert [path.name for path in out.parent.glob(f".{out.name}*")] == []
+    assert left_beside(out) == []
+
+
+def left_beside(out: Path) -> list[str]:
+    """What a run keeps beside its folder until it is through."""
+    return [path.name for path in out.parent.glob(f".{out.name}*")]
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

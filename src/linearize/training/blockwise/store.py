@@ -2,7 +2,8 @@
 and checked as it is read.
 
 `FOLDER/manifest.json` says what the rows are. Shard n of rows `name` at boundary b is `b/name-n.bin`, its rows one
-after the other without anything between them, and `b/name-n.json`, the checksum (CRC-32) of each row.
+after the other without anything between them, and `b/name-n.json`, the checksum of each row (XXH3, 64 bits: four times
+as fast as CRC-32, which took as long as the disk).
 
 Letters: B rows of a batch, T tokens, M model width.
 """
@@ -11,20 +12,21 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.files import atomic_write_text, read_json
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 64 * 2**20
+PIECE_BYTES = 2**18  # read, and checked while it lies in the processor's cache
 MANIFEST = "manifest.json"
 
 
@@ -135,10 +137,11 @@ class HiddenStore:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(row * size)
-                done = 0
-                while done < size and (got := file.readinto(view[done:])):
+                done, found = 0, xxhash.xxh3_64()
+                while done < size and (got := file.readinto(view[done : done + PIECE_BYTES])):
+                    found.update(view[done : done + got])
                     done += got
-            whole = done == size and zlib.crc32(view) == self._checksums(shard)[row]
+            whole = done == size and found.intdigest() == self._checksums(shard)[row]
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -152,7 +155,8 @@ class HiddenStore:
             with partial.open("wb", buffering=0) as file:
                 for hidden in parts:
                     view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
-                    sums += [zlib.crc32(view[start : start + size]) for start in range(0, len(view), size)]
+                    rows = (view[start : start + size] for start in range(0, len(view), size))
+                    sums += [xxhash.xxh3_64_intdigest(row) for row in rows]
                     _write_all(file, view)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -169,7 +173,7 @@ class HiddenStore:
         finally:
             os.close(descriptor)
         partial.replace(path)
-        atomic_write_text(sidecar, json.dumps({"format": FORMAT, "crc32": sums}))
+        atomic_write_text(sidecar, json.dumps({"format": FORMAT, "xxh3_64": sums}))
         self._sums[shard] = sums
 
     def _is_there(self, shard: Shard) -> bool:
@@ -181,7 +185,7 @@ class HiddenStore:
         """Of a shard's rows; none where they are not there."""
         if shard not in self._sums:
             try:
-                found = json.loads(self._paths(shard)[1].read_text("utf-8"))["crc32"]
+                found = json.loads(self._paths(shard)[1].read_text("utf-8"))["xxh3_64"]
             except (OSError, ValueError, KeyError, TypeError):
                 return []
             if len(found) != shard.end - shard.first:
