@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,23 @@ def parser(what: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def publish(asked: str, setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:
-    """Print the result, and write it where asked: what was asked, the setting, the rows, the birth certificate."""
+def publish(
+    asked: str,
+    setting: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    out: Path | None,
+    *,
+    line: str | None = None,
+) -> None:
+    """Print the result, and write it where asked: what was asked, the setting, the rows, the birth certificate.
+
+    `line`: the result in one line, which goes to stderr.
+    """
     document = {"asked": asked, "setting": dict(setting), "rows": list(rows), "provenance": provenance(seed=SEED)}
     text = json.dumps(document, indent=2) + "\n"
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out, text)
+    if line is not None:
+        print(line, file=sys.stderr)

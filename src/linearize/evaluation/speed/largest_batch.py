@@ -28,21 +28,26 @@ LAST = 2 + TOKENS * (1 + REPEATS)
 PROBES = (2, 10)
 
 
-class Rows:
-    """A model with the cache of one row at a context; measures what it takes to decode that row several times over."""
+class Held:
+    """A model with the cache of one row of text, which decodes several times over; says what that takes.
 
-    def __init__(self, model: PreTrainedModel, way: Way, *, context: int, chunk: int, seed: int) -> None:
-        self.model = model
-        ids_1T = random_text([model], 1, context + LAST, seed)
-        cache = new_cache(way, model, context + LAST)
-        _, self.cache = prefill(model, cache, ids_1T[:, :context], chunk)
-        self.after_1T = ids_1T[:, context:]
+    `after_1T`: the tokens that the row reads next.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Any, after_1T: Tensor) -> None:
+        self.model, self.cache, self.after_1T = model, cache, after_1T
+
+    def held(self, rows: int) -> Any:
+        """A cache of so many equal rows, in memory of its own."""
+        return repeated(self.cache, rows)
+
+    def tokens(self, rows: int) -> Tensor:
+        """What they read next."""
+        return self.after_1T.expand(rows, -1)
 
     def peak(self, rows: int) -> int:
         """The most bytes held while `rows` rows read two tokens."""
-        return peak_bytes(
-            self.model.device, lambda: decode(self.model, repeated(self.cache, rows), self._tokens(rows)[:, :2])
-        )
+        return peak_bytes(self.model.device, lambda: decode(self.model, self.held(rows), self.tokens(rows)[:, :2]))
 
     def fits(self, rows: int, budget: int) -> bool:
         """Whether `peak` stays within a budget; running out of memory is one way of not doing so."""
@@ -52,15 +57,37 @@ class Rows:
             torch.cuda.empty_cache()
             return False
 
+    def most(self, budget: int, most: int) -> int:
+        """The most rows that fit, up to `most`: tried on a GPU; on a CPU computed from two sizes and then tried."""
+        if self.model.device.type == "cuda":
+            return search(lambda size: self.fits(size, budget), most)
+        return _computed(self, budget, most)
+
+    def after_one(self, rows: int) -> tuple[Any, str]:
+        """The cache of `rows` rows once they have read a token; the reason, where their logits are not those of one row
+        alone."""
+        one_1V, _ = feed(self.model, self.held(1), self.after_1T[:, :1])
+        many_BV, cache = feed(self.model, self.held(rows), self.tokens(rows)[:, :1])
+        difference, allowed = row_difference(one_1V, many_BV)
+        if difference <= allowed:
+            return cache, ""
+        return cache, f"wrong output: {rows} equal rows differ from one by {difference:.3g} in the logits"
+
+
+class Rows(Held):
+    """A model that has read one row of random text, by prefill."""
+
+    def __init__(self, model: PreTrainedModel, way: Way, *, context: int, chunk: int, seed: int) -> None:
+        ids_1T = random_text([model], 1, context + LAST, seed)
+        _, cache = prefill(model, new_cache(way, model, context + LAST), ids_1T[:, :context], chunk)
+        super().__init__(model, cache, ids_1T[:, context:])
+
     def speed(self, rows: int) -> dict[str, Any]:
         """Tokens per second of all rows together; the reason, where their outputs are not those of one row alone."""
-        one_1V, _ = feed(self.model, repeated(self.cache, 1), self.after_1T[:, :1])
-        ids_BT = self._tokens(rows)
-        many_BV, held = feed(self.model, repeated(self.cache, rows), ids_BT[:, :1])
-        difference, allowed = row_difference(one_1V, many_BV)
-        if not difference <= allowed:
-            return {"reason": f"wrong output: {rows} equal rows differ from one by {difference:.3g} in the logits"}
-        pieces = iter(ids_BT[:, 1:].split(TOKENS, dim=1))
+        held, reason = self.after_one(rows)
+        if reason:
+            return {"reason": reason}
+        pieces = iter(self.tokens(rows)[:, 1:].split(TOKENS, dim=1))
 
         def run() -> None:
             nonlocal held
@@ -75,9 +102,6 @@ class Rows:
             "reason": "",
         }
 
-    def _tokens(self, rows: int) -> Tensor:
-        return self.after_1T.expand(rows, -1)
-
 
 def largest_batch(
     model: PreTrainedModel, way: Way, *, context: int, budget: int, most: int, chunk: int, seed: int
@@ -89,10 +113,7 @@ def largest_batch(
     with measuring([model]), attending(model, way.attention):
         try:
             rows = Rows(model, way, context=context, chunk=chunk, seed=seed)
-            if model.device.type == "cuda":
-                batch = search(lambda size: rows.fits(size, budget), most)
-            else:
-                batch = _computed(rows, budget, most)
+            batch = rows.most(budget, most)
             told = {"batch": batch, "capped": batch == most, "cache": way.cache, "attention": way.attention}
             if batch == 0:
                 return told | {"peak_bytes": rows.peak(1), "reason": "one row does not fit"}
@@ -119,7 +140,7 @@ def search(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _computed(rows: Rows, budget: int, most: int) -> int:
+def _computed(rows: Held, budget: int, most: int) -> int:
     """From a straight line through two measured sizes; searched below where the run at the result takes more."""
     few, many = PROBES
     at_few = rows.peak(few)

@@ -1,0 +1,206 @@
+"""Tokens per second while many rows write long texts together, at the largest batch that a memory holds.
+
+Weights, caches and a step's activations share the memory. What a step costs is measured at several fills of the caches
+and added up over the whole text. All models are run by the same rules, softmax models in each of their ways.
+
+Letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from linearize.errors import InputError, one_line
+from linearize.evaluation.speed.equality import check_way, length_needed, reference
+from linearize.evaluation.speed.largest_batch import Held
+from linearize.evaluation.speed.memory import weight_bytes
+from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
+from linearize.evaluation.speed.timing import now
+from linearize.evaluation.speed.ways import CacheKind, Way, attending, new_cache, ways_of
+
+CHECKED = (3, 7, 3)  # rows, tokens and new tokens of the check against a plain forward
+HOPELESS = 3.0  # times as slow as another way at the end of the text: then not measured at other fills
+CACHES: tuple[CacheKind, ...] = ("static", "dynamic")
+ATTENTIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """What is written: `generated` tokens in each row, in a memory of `budget` bytes (weights included), by at most
+    `most` rows.
+
+    `fills`: tokens in the caches where steps are timed, `span` of them each. Each fill is moved on by `span` tokens
+    more than the one before, so that all parts of a window's block are met. `chunk`: tokens of a piece of prefill.
+    """
+
+    generated: int = 4096
+    fills: tuple[int, ...] = (256, 1024, 2048, 3072, 4096)
+    span: int = 16
+    budget: int = 2 * 10**9
+    most: int = 1024
+    chunk: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("generated", "span", "budget", "most", "chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"throughput: {name} is {getattr(self, name)}: it must be at least 1")
+        if not self.fills or min(self.fills) < 1:
+            raise InputError(f"throughput: fills {list(self.fills)}: give at least one, each at least 1")
+        if self.generated < self.span + 3:
+            raise InputError(f"throughput: {self.generated} tokens, {self.span} of them timed: write more tokens")
+
+    @property
+    def stops(self) -> list[int]:
+        """The fills as measured, ascending."""
+        last = self.generated - self.span - 2
+        moved = (fill + index * self.span for index, fill in enumerate(sorted(self.fills)))
+        return sorted({min(stop, last) for stop in moved})
+
+
+class Filled(Held):
+    """A row at some fill, in one of the ways; its keys and values were read with a growing cache, or by the student."""
+
+    def __init__(self, model: PreTrainedModel, way: Way, cache: Any, after_1T: Tensor, room: int) -> None:
+        super().__init__(model, cache, after_1T)
+        self.way, self.room = way, room
+        self._peaks: dict[int, int] = {}
+
+    def peak(self, rows: int) -> int:
+        """See `Held`; measured once."""
+        if rows not in self._peaks:
+            self._peaks[rows] = super().peak(rows)
+        return self._peaks[rows]
+
+    def held(self, rows: int) -> Any:
+        """See `Held`; a preallocated cache has room for the whole text."""
+        if self.way.cache != "static":
+            return super().held(rows)
+        static: Any = StaticCache(config=self.model.config, max_cache_len=self.room)
+        for layer, full in zip(static.layers, self.cache.layers, strict=True):
+            layer.update(full.keys.expand(rows, -1, -1, -1), full.values.expand(rows, -1, -1, -1))
+        return static
+
+    def step_seconds(self, rows: int, span: int) -> dict[str, Any]:
+        """Seconds of one step, of the wall clock and of the processor: the mean over `span` steps."""
+        cache, reason = self.after_one(rows)
+        if reason:
+            return {"reason": reason}
+        ids_BT = self.tokens(rows)[:, 1 : 1 + span]
+        began, began_cpu = now(), time.process_time()
+        decode(self.model, cache, ids_BT)
+        wall, cpu = now() - began, time.process_time() - began_cpu
+        return {"seconds": wall / span, "cpu_seconds": cpu / span, "reason": ""}
+
+
+def throughput(model: PreTrainedModel, writing: Writing, *, name: str = "model") -> dict[str, Any]:
+    """The model in its best way: `tokens_per_second` (and `_cpu`), `batch`, `peak_bytes` with weights, `way`, `steps`
+    (seconds at each fill), and under `ways` what each way gave. `reason` says why there is no speed."""
+    with measuring([model]):
+        text_1T = random_text([model], 1, writing.generated + 2, writing.seed)
+        filled = _fill(model, text_1T, [*writing.stops, writing.generated - 2], writing.chunk)
+        runs = [_Run(model, way, filled, text_1T, writing, name) for way in ways_of(model, CACHES, ATTENTIONS)]
+        fastest = min(run.row_seconds for run in runs)
+        tried = {str(run.way): run.whole(fastest) for run in runs}
+    best = max(tried.values(), key=lambda found: float(found.get("tokens_per_second", 0.0)))
+    return {"model": name, "weight_bytes": weight_bytes(model), **best, "ways": tried}
+
+
+def _fill(model: PreTrainedModel, text_1T: Tensor, stops: Sequence[int], chunk: int) -> dict[int, Any]:
+    """Caches of one row at these fills."""
+    way = ways_of(model, ("dynamic",), ("sdpa",))[0]
+    found, at = {}, 0
+    with attending(model, way.attention):
+        cache = new_cache(way, model, text_1T.shape[1])
+        for stop in stops:
+            _, cache = prefill(model, cache, text_1T[:, at:stop], chunk)
+            found[stop], at = copy.deepcopy(cache), stop
+    return found
+
+
+class _Run:
+    """One way: checked against a plain forward, its largest batch, and its steps there, at the last fill first."""
+
+    def __init__(
+        self, model: PreTrainedModel, way: Way, filled: dict[int, Any], text_1T: Tensor, writing: Writing, name: str
+    ) -> None:
+        self.model, self.way, self.writing = model, way, writing
+        room = writing.generated + 1
+        self.at = {stop: Filled(model, way, cache, text_1T[:, stop:], room) for stop, cache in filled.items()}
+        self.steps: dict[int, dict[str, Any]] = {}
+        self.told: dict[str, Any] = {"way": str(way), "batch": 0, "reason": self._wrong(name)}
+        if not self.told["reason"]:
+            self._guarded(self._begin)
+
+    @property
+    def row_seconds(self) -> float:
+        """Seconds of a token of one row at the last fill; infinite where the way does not run."""
+        last: float = self.steps.get(self.writing.stops[-1], {}).get("seconds", float("inf"))
+        return last / max(1, int(self.told["batch"]))
+
+    def whole(self, fastest: float) -> dict[str, Any]:
+        """What the way gives over the whole text; `fastest`: `row_seconds` of the fastest way."""
+        if self.told["reason"]:
+            return self.told
+        if self.row_seconds > HOPELESS * fastest:
+            times = self.row_seconds / fastest
+            return self.told | {"reason": f"{times:.1f} times as slow as another way at the end: not measured further"}
+        self._guarded(self._others)
+        return self.told if self.told["reason"] else self.told | self._added_up()
+
+    def _wrong(self, name: str) -> str:
+        rows, tokens, new = CHECKED
+        ids = random_text([self.model], rows, length_needed(self.model, tokens), self.writing.seed)
+        return check_way(name, self.model, self.way, reference(self.model, ids, new)).reason
+
+    def _guarded(self, measure: Callable[[], None]) -> None:
+        try:
+            with attending(self.model, self.way.attention):
+                measure()
+        except (RuntimeError, IndexError, ValueError) as error:
+            self.told["reason"] = f"does not run: {one_line(error)}"
+
+    def _begin(self) -> None:
+        writing, last = self.writing, self.at[self.writing.generated - 2]
+        batch = last.most(writing.budget - weight_bytes(self.model), writing.most)
+        peak = weight_bytes(self.model) + last.peak(batch or 1)
+        self.told |= {"batch": batch, "capped": batch == writing.most, "peak_bytes": peak}
+        if batch:
+            self._step(writing.stops[-1])
+        else:
+            self.told["reason"] = "one row does not fit"
+
+    def _others(self) -> None:
+        for stop in self.writing.stops[:-1]:
+            if not self.told["reason"]:
+                self._step(stop)
+
+    def _step(self, stop: int) -> None:
+        self.steps[stop] = self.at[stop].step_seconds(self.told["batch"], self.writing.span)
+        self.told["reason"] = self.steps[stop].pop("reason")
+
+    def _added_up(self) -> dict[str, Any]:
+        """Tokens per second over the whole text."""
+        generated = self.writing.generated
+        wall, cpu = (
+            self.told["batch"] * generated / whole_text({at: step[kind] for at, step in self.steps.items()}, generated)
+            for kind in ("seconds", "cpu_seconds")
+        )
+        steps = [{"fill": stop, **self.steps[stop]} for stop in sorted(self.steps)]
+        return {"tokens_per_second": wall, "tokens_per_second_cpu": cpu, "steps": steps}
+
+
+def whole_text(seconds: dict[int, float], generated: int) -> float:
+    """Seconds of `generated` steps from those of single ones by fill: straight lines between the fills measured, level
+    before the first and after the last."""
+    fills = sorted(seconds)
+    between = sum((b - a) * (seconds[a] + seconds[b]) / 2 for a, b in pairwise(fills))
+    return fills[0] * seconds[fills[0]] + between + (generated - fills[-1]) * seconds[fills[-1]]
