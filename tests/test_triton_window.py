@@ -50,6 +50,13 @@ def test_buffers_are_written_in_place(name: str, results: dict) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("kind", ["terraced", "sliding", "in place"])
+def test_a_document_that_begins_above_position_0_goes_on_in_the_next_call(kind: str, results: dict) -> None:
+    found = case(results, f"across, {kind}")
+    assert max(found["y"], found["other"]) < 2e-6 and found["begin"] == 0, found
+
+
+@needs_triton
 def test_no_bit_depends_on_where_a_text_is_cut_and_no_buffer_moves(results: dict) -> None:
     found = case(results, "same bits")
     assert found["differ"] == 0 and found["moved"] == 0 and found["spread"] > 0.1

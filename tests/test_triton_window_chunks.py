@@ -40,14 +40,18 @@ def errors(results: dict[str, dict[str, float]], name: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["blocks", "beyond", "given features", "no window", "window alone"])
+WHOLE = ["blocks", "beyond", "given features", "no window", "window alone", "above 0"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_outputs_and_all_gradients_are_those_of_the_equation(name: str, results: dict) -> None:
     found = errors(results, name)
     assert len(found) >= 8 and max(found.values()) < EXACT, found
 
 
-def test_prefill_in_two_pieces_goes_on_from_the_state(results: dict) -> None:
-    assert max(errors(results, "two calls").values()) < EXACT
+@pytest.mark.parametrize("name", ["two calls", "above 0, two calls"])
+def test_prefill_in_two_pieces_goes_on_from_the_state(name: str, results: dict) -> None:
+    assert max(errors(results, name).values()) < EXACT
 
 
 def test_half_precision_is_as_near_as_its_rounding(results: dict) -> None:

@@ -15,7 +15,7 @@ def form(q, layout, state, spec, tokens=None):
     """The one that such a call gets, with an output for each token of q."""
     tokens, whole = tokens or q.shape[2], tokens in (None, q.shape[2])
     call = {"device": "cpu", "dtype": q.dtype, "tokens": tokens, "layout": layout, "whole": whole, "spec": spec}
-    return choice(WindowCall(cursor=cursor_of(state), **call))[0]
+    return choice(WindowCall(cursor=cursor_of(state, layout), **call))[0]
 
 
 @pytest.mark.parametrize(("window", "shape", "options"), CASES)

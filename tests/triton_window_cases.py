@@ -35,6 +35,7 @@ DEAD = torch.tensor([[10, 11, -1, 12, 13, -1], [10, -1, -1, 11, 12, 13]])
 # A document opens in the tail of row 0 and among the new tokens of row 1.
 DOCUMENTS = torch.tensor([[10, 0, 1, 2, 3, 4], [10, 11, 12, 13, 0, 1]])
 # The same, where the new document does not begin at position 0.
+LATER = torch.tensor([[10, 11, 5, 6, 7, 8, 9, 10, 11, 12, 3, 4], [10, 11, 12, 13, 1, 2, 3, 4, 5, 6, 7, 8]])
 JUMPS = torch.tensor([[10, 11, 5, 6, 7, 8], [10, 11, 12, 13, 4, 5]])
 
 
@@ -160,6 +161,30 @@ def case(
 
 
 @torch.no_grad()
+def across(form: str, in_place: bool = False) -> dict[str, float]:
+    """Documents that begin above position 0 go on in the next call, by the kernel and in PyTorch."""
+    spec = (
+        make_spec(3, "terraced", "elu", num_sinks=2) if form == "terraced" else make_spec(7, form, "elu", num_sinks=6)
+    )
+    _, state = window_linear(*inputs(PAST, torch.float32, 31), spec=spec, layout=Layout())
+    late = inputs(12, torch.float32, 41)
+    wide = state.map_batch(lambda x: x.double())
+    y0, _ = truth(exactly(spec), tuple(x.double() for x in late), wide, LATER, 0)
+    held: Any = WindowBuffers.of(state, spec, most=6) if in_place else state
+    first, then = ([x[:, :, part] for x in late] for part in (slice(0, 6), slice(6, 12)))
+    if in_place:  # then no document opens after the first token that has an output
+        first[0], then[0] = first[0][:, :, 4:], then[0][:, :, 4:]
+        y0 = y0[:, :, [4, 5, 10, 11]]
+    y, held = window_linear_steps(*first, spec=spec, layout=Layout(position_BT=LATER[:, :6]), state=held)
+    layout, middle = Layout(position_BT=LATER[:, 6:]), held.state(spec) if in_place else held
+    other, _ = window_linear(*then, spec=spec, layout=layout, state=middle)
+    z, after = window_linear_steps(*then, spec=spec, layout=layout, state=held)
+    begin = (after.state(spec) if in_place else after).begin
+    found = {"y": gap(torch.cat([y, z], 2), y0), "other": gap(other, y0[:, :, y.shape[2] :])}
+    return found | {"begin": float((begin != torch.tensor([3, 1])).sum())}
+
+
+@torch.no_grad()
 def same_bits() -> dict[str, float]:
     """Cutting a text in other places changes no bit: one call, tail and new tokens, single steps in place."""
     spec = make_spec(2, "terraced", "exp", num_sinks=1)
@@ -246,6 +271,9 @@ def cases() -> dict[str, Callable[[], dict[str, float]]]:
         "window alone, no tail": lambda: case(make_spec(4, "sliding", None, num_sinks=2), commit=0),
         "in place, dead": lambda: case(make_spec(3, "terraced", "t2r", num_sinks=2), position=DEAD, in_place=True),
         "in place, documents": lambda: case(make_spec(2, "sliding", "elu"), position=DOCUMENTS, in_place=True),
+        "across, terraced": lambda: across("terraced"),
+        "across, sliding": lambda: across("sliding"),
+        "across, in place": lambda: across("sliding", in_place=True),
         "cut": cut_values,
         "same bits": same_bits,
         "branches": branches,

@@ -31,6 +31,8 @@ RAGGED = torch.full((2, TOKENS), -1)
 RAGGED[0, 3:17], RAGGED[0, 17:] = torch.arange(14), torch.arange(20)
 RAGGED[1, :35], RAGGED[1, 35:] = torch.arange(35), torch.arange(2)
 
+LATE = torch.tensor([[7], [1]])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -43,6 +45,7 @@ class Case:
     shared: bool = False
     softcap: float | None = None
     ragged: bool = True
+    late: bool = False  # documents begin above position 0
     branch: Branch = "both"
     dtype: torch.dtype = torch.float32
     cut: int | None = None  # the text in two calls
@@ -52,7 +55,8 @@ class Case:
 def layouts(case: Case) -> list[tuple[slice, Layout]]:
     """The calls of a case."""
     edges = [0, TOKENS] if case.cut is None else [0, case.cut, TOKENS]
-    whole = Layout(position_BT=RAGGED) if case.ragged else Layout()
+    position = torch.where(RAGGED < 0, RAGGED, RAGGED + LATE) if case.late else RAGGED
+    whole = Layout(position_BT=position) if case.ragged else Layout()
     return [(slice(a, b), whole.part(a, b)) for a, b in itertools.pairwise(edges)]
 
 
@@ -122,6 +126,8 @@ CASES: dict[str, Case] = {
     "no window": Case(map="elu", window=0, ragged=False),
     "window alone": Case(shape="sliding", window=7, sinks=1, branch="window", ragged=False),
     "half": Case(window=5, dtype=torch.float16, ragged=False),
+    "above 0": Case(map="t2r", shape="sliding", window=9, sinks=3, late=True, softcap=30.0),
+    "above 0, two calls": Case(map="t2r", window=5, sinks=3, late=True, cut=21, backward=False),
     "two calls": Case(map="t2r", sinks=1, cut=21, backward=False),
 }
 

@@ -67,34 +67,35 @@ def window_linear_steps(
     position = _positions(layout, state, tokens, batch, k_BGTD.device)
     q, k, v = rows_of(q_BHUD), rows_of(k_BGTD), rows_of(v_BGTV)
     old = _old_rows(state, k, v)
-    out, following = old, torch.empty(batch, dtype=torch.int64, device=k.device)
+    out, (following, begin) = old, torch.empty(2, batch, dtype=torch.int64, device=k.device)
     if writes and not in_place:
-        out = _new_rows(state, layout, spec, span, position is None, k, v)
+        out = _new_rows(state, spec, span, position is None, k, v)
     if in_place and writes:
         assert out.k.shape[2] >= ring_slots(spec.window, spec.shape) + span.commit, f"{span.commit} tokens at once"
     y = torch.empty(batch, q.shape[1], span.outputs, v.shape[3], dtype=q.dtype, device=q.device)
-    memory = _launch(q, k, v, y, spec, layout, state, span, writes, position, old, out, following)
+    memory = _launch(q, k, v, y, spec, layout, state, span, writes, position, old, out, (following, begin))
     if not writes:
         return y, state if need_state else None
     if isinstance(state, WindowBuffers):
         state.next_B.copy_(following)
+        if position is not None:  # else no document opens
+            state.begin_B.copy_(begin)
         return y, state
-    after: int | Tensor = following
+    sink_k, sink_v = (out.sink_k, out.sink_v) if spec.num_sinks else (None, None)
     if position is None:
-        after = _next_of(state, layout) + span.commit
-    sinks = (out.sink_k, out.sink_v) if spec.num_sinks else (None, None)
-    return y, WindowLinearState(after, out.k, out.v, memory, *sinks)
+        return y, WindowLinearState(_next_of(state) + span.commit, out.k, out.v, memory, sink_k, sink_v)
+    return y, WindowLinearState(following, out.k, out.v, memory, sink_k, sink_v, begin)
 
 
-def _next_of(state: Any, layout: Layout) -> int:
-    """Where the first token stands in a plain call."""
-    return layout.start if state is None else int(state.next)
+def _next_of(state: WindowLinearState | None) -> int:
+    """Where the first token stands in a plain call; -1: not in the same place in every row."""
+    following = 0 if state is None else state.next
+    return following if isinstance(following, int) else -1
 
 
 def _positions(layout: Layout, state: Any, tokens: int, rows: int, device: torch.device) -> Tensor | None:
-    """`[B, T]`; None where the tokens of every row follow the state, or begin at the layout's start without one."""
-    follows = state is None or isinstance(state, WindowBuffers)
-    if layout.is_plain and (follows or (isinstance(state.next, int) and state.next == layout.start)):
+    """`[B, T]`; None where the tokens of every row follow the state, or begin at position 0 without one."""
+    if layout.is_plain and (isinstance(state, WindowBuffers) or _next_of(state) == layout.start):
         return None
     return layout.positions(tokens, device).expand(rows, -1).contiguous()
 
@@ -121,11 +122,11 @@ def _old_rows(state: Any, k: Tensor, v: Tensor) -> Rows:
     return Rows(k=k.contiguous(), v=v.contiguous(), sink_k=sinks[0].contiguous(), sink_v=sinks[1].contiguous())
 
 
-def _new_rows(state: Any, layout: Layout, spec: WindowLinear, span: Span, plain: bool, k: Tensor, v: Tensor) -> Rows:
+def _new_rows(state: Any, spec: WindowLinear, span: Span, plain: bool, k: Tensor, v: Tensor) -> Rows:
     """Memory for ring and sinks: of as many as wait after a plain call, of as many as may wait after a ragged one."""
     slots, sinks = ring_slots(spec.window, spec.shape), spec.num_sinks
     if plain:
-        following = _next_of(state, layout) + span.commit
+        following = _next_of(state) + span.commit
         slots, sinks = following - fold_boundary(following, spec.window, spec.shape), min(sinks, following)
     slots = min(slots, span.commit + (0 if state is None else state.k_BGRD.shape[2]))
 
@@ -148,7 +149,7 @@ def _launch(
     position: Tensor | None,
     old: Rows,
     out: Rows,
-    following: Tensor,
+    cursor_out: tuple[Tensor, Tensor],
 ) -> Tensor | None:
     """Run the kernel; the folded sums after it (None without any)."""
     (batch, heads, _, dim), value_dim = q.shape, v.shape[3]
@@ -160,8 +161,8 @@ def _launch(
     after = memory
     if folds and writes and not isinstance(state, WindowBuffers):
         after = torch.empty(batch, heads, features, value_dim + 1, dtype=torch.float32, device=q.device)
-    cursor = state.next_B if isinstance(state, WindowBuffers) else None if state is None else state.next
-    start = layout.start if state is None else cursor if isinstance(cursor, int) else 0
+    cursor, begin = _cursor(state)
+    start, following = cursor if isinstance(cursor, int) else 0, cursor_out[0]
     block_f = sizes[3] * (2 if map_k is not None and map_k.name in DOUBLED else 1)
     tile = make_tile(block_f, value_dim)
     seen = spec.window if spec.shape == "sliding" else 2 * spec.window
@@ -173,8 +174,8 @@ def _launch(
         v,
         following if position is None else _live_first(layout, position),
         following if position is None else position,
-        cursor if isinstance(cursor, Tensor) else following,
-        following,
+        (cursor if isinstance(cursor, Tensor) else following, following if begin is None else begin),
+        cursor_out,
         old.tensors,
         out.tensors,
         y if memory is None else memory,
@@ -203,11 +204,19 @@ def _launch(
         BRANCH=(spec.has_window, spec.has_linear, spec.shared_shift),
         CODE=(map_k.name if map_k else "", state is not None, position is not None, isinstance(state, WindowBuffers)),
         CURSOR=isinstance(cursor, Tensor),
+        BEGINS=begin is not None,
         FACTORS=(*(w is not None for w in factors), spec.softcap is not None),
         NEED_STATE=writes,
         num_warps=max(tile.warps, FEWEST_WARPS),
     )
     return after
+
+
+def _cursor(state: State | None) -> tuple[int | Tensor, Tensor | None]:
+    """The position that comes next, and that of the document's first token (None: 0)."""
+    if isinstance(state, WindowBuffers):
+        return state.next_B, state.begin_B
+    return (0, None) if state is None else (state.next, state.begin)
 
 
 def _tensors(found: FeatureWeights | None) -> tuple[Tensor | None, ...]:

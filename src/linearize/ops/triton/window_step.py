@@ -66,7 +66,7 @@ def attend(
 @triton.jit
 def run_block(
     value, row, b, head, q_rows, k_rows, v_rows, maps_q, maps_k, position, memory, memory_out, y, log_g, factor,
-    tokens, first, commit, begin, slots, scaling, softcap, last_block,
+    tokens, first, commit, begin, known, slots, scaling, softcap, last_block,
     SIZES: tl.constexpr, V: tl.constexpr, BLOCKS: tl.constexpr, WINDOW: tl.constexpr, BRANCH: tl.constexpr,
     CODE: tl.constexpr, FACTORS: tl.constexpr, NEED_STATE: tl.constexpr
 ):  # fmt: skip
@@ -84,8 +84,8 @@ def run_block(
         z = tl.load(memory + at_z, mask=lane >= 0, other=0.0)
     entry, origin, count = begin, -begin, begin * 0
     last = begin - 1 if CODE[1] else begin * 0 - 2
-    lowest = tl.maximum(window_edge(begin, W, WINDOW[1]), begin - slots)
-    folded, known, ring_first = lowest, begin * 0, begin - slots
+    lowest = tl.maximum(tl.maximum(window_edge(begin, W, WINDOW[1]), begin - slots), known)
+    folded, ring_first = lowest, begin - slots
     for t in range(0, tokens):
         at = tl.load(position + b * tokens + t).to(tl.int32) if CODE[2] else begin + t
         live, opens, last, entry, origin, lowest, known, count = document(at, last, entry, origin, lowest, known, count)
@@ -126,22 +126,23 @@ def run_block(
 
 @triton.jit
 def keep(
-    b, position, k_rows, v_rows, out, following_out, tokens, commit, begin, slots, slots_out, sinks_out,
+    b, position, k_rows, v_rows, out, cursor_out, tokens, commit, begin, known, slots, slots_out, sinks_out,
     D: tl.constexpr, V: tl.constexpr, BLOCKS: tl.constexpr, WINDOW: tl.constexpr, CODE: tl.constexpr
 ):  # fmt: skip
-    """Ring and sinks after `commit` tokens into `out`, and the position that comes next."""
+    """Ring and sinks after `commit` tokens into `out`; the position that comes next, and its document's first."""
     S: tl.constexpr = BLOCKS[0]
     N: tl.constexpr = WINDOW[2]
     entry, origin, count = begin, -begin, begin * 0
     last = begin - 1 if CODE[1] else begin * 0 - 2
-    lowest = tl.maximum(window_edge(begin, WINDOW[0], WINDOW[1]), begin - slots)
-    known, ring_first = begin * 0, begin - slots
+    lowest = tl.maximum(tl.maximum(window_edge(begin, WINDOW[0], WINDOW[1]), begin - slots), known)
+    ring_first = begin - slots
     for t in range(0, commit):
         at = tl.load(position + b * tokens + t).to(tl.int32) if CODE[2] else begin + t
         _, _, last, entry, origin, lowest, known, count = document(at, last, entry, origin, lowest, known, count)
     following = tl.maximum(last + 1, 0)
     place, edge = (entry, origin, ring_first, slots), window_edge(following, WINDOW[0], WINDOW[1])
-    tl.store(following_out + b, following.to(tl.int64))
+    tl.store(cursor_out[0] + b, following.to(tl.int64))
+    tl.store(cursor_out[1] + b, known.to(tl.int64))
     d, value = tl.arange(0, BLOCKS[1]), tl.arange(0, BLOCKS[4])
     low = tl.maximum(lowest, edge)
     if CODE[3]:
@@ -162,8 +163,8 @@ def window_kernel(
     v,
     index,  # [B, T]: the live tokens in their order, where ragged
     position,  # [B, T], where ragged
-    following,  # [B]: the state's `next`, where CURSOR
-    following_out,  # [B]
+    cursor,  # [B]: the state's `next`, where CURSOR, and its `begin`, where BEGINS
+    cursor_out,
     old,  # ring of k and v, sinks of k and v
     out,
     memory,
@@ -194,6 +195,7 @@ def window_kernel(
     BRANCH: tl.constexpr,  # whether the window and the linear term are seen, and both shifted
     CODE: tl.constexpr,  # feature map ("": none), has state, ragged, circular and in place
     CURSOR: tl.constexpr,
+    BEGINS: tl.constexpr,
     FACTORS: tl.constexpr,  # whether there are log_g, factor, softcap
     NEED_STATE: tl.constexpr,
 ):
@@ -205,7 +207,8 @@ def window_kernel(
     b, h = row // HEADS[0], row % HEADS[0]
     g, live = h // HEADS[1], index + b * tokens
     group = b * G + g
-    begin = (tl.load(following + b) if CURSOR else start + tl.zeros((), tl.int32)).to(tl.int32)
+    begin = (tl.load(cursor[0] + b) if CURSOR else start + tl.zeros((), tl.int32)).to(tl.int32)
+    known = tl.load(cursor[1] + b).to(tl.int32) if BEGINS else begin * 0
     k_ring, k_sink = old[0] + group * slots * D, old[2] + group * sinks * D
     v_ring, v_sink = old[1] + group * slots * V, old[3] + group * sinks * V
     k_rows = (k + b * k_strides[0] + g * k_strides[1], k_strides[2], live, k_ring, k_sink)
@@ -217,7 +220,7 @@ def window_kernel(
         value, last_block = first_value + tl.arange(0, BLOCKS[3]), first_value + BLOCKS[3] >= V
         run_block(
             value, row, b, h, q_rows, k_rows, v_rows, own_q, own_k, position, memory, memory_out, y, log_g, factor,
-            tokens, first, commit, begin, slots, scaling, softcap, last_block,
+            tokens, first, commit, begin, known, slots, scaling, softcap, last_block,
             SIZES, V, BLOCKS, WINDOW, BRANCH, CODE, FACTORS, NEED_STATE
         )  # fmt: skip
     if NEED_STATE:  # noqa: SIM102
@@ -225,6 +228,6 @@ def window_kernel(
             k_out, k_sunk = out[0] + group * slots_out * D, out[2] + group * sinks_out * D
             v_out, v_sunk = out[1] + group * slots_out * V, out[3] + group * sinks_out * V
             keep(
-                b, position, k_rows, v_rows, (k_out, v_out, k_sunk, v_sunk), following_out, tokens, commit, begin,
-                slots, slots_out, sinks_out, D, V, BLOCKS, WINDOW, CODE
+                b, position, k_rows, v_rows, (k_out, v_out, k_sunk, v_sunk), cursor_out, tokens, commit, begin,
+                known, slots, slots_out, sinks_out, D, V, BLOCKS, WINDOW, CODE
             )  # fmt: skip

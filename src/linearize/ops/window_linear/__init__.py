@@ -88,7 +88,7 @@ def window_linear(
         whole=whole,
         gradients=wants_gradients(q_BHUD, k_BGTD, v_BGTV, *_trained(spec)),
         spec=spec,
-        cursor=cursor_of(state),
+        cursor=cursor_of(state, layout),
         widest=max(q_BHUD.shape[3], v_BGTV.shape[3]),
     )
     return DISPATCH.run(call, run)

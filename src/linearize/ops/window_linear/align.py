@@ -27,9 +27,8 @@ class Alignment:
     padded.
     `target_BT`: aligned slot of each new token (0 on padding, masked by `live_BT`); None likewise.
     `follows_BN`: chunk n - 1 holds the same document. `first_BN`: position of the chunk's first slot. `origin_BN`:
-    slot at which the
-    chunk's document has position 0 (may be negative). `carried_B1`: chunk 0 goes on with the document that the state
-    belongs to.
+    slot at which the chunk's document has position 0 (may be negative); `begin_BN`: the document's first position
+    (None: 0 in all of them). `carried_B1`: chunk 0 goes on with the document that the state belongs to.
     `whole`: every aligned slot between a document's first and last token holds a token.
     """
 
@@ -43,6 +42,7 @@ class Alignment:
     origin_BN: Tensor
     carried_B1: Tensor
     whole: bool
+    begin_BN: Tensor | None = None
 
     def gather(self, x_BGSD: Tensor, chunk: int) -> Tensor:
         """Ring and new slots into aligned chunks: [B, G, S, D] -> [B, G, N, C, D]; slots of no token are 0."""
@@ -76,8 +76,7 @@ def align(slots: Slots, layout: Layout, chunk: int, spec: WindowLinear) -> Align
         found = layout.memo[key]
         assert isinstance(found, Alignment)
         return found
-    plain = layout.is_plain and slots.position.shape[0] == 1
-    made = _align_plain(slots, layout, chunk) if plain else _align_ragged(slots, chunk, spec)
+    made = _align_plain(slots, layout, chunk) if slots.goes_on else _align_ragged(slots, chunk, spec)
     if stateless:
         layout.memo[key] = made
     return made
@@ -101,10 +100,10 @@ def _align_ragged(slots: Slots, chunk: int, spec: WindowLinear) -> Alignment:
     origin = slots.origin.expand(batch, -1)
     carried = slots.carried_origin.expand(batch, 1)
     live = position >= 0
-    base = fold_boundary(slots.num_past - carried, spec.window, spec.shape)
-    offset = torch.where(origin == carried, position - base, position)
-    starts = live & ((offset == 0) | _first_live(live, origin))
+    starts = _first_live(live, origin)
     document = (starts.cumsum(-1) - 1).clamp(min=0)
+    first, base = _bases(position, origin, document, live, slots, chunk, spec)
+    offset = position - base.gather(1, document)
     length = torch.zeros(batch, num_slots, dtype=torch.long, device=device)
     length.scatter_reduce_(1, document, torch.where(live, offset + 1, 0), "amax")
     chunks = -(-length // chunk)
@@ -124,13 +123,31 @@ def _align_ragged(slots: Slots, chunk: int, spec: WindowLinear) -> Alignment:
     origin_of = torch.full_like(length, nowhere).scatter_reduce(1, document, torch.where(live, origin, nowhere), "amax")
     chunk_origin = origin_of.gather(1, owner)
     is_carried = chunk_origin == carried
-    first = within * chunk + torch.where(is_carried, base, 0)
+    first_position = within * chunk + base.gather(1, owner)
     new = slice(slots.num_past, None)
     target = target[:, new].clamp(max=total * chunk - 1)
     whole = bool((length.sum(-1) == live.sum(-1)).all())
+    begin = first.gather(1, owner) if bool((first > 0).any()) else None
     return Alignment(
-        total, slots.num_past, source, target, live[:, new], within > 0, first, chunk_origin, is_carried[:, :1], whole
-    )
+        total, slots.num_past, source, target, live[:, new], within > 0, first_position, chunk_origin,
+        is_carried[:, :1], whole, begin,
+    )  # fmt: skip
+
+
+def _bases(
+    position: Tensor, origin: Tensor, document: Tensor, live: Tensor, slots: Slots, chunk: int, spec: WindowLinear
+) -> tuple[Tensor, Tensor]:
+    """Of each document, `[B, S]`: the position of its first token, and that of its first chunk's first slot, from
+    which blocks of the window are whole."""
+    beyond = torch.iinfo(torch.long).max
+    first = torch.full_like(position, beyond).scatter_reduce(1, document, torch.where(live, position, beyond), "amin")
+    first = first.masked_fill(first == beyond, 0)
+    base = first // chunk * chunk
+    begin = torch.zeros_like(slots.follow) if slots.begin is None else slots.begin
+    old = live & (origin == slots.carried_origin) & (slots.follow > begin)
+    carried = torch.zeros_like(document).scatter_reduce(1, document, old.long(), "amax") > 0
+    edge = torch.maximum(fold_boundary(slots.follow, spec.window, spec.shape), begin // chunk * chunk)
+    return torch.where(carried, begin, first), torch.where(carried, edge, base)
 
 
 def _first_live(live: Tensor, origin: Tensor) -> Tensor:

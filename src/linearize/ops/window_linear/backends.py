@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from linearize.ops import triton as kernels
 from linearize.ops.forms import Call, Dispatcher, Rule, never
+from linearize.ops.layout import Layout
 from linearize.ops.window_linear.few import FEW_TOKENS
 from linearize.ops.window_linear.maps import weights_of
 from linearize.ops.window_linear.spec import WindowLinear
@@ -27,11 +30,12 @@ class WindowCall(Call):
     widest: int = 0
 
 
-def cursor_of(state: WindowLinearState | None) -> Cursor:
-    """What a rule looks at of a state."""
+def cursor_of(state: WindowLinearState | None, layout: Layout) -> Cursor:
+    """What a rule looks at of a state; one that the tokens do not follow stands nowhere in particular."""
     if state is None:
         return "none"
-    return "same" if isinstance(state.next, int) else "rows"
+    follows = not isinstance(state.next, Tensor) and (state.next == layout.start or not layout.is_plain)
+    return "same" if follows else "rows"
 
 
 def kernel_refuses(call: WindowCall) -> str | None:

@@ -23,9 +23,11 @@ from linearize.ops.window_linear.window import fold_boundary, ring_slots
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowBuffers(TensorState):
     """What `WindowLinearState` holds: `next_B` (int64), `k_BGCD`, `v_BGCV`, `memory_BHFV` with z as its last column
-    (fp32; None without a linear branch), sinks (N may be 0). A step given these writes into them."""
+    (fp32; None without a linear branch), sinks (N may be 0), `begin_B` (int64; the position of the document's first
+    token). A step given these writes into them."""
 
     next_B: Tensor
+    begin_B: Tensor
     k_BGCD: Tensor
     v_BGCV: Tensor
     sink_k_BGND: Tensor
@@ -39,7 +41,9 @@ class WindowBuffers(TensorState):
         held, slots = state.k_BGRD.shape[2], ring_slots(spec.window, spec.shape) + most
         following = state.next if isinstance(state.next, Tensor) else torch.full((batch,), state.next, device=device)
         position = following[:, None] - held + torch.arange(held, device=device)
-        live = (position >= fold_boundary(following, spec.window, spec.shape)[:, None])[:, None, :, None]
+        begin = torch.zeros_like(following) if state.begin is None else state.begin
+        edge = torch.maximum(fold_boundary(following, spec.window, spec.shape), begin)
+        live = (position >= edge[:, None])[:, None, :, None]
         place = (position % slots)[:, None, :, None]
 
         def ring(x: Tensor) -> Tensor:
@@ -52,6 +56,7 @@ class WindowBuffers(TensorState):
         memory = state.memory_BHFV
         return WindowBuffers(
             next_B=following.clone(),
+            begin_B=begin.clone(),
             k_BGCD=ring(state.k_BGRD),
             v_BGCV=ring(state.v_BGRV),
             sink_k_BGND=sinks(state.sink_k_BGND, state.k_BGRD),
@@ -71,12 +76,13 @@ class WindowBuffers(TensorState):
             memory_BHFV=None if self.memory_BHFV is None else self.memory_BHFV.clone(),
             sink_k_BGND=self.sink_k_BGND.clone() if has_sinks else None,
             sink_v_BGNV=self.sink_v_BGNV.clone() if has_sinks else None,
+            begin=self.begin_B.clone(),
         )
 
     def copy_(self, state: WindowLinearState, spec: WindowLinear) -> None:
         """Take another state of the same sizes into this memory."""
         other = WindowBuffers.of(state, spec, most=self.k_BGCD.shape[2] - ring_slots(spec.window, spec.shape))
-        for name in ("next_B", "k_BGCD", "v_BGCV", "sink_k_BGND", "sink_v_BGNV", "memory_BHFV"):
+        for name in ("next_B", "begin_B", "k_BGCD", "v_BGCV", "sink_k_BGND", "sink_v_BGNV", "memory_BHFV"):
             own, new = getattr(self, name), getattr(other, name)
             assert (own is None) == (new is None)
             if own is not None:

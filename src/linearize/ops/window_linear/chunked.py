@@ -143,7 +143,10 @@ def _masks(alignment: Alignment, slots: Slots, layout: Layout, chunk: int, spec:
         shown = seen & near
         if spec.num_sinks:
             sink = torch.arange(spec.num_sinks, device=c.device)
-            shown = torch.cat([(sink <= query).expand(*shown.shape[:-1], -1), shown], dim=-1)
+            early = sink <= query
+            if alignment.begin_BN is not None:
+                early = early & (sink >= alignment.begin_BN[..., None, None])
+            shown = torch.cat([early.expand(*shown.shape[:-1], -1), shown], dim=-1)
         hidden = ~shown[:, :, None]
     dtype = slots.k_BGSD.dtype
     keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1)

@@ -83,6 +83,8 @@ def _with_sinks(
     j = torch.arange(num_sinks, device=k.device)
     in_ring = ((slots.position[..., None] == j) & (slots.origin == slots.carried_origin)[..., None]).any(1)
     position = torch.where((j < following) & ~in_ring, j, -1)
+    if slots.begin is not None:
+        position = position.masked_fill(position < slots.begin, -1)
     rows = max(position.shape[0], slots.position.shape[0])
     position = torch.cat([position.expand(rows, -1), slots.position.expand(rows, -1)], dim=1)
     origin = torch.cat([slots.carried_origin.expand(rows, num_sinks), slots.origin.expand(rows, -1)], dim=1)

@@ -25,6 +25,8 @@ class WindowLinearState(TensorState):
     is the normaliser z.
     `k_BGRD`, `v_BGRV`: the last R tokens, oldest first; those at positions below the fold boundary are dead.
     `sink_k_BGND`, `sink_v_BGNV`: the first tokens of the document, kept for ever; None without sinks.
+    `begin`: position of the document's first token, `[B]`: slots of lower ones, in the ring or among the sinks, are
+    dead; None: 0 in every row, as almost always.
     """
 
     next: int | Tensor
@@ -33,6 +35,7 @@ class WindowLinearState(TensorState):
     memory_BHFV: Tensor | None = None
     sink_k_BGND: Tensor | None = None
     sink_v_BGNV: Tensor | None = None
+    begin: Tensor | None = None
 
     def fixed(self, *, ring: int, num_sinks: int) -> WindowLinearState:
         """The same state in the largest shapes that it can have, whatever was read: dead slots in front of the ring's,
@@ -40,8 +43,8 @@ class WindowLinearState(TensorState):
         rows, device = self.k_BGRD.shape[0], self.k_BGRD.device
         following = self.next if isinstance(self.next, Tensor) else torch.full((rows,), self.next, device=device)
         k, v = (F.pad(x, (0, 0, ring - x.shape[2], 0)) for x in (self.k_BGRD, self.v_BGRV))
-        sinks = (
+        sink_k, sink_v = (
             None if x is None else F.pad(x, (0, 0, 0, num_sinks - x.shape[2]))
             for x in (self.sink_k_BGND, self.sink_v_BGNV)
         )
-        return WindowLinearState(following, k, v, self.memory_BHFV, *sinks)
+        return WindowLinearState(following, k, v, self.memory_BHFV, sink_k, sink_v, self.begin)

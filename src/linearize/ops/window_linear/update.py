@@ -29,8 +29,9 @@ class Slots:
     `position`: [1 or B, S], -1 on dead tokens and dead ring slots. `origin`: [1 or B, S], slot minus position: one
     value per document. `new_position`, `new_origin`: [1 or B, T], of the new tokens, in their order. `follow`: [1 or B,
     1], the position that comes next in the document that the state belongs to; `carried_origin`: [1 or B, 1], its
-    origin. `num_past`: ring slots. They stand in front, unless the layout has gaps: then dead tokens do, so that each
-    row's ring and tokens are side by side.
+    origin; `begin`: [B, 1], the position of its first token (None: 0). `goes_on`: every row is one run of tokens from
+    position 0, of which the state has all before these. `num_past`: ring slots. They stand in front, unless the layout
+    has gaps: then dead tokens do, so that each row's ring and tokens are side by side.
     """
 
     k_BGSD: Tensor
@@ -41,6 +42,8 @@ class Slots:
     new_origin: Tensor
     follow: Tensor
     carried_origin: Tensor
+    begin: Tensor | None
+    goes_on: bool
     num_past: int
 
     def unfolded(self, size: int, spec: WindowLinear) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +52,8 @@ class Slots:
         first = fold_boundary(self.follow, spec.window, spec.shape)
         position = first + torch.arange(min(size, self.k_BGSD.shape[2]), device=first.device)
         index = (position + self.carried_origin).expand(self.k_BGSD.shape[0], -1)
+        if self.begin is not None:
+            position = position.masked_fill(position < self.begin, -1)
         return take_slots(self.k_BGSD, index), take_slots(self.v_BGSV, index), position
 
 
@@ -67,16 +72,24 @@ def gather_slots(
     follow = following[:, None] if isinstance(following, Tensor) else torch.full((1, 1), following, device=device)
     ring = follow - past + torch.arange(past, device=device)
     ring = ring.masked_fill(ring < fold_boundary(follow, spec.window, spec.shape), -1)
+    begin = None if state is None or state.begin is None else state.begin[:, None]
+    if begin is not None:
+        ring = ring.masked_fill(ring < begin, -1)
     rows = max(new.shape[0], ring.shape[0])
     position = torch.cat([ring.expand(rows, -1), new.expand(rows, -1)], dim=1)
     slot = torch.arange(position.shape[1], device=device)
     if layout.gaps():
-        return _close_gaps(k, v, position, follow, past)
+        return _close_gaps(k, v, position, follow, begin, past)
     origin = slot - position
-    return Slots(k, v, position, origin, position[:, past:], origin[:, past:], follow, past - follow, past)
+    plain = layout.is_plain and not isinstance(following, Tensor) and following == layout.start
+    return Slots(
+        k, v, position, origin, position[:, past:], origin[:, past:], follow, past - follow, begin, plain, past
+    )
 
 
-def _close_gaps(k_BGSD: Tensor, v_BGSV: Tensor, position_BS: Tensor, follow: Tensor, past: int) -> Slots:
+def _close_gaps(
+    k_BGSD: Tensor, v_BGSV: Tensor, position_BS: Tensor, follow: Tensor, begin: Tensor | None, past: int
+) -> Slots:
     """The slots with each row's dead new tokens in front of its ring."""
     batch = k_BGSD.shape[0]
     position_BS = position_BS.expand(batch, -1)
@@ -86,7 +99,7 @@ def _close_gaps(k_BGSD: Tensor, v_BGSV: Tensor, position_BS: Tensor, follow: Ten
     slot = torch.arange(order.shape[1], device=order.device)
     dead = (new < 0).sum(-1, keepdim=True)
     new_origin = order.argsort(dim=1)[:, past:] - new
-    return Slots(k, v, position, slot - position, new, new_origin, follow, past + dead - follow, past)
+    return Slots(k, v, position, slot - position, new, new_origin, follow, past + dead - follow, begin, False, past)
 
 
 def next_state(
@@ -97,7 +110,7 @@ def next_state(
     `fold` adds up what leaves (None: in PyTorch). Sums are kept in fp32 (fp64 for fp64 inputs).
     """
     fold = fold or folded
-    if layout.is_plain and (state is None or isinstance(state.next, int)):
+    if slots.goes_on:
         return next_plain_state(slots.k_BGSD, slots.v_BGSV, slots.num_past, layout.start, state, spec, fold)
     return _ragged(slots, layout, state, spec, fold)
 
@@ -205,6 +218,7 @@ def _ragged(
     same = current == carried
     boundary = fold_boundary(following, spec.window, spec.shape)
 
+    begin = _begin(slots, layout, state, current, same, old_next)
     memory = None if state is None else state.memory_BHFV
     if spec.feature_k is not None:
         leaves = (origin == current[:, None]) & (position >= spec.num_sinks) & (position < boundary[:, None])
@@ -218,8 +232,36 @@ def _ragged(
     capacity = min(ring_slots(spec.window, spec.shape), num_slots)
     ring = last[:, None] - capacity + 1 + torch.arange(capacity, device=slot.device)
     k, v = take_slots(slots.k_BGSD, ring), take_slots(slots.v_BGSV, ring)
-    sinks = _ragged_sinks(slots, state, spec, current, same, old_next)
-    return WindowLinearState(following, k, v, memory, *sinks)
+    sink_k, sink_v = _ragged_sinks(slots, state, spec, current, same, old_next)
+    return WindowLinearState(following, k, v, memory, sink_k, sink_v, begin)
+
+
+def _begin(
+    slots: Slots,
+    layout: Layout,
+    state: WindowLinearState | None,
+    current_B: Tensor,
+    same_B: Tensor,
+    old_next_B: Tensor,
+) -> Tensor | None:
+    """The position of the first token of each row's last document, `[B]`; None: 0 in all rows.
+
+    A carried document that has no token yet begins with its first one.
+    """
+    old = None if state is None else state.begin
+    if layout.tail is not None or slots.new_position.shape[1] == 0:
+        return old  # no document opens
+    begun = same_B & (old_next_B > (0 if old is None else old))
+    if old is None and bool(begun.all()):
+        return None
+    inside = (slots.new_origin == current_B[:, None]) & (slots.new_position >= 0)
+    beyond = torch.iinfo(torch.long).max
+    first = torch.where(inside, slots.new_position, beyond).amin(-1)
+    first = torch.where(first == beyond, old_next_B, first)
+    if old is not None:
+        return torch.where(begun, old, first)
+    first = first.masked_fill(begun, 0)
+    return first if bool(first.any()) else None
 
 
 def _ragged_sinks(

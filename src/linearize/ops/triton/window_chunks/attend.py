@@ -50,12 +50,13 @@ def key_tile(
 
 @triton.jit
 def sink_tile(
-    sink_k, sink_v, line, position, asks, left, dim, lane,
+    sink_k, sink_v, line, begin, position, asks, left, dim, lane,
     BLOCK_J: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The document's first keys and values, and which of them each query sees; `left` chunks, 0 is none."""
+    """The document's first keys and values, and which of them each query sees; `left` chunks, 0 is none. The document
+    begins at position `begin`."""
     j = tl.arange(0, BLOCK_J)
-    there = provided(j < SINKS, left)
+    there = provided((j < SINKS) & (j >= begin), left)
     k = rows(sink_k + line * SINKS * D, j, D, dim, D, there)
     v = rows(sink_v + line * SINKS * V, j, V, lane, V, there)
     return k, v, (j[None, :] <= position[:, None]) & there[None, :] & asks[:, None]
@@ -72,7 +73,7 @@ def masks(query, key, live, W: tl.constexpr, TERRACED: tl.constexpr):
 @triton.jit
 def scores(x_q, x_k, seen, scaling, softcap, CAP: tl.constexpr, DOT: tl.constexpr):
     """s_ni, minus infinity where not seen."""
-    s = bent(tl.dot(x_q, tl.trans(x_k), input_precision=DOT) * scaling, softcap, CAP)
+    s, _ = bent(tl.dot(x_q, tl.trans(x_k), input_precision=DOT) * scaling, softcap, CAP)
     return tl.where(seen, s, -float("inf"))
 
 
@@ -122,19 +123,20 @@ def reach(
 
 
 # Arguments. sink_k, sink_v: [B, chunks, G, J, D or V], of each chunk's document. log_g, factor: [H], of the window and
-# the linear term. sums: [B H, runs, halves, F, V + 1], before each run. shift, normaliser, top: [B, H, T]; top is the
-# key with the largest score, a slot, or -2 - j for sink j. Strides: of batch, head and token (or slot).
+# the linear term. begins: the first position of each chunk's document, where one is not 0 (BEGINS). sums: [B H,
+# runs, halves, F, V + 1], before each run. shift, normaliser, top: [B, H, T]; top is the key with the largest score, a
+# slot, or -2 - j for sink j. Strides: of batch, head and token (or slot).
 # fmt: off
 @triton.jit
 def attend_kernel(
     q, k, v, phi_q, phi_k, sink_k, sink_v, weight_q, bias_q, weight_k, bias_k, log_g, factor, slot, first, follows,
-    keep, sums, y, shift, normaliser, top, q_strides, k_strides, v_strides, phi_q_strides, phi_k_strides, y_strides,
-    slot_stride, chunk_stride, past, tokens, chunks, runs, scaling, softcap,
+    keep, begins, sums, y, shift, normaliser, top, q_strides, k_strides, v_strides, phi_q_strides, phi_k_strides,
+    y_strides, slot_stride, chunk_stride, past, tokens, chunks, runs, scaling, softcap,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr, C: tl.constexpr, PER: tl.constexpr,
     W: tl.constexpr, TERRACED: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr, SHARED: tl.constexpr,
     WINDOW: tl.constexpr, LINEAR: tl.constexpr, FAR: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr,
-    DOT: tl.constexpr,
+    BEGINS: tl.constexpr, DOT: tl.constexpr,
 ):
     """One program: the outputs of one head of one row in one run of chunks."""
     row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -175,8 +177,9 @@ def attend_kernel(
             m, highest = tl.maximum(most_0, most_1), tl.where(most_0 >= most_1, top_0, top_1)
             if SINKS > 0:
                 early = (b * chunks + n) * (H // R) + h // R
+                begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
                 k_s, v_s, shown = sink_tile(
-                    sink_k, sink_v, early, position, asks, chunks - n, dim, lane, BLOCK_J, D, V, SINKS
+                    sink_k, sink_v, early, begin, position, asks, chunks - n, dim, lane, BLOCK_J, D, V, SINKS
                 )
                 s_s = scores(x_q, k_s, shown, scaling, softcap, CAP, DOT)
                 most_s = tl.max(s_s, 1)

@@ -89,12 +89,12 @@ def _query_gradients(
     d_log_g, d_factor = (q.new_zeros(batch * heads, runs, dtype=torch.float32) for _ in range(2))
     gradients.queries_kernel[(batch * heads, runs)](
         q, k, v, phi_q, phi_k, pointer(sink_k, k), pointer(sink_v, v), *weights(maps, q), log_g, factor, *call.places,
-        pointer(sums, d_q), d_y, *others, d_q, pointer(d_phi, d_q), *(pointer(x, d_q) for x in d_sinks), d_weight,
-        d_bias, d_log_g, d_factor, row_sum,
+        call.begins, pointer(sums, d_q), d_y, *others, d_q, pointer(d_phi, d_q), *(pointer(x, d_q) for x in d_sinks),
+        d_weight, d_bias, d_log_g, d_factor, row_sum,
         *(strides(x) for x in (q, k, v, phi_q, phi_k, d_y, d_q, pointer(d_phi, d_q))),
         *call.tables.strides, call.past, tokens, call.tables.chunks, runs, call.spec.scaling, call.spec.softcap or 1.0,
-        R=heads // k.shape[1], BLOCK_J=block(call.spec.num_sinks), **call.constants, **call.options, **sizes,
-        **precision(q),
+        R=heads // k.shape[1], BLOCK_J=block(call.spec.num_sinks), BEGINS=call.tables.begins is not None,
+        **call.constants, **call.options, **sizes, **precision(q),
     )  # fmt: skip
     sinks = (None if d is None else d.unflatten(2, (k.shape[1], -1)).sum(3).to(k.dtype) for d in d_sinks)
     heads_of = (x.unflatten(0, (batch, -1)).sum((0, 2)) for x in (d_log_g, d_factor))

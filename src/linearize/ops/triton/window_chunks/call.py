@@ -105,6 +105,11 @@ class Call:
         """The tables, as the kernels take them."""
         return self.tables.slot, self.tables.first, self.tables.follows, self.tables.keep
 
+    @property
+    def begins(self) -> Tensor:
+        """The table of documents that begin above position 0, or another that is not read."""
+        return pointer(self.tables.begins, self.tables.first)
+
     def maps(
         self,
         phi_q: Tensor | None,

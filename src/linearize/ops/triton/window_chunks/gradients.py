@@ -17,6 +17,7 @@ import triton.language as tl
 from linearize.ops.triton.window_chunks.attend import key_tile, masks, places_of, sink_tile
 from linearize.ops.triton.window_chunks.carry import read_sums, take_up
 from linearize.ops.triton.window_chunks.tiles import (
+    bent,
     chunk_slots,
     features,
     features_backward,
@@ -32,11 +33,7 @@ from linearize.ops.triton.window_chunks.tiles import (
 @triton.jit
 def weights_of(q, k, near, m, g, scaling, softcap, CAP: tl.constexpr, DOT: tl.constexpr):
     """p = exp(s - m + g) inside the window, and the derivative of the soft cap."""
-    s = tl.dot(q, tl.trans(k), input_precision=DOT) * scaling
-    slope = tl.full(s.shape, 1.0, tl.float32)
-    if CAP:
-        t = 2 * tl.sigmoid(2 * s / softcap) - 1
-        s, slope = softcap * t, 1 - t * t
+    s, slope = bent(tl.dot(q, tl.trans(k), input_precision=DOT) * scaling, softcap, CAP)
     return tl.where(near, tl.exp(s - m[:, None] + g), 0.0), slope
 
 
@@ -111,7 +108,7 @@ def window_gradient(
     """
     x_q, index, asks, position, d_num, d_den, m = query
     (tile_0, near_0), (tile_1, near_1) = own, before
-    sink_k, sink_v, d_sink_k, d_sink_v, line_in, line_out = early
+    sink_k, sink_v, d_sink_k, d_sink_v, line_in, line_out, begin = early
     (top, row_sum), (g, scaling, softcap), j = memory, numbers, tl.arange(0, BLOCK_J)
     p_0, slope_0 = weights_of(x_q, tile_0[3], near_0, m, g, scaling, softcap, CAP, DOT)
     p_1, slope_1 = weights_of(x_q, tile_1[3], near_1, m, g, scaling, softcap, CAP, DOT)
@@ -120,7 +117,7 @@ def window_gradient(
     total = tl.sum(d_s0, 1) + tl.sum(d_s1, 1)
     if SINKS > 0:
         k_s, v_s, shown = sink_tile(
-            sink_k, sink_v, line_in, position, asks, left, dim, lane, BLOCK_J, D, V, SINKS
+            sink_k, sink_v, line_in, begin, position, asks, left, dim, lane, BLOCK_J, D, V, SINKS
         )  # fmt: skip
         p_s, slope_s = weights_of(x_q, k_s, shown, m, g, scaling, softcap, CAP, DOT)
         d_ss = score_gradient(p_s, v_s, d_num, d_den, DOT)
@@ -164,14 +161,14 @@ def write_weight(d_weight, d_bias, line, dim, feature, w, b, D: tl.constexpr, F:
 @triton.jit
 def queries_kernel(
     q, k, v, phi_q, phi_k, sink_k, sink_v, weight_q, bias_q, weight_k, bias_k, log_g, factor, slot, first, follows,
-    keep, sums, d_y, delta, shift, normaliser, top, d_q, d_phi_q, d_sink_k, d_sink_v, d_weight, d_bias, d_log_g,
+    keep, begins, sums, d_y, delta, shift, normaliser, top, d_q, d_phi_q, d_sink_k, d_sink_v, d_weight, d_bias, d_log_g,
     d_factor, row_sum, q_strides, k_strides, v_strides, phi_q_strides, phi_k_strides, y_strides, d_q_strides,
     d_phi_strides, slot_stride, chunk_stride, past, tokens, chunks, runs, scaling, softcap,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr, C: tl.constexpr, PER: tl.constexpr,
     W: tl.constexpr, TERRACED: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr, SHARED: tl.constexpr,
     WINDOW: tl.constexpr, LINEAR: tl.constexpr, FAR: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr,
-    DOT: tl.constexpr,
+    BEGINS: tl.constexpr, DOT: tl.constexpr,
 ):
     """One program: the queries of one head of one row in one run of chunks."""
     row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -209,9 +206,9 @@ def queries_kernel(
         near_1, far_1 = masks(position, tile_1[1], tile_1[2], W, TERRACED)
         gradient = tl.zeros((C, BLOCK_D), tl.float32)
         if WINDOW:
-            query = (x_q, index, asks, position, d_num, d_den, m)
-            at = b * chunks + n
-            early = (sink_k, sink_v, d_sink_k, d_sink_v, at * (H // R) + h // R, at * H + h)
+            query, at = (x_q, index, asks, position, d_num, d_den, m), b * chunks + n
+            begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
+            early = (sink_k, sink_v, d_sink_k, d_sink_v, at * (H // R) + h // R, at * H + h, begin)
             gradient, total = window_gradient(
                 query, (tile_0, near_0), (tile_1, near_1), early, (top + line, row_sum + line), (g, scaling, softcap),
                 chunks - n, dim, lane, BLOCK_J, D, V, SINKS, CAP, SHARED, DOT,

@@ -117,13 +117,13 @@ class _Attend(torch.autograd.Function):
         shift, normaliser = (torch.zeros(batch, heads, tokens, device=q.device) for _ in range(2))
         top = torch.full((batch, heads, tokens), -1, dtype=torch.int32, device=q.device)
         inputs = (q, k, v, pointer(phi_q, q), pointer(phi_k, k))
-        tables = (*call.places, pointer(sums, y))
+        tables = (*call.places, call.begins, pointer(sums, y))
         runs = call.runs(call.tables.chunks)
         attend.attend_kernel[(batch * heads, runs)](
             *inputs, pointer(sink_k, k), pointer(sink_v, v), *weights(maps, q), log_g, factor, *tables, y, shift,
             normaliser, top, *(strides(x) for x in (*inputs, y)), *call.tables.strides, call.past, tokens,
             call.tables.chunks, runs, call.spec.scaling, call.spec.softcap or 1.0, R=heads // k.shape[1],
-            BLOCK_J=block(call.spec.num_sinks),
+            BLOCK_J=block(call.spec.num_sinks), BEGINS=call.tables.begins is not None,
             **call.constants, **call.options, **dims(k, v), **precision(q),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, sink_k, sink_v, *given, log_g, factor, sums, y, shift, normaliser, top)

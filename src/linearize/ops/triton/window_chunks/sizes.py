@@ -38,7 +38,8 @@ class Tables:
     """Where tokens stand, int32 and contiguous.
 
     `slot: [B or 1, A]`, -1 for none. `first`, `follows`, `keep: [B or 1, N]`: the position of the chunk's first place,
-    whether chunk n - 1 holds the same document, whether the sum is carried into the chunk.
+    whether chunk n - 1 holds the same document, whether the sum is carried into the chunk. `begins`: the first position
+    of the chunk's document; None: 0 in all of them.
     """
 
     slot: Tensor
@@ -46,6 +47,7 @@ class Tables:
     follows: Tensor
     keep: Tensor
     chunks: int
+    begins: Tensor | None = None
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -89,7 +91,8 @@ def _tables(made: Alignment, slots: Slots, chunk: int) -> Tables:
     keep = torch.cat([made.carried_B1, made.follows_BN[:, 1:]], dim=1)
     tables = (x.expand(rows, -1) for x in (source, made.first_BN, made.follows_BN, keep))
     slot, first, follows, kept = (_ints(x) for x in tables)
-    return Tables(slot=slot, first=first, follows=follows, keep=kept, chunks=made.num_chunks)
+    begins = None if made.begin_BN is None else _ints(made.begin_BN.expand(rows, -1))
+    return Tables(slot=slot, first=first, follows=follows, keep=kept, chunks=made.num_chunks, begins=begins)
 
 
 def _ints(x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linearize.ops.triton.window_parts import tanh
+
 GIVEN, HEDGEHOG, T2R = 0, 1, 2  # features read from memory, or computed here
 
 
@@ -68,10 +70,12 @@ def in_window(query, key, W: tl.constexpr, TERRACED: tl.constexpr):
 
 @triton.jit
 def bent(s, softcap, CAP: tl.constexpr):
-    """softcap tanh(s / softcap)."""
+    """softcap tanh(s / softcap), and its derivative."""
+    slope = tl.full(s.shape, 1.0, tl.float32)
     if CAP:
-        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
-    return s
+        t = tanh(s / softcap)
+        s, slope = softcap * t, 1 - t * t
+    return s, slope
 
 
 @triton.jit
