@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli_options import Json, count, given, size
+from linearize.cli_options import Base, Json, count, given, size
 from linearize.cli_output import json_only, show
 
 
@@ -33,6 +33,7 @@ def plan(
     disk: Annotated[
         int | None, typer.Option(metavar="SIZE", parser=size, help="Room for hidden states, like 2TB.")
     ] = None,
+    base: Base = None,
     devices_file: Annotated[
         Path | None, typer.Option("--table", metavar="FILE", help="A YAML file of further devices.")
     ] = None,
@@ -47,7 +48,7 @@ def plan(
     if block is not None:
         chosen["block"] = block if block == "auto" else count(block)
     with json_only(as_json):
-        found = plan_conversion(teacher, overrides=parse_settings(settings or []), **chosen)
+        found = plan_conversion(teacher, overrides=parse_settings(settings or []) | given(base_weights=base), **chosen)
     if as_json:
         show(found, as_json=True)
         return

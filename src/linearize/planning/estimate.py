@@ -16,7 +16,9 @@ from linearize.planning.advice import advice
 from linearize.planning.costs import error_costs, score_costs, stage_costs, text
 from linearize.planning.devices import CPU, Device, fits, load_device, room
 from linearize.planning.report import BlockPlan, ConversionPlan, Memory, StagePlan
-from linearize.planning.samples import Measured, Whole, look_at, measured, on_sample, read_config
+from linearize.planning.rounded import rounding
+from linearize.planning.samples import Measured, Numbers, Whole, look_at, measured, on_sample, read_config
+from linearize.recipes.base_weights import checked_base
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_bytes, check_block, choose_block
 from linearize.training.blockwise.budget import fitting_blocks
@@ -31,9 +33,11 @@ HELDOUT_ROWS = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What is to be planned, checked. `tokens`: of the training text (None: as the stages train). `block`: as asked."""
+    """What is to be planned, checked. `tokens`: of the training text (None: as the stages train). `block`: as asked.
+    `rounded`: what weights in 8 or 4 bits save (see `rounding`)."""
 
     whole: Whole
+    rounded: Numbers
     recipe: Recipe
     device: Device
     devices: int
@@ -72,9 +76,11 @@ def plan_conversion(
         raise InputError(f"devices {devices}: give 1 or more")
     config = read_config(teacher)
     chosen, notices = _fitted(chosen.override(dict(overrides or {})), config, kind)
+    base = checked_base(chosen, devices)
     whole = look_at(config, chosen, _dtype(config, kind))
     request = Request(
-        whole=whole, recipe=chosen, device=kind, devices=devices, tokens=tokens, block=block, disk=disk
+        whole=whole, rounded=rounding(whole, base, chosen.stages), recipe=chosen, device=kind, devices=devices,
+        tokens=tokens, block=block, disk=disk,
     )  # fmt: skip
     return _plan(request, str(teacher), device, notices)
 
@@ -106,13 +112,16 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
     errors = measured(whole, lambda sample: error_costs(sample, heldout, by_layer=whole.draft is None)).total
     scores = on_sample(whole, [kind[0] for kind in whole.kinds], lambda sample: score_costs(sample, heldout))["scores"]
     blockwise = bool(stages) and all(stage.runs_by_block for stage in stages)
-    measuring = round(errors["weights"] / request.devices + (1 + kind.heap) * max(errors["errors"], scores))
+    rounded = request.rounded
+    weights = errors["weights"] - rounded["saved"] + rounded["adapted"]  # as they are after the last stage
+    most = max(errors["errors"], scores) + rounded["product"]
+    measuring = round(weights / request.devices + (1 + kind.heap) * most)
     measuring += kind.beside + kind.reserve
     student = whole.weight_bytes + max((s.trained_parameters for s in stages), default=0) * 4
     hidden = max((s.runs_by_block.disk_bytes for s in stages if s.runs_by_block), default=0)
     peak = max([s.peak_bytes for s in stages] + ([] if blockwise else [measuring]), default=measuring)
     copies = 1 if request.devices == 1 else 0  # a rank of several keeps its share; on a CPU the file itself is mapped
-    loading = round(errors["weights"] / request.devices) + student * copies + kind.beside + kind.reserve
+    loading = round(weights / request.devices) + student * copies + kind.beside + kind.reserve
     peak = max(peak, 0 if blockwise else loading)
     missing = None if blockwise else fits(kind, measuring)
     if request.devices > 1 and kind.link is None:
@@ -218,9 +227,10 @@ def _memory(stage: StageConfig, request: Request, total: Mapping[str, float]) ->
     shards, gradients = request.devices, total["gradients"]
     beside = 2 * request.whole.layer_bytes if shards > 1 else 0
     activations = max(total["step"] - gradients, total["calibrate"] - gradients, total["heldout"] - gradients, 0)
+    activations += request.rounded["product"]
     keeps_best = stage.keep_best and not isinstance(stage, OwnLoopConfig)
     return Memory(
-        weights=math.ceil(total["weights"] / shards) + beside,
+        weights=math.ceil((total["weights"] - request.rounded["saved"]) / shards) + beside,
         gradients=math.ceil(gradients / shards),
         optimizer=math.ceil(total["optimizer"] / shards),
         best=math.ceil(gradients / shards) if keeps_best else 0,
@@ -247,6 +257,8 @@ def _blocks(
 ) -> tuple[BlockPlan | None, BlockPlan | None] | None:
     """The cheapest block that fits and the one that the stage is run with; None where it cannot be run by blocks."""
     if not isinstance(stage, BlockwiseConfig) or request.whole.draft is not None:
+        return None
+    if request.recipe.base_weights != "full":
         return None
     sizes = block_sizes(stage, request, rows, costs)
     bounds = {"memory_bytes": room(request.device), "disk_bytes": request.disk}

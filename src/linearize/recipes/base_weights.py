@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from linearize.errors import InputError
 from linearize.mixers.layer_mixer import LayerMixerConfig
 from linearize.modeling.quantized import BaseWeights
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
 FROZEN_BASE = ("attention_transfer", "lowrank")  # stages that leave all weights of the teacher as they are
 
 
-def checked_base(recipe: Recipe) -> BaseWeights:
-    """`base_weights` of a recipe.
+def checked_base(recipe: Recipe, devices: int = 1) -> BaseWeights:
+    """`base_weights` of a recipe that so many devices work on together.
 
     Raises:
         InputError: something would train, or read, weights that are quantized.
@@ -27,10 +25,8 @@ def checked_base(recipe: Recipe) -> BaseWeights:
     if recipe.base_weights == "full":
         return "full"
     told = f"base_weights {recipe.base_weights}: "
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        raise InputError(
-            f"{told}one process holds them whole, {dist.get_world_size()} cannot share them; set it to full"
-        )
+    if devices > 1:
+        raise InputError(f"{told}one process holds them whole, {devices} cannot share them; set it to full")
     mixers = [mixer for mixer in (recipe.plan.mixer, *recipe.plan.overrides.values()) if mixer is not None]
     if recipe.plan.depth is not None or any(isinstance(mixer, LayerMixerConfig) for mixer in mixers):
         raise InputError(f"{told}for students with mixers between the projections (lolcats, gla); set it to full")
