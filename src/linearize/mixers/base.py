@@ -105,8 +105,9 @@ class Mixer(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Start the new parameters as their paper does."""
 
-    def fixed(self, state: Any) -> Any:
-        """The same state in shapes that do not depend on what was read, as a static cache keeps it."""
+    def fixed(self, state: Any, *, most: int = 1) -> Any:
+        """The same state in shapes that do not depend on what was read, as a static cache keeps it, for calls that
+        commit at most `most` tokens. A mixer may write such a state in place, and returns it then."""
         return state
 
 

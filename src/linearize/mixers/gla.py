@@ -29,6 +29,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
+from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.window import ring_slots
 
 
@@ -54,12 +55,16 @@ class GlaConfig(MixerConfig):
 class GlaState:
     """`window`: keys and values inside the window. `memory_BGDV`: the gated sum per key/value head, at least fp32."""
 
-    window: WindowLinearState
+    window: WindowLinearState | WindowBuffers
     memory_BGDV: Tensor
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> GlaState:
         """The same state with `change` applied to every tensor; all have the batch first."""
         return GlaState(self.window.map_batch(change), change(self.memory_BGDV))
+
+    def widened(self, more: int) -> GlaState:
+        """See `TensorState.widened`."""
+        return GlaState(self.window.widened(more), self.memory_BGDV)
 
     @property
     def num_bytes(self) -> int:
@@ -108,18 +113,18 @@ class Gla(AttentionMixer):
     def advance(self, *inputs: Tensor, layout: Layout, state: GlaState | None = None) -> GlaState:
         """See `Mixer.advance`: k, v and the keys; the scale of the scores does not enter the state."""
         k_BGTD, v_BGTV, keys_BGTD = inputs
-        ring = advance(
-            k_BGTD, v_BGTV, spec=self._window(1.0, None), layout=layout, state=None if state is None else state.window
-        )
+        past = None if state is None else state.window
+        assert not isinstance(past, WindowBuffers), "buffers are written by `forward`"
+        ring = advance(k_BGTD, v_BGTV, spec=self._window(1.0, None), layout=layout, state=past)
         no_queries = self._repeat(k_BGTD[:, :, :0])
         _, memory = self._recall(no_queries, k_BGTD, v_BGTV, keys_BGTD, state, layout=layout)
         assert memory is not None
         return GlaState(ring, memory)
 
-    def fixed(self, state: GlaState) -> GlaState:
+    def fixed(self, state: GlaState, *, most: int = 1) -> GlaState:
         """See `Mixer.fixed`."""
-        ring = ring_slots(self.config.window, self.config.window_shape)
-        return GlaState(state.window.fixed(ring=ring, num_sinks=0), state.memory_BGDV)
+        assert isinstance(state.window, WindowLinearState)
+        return GlaState(WindowBuffers.of(state.window, self._window(1.0, None), most=most), state.memory_BGDV)
 
     def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""

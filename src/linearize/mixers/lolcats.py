@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.feature_maps import FeatureMap, FeatureMapName, FeatureStart
@@ -73,8 +72,9 @@ class Lolcats(WindowMixer):
             shared_shift=self.config.shift == "shared",
             feature_q=self.feature_q,
             feature_k=self.feature_k,
-            log_window_factor_H=F.logsigmoid(factor_H),
-            linear_factor_H=torch.sigmoid(-factor_H) if self.config.affine else None,
+            log_window_factor_H=factor_H,
+            linear_factor_H=factor_H if self.config.affine else None,
+            logits=True,
             branch=branch,
         )
 

@@ -14,6 +14,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
+from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.window import ring_slots
 
 
@@ -71,10 +72,9 @@ class WindowMixer(AttentionMixer):
             k_BGTD, v_BGTV, spec=self.spec(scaling=1.0, softcap=None, branch="both"), layout=layout, state=state
         )
 
-    def fixed(self, state: WindowLinearState) -> WindowLinearState:
+    def fixed(self, state: WindowLinearState, *, most: int = 1) -> WindowBuffers:
         """See `Mixer.fixed`."""
-        config = self.config
-        return state.fixed(ring=ring_slots(config.window, config.window_shape), num_sinks=config.num_sinks)
+        return WindowBuffers.of(state, self.spec(scaling=1.0, softcap=None, branch="both"), most=most)
 
     def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""

@@ -69,11 +69,12 @@ class _Layer(CacheLayerMixin):
 
 
 class StaticMixerLayer(_Layer):
-    """State and tail of one mixer layer; `tail`: columns of the tail (0: every token goes straight into the state)."""
+    """State and tail of one mixer layer; `tail`: columns of the tail (0: every token goes straight into the state).
+    `most`: tokens that go into the state at once, at most."""
 
-    def __init__(self, tail: int) -> None:
+    def __init__(self, tail: int, most: int) -> None:
         super().__init__()
-        self.tail = tail
+        self.tail, self.most = tail, most
         self.state: Any = None
         self.raw: tuple[Tensor, ...] = ()
         self.time_dim = 0
@@ -93,7 +94,7 @@ class StaticMixerLayer(_Layer):
         new, outputs = Pending(inputs, dim, layout), slice(0, inputs[0].shape[dim])
         if not self.filled or place is None:
             y, state = run(new, state=None, commit=None, need_state=True, outputs=outputs)
-            self._fill(mixer.fixed(state), inputs, dim)
+            self._fill(mixer.fixed(state, most=self.most), inputs, dim)
             return y
         if not self.tail:
             y, state = run(new, state=self.state, commit=None, need_state=True, outputs=outputs)
@@ -123,8 +124,10 @@ class StaticMixerLayer(_Layer):
 
     def widen(self, tail: int) -> None:
         """A longer tail, with what is in it."""
-        old, self.tail = self.tail, tail
+        old, self.tail, more = self.tail, tail, max(tail - self.most, 0)
+        self.most += more
         with torch.inference_mode(False):
+            self.state = self.state.widened(more) if more and self.state is not None else self.state
             wider = tuple(_zeros(x, self.time_dim, tail) for x in self.raw)
         for memory, before in zip(wider, self.raw, strict=True):
             memory.narrow(self.time_dim, 0, old).copy_(before)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 WIDEST = 32  # tokens of a step or a tail: beyond, operations take forms that look at values
 
 
-def static_layers(model: PreTrainedModel, tail: int, capacity: int | None) -> list[Any]:
+def static_layers(model: PreTrainedModel, tail: int, capacity: int | None, most: int = 1) -> list[Any]:
     """The layers of a static cache for this model, found out with a token or three; changes nothing.
 
-    `tail`: tokens that mixers hold back. `capacity`: tokens that softmax layers of the whole text have room for.
+    `tail`: tokens that mixers hold back. `most`: tokens of a step, where they hold none back. `capacity`: tokens that
+    softmax layers of the whole text have room for.
 
     Raises:
         InputError: a model with a layer that has no static form, or no capacity where one is needed.
@@ -32,12 +33,14 @@ def static_layers(model: PreTrainedModel, tail: int, capacity: int | None) -> li
     found: list[Any] = DynamicCache(config=model.config).layers
     if not all(isinstance(layer, MixerCacheLayer) for layer in found):
         _check_softmax(model)
-    return [_static(index, layer, tail, capacity) for index, layer in enumerate(found)]
+    return [_static(index, layer, tail, capacity, max(tail, most)) for index, layer in enumerate(found)]
 
 
-def _static(index: int, layer: Any, tail: int, capacity: int | None) -> StaticMixerLayer | StaticAttentionLayer:
+def _static(
+    index: int, layer: Any, tail: int, capacity: int | None, most: int
+) -> StaticMixerLayer | StaticAttentionLayer:
     if isinstance(layer, MixerCacheLayer):
-        return StaticMixerLayer(tail)
+        return StaticMixerLayer(tail, most)
     if type(layer) is DynamicSlidingWindowLayer:
         return StaticAttentionLayer(layer.sliding_window + 2 * WIDEST, layer.sliding_window)
     if type(layer) is not DynamicLayer:

@@ -57,7 +57,7 @@ class StaticStep:
         if batch < 1 or not 1 <= width <= WIDEST:
             raise InputError(f"static step of {batch} rows, {width} tokens: give at least 1 row, 1 to {WIDEST} tokens")
         self.batch, self.width, self.capacity, self.rollback = batch, width, capacity, rollback
-        self.cache = StepCache(layers=static_layers(model, width if rollback else 0, capacity))
+        self.cache = StepCache(layers=static_layers(model, width if rollback else 0, capacity, width))
         self.lengths: list[int] = []
         self.held = 0  # tokens of each row that wait for a decision
         self._exact = True

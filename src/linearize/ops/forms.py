@@ -24,7 +24,8 @@ class Call:
     """What a rule may look at; can be made without tensors.
 
     `device`: its type. `dtype`: what the form is given. `tokens`: T. `whole`: every token has an output (the scan: and
-    the state wanted is that after all). `gradients`: whether they are asked for.
+    the state wanted is that after all). `gradients`: whether they are asked for. `opaque`: a kernel stands behind an
+    operator of its own, which `torch.compile` keeps whole.
     """
 
     device: str
@@ -33,6 +34,7 @@ class Call:
     layout: Layout = field(default_factory=Layout)
     whole: bool = True
     gradients: bool = False
+    opaque: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class Dispatcher:
         if (forced := self.forced) is not None:
             return invoke(forced)
         rule = next(r for r in self.rules if r.form not in self.broken and r.refuses(call) is None)
-        if not rule.built:
+        if not rule.built or torch.compiler.is_compiling():  # what is traced is built later
             return invoke(rule.form)
         try:
             return invoke(rule.form)

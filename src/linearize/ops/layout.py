@@ -14,6 +14,8 @@ from torch import Tensor
 
 from linearize.errors import InputError
 
+MOST = 2**62  # beyond every position
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -80,6 +82,30 @@ class Layout:
             self.memo["gaps"] = bool((live_BT[:, 1:] & ~live_BT[:, :-1] & ~opens_BT[:, 1:]).any())
         found: bool = self.memo["gaps"]
         return found
+
+    def following(self) -> Tensor:
+        """Of a static layout: the position of each row's first live token, `[B]`, contiguous."""
+        assert self.position_BT is not None and self.tail is not None
+        if "following" not in self.memo:
+            position = self.position_BT
+            first_B = position[:, 0] if self.tail == 0 else position.masked_fill(position < 0, MOST).amin(1)
+            self.memo["following"] = first_B.contiguous()
+        found: Tensor = self.memo["following"]
+        return found
+
+    def live_first(self) -> Tensor:
+        """The live tokens of each row in their order, then the dead ones, `[B, T]`."""
+        assert self.position_BT is not None
+        if "live first" not in self.memo:
+            self.memo["live first"] = (self.position_BT < 0).long().argsort(dim=1, stable=True)
+        found: Tensor = self.memo["live first"]
+        return found
+
+    def know(self, following_B: Tensor, live_BT: Tensor | None) -> None:
+        """Take `following` and `live_first` as they were computed elsewhere."""
+        self.memo["following"] = following_B
+        if live_BT is not None:
+            self.memo["live first"] = live_BT
 
     def part(self, start: int, stop: int) -> Layout:
         """The layout of the tokens `start` to `stop`."""

@@ -18,6 +18,10 @@ class TensorState:
         changed = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         return replace(self, **changed)
 
+    def widened(self, more: int) -> Self:
+        """The same state with room for calls that commit `more` further tokens at once; most states need none."""
+        return self
+
     @property
     def num_bytes(self) -> int:
         """Bytes held by the state's tensors."""

@@ -61,7 +61,7 @@ def base_refuses(call: Call) -> str | None:
     """Why none of these kernels runs a call, whatever its size."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not call.opaque:
         return "torch.compile traces the forms in PyTorch"
     if call.dtype not in _DTYPES:
         return f"{str(call.dtype).removeprefix('torch.')} is computed in full"

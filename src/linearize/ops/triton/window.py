@@ -68,17 +68,23 @@ def window_linear_steps(
     q, k, v = rows_of(q_BHUD), rows_of(k_BGTD), rows_of(v_BGTV)
     old = _old_rows(state, k, v)
     out, (following, begin) = old, torch.empty(2, batch, dtype=torch.int64, device=k.device)
+    cursor, begins = _cursor(state, layout)
+    own = state.next_B if isinstance(state, WindowBuffers) else None
+    apart = own is not None and cursor is not own  # then no program reads where another one writes
+    following = own if own is not None and apart else following
     if writes and not in_place:
         out = _new_rows(state, spec, span, position is None, k, v)
     if in_place and writes:
         assert out.k.shape[2] >= ring_slots(spec.window, spec.shape) + span.commit, f"{span.commit} tokens at once"
     y = torch.empty(batch, q.shape[1], span.outputs, v.shape[3], dtype=q.dtype, device=q.device)
-    memory = _launch(q, k, v, y, spec, layout, state, span, writes, position, old, out, (following, begin))
+    cursors = (cursor, begins, following, begin)
+    memory = _launch(q, k, v, y, spec, layout, state, span, writes, position, old, out, cursors)
     if not writes:
         return y, state if need_state else None
     if isinstance(state, WindowBuffers):
-        state.next_B.copy_(following)
-        if position is not None:  # else no document opens
+        if not apart:
+            state.next_B.copy_(following)
+        if position is not None and layout.tail is None:  # else no document opens
             state.begin_B.copy_(begin)
         return y, state
     sink_k, sink_v = (out.sink_k, out.sink_v) if spec.num_sinks else (None, None)
@@ -95,18 +101,18 @@ def _next_of(state: WindowLinearState | None) -> int:
 
 def _positions(layout: Layout, state: Any, tokens: int, rows: int, device: torch.device) -> Tensor | None:
     """`[B, T]`; None where the tokens of every row follow the state, or begin at position 0 without one."""
+    if isinstance(state, WindowBuffers) and layout.tail == 0:
+        return None
     if layout.is_plain and (isinstance(state, WindowBuffers) or _next_of(state) == layout.start):
         return None
     return layout.positions(tokens, device).expand(rows, -1).contiguous()
 
 
 def _live_first(layout: Layout, position_BT: Tensor) -> Tensor:
-    """The live tokens of each row in their order, then the dead ones, `[B, T]`; computed once per layout."""
-    key = ("live first", tuple(position_BT.shape))
-    if key not in layout.memo:
-        layout.memo[key] = (position_BT < 0).long().argsort(dim=1, stable=True)
-    found: Tensor = layout.memo[key]
-    return found
+    """`Layout.live_first` of every row."""
+    if layout.position_BT is not None and layout.position_BT.shape == position_BT.shape:
+        return layout.live_first()
+    return (position_BT < 0).long().argsort(dim=1, stable=True)
 
 
 def _old_rows(state: Any, k: Tensor, v: Tensor) -> Rows:
@@ -149,7 +155,7 @@ def _launch(
     position: Tensor | None,
     old: Rows,
     out: Rows,
-    cursor_out: tuple[Tensor, Tensor],
+    cursors: tuple[int | Tensor, Tensor | None, Tensor, Tensor],
 ) -> Tensor | None:
     """Run the kernel; the folded sums after it (None without any)."""
     (batch, heads, _, dim), value_dim = q.shape, v.shape[3]
@@ -161,7 +167,7 @@ def _launch(
     after = memory
     if folds and writes and not isinstance(state, WindowBuffers):
         after = torch.empty(batch, heads, features, value_dim + 1, dtype=torch.float32, device=q.device)
-    cursor, begin = _cursor(state)
+    cursor, begin, *cursor_out = cursors
     start, following = cursor if isinstance(cursor, int) else 0, cursor_out[0]
     block_f = sizes[3] * (2 if map_k is not None and map_k.name in DOUBLED else 1)
     tile = make_tile(block_f, value_dim)
@@ -175,7 +181,7 @@ def _launch(
         following if position is None else _live_first(layout, position),
         following if position is None else position,
         (cursor if isinstance(cursor, Tensor) else following, following if begin is None else begin),
-        cursor_out,
+        tuple(cursor_out),
         old.tensors,
         out.tensors,
         y if memory is None else memory,
@@ -205,17 +211,18 @@ def _launch(
         CODE=(map_k.name if map_k else "", state is not None, position is not None, isinstance(state, WindowBuffers)),
         CURSOR=isinstance(cursor, Tensor),
         BEGINS=begin is not None,
-        FACTORS=(*(w is not None for w in factors), spec.softcap is not None),
+        FACTORS=(*(w is not None for w in factors), spec.softcap is not None, spec.logits),
         NEED_STATE=writes,
         num_warps=max(tile.warps, FEWEST_WARPS),
     )
     return after
 
 
-def _cursor(state: State | None) -> tuple[int | Tensor, Tensor | None]:
-    """The position that comes next, and that of the document's first token (None: 0)."""
+def _cursor(state: State | None, layout: Layout) -> tuple[int | Tensor, Tensor | None]:
+    """The position that comes next (where a static layout tells it, in memory that the kernel only reads), and that of
+    the document's first token (None: 0)."""
     if isinstance(state, WindowBuffers):
-        return state.next_B, state.begin_B
+        return state.next_B if layout.tail is None else layout.following(), state.begin_B
     return (0, None) if state is None else (state.next, state.begin)
 
 

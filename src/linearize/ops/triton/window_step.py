@@ -64,6 +64,20 @@ def attend(
 
 
 @triton.jit
+def window_factor(log_g, head, FACTORS: tl.constexpr):
+    """g of a head."""
+    x = tl.load(log_g + head).to(tl.float32)
+    return 1 / (1 + tl.exp(-x)) if FACTORS[3] else tl.exp(x)
+
+
+@triton.jit
+def linear_factor(factor, head, FACTORS: tl.constexpr):
+    """The factor of a head's linear term."""
+    x = tl.load(factor + head).to(tl.float32)
+    return 1 / (1 + tl.exp(x)) if FACTORS[3] else x
+
+
+@triton.jit
 def run_block(
     value, row, b, head, q_rows, k_rows, v_rows, maps_q, maps_k, position, memory, memory_out, y, log_g, factor,
     tokens, first, commit, begin, known, slots, scaling, softcap, last_block,
@@ -104,11 +118,11 @@ def run_block(
                 q, at, lowest, known, live, k_rows, v_rows, place, d, value, scaling, softcap,
                 SIZES, V, BLOCKS[0], WINDOW, BRANCH, CODE, FACTORS[2]
             )  # fmt: skip
-            weight = tl.exp(tl.load(log_g + head).to(tl.float32)) if FACTORS[0] else 1.0
+            weight = window_factor(log_g, head, FACTORS) if FACTORS[0] else 1.0
             total, out = total * weight, out * weight
             if BRANCH[1]:
                 phi = features(t - first, q_rows, q_place, maps_q, SIZES, (CODE[0], False, False, False))
-                phi *= tl.load(factor + head).to(tl.float32) if FACTORS[1] else 1.0
+                phi *= linear_factor(factor, head, FACTORS) if FACTORS[1] else 1.0
                 phi *= tl.exp(-most) if BRANCH[2] else 1.0
                 total, out = total + tl.sum(phi * z, 0), out + tl.sum(phi[:, None] * M, 0)
             out = tl.where(live, out / tl.where(total == 0, 1.0, total), 0.0)
@@ -196,7 +210,7 @@ def window_kernel(
     CODE: tl.constexpr,  # feature map ("": none), has state, ragged, circular and in place
     CURSOR: tl.constexpr,
     BEGINS: tl.constexpr,
-    FACTORS: tl.constexpr,  # whether there are log_g, factor, softcap
+    FACTORS: tl.constexpr,  # whether there are log_g, factor, softcap; whether the first two are logits
     NEED_STATE: tl.constexpr,
 ):
     """One program: one query head of one row. The first head of a group writes the group's ring and sinks."""

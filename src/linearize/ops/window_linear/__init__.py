@@ -6,6 +6,7 @@
 | step | `step.py` | S | one token without padding: decode |
 | few | `few.py` | U x S | a few tokens without padding: verification of guesses |
 | chunked | `chunked.py` | linear in T | training, prefill |
+| in_place | `in_place.py` | U x S | static layouts: ring and sum written where they are |
 | triton | `../triton/window.py` | S, one launch | a few CUDA tokens without gradients; tail and guesses together |
 | triton_chunks | `../triton/window_chunks/` | linear in T | many CUDA tokens: training, prefill |
 """
@@ -22,9 +23,12 @@ from torch import Tensor
 from linearize.ops.forms import wants_gradients
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.backends import DISPATCH, WindowCall, cursor_of
+from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.chunked import chunked
 from linearize.ops.window_linear.few import few
+from linearize.ops.window_linear.in_place import in_place
 from linearize.ops.window_linear.maps import weights_of
+from linearize.ops.window_linear.operator import window_steps
 from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.spec import Branch, WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
@@ -54,28 +58,33 @@ def window_linear(
     *,
     spec: WindowLinear,
     layout: Layout,
-    state: WindowLinearState | None = None,
+    state: WindowLinearState | WindowBuffers | None = None,
     need_state: bool = True,
     commit: int | None = None,
-) -> tuple[Tensor, WindowLinearState | None]:
+) -> tuple[Tensor, Any]:
     """Attend; returns `y: [B, H, U, V]` and the state after the last token (None unless `need_state`).
 
     `q_BHUD`: of the last U of the T tokens, which get outputs. `commit`: the state is that after the first `commit`
     tokens, at most T - U (None: after all). Half-precision inputs are computed in fp32 and the ring is kept in their
-    dtype; the folded sum is at least fp32.
+    dtype; the folded sum is at least fp32. `WindowBuffers` (of static layouts) are written in place and returned.
     """
     whole = q_BHUD.shape[2] == k_BGTD.shape[2]
+    fixed, past = (state, None) if isinstance(state, WindowBuffers) else (None, state)
     options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state, "need_state": need_state}
 
-    def run(name: str) -> tuple[Tensor, WindowLinearState | None]:
+    def run(name: str) -> tuple[Tensor, Any]:
+        if fixed is not None:
+            last = k_BGTD.shape[2] if commit is None else commit
+            return _in_place(name, q_BHUD, k_BGTD, v_BGTV, spec, layout, fixed, last if need_state else 0)
         if name == "triton" and (spec.has_window or spec.has_linear):
             return _steps(q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
+        options["spec"] = spec.resolved()
         if name == "few" and (spec.has_window or spec.has_linear):
             return _in_torch(few, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         if name == "triton_chunks" and commit is None and (spec.has_window or spec.has_linear):
             return _chunks(q_BHUD, k_BGTD, v_BGTV, **options)
         if commit is not None:
-            return _multi_step(q_BHUD, k_BGTD, v_BGTV, spec, layout, state, commit)
+            return _multi_step(q_BHUD, k_BGTD, v_BGTV, options["spec"], layout, past, commit)
         form = (FORMS | {"step": step}).get(name if whole else "reference", chunked)
         form = form if spec.has_window or spec.has_linear else nothing
         return _in_torch(form, q_BHUD, k_BGTD, v_BGTV, **options)
@@ -88,7 +97,9 @@ def window_linear(
         whole=whole,
         gradients=wants_gradients(q_BHUD, k_BGTD, v_BGTV, *_trained(spec)),
         spec=spec,
-        cursor=cursor_of(state, layout),
+        cursor="rows" if fixed is not None else cursor_of(past, layout),
+        in_place=fixed is not None,
+        opaque=fixed is not None,
         widest=max(q_BHUD.shape[3], v_BGTV.shape[3]),
     )
     return DISPATCH.run(call, run)
@@ -106,6 +117,30 @@ def _steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState |
 
     with torch.autocast(inputs[0].device.type, enabled=False):
         return window_linear_steps(*inputs, **options)
+
+
+def _in_place(
+    name: str,
+    q_BHUD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowBuffers,
+    commit: int,
+) -> tuple[Tensor, WindowBuffers]:
+    """A step over buffers: by the kernel (while `torch.compile` traces, as one operator), or in PyTorch."""
+    if name != "triton" or not (spec.has_window or spec.has_linear):
+        wide = torch.promote_types(q_BHUD.dtype, torch.float32)
+        with torch.autocast(q_BHUD.device.type, enabled=False):
+            qkv = (x.to(wide) for x in (q_BHUD, k_BGTD, v_BGTV))
+            y = in_place(*qkv, spec=spec, layout=layout, state=state, commit=commit)
+        return y.to(q_BHUD.dtype), state
+    if torch.compiler.is_compiling():
+        return window_steps(q_BHUD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=state, commit=commit), state
+    options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state, "commit": commit}
+    y, _ = _steps(q_BHUD, k_BGTD, v_BGTV, **options)
+    return y, state
 
 
 def _chunks(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState | None]:

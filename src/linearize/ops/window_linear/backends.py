@@ -23,9 +23,11 @@ Cursor = Literal["none", "same", "rows"]
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowCall(Call):
     """A call of the operation: what it computes, and the state before it (`cursor`: none, at the same position in
-    every row, or at one for each). `widest`: its largest head dimension."""
+    every row, or at one for each). `in_place`: the state is buffers that are written. `widest`: its largest head
+    dimension."""
 
     spec: WindowLinear
+    in_place: bool = False
     cursor: Cursor = "none"
     widest: int = 0
 
@@ -60,6 +62,10 @@ def chunks_refuse(call: WindowCall) -> str | None:
     return None
 
 
+def _in_place_refuses(call: WindowCall) -> str | None:
+    return None if call.in_place else "the state is no buffers of a static cache"
+
+
 def _step_refuses(call: WindowCall) -> str | None:
     one = call.whole and call.tokens == 1 and call.layout.is_plain and call.cursor == "same"
     return None if one else "not one token after the same state in every row"
@@ -79,6 +85,7 @@ DISPATCH = Dispatcher(
     "window_linear",
     [
         Rule("triton", kernel_refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("in_place", _in_place_refuses, "a static cache: ring and sum written where they are"),
         Rule("step", _step_refuses, "one token: nothing is masked"),
         Rule("few", _few_refuses, "a few tokens: past and new keys side by side"),
         Rule("reference", _reference_refuses, "a few tokens, or dead ones among them"),

@@ -8,13 +8,13 @@ Letters: B batch, G key/value heads, H query heads, C slots, D head dimension, V
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from linearize.ops.tensor_state import TensorState
-from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.spec import WindowLinear, state_dtype
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import pad_slots, take_slots
 from linearize.ops.window_linear.window import fold_boundary, ring_slots
@@ -23,8 +23,8 @@ from linearize.ops.window_linear.window import fold_boundary, ring_slots
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowBuffers(TensorState):
     """What `WindowLinearState` holds: `next_B` (int64), `k_BGCD`, `v_BGCV`, `memory_BHFV` with z as its last column
-    (fp32; None without a linear branch), sinks (N may be 0), `begin_B` (int64; the position of the document's first
-    token). A step given these writes into them."""
+    (at least fp32; None without a linear branch), sinks (N may be 0), `begin_B` (int64; the position of the document's
+    first token). A step given these writes into them."""
 
     next_B: Tensor
     begin_B: Tensor
@@ -61,8 +61,21 @@ class WindowBuffers(TensorState):
             v_BGCV=ring(state.v_BGRV),
             sink_k_BGND=sinks(state.sink_k_BGND, state.k_BGRD),
             sink_v_BGNV=sinks(state.sink_v_BGNV, state.v_BGRV),
-            memory_BHFV=None if memory is None else memory.float().clone(memory_format=torch.contiguous_format),
+            memory_BHFV=None if memory is None else _owned(memory.to(state_dtype(memory))),
         )
+
+    def widened(self, more: int) -> WindowBuffers:
+        """The same tokens in rings of `more` further slots."""
+        slots = self.k_BGCD.shape[2]
+        last = self.next_B[:, None] - 1
+        position = last - (last - torch.arange(slots, device=last.device)) % slots  # of the token in each slot
+        place = (position % (slots + more))[:, None, :, None]
+
+        def wider(x: Tensor) -> Tensor:
+            empty = x.new_zeros(*x.shape[:2], slots + more, x.shape[3])
+            return empty.scatter_(2, place.expand_as(x), x)
+
+        return replace(self, k_BGCD=wider(self.k_BGCD), v_BGCV=wider(self.v_BGCV))
 
     def state(self, spec: WindowLinear) -> WindowLinearState:
         """The same as a state of its own memory, the ring oldest first."""
@@ -87,3 +100,7 @@ class WindowBuffers(TensorState):
             assert (own is None) == (new is None)
             if own is not None:
                 own.copy_(new)
+
+
+def _owned(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

@@ -4,11 +4,12 @@ takes."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from linearize.ops.window_linear.window import WindowShape
 
@@ -25,6 +26,8 @@ class WindowLinear:
     branches weigh a
     token on one scale. Without it (as published) only the window term is: exp(s - c_n) beside phi_q . phi_k.
     `log_window_factor_H`, `linear_factor_H`: log g and the factor of the linear term, per query head; None: 1.
+    `logits`: both are given as the logit x of g instead: log g is log sigmoid(x), the factor sigmoid(-x). A kernel
+    computes them by itself; everything else asks for `resolved()`.
     `branch`: which branch contributes; for ablation and for the window-only control.
     """
 
@@ -38,11 +41,24 @@ class WindowLinear:
     feature_k: FeatureMap | None = None
     log_window_factor_H: Tensor | None = None
     linear_factor_H: Tensor | None = None
+    logits: bool = False
     branch: Branch = "both"
 
     def __post_init__(self) -> None:
         assert (self.feature_q is None) == (self.feature_k is None)
         assert 0 <= self.num_sinks <= self.window or self.num_sinks == 0
+
+    def resolved(self) -> WindowLinear:
+        """The same operation with log g and the linear factor as they are."""
+        if not self.logits:
+            return self
+        log_g, factor = self.log_window_factor_H, self.linear_factor_H
+        return replace(
+            self,
+            logits=False,
+            log_window_factor_H=None if log_g is None else F.logsigmoid(log_g),
+            linear_factor_H=None if factor is None else torch.sigmoid(-factor),
+        )
 
     @property
     def has_linear(self) -> bool:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from linearize.ops.tensor_state import TensorState
 
@@ -36,15 +34,3 @@ class WindowLinearState(TensorState):
     sink_k_BGND: Tensor | None = None
     sink_v_BGNV: Tensor | None = None
     begin: Tensor | None = None
-
-    def fixed(self, *, ring: int, num_sinks: int) -> WindowLinearState:
-        """The same state in the largest shapes that it can have, whatever was read: dead slots in front of the ring's,
-        sinks that are still to come behind the others, `next` as a tensor `[B]`."""
-        rows, device = self.k_BGRD.shape[0], self.k_BGRD.device
-        following = self.next if isinstance(self.next, Tensor) else torch.full((rows,), self.next, device=device)
-        k, v = (F.pad(x, (0, 0, ring - x.shape[2], 0)) for x in (self.k_BGRD, self.v_BGRV))
-        sink_k, sink_v = (
-            None if x is None else F.pad(x, (0, 0, 0, num_sinks - x.shape[2]))
-            for x in (self.sink_k_BGND, self.sink_v_BGNV)
-        )
-        return WindowLinearState(following, k, v, self.memory_BHFV, sink_k, sink_v, self.begin)

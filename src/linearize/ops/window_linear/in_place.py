@@ -1,0 +1,235 @@
+"""Window + linear attention over `WindowBuffers` in PyTorch: static layouts, ring and sum written where they are.
+
+A call's tokens are those that go into the state (each row's live ones in front) and those after them; none opens a
+document, so a key is seen by its position alone: from the query's window edge on by softmax (and the first tokens for
+ever), earlier ones by features. A single token is written first and seen in the ring: nothing is put side by side.
+Where a value can be looked at for nothing (on a CPU, not while tracing), the fold is left out when no token leaves.
+
+Letters: B batch, H query heads, G key/value heads, R query heads for each, T tokens, U of them (the last) with an
+output, S those that no state holds, C ring slots, N sinks, P positions, D head dimension, V value dimension, F
+features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear.spec import WindowLinear, with_ones
+from linearize.ops.window_linear.update import take_slots
+from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Seen:
+    """What queries see, the same in all layers of a kind. By softmax: `ring_B1UC`, `sinks_B1UN`, `new_B1US`. By
+    features: ring tokens at `far_BP` where `far_ring_B1UP`, new ones where `far_new_B1US`. None: there are none."""
+
+    ring_B1UC: Tensor
+    sinks_B1UN: Tensor | None
+    new_B1US: Tensor | None
+    far_BP: Tensor | None
+    far_ring_B1UP: Tensor | None
+    far_new_B1US: Tensor | None
+
+    @staticmethod
+    def of(
+        query_BU: Tensor, new_BS: Tensor | None, begin_B: Tensor, held_B: Tensor, slots: int, spec: WindowLinear
+    ) -> Seen:
+        """`new_BS`: positions of the keys that are not in the ring (-1: dead); None: the only query's is in it.
+        `begin_B`, `held_B`: first position of the document, and first one that the ring does not hold."""
+        device, window, sinks, alone = query_BU.device, spec.window, spec.num_sinks, new_BS is None
+        held, query, begin = held_B[:, None, None, None], query_BU[:, None, :, None], begin_B[:, None, None, None]
+        edge = fold_boundary(query, window, spec.shape) + (window == 0)
+        last = held_B[:, None] - 1
+        ring = (last - (last - torch.arange(slots, device=device)) % slots)[:, None, None]
+        sunk = torch.arange(sinks, device=device)
+        state_end = held_B[:, None] - int(alone)  # of the sum, and of the sinks
+        new = far_new = None
+        if new_BS is not None:
+            key = new_BS[:, None, None]
+            new = ((key >= edge) | ((key >= 0) & (key < sinks))) & (key <= query)
+            far_new = (key < edge) & (key >= sinks) if new_BS.shape[1] > window else None
+        waiting = int(window == 0) if new_BS is None else _most_waiting(new_BS.shape[1] - 1, spec)
+        far = fold_boundary(state_end, window, spec.shape) + torch.arange(waiting, device=device)
+        key = far[:, None, None]
+        return Seen(
+            ring_B1UC=(ring >= torch.maximum(edge, begin)) & (ring <= query),
+            sinks_B1UN=(sunk < torch.minimum(edge, state_end[:, None, None])) & (sunk >= begin) if sinks else None,
+            new_B1US=new,
+            far_BP=far if waiting else None,
+            far_ring_B1UP=(key < edge) & (key >= begin.clamp(min=sinks)) & (key < held) if waiting else None,
+            far_new_B1US=far_new,
+        )
+
+
+def _most_waiting(tokens: int, spec: WindowLinear) -> int:
+    """The most ring tokens that so many further tokens push beyond the window."""
+    return min(most_leaving(tokens, spec.window, spec.shape), ring_slots(spec.window, spec.shape)) if tokens else 0
+
+
+def in_place(
+    q_BHUD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    *,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowBuffers,
+    commit: int,
+) -> Tensor:
+    """`y: [B, H, U, V]`; `state` then holds the first `commit` tokens too: all, or at most T - U. Inputs are wide."""
+    spec, tokens = spec.resolved(), k_BGTD.shape[2]
+    positions = layout.positions(tokens, k_BGTD.device)
+    query_BU = positions[:, tokens - q_BHUD.shape[2] :]
+    if commit == tokens == 1:
+        _write(state, k_BGTD, v_BGTV, positions, dead=False)
+        seen = _seen(layout, query_BU, None, state.next_B + 1, state, spec)
+        y = _attend(q_BHUD, (), seen, state, spec)
+        _settle(state, spec, state.next_B + 1, 1)
+        return y
+    early = commit if commit < tokens else 0
+    if early:
+        _commit(state, k_BGTD[:, :, :early], v_BGTV[:, :, :early], layout.part(0, early), spec)
+    k, v, rest = k_BGTD[:, :, early:], v_BGTV[:, :, early:], layout.part(early, tokens)
+    seen = _seen(rest, query_BU, rest.positions(k.shape[2], k.device), state.next_B, state, spec)
+    y = _attend(q_BHUD, (k, v), seen, state, spec)
+    if commit > early:
+        _commit(state, k, v, rest, spec)
+    return y
+
+
+def _seen(
+    layout: Layout, query_BU: Tensor, new_BS: Tensor | None, held_B: Tensor, state: WindowBuffers, spec: WindowLinear
+) -> Seen:
+    """`Seen.of`, once for all layers of a kind."""
+    slots = state.k_BGCD.shape[2]
+    key = ("seen", slots, spec.window, spec.shape, spec.num_sinks)
+    if key not in layout.memo:
+        layout.memo[key] = Seen.of(query_BU, new_BS, state.begin_B, held_B, slots, spec)
+    found: Seen = layout.memo[key]
+    return found
+
+
+def _attend(q_BHUD: Tensor, new: tuple[Tensor, ...], seen: Seen, state: WindowBuffers, spec: WindowLinear) -> Tensor:
+    """What queries see of the state and of new keys and values."""
+    dtype, groups = q_BHUD.dtype, state.k_BGCD.shape[1]
+    total: Sequence[Tensor] | None = None
+    m = None
+    if spec.has_window:
+        parts = [(state.k_BGCD, state.v_BGCV, seen.ring_B1UC)]
+        if seen.sinks_B1UN is not None:
+            parts.append((state.sink_k_BGND, state.sink_v_BGNV, seen.sinks_B1UN))
+        if seen.new_B1US is not None:
+            parts.append((new[0], new[1], seen.new_B1US))
+        *total, m = _window(q_BHUD, [(k.to(dtype), v.to(dtype), x) for k, v, x in parts], spec)
+    if spec.has_linear:
+        assert state.memory_BHFV is not None
+        phi_q = spec.features_q(q_BHUD)
+        recalled = phi_q @ state.memory_BHFV.to(dtype)
+        for k, v, far in _beyond(new, seen, state):
+            a = (phi_q @ spec.features_k(k.to(dtype)).mT) * far
+            recalled = recalled + (a.unflatten(1, (groups, -1)) @ with_ones(v.to(dtype))[:, :, None]).flatten(1, 2)
+        if m is not None and spec.shared_shift:
+            recalled = recalled * (-m).exp()
+        linear = recalled[..., :-1], recalled[..., -1:]
+        total = linear if total is None else [x + more for x, more in zip(total, linear, strict=True)]
+    if total is None:  # an ablation that leaves nothing to attend to
+        return q_BHUD.new_zeros(*q_BHUD.shape[:3], state.v_BGCV.shape[3])
+    numerator, normaliser = total
+    return numerator / normaliser.masked_fill(normaliser == 0, 1)
+
+
+def _window(
+    q_BHUD: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], spec: WindowLinear
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of g exp(s - m) v `[B, H, U, V]`, sum of g exp(s - m) and m `[B, H, U, 1]`, over the parts' keys that are
+    seen."""
+    (heads, queries), groups = q_BHUD.shape[1:3], parts[0][0].shape[1]
+    q = (q_BHUD * spec.scaling).unflatten(1, (groups, -1)).flatten(2, 3)
+    scores = []
+    for k, _, seen in parts:
+        s = (q @ k.mT).unflatten(2, (-1, queries)).flatten(1, 2)
+        s = s if spec.softcap is None else spec.softcap * torch.tanh(s / spec.softcap)
+        scores.append(s.masked_fill(~seen, -torch.inf))
+    s = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    m = spec.shift(s.amax(-1, keepdim=True))
+    p = (s - m).exp()
+    if spec.log_window_factor_H is not None:
+        p = p * spec.log_window_factor_H.exp().to(p.dtype)[:, None, None]
+    weights = p.unflatten(1, (groups, -1)).flatten(2, 3).split([k.shape[2] for k, *_ in parts], dim=-1)
+    y = weights[0] @ parts[0][1]
+    for w, (_, v, _) in zip(weights[1:], parts[1:], strict=True):
+        y = y + w @ v
+    return y.unflatten(2, (heads // groups, queries)).flatten(1, 2), p.sum(-1, keepdim=True), m
+
+
+def _beyond(new: tuple[Tensor, ...], seen: Seen, state: WindowBuffers) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys and values that are in no sum yet and beyond the window of some query, and of which."""
+    found = []
+    if seen.far_BP is not None and seen.far_ring_B1UP is not None:
+        place = seen.far_BP % state.k_BGCD.shape[2]
+        found.append((take_slots(state.k_BGCD, place), take_slots(state.v_BGCV, place), seen.far_ring_B1UP))
+    if seen.far_new_B1US is not None:
+        found.append((new[0], new[1], seen.far_new_B1US))
+    return found
+
+
+def _commit(state: WindowBuffers, k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, spec: WindowLinear) -> None:
+    """The live ones of these tokens go into ring, sinks and sum."""
+    positions = layout.positions(k_BGTD.shape[2], k_BGTD.device)
+    _write(state, k_BGTD, v_BGTV, positions, dead=layout.tail != 0)
+    following = torch.maximum(state.next_B, positions.amax(1) + 1)
+    _settle(state, spec, following, k_BGTD.shape[2])
+
+
+def _write(state: WindowBuffers, k_BGTD: Tensor, v_BGTV: Tensor, position_BT: Tensor, *, dead: bool) -> None:
+    """Put tokens into their slots of the ring; where some may be dead, theirs keep what they hold."""
+    for ring, x in ((state.k_BGCD, k_BGTD), (state.v_BGCV, v_BGTV)):
+        slots, tokens = ring.shape[2], x.shape[2]
+        position, x = position_BT, x.to(ring.dtype)
+        if dead:
+            position = state.next_B[:, None] + torch.arange(tokens, device=x.device)
+        place = (position % slots)[:, None, :, None].expand(*x.shape)
+        if dead:
+            x = torch.where((position_BT >= 0)[:, None, :, None], x, ring.gather(2, place))
+        ring.scatter_(2, place, x)
+
+
+def _settle(state: WindowBuffers, spec: WindowLinear, following_B: Tensor, most: int) -> None:
+    """Sinks, sum and cursor after at most `most` tokens that are in the ring: the next token's position is given."""
+    slots, before_B = state.k_BGCD.shape[2], state.next_B
+    if spec.num_sinks:
+        j = torch.arange(spec.num_sinks, device=before_B.device)
+        fresh = (j >= before_B[:, None]) & (j < following_B[:, None])
+        if _worth(fresh):
+            place = (j % slots).expand(fresh.shape)
+            for sink, ring in ((state.sink_k_BGND, state.k_BGCD), (state.sink_v_BGNV, state.v_BGCV)):
+                sink.copy_(torch.where(fresh[:, None, :, None], take_slots(ring, place), sink))
+    if spec.feature_k is not None and state.memory_BHFV is not None:
+        begin, end = (fold_boundary(n, spec.window, spec.shape)[:, None] for n in (before_B, following_B))
+        position = begin + torch.arange(most_leaving(most, spec.window, spec.shape), device=begin.device)
+        leaves = (position < end) & (position >= state.begin_B.clamp(min=spec.num_sinks)[:, None])
+        if _worth(leaves):
+            _fold(state, position % slots, leaves, spec)
+    before_B.copy_(following_B)
+
+
+def _fold(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, spec: WindowLinear) -> None:
+    """memory + sum over the slots that leave of phi_k(k) [v, 1]^T, in place."""
+    memory = state.memory_BHFV
+    assert memory is not None
+    k, v = (take_slots(ring, place_BP).to(memory.dtype) for ring in (state.k_BGCD, state.v_BGCV))
+    phi = spec.features_k(k) * leaves_BP[:, None, :, None].to(memory.dtype)
+    value = with_ones(v).repeat_interleave(phi.shape[1] // k.shape[1], dim=1)
+    memory.flatten(0, 1).baddbmm_(phi.mT.flatten(0, 1), value.flatten(0, 1))
+
+
+def _worth(mask: Tensor) -> bool:
+    """Whether a masked step does anything; True where asking would cost a wait, or a graph."""
+    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())
