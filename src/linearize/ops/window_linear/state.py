@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from linearize.ops.tensor_state import TensorState
+from linearize.ops.window_linear.room import Room
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class WindowLinearState(TensorState):
     `sink_k_BGND`, `sink_v_BGNV`: the first tokens of the document, kept for ever; None without sinks.
     `begin`: position of the document's first token, `[B]`: slots of lower ones, in the ring or among the sinks, are
     dead; None: 0 in every row, as almost always.
+    `room`: memory with free slots that the ring may lie in (decoding).
     """
 
     next: int | Tensor
@@ -34,3 +36,4 @@ class WindowLinearState(TensorState):
     sink_k_BGND: Tensor | None = None
     sink_v_BGNV: Tensor | None = None
     begin: Tensor | None = None
+    room: Room | None = None

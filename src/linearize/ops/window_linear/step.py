@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
+from linearize.ops.window_linear.room import appended
 from linearize.ops.window_linear.spec import WindowLinear, divide
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import next_plain_state
@@ -26,8 +27,13 @@ def step(
 ) -> tuple[Tensor, WindowLinearState | None]:
     """Attend; same arguments, outputs and values as `reference`."""
     dtype, groups = q_BH1D.dtype, k_BG1D.shape[1]
-    k = torch.cat([state.k_BGRD.to(dtype), k_BG1D], dim=2)
-    v = torch.cat([state.v_BGRV.to(dtype), v_BG1V], dim=2)
+    past, room = state.k_BGRD.shape[2], None
+    if need_state and not torch.is_grad_enabled():  # autograd may have kept what a room shows
+        room, slots = appended(k_BG1D, v_BG1V, state, spec)
+        k, v = (x.to(dtype) for x in room.shown(slots))
+    else:
+        k = torch.cat([state.k_BGRD.to(dtype), k_BG1D], dim=2)
+        v = torch.cat([state.v_BGRV.to(dtype), v_BG1V], dim=2)
     total, m = None, None
     if spec.has_window:
         total, m = _window(q_BH1D.unflatten(1, (groups, -1)).squeeze(3), k, v, layout.start, state, spec)
@@ -38,7 +44,7 @@ def step(
     if spec.has_linear and spec.window == 0:  # then the token itself is beyond the window
         total = _own(q_BH1D, k_BG1D, v_BG1V, spec, total)
     assert total is not None
-    after = next_plain_state(k, v, state.k_BGRD.shape[2], layout.start, state, spec) if need_state else None
+    after = next_plain_state(k, v, past, layout.start, state, spec, room=room) if need_state else None
     return divide(total), after
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
+from linearize.ops.window_linear.room import Room
 from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
@@ -123,8 +124,12 @@ def next_plain_state(
     state: WindowLinearState | None,
     spec: WindowLinear,
     fold: Fold | None = None,
+    room: Room | None = None,
 ) -> WindowLinearState:
-    """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`."""
+    """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`.
+
+    `room`: where all these slots lie already, if anywhere, so that nothing is copied.
+    """
     following = start + k_BGSD.shape[2] - num_past
     first = following - k_BGSD.shape[2]
     boundary = fold_boundary(following, spec.window, spec.shape)
@@ -132,10 +137,11 @@ def next_plain_state(
     memory = None if state is None else state.memory_BHFV
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
         memory = (fold or folded)(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
-    keep = slice(boundary - first, None)
-    k, v = k_BGSD[:, :, keep], v_BGSV[:, :, keep]
     sinks = _plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
-    return WindowLinearState(following, _owned(k), _owned(v), memory, *sinks)
+    if room is not None:
+        return WindowLinearState(following, *room.shown(following - boundary), memory, *sinks, room=room)
+    keep = slice(boundary - first, None)
+    return WindowLinearState(following, _owned(k_BGSD[:, :, keep]), _owned(v_BGSV[:, :, keep]), memory, *sinks)
 
 
 def next_joined_state(
