@@ -12,7 +12,8 @@ from typing import Any
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["linearize.cli", "linearize.conversion", "peft", "torch.distributed.fsdp"])
+PRELOADED = ["linearize.cli", "linearize.conversion", "peft", "torch.distributed.fsdp"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0
 
 

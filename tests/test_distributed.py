@@ -78,10 +78,10 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     a, b = (json.loads((path / "report.json").read_text()) for path in (one, other))
     for key in ("teacher_loss", "swap_loss", "student_loss", "student_kl"):
         found[key] = abs(a[key] - b[key])
-    for x, y in zip(a["stages"], b["stages"], strict=True):
+    for number, (x, y) in enumerate(zip(a["stages"], b["stages"], strict=True)):
         for kind in ("losses", "heldout"):
             pairs = zip(x["details"][kind], y["details"][kind], strict=True)
-            found[f"{x['name']} {kind}"] = max(abs(p[1] - q[1]) for p, q in pairs)
+            found[f"{number} {x['name']} {kind}"] = max((abs(p[1] - q[1]) for p, q in pairs), default=0.0)
         assert len(x["details"]["losses"]) >= 2
         assert x["details"]["losses"][0][1] != x["details"]["losses"][-1][1]
     for moment, errors in a["layer_error"].items():

@@ -122,7 +122,7 @@ def test_other_commands_are_for_one_process(folder: Path) -> None:
     ("change", "expected"),
     [
         ({"batch": 4}, "stages.0: batch 4 of hidden_alignment does not divide by 3 processes"),
-        ({"name": "sft", "data": "x.jsonl", "keep_best": False}, "stages.0: sft runs in one process"),
+        ({"name": "dpo", "data": "x.jsonl", "batch": 7}, "stages.0: batch 7 of dpo does not divide by 3 processes"),
     ],
 )
 def test_recipes_that_so_many_processes_cannot_run(change: dict[str, Any], expected: str) -> None:

@@ -8,6 +8,7 @@ runs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,6 +175,41 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(wanted)
+
+
+def plain_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a sharded unit as the module that it was, with parts as they lie in each process; see
+    `gather_while_running`. `memo`: as of `copy.deepcopy`."""
+    kind: Any = type(unit).__mro__[2]  # after the class that fully_shard made, and its own
+    made: nn.Module = kind.__new__(kind)
+    memo[id(unit)] = made
+    held = {key: value for key, value in vars(unit).items() if not key.startswith("__composable_api_")}
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        theirs = {key: hook for key, hook in held[hooks].items() if not _is_sharding(hook)}
+        held[hooks] = type(held[hooks])(theirs)
+    vars(made).update(copy.deepcopy(held, memo))
+    return made
+
+
+def _is_sharding(hook: Any) -> bool:
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.")
+
+
+def gather_while_running(unit: nn.Module) -> None:
+    """From now on a module's forward gathers its sharded parameters, and lets them go at its end; without gradients."""
+    places = [Slot(module, key) for module in unit.modules() for key, p in module._parameters.items() if p is not None]
+    sharded = [(place, place.get()) for place in places if is_sharded(place.get())]
+
+    def gather(*_: Any) -> None:
+        for place, part in sharded:
+            place.put(nn.Parameter(gathered(part.detach()), requires_grad=False))
+
+    def release(*_: Any) -> None:
+        for place, part in sharded:
+            place.put(part)
+
+    unit.register_forward_pre_hook(gather, prepend=True)
+    unit.register_forward_hook(release, always_call=True)
 
 
 @contextmanager

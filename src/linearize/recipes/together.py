@@ -19,7 +19,6 @@ from linearize.recipes.preparation import Prepared
 from linearize.recipes.recipe import Recipe
 from linearize.training.data import PSEUDO
 from linearize.training.distributed import Group
-from linearize.training.own_loop import OwnLoopConfig
 from linearize.version import __version__
 
 
@@ -27,7 +26,7 @@ def check_together(recipe: Recipe, group: Group) -> None:
     """Refuse a recipe that this many processes cannot run; a process alone can run any.
 
     Raises:
-        InputError: base weights in 8 bits, a stage with a loop of its own, a batch that does not divide.
+        InputError: base weights in 8 bits, a batch that does not divide.
     """
     if group.ranks == 1:
         return
@@ -39,11 +38,6 @@ def check_together(recipe: Recipe, group: Group) -> None:
     for number, stage in enumerate(recipe.stages):
         if stage.tokens == 0:
             continue
-        if isinstance(stage, OwnLoopConfig):
-            raise InputError(
-                f"stages.{number}: {stage.name} runs in one process: convert up to it with torchrun (set "
-                f"stages.{number}.tokens=0), and run it without"
-            )
         if getattr(stage, "block", None) is not None:
             continue  # every block is trained by one process
         if stage.batch % group.ranks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 Batch: TypeAlias = "dict[str, Tensor]"
+NOTHING: Mapping[str, float] = MappingProxyType({})
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -83,6 +86,7 @@ class LossSum(NamedTuple):
 
     sum: Tensor  # scalar, with its graph
     count: Tensor | float  # type: ignore[assignment]  # hides tuple.count; what it is divided by, usually the tokens that count
+    also: Mapping[str, float] = NOTHING  # further sums over the same count, for the log; the same names in every batch
 
 
 class ParameterGroup(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class StageResult:
 
     `losses` has the mean loss of each step's batch before the step, without steps in which no token counted; `heldout`
     is empty if nothing was held out. `seconds` adds up over interruptions, without what a kill threw away. `metrics`
-    has further histories by name (`rewards/margins`), where a stage has them.
+    has further histories by name (`rewards/margins`), where a stage's loss comes with more sums.
     """
 
     name: str
@@ -45,6 +45,14 @@ class StageResult:
     metrics: Mapping[str, History] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What there is to train on: optimiser steps, and the tokens in the first so many of them, over all ranks."""
+
+    steps: int
+    tokens: Callable[[int], int]
+
+
 @dataclass(kw_only=True)
 class _State:
     """Where the stage stands, apart from tensors; JSON in the checkpoint."""
@@ -52,6 +60,7 @@ class _State:
     step: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     heldout: list[tuple[int, float]] = field(default_factory=list)
+    metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     best_step: int = 0
     best_loss: float | None = None
     bad: int = 0  # evaluations since the best
@@ -67,6 +76,7 @@ def run_stage(
     heldout: Sequence[Batch],
     *,
     length: int,
+    rows: Rows | None = None,
     checkpoint_dir: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     checkpoint_seconds: float = 60.0,
@@ -87,6 +97,7 @@ def run_stage(
         batches: `batches(step)` yields this rank's rows of steps `step`, `step + 1`, ... without end, always the same.
         heldout: batches never trained on; without any there is no early stopping and the last weights are kept.
         length: tokens per sequence; with `config.batch` and `config.tokens` it gives the number of steps.
+        rows: how many steps there are, and the tokens in them, where rows are of unequal length.
         identity: what else this run depends on (data, student plan), as JSON; a checkpoint with another one is refused.
         checkpoint_seconds: a checkpoint is written at every evaluation and at least this often.
         name: of the stage in progress lines and logs, unique in its run; default `config.name`.
@@ -97,8 +108,9 @@ def run_stage(
         RuntimeError: a loss or a gradient is not finite; nothing is kept as final.
     """
     torch.set_flush_denormal(True)
-    loop = _Loop(run, config, heldout, length=length, name=name or config.name, alone=alone)
-    if config.tokens > 0:
+    rows = rows or Rows(steps=count_steps(config, length), tokens=lambda step: step * config.batch * length)
+    loop = _Loop(run, config, heldout, rows=rows, name=name or config.name, alone=alone)
+    if config.tokens != 0:
         if checkpoint_dir is not None:
             loop.attach(checkpoint_dir, {"stage": config.model_dump(mode="json"), "length": length, **(identity or {})})
         with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
@@ -116,15 +128,15 @@ class _Loop:
         config: StageConfig,
         heldout: Sequence[Batch],
         *,
-        length: int,
+        rows: Rows,
         name: str,
         alone: bool = False,
     ) -> None:
-        self.config, self.length, self.name = config, length, name
+        self.config, self.rows, self.name = config, rows, name
         self.stepper = Stepper(run, config, alone=alone)
         self.device = self.stepper.device
         self.heldout = heldout or None
-        self.steps = count_steps(config, length)
+        self.steps = rows.steps
         self.interval = max(1, as_steps(config.evaluate_every, self.steps))
         self.state = _State()
         self.best: dict[str, Tensor] = {}
@@ -181,13 +193,14 @@ class _Loop:
         return StageResult(
             name=self.name,
             steps=state.step,
-            tokens=state.step * self.config.batch * self.length,
+            tokens=self.rows.tokens(state.step),
             seconds=state.seconds,
             trainable_parameters=sum(value.numel() for value in self.stepper.parameters.values()),
             losses=tuple(state.losses),
             heldout=tuple(state.heldout),
             best_step=state.best_step if self.heldout is not None else state.step,
             stopped_early=self._stopped() and state.step < self.steps,
+            metrics={name: tuple(history) for name, history in state.metrics.items()},
         )
 
     def _train(self, batches: Callable[[int], Iterator[Batch]], checkpoint_seconds: float) -> None:
@@ -200,7 +213,7 @@ class _Loop:
         while state.step < self.steps and not self._stopped():
             self._step(next(stream))
             due = state.step % self.interval == 0 or state.step == self.steps
-            self._show((time.monotonic() - begun) / (state.step - first))
+            self._show(time.monotonic() - begun, first)
             if due:
                 self._evaluate()
             now = time.monotonic()
@@ -221,8 +234,10 @@ class _Loop:
         state.step += 1
         if numbers is not None:
             state.losses.append((state.step, numbers.loss))
+            for key, value in numbers.metrics.items():
+                state.metrics.setdefault(key, []).append((state.step, value))
             if self.tracker:
-                self.tracker.log(state.step, {**numbers._asdict(), "lr": lr})
+                self.tracker.log(state.step, {**numbers.logged(), "lr": lr})
 
     def _evaluate(self) -> None:
         """Measures the held-out loss; keeps the weights if they are the best so far; moves the plateau rule."""
@@ -243,14 +258,15 @@ class _Loop:
         if self.progress:
             self.progress.heldout(state.step, loss, state.best_loss)
 
-    def _show(self, seconds_per_step: float) -> None:
+    def _show(self, seconds: float, first: int) -> None:
+        """Tells the watcher of the step; `seconds` were spent on all steps since `first`."""
         if self.progress:
             step, losses = self.state.step, self.state.losses
             self.progress.step(
                 step,
                 loss=losses[-1][1] if losses and losses[-1][0] == step else None,
-                tokens_per_second=self.config.batch * self.length / max(seconds_per_step, 1e-9),
-                seconds_left=seconds_per_step * (self.steps - step),
+                tokens_per_second=(self.rows.tokens(step) - self.rows.tokens(first)) / max(seconds, 1e-9),
+                seconds_left=seconds / (step - first) * (self.steps - step),
             )
 
     def _end(self) -> None:
@@ -279,12 +295,18 @@ class _Loop:
     def _restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `_save`."""
         scalars = dict(checkpoint.scalars)
-        scalars |= {key: [(step, loss) for step, loss in scalars[key]] for key in ("losses", "heldout")}
+        scalars |= {key: _history(scalars[key]) for key in ("losses", "heldout")}
+        scalars["metrics"] = {key: _history(values) for key, values in scalars.get("metrics", {}).items()}
         self.state = _State(**scalars | {"plateau": Plateau(**scalars["plateau"])})
         self.stepper.restore(checkpoint.tensors)
         best = {key: value for key, value in checkpoint.tensors.items() if key.startswith("best/")}
         names = ((key.removeprefix("best/"), value) for key, value in best.items())
         self.best = {name: self.stepper.placed(name, value) for name, value in names}
+
+
+def _history(values: Iterable[Sequence[Any]]) -> list[tuple[int, float]]:
+    """As it was before it went through JSON."""
+    return [(step, value) for step, value in values]
 
 
 def _enable_gradient_checkpointing(run: StageRun, name: str) -> None:

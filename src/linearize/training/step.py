@@ -15,7 +15,7 @@ from torch import Tensor
 from linearize.errors import InputError
 from linearize.modeling.sharding import gathered, is_sharded, spread, sync_gradients
 from linearize.training.checkpoint import PARAMETER
-from linearize.training.config import Batch, LossSum, StageConfig, StageRun
+from linearize.training.config import NOTHING, Batch, LossSum, StageConfig, StageRun
 from linearize.training.distributed import Group, current
 
 BUCKET_NUMBERS = 2**24
@@ -23,11 +23,18 @@ BUCKET_NUMBERS = 2**24
 
 
 class StepNumbers(NamedTuple):
-    """What a step tells: the mean loss before it, what that sum was divided by, and the gradient's norm unclipped."""
+    """What a step tells: the mean loss before it, what that sum was divided by, the gradient's norm unclipped, and the
+    means of the further sums that the loss came with."""
 
     loss: float
     counted: float
     gradient_norm: float
+    metrics: Mapping[str, float] = NOTHING
+
+    def logged(self) -> dict[str, float]:
+        """All of them by name."""
+        own = {"loss": self.loss, "counted": self.counted, "gradient_norm": self.gradient_norm}
+        return own | dict(self.metrics)
 
 
 class Stepper:
@@ -77,7 +84,7 @@ class Stepper:
         torch.manual_seed(derived_seed(self.config.seed, number, self.rank))
         where = f"at step {number + 1} of stage {self.config.name!r} (lr {lr:.3g})"
         try:
-            total, count = self._accumulate(batch)
+            total, count, also = self._accumulate(batch)
             if count == 0:
                 return None
             check_finite(total, f"the loss {where}")
@@ -88,7 +95,8 @@ class Stepper:
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        return StepNumbers(loss=total / count, counted=count, gradient_norm=norm)
+        metrics = {name: value / count for name, value in also.items()}
+        return StepNumbers(loss=total / count, counted=count, gradient_norm=norm, metrics=metrics)
 
     @torch.no_grad()
     def heldout_loss(self, batches: Sequence[Batch]) -> float:
@@ -98,12 +106,12 @@ class Stepper:
         the first one, which then does not count. Raises `InputError` if nothing in them counts.
         """
         torch.manual_seed(derived_seed(self.config.seed, -1, self.rank))
-        sums = self._pair(0.0, 0.0)
+        sums = self._sums(0.0, 0.0)
         for number in range(self.rank, -(-len(batches) // self.ranks) * self.ranks, self.ranks):
             own = number < len(batches)
             loss = self._forward(self.run.heldout_loss, batches[number if own else 0])
             if own:
-                sums += self._pair(loss.sum, loss.count)
+                sums += self._sums(loss.sum, loss.count)
         self._reduce(sums)
         if sums[1] == 0:
             raise InputError(f"no held-out token of stage {self.config.name!r} counts: give more text or labels")
@@ -131,20 +139,23 @@ class Stepper:
         for key, value in values.items():
             self.parameters[key].copy_(self.placed(key, value))
 
-    def _accumulate(self, batch: Batch) -> tuple[float, float]:
-        """Gradients of the *sum* of the loss over this rank's rows; returns sum and count over all ranks."""
+    def _accumulate(self, batch: Batch) -> tuple[float, float, dict[str, float]]:
+        """Gradients of the *sum* of the loss over this rank's rows; returns sum, count and more sums of all ranks."""
         share = self.config.batch // self.ranks
         size = self.config.micro_batch or share
         assert all(len(value) == share for value in batch.values()), f"a batch must have {share} rows on each rank"
-        sums = self._pair(0.0, 0.0)
+        parts, names = [], NOTHING.keys()
         for start in range(0, share, size):
             if self.sharded:
                 sync_gradients(self.run.student, start + size >= share)  # type: ignore[attr-defined]
             loss = self._forward(self.run.loss, {key: value[start : start + size] for key, value in batch.items()})
             loss.sum.backward()
-            sums += self._pair(loss.sum.detach(), loss.count)
+            names = loss.also.keys()
+            parts.append(self._sums(loss.sum.detach(), loss.count, *loss.also.values()))
+        sums = torch.stack(parts).sum(0)
         self._reduce(sums)
-        return float(sums[0]), float(sums[1])
+        total, count, *also = sums.tolist()
+        return total, count, dict(zip(names, also, strict=True))
 
     def _scale_gradients(self, count: float) -> float:
         """Sums gradients over the ranks, divides once by the count of all, and clips; returns the norm before that."""
@@ -181,11 +192,9 @@ class Stepper:
         """A value for a parameter, on its device and sharded as it is."""
         return spread(value, self.parameters[key]) if key in self.sharded else value.to(self.device)
 
-    def _pair(self, total: Tensor | float, count: Tensor | float) -> Tensor:
-        """Sum and count as fp64 `[2]` on the device."""
-        return torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (total, count)]
-        )
+    def _sums(self, *values: Tensor | float) -> Tensor:
+        """Sum, count and what else is summed, as fp64 on the device."""
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
 
     def _reduce(self, tensor: Tensor) -> None:
         """Sums in place over the ranks."""

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.training.chat import with_template
+from linearize.training.distributed import current
 from linearize.training.loop import StageResult
 from linearize.training.own_loop import OwnLoopConfig, StageJob
 from linearize.training.preferences import PreferencePair, read_preferences, tokenize_preferences
@@ -53,7 +54,7 @@ class DpoConfig(OwnLoopConfig):
     def run(self, job: StageJob) -> StageResult:
         """See `OwnLoopConfig.run`."""
         require_trl(self.name)
-        pairs = self.pairs(job.tokenizer, job.context)
+        pairs: list[PreferencePair] = current().share(lambda: self.pairs(job.tokenizer, job.context))
         rows = [
             {
                 "chosen": pair.chosen.tokens, "chosen_mask": pair.chosen.loss_mask,
@@ -63,9 +64,11 @@ class DpoConfig(OwnLoopConfig):
         ]  # fmt: skip
         task = TrlTask(
             rows=rows,
-            tokens=sum(map(len, pairs)),
+            lengths=[len(pair) for pair in pairs],
             digest=hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
             collate=partial(collate, pad=pad_token(job.tokenizer)),
+            inputs=chosen_first,
+            count=lambda batch: len(batch["input_ids"]),
             trainer="DPOTrainer",
             arguments="DPOConfig",
             settings={"beta": self.beta, "loss_type": [self.loss], "precompute_ref_log_probs": False},
@@ -76,12 +79,18 @@ class DpoConfig(OwnLoopConfig):
 
 
 def collate(rows: Sequence[dict[str, Any]], *, pad: int) -> dict[str, Tensor]:
-    """First all chosen texts, then all rejected ones, padded on the right: `input_ids`, `attention_mask`,
-    `completion_mask` (1 on answers), all `[2 B, T]`."""
-    ids = [torch.tensor(row[side]) for side in ("chosen", "rejected") for row in rows]
-    masks = [torch.tensor(row[f"{side}_mask"]) for side in ("chosen", "rejected") for row in rows]
-    return {
+    """Of each pair the chosen text and the rejected one, padded on the right: `input_ids`, `attention_mask`,
+    `completion_mask` (1 on answers), all `[B, 2, T]`."""
+    ids = [torch.tensor(row[side]) for row in rows for side in ("chosen", "rejected")]
+    masks = [torch.tensor(row[f"{side}_mask"]) for row in rows for side in ("chosen", "rejected")]
+    batch = {
         "input_ids": padded(ids, pad),
         "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
         "completion_mask": padded(masks, 0),
     }
+    return {name: tensor.unflatten(0, (-1, 2)) for name, tensor in batch.items()}
+
+
+def chosen_first(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All chosen texts of a batch, then all rejected ones: `[B, 2, T]` to `[2 B, T]`."""
+    return {name: tensor.transpose(0, 1).flatten(0, 1) for name, tensor in batch.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from linearize.errors import InputError
 from linearize.training.chat import with_template
 from linearize.training.data_sources import read_examples
+from linearize.training.distributed import current
 from linearize.training.documents import Document, tokenize
 from linearize.training.loop import StageResult
 from linearize.training.own_loop import OwnLoopConfig, StageJob
@@ -58,7 +59,7 @@ class SftConfig(OwnLoopConfig):
     def run(self, job: StageJob) -> StageResult:
         """See `OwnLoopConfig.run`."""
         require_trl(self.name)
-        documents = self.documents(job.tokenizer, job.context)
+        documents: list[Document] = current().share(lambda: self.documents(job.tokenizer, job.context))
         rows = [
             {
                 "input_ids": document.tokens,
@@ -70,9 +71,11 @@ class SftConfig(OwnLoopConfig):
         ]
         task = TrlTask(
             rows=rows,
-            tokens=sum(map(len, documents)),
+            lengths=[len(document) for document in documents],
             digest=hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
             collate=partial(collate, pad=pad_token(job.tokenizer)),
+            inputs=dict,
+            count=lambda batch: int((batch["labels"][:, 1:] != IGNORED).sum()),
             trainer="SFTTrainer",
             arguments="SFTConfig",
             settings={"packing": False, "loss_type": "nll"},

@@ -1,64 +1,87 @@
-"""A stage run by a trainer of trl: its own copies of what trains, exact resumption, and no trace left on the model.
-
-trl brings the loss and transformers' Trainer the loop; data order, optimiser, learning rate and checkpoints of the
-weights are the project's own, so that a stage means the same as any other. In the run's folder the optimiser's and the
-generators' states are torch files of the trainer's making; weights are safetensors.
-"""
+"""A stage whose loss is trl's: its own copies of what trains, the project's loop around it, and no trace left on the
+model."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import importlib.util
-import logging
+import itertools
 import math
-import random
-import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from linearize.errors import InputError
-from linearize.files import read_json
+from linearize.modeling.sharding import gather_while_running, is_unit, plain_copy, shards_of
 from linearize.training.chat import template_text
-from linearize.training.checkpoint import PARAMETER, Checkpoint, load_checkpoint, save_checkpoint
-from linearize.training.loop import StageResult
+from linearize.training.config import Batch, LossSum, ParameterGroup
+from linearize.training.distributed import current
+from linearize.training.loop import Rows, StageResult, run_stage
 from linearize.training.own_loop import DEFAULT_LENGTH, OwnLoopConfig, StageJob
 from linearize.training.progress import LineProgress
-from linearize.training.schedule import Plateau, as_steps, lr_factor
 from linearize.training.stages.trainable import own, recompute_blocks
 from linearize.training.stages.trl_scores import scoring
-from linearize.training.stages.trl_trainer import COMPLETE, Watch, checksums, stage_trainer
-
-WORK = "trl"
-LOG = logging.getLogger("linearize")
+from linearize.training.stages.trl_trainer import metrics_of, stage_trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrlTask:
     """What differs between the stages.
 
-    `rows`: one row of tokens per example. `tokens`: of all rows, padding not counted. `digest`: of the rows. `collate`:
-    rows to a padded batch. `trainer`, `arguments`, `settings`: names of trl's classes, and what the second gets besides
-    the common. `metrics`: names in trl's log that the result keeps. `needs_reference`: whether a frozen copy of the
-    student as the stage finds it goes with it.
+    `rows`: one row of tokens per example. `lengths`: its tokens, padding not counted. `digest`: of the rows. `collate`:
+    rows to a batch, padded on the right, whose tensors have one entry per row. `inputs`: such a batch as trl takes it.
+    `count`: what the loss of such a batch is the mean over, and each of its metrics. `trainer`, `arguments`,
+    `settings`: names of trl's classes, and what the second gets besides the common. `metrics`: names in trl's log that
+    the result keeps. `needs_reference`: whether a frozen copy of the student as the stage finds it goes with it.
     """
 
     rows: Sequence[Mapping[str, Any]]
-    tokens: int
+    lengths: Sequence[int]
     digest: str
-    collate: Callable[[list[Any]], dict[str, Tensor]]
+    collate: Callable[[Sequence[Any]], Batch]
+    inputs: Callable[[Batch], Batch]
+    count: Callable[[Batch], int]
     trainer: str
     arguments: str
     settings: Mapping[str, Any]
     metrics: tuple[str, ...]
     needs_reference: bool
+
+
+class TrlRun:
+    """A stage over a student and a loss of trl's, ready for the loop. No text is held out."""
+
+    def __init__(self, task: TrlTask, student: Any, trained: Mapping[str, nn.Parameter], trainer: Any) -> None:
+        self.task, self.student, self.trained, self.trainer = task, student, trained, trainer
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All that trains."""
+        return [ParameterGroup(dict(self.trained))]
+
+    def calibrate(self, batch: Batch) -> None:
+        """Nothing to measure."""
+
+    def loss(self, batch: Batch) -> LossSum:
+        """trl's mean over the tokens or pairs of a micro-batch, and its metrics, as sums."""
+        rows = cropped(batch)
+        count = self.task.count(rows)
+        mean = self.trainer.compute_loss(self.student, self.task.inputs(rows))
+        found = metrics_of(self.trainer)
+        return LossSum(mean * count, count, {name: found[name] * count for name in self.task.metrics})
+
+    heldout_loss = loss
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        recompute_blocks(self.student, True)
+
+    def finish(self) -> None:
+        """Everything frozen again."""
+        self.student.eval().requires_grad_(False)
 
 
 def require_trl(stage: str) -> None:
@@ -102,98 +125,83 @@ def row_order(num_rows: int, needed: int, seed: int) -> list[int]:
 def run_with_trl(config: OwnLoopConfig, job: StageJob, task: TrlTask) -> StageResult:
     """Trains the student in place, from where a killed run of the same job stopped; a finished one is only read.
 
-    On one device in fp32 the weights are then bit-equal to those of an unbroken run.
+    On one device in fp32 the weights are then bit-equal to those of an unbroken run. Under torch.distributed every
+    rank calls this with the same task and trains on its share of each batch.
 
     Raises:
         InputError: nothing to train, or a folder of another run; RuntimeError: the loss is not finite.
     """
     require_trl(config.name)
-    torch.set_flush_denormal(True)
-    identity = {"stage": config.model_dump(mode="json"), "data": task.digest, "seed": job.seed, **job.identity}
     trained = _trained(config, job)
     if config.chat_template is not None:
         job.tokenizer.chat_template = template_text(config.chat_template)
-    done = load_checkpoint(job.folder, identity=identity, shapes=_shapes(trained))
     if config.tokens == 0:
-        result = _skipped(config, job)
-    elif done is not None:
-        _restore(trained, done)
-        result = _result_from(done.scalars)
-    else:
-        steps = count_steps(config, len(task.rows), task.tokens)
-        with _guarded(job.student), _own_randomness(job.student.device):
-            result = _train(config, job, task, trained, identity, steps)
-        tensors: dict[str, Tensor] = {f"{PARAMETER}{name}": value for name, value in trained.items()}
-        save_checkpoint(job.folder, Checkpoint(tensors=tensors, scalars=asdict(result), identity=identity))
-    shutil.rmtree(job.folder / WORK, ignore_errors=True)
-    job.student.eval().requires_grad_(False)
-    return result
-
-
-def _train(
-    config: OwnLoopConfig, job: StageJob, task: TrlTask, trained: dict[str, nn.Parameter], identity: Any, steps: int
-) -> StageResult:
-    """What is left of the stage."""
-    student, work = job.student, job.folder / WORK
-    name = job.name or config.name
+        return _skipped(config, job)
+    student, seed = job.student, job.seed + config.seed
+    steps = count_steps(config, len(task.rows), sum(task.lengths))
+    order = row_order(len(task.rows), steps * config.batch, seed)
     reference = frozen_copy(student, trained) if task.needs_reference else None
-    latest = _latest_checkpoint(work)
-    watch = Watch(
-        name,
-        steps,
-        every=max(1, as_steps(config.evaluate_every, steps)),
-        progress=job.progress or LineProgress(),
-        tracker=job.tracker,
-    )
-    bf16 = config.precision == "bf16"
-    if config.gradient_checkpointing:
-        recompute_blocks(student, True)
-    try:
-        with contextlib.ExitStack() as stack, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecations between trl and transformers
-            trainer = stage_trainer(
-                config, task, student, job.tokenizer, work,
-                seed=job.seed + config.seed,
-                order=row_order(len(task.rows), steps * config.batch, job.seed + config.seed),
-                reference=reference,
-                optimizers=_optimizers(config, trained, steps),
-                trained=trained,
-                identity=identity,
-                watch=watch,
-            )  # fmt: skip
-            for model in (student, reference):
-                if model is not None:
-                    stack.enter_context(scoring(model, bf16=bf16))
-            stack.callback(watch.close)
-            trainer.train(resume_from_checkpoint=str(latest) if latest is not None else None)
-    finally:
-        if config.gradient_checkpointing:
-            recompute_blocks(student, False)
-    return StageResult(
-        name=name,
-        steps=trainer.state.global_step,
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=watch.seconds(),
-        trainable_parameters=sum(value.numel() for value in trained.values()),
-        losses=_history(trainer.state.log_history, "loss"),
-        heldout=(),
-        best_step=trainer.state.global_step,
-        stopped_early=False,
-        metrics={key: _history(trainer.state.log_history, key) for key in task.metrics},
-    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_guarded(student, recomputed=config.gradient_checkpointing))
+        trainer = stack.enter_context(
+            stage_trainer(config, task, student, job.tokenizer, job.folder, reference=reference)
+        )
+        for model in (student, reference):
+            if model is not None:
+                stack.enter_context(scoring(model))
+        student.train()  # as trl's metrics are named by
+        return run_stage(
+            TrlRun(task, student, trained, trainer),
+            config,
+            lambda step: _batches(task, config.batch, order, step),
+            (),
+            length=row_length(config, job.context),
+            rows=Rows(steps=steps, tokens=_tokens_in(task, config.batch, order)),
+            checkpoint_dir=job.folder,
+            identity={"data": task.digest, "seed": job.seed, **job.identity},
+            progress=job.progress or LineProgress(),
+            tracker=job.tracker,
+            name=job.name,
+        )
+
+
+def cropped(batch: Batch) -> Batch:
+    """Without the columns at the end that are padding in all rows."""
+    width = int(batch["attention_mask"].flatten(0, -2).any(0).sum())
+    return {name: tensor[..., :width] for name, tensor in batch.items()}
+
+
+def _batches(task: TrlTask, batch: int, order: Sequence[int], start: int) -> Iterator[Batch]:
+    """This rank's share of the rows of each step, from a step on."""
+    group = current()
+    share = batch // group.ranks
+    for step in itertools.count(start):
+        first = step * batch + group.rank * share
+        yield task.collate([task.rows[row] for row in order[first : first + share]])
+
+
+def _tokens_in(task: TrlTask, batch: int, order: Sequence[int]) -> Callable[[int], int]:
+    """The tokens in the first so many steps, of all ranks."""
+    sums = np.cumsum([0, *(task.lengths[row] for row in order)])
+    return lambda step: int(sums[step * batch])
 
 
 def frozen_copy(student: nn.Module, trained: Mapping[str, nn.Parameter]) -> Any:
-    """The student as it stands, in eval mode: own tensors for what trains, the others shared."""
-    moving = {id(value) for value in trained.values()}
-    shared = [tensor for tensor in (*student.parameters(), *student.buffers()) if id(tensor) not in moving]
-    kept = getattr(student, "kept_adapters", None)
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared} | ({} if kept is None else {id(kept): kept})
+    """The student as it stands, in eval mode: own tensors for what trains, the others shared.
+
+    Sharded weights stay so: a module that had some gathers them while it runs.
+    """
+    moving = {id(value): value for value in trained.values()}
+    memo: dict[int, Any] = {id(t): t for t in (*student.parameters(), *student.buffers()) if id(t) not in moving}
+    memo |= {key: nn.Parameter(value.detach().clone(), requires_grad=False) for key, value in moving.items()}
+    if (kept := getattr(student, "kept_adapters", None)) is not None:
+        memo[id(kept)] = kept
+    if (shards := shards_of(student)) is not None:
+        memo[id(shards)] = None  # they are the student's
+    units = [plain_copy(module, memo) for module in student.modules() if is_unit(module)]
     copied = copy.deepcopy(student, memo)
-    for module, original in zip(copied.modules(), student.modules(), strict=True):
-        for name, parameter in original.named_parameters(recurse=False):
-            if id(parameter) in moving:
-                getattr(module, name).requires_grad_(False)
+    for unit in units:
+        gather_while_running(unit)
     return copied.eval()
 
 
@@ -212,44 +220,9 @@ def _trained(config: OwnLoopConfig, job: StageJob) -> dict[str, nn.Parameter]:
     return trained
 
 
-def _optimizers(config: OwnLoopConfig, trained: Mapping[str, nn.Parameter], steps: int) -> tuple[Any, Any]:
-    """AdamW and the learning rate by step, as in every other stage."""
-    optimizer = torch.optim.AdamW(
-        list(trained.values()), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(config, min(step, steps - 1), steps, Plateau())
-    )
-    return optimizer, schedule
-
-
-def _latest_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end and is whole; those that are not are removed.
-
-    A kill leaves one without its mark; one whose files are not those that were written is damaged, which is said.
-    """
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    marked = [path for path in found if (path / COMPLETE).is_file()]
-    whole = [path for path in marked if _is_whole(path)]
-    for path in found:
-        if path not in whole:
-            shutil.rmtree(path)
-    if damaged := [path for path in marked if path not in whole]:
-        left = "the stage goes on from the checkpoint before it" if whole else "the stage starts anew"
-        LOG.warning("%s is damaged and was removed: %s", damaged[-1], left)
-    return whole[-1] if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(read_json(checkpoint / COMPLETE) == checksums(checkpoint))
-    except InputError:
-        return False
-
-
 @contextlib.contextmanager
-def _guarded(student: Any) -> Iterator[None]:
-    """Puts back what trl and the trainer change on a model besides its weights; no dropout inside."""
+def _guarded(student: Any, *, recomputed: bool) -> Iterator[None]:
+    """Puts back what trl and the stage change on a model besides its weights; no dropout inside."""
     configs = [student.config, student.config.get_text_config(), student.generation_config, student.lm.config]
     before = [dict(vars(config)) for config in configs]
     own_attributes = set(vars(student))
@@ -271,46 +244,13 @@ def _guarded(student: Any) -> Iterator[None]:
             vars(config).update(fields)
         for key in set(vars(student)) - own_attributes:
             delattr(student, key)
-        student.zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """The caller's generators (torch, numpy, Python) are as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@torch.no_grad()
-def _restore(trained: Mapping[str, nn.Parameter], checkpoint: Checkpoint) -> None:
-    for name, parameter in trained.items():
-        parameter.copy_(checkpoint.tensors[f"{PARAMETER}{name}"])
-
-
-def _shapes(trained: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    return {f"{PARAMETER}{name}": tuple(value.shape) for name, value in trained.items()}
+        if recomputed:
+            recompute_blocks(student, False)
 
 
 def _skipped(config: OwnLoopConfig, job: StageJob) -> StageResult:
+    job.student.eval().requires_grad_(False)
     return StageResult(
         name=job.name or config.name, steps=0, tokens=0, seconds=0.0, trainable_parameters=0, losses=(), heldout=(),
         best_step=0, stopped_early=False,
     )  # fmt: skip
-
-
-def _history(log: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[int, float], ...]:
-    return tuple((int(entry["step"]), float(entry[key])) for entry in log if key in entry)
-
-
-def _result_from(scalars: Mapping[str, Any]) -> StageResult:
-    def pairs(values: Any) -> tuple[tuple[int, float], ...]:
-        return tuple((step, value) for step, value in values)
-
-    metrics = {key: pairs(values) for key, values in scalars["metrics"].items()}
-    losses, heldout = pairs(scalars["losses"]), pairs(scalars["heldout"])
-    return StageResult(**{**scalars, "losses": losses, "heldout": heldout, "metrics": metrics})

@@ -40,16 +40,15 @@ class Scores:
 
 
 @contextlib.contextmanager
-def scoring(model: LinearizedForCausalLM, *, bf16: bool) -> Iterator[None]:
+def scoring(model: LinearizedForCausalLM) -> Iterator[None]:
     """Inside, `model(..., labels=, fused_lm_head=True)` gives `Scores`; afterwards the model's forward is its own."""
     own = type(model).forward
 
     def forward(*, fused_lm_head: bool = False, labels: Tensor | None = None, **inputs: Any) -> Any:
-        with torch.autocast(model.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            if not fused_lm_head:
-                return own(model, labels=labels, **inputs)
-            assert labels is not None
-            return score(lambda **more: own(model, **inputs, **more).logits, labels)
+        if not fused_lm_head:
+            return own(model, labels=labels, **inputs)
+        assert labels is not None
+        return score(lambda **more: own(model, **inputs, **more).logits, labels)
 
     model.forward = forward  # type: ignore[method-assign, assignment]
     try:
