@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 CONTEXT.set_forkserver_preload([*PRELOADED, "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
 text = test_distributed.folder  # a fixture: a teacher and text
 
-WORDS = "the cat sat on a mat and one more".split()
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "one", "more")
 COMMON = {"lr": 0.003, "batch": 6, "evaluate_every": 2, "chat_template": "plain", "length": 40, "micro_batch": 2}
 MOVED = {"rewards/margins": 1e-3, "mean_token_accuracy": 0.0}
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from byte_tokenizer import CHAT, byte_tokenizer
 from own_loop_jobs import Killed, Watcher, changed, job, step_by_hand, weights
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ from linearize.training.checkpoint import FILE, PREVIOUS
 from linearize.training.documents import Document
 from linearize.training.stages import STAGES
 from linearize.training.stages.sft import SftConfig
-from linearize.training.stages.trl_loop import count_steps, row_order
+from linearize.training.stages.trl_loop import TrlRun, count_steps, row_order
 from linearize.training.stages.trl_scores import score
 
 pytest.importorskip("trl")
@@ -120,6 +122,25 @@ def test_a_damaged_checkpoint_is_never_trained_on(
     assert FILE in told and ("before it" if resumed else "anew") in told
 
 
+def test_trl_knows_of_no_other_processes_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    made: list[Any] = []
+    original = TrlRun.__init__
+
+    def kept(self: TrlRun, *args: Any) -> None:
+        original(self, *args)
+        made.append((self.trainer.accelerator.num_processes, self.trainer.accelerator.device.type))
+
+    monkeypatch.setattr(TrlRun, "__init__", kept)
+    torch.manual_seed(5)
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(5))
+    config(tmp_path, max_steps=1).run(job(tmp_path / "run", tokenizer=byte_tokenizer(chat=CHAT)))
+    assert made == [(1, "cpu")] and dict(os.environ) == before and not PartialState._shared_state
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_adapters_kept_beside_the_weights_are_merged_when_the_weights_move(tmp_path: Path) -> None:
     for train, kept in (("mixers", True), ("all", False)):
         work = job(tmp_path / train, tokenizer=byte_tokenizer(chat=CHAT))
@@ -131,7 +152,7 @@ def test_adapters_kept_beside_the_weights_are_merged_when_the_weights_move(tmp_p
 def test_a_loss_that_is_not_finite_keeps_nothing_as_final(tmp_path: Path) -> None:
     work = job(tmp_path / "run", tokenizer=byte_tokenizer(chat=CHAT))
     next(iter(work.student.mixer_parameters().values())).data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="the loss at step 1 of stage 'sft'.* is nan: lower lr"):
+    with pytest.raises(RuntimeError, match=r"the loss at step 1 of stage 'sft'.* is nan: lower lr"):
         config(tmp_path).run(work)
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 

@@ -25,7 +25,11 @@ from linearize.benchmarks.timing import SEED, parser, publish, random_llama
 
 STEPS, BATCH, LENGTH = 50, 4, 64
 PARTS = ("losses", "kills", "memory")
+MARGINS = "rewards/margins"
 COMMON = {"tokens": STEPS * BATCH * LENGTH, "batch": BATCH, "evaluate_every": 10, "precision": "fp32"}
+OWN_ROWS = {key: value for key, value in COMMON.items() if key != "tokens"} | {
+    "max_steps": STEPS, "epochs": STEPS, "length": LENGTH, "lr": 1e-4, "micro_batch": 1
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "between": {
         "plan": {"mixer": {"name": "lolcats", "window": 8, "feature_dim": 16}},
@@ -42,6 +46,13 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"name": "distill", "lr": 1e-4, "train": "all", "kl": 1.0, "micro_batch": 1, **COMMON},
         ],
     },
+    "aligned": {
+        "plan": {"mixer": {"name": "lolcats", "window": 8, "feature_dim": 16}},
+        "stages": [
+            {"name": "sft", "data": "answers.json", **OWN_ROWS},
+            {"name": "dpo", "data": "pairs.json", **OWN_ROWS},
+        ],
+    },
 }
 
 
@@ -54,15 +65,33 @@ def command(teacher: Path, recipe: Path, out: Path, ranks: int) -> list[str]:
 
 
 def write_recipe(folder: Path, name: str) -> Path:
-    """A recipe's file."""
+    """A recipe's file, and the rows that its stages read."""
     fixed = {"description": "Benchmark.", "source": "None.", "data": {"length": LENGTH, "heldout": 8}}
+    stages = [dict(stage) for stage in RECIPES[name]["stages"]]
+    for stage in stages:
+        if "data" in stage:
+            stage["data"] = str(folder / stage["data"])
+            Path(stage["data"]).write_text(json.dumps(rows_of(stage["name"])), encoding="utf-8")
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(fixed | RECIPES[name]), encoding="utf-8")
+    path.write_text(yaml.safe_dump(fixed | RECIPES[name] | {"stages": stages}), encoding="utf-8")
     return path
 
 
+def rows_of(stage: str) -> list[dict[str, str]]:
+    """37 questions with an answer, or with a better and a worse one; of unequal lengths."""
+    names = ("Tom", "Lily", "a big red dog", "Mum", "the cat")
+    found = []
+    for number in range(37):
+        who, other = names[number % 5], names[(number + 1 + number % 3) % 5]
+        good = f" {who} went to play with {other}." + " They had fun." * (number % 4)
+        row = {"prompt": f"What did {who} do on day {number}?", "chosen": good, "rejected": f" {number} {other}!"}
+        found.append(row if stage == "dpo" else {"prompt": row["prompt"], "completion": good})
+    return found
+
+
 def compared(one: Path, other: Path) -> dict[str, float]:
-    """The largest difference of a loss (training and held-out, over all steps), by stage, and of a weight."""
+    """The largest difference of a loss (training and held-out, over all steps), by stage, of a margin, and of a
+    weight."""
     from safetensors.torch import load_file
 
     reports = [json.loads((path / "report.json").read_text(encoding="utf-8")) for path in (one, other)]
@@ -72,6 +101,10 @@ def compared(one: Path, other: Path) -> dict[str, float]:
             pair for kind in ("losses", "heldout") for pair in zip(x["details"][kind], y["details"][kind], strict=True)
         ]
         found[x["name"]] = max(abs(first[1] - second[1]) for first, second in pairs)
+        metrics = [stage["details"].get("metrics", {}).get(MARGINS) for stage in (x, y)]
+        if all(metrics):
+            found[MARGINS] = max(abs(first[1] - second[1]) for first, second in zip(*metrics, strict=True))
+            found["largest margin"] = max(value for _, value in metrics[0])
     weights, others = (load_file(path / "model.safetensors") for path in (one, other))
     found["weights"] = max(float((weights[key] - others[key]).abs().max()) for key in weights)
     return found
@@ -160,15 +193,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run and publish."""
     options = parser(__doc__)
     options.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    options.add_argument(
-        "--parts", nargs="+", choices=("losses", "kills", "memory"), default=["losses", "kills", "memory"]
-    )
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     chosen = options.parse_args(arguments)
     random.seed(SEED)
     rows: list[Mapping[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder, teacher = Path(name), Path(str(files("linearize.demo").joinpath("teacher")))
-        recipes = [write_recipe(folder, recipe) for recipe in RECIPES]
+        recipes = [write_recipe(folder, recipe) for recipe in chosen.recipes]
         for recipe in recipes if {"losses", "kills"} & set(chosen.parts) else ():
             for ranks in (1, *chosen.ranks):
                 out = folder / f"{recipe.stem}-{ranks}"

@@ -1,4 +1,4 @@
-"""Stages with a training loop of their own (`sft`, `dpo`): their settings, and what they are given."""
+"""Stages on rows of their own (`sft`, `dpo`): their settings, and what they are given."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NO_HELDOUT = {"schedule": "plateau", "keep_best": True}
 
 
 class OwnLoopConfig(StageConfig):
-    """Settings of a stage that reads its own data and runs its own loop, without held-out text of its own.
+    """Settings of a stage that reads its own data and is run as a whole, without held-out text of its own.
 
     The length of the stage is the shortest of `epochs`, `max_steps` and `tokens` as far as they are given; `tokens: 0`
-    skips it. `batch` counts rows of the data (a preference pair is one row); the last step of an epoch takes what is
-    left. `evaluate_every` says how often a checkpoint is written (besides once a minute). What needs a held-out loss
+    skips it. `batch` counts rows of the data (a preference pair is one row); the last step of an epoch goes on with the
+    next. `evaluate_every` says how often a checkpoint is written (besides once a minute). What needs a held-out loss
     (`schedule: plateau`, `patience`, `keep_best`) is refused.
     """
 
@@ -54,7 +54,7 @@ class OwnLoopConfig(StageConfig):
 
     def build(self, student: Any, teacher: Any) -> StageRun:
         """Not this one: a stage of this kind is run whole, by `run`."""
-        raise InputError(f"stage {self.name!r} runs its own loop: call run(job), not build")
+        raise InputError(f"stage {self.name!r} reads rows of its own: call run(job), not build")
 
     def check_data(self, tokenizer: Any, context: int | None = None) -> None:
         """Read the data and refuse early, and in one line, what the stage could not use; changes nothing.
@@ -73,7 +73,7 @@ class OwnLoopConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageJob:
-    """What a stage with its own loop works on.
+    """What a stage on rows of its own works on.
 
     `student`: trained in place. `teacher`: shares tensors with the student, and does not change. `folder`: of this
     stage alone; holds checkpoints and, at the end, the final weights. `identity`: what the start of this stage depends
