@@ -85,7 +85,7 @@ def test_counts_of_micro_batches_differ_so_that_a_mean_of_means_would_be_seen() 
 
 def test_the_gradient_is_that_of_the_mean_loss_over_counting_tokens() -> None:
     run, notes = ToyRun(dtype=torch.float64), Notes()
-    total, count = run.heldout_loss(next(toy_batches(0)))
+    total, count, _ = run.heldout_loss(next(toy_batches(0)))
     trained = [value for name, value in run.model.named_parameters() if name != "embedding.weight"]
     gradients = torch.autograd.grad(total / count, trained)
     train(run, notes=notes, steps=1, micro_batch=3)
@@ -189,7 +189,7 @@ def test_the_rate_follows_warmup_and_plateau() -> None:
 def test_nan_is_refused_and_nothing_is_final(tmp_path: Path) -> None:
     class Broken(ToyRun):
         def loss(self, batch: Batch) -> LossSum:
-            total, count = super().loss(batch)
+            total, count, _ = super().loss(batch)
             return LossSum(total * (float("nan") if self.forwards == 3 else 1.0), count)
 
     run, notes = Broken(), Notes()
@@ -203,7 +203,7 @@ def test_nan_is_refused_and_nothing_is_final(tmp_path: Path) -> None:
 def test_an_infinite_gradient_is_refused() -> None:
     class Broken(ToyRun):
         def loss(self, batch: Batch) -> LossSum:
-            total, count = super().loss(batch)
+            total, count, _ = super().loss(batch)
             return LossSum(total + (self.model.hidden.bias.sum() * 0).sqrt(), count)
 
     run = Broken()
