@@ -44,6 +44,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "fla": fla_decay_linear,
     "triton": steps,
 }
+WIDENS = {"chunked"}  # forms that take half precision and compute in fp32 themselves
 MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
 use_form = DISPATCH.use
 
@@ -70,10 +71,11 @@ def decay_linear(
     tokens, device = k_BHTK.shape[2], q_BHUK.device.type
     gradients = wants_gradients(q_BHUK, k_BHTK, v_BHTV, log_decay, state)
     with torch.autocast(device, enabled=False):
-        queries, *inputs = (x.to(wide) for x in (q_BHUK, k_BHTK, v_BHTV, log_decay))
+        given = (q_BHUK, k_BHTK, v_BHTV, log_decay)
         options: dict[str, Any] = {"layout": layout, "state": None if state is None else state.to(wide)}
 
         def run(name: str) -> tuple[Tensor, Tensor | None]:
+            queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
             if name in MULTI_STEP:
                 return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
             if commit is None and q_BHUK.shape[2] == tokens:

@@ -1,122 +1,205 @@
 """The recurrence in time linear in T: attention inside chunks, one state from chunk to chunk, a backward of its own.
 
-The backward gets the gradient of the log decays without the decay matrices: what q_i gains from
-a log decay, k_j gains too, so d g_t is the sum over i >= t of q_i . dq_i - k_i . dk_i (2312.06635, appendix C), here
-summed within the chunk and closed by the state after it, which holds all the rest.
+It goes slab by slab, so that what is quadratic in a chunk stays in a processor's cache; the backward keeps the state
+before each chunk and computes the rest again. Half precision is widened slab by slab. The gradient of the log decays
+needs no decay matrices: what q_i gains from a log decay, k_j gains too, so d g_t is the sum over i >= t of
+q_i . dq_i - k_i . dk_i (2312.06635, appendix C), here summed within the chunk and closed by the state after it, which
+holds all the rest.
 
-Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, K key dimension, V value dimension.
+Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, K key dimension, V value dimension, P chunks of a
+slab times its rows and heads, J these alone.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from linearize.ops.decay_linear.decays import BLOCK, make_decays
-from linearize.ops.decay_linear.documents import Documents, documents
+from linearize.ops.decay_linear.call_decays import CallDecays
+from linearize.ops.decay_linear.decays import BLOCK
+from linearize.ops.decay_linear.documents import Documents, documents, masked
+from linearize.ops.decay_linear.slabs import Cutting, Rows
 from linearize.ops.layout import Layout
 
-CHUNK = 64
+CHUNKS = {32: 32}  # tokens of a chunk for heads up to a width; measured: docs/log.md
+CHUNK = 64  # for wider ones
 
 
 def chunked(
     q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, log_decay: Tensor, *, layout: Layout, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments, outputs and values as `reference`."""
+    """Same arguments, outputs and values as `reference`; y in the dtype of v, the state at least fp32."""
     tokens, device = q_BHTK.shape[2], q_BHTK.device
-    chunk = min(CHUNK, -(-tokens // BLOCK) * BLOCK)
+    wide = torch.promote_types(v_BHTV.dtype, torch.float32)
+    chunk = chunk_size(tokens, max(q_BHTK.shape[3], v_BHTV.shape[3]))
     if (live := layout.live()) is not None:
         k_BHTK = k_BHTK * live[:, None, :, None].to(k_BHTK.dtype)
         log_decay = log_decay.masked_fill(_like(~live, log_decay), 0)
     if (starts := layout.starts(tokens, device)) is not None:
         log_decay = log_decay.masked_fill(_like(starts, log_decay), 0)
     if state is None:
-        state = q_BHTK.new_zeros(*q_BHTK.shape[:2], q_BHTK.shape[3], v_BHTV.shape[3])
-    docs = documents(layout, tokens, chunk, device)
-    parts = [_split(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, log_decay)]
-    y, after = _Chunked.apply(*parts, state.to(q_BHTK.dtype), docs)
-    return y.flatten(2, 3)[:, :, :tokens], after
+        state = q_BHTK.new_zeros(*q_BHTK.shape[:2], q_BHTK.shape[3], v_BHTV.shape[3], dtype=wide)
+    docs = documents(layout, tokens, chunk, device, wide)
+    y, after = _Chunked.apply(q_BHTK, k_BHTK, v_BHTV, log_decay, state.to(wide), docs, chunk)
+    return y, after
+
+
+def chunk_size(tokens: int, width: int) -> int:
+    """Tokens of a chunk, a multiple of `BLOCK`, for heads of `width` (the larger of K and V)."""
+    chunk = next((size for widest, size in CHUNKS.items() if width <= widest), CHUNK)
+    return min(chunk, -(-tokens // BLOCK) * BLOCK)
 
 
 def _like(mask_BT: Tensor, x: Tensor) -> Tensor:
     return mask_BT[:, None] if x.dim() == 3 else mask_BT[:, None, :, None]
 
 
-def _split(x_BHT: Tensor, chunk: int) -> Tensor:
-    """`[B, H, T, ...] -> [B, H, N, C, ...]`, contiguous; tokens after the last are zeros, which change nothing."""
-    missing = -x_BHT.shape[2] % chunk
-    if missing:
-        x_BHT = F.pad(x_BHT, (0,) * (2 * (x_BHT.dim() - 3)) + (0, missing))
-    return x_BHT.contiguous().unflatten(2, (-1, chunk))
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Call:
+    """What the slabs of a call share; `dtype`: of the computation."""
+
+    cutting: Cutting
+    docs: Documents | None
+    decays: CallDecays
+    dtype: torch.dtype
 
 
 class _Chunked(torch.autograd.Function):
-    """q, k: `[B, H, N, C, K]`; v: `[B, H, N, C, V]`; log decays `[B, H, N, C]` or with K; state `[B, H, K, V]`."""
+    """q, k: `[B, H, T, K]`; v: `[B, H, T, V]`; log decays `[B, H, T]` or with K; state `[B, H, K, V]`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, docs: Documents
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, docs: Documents | None, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        decays = make_decays(log_decay, docs)
-        scores = decays.scores(q, k)
-        y = scores @ v
-        before = _states((k * decays.leave).mT @ v, decays.through, state)
-        y += (q * decays.enter) @ before[:, :, :-1]
-        ctx.save_for_backward(q, k, v, log_decay, before, scores)
-        ctx.docs, ctx.decays = docs, decays
-        return y, before[:, :, -1].clone()
+        cutting = Cutting.of(q, v, chunk)
+        call = _Call(cutting=cutting, docs=docs, decays=CallDecays(log_decay, cutting, state.dtype), dtype=state.dtype)
+        y, after = torch.empty_like(v), torch.empty_like(state)
+        keep = any(ctx.needs_input_grad)
+        kept = state.new_empty(*state.shape[:2], cutting.chunks if keep else 0, *state.shape[2:])
+        for rows in cutting.rows:
+            memory_JKV = rows.of(state).flatten(0, 1)
+            for span in cutting.spans:
+                if keep:
+                    before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
+                else:
+                    before_JNKV = state.new_empty(len(memory_JKV), span.stop - span.start, *state.shape[2:])
+                out, memory_JKV = _Slab(call, rows, span, q, k, v, log_decay).forward(memory_JKV, before_JNKV)
+                cutting.put(rows, span, y, out)
+            rows.of(after).copy_(memory_JKV.view_as(rows.of(after)))
+        ctx.save_for_backward(q, k, v, log_decay, kept, after)
+        ctx.call = call
+        return y, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, before, scores = ctx.saved_tensors
-        decays = ctx.decays
-        d_y = d_y.contiguous()
-        d_states = _states_backward((q * decays.enter).mT @ d_y, decays.through, d_after)
-        d_v = scores.mT @ d_y
-        d_v += (k * decays.leave) @ d_states[:, :, 1:]
-        d_q, d_k = decays.scores_backward(d_y @ v.mT, q, k)
-        d_q += (d_y @ before[:, :, :-1].mT).mul_(decays.enter)
-        d_k += (v @ d_states[:, :, 1:].mT).mul_(decays.leave)
-        d_log_decay = _decay_gradient(q * d_q - k * d_k, before[:, :, 1:] * d_states[:, :, 1:], log_decay, ctx.docs)
-        return d_q, d_k, d_v, d_log_decay, d_states[:, :, 0].clone(), None
+        *inputs, kept, after = ctx.saved_tensors
+        call: _Call = ctx.call
+        cutting, per_key = call.cutting, inputs[3].dim() == 4
+        grads = [torch.empty_like(x) for x in inputs]
+        d_state = torch.empty_like(d_after)
+        for rows in cutting.rows:
+            d_memory_JKV = rows.of(d_after).flatten(0, 1)
+            closing = _closing(rows.of(after).flatten(0, 1), d_memory_JKV, per_key)
+            for span in reversed(cutting.spans):
+                (d_y_PCV,) = cutting.cut(rows, span, call.dtype, d_y)
+                before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
+                slab = _Slab(call, rows, span, *inputs)
+                parts, d_memory_JKV, closing = slab.backward(d_y_PCV, before_JNKV, d_memory_JKV, closing)
+                for whole, part in zip(grads, parts, strict=True):
+                    cutting.put(rows, span, whole, part)
+            rows.of(d_state).copy_(d_memory_JKV.view_as(rows.of(d_state)))
+        return *grads, d_state, None, None
 
 
-def _states(added_BHNKV: Tensor, through: Tensor, state_BHKV: Tensor) -> Tensor:
-    """The state before each chunk and after the last, `[B, H, N + 1, K, V]`."""
-    batch, heads, chunks, key, value = added_BHNKV.shape
-    states = added_BHNKV.new_empty(batch, heads, chunks + 1, key, value)
-    states[:, :, 0] = state_BHKV
-    for n in range(chunks):
-        torch.addcmul(added_BHNKV[:, :, n], through[:, :, n], states[:, :, n], out=states[:, :, n + 1])
-    return states
+class _Slab:
+    """The chunks of some rows, in the dtype of the computation."""
+
+    def __init__(
+        self, call: _Call, rows: Rows, span: slice, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor
+    ) -> None:
+        cutting, heads = call.cutting, rows.heads.stop - rows.heads.start
+        self.q, self.k, self.v = cutting.cut(rows, span, call.dtype, q, k, v)
+        self.docs = None if call.docs is None else call.docs.part(rows.batch, heads, span)
+        self.decays = call.decays.of(cutting, rows, span, log_decay, self.docs)
+        self.chunks, self.per_key = span.stop - span.start, log_decay.dim() == 4
+        self.through = self.decays.through.unflatten(0, (-1, self.chunks))
+        self.reader, self.writer = self.q * self.decays.reading, self.k * self.decays.writing
+
+    def forward(self, memory_JKV: Tensor, before_JNKV: Tensor) -> tuple[Tensor, Tensor]:
+        """`y: [P, C, V]` and the state after the last chunk; writes the states before each chunk."""
+        y = torch.bmm(self._scores(), self.v)
+        writer = self.writer if self.docs is None else masked(self.writer, self.docs.leaves_BNC)
+        added = torch.bmm(writer.mT, self.v).unflatten(0, (-1, self.chunks))
+        last = _accumulate(added, self.through, memory_JKV, before_JNKV)
+        reader = self.reader if self.docs is None else masked(self.reader, self.docs.enters_BNC)
+        return y.baddbmm_(reader, self._carried(before_JNKV)), last
+
+    def backward(
+        self, d_y: Tensor, before_JNKV: Tensor, d_memory_JKV: Tensor, closing: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Gradients of q, k, v and the log decays, of the state before the slab, and `_closing` of that state."""
+        decays, docs, v = self.decays, self.docs, self.v
+        d_read = d_y if docs is None else masked(d_y, docs.enters_BNC)
+        added = torch.bmm(self.reader.mT, d_read)
+        added = added if decays.scale is None else added.mul_(decays.scale)
+        d_after_JNKV = torch.empty_like(before_JNKV)
+        d_memory_JKV = _accumulate(added.unflatten(0, (-1, self.chunks)), self.through, d_memory_JKV, d_after_JNKV, -1)
+        d_after = d_after_JNKV.flatten(0, 1)
+        d_written = torch.bmm(self.writer, d_after)
+        d_writer = torch.bmm(v, d_after.mT)
+        if docs is not None:
+            d_written, d_writer = masked(d_written, docs.leaves_BNC), masked(d_writer, docs.leaves_BNC)
+        d_v = d_written.baddbmm_(self._scores().mT, d_y)
+        d_reader = torch.bmm(d_read, self._carried(before_JNKV).mT)
+        given = (self.q, self.k, self.reader, self.writer)
+        d_q, d_k = decays.gradients(torch.bmm(d_y, v.mT), given, d_reader, d_writer)
+        closings = _closing(before_JNKV[:, 1:], d_after_JNKV[:, :-1], self.per_key)
+        d_log_decay = self._decay_gradient(
+            (self.q * d_q).addcmul_(self.k, d_k, value=-1), torch.cat([closings, closing[:, None]], dim=1)
+        )
+        return (d_q, d_k, d_v, d_log_decay), d_memory_JKV, _closing(before_JNKV[:, 0], d_memory_JKV, self.per_key)
+
+    def _scores(self) -> Tensor:
+        return self.decays.scores(self.q, self.k, self.reader, self.writer)
+
+    def _carried(self, before_JNKV: Tensor) -> Tensor:
+        """What the readers find in the states before, `[P, K, V]`."""
+        before = before_JNKV.flatten(0, 1)
+        return before if self.decays.scale is None else before * self.decays.scale
+
+    def _decay_gradient(self, per_token_PCK: Tensor, closing_JN1: Tensor) -> Tensor:
+        """d g_t: the sum of `per_token` from t to the end of its document or chunk, plus `closing` where the chunk's
+        end sees t; `[P, C]`, or with K."""
+        size, closing = per_token_PCK.shape[1], closing_JN1.flatten(0, 1)[:, None]
+        if self.docs is not None:
+            per_token = per_token_PCK if self.per_key else per_token_PCK.sum(-1, keepdim=True)
+            split = per_token.unflatten(0, (-1, self.chunks))
+            later = (self.docs.pair_BNCC.mT @ split).flatten(0, 1)
+            later += masked(closing.expand(-1, size, -1), self.docs.leaves_BNC)
+            return later if self.per_key else later[..., 0]
+        causal = per_token_PCK.new_ones(size, size).tril_()
+        if self.per_key:
+            return torch.matmul(causal.mT, per_token_PCK).add_(closing)
+        return torch.mm(per_token_PCK.sum(-1), causal).add_(closing[..., 0])
 
 
-def _states_backward(added_BHNKV: Tensor, through: Tensor, d_after_BHKV: Tensor) -> Tensor:
-    """Gradients of what `_states` gives; `added`: what each state's own chunk adds to its gradient."""
-    batch, heads, chunks, key, value = added_BHNKV.shape
-    d_states = added_BHNKV.new_empty(batch, heads, chunks + 1, key, value)
-    d_states[:, :, -1] = d_after_BHKV
-    for n in reversed(range(chunks)):
-        torch.addcmul(added_BHNKV[:, :, n], through[:, :, n], d_states[:, :, n + 1], out=d_states[:, :, n])
-    return d_states
+def _accumulate(
+    added_JNKV: Tensor, through_JN1: Tensor, first_JKV: Tensor, before_JNKV: Tensor, step: Literal[1, -1] = 1
+) -> Tensor:
+    """S <- through S + added, chunk after chunk in the order of `step`; writes S before each, gives that at the end."""
+    added, through, before = (x.unbind(1)[::step] for x in (added_JNKV, through_JN1, before_JNKV))
+    before[0].copy_(first_JKV)
+    for n, following in enumerate((*before[1:], torch.empty_like(first_JKV))):
+        torch.addcmul(added[n], through[n], before[n], out=following)
+    return following
 
 
-def _decay_gradient(per_token: Tensor, at_end: Tensor, log_decay: Tensor, docs: Documents) -> Tensor:
-    """d g_t = sum of `per_token` from t to the end of its document or chunk, plus `at_end` where the chunk's end sees
-    t.
-
-    `per_token: [B, H, N, C, K]`, `at_end: [B, H, N, K, V]`.
-    """
-    if log_decay.dim() == 4:
-        per_token, closing = per_token.sum(-1, keepdim=True), at_end.sum((-1, -2))[..., None, None]
-    else:
-        closing = at_end.sum(-1)[..., None, :]
-    later = torch.matmul(docs.pair_BNCC[:, None].to(per_token.dtype).mT, per_token)
-    if docs.leaves_BNC is not None:
-        closing = closing * docs.leaves_BNC[:, None, :, :, None].to(closing.dtype)
-    return (later + closing).view_as(log_decay) if log_decay.dim() == 5 else (later + closing)[..., 0]
+def _closing(state_KV: Tensor, d_state_KV: Tensor, per_key: bool) -> Tensor:
+    """What a log decay just before a state adds to the loss: `[..., K]`, or `[..., 1]` where there is one per head."""
+    per_row = (state_KV * d_state_KV).sum(-1)
+    return per_row if per_key else per_row.sum(-1, keepdim=True)

@@ -1,0 +1,79 @@
+"""How the chunked form cuts its tensors, so that what is computed at a time stays in a processor's cache.
+
+A slab is some rows of the batch, some heads, some chunks. On a processor it is one head and as many chunks as fit, or
+all chunks of several heads where texts are short; elsewhere it is everything.
+
+Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, P chunks of a slab times its rows and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SLAB = 200_000  # numbers per matrix of a slab: under 1 MiB, from which allocators give fresh memory, which costs most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of the batch and heads that go through the text together."""
+
+    batch: slice
+    heads: slice
+
+    def of(self, x_BH: Tensor) -> Tensor:
+        """These rows of a tensor `[B, H, ...]`."""
+        return x_BH[self.batch, self.heads]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """The slabs of a call: `rows` one after the other, in each `spans` of chunks in the text's order."""
+
+    tokens: int
+    chunk: int
+    rows: tuple[Rows, ...]
+    spans: tuple[slice, ...]
+
+    @property
+    def chunks(self) -> int:
+        """All chunks."""
+        return -(-self.tokens // self.chunk)
+
+    @staticmethod
+    def of(q_BHTK: Tensor, v_BHTV: Tensor, chunk: int) -> Cutting:
+        """The slabs for these sizes."""
+        batch, heads, tokens, key = q_BHTK.shape
+        chunks = -(-tokens // chunk)
+        every = Rows(batch=slice(0, batch), heads=slice(0, heads))
+        if q_BHTK.device.type != "cpu" or torch.compiler.is_compiling():
+            return Cutting(tokens=tokens, chunk=chunk, rows=(every,), spans=(slice(0, chunks),))
+        fit = max(1, SLAB // (chunk * max(chunk, key, v_BHTV.shape[-1])))
+        together = min(heads, max(1, fit // chunks))
+        if together == heads:
+            several = max(1, fit // (chunks * heads))
+            rows = [Rows(batch=slice(b, min(b + several, batch)), heads=every.heads) for b in range(0, batch, several)]
+        else:
+            cuts = [slice(h, min(h + together, heads)) for h in range(0, heads, together)]
+            rows = [Rows(batch=slice(b, b + 1), heads=cut) for b in range(batch) for cut in cuts]
+        spans = tuple(slice(n, min(n + fit, chunks)) for n in range(0, chunks, fit))
+        return Cutting(tokens=tokens, chunk=chunk, rows=tuple(rows), spans=spans)
+
+    def cut(self, rows: Rows, span: slice, dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+        """Chunks of `[B, H, T, ...]` as `[P, C, ...]` in `dtype`; what is missing in the last one is zeros."""
+        first, last = span.start * self.chunk, span.stop * self.chunk
+        for x in tensors:
+            part = x[rows.batch, rows.heads, first:last].to(dtype)
+            if last > self.tokens:
+                part = F.pad(part, (0,) * (2 * (part.dim() - 3)) + (0, last - self.tokens))
+            yield part.reshape(-1, self.chunk, *part.shape[3:])
+
+    def put(self, rows: Rows, span: slice, out: Tensor, value_PC: Tensor) -> None:
+        """Write chunks `[P, C, ...]` where `cut` took them."""
+        first, last = span.start * self.chunk, min(span.stop * self.chunk, self.tokens)
+        place = out[rows.batch, rows.heads, first:last]
+        place.copy_(value_PC.view(*place.shape[:2], -1, *value_PC.shape[2:])[:, :, : last - first])

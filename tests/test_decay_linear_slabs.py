@@ -1,0 +1,106 @@
+"""The chunked recurrence cut into slabs, with mild and with strong decays, in half precision and without subnormals."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.ops.decay_linear import decay_linear, use_form
+from linearize.ops.decay_linear.call_decays import CallDecays
+from linearize.ops.decay_linear.chunked import chunk_size
+from linearize.ops.decay_linear.slabs import Cutting
+from linearize.ops.layout import Layout
+
+slabs = importlib.import_module("linearize.ops.decay_linear.slabs")
+B, H, T, K, V = 2, 3, 213, 5, 7
+per_kind = pytest.mark.parametrize("per_key", [False, True], ids=["head", "key"])
+
+
+def inputs(per_key: bool, strength: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v, log decays and state; the last head of row 1 decays 400 times as fast as the others."""
+    torch.manual_seed(5 + per_key)
+    q, k, v = (torch.randn(B, H, T, size, dtype=dtype) for size in (K, K, V))
+    g = -strength * torch.rand((B, H, T, K) if per_key else (B, H, T), dtype=dtype)
+    g[1, -1] *= 400
+    return [x.requires_grad_() for x in (q, k, v, g, torch.randn(B, H, K, V, dtype=dtype))]
+
+
+def packed() -> Layout:
+    """Row 0: one document that goes on; row 1: padding, then two."""
+    second = torch.cat([torch.full((20,), -1), torch.arange(101), torch.arange(T - 121)])
+    return Layout(position_BT=torch.stack([torch.arange(4, 4 + T), second]))
+
+
+def everything(given: list[Tensor], layout: Layout) -> list[Tensor]:
+    """y, state and all gradients."""
+    torch.manual_seed(1)
+    y, after = decay_linear(*given[:4], layout=layout, state=given[4])
+    live = (layout.positions(T, y.device) >= 0)[:, None, :, None]
+    d_y = torch.randn(y.shape).bfloat16().to(y.dtype) * live  # the same numbers in every dtype
+    d_after = torch.randn(after.shape).to(after.dtype)
+    return [y * live, after, *torch.autograd.grad([y, after], given, [d_y, d_after])]
+
+
+@per_kind
+@pytest.mark.parametrize("ragged", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    ("numbers", "rows", "spans"), [(1, 6, 7), (32 * 32 * 3, 6, 3), (32 * 32 * 14, 4, 1), (1 << 30, 1, 1)]
+)
+def test_any_cut_gives_the_same(
+    per_key: bool, ragged: bool, numbers: int, rows: int, spans: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slabs, "SLAB", numbers)
+    given, layout = inputs(per_key, 0.1), packed() if ragged else Layout(4)
+    cutting = Cutting.of(given[0], given[2], chunk_size(T, V))
+    assert (len(cutting.rows), len(cutting.spans)) == (rows, spans)
+    with use_form("reference"):
+        expected = everything(given, layout)
+    with use_form("chunked"):
+        got = everything(given, layout)
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+@per_kind
+def test_mild_slabs_are_factored_and_strong_ones_are_not(per_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, of = [], CallDecays.of
+    monkeypatch.setattr(slabs, "SLAB", 32 * 32 * 7)
+    monkeypatch.setattr(CallDecays, "of", lambda *given: taken.append(of(*given)) or taken[-1])
+    with use_form("chunked"):
+        decay_linear(*inputs(per_key, 0.1)[:4], layout=Layout(), need_state=False)
+    names = [type(x).__name__ for x in taken]
+    assert names == ["FactoredDecays"] * 5 + ["KeyDecays" if per_key else "HeadDecays"]
+
+
+@per_kind
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_is_widened_slab_by_slab(per_key: bool, dtype: torch.dtype) -> None:
+    """The result is that of the same numbers in fp32, rounded once; gradients come in the dtypes of the inputs."""
+    given = inputs(per_key, 0.1, torch.float32)
+    half = [x.detach().to(dtype).requires_grad_() for x in given[:4]] + [given[4]]
+    wide = [x.detach().float().requires_grad_() for x in half[:4]] + [given[4]]
+    for layout in (Layout(4), packed()):
+        got, exact = everything(half, layout), everything(wide, layout)
+        assert [x.dtype for x in got] == [dtype, torch.float32, *(x.dtype for x in half)]
+        assert torch.equal(got[0], exact[0].to(dtype)) and torch.equal(got[1], exact[1])
+        rounding = torch.finfo(dtype).eps
+        for a, b in zip(got[2:], exact[2:], strict=True):
+            assert (a.float() - b).abs().max() <= 4 * rounding * b.abs().max()
+
+
+@per_kind
+@pytest.mark.parametrize("strength", [0.9, 5.0, 60.0])
+def test_fast_decay_makes_no_subnormal_numbers(per_key: bool, strength: float) -> None:
+    """Products of subnormals are tens of times slower: neither values nor gradients have them, nor do the states."""
+    given = inputs(per_key, strength, torch.float32)
+    for form in ("few", "chunked"):
+        cut = 24 if form == "few" else T
+        with use_form(form):
+            y, after = decay_linear(*(x[:, :, :cut] for x in given[:4]), layout=Layout(4), state=given[4])
+        grads = torch.autograd.grad([y, after], given, [torch.ones_like(y), torch.ones_like(after)])
+        tiny = torch.finfo(torch.float32).tiny
+        for x in (y, after, *grads):
+            assert int(((x.abs() < tiny) & (x != 0)).sum()) == 0
