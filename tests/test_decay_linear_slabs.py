@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.ops.decay_linear import decay_linear, use_form
 from linearize.ops.decay_linear.call_decays import CallDecays
@@ -91,16 +93,27 @@ def test_half_precision_is_widened_slab_by_slab(per_key: bool, dtype: torch.dtyp
             assert (a.float() - b).abs().max() <= 4 * rounding * b.abs().max()
 
 
+class Subnormals(TorchDispatchMode):
+    """Counts the fp32 numbers that operations make, and how many of them are subnormal."""
+
+    made = subnormal = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32 and "empty" not in str(function):
+            self.made += out.numel()
+            self.subnormal += int(((out.abs() < torch.finfo(torch.float32).tiny) & (out != 0)).sum())
+        return out
+
+
 @per_kind
+@pytest.mark.parametrize("form", ["few", "chunked"])
 @pytest.mark.parametrize("strength", [0.9, 5.0, 60.0])
-def test_fast_decay_makes_no_subnormal_numbers(per_key: bool, strength: float) -> None:
-    """Products of subnormals are tens of times slower: neither values nor gradients have them, nor do the states."""
+def test_fast_decay_makes_no_subnormal_numbers(per_key: bool, form: str, strength: float) -> None:
+    """Products of subnormals are tens of times slower; a few come of small numbers times the smallest factors."""
     given = inputs(per_key, strength, torch.float32)
-    for form in ("few", "chunked"):
-        cut = 24 if form == "few" else T
-        with use_form(form):
-            y, after = decay_linear(*(x[:, :, :cut] for x in given[:4]), layout=Layout(4), state=given[4])
-        grads = torch.autograd.grad([y, after], given, [torch.ones_like(y), torch.ones_like(after)])
-        tiny = torch.finfo(torch.float32).tiny
-        for x in (y, after, *grads):
-            assert int(((x.abs() < tiny) & (x != 0)).sum()) == 0
+    cut = 31 if form == "few" else T
+    with use_form(form), Subnormals() as seen:
+        y, after = decay_linear(*(x[:, :, :cut] for x in given[:4]), layout=Layout(4), state=given[4])
+        torch.autograd.grad([y, after], given, [torch.ones_like(y), torch.ones_like(after)])
+    assert seen.made > 10_000 and seen.subnormal <= 1e-3 * seen.made
