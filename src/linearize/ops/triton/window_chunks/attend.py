@@ -85,9 +85,9 @@ def place_of(slots, column):
 
 
 @triton.jit
-def weigh(total, normal, s, m, g, v, DOT: tl.constexpr):
-    """Both sums with the terms of one tile, exp(s - m + g) [v, 1]."""
-    p = tl.exp(s - m[:, None] + g)
+def weigh(total, normal, s, c, v, DOT: tl.constexpr):
+    """Both sums with the terms of one tile, exp(s - c) [v, 1]; the largest is 1, so that v's dtype can hold them."""
+    p = tl.exp(s - c[:, None])
     return total + tl.dot(p.to(v.dtype), v, input_precision=DOT), normal + tl.sum(p, 1)
 
 
@@ -119,7 +119,10 @@ def reach(
     if HALVES == 2:
         r += tl.dot(b, tl.trans(u), input_precision=DOT)
     r = tl.where(far, r, 0.0)
-    return linear + tl.dot(r.to(x_v.dtype), x_v, input_precision=DOT), beside + tl.sum(r, 1)
+    most = tl.max(tl.abs(r), 1)
+    most = tl.where(most > 0, most, 1.0)  # in fp16 smaller ones would be 0
+    sums = tl.dot((r / most[:, None]).to(x_v.dtype), x_v, input_precision=DOT)
+    return linear + sums * most[:, None], beside + tl.sum(r, 1)
 
 
 # Arguments. sink_k, sink_v: [B, chunks, G, J, D or V], of each chunk's document. log_g, factor: [H], of the window and
@@ -167,8 +170,7 @@ def attend_kernel(
         tile_1 = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, 1, D, V, SINKS, C)
         near_0, far_0 = masks(position, tile_0[1], tile_0[2], W, TERRACED)
         near_1, far_1 = masks(position, tile_1[1], tile_1[2], W, TERRACED)
-        total, normal = tl.zeros((C, BLOCK_V), tl.float32), tl.zeros((C,), tl.float32)
-        m = tl.zeros((C,), tl.float32)
+        total, normal, m = tl.zeros((C, BLOCK_V), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
         if WINDOW:
             s_0 = scores(x_q, tile_0[3], near_0, scaling, softcap, CAP, DOT)
             s_1 = scores(x_q, tile_1[3], near_1, scaling, softcap, CAP, DOT)
@@ -176,19 +178,21 @@ def attend_kernel(
             top_0, top_1 = place_of(tile_0[0], tl.argmax(s_0, 1)), place_of(tile_1[0], tl.argmax(s_1, 1))
             m, highest = tl.maximum(most_0, most_1), tl.where(most_0 >= most_1, top_0, top_1)
             if SINKS > 0:
-                early = (b * chunks + n) * (H // R) + h // R
-                begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
+                early, at = (b * chunks + n) * (H // R) + h // R, begins + b * chunk_stride
+                begin = flag(at, n, chunks) if BEGINS else 0
                 k_s, v_s, shown = sink_tile(
                     sink_k, sink_v, early, begin, position, asks, chunks - n, dim, lane, BLOCK_J, D, V, SINKS
                 )
                 s_s = scores(x_q, k_s, shown, scaling, softcap, CAP, DOT)
                 most_s = tl.max(s_s, 1)
                 m, highest = tl.maximum(m, most_s), tl.where(most_s > m, -2 - tl.argmax(s_s, 1), highest)
-            m = tl.maximum(m, 0.0) if SHARED else tl.where(m == -float("inf"), 0.0, m)
-            total, normal = weigh(total, normal, s_0, m, g, tile_0[4], DOT)
-            total, normal = weigh(total, normal, s_1, m, g, tile_1[4], DOT)
+            c = tl.where(m == -float("inf"), 0.0, m)  # a query that sees nothing
+            m = tl.maximum(c, 0.0) if SHARED else c
+            total, normal = weigh(total, normal, s_0, c, tile_0[4], DOT)
+            total, normal = weigh(total, normal, s_1, c, tile_1[4], DOT)
             if SINKS > 0:
-                total, normal = weigh(total, normal, s_s, m, g, v_s, DOT)
+                total, normal = weigh(total, normal, s_s, c, v_s, DOT)
+            total, normal = total * tl.exp(c - m + g)[:, None], normal * tl.exp(c - m + g)
             tl.store(top + line + index, highest, mask=asks)
         if LINEAR:
             linear, beside, o, u = remember(

@@ -42,14 +42,16 @@ class Mapped:
             return Mapped(kind=GIVEN)
         known = weights_of(feature)
         if known is None or known.name not in MAPS:
-            return Mapped(kind=GIVEN, phi=rows_of(feature(x)))
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return Mapped(kind=GIVEN, phi=rows_of(feature(x.to(wide))))
         return Mapped(kind=MAPS[known.name], weight=known.weight_HDC, bias=known.bias_HC)
 
     def like(self, x: Tensor) -> Mapped:
-        """The weight in the dtype of x, as products take it."""
+        """The weight in the dtype of x, or in fp32 where it has more digits than x: then it is taken in two parts."""
         if self.weight is None:
             return self
-        return replace(self, weight=self.weight.detach().to(x.dtype).contiguous())
+        kept = x.dtype if self.weight.dtype == x.dtype else torch.float32
+        return replace(self, weight=self.weight.detach().to(kept).contiguous())
 
     @property
     def columns(self) -> int:

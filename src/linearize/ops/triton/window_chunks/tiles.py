@@ -87,6 +87,17 @@ def softmax_half(z, inside):
 
 
 @triton.jit
+def projected(x, weight, DOT: tl.constexpr):
+    """x W to fp32's rounding: a W of more digits than x goes in two parts of x's own dtype."""
+    if x.dtype == weight.dtype:
+        return tl.dot(x, weight, input_precision=DOT)
+    else:
+        upper = weight.to(x.dtype)
+        lower = (weight - upper.to(tl.float32)).to(x.dtype)
+        return tl.dot(x, upper, input_precision=DOT) + tl.dot(x, lower, input_precision=DOT)
+
+
+@triton.jit
 def features(x, given, index, stride, valid, weight, bias, lane, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr):
     """phi of a tile, `[C, F]` fp32, and Hedgehog's second half (the first again for other maps); 0 where not valid."""
     inside = (lane < F)[None, :]
@@ -94,7 +105,7 @@ def features(x, given, index, stride, valid, weight, bias, lane, F: tl.constexpr
         a = rows(given, index, stride, lane, F, valid).to(tl.float32)
         b = a
     else:
-        z = tl.dot(x, weight, input_precision=DOT)
+        z = projected(x, weight, DOT)
         if MAP == 1:
             a = softmax_half(z, inside)
             b = tl.where(valid[:, None], softmax_half(-z, inside), 0.0)
