@@ -40,10 +40,12 @@ class Watcher:
         pass
 
 
-def job(folder: Path, *, progress: Any = None, tokenizer: Any = None, **identity: Any) -> StageJob:
+def job(
+    folder: Path, *, progress: Any = None, tokenizer: Any = None, family: str = "llama", **identity: Any
+) -> StageJob:
     """The same student of the same teacher each time, converted in two of three layers."""
-    teacher = tiny("llama", vocab_size=SIZE, max_position_embeddings=96).requires_grad_(False)
-    student = student_of(teacher, [mixer(), None, mixer()])
+    teacher = tiny(family, vocab_size=SIZE, max_position_embeddings=96).requires_grad_(False)
+    student = student_of(teacher, [mixer(), None, mixer()][: teacher.config.num_hidden_layers])
     return StageJob(
         student=student,
         teacher=teacher,

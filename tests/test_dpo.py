@@ -69,12 +69,12 @@ def dpo_by_hand(work: Any, settings: DpoConfig, steps: int) -> list[float]:
     return margins
 
 
-@pytest.mark.parametrize("train", ["all", "mixers"])
-def test_each_step_is_the_published_one(tmp_path: Path, train: str) -> None:
-    settings = config(tmp_path, train=train, micro_batch=2, max_steps=4, beta=0.3)
-    expected_job = job(tmp_path / "hand")
+@pytest.mark.parametrize(("family", "train"), [("llama", "all"), ("llama", "mixers"), ("mixtral", "mixers")])
+def test_each_step_is_the_published_one(tmp_path: Path, family: str, train: str) -> None:
+    settings = config(tmp_path, train=train, micro_batch=3, max_steps=4, beta=0.3)
+    expected_job = job(tmp_path / "hand", family=family)
     expected = dpo_by_hand(expected_job, settings, 4)
-    work = job(tmp_path / "run")
+    work = job(tmp_path / "run", family=family)
     before = weights(work.student)
     result = settings.run(work)
     assert result.steps == 4 and result.losses[0][1] == pytest.approx(0.693147, abs=1e-5)

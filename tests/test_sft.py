@@ -122,6 +122,14 @@ def test_a_damaged_checkpoint_is_never_trained_on(
     assert FILE in told and ("before it" if resumed else "anew") in told
 
 
+def test_experts_learn_from_the_answers_alone(tmp_path: Path) -> None:
+    settings = config(tmp_path, max_steps=2)
+    by_hand = job(tmp_path / "hand", tokenizer=byte_tokenizer(chat=CHAT), family="mixtral")
+    expected = sft_by_hand(by_hand, settings, 2)
+    result = settings.run(job(tmp_path / "run", tokenizer=byte_tokenizer(chat=CHAT), family="mixtral"))
+    assert [loss for _, loss in result.losses] == pytest.approx(expected, rel=1e-4)
+
+
 def test_trl_knows_of_no_other_processes_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

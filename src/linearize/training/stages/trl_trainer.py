@@ -74,6 +74,7 @@ def _made(config: OwnLoopConfig, task: TrlTask, student: Any, tokenizer: Any, fo
         **({"ref_model": reference} if task.needs_reference else {}),
     )
     made.remove_callback(PrinterCallback)
+    made.aux_loss_enabled = False  # routers of experts are held to nothing, as in every other stage
     return made
 
 
