@@ -23,6 +23,7 @@ import linearize
 from linearize.errors import InputError
 from linearize.evaluation.language_modeling import loss_only
 from linearize.recipes.recipe import Recipe, load_recipe
+from linearize.training.hardware import bf16_pays
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -279,13 +280,14 @@ def preferences(path: Path) -> Path:
     return path
 
 
-def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path) -> None:
+def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DPO after a stage of the common loop; killed in between, it ends with the same weights."""
     pytest.importorskip("trl")
     dpo = {"name": "dpo", "data": str(preferences(tmp_path / "pairs.json")), "lr": 1e-2, "batch": 4, "epochs": 1,
-           "beta": 0.5, "chat_template": "plain", "length": 100}  # fmt: skip
+           "beta": 0.5, "chat_template": "plain", "length": 100, "precision": "bf16"}  # fmt: skip
     recipe = Recipe.from_data(RECIPE | {"stages": [RECIPE["stages"][0], dpo]})
     convert(folder, tmp_path / "whole", recipe=recipe)
+    assert ("stage 1: this CPU has no bf16 units" in capsys.readouterr().err) != bf16_pays(torch.device("cpu"))
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     first, second = report["stages"]
     assert (second["name"], second["details"]["steps"]) == ("dpo", 3) and second["tokens"] > 0

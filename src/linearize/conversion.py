@@ -51,7 +51,7 @@ from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data import batches
 from linearize.training.distributed import current, start
-from linearize.training.hardware import computed_on
+from linearize.training.hardware import Stage, computed_on
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.own_loop import OwnLoopConfig, StageJob
 from linearize.training.progress import Progress, make_progress
@@ -265,7 +265,7 @@ class Conversion:
         key, identity = self._key(number, step), self._stage_identity()
         torch.manual_seed(self.recipe.seed + stage.seed)
         if isinstance(share, OwnLoopConfig):
-            result = self._run_own_loop(share, key, identity)
+            result = self._run_own_loop(self._on_this_device(number, share, step), key, identity)
         elif is_blockwise(share):
             result = take_parts(self.student, self.trained or self._blockwise(number, step), key)
         else:
@@ -315,7 +315,7 @@ class Conversion:
             identity={**identity, **more}, name=key, progress=self.progress, tracker=self.tracker,
         )  # fmt: skip
 
-    def _on_this_device(self, number: int, stage: StageConfig, step: int, *, tell: bool = True) -> StageConfig:
+    def _on_this_device(self, number: int, stage: Stage, step: int, *, tell: bool = True) -> Stage:
         """The stage, in fp32 where bf16 would be slower; said once."""
         computed = computed_on(stage, self.student.device)
         if computed is not stage and tell and (step == 0 or stage.at == "last"):
