@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from linearize.ops.decay_linear import decay_linear, use_form
-from linearize.ops.decay_linear.backends import fla_decay_linear
 from linearize.ops.layout import Layout
 
 B, H, K, V = 2, 3, 5, 7
@@ -139,46 +135,3 @@ def test_half_precision_in_half_precision_out_with_a_wide_state() -> None:
     y, after = decay_linear(*qkvg, layout=Layout(), state=state, need_state=True)
     assert y.dtype == torch.bfloat16 and after.dtype == torch.float32
     assert decay_linear(*qkvg, layout=Layout(), need_state=False)[1] is None
-
-
-def stand_in(calls: list[str], name: str) -> Any:
-    """A function with the signature and the layout of fla's, computed by the recurrence."""
-
-    def op(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        scale: float | None = None,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        calls.append(name)
-        assert all(x.is_contiguous() for x in (q, k, v, g))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        with use_form("reference"):
-            y, after = decay_linear(
-                *(x.transpose(1, 2) for x in (q * scale, k, v, g)), layout=Layout(), state=initial_state
-            )
-        return y.transpose(1, 2), after if output_final_state else None
-
-    return op
-
-
-@per_kind
-def test_fla_gets_the_arguments_in_its_own_layout(per_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    modules = {"simple_gla": "chunk_simple_gla", "gla": "chunk_gla"}
-    for name in ("fla", "fla.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for file, function in modules.items():
-        module = ModuleType(f"fla.ops.{file}")
-        setattr(module, function, stand_in(calls, function))
-        monkeypatch.setitem(sys.modules, f"fla.ops.{file}", module)
-    *qkvg, state = inputs(23, per_key)
-    y, after = fla_decay_linear(*qkvg, layout=Layout(), state=state)
-    with use_form("reference"):
-        expected, end = decay_linear(*qkvg, layout=Layout(), state=state)
-    assert calls == [list(modules.values())[per_key]]
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(after, end)

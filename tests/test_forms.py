@@ -65,7 +65,9 @@ def test_few_tokens_on_a_gpu_take_the_kernel(module: Any, one: str, few: str, ma
 
 @pytest.mark.usefixtures("installed")
 def test_what_each_operation_looks_at_besides() -> None:
-    assert choice(decay_backends, tokens=99, layout=PACKED) == "chunked"  # fla knows no documents
+    assert choice(decay_backends, tokens=99, layout=PACKED) == "fla"  # documents are sequences
+    static = Layout(position_BT=torch.arange(99)[None], tail=3)
+    assert choice(delta_backends, tokens=99, layout=static) == "chunked"  # whose positions nobody reads
     assert choice(scan_backends, tokens=99, dtype=torch.float32) == "mamba_ssm"
     assert choice(layer_steps, taps=9) == "operations"
     assert choice(window_backends, device="cpu", tokens=1, cursor="same") == "step"

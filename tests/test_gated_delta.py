@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import types
 
 import pytest
 import torch
 from torch import Tensor
 
-from linearize.ops.gated_delta import FORMS, gated_delta, use_form
+from linearize.ops.gated_delta import gated_delta, use_form
 from linearize.ops.layout import Layout
 
 B, H, K, V, T = 2, 3, 5, 7, 151
@@ -171,29 +169,3 @@ def test_half_precision_is_computed_in_fp32_and_keeps_an_fp32_state() -> None:
     torch.testing.assert_close(y, exact.bfloat16())
     torch.testing.assert_close(after, state)
     assert gated_delta(*values, layout=Layout(), need_state=False)[1] is None
-
-
-def test_fla_is_called_with_its_own_order_of_dimensions_and_no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in computes what the kernel is documented to compute, from `[B, T, H, ...]`, and refuses the rest."""
-
-    def kernel(*, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel):
-        assert q.shape == (B, T, H, K) and v.shape == (B, T, H, V) and g.shape == beta.shape == (B, T, H)
-        assert g.dtype == torch.float32 and output_final_state and not use_qk_l2norm_in_kernel
-        given = [x.transpose(1, 2).float() for x in (scale * q, k, v, g, beta)]
-        y, after = FORMS["reference"](*given, layout=Layout(), state=initial_state)
-        return y.transpose(1, 2).to(v.dtype), after
-
-    module = types.ModuleType("fla.ops.gated_delta_rule")
-    module.chunk_gated_delta_rule = kernel
-    for name in ("fla", "fla.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
-    for dtype in (torch.float32, torch.bfloat16):
-        values = [x.to(dtype) for x in inputs()[:5]]
-        state = inputs()[5].float()
-        with use_form("fla"):
-            y, after = gated_delta(*values, layout=Layout(8), state=state)
-        expected, end = gated_delta(*values, layout=Layout(8), state=state)
-        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5 if dtype == torch.float32 else 5e-2)
-        torch.testing.assert_close(after, end, rtol=0, atol=1e-5)
-        assert y.dtype == dtype and after.dtype == torch.float32

@@ -184,9 +184,16 @@ def test_few_tokens_and_many_take_different_forms_and_agree() -> None:
     torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
 
 
-def stand_in(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, return_last_state: bool) -> Any:
-    """What `mamba_ssm` documents, in its layout: u, delta [B, E, T]; A [E, N]; B, C [B, G, N, T]."""
-    assert u.shape == delta.shape and B.shape[2] == C.shape[2] == A.shape[1]
+def stand_in(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any = None, z: Any = None, delta_bias: Any = None,
+    delta_softplus: bool = False, return_last_state: bool = False
+) -> Any:  # fmt: skip
+    """`selective_scan_fn` of mamba-ssm 2.3.2, its checks included; u, delta [B, E, T]; A [E, N]; B, C [B, G, N, T]."""
+    assert D is z is delta_bias is None and not delta_softplus
+    assert u.shape == delta.shape and B.shape[2] == C.shape[2] == A.shape[1] <= 256
+    assert {w.dtype for w in (u, delta, A, B, C)} == {torch.float32} and all(
+        w.stride(-1) == 1 for w in (u, delta, B, C)
+    )
     per_group = u.shape[1] // B.shape[1]
     h, y = u.new_zeros(u.shape[0], *A.shape), []
     for t in range(u.shape[2]):
@@ -201,7 +208,7 @@ def stand_in(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, retur
 def _kernel(monkeypatch: pytest.MonkeyPatch):
     package, module = ModuleType("mamba_ssm"), ModuleType("mamba_ssm.ops.selective_scan_interface")
     package.__spec__ = ModuleSpec("mamba_ssm", None)
-    module.selective_scan_fn = stand_in  # type: ignore[attr-defined]
+    module.selective_scan_fn, module.selective_scan_cuda = stand_in, object()  # type: ignore[attr-defined]
     for entry in (package, ModuleType("mamba_ssm.ops"), module):
         monkeypatch.setitem(sys.modules, entry.__name__, entry)
     backends.kernel.cache_clear()
@@ -236,6 +243,14 @@ def test_the_kernel_runs_only_what_it_can() -> None:
     for change in ({"has_state": True}, {"state_dim": 300}, {"whole": False}, {"device": "cpu"}, {"tokens": 9}):
         assert not taken(need_state=False, **change), change
     assert not taken(need_state=False, dtype=torch.float64)
+
+
+@pytest.mark.usefixtures("_kernel")
+def test_a_package_without_its_cuda_kernel_is_not_called() -> None:
+    sys.modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_cuda = None  # as its 2.3 sets it
+    call = backends.ScanCall(device="cuda", dtype=torch.float32, tokens=99, state_dim=N, need_state=False)
+    form, why = backends.choice(call)
+    assert form == "chunked" and "without its CUDA kernel" in why
 
 
 @pytest.mark.skipif(backends.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")

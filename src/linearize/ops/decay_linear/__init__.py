@@ -7,7 +7,7 @@ One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and
 | reference | `reference.py` | T steps | proof; decode |
 | few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py` | linear in T, matrix products | training, prefill |
-| fla | `backends.py` | the same, in Triton | CUDA tensors without padding or packing, where `fla` is installed |
+| fla | `backends.py` | the same, in Triton | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
 """
 
@@ -44,7 +44,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "fla": fla_decay_linear,
     "triton": steps,
 }
-WIDENS = {"chunked"}  # forms that take half precision and compute in fp32 themselves
+WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
 MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
 use_form = DISPATCH.use
 

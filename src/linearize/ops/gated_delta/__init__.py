@@ -5,7 +5,7 @@
 | reference | `reference.py` | one product per token | proof; one token: decode |
 | few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
-| fla | `backends.py` | a Triton kernel | CUDA tensors without padding or packing, where `fla` is installed |
+| fla | `backends.py` | a Triton kernel | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
 
 Letters: B batch, H heads, T tokens, U of them (the last) with an output, K key dimension, V value dimension.

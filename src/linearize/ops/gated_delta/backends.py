@@ -12,6 +12,7 @@ from torch import Tensor
 from linearize.ops import triton as kernels
 from linearize.ops.forms import Call, Dispatcher, Rule, more_than, never
 from linearize.ops.layout import Layout
+from linearize.ops.packed import in_sequences
 from linearize.ops.pairs import MANY
 
 DISPATCH = Dispatcher(
@@ -41,20 +42,28 @@ def fla_form(
     layout: Layout,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`y` and the fp32 state after the last token; the layout must be plain. The kernel takes `[B, T, H, ...]`."""
+    """`y` in the dtype of v, 0 at dead tokens, and the fp32 state after the last token. Arguments as in fla 0.6.0."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
 
-    assert layout.is_plain, "the kernel knows no padding or packing"
     dtype = v_BHTV.dtype
-    y_BTHV, after = chunk_gated_delta_rule(
-        q=q_BHTK.transpose(1, 2).to(dtype).contiguous(),
-        k=k_BHTK.transpose(1, 2).to(dtype).contiguous(),
-        v=v_BHTV.transpose(1, 2).contiguous(),
-        g=log_decay_BHT.transpose(1, 2).to(torch.float32).contiguous(),
-        beta=beta_BHT.transpose(1, 2).to(torch.float32).contiguous(),
-        scale=1.0,
-        initial_state=None if state is None else state.to(torch.float32),
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=False,
-    )
-    return y_BTHV.transpose(1, 2), after
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = (q_BHTK.to(dtype), k_BHTK.to(dtype), v_BHTV, log_decay_BHT.to(wide), beta_BHT.to(wide))
+    state = None if state is None else state.to(wide)
+
+    def call(given: tuple[Tensor, ...], first: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, g, beta = given
+        y, after = chunk_gated_delta_rule(
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            scale=1.0,
+            initial_state=first,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=False,
+            cu_seqlens=bounds,
+        )
+        return y, after
+
+    return in_sequences(call, inputs, layout, state)

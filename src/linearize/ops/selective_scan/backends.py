@@ -1,7 +1,7 @@
 """Which form of the selective scan runs a call, and the CUDA kernel of `mamba_ssm`, where that package is installed.
 
 Its `selective_scan_fn(u: [B, E, T], delta: [B, E, T], A: [E, N], B: [B, G, N, T], C: [B, G, N, T])` begins from a state
-of zeros, knows no documents, and gives no gradient through the last state.
+of zeros, knows no documents, and gives no gradient through the last state (2.3.2, as since 1.0).
 
 Letters: B batch, T tokens, E channels, N state size, G groups.
 """
@@ -29,10 +29,12 @@ FORGETS = 120.0
 
 @cache
 def kernel() -> Callable[..., Any] | None:
-    """`mamba_ssm`'s function, imported at the first call; None where the package is not installed."""
+    """`mamba_ssm`'s function, imported at the first call; None where the package is not installed, or was built without
+    the kernel (as its 2.3 may be)."""
     if find_spec("mamba_ssm") is None:
         return None
-    return import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    interface = import_module("mamba_ssm.ops.selective_scan_interface")
+    return None if getattr(interface, "selective_scan_cuda", None) is None else interface.selective_scan_fn
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,7 +56,7 @@ def refuses(call: ScanCall) -> str | None:
         return "it begins from no state and gives every output"
     if call.need_state and call.gradients:
         return "it has no gradient through the last state"
-    return None if kernel() is not None else "mamba_ssm is not installed"
+    return None if kernel() is not None else "mamba_ssm is not installed, or without its CUDA kernel"
 
 
 DISPATCH = Dispatcher(

@@ -72,8 +72,8 @@ def fla_refuses(call: Call) -> str | None:
     """Why fla's kernels do not run a call."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    if not call.layout.is_plain:
-        return "rows with padding or several documents"
+    if call.layout.tail is not None:
+        return "its documents would be read from the device, which a static call must not"
     if call.dtype not in _DTYPES:
         return f"{str(call.dtype).removeprefix('torch.')} is computed in full"
     return None if has_fla() else "flash-linear-attention is not installed"
