@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from linearize.errors import InputError
+from linearize.errors import InputError, unknown
 from linearize.ops.layout import Layout
 
 Result = TypeVar("Result")
@@ -65,13 +65,15 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 class Rule:
     """A form, why it is not for a call (None: it is), why it is taken where it is; `built`: compiled at its first use.
 
-    A built form that fails at it is never tried again in this process.
+    A built form that fails at it is never tried again in this process. `cannot`: why a call is beyond the form even
+    where somebody forces it (what a form is refused for may be mere taste); None: it can.
     """
 
     form: str
     refuses: Callable[..., str | None]
     why: str
     built: bool = False
+    cannot: Callable[..., str | None] | None = None
 
 
 class Dispatcher:
@@ -87,7 +89,13 @@ class Dispatcher:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Force one form inside the `with` block (tests, benchmarks)."""
+        """Force one form inside the `with` block (tests, benchmarks).
+
+        Raises:
+            InputError: no such form; and, from the operation itself, a call that the form cannot do.
+        """
+        if all(rule.form != name for rule in self.rules):
+            raise unknown(f"form of {self.operation}", name, [rule.form for rule in self.rules])
         before, self.forced = self.forced, name
         try:
             yield
@@ -109,6 +117,7 @@ class Dispatcher:
     def run(self, call: Call, invoke: Callable[[str], Result]) -> Result:
         """`invoke(form)` of the form chosen; where one does not build, one warning and the next form."""
         if (forced := self.forced) is not None:
+            self._check(forced, call)
             return invoke(forced)
         rule = next(r for r in self.rules if r.form not in self.broken and r.refuses(call) is None)
         if not rule.built or torch.compiler.is_compiling():  # what is traced is built later
@@ -122,6 +131,16 @@ class Dispatcher:
             then, _ = self.choice(call)
             warnings.warn(f"{self.operation}: not {rule.form}: {reason}; {then} runs instead", stacklevel=3)
         return self.run(call, invoke)
+
+    def _check(self, forced: str, call: Call) -> None:
+        """Raises an `InputError` if the form that is forced cannot do the call."""
+        cannot = next(rule.cannot for rule in self.rules if rule.form == forced)
+        reason = None if cannot is None else cannot(call)
+        if reason is not None:
+            raise InputError(
+                f"{self.operation}: the form {forced!r} is forced and cannot run this call: {reason}; force none, or "
+                f"another of {', '.join(rule.form for rule in self.rules)}"
+            )
 
 
 def _line(error: Exception) -> str:

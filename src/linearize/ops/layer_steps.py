@@ -31,15 +31,28 @@ class LayerCall(Call):
 
 def kernel_refuses(call: LayerCall) -> str | None:
     """Why the fused kernel does not run a call; None: it does."""
-    if (reason := kernels.refuses(call)) is not None:
-        return reason
+    return kernels.refuses(call) or _many_taps(call)
+
+
+def kernel_cannot(call: LayerCall) -> str | None:
+    """Why a call is beyond the fused kernel."""
+    return kernels.cannot(call) or _many_taps(call)
+
+
+def _many_taps(call: LayerCall) -> str | None:
     return f"a convolution of more than {MOST_TAPS} taps" if call.taps > MOST_TAPS else None
 
 
 DISPATCH = Dispatcher(
     "layer",
     [
-        Rule("triton", kernel_refuses, "a few tokens on a GPU: all between the projections in one launch", built=True),
+        Rule(
+            "triton",
+            kernel_refuses,
+            "a few tokens on a GPU: all between the projections in one launch",
+            built=True,
+            cannot=kernel_cannot,
+        ),
         Rule("operations", never, "convolution, gates, recurrence and norm one after the other"),
     ],
 )

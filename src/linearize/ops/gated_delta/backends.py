@@ -18,10 +18,10 @@ from linearize.ops.pairs import MANY
 DISPATCH = Dispatcher(
     "gated_delta",
     [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
         Rule("reference", more_than(1), "one token: the recurrence itself"),
         Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True),
+        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True, cannot=kernels.fla_cannot),
         Rule("chunked", never, "many tokens: products of chunks"),
     ],
 )

@@ -50,22 +50,27 @@ def refuses(call: ScanCall) -> str | None:
     """Why `mamba_ssm` does not run a call; None: it does."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
+    if call.need_state and call.gradients:
+        return "it has no gradient through the last state"
+    return cannot(call)
+
+
+def cannot(call: ScanCall) -> str | None:
+    """Why a call is beyond `mamba_ssm`."""
     if call.dtype != torch.float32 or call.state_dim > MOST_STATE:
         return f"it takes fp32 and a state of at most {MOST_STATE}"
     if call.has_state or not call.whole:
         return "it begins from no state and gives every output"
-    if call.need_state and call.gradients:
-        return "it has no gradient through the last state"
     return None if kernel() is not None else "mamba_ssm is not installed, or without its CUDA kernel"
 
 
 DISPATCH = Dispatcher(
     "selective_scan",
     [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True),
+        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
         Rule("reference", more_than(1), "one token: the recurrence itself"),
         Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("mamba_ssm", refuses, "many tokens on a GPU: its CUDA kernel", built=True),
+        Rule("mamba_ssm", refuses, "many tokens on a GPU: its CUDA kernel", built=True, cannot=cannot),
         Rule("chunked", never, "many tokens: chunks"),
     ],
 )

@@ -22,6 +22,8 @@ Nothing here is imported before a kernel is asked for: `triton` is an extra.
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import cache
 from importlib.util import find_spec
 
@@ -57,14 +59,30 @@ def refuses(call: Call) -> str | None:
     return base_refuses(call)
 
 
+def cannot(call: Call) -> str | None:
+    """Why a call is beyond the multi-step kernels."""
+    return base_cannot(call) or ("it gives no gradients" if call.gradients else None)
+
+
+def base_cannot(call: Call) -> str | None:
+    """Why a call is beyond every one of these kernels, in the interpreter (on CPU tensors) too."""
+    if call.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return _dtype_refuses(call)
+    return base_refuses(call)
+
+
+def _dtype_refuses(call: Call) -> str | None:
+    return None if call.dtype in _DTYPES else f"{str(call.dtype).removeprefix('torch.')} is computed in full"
+
+
 def base_refuses(call: Call) -> str | None:
     """Why none of these kernels runs a call, whatever its size."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
     if torch.compiler.is_compiling() and not call.opaque:
         return "torch.compile traces the forms in PyTorch"
-    if call.dtype not in _DTYPES:
-        return f"{str(call.dtype).removeprefix('torch.')} is computed in full"
+    if (reason := _dtype_refuses(call)) is not None:
+        return reason
     return None if has_triton() else "triton is not installed"
 
 
@@ -72,8 +90,19 @@ def fla_refuses(call: Call) -> str | None:
     """Why fla's kernels do not run a call."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    if call.layout.tail is not None:
-        return "its documents would be read from the device, which a static call must not"
+    if (reason := _fla_layout_refuses(call)) is not None:
+        return reason
     if call.dtype not in _DTYPES:
         return f"{str(call.dtype).removeprefix('torch.')} is computed in full"
     return None if has_fla() else "flash-linear-attention is not installed"
+
+
+def fla_cannot(call: Call) -> str | None:
+    """Why a call is beyond fla's kernels."""
+    there = "fla" in sys.modules or has_fla()
+    return _fla_layout_refuses(call) if there else "flash-linear-attention is not installed"
+
+
+def _fla_layout_refuses(call: Call) -> str | None:
+    static = call.layout.tail is not None
+    return "its documents would be read from the device, which a static call must not" if static else None

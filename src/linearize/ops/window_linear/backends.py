@@ -42,8 +42,15 @@ def cursor_of(state: WindowLinearState | None, layout: Layout) -> Cursor:
 
 def kernel_refuses(call: WindowCall) -> str | None:
     """Why the multi-step kernel does not run a call; None: it does."""
-    if (reason := kernels.refuses(call)) is not None:
-        return reason
+    return kernels.refuses(call) or _unknown_map(call)
+
+
+def kernel_cannot(call: WindowCall) -> str | None:
+    """Why a call is beyond the multi-step kernel."""
+    return kernels.cannot(call) or _unknown_map(call)
+
+
+def _unknown_map(call: WindowCall) -> str | None:
     maps = (call.spec.feature_q, call.spec.feature_k)
     unknown = any(m is not None and weights_of(m) is None for m in maps)
     return "a feature map that the kernel does not know" if unknown else None
@@ -53,8 +60,17 @@ def chunks_refuse(call: WindowCall) -> str | None:
     """Why the kernels over chunks do not run a call; None: they do."""
     if not call.whole or call.layout.gaps():
         return "tokens without an output, or dead ones between others"
-    if (reason := kernels.base_refuses(call)) is not None:
-        return reason
+    return kernels.base_refuses(call) or _too_large(call)
+
+
+def chunks_cannot(call: WindowCall) -> str | None:
+    """Why a call is beyond the kernels over chunks."""
+    if not call.whole:  # then another form runs, whichever is forced
+        return None
+    return "dead tokens between others" if call.layout.gaps() else kernels.base_cannot(call) or _too_large(call)
+
+
+def _too_large(call: WindowCall) -> str | None:
     if chunk_of(call.spec.window, call.spec.shape) > MOST_CHUNK:
         return f"a window whose reach is more than {MOST_CHUNK} tokens"
     if call.widest > MOST_HEAD_DIM:
@@ -76,6 +92,16 @@ def _few_refuses(call: WindowCall) -> str | None:
     return None if plain and 0 < call.tokens <= FEW_TOKENS else "not a few tokens after the same state in every row"
 
 
+def _step_cannot(call: WindowCall) -> str | None:
+    return _step_refuses(call) if call.whole and not call.in_place else None
+
+
+def _few_cannot(call: WindowCall) -> str | None:
+    plain = call.layout.is_plain and call.cursor == "same" and call.spec.has_window
+    can = plain or call.in_place or not call.spec.has_linear
+    return None if can else "not tokens after the same state in every row, within a window"
+
+
 def _reference_refuses(call: WindowCall) -> str | None:
     few = call.tokens <= FEW_TOKENS or not call.whole or call.layout.gaps()
     return None if few else f"more than {FEW_TOKENS} tokens"
@@ -84,12 +110,23 @@ def _reference_refuses(call: WindowCall) -> str | None:
 DISPATCH = Dispatcher(
     "window_linear",
     [
-        Rule("triton", kernel_refuses, "a few tokens on a GPU: one launch", built=True),
-        Rule("in_place", _in_place_refuses, "a static cache: ring and sum written where they are"),
-        Rule("step", _step_refuses, "one token: nothing is masked"),
-        Rule("few", _few_refuses, "a few tokens: past and new keys side by side"),
+        Rule("triton", kernel_refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernel_cannot),
+        Rule(
+            "in_place",
+            _in_place_refuses,
+            "a static cache: ring and sum written where they are",
+            cannot=_in_place_refuses,
+        ),
+        Rule("step", _step_refuses, "one token: nothing is masked", cannot=_step_cannot),
+        Rule("few", _few_refuses, "a few tokens: past and new keys side by side", cannot=_few_cannot),
         Rule("reference", _reference_refuses, "a few tokens, or dead ones among them"),
-        Rule("triton_chunks", chunks_refuse, "many tokens on a GPU: window and sum in one pass", built=True),
+        Rule(
+            "triton_chunks",
+            chunks_refuse,
+            "many tokens on a GPU: window and sum in one pass",
+            built=True,
+            cannot=chunks_cannot,
+        ),
         Rule("chunked", never, "many tokens: products of chunks"),
     ],
 )
