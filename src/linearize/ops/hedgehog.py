@@ -7,12 +7,16 @@ Letters: G groups of R heads, H = G R, C tokens, D head dimension, F columns of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from linearize.ops.products import product
+from linearize.ops.pieces import Block, blocks, scratch
+from linearize.ops.products import product_into
 
 SMALLEST = 1e-12
 
@@ -23,44 +27,80 @@ def hedgehog(x: Tensor, weight_HDF: Tensor, log_gain: Tensor | None = None) -> T
     return phi
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`[..., G, C, D] -> [G, M, D]`, M all tokens."""
-    return x.movedim(-3, 0).flatten(1, -2)
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some heads of some rows: what of each tensor is theirs."""
+
+    block: Block
+    x: Tensor
+    weight_gDX: Tensor
+    per_group: int
+
+    @property
+    def rows(self) -> Tensor:
+        """All tokens of a group, `[g, M, D]`."""
+        return self.x.transpose(0, 1).flatten(1, 2)
+
+    def like_phi(self, z_gMX: Tensor) -> Tensor:
+        """`[g, M, R F]` as `[b, g, R, C, F]`."""
+        batch, groups, tokens, _ = self.x.shape
+        return z_gMX.view(groups, batch, tokens, self.per_group, -1).permute(1, 0, 3, 2, 4)
+
+
+def _parts(x_BGCD: Tensor, weight_GRDF: Tensor) -> Iterator[_Part]:
+    batch, groups, tokens, _ = x_BGCD.shape
+    per_group, features = weight_GRDF.shape[1], weight_GRDF.shape[3]
+    for block in blocks(batch, groups, 2 * tokens * per_group * features):
+        weight = weight_GRDF[block.groups].transpose(1, 2).flatten(2)
+        yield _Part(block, block.of(x_BGCD), weight, per_group)
 
 
 class _Hedgehog(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_GRDF: Tensor, log_gain: Tensor | None) -> Tensor:
         groups, heads, _, features = weight_GRDF.shape
-        lead, tokens = x.shape[:-3], x.shape[-2]
-        z = product(_rows(x), weight_GRDF.transpose(1, 2).flatten(2))
-        z = z.view(groups, *lead, tokens, heads, features).movedim(0, -4).transpose(-2, -3)  # [..., G, R, C, F]
-        signed = x.new_empty(*lead, groups, heads, tokens, 2, features)
-        signed[..., 0, :] = z
-        signed[..., 1, :] = z
-        signed[..., 1, :].neg_()
-        phi = signed.softmax(-1).clamp_(min=SMALLEST)
+        lead, tokens, memory = x.shape[:-3], x.shape[-2], scratch()
+        x_BGCD = x.reshape(-1, *x.shape[-3:])
+        phi = x.new_empty(x_BGCD.shape[0], groups, heads, tokens, 2, features)
         gain = None if log_gain is None else log_gain.exp()
-        if gain is not None:
-            phi.mul_(gain.view(*phi.shape[:-2], 1, 1))
+        for part in _parts(x_BGCD, weight_GRDF):
+            rows, own = part.rows, part.block.of(phi)
+            z = memory("z", *rows.shape[:2], heads * features, like=x)
+            z = part.like_phi(product_into(z, rows, part.weight_gDX))
+            signed = memory("signed", *own.shape, like=x)
+            signed[..., 0, :] = z
+            torch.neg(z, out=signed[..., 1, :])
+            torch.softmax(signed, -1, out=own)
+            own.clamp_(min=SMALLEST)
+            if gain is not None:
+                own.mul_(part.block.of(gain.view(*phi.shape[:4], 1, 1)))
         ctx.save_for_backward(x, weight_GRDF, phi, gain)
-        return phi.flatten(-2).flatten(-4, -3)
+        return phi.view(*lead, groups * heads, tokens, 2 * features)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, phi, gain = ctx.saved_tensors
         groups, heads, _, features = weight.shape
-        d_signed = grads[0].reshape(phi.shape) * phi
-        row = d_signed.sum(-1, keepdim=True)
-        d_gain = None if gain is None else row.sum(-2).view(gain.shape)
-        d_signed.addcmul_(phi, row if gain is None else row / gain.view(*phi.shape[:-2], 1, 1), value=-1)
-        d_z = x.new_empty(groups, *x.shape[:-3], x.shape[-2], heads, features)
-        view = d_z.movedim(0, -4).transpose(-2, -3)
-        torch.sub(d_signed[..., 0, :], d_signed[..., 1, :], out=view)
-        d_z = d_z.flatten(1, -3).flatten(-2)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_rows = product(d_z, weight.transpose(2, 3).flatten(1, 2))
-            d_x = d_rows.unflatten(1, (*x.shape[:-3], x.shape[-2])).movedim(0, -3)
-        d_weight = product(_rows(x).mT, d_z).unflatten(2, (heads, features)).transpose(1, 2)
-        return d_x, d_weight, d_gain
+        memory, x_BGCD, d_phi = scratch(), x.reshape(-1, *x.shape[-3:]), grads[0].reshape(phi.shape)
+        d_x = torch.empty_like(x_BGCD, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        d_weight = weight.new_zeros(groups, weight.shape[2], heads * features)
+        d_gain = None if gain is None else gain.new_empty(phi.shape[:4])
+        for part in _parts(x_BGCD, weight):
+            own, block = part.block.of(phi), part.block
+            d_signed = torch.mul(block.of(d_phi), own, out=memory("signed", *own.shape, like=x))
+            row = d_signed.sum(-1, keepdim=True)
+            if gain is not None and d_gain is not None:
+                torch.sum(row, (-2, -1), out=block.of(d_gain))
+                row = row / block.of(gain.view(*phi.shape[:4], 1, 1))
+            d_signed.addcmul_(own, row, value=-1)
+            rows = part.rows
+            d_z = memory("z", *rows.shape[:2], heads * features, like=x)
+            torch.sub(d_signed[..., 0, :], d_signed[..., 1, :], out=part.like_phi(d_z))
+            if d_x is not None:
+                found = memory("rows", *rows.shape, like=x)
+                product_into(found, d_z, part.weight_gDX.mT)
+                block.of(d_x).copy_(found.unflatten(1, (-1, x.shape[-2])).transpose(0, 1))
+            product_into(d_weight[block.groups], rows.mT, d_z, beta=1)
+        d_weight = d_weight.unflatten(2, (heads, features)).transpose(1, 2)
+        return None if d_x is None else d_x.view(x.shape), d_weight, None if d_gain is None else d_gain.view(gain.shape)

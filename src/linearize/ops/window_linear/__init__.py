@@ -154,9 +154,9 @@ def _chunks(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState 
 def _in_torch(
     form: Callable[..., tuple[Tensor, WindowLinearState | None]], *inputs: Tensor, **options: Any
 ) -> tuple[Tensor, WindowLinearState | None]:
-    """A form in PyTorch, in at least fp32."""
+    """A form in PyTorch, in at least fp32 (the chunked one widens a slab at a time)."""
     dtype = inputs[0].dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = dtype if form is chunked else torch.promote_types(dtype, torch.float32)
     with torch.autocast(inputs[0].device.type, enabled=False):
         y, after = form(*(x.to(wide) for x in inputs), **options)
     return y.to(dtype), after if after is None else _narrow(after, dtype)

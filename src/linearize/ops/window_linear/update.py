@@ -125,19 +125,25 @@ def next_plain_state(
     spec: WindowLinear,
     fold: Fold | None = None,
     room: Room | None = None,
+    folded_before: tuple[int, Tensor] | None = None,
 ) -> WindowLinearState:
     """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`.
 
-    `room`: where all these slots lie already, if anywhere, so that nothing is copied.
+    `room`: where all these slots lie already, if anywhere, so that nothing is copied. `folded_before`: how many slots
+    were folded already, and the sum with them in it.
     """
     following = start + k_BGSD.shape[2] - num_past
     first = following - k_BGSD.shape[2]
     boundary = fold_boundary(following, spec.window, spec.shape)
     leaving = slice(min(max(spec.num_sinks - first, 0), boundary - first), boundary - first)
     memory = None if state is None else state.memory_BHFV
+    if folded_before is not None:
+        done, memory = folded_before
+        assert done <= leaving.stop
+        leaving = slice(max(done, leaving.start), leaving.stop)
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
         memory = (fold or folded)(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
-    sinks = _plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
+    sinks = plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
     if room is not None:
         return WindowLinearState(following, *room.shown(following - boundary), memory, *sinks, room=room)
     keep = slice(boundary - first, None)
@@ -157,7 +163,7 @@ def next_joined_state(
         memory = folded(gone[0], gone[1], None, memory, spec)
     keep = slice(boundary - first, ring + k_BGTD.shape[2])
     k, v = (between(*pair, keep) for pair in zip(past, (k_BGTD, v_BGTV), strict=True))
-    sinks = _plain_sinks(k_BGTD, v_BGTV, 0, state, spec)
+    sinks = plain_sinks(k_BGTD, v_BGTV, 0, state, spec)
     return WindowLinearState(following, _owned(k), _owned(v), memory, *sinks)
 
 
@@ -177,9 +183,10 @@ def _owned(x: Tensor) -> Tensor:
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
-def _plain_sinks(
+def plain_sinks(
     k_BGSD: Tensor, v_BGSV: Tensor, num_past: int, state: WindowLinearState | None, spec: WindowLinear
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of the text's first tokens, as many as there were so far (None without sinks)."""
     if spec.num_sinks == 0:
         return None, None
     old_k = None if state is None else state.sink_k_BGND
@@ -199,7 +206,7 @@ def folded(
 ) -> Tensor:
     """memory + sum over tokens of weight phi_k(k) [v, 1]^T."""
     dtype = state_dtype(k_BGTD)
-    phi = spec.features_k(k_BGTD).to(dtype)
+    phi = spec.features_k(k_BGTD.to(dtype))
     if weight_BT is not None:
         phi = phi * weight_BT[:, None, :, None].to(dtype)
     value = with_ones(v_BGTV.to(dtype)).repeat_interleave(phi.shape[1] // k_BGTD.shape[1], dim=1)
