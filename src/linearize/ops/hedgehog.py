@@ -7,6 +7,7 @@ Letters: G groups of R heads, H = G R, C tokens, D head dimension, F columns of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,18 @@ SMALLEST = 1e-12
 
 def hedgehog(x: Tensor, weight_HDF: Tensor, log_gain: Tensor | None = None) -> Tensor:
     """Features of x, `[..., G, C, D] -> [..., H, C, 2 F]`, at least 1e-12; times exp(`log_gain: [..., H, C, 1]`)."""
-    phi: Tensor = _Hedgehog.apply(x, weight_HDF.unflatten(0, (x.shape[-3], -1)), log_gain)
+    weight_GRDF = weight_HDF.unflatten(0, (x.shape[-3], -1))
+    if torch.compiler.is_compiling():
+        return _in_one(x, weight_GRDF, log_gain)
+    phi: Tensor = _Hedgehog.apply(x, weight_GRDF, log_gain)
     return phi
+
+
+def _in_one(x: Tensor, weight_GRDF: Tensor, log_gain: Tensor | None) -> Tensor:
+    """The same in operations that a compiler fuses."""
+    z = torch.einsum("...gcd,grdf->...grcf", x, weight_GRDF).flatten(-4, -3)
+    phi = torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1).clamp(min=SMALLEST)
+    return phi if log_gain is None else phi * log_gain.exp()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +55,8 @@ class _Part:
     def like_phi(self, z_gMX: Tensor) -> Tensor:
         """`[g, M, R F]` as `[b, g, R, C, F]`."""
         batch, groups, tokens, _ = self.x.shape
-        return z_gMX.view(groups, batch, tokens, self.per_group, -1).permute(1, 0, 3, 2, 4)
+        features = z_gMX.shape[2] // self.per_group
+        return z_gMX.view(groups, batch, tokens, self.per_group, features).permute(1, 0, 3, 2, 4)
 
 
 def _parts(x_BGCD: Tensor, weight_GRDF: Tensor) -> Iterator[_Part]:
@@ -60,7 +72,7 @@ class _Hedgehog(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_GRDF: Tensor, log_gain: Tensor | None) -> Tensor:
         groups, heads, _, features = weight_GRDF.shape
         lead, tokens, memory = x.shape[:-3], x.shape[-2], scratch()
-        x_BGCD = x.reshape(-1, *x.shape[-3:])
+        x_BGCD = x.reshape(math.prod(lead), *x.shape[-3:])
         phi = x.new_empty(x_BGCD.shape[0], groups, heads, tokens, 2, features)
         gain = None if log_gain is None else log_gain.exp()
         for part in _parts(x_BGCD, weight_GRDF):
@@ -82,7 +94,8 @@ class _Hedgehog(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, phi, gain = ctx.saved_tensors
         groups, heads, _, features = weight.shape
-        memory, x_BGCD, d_phi = scratch(), x.reshape(-1, *x.shape[-3:]), grads[0].reshape(phi.shape)
+        memory, d_phi = scratch(), grads[0].reshape(phi.shape)
+        x_BGCD = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
         d_x = torch.empty_like(x_BGCD, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         d_weight = weight.new_zeros(groups, weight.shape[2], heads * features)
         d_gain = None if gain is None else gain.new_empty(phi.shape[:4])

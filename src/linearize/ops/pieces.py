@@ -51,9 +51,13 @@ class Scratch:
     def __call__(self, name: str, *shape: int, like: Tensor) -> Tensor:
         """Unset numbers of this shape, contiguous, in the dtype and on the device of `like`."""
         key, size = (name, like.dtype, like.device), math.prod(shape)
+        if type(like) is not Tensor:  # tensors without contents (`training/footprint.py`) are of one simulation only
+            return like.new_empty(shape)
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
-            flat = self._flat[key] = like.new_empty(size)
+            flat = like.new_empty(size)
+            if type(flat) is Tensor:
+                self._flat[key] = flat
         return flat[:size].view(shape)
 
     def rows(self, name: str, *shape: int, like: Tensor) -> Tensor:
