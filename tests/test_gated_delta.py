@@ -169,3 +169,32 @@ def test_half_precision_is_computed_in_fp32_and_keeps_an_fp32_state() -> None:
     torch.testing.assert_close(y, exact.bfloat16())
     torch.testing.assert_close(after, state)
     assert gated_delta(*values, layout=Layout(), need_state=False)[1] is None
+
+
+@pytest.mark.parametrize("numbers", [1, 32 * 32 * B * H * 2, 1 << 30], ids=["a chunk", "two chunks", "all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_any_slabs_give_the_same_in_any_order_of_dimensions(
+    numbers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from tensors whose heads lie inside the tokens, as projections give them, and in half precision."""
+    torch.manual_seed(2)
+    tokens, results = 5 * 32 + 13, []
+    sizes = ((H, K), (H, K), (H, V))
+    q, k, v = (torch.randn(B, tokens, *size).to(dtype).transpose(1, 2) for size in sizes)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g, beta = (-torch.rand(B, H, tokens)).to(dtype), torch.rand(B, H, tokens).to(dtype)
+    given = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    d_y = torch.randn(v.shape).to(dtype)
+    for size in (1 << 17, numbers):
+        monkeypatch.setattr("linearize.ops.gated_delta.chunk.SLAB", size)
+        with use_form("chunked"):
+            y, after = gated_delta(*given, layout=Layout(3))
+        results.append([y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])])
+    with use_form("reference"):
+        y, after = gated_delta(*given, layout=Layout(3))
+    exact = [y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])]
+    for a, b, c in zip(*results, exact, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+        assert a.dtype == c.dtype
+        bound = 1e-11 if dtype == torch.float64 else 0.02
+        assert (a.double() - c.double()).abs().max() <= bound * c.double().abs().max()

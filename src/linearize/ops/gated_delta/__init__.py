@@ -44,6 +44,7 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "fla": fla_form,
     "triton": steps,
 }
+WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
 MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
 use_form = DISPATCH.use
 
@@ -74,7 +75,7 @@ def gated_delta(
     tokens, device = k_BHTK.shape[2], v_BHTV.device.type
 
     def run(name: str) -> tuple[Tensor, Tensor | None]:
-        queries, *inputs = given if name == "fla" else tuple(x.to(wide) for x in given)
+        queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
         options: dict[str, Any] = {"layout": layout, "state": state}
         if name in MULTI_STEP:
             options["state"] = None if state is None else state.to(wide)

@@ -22,28 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from linearize.ops.products import decay_factors_
 
-SLAB = 1 << 17  # numbers per matrix of a slab
+SLAB = 200_000  # numbers per matrix of a slab: under 1 MiB, from which allocators give fresh memory, which costs most
 SOLVE = 16  # rows of the systems that are solved row by row
 
 
 def delta_chunks(
-    q_NRCK: Tensor,
-    k_NRCK: Tensor,
-    v_NRCV: Tensor,
-    beta_NRC: Tensor,
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    beta_BHT: Tensor,
     total_NRC: Tensor,
     document_NRC: Tensor | None,
     memory_RKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`y: [N, R, C, V]` and the state `[R, K, V]` after the last chunk.
+    """`y: [B, H, T, V]` in the dtype of v, and the state `[R, K, V]` after the last chunk, in that of the state before.
 
     `total_NRC`: sums of the log decays since each chunk's start, fp64. `document_NRC`: how many documents have opened
     since (None: none has).
     """
-    y, after = _DeltaChunks.apply(q_NRCK, k_NRCK, v_NRCV, beta_NRC, total_NRC, document_NRC, memory_RKV)
+    y, after = _DeltaChunks.apply(q_BHTK, k_BHTK, v_BHTV, beta_BHT, total_NRC, document_NRC, memory_RKV)
     return y, after
 
 
@@ -90,9 +91,9 @@ def unit_inverse(lower_PCC: Tensor, out: Tensor) -> None:
     out[:, :half, half:] = 0
 
 
-def _slabs(k_NRCK: Tensor) -> list[slice]:
+def _slabs(total_NRC: Tensor, width: int) -> list[slice]:
     """Which chunks are computed together."""
-    chunks, rows, tokens, width = k_NRCK.shape
+    chunks, rows, tokens = total_NRC.shape
     step = max(1, SLAB // (rows * tokens * max(tokens, width)))
     return [slice(n, min(n + step, chunks)) for n in range(0, chunks, step)]
 
@@ -102,84 +103,105 @@ def _parts(slab: slice, *tensors: Tensor | None) -> Iterator[Any]:
     return (None if x is None else x[slab].flatten(0, 1) for x in tensors)
 
 
+def _cut(slab: slice, chunk: int, dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+    """The chunks of a slab, `[B, H, T, ...] -> [P, C, ...]` in `dtype`; zeros after the last token."""
+    for x in tensors:
+        part = x[:, :, slab.start * chunk : slab.stop * chunk]
+        if missing := (slab.stop - slab.start) * chunk - part.shape[2]:
+            part = F.pad(part, (0, 0) * (part.dim() - 3) + (0, missing))
+        yield part.to(dtype).unflatten(2, (-1, chunk)).movedim(2, 0).flatten(0, 2)
+
+
+def _put(slab: slice, out_BHT: Tensor, value_PC: Tensor) -> None:
+    """Write the chunks of a slab where `_cut` took them."""
+    chunk = value_PC.shape[1]
+    place = out_BHT[:, :, slab.start * chunk : slab.stop * chunk]
+    value = value_PC.unflatten(0, (-1, *place.shape[:2])).movedim(0, 2).flatten(2, 3)
+    place.copy_(value[:, :, : place.shape[2]])
+
+
 class _DeltaChunks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q_NRCK: Tensor,
-        k_NRCK: Tensor,
-        v_NRCV: Tensor,
-        beta_NRC: Tensor,
+        q_BHTK: Tensor,
+        k_BHTK: Tensor,
+        v_BHTV: Tensor,
+        beta_BHT: Tensor,
         total_NRC: Tensor,
         document_NRC: Tensor | None,
         memory: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        chunks, rows, tokens, _ = k_NRCK.shape
-        y, deltas, reads = torch.empty_like(v_NRCV), torch.empty_like(v_NRCV), torch.empty_like(k_NRCK)
-        memories, inverses = v_NRCV.new_empty(chunks, *memory.shape), k_NRCK.new_empty(chunks, rows, tokens, tokens)
-        for slab in _slabs(k_NRCK):
-            q, k, v, beta, total, document = _parts(slab, q_NRCK, k_NRCK, v_NRCV, beta_NRC, total_NRC, document_NRC)
-            here, strong = decays(total, document, k.dtype), k * beta[..., None]
-            inverse, delta, read, held, out = _parts(slab, inverses, deltas, reads, memories, y)
+        (chunks, rows, tokens), (key, value) = total_NRC.shape, memory.shape[1:]
+        y, keep, wide = torch.empty_like(v_BHTV), any(ctx.needs_input_grad), memory.dtype
+        slabs = _slabs(total_NRC, max(key, value))
+        kept = [memory.new_empty(chunks if keep else slabs[0].stop, rows, *size) for size in _sizes(tokens, key, value)]
+        for slab in slabs:
+            q, k, v, beta = _cut(slab, tokens, wide, q_BHTK, k_BHTK, v_BHTV, beta_BHT)
+            total, document = _parts(slab, total_NRC, document_NRC)
+            here, strong = decays(total, document, wide), k * beta[..., None]
+            memories, deltas, reads, inverses = (x[slab] if keep else x[: slab.stop - slab.start] for x in kept)
+            held, delta, read, inverse = (x.flatten(0, 1) for x in (memories, deltas, reads, inverses))
             unit_inverse((strong @ k.mT).mul_(here.pair), inverse)
             torch.bmm(inverse, v * beta[..., None], out=delta)
             torch.bmm(inverse, strong.mul_(here.carried), out=read)
-            writing, kept = (x.unflatten(0, (-1, rows)) for x in (k * here.written, here.kept))
-            for n in range(slab.start, slab.stop):
-                memories[n] = memory
-                deltas[n].baddbmm_(reads[n], memory, alpha=-1)
-                memory = torch.baddbmm(kept[n - slab.start] * memory, writing[n - slab.start].mT, deltas[n])
-            torch.bmm(q * here.carried, held, out=out).baddbmm_((q @ k.mT).mul_(here.pair), delta)
-        ctx.save_for_backward(
-            q_NRCK, k_NRCK, v_NRCV, beta_NRC, total_NRC, document_NRC, memories, deltas, reads, inverses
-        )
+            writing, remaining = (x.unflatten(0, (-1, rows)).unbind(0) for x in (k * here.written, here.kept))
+            for n, (before, written) in enumerate(zip(memories.unbind(0), deltas.unbind(0), strict=True)):
+                before.copy_(memory)
+                written.baddbmm_(reads[n], memory, alpha=-1)
+                memory = torch.baddbmm(remaining[n] * memory, writing[n].mT, written)
+            out = torch.bmm(q * here.carried, held).baddbmm_((q @ k.mT).mul_(here.pair), delta)
+            _put(slab, y, out)
+        ctx.save_for_backward(q_BHTK, k_BHTK, v_BHTV, beta_BHT, total_NRC, document_NRC, *kept)
         return y, memory
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_y, d_memory = grads[0].contiguous(), grads[1]
-        d_q, d_k, d_v, d_beta, d_total = (torch.empty_like(x) for x in ctx.saved_tensors[:5])
-        for slab in reversed(_slabs(ctx.saved_tensors[1])):
-            out = _parts(slab, d_q, d_k, d_v, d_beta, d_total)
-            d_memory = _backward_slab(slab, ctx.saved_tensors, d_y, d_memory, *out)
-        return d_q, d_k, d_v, d_beta, d_total, None, d_memory
+        *given, total, document, memories, deltas, reads, inverses = ctx.saved_tensors
+        d_y, d_memory = grads
+        outputs, d_total = [torch.empty_like(x) for x in given], torch.empty_like(total)
+        for slab in reversed(_slabs(total, max(memories.shape[2:]))):
+            inputs = _cut(slab, total.shape[2], memories.dtype, *given, d_y)
+            kept = _parts(slab, total, document, memories, deltas, reads, inverses)
+            *found, d_total_PC, d_memory = _backward_slab(total.shape[1], tuple(inputs), tuple(kept), d_memory)
+            for out, value in zip(outputs, found, strict=True):
+                _put(slab, out, value)
+            next(_parts(slab, d_total)).copy_(d_total_PC)
+        return *outputs, d_total, None, d_memory
+
+
+def _sizes(tokens: int, key: int, value: int) -> tuple[tuple[int, int], ...]:
+    """Of what is kept of each chunk: the state before it, what it writes, what it reads, the inverse."""
+    return (key, value), (tokens, value), (tokens, key), (tokens, tokens)
 
 
 def _backward_slab(
-    slab: slice,
-    saved: tuple[Tensor, ...],
-    d_y_NRCV: Tensor,
-    d_memory: Tensor,
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor,
-    d_beta: Tensor,
-    d_total: Tensor,
-) -> Tensor:
-    """Writes the gradients of a slab; gives that of the state before it from `d_memory`, that of the state after it."""
-    rows = d_y_NRCV.shape[1]
-    q, k, v, beta, total, document, held, delta, read, inverse = _parts(slab, *saved)
-    d_y, column = next(_parts(slab, d_y_NRCV)), beta[..., None]
+    rows: int, inputs: tuple[Tensor, ...], kept: tuple[Any, ...], d_memory: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of a slab's q, k, v, beta and total, and that of the state before it from that of the state after it.
+
+    `inputs`: q, k, v, beta and the gradient of y; `kept`: total, document and what the forward pass kept.
+    """
+    (q, k, v, beta, d_y), (total, document, held, delta, read, inverse) = inputs, kept
+    column = beta[..., None]
     here, strong = decays(total, document, k.dtype), k * column
     d_delta, d_held = (q @ k.mT).mul_(here.pair).mT @ d_y, (q * here.carried).mT @ d_y
-    writing, reading, kept, d_states, d_deltas = (
+    writing, reading, remaining, d_states, d_deltas = (
         x.unflatten(0, (-1, rows)) for x in (k * here.written, read, here.kept, d_held, d_delta)
     )
-    after, d_memory = _backward_states(writing, reading, kept, d_states, d_deltas, d_memory)
-    torch.bmm(inverse.mT, d_delta, out=d_v)  # of beta (v - carried k S), until it is multiplied by beta
+    after, d_memory = _backward_states(writing, reading, remaining, d_states, d_deltas, d_memory)
+    d_v = torch.bmm(inverse.mT, d_delta)  # of beta (v - carried k S), until it is multiplied by beta
     d_p, d_a = (d_y @ delta.mT).mul_(here.pair), (d_v @ delta.mT).mul_(here.pair).tril_(-1).neg_()
     d_writing = (delta @ after.mT).mul_(here.written)
     # q and beta k enter as readers, at exp(total); k as what is read, at exp(-total)
-    torch.bmm(d_y, held.mT, out=d_q).mul_(here.carried).baddbmm_(d_p, k)
+    d_q = torch.bmm(d_y, held.mT).mul_(here.carried).baddbmm_(d_p, k)
     d_strong = (d_v @ held.mT).mul_(-here.carried).baddbmm_(d_a, k)
-    torch.baddbmm(d_writing, d_p.mT, q, out=d_k).baddbmm_(d_a.mT, strong)
-    torch.add((d_strong * k).sum(-1), (d_v * v).sum(-1), out=d_beta)
-    d_total.copy_((d_q * q).add_(d_strong * strong).sub_(d_k * k).sum(-1))
+    d_k = torch.baddbmm(d_writing, d_p.mT, q).baddbmm_(d_a.mT, strong)
+    d_beta = (d_strong * k).sum(-1).add_((d_v * v).sum(-1))
+    d_total = (d_q * q).addcmul_(d_strong, strong).addcmul_(d_k, k, value=-1).sum(-1)
     d_total[:, -1] += (d_writing * k).sum((-2, -1)) + here.kept[:, 0, 0] * (after * held).sum((-2, -1))
-    d_k.addcmul_(d_strong, column)
-    d_v.mul_(column)
-    return d_memory
+    return d_q, d_k.addcmul_(d_strong, column), d_v.mul_(column), d_beta, d_total, d_memory
 
 
 def _backward_states(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from linearize.ops.gated_delta.chunk import delta_chunks
 from linearize.ops.layout import Layout
 
-CHUNK = 64
+CHUNK = 32  # measured for heads of 16 and 64: docs/log.md
 SMALLEST = -1000.0  # exp of less is 0 in fp64 too, and so is its gradient
 
 
@@ -34,19 +34,19 @@ def chunked(
         log_decay = log_decay.masked_fill(opens[:, None], 0)
     if live is not None:
         log_decay, beta_BHT = (x.masked_fill(~live[:, None], 0) for x in (log_decay, beta_BHT))
-    q, k, v, beta, log_decay = (_cut(x) for x in (q_BHTK, k_BHTK, v_BHTV, beta_BHT, log_decay))
-    total = log_decay.to(torch.float64).cumsum(-1)  # fp64: differences stay exact beside a strong decay
-    document = None if opens is None else _cut(opens[:, None].expand(batch, heads, -1)).cumsum(-1)
-    memory = v_BHTV.new_zeros(batch, heads, key_dim, value_dim) if state is None else state.to(v_BHTV.dtype)
-    y_NRCV, after = delta_chunks(q, k, v, beta, total, document, memory.flatten(0, 1).contiguous())
-    y_BHNCV = y_NRCV.unflatten(1, (batch, heads)).permute(1, 2, 0, 3, 4)
-    return y_BHNCV.flatten(2, 3)[:, :, :tokens], after.unflatten(0, (batch, heads))
-
-
-def _cut(x_BHT: Tensor) -> Tensor:
-    """`[B, H, T, ...] -> [N, R, C, ...]`; what is missing in the last chunk is filled with zeros."""
-    tokens = x_BHT.shape[2]
     chunk = min(CHUNK, tokens)
-    if missing := -tokens % chunk:
-        x_BHT = F.pad(x_BHT, (0, 0) * (x_BHT.dim() - 3) + (0, missing))
+    total = _cut(log_decay.to(torch.float64), chunk).cumsum(-1)  # fp64: differences stay exact beside a strong decay
+    document = None if opens is None else _cut(opens[:, None].expand(batch, heads, -1), chunk).cumsum(-1)
+    wide = torch.promote_types(v_BHTV.dtype, torch.float32)
+    if state is None:
+        state = v_BHTV.new_zeros(batch, heads, key_dim, value_dim, dtype=wide)
+    memory = state.to(wide).flatten(0, 1).contiguous()
+    y, after = delta_chunks(q_BHTK, k_BHTK, v_BHTV, beta_BHT, total, document, memory)
+    return y, after.unflatten(0, (batch, heads))
+
+
+def _cut(x_BHT: Tensor, chunk: int) -> Tensor:
+    """`[B, H, T] -> [N, R, C]`; what is missing in the last chunk is filled with zeros."""
+    if missing := -x_BHT.shape[2] % chunk:
+        x_BHT = F.pad(x_BHT, (0, missing))
     return x_BHT.unflatten(2, (-1, chunk)).movedim(2, 0).flatten(1, 2).contiguous()
