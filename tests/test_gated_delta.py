@@ -194,7 +194,6 @@ def test_any_slabs_give_the_same_in_any_order_of_dimensions(
         y, after = gated_delta(*given, layout=Layout(3))
     exact = [y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])]
     for a, b, c in zip(*results, exact, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
-        assert a.dtype == c.dtype
-        bound = 1e-11 if dtype == torch.float64 else 0.02
+        bound, assured = (1e-11, 1e-12) if dtype == torch.float64 else (0.02, 0.01)
+        assert a.dtype == c.dtype and (a - b).abs().max() <= assured * a.abs().max()
         assert (a.double() - c.double()).abs().max() <= bound * c.double().abs().max()
