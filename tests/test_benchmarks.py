@@ -16,10 +16,12 @@ from linearize.benchmarks import (
     verify_cost,
 )
 from linearize.evaluation.speed.timing import interleaved
+from linearize.mixers import AttentionShape
 
 TINY = ["--hidden", "24", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "37", "--threads", "1"]
+OP = ["--tokens", "70", "--windows-at", "70", "--heads", "4", "--kv-heads", "2", "--dim", "10", "--threads", "1"]
 CASES = [
-    (op_speed, ["--tokens", "70", "--heads", "4", "--kv-heads", "2", "--dim", "10", "--threads", "1"], "speedup", 1),
+    (op_speed, [*OP, "--windows", "16", "5"], "share_of_peak", 4),
     (decode_speed, [*TINY, "--head-dim", "6", "--context", "301", "--mixer", "window-linear"], "speedup", 1),
     (prefill_growth, [*TINY, "--tokens", "65", "131"], "growth", 2),
     (transfer_cost, [*TINY, "--tokens", "67"], "ratio", 1),
@@ -80,3 +82,22 @@ def test_timing_takes_turns_after_one_untimed_round():
     times = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
     assert calls == ["a", "b"] * 4
     assert times["a"].lowest <= times["a"].seconds <= times["a"].highest
+
+
+@pytest.mark.parametrize(("window", "sinks", "tokens"), [(5, 0, 37), (7, 3, 20), (64, 1, 37)])
+def test_the_operation_is_counted_by_what_it_needs(window, sinks, tokens):
+    config = {"window": window, "window_shape": "terraced", "num_sinks": sinks, "feature_dim": 11}
+    shape = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=3, value_dim=5, model_dim=18)
+    pairs = sum(j < sinks or n // window - j // window < 2 for n in range(tokens) for j in range(n + 1))
+    maps, sums = 2 * tokens * 2 * 3 * 11, 2 * tokens * 2 * 22 * 5
+    forward = 6 * (pairs * 2 * (3 + 5) + maps + sums)
+    assert op_speed.useful_flops(config, shape, tokens, backward=False) == forward
+    assert op_speed.useful_flops(config, shape, tokens, backward=True) == 3 * forward
+
+
+def test_a_long_text_runs_through_sdpa_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(op_speed, "LONG", 60)
+    out = tmp_path / "result.json"
+    op_speed.main([*OP, "--tokens", "50", "70", "--windows", "16", "--repeats", "3", "--out", str(out)])
+    rounds = [(row["pass"], row["rounds"]["sdpa"]) for row in json.loads(out.read_text())["rows"]]
+    assert rounds == [("forward and backward", 3), ("forward", 3), ("forward and backward", 1), ("forward", 1)]
