@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from linearize.cli import main
 from linearize.cli_output import lines, plain
@@ -57,6 +58,16 @@ def failure(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 
 
 # usage
+
+
+def test_every_verb_counts_subnormal_numbers_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_flush_denormal(False)
+    small = torch.tensor([1e-30])
+    assert (small * 1e-10).item() > 0
+    seen: list[float] = []
+    monkeypatch.setattr("linearize.cli._quiet_libraries", lambda: seen.append((small * 1e-10).item()))
+    assert main(["--version"]) == 0
+    assert seen == [0.0]
 
 
 @pytest.mark.parametrize(

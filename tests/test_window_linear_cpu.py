@@ -48,7 +48,7 @@ def test_pieces_of_any_size_give_the_same(monkeypatch, piece, position, window, 
     spec, tokens = make_spec(window, shape, **options), 203 if position is None else 53
     expected, state, gradients = run("reference", spec, position, tokens)
     monkeypatch.setattr(pieces, "BLOCK", piece)
-    monkeypatch.setattr(subject, "BLOCK", min(piece, 1 << 12))
+    monkeypatch.setattr(subject, "ONE_HEAD", min(piece, 1 << 12))
     y, after, got = run("chunked", spec, position, tokens)
     live = 1 if position is None else (position >= 0)[:, None, :, None]
     torch.testing.assert_close(y * live, expected * live, rtol=0, atol=1e-10)
@@ -58,7 +58,7 @@ def test_pieces_of_any_size_give_the_same(monkeypatch, piece, position, window, 
 
 
 def test_chunks_of_a_plain_text_share_their_masks(monkeypatch):
-    monkeypatch.setattr(subject, "BLOCK", 1 << 12)
+    monkeypatch.setattr(subject, "ONE_HEAD", 1 << 12)
     spec, layout = make_spec(4, "terraced", sinks=3), Layout()
     with use_form("chunked"):
         window_linear(*inputs(403), spec=spec, layout=layout)
@@ -82,7 +82,7 @@ def test_what_the_slabs_folded_is_not_mapped_again(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_widened_slab_by_slab(monkeypatch, dtype):
     """Never a whole tensor at once; what comes out is what the fp32 form gives for the same numbers, rounded."""
-    monkeypatch.setattr(subject, "BLOCK", 1 << 12)
+    monkeypatch.setattr(subject, "ONE_HEAD", 1 << 12)
     spec, widened = make_spec(4, "terraced", shared=True, sinks=2), []
     spec = type(spec)(**{**spec.__dict__, "feature_k": spec.feature_k.float(), "feature_q": spec.feature_q.float()})
     attend = subject.attend_slab

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.pieces import BLOCK
 from linearize.ops.window_linear.align import Alignment, align
 from linearize.ops.window_linear.masks import Masks, masks_of
 from linearize.ops.window_linear.slab import attend_slab
@@ -31,7 +30,8 @@ from linearize.ops.window_linear.update import (
 
 SMALLEST_CHUNK = 16
 FEATURES = 128  # of a map, where slabs are measured out before there is one
-SLAB = 1 << 22  # numbers of a slab's features: they fit a processor's last-level cache
+ONE_HEAD = 1 << 19  # numbers of a slab's scores or features per head: fewer cost more in calls than caches save
+SLAB = 1 << 23  # of all heads' features: a processor's last-level cache
 
 
 def chunk_size(spec: WindowLinear) -> int:
@@ -109,9 +109,9 @@ def _by_chunk(feature_map: FeatureMap, x: Tensor) -> Tensor:
 
 
 def _slab_chunks(q_BHNCD: Tensor) -> int:
-    """Chunks per slab: a matrix of scores or features of one head has about `BLOCK` numbers."""
+    """Chunks per slab: a matrix of scores or features of one head has about `ONE_HEAD` numbers."""
     batch, heads, _, chunk = q_BHNCD.shape[:4]
-    one_head = BLOCK // (chunk * max(2 * chunk, FEATURES))
+    one_head = ONE_HEAD // (chunk * max(2 * chunk, FEATURES))
     return max(1, min(one_head, SLAB // (batch * heads * chunk * FEATURES)))
 
 
