@@ -28,6 +28,15 @@ def _own_cache() -> Iterator[None]:
     shutil.rmtree(os.environ["LINEARIZE_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: in Triton's interpreter, and on a GPU; without one that half skips and says so."""
+    device: str = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device (make gpu-test)")
+    return device
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder `../shared` beside the project (real teachers and text); the test skips where there is none."""

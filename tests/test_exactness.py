@@ -9,21 +9,20 @@ the error of the operations they stand for in `test_triton_multi_step.py`, since
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from test_triton_multi_step import needs_triton, run_cases
 from torch import Tensor
 
-from linearize.benchmarks.exactness import ASKED, DTYPES, compare, errors, kernel_rows
+from linearize.benchmarks.exactness import ASKED, DTYPES, compare, errors
 from linearize.benchmarks.exactness_cases import problems, window_problem
 from linearize.ops.decay_linear.backends import DISPATCH as DECAY
 from linearize.ops.gated_delta.backends import DISPATCH as DELTA
 from linearize.ops.selective_scan.backends import DISPATCH as SCAN
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)")
 PROBLEMS = list(problems(quick=True))
 
 
@@ -43,14 +42,22 @@ def test_no_form_in_pytorch_is_less_exact_than_twice_sdpa(problem, dtype):
 
 
 @needs_triton
-def test_no_kernel_is_less_exact_than_twice_sdpa():
+def test_no_kernel_is_less_exact_than_twice_sdpa(kernel_device):
     """In the interpreter in fp16: fp32 is held to fp64 by the kernels' own tests, and its products in bf16 are wrong.
     On a GPU in every dtype."""
-    gpu = torch.cuda.is_available()
-    rows = kernel_rows(list(DTYPES) if gpu else ["fp16"], quick=not gpu)
+    asked = ["--dtype", "fp16", "--quick"] if kernel_device == "cpu" else ["--dtype", *DTYPES]
+    rows = run_cases("triton_exactness_cases.py", kernel_device, *asked)["rows"]
     check(rows)
     assert {row["form"] for row in rows} == {"triton", "triton_chunks"}
-    assert {row["device"] for row in rows} == {"cuda" if gpu else "cpu"}
+    assert {row["device"] for row in rows} == {kernel_device}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (make gpu-test)")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.operation}, {p.case}")
+def test_no_form_in_pytorch_is_less_exact_than_twice_sdpa_on_a_gpu(problem, dtype):
+    check(compare(problem, dtype, device="cuda"))
 
 
 def test_every_form_of_the_tables_is_measured():

@@ -5,11 +5,10 @@ The cases run in a process of their own, `triton_window_cases.py`.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
 import pytest
-from test_triton_multi_step import ROUNDING, case, needs_triton, run
+from test_triton_multi_step import ROUNDING, case, needs_triton, run_cases
 
 CASES = [
     "hedgehog, terraced, dead",
@@ -26,8 +25,8 @@ IN_PLACE = ["in place, dead", "in place, documents", "cut"]
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, float]]:
-    return json.loads(run(str(Path(__file__).with_name("triton_window_cases.py")), interpret=True))
+def results(kernel_device: str) -> dict[str, Any]:
+    return run_cases("triton_window_cases.py", kernel_device)
 
 
 def judge(found: dict[str, float], dtype: str) -> None:
@@ -39,7 +38,7 @@ def judge(found: dict[str, float], dtype: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_advances_over_the_tail_and_gives_the_new_outputs(name: str, results: dict) -> None:
-    judge(case(results, name), "fp16" if "fp16" in name else "fp32")
+    judge(case(results, name), results["half dtype"] if "fp16" in name else "fp32")
 
 
 @needs_triton

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import left_padded, mixer, student_of, text, tiny
 from test_window_linear import inputs, make_spec
 
 from linearize.ops.layout import Layout
@@ -133,3 +134,17 @@ def test_buffers_keep_only_what_is_of_the_document():
     late, layout = [x[:, :, 11:] for x in (q, k, v)], Layout(position_BT=LAYOUTS["parts"][:, 11:])
     y, _ = window_linear(*late, spec=spec, layout=layout, state=again)
     torch.testing.assert_close(y, alone(q, k, v, spec, LAYOUTS["parts"])[:, :, 11:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["lolcats", "sliding_window", "gla"])
+def test_a_student_reads_on_after_padding_that_was_counted(name):
+    """`position_ids` that count the padding: the second call through the cache gives what one call gives."""
+    student, (ids, mask) = student_of(tiny(), [mixer(name)] * 3), left_padded(text(2, 23), [23, 14])
+    given = {"position_ids": torch.arange(23).repeat(2, 1)}
+    with torch.no_grad():
+        whole = student(ids, attention_mask=mask, **given).logits
+        first = {"position_ids": given["position_ids"][:, :11], "attention_mask": mask[:, :11]}
+        cache = student(ids[:, :11], **first, use_cache=True).past_key_values
+        then = {"position_ids": given["position_ids"][:, 11:], "attention_mask": mask}
+        logits = student(ids[:, 11:], **then, past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole[:, 11:], rtol=0, atol=2e-4)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from kernel_device import DEVICE, HALF, seeded
 from torch import Tensor
 
 import linearize.ops.decay_linear as decay_op
@@ -140,7 +141,7 @@ def op_case(
 
 
 def op_cases() -> dict[str, Callable[..., dict[str, float]]]:
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g)
@@ -161,7 +162,7 @@ def op_cases() -> dict[str, Callable[..., dict[str, float]]]:
 
 def dispatched() -> dict[str, float]:
     """The forms as the operations choose them by name: the kernel against the step-by-step form, with a tail."""
-    g = torch.Generator().manual_seed(5)
+    g = seeded(5)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g)
@@ -186,7 +187,7 @@ def dispatched() -> dict[str, float]:
 
 def gla_case() -> dict[str, float]:
     """Softmax of q and k, log sigmoid of the keys, two query heads to a state; retention's norm by itself."""
-    g = torch.Generator().manual_seed(5)
+    g = seeded(5)
     q, k, keys = (torch.randn(2, n, 7, 5, generator=g) for n in (6, 3, 3))
     v, S = torch.randn(2, 3, 7, 9, generator=g), torch.randn(2, 3, 5, 9, generator=g)
     decay = torch.nn.functional.logsigmoid(keys.double()) / 16.0
@@ -289,8 +290,8 @@ def mixer_case(
         for key, parameter in mixer.named_parameters():
             if key not in (mixer.fp32_parameters or ()):
                 parameter.data = parameter.data.to(dtype)
-    hidden = torch.randn(rows, DEAD.shape[1], shape.model_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    early = torch.randn(rows, 3, shape.model_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    hidden = torch.randn(rows, DEAD.shape[1], shape.model_dim, generator=seeded(1)).to(dtype)
+    early = torch.randn(rows, 3, shape.model_dim, generator=seeded(2)).to(dtype)
     state = None if fresh else mixer(early, layout=Layout())[1]
     wide = None if state is None else RecurrentState(state.memory.double(), state.taps.double())
     y0, memory0, taps0 = truth(exact, hidden.double(), wide, commit, dead)
@@ -316,7 +317,7 @@ def mixer_case(
 def same_bits(name: str) -> dict[str, float]:
     """Cutting a text in other places changes no bit of outputs, state or taps."""
     mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32, conv_taps=3)
-    raw = project(mixer, torch.randn(1, 5, 11, generator=torch.Generator().manual_seed(4)))
+    raw = project(mixer, torch.randn(1, 5, 11, generator=seeded(4)))
     whole, memory, taps = kernel_call(mixer, raw, None, None, layout=Layout())
     first = [x[:, :4] for x in raw]
     y, m, c = kernel_call(mixer, first, None, None, layout=Layout(), commit=2, outputs=1)
@@ -334,7 +335,7 @@ def same_bits(name: str) -> dict[str, float]:
 def documents(name: str) -> dict[str, float]:
     """A token at position 0 finds nothing of what was before: its row equals a row that begins there."""
     mixer = build(name, SQUARE if name == "mamba" else SHAPE, torch.float32, conv_taps=3)
-    raw = project(mixer, torch.randn(1, 4, 11, generator=torch.Generator().manual_seed(4)))
+    raw = project(mixer, torch.randn(1, 4, 11, generator=seeded(4)))
     packed = Layout(position_BT=torch.tensor([[5, 0, 1, 2]]))
     _, memory, taps = kernel_call(mixer, [x[:, 2:] for x in raw], None, None, layout=Layout())
     y, after, taps_after = kernel_call(mixer, raw, memory, taps, layout=packed)
@@ -352,7 +353,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp32, tail": {"dtype": torch.float32, "commit": TAIL, "dead": False},
     "fp32, no tail": {"dtype": torch.float32, "commit": 0, "dead": False},
     "fp32, dead": {"dtype": torch.float32, "commit": TAIL, "dead": True},
-    "fp16, dead": {"dtype": torch.float16, "commit": TAIL, "dead": True},
+    "fp16, dead": {"dtype": HALF, "commit": TAIL, "dead": True},
 }
 
 
@@ -381,7 +382,9 @@ def cases() -> dict[str, Callable[[], dict[str, float]]]:
 
 def quicken() -> None:
     """The interpreter replaces the members of `triton.language` anew at every call of a function inside a kernel, where
-    they are replaced already: most of its time."""
+    they are replaced already: most of its time. Nothing on a GPU."""
+    if DEVICE != "cpu":
+        return
     import triton.runtime.interpreter as interpreter
 
     listing = SimpleNamespace(**vars(inspect))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from kernel_device import HALF, seeded
 from torch import Tensor
 from triton_cases import NAN, SHAPE, SQUARE, build, gap, padded, poison, quicken
 
@@ -40,7 +41,7 @@ JUMPS = torch.tensor([[10, 11, 5, 6, 7, 8], [10, 11, 12, 13, 4, 5]])
 
 
 def some(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*size, generator=seeded(seed)).to(dtype)
 
 
 def make_spec(window: int, shape: str, feature: str | None, **options: Any) -> WindowLinear:
@@ -144,7 +145,8 @@ def case(
     y0, states = truth(exact, tuple(x.double() for x in late), wide, at, commit)
     layout = Layout(start) if position is None else Layout(position_BT=position)
     narrow = state if state is None or position is None else replace(state, next=torch.full((2,), PAST))
-    y1, _ = window_linear(late[0][:, :, commit:], *late[1:], spec=spec, layout=layout, state=narrow, commit=commit)
+    with use_form("reference"):
+        y1, _ = window_linear(late[0][:, :, commit:], *late[1:], spec=spec, layout=layout, state=narrow, commit=commit)
     given = [padded(x.masked_fill((at < 0)[:, None, :, None], NAN)) for x in late]
     given[0] = given[0][:, :, commit:]
     held: Any = state
@@ -254,15 +256,15 @@ def dispatched() -> dict[str, float]:
 
 
 def cases() -> dict[str, Callable[[], dict[str, float]]]:
-    affine = {"linear_factor_H": torch.rand(H, generator=torch.Generator().manual_seed(3))}
+    affine = {"linear_factor_H": torch.rand(H, generator=seeded(3))}
     return {
         "hedgehog, terraced, dead": lambda: case(
             make_spec(3, "terraced", "hedgehog", num_sinks=2, **affine), position=DEAD
         ),
         "gain, sliding, shared, dead, fp16": lambda: case(
-            make_spec(2, "sliding", "gain", shared_shift=True, softcap=2.5), position=DEAD, dtype=torch.float16
+            make_spec(2, "sliding", "gain", shared_shift=True, softcap=2.5), position=DEAD, dtype=HALF
         ),
-        "hedgehog, terraced, fp16": lambda: case(make_spec(3, "terraced", "hedgehog"), dtype=torch.float16, commit=5),
+        "hedgehog, terraced, fp16": lambda: case(make_spec(3, "terraced", "hedgehog"), dtype=HALF, commit=5),
         "t2r, sliding, documents": lambda: case(make_spec(3, "sliding", "t2r", num_sinks=1), position=DOCUMENTS),
         "exp, sliding, jumps": lambda: case(make_spec(3, "sliding", "exp"), position=JUMPS),
         "exp, terraced, fresh": lambda: case(make_spec(1, "terraced", "exp", num_sinks=1), fresh=True),

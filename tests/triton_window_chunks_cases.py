@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kernel_device import HALF
 from torch import Tensor
 from triton_cases import gap, padded, poison
 
@@ -125,7 +126,7 @@ CASES: dict[str, Case] = {
     "given features": Case(map="gain", shape="sliding", window=16, sinks=1, ragged=False),
     "no window": Case(map="elu", window=0, ragged=False),
     "window alone": Case(shape="sliding", window=7, sinks=1, branch="window", ragged=False),
-    "half": Case(window=5, dtype=torch.float16, ragged=False),
+    "half": Case(window=5, dtype=HALF, ragged=False),
     "above 0": Case(map="t2r", shape="sliding", window=9, sinks=3, late=True, softcap=30.0),
     "above 0, two calls": Case(map="t2r", window=5, sinks=3, late=True, cut=21, backward=False),
     "two calls": Case(map="t2r", sinks=1, cut=21, backward=False),
