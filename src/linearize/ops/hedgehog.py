@@ -25,14 +25,15 @@ SMALLEST = 1e-12
 def hedgehog(x: Tensor, weight_HDF: Tensor, log_gain: Tensor | None = None) -> Tensor:
     """Features of x, `[..., G, C, D] -> [..., H, C, 2 F]`, at least 1e-12; times exp(`log_gain: [..., H, C, 1]`)."""
     weight_GRDF = weight_HDF.unflatten(0, (x.shape[-3], -1))
-    if torch.compiler.is_compiling():
+    decoded = x.shape[-2] == 1 and not torch.is_grad_enabled()  # nothing to keep or to cut
+    if decoded or torch.compiler.is_compiling():
         return _in_one(x, weight_GRDF, log_gain)
     phi: Tensor = _Hedgehog.apply(x, weight_GRDF, log_gain)
     return phi
 
 
 def _in_one(x: Tensor, weight_GRDF: Tensor, log_gain: Tensor | None) -> Tensor:
-    """The same in operations that a compiler fuses."""
+    """The same in few operations, which a compiler fuses."""
     z = torch.einsum("...gcd,grdf->...grcf", x, weight_GRDF).flatten(-4, -3)
     phi = torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1).clamp(min=SMALLEST)
     return phi if log_gain is None else phi * log_gain.exp()

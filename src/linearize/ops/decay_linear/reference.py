@@ -34,7 +34,7 @@ def reference(
     y = []
     for t in range(tokens):
         before = S if starts is None else S.masked_fill(starts[:, t, None, None, None], 0)
-        after = decay[:, :, t] * before + k_BHTK[:, :, t, :, None] * v_BHTV[:, :, t, None, :]
+        after = (decay[:, :, t] * before).addcmul_(k_BHTK[:, :, t, :, None], v_BHTV[:, :, t, None, :])
         S = after if live is None else torch.where(live[:, t, None, None, None], after, S)
         if t + 1 == commit:
             committed = S

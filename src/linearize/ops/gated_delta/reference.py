@@ -36,10 +36,10 @@ def reference(
         k, v, beta = k_BHTK[:, :, t, :, None], v_BHTV[:, :, t], beta_BHT[:, :, t, None]
         now = memory if opens is None else memory.masked_fill(opens[:, t, None, None, None], 0)
         now = now * decay_BHT[:, :, t, None, None]
-        delta_BHV = beta * (v - (now * k).sum(-2))
-        now = now + k * delta_BHV[..., None, :]
+        delta_BHV = beta * (v - (k.mT @ now)[:, :, 0])
+        now = torch.addcmul(now, k, delta_BHV[..., None, :])
         if t >= first:
-            ys.append((now * q_BHUK[:, :, t - first, :, None]).sum(-2))
+            ys.append((q_BHUK[:, :, t - first, None] @ now)[:, :, 0])
         memory = now if live is None else torch.where(live[:, t, None, None, None], now, memory)
         if t + 1 == commit:
             committed = memory

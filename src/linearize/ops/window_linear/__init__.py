@@ -214,6 +214,8 @@ def advance(
 def _narrow(state: WindowLinearState, dtype: torch.dtype) -> WindowLinearState:
     """Ring and sinks in the dtype of the keys and values, or wide where gradients come back through them: those would
     be rounded call by call. The sums stay wide."""
+    if state.k_BGRD.dtype == dtype and (state.sink_k_BGND is None or state.sink_k_BGND.dtype == dtype):
+        return state
     names = ("k_BGRD", "v_BGRV", "sink_k_BGND", "sink_v_BGNV")
     return replace(
         state, **{n: x.to(dtype) for n in names if (x := getattr(state, n)) is not None and not x.requires_grad}

@@ -34,12 +34,12 @@ def step(
     else:
         k = torch.cat([state.k_BGRD.to(dtype), k_BG1D], dim=2)
         v = torch.cat([state.v_BGRV.to(dtype), v_BG1V], dim=2)
-    total, m = None, None
+    total, m = None, None  # `m`: of a shared shift
     if spec.has_window:
         total, m = _window(q_BH1D.unflatten(1, (groups, -1)).squeeze(3), k, v, layout.start, state, spec)
     if spec.has_linear and state.memory_BHFV is not None:
         recalled = spec.features_q(q_BH1D) @ state.memory_BHFV.to(dtype)
-        recalled = recalled * (-m).exp() if m is not None and spec.shared_shift else recalled
+        recalled = recalled * (-m).exp() if m is not None else recalled
         total = recalled if total is None else total + recalled
     if spec.has_linear and spec.window == 0:  # then the token itself is beyond the window
         total = _own(q_BH1D, k_BG1D, v_BG1V, spec, total)
@@ -50,8 +50,11 @@ def step(
 
 def _window(
     q_BGRD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, position: int, state: WindowLinearState, spec: WindowLinear
-) -> tuple[Tensor, Tensor]:
-    """[sum of g exp(s - m) v, sum of g exp(s - m)], `[B, H, 1, V + 1]`, and m, `[B, H, 1, 1]`."""
+) -> tuple[Tensor, Tensor | None]:
+    """[sum of g exp(s - m) v, sum of g exp(s - m)], `[B, H, 1, V + 1]`, and a shared m, `[B, H, 1, 1]`.
+
+    The token sees itself, so that m is finite.
+    """
     out_of_ring = max(position + 1 - k_BGSD.shape[2], 0)  # sinks that have left the ring
     k_sink, v_sink = state.sink_k_BGND, state.sink_v_BGNV
     with_sinks = k_sink is not None and v_sink is not None and out_of_ring > 0
@@ -62,7 +65,8 @@ def _window(
     s = s * spec.scaling
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
-    m = spec.shift(s.amax(-1, keepdim=True))
+    m = s.amax(-1, keepdim=True)
+    m = m.detach().clamp(min=0) if spec.shared_shift else m
     p = (s - m).exp()
     if spec.log_window_factor_H is not None:
         p = p * spec.log_window_factor_H.exp().to(p.dtype).view(p.shape[1], p.shape[2], 1)
@@ -72,7 +76,7 @@ def _window(
         assert v_sink is not None
         total = total + p[..., :num_sinks] @ v_sink[:, :, :out_of_ring].to(p.dtype)
     total = torch.cat([total, p.sum(-1, keepdim=True)], dim=-1)
-    return total.flatten(1, 2)[:, :, None], m.flatten(1, 2)[:, :, None]
+    return total.flatten(1, 2)[:, :, None], m.flatten(1, 2)[:, :, None] if spec.shared_shift else None
 
 
 def _own(q_BH1D: Tensor, k_BG1D: Tensor, v_BG1V: Tensor, spec: WindowLinear, total: Tensor | None) -> Tensor:
