@@ -123,6 +123,18 @@ def test_gradients_of_gradients_are_refused():
         first.sum().backward()
 
 
+def test_inference_mode_leaves_memory_that_training_may_use():
+    pieces.scratch()._flat.clear()
+    spec, given = make_spec(4, "terraced"), inputs(53)
+    with torch.inference_mode(), use_form("chunked"):
+        expected, _ = window_linear(*given, spec=spec, layout=Layout())
+    y, _, _ = run("chunked", spec, tokens=53)
+    torch.testing.assert_close(y, expected)
+    with torch.inference_mode(), use_form("chunked"):
+        again, _ = window_linear(*given, spec=spec, layout=Layout())
+    assert torch.equal(again, expected)
+
+
 def test_blocks_cover_every_head_once():
     for batch, groups, numbers in itertools.product((1, 3), (1, 5), (1, pieces.BLOCK // 7, pieces.BLOCK, 10**9)):
         seen = torch.zeros(batch, groups)

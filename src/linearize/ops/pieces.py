@@ -55,7 +55,8 @@ class Scratch:
             return like.new_empty(shape)
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
-            flat = like.new_empty(size)
+            with torch.inference_mode(False):  # what is made inside that mode cannot be written to outside
+                flat = torch.empty(size, dtype=like.dtype, device=like.device)
             if type(flat) is Tensor:
                 self._flat[key] = flat
         return flat[:size].view(shape)
