@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from linearize.mixers import AttentionShape
+from linearize.mixers import AttentionShape, retention
 from linearize.mixers.gates import rotate
 from linearize.mixers.layer_mixer import AttentionWeights
 from linearize.mixers.retention import Retention, RetentionConfig, log_decays
@@ -118,3 +118,13 @@ def test_gradients_reach_every_parameter() -> None:
     mixer = build()
     (mixer(hidden(), layout=Layout())[0] * torch.randn(B, T, M)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in mixer.parameters())
+
+
+def test_decays_are_made_once_for_all_layers_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], retention.log_decays
+    monkeypatch.setattr(retention, "log_decays", lambda *given: made.append(given) or make(*given))
+    layers, layout = [build(), build(), build(decay="alibi")], Layout()
+    given = hidden(5)
+    for layer in layers:
+        layer(given, layout=layout)
+    assert [kind for kind, *_ in made] == ["retnet", "alibi"]

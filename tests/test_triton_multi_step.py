@@ -109,6 +109,13 @@ def test_gated_linear_attention_and_retention_are_fused_with_what_stands_around_
 
 
 @needs_triton
+def test_the_gates_of_gated_linear_attention_are_no_launches_of_their_own(results: dict) -> None:
+    found = case(results, "gla dispatched")
+    assert max(found[name] for name in ("y", "state", "without", "none")) < 2e-6
+    assert found["beside the kernel"] == 0 and found["one by one"] > 10
+
+
+@needs_triton
 def test_every_kernel_builds_for_gpus_that_are_not_here() -> None:
     quick = ["--arch", "90", "--dtype", "bfloat16", "--head-dim", "16"]
     one_each = ["--only", "gated delta", "selective scan", "mamba", "mamba2"]

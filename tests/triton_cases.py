@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from kernel_device import DEVICE, HALF, seeded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import linearize.ops.decay_linear as decay_op
 import linearize.ops.gated_delta as delta_op
 import linearize.ops.selective_scan as scan_op
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.layer_mixer import LayerMixer, RecurrentState
+from linearize.ops.decay_linear.gated import gated_linear
 from linearize.ops.decay_linear.reference import reference as decay_reference
 from linearize.ops.gated_delta.reference import reference as delta_reference
 from linearize.ops.layout import Layout
@@ -202,6 +204,40 @@ def gla_case() -> dict[str, float]:
     return {"y": gap(y, y0[:, :, 4:]), "state": gap(s, s0[:, ::2]), "norm": gap(z, z0)}
 
 
+@torch.no_grad()
+def gla_dispatched() -> dict[str, float]:
+    """The operation that the mixer calls: the kernel gives what separate maps, gates and a recurrence give, alone."""
+    g = torch.Generator().manual_seed(6)
+    q, k, keys = (torch.randn(2, n, t, 5, generator=g) for n, t in ((6, 3), (3, 7), (3, 7)))
+    v, S = torch.randn(2, 3, 7, 9, generator=g), torch.randn(2, 3, 5, 9, generator=g)
+    found, operations = {}, {}
+    for form in ("triton", "few"):
+        for need in (True, False):
+            with decay_op.use_form(form), Operations() as seen:
+                options = {"layout": Layout(3), "state": S, "commit": 4, "need_state": need}
+                found[form, need] = gated_linear(q, k, v, keys, gate_divisor=16.0, **options)
+            operations[form] = seen.computing
+    (y, s), (y0, s0) = found["triton", True], found["few", True]
+    none = float(found["triton", False][1] is not None)
+    alone = gap(found["triton", False][0], y0)
+    counts = {"beside the kernel": float(operations["triton"]), "one by one": float(operations["few"])}
+    return {"y": gap(y, y0), "state": gap(s, s0), "without": alone, "none": none, **counts}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch that would be launched: all but views, new memory and what the interpreter does
+    around a kernel."""
+
+    computing = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = ("empty", "view", "slice", "select", "transpose", "detach", "alias", "as_strided", "permute", "expand")
+        views += ("new_empty", "set_", "copy_", "promote_types")
+        name = function.overloadpacket.__name__
+        self.computing += not any(name.startswith(view) for view in views)
+        return function(*args, **(kwargs or {}))
+
+
 # Between the projections of a mixer -----------------------------------------------------------------------------------
 
 
@@ -359,6 +395,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def cases() -> dict[str, Callable[[], dict[str, float]]]:
     found: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case, "dispatched": dispatched}
+    found["gla dispatched"] = gla_dispatched
     for op, run in op_cases().items():
         for label, setting in SETTINGS.items():
             found[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)

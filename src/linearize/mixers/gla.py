@@ -18,12 +18,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
-from linearize.mixers.gates import wide
-from linearize.ops.decay_linear import decay_linear
 from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.decay_linear.gated import gated_linear
 from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
@@ -116,7 +114,7 @@ class Gla(AttentionMixer):
         past = None if state is None else state.window
         assert not isinstance(past, WindowBuffers), "buffers are written by `forward`"
         ring = advance(k_BGTD, v_BGTV, spec=self._window(1.0, None), layout=layout, state=past)
-        no_queries = self._repeat(k_BGTD[:, :, :0])
+        no_queries = k_BGTD.new_empty(len(k_BGTD), self.shape.num_heads, 0, k_BGTD.shape[-1])
         _, memory = self._recall(no_queries, k_BGTD, v_BGTV, keys_BGTD, state, layout=layout)
         assert memory is not None
         return GlaState(ring, memory)
@@ -160,20 +158,14 @@ class Gla(AttentionMixer):
         commit: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The gated linear term, `[B, H, U, V]`, and its state. Query heads of a group share one: it is kept once."""
-        log_decay_BGTD = F.logsigmoid(wide(keys_BGTD)) / self.config.gate_divisor
-        far_BHUV, memory_BHDV = decay_linear(
-            wide(q_BHUD).softmax(-1),
-            self._repeat(wide(k_BGTD).softmax(-1)),
-            self._repeat(v_BGTV),
-            self._repeat(log_decay_BGTD),
+        return gated_linear(
+            q_BHUD,
+            k_BGTD,
+            v_BGTV,
+            keys_BGTD,
+            gate_divisor=self.config.gate_divisor,
             layout=layout,
-            state=None if state is None else self._repeat(state.memory_BGDV),
+            state=None if state is None else state.memory_BGDV,
             need_state=need_state,
             commit=commit,
         )
-        kept = None if memory_BHDV is None else memory_BHDV[:, :: self.shape.group].contiguous()
-        return far_BHUV, kept
-
-    def _repeat(self, x_BG: Tensor) -> Tensor:
-        """Every key/value head for each of its query heads."""
-        return x_BG if self.shape.group == 1 else x_BG.repeat_interleave(self.shape.group, dim=1)

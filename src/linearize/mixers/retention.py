@@ -121,7 +121,10 @@ class Retention(LayerMixer):
         heads, groups = shape.num_heads, shape.num_kv_heads
         k = self._mapped(repeat_heads(k_BTC, groups, heads), layout) * shape.head_dim**-0.5
         v = wide(split_heads(repeat_heads(v_BTC, groups, heads), heads))
-        decay = log_decays(self.config.decay, heads, v.device).to(v.dtype)
+        key = ("retention", self.config.decay, heads, v.dtype)
+        if key not in layout.memo:  # once for all layers
+            layout.memo[key] = log_decays(self.config.decay, heads, v.device).to(v.dtype)
+        decay: Tensor = layout.memo[key]
         return k, v, decay[:, None].expand(v.shape[:3])
 
     def _mapped(self, x_BTC: Tensor, layout: Layout) -> Tensor:
