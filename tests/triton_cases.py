@@ -225,14 +225,14 @@ def gla_dispatched() -> dict[str, float]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of torch that would be launched: all but views, new memory and what the interpreter does
-    around a kernel."""
+    """Counts the operations of torch that would be launched: all but views, new memory and what the interpreter and
+    the poisoned memory do around a kernel."""
 
     computing = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         views = ("empty", "view", "slice", "select", "transpose", "detach", "alias", "as_strided", "permute", "expand")
-        views += ("new_empty", "set_", "copy_", "promote_types")
+        views += ("new_empty", "set_", "copy_", "fill_", "promote_types")
         name = function.overloadpacket.__name__
         self.computing += not any(name.startswith(view) for view in views)
         return function(*args, **(kwargs or {}))
