@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
+import pytest
+import torch
 from test_triton_multi_step import needs_triton, run
+
+import linearize.ops.triton as triton_package
+from linearize.benchmarks import compile_kernels
+
+SCRIPTS = [
+    ("window_gpu", ["--tokens", "18", "--head-dim", "4", "--window", "4"]),
+    ("recurrent_gpu", ["--tokens", "3", "--operation", "decay per key", "gated delta"]),
+    ("model_gpu", []),
+]
 
 
 @needs_triton
 def test_the_window_kernel_builds_for_gpus_that_are_not_here() -> None:
     quick = ["--arch", "80", "90", "100", "--dtype", "bfloat16", "--head-dim", "16", "--only", "window + linear"]
-    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, interpret=False))
+    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, interpret=False))["rows"]
     assert [row["arch"] for row in rows] == [80, 90, 100]
-    assert all(row["kernel"] == "window_kernel" and row["cubin_bytes"] > 0 for row in rows)
+    assert all(row["kernel"] == "window_kernel" and row["cubin_bytes"] > 0 and row["fits"] for row in rows)
+    assert all(row["registers"] > 0 and row["stack_bytes"] < 200 for row in rows)
+
+
+@needs_triton
+def test_every_kernel_is_among_those_that_are_compiled() -> None:
+    """Kernels are found by their name in the sources; a new one needs a call in `compile_kernels.calls`."""
+    sources = Path(triton_package.__path__[0]).rglob("*.py")
+    written = {name for file in sources for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+    assert written == set(compile_kernels.kernels()) and len(written) > 10
+    with compile_kernels.recording() as launches:
+        for call in compile_kernels.calls(torch.bfloat16, key_dim=16, value_dim=16).values():
+            call()
+    assert {kernel.__name__ for kernel, *_ in launches} == written
+
+
+@needs_triton
+@pytest.mark.parametrize(("script", "options"), SCRIPTS)
+def test_scripts_for_a_gpu_run_small_without_one(script: str, options: list[str]) -> None:
+    found = json.loads(run("-m", f"linearize.benchmarks.{script}", "--interpret", *options, interpret=True))
+    assert found["rows"] and found["setting"]["device"] == "cpu" and found["setting"]["interpret"]
+    reasons = [x for row in found["rows"] for x in row.get("milliseconds", {}).values() if isinstance(x, str)]
+    assert not reasons, reasons
+
+
+@pytest.mark.parametrize("script", [name for name, _ in SCRIPTS])
+def test_without_a_gpu_they_say_so(script: str) -> None:
+    if not torch.cuda.is_available():
+        assert "nothing was measured" in run("-m", f"linearize.benchmarks.{script}", interpret=False)
 
 
 @needs_triton
@@ -26,7 +67,5 @@ def test_the_benchmark_of_the_kernels_runs_without_a_gpu() -> None:
 
 
 def test_without_a_gpu_it_says_so() -> None:
-    import torch
-
     if not torch.cuda.is_available():
         assert "nothing was measured" in run("-m", "linearize.benchmarks.multi_step_gpu", interpret=False)

@@ -1,4 +1,4 @@
-"""Compile every multi-step kernel for GPUs that need not be there: what builds, in which time, with how many registers.
+"""Compile every kernel for GPUs that need not be there: what builds, in which time, with how many registers.
 
 The arguments are those that the callers in `ops/triton` make: each is called on CPU tensors, its launch is recorded
 instead of run, and what was recorded is compiled.
@@ -6,16 +6,21 @@ instead of run, and what was recorded is compiled.
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from linearize.benchmarks.timing import parser, publish
 from linearize.ops.layout import Layout
 
 TYPES = {
@@ -26,44 +31,53 @@ TYPES = {
     torch.int64: "*i64",
 }
 ROWS, TOKENS, COMMIT = 2, 9, 4
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a program may have
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class Recorder:
     """Stands in the place of a kernel: keeps the launches it is asked for."""
 
-    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-@contextmanager
-def recording() -> Any:
-    """Inside the `with` block every kernel's launches go to the list given."""
-    from linearize.ops.triton import channels, fused_heads, mamba, recurrence, window
-    from linearize.ops.triton.window_chunks import attend, carry, gradients, key_gradients
+def kernels() -> dict[str, list[Any]]:
+    """Every kernel of `ops/triton` (functions called `..._kernel`; the others are parts of them) and the modules that
+    know it under its name."""
+    import linearize.ops.triton as package
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    places = [(recurrence, "recurrence_kernel"), (channels, "scan_kernel"), (mamba, "mamba_kernel")]
-    places += [(fused_heads, "heads_kernel"), (fused_heads, "norm_kernel"), (window, "window_kernel")]
-    places += [(attend, "attend_kernel"), (gradients, "queries_kernel")]
-    places += [(key_gradients, "keys_kernel"), (carry, "join_kernel")]
-    places += [(carry, "runs_kernel"), (carry, "gradient_runs_kernel")]
-    kernels = [getattr(module, name) for module, name in places]
-    for (module, name), kernel in zip(places, kernels, strict=True):
+    found: dict[str, list[Any]] = {}
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                found.setdefault(name, []).append(module)
+    return found
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside the `with` block every kernel's launches go to the list given."""
+    launches: list[Launch] = []
+    places = [(module, name, getattr(module, name)) for name, modules in kernels().items() for module in modules]
+    for module, name, kernel in places:
         setattr(module, name, Recorder(kernel, launches))
     try:
         yield launches
     finally:
-        for (module, name), kernel in zip(places, kernels, strict=True):
+        for module, name, kernel in places:
             setattr(module, name, kernel)
 
 
 def calls(dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64) -> dict[str, Callable[[], Any]]:
     """One call of each entry of `ops/triton`, ragged, from a state, in place: every branch is in the kernel."""
     from linearize.ops.triton.channels import selective_scan_steps
-    from linearize.ops.triton.fused_heads import HeadSizes, gated_delta_net_steps, mamba2_steps
+    from linearize.ops.triton.fused_heads import HeadSizes, gated_delta_net_steps
+    from linearize.ops.triton.launch import WHOLE_TILE, power_of_two
     from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
     from linearize.ops.triton.recurrence import decay_linear_steps, gated_delta_steps
 
@@ -116,13 +130,8 @@ def calls(dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64) -> dict
             D_E=wide(total),
             **scan,
         ),
-        "mamba2": lambda: mamba2_steps(
-            some(*rows, inner + columns + heads),
-            conv_bias_C=some(channels),
-            D_H=wide(heads),
-            norm_weight=some(inner),
-            **fused,
-        ),
+        "mamba2": mamba2_call(dtype, key_dim, value_dim),
+        "mamba2, heads in parts": mamba2_call(dtype, key_dim, 2 * WHOLE_TILE // power_of_two(key_dim)),
         "gated_delta_net": lambda: gated_delta_net_steps(
             some(*rows, columns),
             *(some(*rows, heads), some(*rows, heads), some(*rows, inner)),
@@ -131,6 +140,24 @@ def calls(dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64) -> dict
         ),
         **near,
     }
+
+
+def mamba2_call(dtype: torch.dtype, key_dim: int, value_dim: int) -> Callable[[], Any]:
+    """Mamba-2 between its projections; where a program holds a part of a head, its norm is a launch of its own."""
+    from linearize.ops.triton.fused_heads import HeadSizes, mamba2_steps
+
+    heads, groups, taps, new = 4, 2, 4, TOKENS - COMMIT
+    channels, inner = heads * (2 * key_dim + value_dim), heads * value_dim
+    columns = groups * (key_dim + value_dim) + heads * key_dim
+    state = torch.zeros(ROWS, heads, key_dim, value_dim)
+    options: dict[str, Any] = {"memory": state, "memory_out": state, "outputs": new, "commit": COMMIT, "eps": 1e-6}
+    options["sizes"] = HeadSizes(heads=heads, groups=groups, key_dim=key_dim, value_dim=value_dim, repeat="before")
+    options["layout"] = Layout(position_BT=torch.arange(TOKENS).expand(ROWS, -1))
+    weights = {"conv_weight_CW": (channels, taps), "conv_bias_C": (channels,), "norm_weight": (inner,)}
+    options |= {name: torch.zeros(size, dtype=dtype) for name, size in weights.items()}
+    options |= {name: torch.zeros(heads) for name in ("dt_bias_H", "A_log_H", "D_H")}
+    options["taps_BPC"] = torch.zeros(ROWS, taps - 1, channels, dtype=dtype)
+    return lambda: mamba2_steps(torch.zeros(ROWS, TOKENS, inner + columns + heads, dtype=dtype), **options)
 
 
 def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Callable[[], Any]]:
@@ -191,7 +218,7 @@ def chunk_calls(dtype: torch.dtype, head_dim: int) -> dict[str, Callable[[], Any
     return {"window chunks": train}
 
 
-def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: int) -> Any:
+def compile_launch(launch: Launch, arch: int) -> Any:
     """The compiled kernel of one recorded launch for compute capability `arch` (80: 8.0)."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -201,9 +228,23 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: in
     named = dict(zip(kernel.arg_names, args, strict=False))
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     signature = {name: _type(value) for name, value in named.items()} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constexprs=constants)
+    fixed = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, (name, value) in enumerate(named.items()):
+        if name not in fixed and name not in constants:
+            attributes |= _aligned((place,), value)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     asked = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=asked)
+
+
+def _aligned(place: tuple[int, ...], value: Any) -> dict[tuple[int, ...], list[list[Any]]]:
+    """What Triton knows of arguments at a real launch: memory, and numbers, that 16 divides."""
+    if isinstance(value, tuple):
+        parts = [_aligned((*place, at), part) for at, part in enumerate(value)]
+        return {key: known for part in parts for key, known in part.items()}
+    divides = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+    return {place: [["tt.divisibility", 16]]} if divides else {}
 
 
 def _type(value: Any) -> Any:
@@ -214,52 +255,70 @@ def _type(value: Any) -> Any:
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def registers(cubin: bytes) -> dict[str, int]:
+    """`registers` of a thread and `stack_bytes`: what did not fit into them and lies in memory (spills)."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert found is not None, shown
+    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+
+
+def compiled_row(launch: Launch, arch: int) -> dict[str, Any]:
+    """What one launch became for one GPU generation."""
+    began = time.perf_counter()
+    made = compile_launch(launch, arch)
+    seconds = time.perf_counter() - began
+    return {
+        "kernel": launch[0].__name__,
+        "arch": arch,
+        "seconds": round(seconds, 2),
+        "cubin_bytes": len(made.asm["cubin"]),
+        "shared_bytes": made.metadata.shared,
+        "fits": made.metadata.shared <= SHARED_LIMIT.get(arch, max(SHARED_LIMIT.values())),
+        "warps": made.metadata.num_warps,
+        **registers(made.asm["cubin"]),
+    }
+
+
 def compile_all(
     arches: Sequence[int], dtype: torch.dtype, *, key_dim: int = 64, value_dim: int = 64, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """One row per kernel and GPU generation: seconds, bytes of the cubin and of shared memory; an error raises."""
+    """One row per kernel and GPU generation; an error raises."""
     rows = []
     for name, call in calls(dtype, key_dim=key_dim, value_dim=value_dim).items():
         if only and name not in only:
             continue
         with recording() as launches:
             call()
-        for launch in launches:
-            for arch in arches:
-                began = time.perf_counter()
-                made = compile_launch(launch, arch)
-                rows.append(
-                    {
-                        "call": name,
-                        "kernel": launch[0].__name__,
-                        "arch": arch,
-                        "seconds": round(time.perf_counter() - began, 2),
-                        "cubin_bytes": len(made.asm["cubin"]),
-                        "shared_bytes": made.metadata.shared,
-                        "warps": made.metadata.num_warps,
-                        "local_loads": made.asm["ptx"].count("ld.local"),
-                    }
-                )
+        rows += [{"call": name, **compiled_row(launch, arch)} for launch in launches for arch in arches]
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile and print a JSON list."""
+    """Compile and publish: seconds, bytes, registers, spills of each kernel, dtype, head size and GPU generation."""
     from linearize.ops.triton import has_triton
 
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = parser(__doc__)
     options.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities")
-    options.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    options.add_argument("--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], default=["bfloat16"])
     options.add_argument("--head-dim", type=int, nargs="+", default=[64])
     options.add_argument("--only", nargs="*", default=[], help="some calls: " + ", ".join(calls(torch.float32)))
     chosen = options.parse_args(arguments)
     if not has_triton():
         raise SystemExit("needs triton: pip install triton")
     rows = []
-    for dim in chosen.head_dim:
-        made = compile_all(chosen.arch, getattr(torch, chosen.dtype), key_dim=dim, value_dim=dim, only=chosen.only)
-        rows += [{"head_dim": dim, **row} for row in made]
-    print(json.dumps(rows, indent=1))
+    for dtype in chosen.dtype:
+        for dim in chosen.head_dim:
+            made = compile_all(chosen.arch, getattr(torch, dtype), key_dim=dim, value_dim=dim, only=chosen.only)
+            rows += [{"dtype": dtype, "head_dim": dim, **row} for row in made]
+    setting = {"triton": version("triton"), "shared_limit": SHARED_LIMIT, "compute_capabilities": chosen.arch}
+    publish("every kernel builds for GPUs that need not be there", setting, rows, chosen.out)
 
 
 if __name__ == "__main__":
