@@ -19,8 +19,8 @@ from linearize.ops.triton.window_chunks.tiles import (
     in_window,
     of_head,
     provided,
-    read_weight,
     rows,
+    weight_of,
     write_rows,
 )
 
@@ -34,17 +34,15 @@ def places_of(slot, first, follows, keep, b, slot_stride, chunk_stride):
 
 @triton.jit
 def key_tile(
-    k, v, k_stride, v_stride, places, n, chunks, dim, lane,
-    back: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, C: tl.constexpr,
+    k, v, k_stride, v_stride, places, n, chunks, dim, lane, back,
+    D: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Keys that the queries of chunk n attend to directly, chunk n - back, if its document is the same: slot, position,
     whether there is one, key and value."""
     slot, first, follows, _ = places
     slots = chunk_slots(slot, n - back, chunks, C)
     position = flag(first, n, chunks) - back * C + tl.arange(0, C)
-    live = (slots >= 0) & (position >= SINKS)
-    if back == 1:
-        live = provided(live, flag(follows, n, chunks))
+    live = provided((slots >= 0) & (position >= SINKS), tl.where(back == 1, flag(follows, n, chunks), 1))
     return slots, position, live, rows(k, slots, k_stride, dim, D, live), rows(v, slots, v_stride, lane, V, live)
 
 
@@ -85,20 +83,26 @@ def place_of(slots, column):
 
 
 @triton.jit
-def weigh(total, normal, s, c, v, DOT: tl.constexpr):
-    """Both sums with the terms of one tile, exp(s - c) [v, 1]; the largest is 1, so that v's dtype can hold them."""
-    p = tl.exp(s - c[:, None])
-    return total + tl.dot(p.to(v.dtype), v, input_precision=DOT), normal + tl.sum(p, 1)
+def weigh(total, normal, most, highest, s, places, v, DOT: tl.constexpr):
+    """Both sums with the terms of one more tile, exp(s - c) [v, 1], c the largest score so far (`most`): the largest
+    term is 1, so that v's dtype can hold them; and the key that has that score."""
+    top = tl.max(s, 1)
+    now = tl.maximum(most, top)
+    c = tl.where(now == -float("inf"), 0.0, now)  # a query that sees nothing
+    p, before = tl.exp(s - c[:, None]), tl.exp(most - c)
+    total = total * before[:, None] + tl.dot(p.to(v.dtype), v, input_precision=DOT)
+    highest = tl.where(top > most, place_of(places, tl.argmax(s, 1)), highest)
+    return total, normal * before + tl.sum(p, 1), now, highest
 
 
 @triton.jit
 def remember(
     x_q, held, given, index, asks, stride, w, bias, scale, feature,
-    F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """phi_q^T S and phi_q^T z, and the two halves of phi_q times the factor."""
     S_a, z_a, S_b, z_b = held
-    a, b = features(x_q, given, index, stride, asks, w, bias, feature, F, MAP, DOT)
+    a, b = features(x_q, given, index, stride, asks, w, bias, feature, D, F, MAP, DOT)
     a, b = a * scale, b * scale
     linear, beside = tl.dot(a, S_a, input_precision=DOT), tl.sum(a * z_a[None, :], 1)
     if HALVES == 2:
@@ -110,11 +114,11 @@ def remember(
 @triton.jit
 def reach(
     linear, beside, a, b, tile, far, given, stride, w, bias, feature,
-    F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Both sums with a tile's keys that lie beyond the window."""
     slots, _, live, x_k, x_v = tile
-    o, u = features(x_k, given, slots, stride, live, w, bias, feature, F, MAP, DOT)
+    o, u = features(x_k, given, slots, stride, live, w, bias, feature, D, F, MAP, DOT)
     r = tl.dot(a, tl.trans(o), input_precision=DOT)
     if HALVES == 2:
         r += tl.dot(b, tl.trans(u), input_precision=DOT)
@@ -152,8 +156,8 @@ def attend_kernel(
     steps, g = (k_strides[2], v_strides[2], phi_k_strides[2]), tl.load(log_g + h)
     if LINEAR:
         scale = tl.load(factor + h)
-        wq, bq = read_weight(weight_q, bias_q, h, dim, feature, D, F, MAP)
-        wk, bk = read_weight(weight_k, bias_k, h, dim, feature, D, F, MAP)
+        wq, bq = weight_of(weight_q, bias_q, h, D, F)
+        wk, bk = weight_of(weight_k, bias_k, h, D, F)
         keys = (k, v, phi_k, wk, bk)
         held = read_sums(sums + (row * runs + run) * HALVES * F * (V + 1), feature, lane, F, V, HALVES)
     for i in range(0, PER):
@@ -166,17 +170,14 @@ def attend_kernel(
         asks, index = own >= past, own - past
         position = flag(places[1], n, chunks) + tl.arange(0, C)
         x_q = rows(q, index, q_strides[2], dim, D, asks)
-        tile_0 = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, 0, D, V, SINKS, C)
-        tile_1 = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, 1, D, V, SINKS, C)
-        near_0, far_0 = masks(position, tile_0[1], tile_0[2], W, TERRACED)
-        near_1, far_1 = masks(position, tile_1[1], tile_1[2], W, TERRACED)
         total, normal, m = tl.zeros((C, BLOCK_V), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
         if WINDOW:
-            s_0 = scores(x_q, tile_0[3], near_0, scaling, softcap, CAP, DOT)
-            s_1 = scores(x_q, tile_1[3], near_1, scaling, softcap, CAP, DOT)
-            most_0, most_1 = tl.max(s_0, 1), tl.max(s_1, 1)
-            top_0, top_1 = place_of(tile_0[0], tl.argmax(s_0, 1)), place_of(tile_1[0], tl.argmax(s_1, 1))
-            m, highest = tl.maximum(most_0, most_1), tl.where(most_0 >= most_1, top_0, top_1)
+            most, highest = tl.full((C,), -float("inf"), tl.float32), tl.full((C,), -1, tl.int32)
+            for back in range(0, 2):  # one tile at a time: two of them do not fit into registers
+                tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
+                near, _ = masks(position, tile[1], tile[2], W, TERRACED)
+                s = scores(x_q, tile[3], near, scaling, softcap, CAP, DOT)
+                total, normal, most, highest = weigh(total, normal, most, highest, s, tile[0], tile[4], DOT)
             if SINKS > 0:
                 early, at = (b * chunks + n) * (H // R) + h // R, begins + b * chunk_stride
                 begin = flag(at, n, chunks) if BEGINS else 0
@@ -184,27 +185,23 @@ def attend_kernel(
                     sink_k, sink_v, early, begin, position, asks, chunks - n, dim, lane, BLOCK_J, D, V, SINKS
                 )
                 s_s = scores(x_q, k_s, shown, scaling, softcap, CAP, DOT)
-                most_s = tl.max(s_s, 1)
-                m, highest = tl.maximum(m, most_s), tl.where(most_s > m, -2 - tl.argmax(s_s, 1), highest)
-            c = tl.where(m == -float("inf"), 0.0, m)  # a query that sees nothing
+                sunk = -2 - tl.arange(0, BLOCK_J)
+                total, normal, most, highest = weigh(total, normal, most, highest, s_s, sunk, v_s, DOT)
+            c = tl.where(most == -float("inf"), 0.0, most)
             m = tl.maximum(c, 0.0) if SHARED else c
-            total, normal = weigh(total, normal, s_0, c, tile_0[4], DOT)
-            total, normal = weigh(total, normal, s_1, c, tile_1[4], DOT)
-            if SINKS > 0:
-                total, normal = weigh(total, normal, s_s, c, v_s, DOT)
             total, normal = total * tl.exp(c - m + g)[:, None], normal * tl.exp(c - m + g)
             tl.store(top + line + index, highest, mask=asks)
         if LINEAR:
             linear, beside, o, u = remember(
-                x_q, held, phi_q, index, asks, phi_q_strides[2], wq, bq, scale, feature, F, MAP, HALVES, DOT
+                x_q, held, phi_q, index, asks, phi_q_strides[2], wq, bq, scale, feature, D, F, MAP, HALVES, DOT
             )
             if FAR:
-                linear, beside = reach(
-                    linear, beside, o, u, tile_0, far_0, phi_k, steps[2], wk, bk, feature, F, MAP, HALVES, DOT
-                )
-                linear, beside = reach(
-                    linear, beside, o, u, tile_1, far_1, phi_k, steps[2], wk, bk, feature, F, MAP, HALVES, DOT
-                )
+                for back in range(0, 2):
+                    tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
+                    _, far = masks(position, tile[1], tile[2], W, TERRACED)
+                    linear, beside = reach(
+                        linear, beside, o, u, tile, far, phi_k, steps[2], wk, bk, feature, D, F, MAP, HALVES, DOT
+                    )
             shared = tl.exp(-m) if SHARED else tl.full(m.shape, 1.0, tl.float32)
             total, normal = total + linear * shared[:, None], normal + beside * shared
         normal = tl.where(normal == 0.0, 1.0, normal)

@@ -21,7 +21,7 @@ from linearize.ops.window_linear.spec import FeatureMap, WindowLinear
 
 MAPS = {"hedgehog": HEDGEHOG, "t2r": T2R}
 JOIN_BLOCK = 1024
-WARPS = 8
+ROWS_PER_WARP = 16  # of a chunk: more warps would compute the same rows
 STAGES = 1  # of the loads ahead: more of them do not fit into the memory that an A100's program has
 
 
@@ -86,9 +86,9 @@ class Call:
     def constants(self) -> dict[str, Any]:
         """Constants that every kernel takes, and its warps."""
         return {
-            "num_warps": WARPS, "num_stages": STAGES, "H": self.heads, "F": self.columns,
-            "BLOCK_F": block(self.columns), "C": self.sizes.chunk, "PER": self.sizes.per_run, "MAP": self.kind,
-            "HALVES": self.halves,
+            "num_warps": max(4, self.sizes.chunk // ROWS_PER_WARP), "num_stages": STAGES, "H": self.heads,
+            "F": self.columns, "BLOCK_F": block(self.columns), "C": self.sizes.chunk, "PER": self.sizes.per_run,
+            "MAP": self.kind, "HALVES": self.halves,
         }  # fmt: skip
 
     @property

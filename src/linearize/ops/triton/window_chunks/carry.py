@@ -18,8 +18,8 @@ from linearize.ops.triton.window_chunks.tiles import (
     flag,
     provided,
     read_sum,
-    read_weight,
     rows,
+    weight_of,
     write_sum,
 )
 
@@ -49,7 +49,7 @@ def take_up(
     stays = flag(keep, n, chunks).to(tl.float32)
     index, folds = taken_up(slot, first, follows, n, chunks, SINKS, C)
     x = rows(k, index, strides[0], dim, D, folds)
-    a, b = features(x, phi_k, index, strides[2], folds, w, bias, feature, F, MAP, DOT)
+    a, b = features(x, phi_k, index, strides[2], folds, w, bias, feature, D, F, MAP, DOT)
     value = rows(v, index, strides[1], lane, V, folds).to(tl.float32)
     S_a = stays * (S_a + tl.dot(tl.trans(a), value, input_precision=DOT))
     z_a = stays * (z_a + tl.sum(a, 0))
@@ -62,11 +62,11 @@ def take_up(
 @triton.jit
 def add_queries(
     sums, x, given, index, stride, asks, d_num, d_den, weight, bias, scale, stays, feature,
-    F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of (S, z) before a chunk, from that after it and the chunk's queries."""
     G_a, g_a, G_b, g_b = sums
-    a, b = features(x, given, index, stride, asks, weight, bias, feature, F, MAP, DOT)
+    a, b = features(x, given, index, stride, asks, weight, bias, feature, D, F, MAP, DOT)
     G_a = stays * (G_a + tl.dot(tl.trans(scale * a), d_num, input_precision=DOT))
     g_a = stays * (g_a + tl.sum(scale * a * d_den[:, None], 0))
     if HALVES == 2:
@@ -140,7 +140,7 @@ def runs_kernel(
     row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = row // H, row % H
     dim, lane, feature = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_F)
-    w, bias_F = read_weight(weight, bias, h, dim, feature, D, F, MAP)
+    w, bias_F = weight_of(weight, bias, h, D, F)
     k += b * k_strides[0] + (h // R) * k_strides[1]
     v += b * v_strides[0] + (h // R) * v_strides[1]
     phi_k += b * phi_strides[0] + h * phi_strides[1]
@@ -202,7 +202,7 @@ def gradient_runs_kernel(
     row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = row // H, row % H
     dim, lane, feature = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_F)
-    w, bias_F = read_weight(weight, bias, h, dim, feature, D, F, MAP)
+    w, bias_F = weight_of(weight, bias, h, D, F)
     q += b * q_strides[0] + h * q_strides[1]
     phi_q += b * phi_strides[0] + h * phi_strides[1]
     d_y += b * y_strides[0] + h * y_strides[1]
@@ -218,8 +218,8 @@ def gradient_runs_kernel(
         )
         x = rows(q, index, q_strides[2], dim, D, asks)
         held = add_queries(
-            held, x, phi_q, index, phi_strides[2], asks, d_num, d_den, w, bias_F, scale, stays, feature, F, MAP, HALVES,
-            DOT,
+            held, x, phi_q, index, phi_strides[2], asks, d_num, d_den, w, bias_F, scale, stays, feature, D, F, MAP,
+            HALVES, DOT,
         )  # fmt: skip
         carry *= stays
     write_sums(sums + (row * runs + run) * HALVES * F * (V + 1), held, feature, lane, F, V, HALVES)

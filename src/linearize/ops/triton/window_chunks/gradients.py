@@ -22,10 +22,12 @@ from linearize.ops.triton.window_chunks.tiles import (
     features,
     features_backward,
     flag,
+    narrow,
     of_head,
     provided,
     read_weight,
     rows,
+    weight_of,
     write_rows,
 )
 
@@ -40,7 +42,7 @@ def weights_of(q, k, near, m, g, scaling, softcap, CAP: tl.constexpr, DOT: tl.co
 @triton.jit
 def score_gradient(p, v, d_num, d_den, DOT: tl.constexpr):
     """p (d_N . v + d_Z)."""
-    return p * (tl.dot(d_num, tl.trans(v.to(tl.float32)), input_precision=DOT) + d_den[:, None])
+    return p * (tl.dot(narrow(d_num, v), tl.trans(narrow(v, v)), input_precision=DOT) + d_den[:, None])
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def less_top(d_s, places, most, seen, row_total):
 @triton.jit
 def times_keys(d_s, slope, k, DOT: tl.constexpr):
     """What score gradients give the queries, before the scale."""
-    return tl.dot(d_s * slope, k.to(tl.float32), input_precision=DOT)
+    return tl.dot(narrow(d_s * slope, k), narrow(k, k), input_precision=DOT)
 
 
 @triton.jit
@@ -85,11 +87,11 @@ def memory_gradient(d_num, d_den, held, HALVES: tl.constexpr, DOT: tl.constexpr)
 @triton.jit
 def reach_gradient(
     d_a, d_b, d_num, d_den, tile, far, given, stride, w, bias, feature,
-    F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of phi_q with those from a tile's keys beyond the window."""
     slots, _, live, x_k, x_v = tile
-    o, u = features(x_k, given, slots, stride, live, w, bias, feature, F, MAP, DOT)
+    o, u = features(x_k, given, slots, stride, live, w, bias, feature, D, F, MAP, DOT)
     d_r = score_gradient(tl.where(far, 1.0, 0.0), x_v, d_num, d_den, DOT)
     d_a += tl.dot(d_r, o, input_precision=DOT)
     d_b = d_b + tl.dot(d_r, u, input_precision=DOT) if HALVES == 2 else d_a
@@ -97,24 +99,44 @@ def reach_gradient(
 
 
 @triton.jit
+def tile_gradient(
+    gradient, total, query, tile, near, numbers, CAP: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """What a tile's keys give a chunk's queries, before the scale, and the sums of the rows of score gradients."""
+    x_q, d_num, d_den, m = query
+    g, scaling, softcap = numbers
+    p, slope = weights_of(x_q, tile[3], near, m, g, scaling, softcap, CAP, DOT)
+    d_s = score_gradient(p, tile[4], d_num, d_den, DOT)
+    return gradient + times_keys(d_s, slope, tile[3], DOT), total + tl.sum(d_s, 1)
+
+
+@triton.jit
+def top_key(
+    x_q, most, asks, k, k_stride, sink_k, line, dim, scaling, softcap,
+    D: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """The key with each query's largest score, times the slope of the cap there: what the shift's gradient goes to."""
+    key = rows(k, most, k_stride, dim, D, asks & (most >= 0)).to(tl.float32)
+    if SINKS > 0:
+        key += rows(sink_k + line * SINKS * D, -2 - most, D, dim, D, asks & (most <= -2)).to(tl.float32)
+    _, slope = bent(tl.sum(x_q.to(tl.float32) * key, 1) * scaling, softcap, CAP)
+    return key * slope[:, None]
+
+
+@triton.jit
 def window_gradient(
-    query, own, before, early, memory, numbers, left, dim, lane,
+    gradient, total, query, early, memory, numbers, left, dim, lane, k, k_stride,
     BLOCK_J: tl.constexpr, D: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr,
     SHARED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """What the window part gives a chunk's queries, and the sums of their rows of score gradients; writes the sinks'.
+    """What the window part gives a chunk's queries, after its tiles' keys gave their share (`gradient`, `total`), and
+    the sums of their rows of score gradients; writes the sinks'.
 
-    own, before: a tile of keys and which of them are seen. early: sinks, where their gradients go, lines of both.
+    early: sinks, where their gradients go, lines of both.
     """
     x_q, index, asks, position, d_num, d_den, m = query
-    (tile_0, near_0), (tile_1, near_1) = own, before
     sink_k, sink_v, d_sink_k, d_sink_v, line_in, line_out, begin = early
     (top, row_sum), (g, scaling, softcap), j = memory, numbers, tl.arange(0, BLOCK_J)
-    p_0, slope_0 = weights_of(x_q, tile_0[3], near_0, m, g, scaling, softcap, CAP, DOT)
-    p_1, slope_1 = weights_of(x_q, tile_1[3], near_1, m, g, scaling, softcap, CAP, DOT)
-    d_s0 = score_gradient(p_0, tile_0[4], d_num, d_den, DOT)
-    d_s1 = score_gradient(p_1, tile_1[4], d_num, d_den, DOT)
-    total = tl.sum(d_s0, 1) + tl.sum(d_s1, 1)
     if SINKS > 0:
         k_s, v_s, shown = sink_tile(
             sink_k, sink_v, line_in, begin, position, asks, left, dim, lane, BLOCK_J, D, V, SINKS
@@ -124,14 +146,13 @@ def window_gradient(
         total += tl.sum(d_ss, 1)
     if SHARED == 0:
         most = tl.load(top + index, mask=asks, other=-1)
-        d_s0 = less_top(d_s0, tile_0[0], most, near_0, total)
-        d_s1 = less_top(d_s1, tile_1[0], most, near_1, total)
-        if SINKS > 0:
-            d_ss = less_top(d_ss, -2 - j, most, shown, total)
+        key = top_key(x_q, most, asks, k, k_stride, sink_k, line_in, dim, scaling, softcap, D, SINKS, CAP)
+        gradient -= total[:, None] * key
         tl.store(row_sum + index, total, mask=asks)
-    gradient = times_keys(d_s0, slope_0, tile_0[3], DOT) + times_keys(d_s1, slope_1, tile_1[3], DOT)
     if SINKS > 0:
         gradient += times_keys(d_ss, slope_s, k_s, DOT)
+        if SHARED == 0:
+            d_ss = less_top(d_ss, -2 - j, most, shown, total)
         there, at = provided(j < SINKS, left), line_out * SINKS
         d_k = times_keys(tl.trans(d_ss * slope_s), 1.0, x_q, DOT) * scaling
         write_rows(d_sink_k + at * D, j, D, dim, D, there, d_k)
@@ -140,8 +161,9 @@ def window_gradient(
 
 
 @triton.jit
-def through_weight(x, w, d_z, DOT: tl.constexpr):
+def through_weight(x, weight, d_z, lane, D: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr):
     """The gradients of x, W and b from that of x W + b."""
+    w = read_weight(weight, x.shape[1], lane, D, F)
     d_x = tl.dot(d_z, tl.trans(w.to(tl.float32)), input_precision=DOT)
     return d_x, tl.dot(tl.trans(x.to(tl.float32)), d_z, input_precision=DOT), tl.sum(d_z, 0)
 
@@ -183,8 +205,8 @@ def queries_kernel(
     g_gradient, factor_gradient = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if LINEAR:
         scale = tl.load(factor + h)
-        wq, bq = read_weight(weight_q, bias_q, h, dim, feature, D, F, MAP)
-        wk, bk = read_weight(weight_k, bias_k, h, dim, feature, D, F, MAP)
+        wq, bq = weight_of(weight_q, bias_q, h, D, F)
+        wk, bk = weight_of(weight_k, bias_k, h, D, F)
         keys = (k, v, phi_k, wk, bk)
         held = read_sums(sums + (row * runs + run) * HALVES * F * (V + 1), feature, lane, F, V, HALVES)
         if MAP != 0:
@@ -200,37 +222,39 @@ def queries_kernel(
         position = flag(places[1], n, chunks) + tl.arange(0, C)
         x_q = rows(q, index, q_strides[2], dim, D, asks)
         d_num, d_den, m = query_outputs(index, asks, d_y, y_strides[2], delta, normaliser, shift, line, lane, V)
-        tile_0 = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, 0, D, V, SINKS, C)
-        tile_1 = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, 1, D, V, SINKS, C)
-        near_0, far_0 = masks(position, tile_0[1], tile_0[2], W, TERRACED)
-        near_1, far_1 = masks(position, tile_1[1], tile_1[2], W, TERRACED)
-        gradient = tl.zeros((C, BLOCK_D), tl.float32)
+        gradient, total = tl.zeros((C, BLOCK_D), tl.float32), tl.zeros((C,), tl.float32)
         if WINDOW:
             query, at = (x_q, index, asks, position, d_num, d_den, m), b * chunks + n
+            for back in range(0, 2):
+                tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
+                near, _ = masks(position, tile[1], tile[2], W, TERRACED)
+                gradient, total = tile_gradient(
+                    gradient, total, (x_q, d_num, d_den, m), tile, near, (g, scaling, softcap), CAP, DOT
+                )
             begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
             early = (sink_k, sink_v, d_sink_k, d_sink_v, at * (H // R) + h // R, at * H + h, begin)
             gradient, total = window_gradient(
-                query, (tile_0, near_0), (tile_1, near_1), early, (top + line, row_sum + line), (g, scaling, softcap),
-                chunks - n, dim, lane, BLOCK_J, D, V, SINKS, CAP, SHARED, DOT,
+                gradient, total, query, early, (top + line, row_sum + line), (g, scaling, softcap),
+                chunks - n, dim, lane, k, steps[0], BLOCK_J, D, V, SINKS, CAP, SHARED, DOT,
             )
             g_gradient += tl.sum(total, 0)
         if LINEAR:
             d_num, d_den = on_one_scale(d_num, d_den, m, SHARED)
             d_a, d_b = memory_gradient(d_num, d_den, held, HALVES, DOT)
             if FAR:
-                d_a, d_b = reach_gradient(
-                    d_a, d_b, d_num, d_den, tile_0, far_0, phi_k, steps[2], wk, bk, feature, F, MAP, HALVES, DOT
-                )
-                d_a, d_b = reach_gradient(
-                    d_a, d_b, d_num, d_den, tile_1, far_1, phi_k, steps[2], wk, bk, feature, F, MAP, HALVES, DOT
-                )
-            o, u = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, F, MAP, DOT)
+                for back in range(0, 2):
+                    tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
+                    _, far = masks(position, tile[1], tile[2], W, TERRACED)
+                    d_a, d_b = reach_gradient(
+                        d_a, d_b, d_num, d_den, tile, far, phi_k, steps[2], wk, bk, feature, D, F, MAP, HALVES, DOT
+                    )
+            o, u = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, D, F, MAP, DOT)
             factor_gradient += tl.sum(tl.sum(o * d_a, 1) + tl.sum(u * d_b, 1) * (HALVES - 1), 0)
             if MAP == 0:
                 write_rows(d_phi_q, index, d_phi_strides[2], feature, F, asks, d_a * scale)
             else:
                 d_z = features_backward(o, u, d_a * scale, d_b * scale, MAP)
-                d_x, d_w, d_b = through_weight(x_q, wq, d_z, DOT)
+                d_x, d_w, d_b = through_weight(x_q, wq, d_z, feature, D, F, DOT)
                 gradient, w_gradient, b_gradient = gradient + d_x, w_gradient + d_w, b_gradient + d_b
         write_rows(d_q, index, d_q_strides[2], dim, D, asks, gradient)
     at = row * runs + run

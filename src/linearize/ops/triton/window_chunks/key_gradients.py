@@ -25,10 +25,11 @@ from linearize.ops.triton.window_chunks.tiles import (
     features,
     features_backward,
     flag,
+    narrow,
     of_head,
     provided,
-    read_weight,
     rows,
+    weight_of,
     write_rows,
 )
 
@@ -78,8 +79,8 @@ def seen_near(
     if SHARED == 0:
         most = tl.load(top + index, mask=asks, other=-1)
         d_s = less_top(d_s, slots, most, near, tl.load(row_sum + index, mask=asks, other=0.0))
-    d_x = tl.dot(tl.trans(d_s * slope), x_q.to(tl.float32), input_precision=DOT) * scaling
-    return d_x, tl.dot(tl.trans(p), d_num, input_precision=DOT)
+    d_x = tl.dot(tl.trans(narrow(d_s * slope, x_q)), narrow(x_q, x_q), input_precision=DOT) * scaling
+    return d_x, tl.dot(tl.trans(narrow(p, x_q)), narrow(d_num, x_q), input_precision=DOT)
 
 
 # Arguments as in `gradients.py`; sums: the gradient that the run after each hands on; d_k: [B, H, S, D] and d_v, per
@@ -109,8 +110,8 @@ def keys_kernel(
     g = tl.load(log_g + h)
     if LINEAR:
         scale = tl.load(factor + h)
-        wq, bq = read_weight(weight_q, bias_q, h, dim, feature, D, F, MAP)
-        wk, bk = read_weight(weight_k, bias_k, h, dim, feature, D, F, MAP)
+        wq, bq = weight_of(weight_q, bias_q, h, D, F)
+        wk, bk = weight_of(weight_k, bias_k, h, D, F)
         held = read_sums(sums + (row * runs + run) * HALVES * F * (V + 1), feature, lane, F, V, HALVES)
         if MAP != 0:
             w_gradient, b_gradient = tl.zeros((BLOCK_D, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
@@ -128,18 +129,17 @@ def keys_kernel(
             )
             x_q = rows(q, index, q_strides[2], dim, D, asks)
             held = add_queries(
-                held, x_q, phi_q, index, phi_q_strides[2], asks, d_num, d_den, wq, bq, scale, stays, feature, F, MAP,
+                held, x_q, phi_q, index, phi_q_strides[2], asks, d_num, d_den, wq, bq, scale, stays, feature, D, F, MAP,
                 HALVES, DOT,
             )
             folds = provided(live, flag(follows, n, chunks) * flag(follows, n - 1, chunks))
-            o, u = features(x_k, phi_k, slots, phi_k_strides[2], live, wk, bk, feature, F, MAP, DOT)
+            o, u = features(x_k, phi_k, slots, phi_k_strides[2], live, wk, bk, feature, D, F, MAP, DOT)
             v_gradient, d_a, d_b = recalled_later(held, o, u, x_v.to(tl.float32), folds, HALVES, DOT)
-        for ahead in tl.static_range(2):
+        for ahead in range(0, 2):
             at = n - 2 + ahead
             own = chunk_slots(slot, at, chunks, C)
             asks, index = own >= past, own - past
-            if ahead == 1:
-                asks = provided(asks, flag(follows, at, chunks))
+            asks = provided(asks, tl.where(ahead == 1, flag(follows, at, chunks), 1))
             x_q = rows(q, index, q_strides[2], dim, D, asks)
             d_num, d_den, m = query_outputs(index, asks, d_y, y_strides[2], delta, normaliser, shift, line, lane, V)
             near, far = masks(flag(first, at, chunks) + tl.arange(0, C), position, live, W, TERRACED)
@@ -151,7 +151,7 @@ def keys_kernel(
                 gradient, v_gradient = gradient + d_x, v_gradient + d_more
             if LINEAR and FAR:
                 d_num, d_den = on_one_scale(d_num, d_den, m, SHARED)
-                asked = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, F, MAP, DOT)
+                asked = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, D, F, MAP, DOT)
                 d_more, d_a, d_b = seen_beyond(d_a, d_b, x_v, (o, u), far, asked, d_num, d_den, scale, HALVES, DOT)
                 v_gradient += d_more
         if LINEAR:
@@ -159,7 +159,7 @@ def keys_kernel(
                 write_rows(d_phi_k, slots, d_phi_strides[2], feature, F, there, d_a)
             else:
                 d_z = tl.where(live[:, None], features_backward(o, u, d_a, d_b, MAP), 0.0)
-                d_x, d_w, d_b = through_weight(x_k, wk, d_z, DOT)
+                d_x, d_w, d_b = through_weight(x_k, wk, d_z, feature, D, F, DOT)
                 gradient, w_gradient, b_gradient = gradient + d_x, w_gradient + d_w, b_gradient + d_b
         write_rows(d_k, slots, d_k_strides[2], dim, D, there, gradient)
         write_rows(d_v, slots, d_v_strides[2], lane, V, there, v_gradient)

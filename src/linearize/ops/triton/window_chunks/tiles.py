@@ -60,6 +60,13 @@ def write_rows(x, index, stride, lane, width, valid, values):
 
 
 @triton.jit
+def narrow(x, like):
+    """x as the window's products take it in the backward pass: in bf16 where the inputs are, as FlashAttention's, else
+    in fp32: fp16 has no room for what a large normaliser divides."""
+    return x.to(tl.bfloat16) if like.dtype == tl.bfloat16 else x.to(tl.float32)
+
+
+@triton.jit
 def in_window(query, key, W: tl.constexpr, TERRACED: tl.constexpr):
     """Whether positions `key: [1, K]` are in the window of `query: [C, 1]`; no key is after its query."""
     if TERRACED:
@@ -98,19 +105,26 @@ def projected(x, weight, DOT: tl.constexpr):
 
 
 @triton.jit
-def features(x, given, index, stride, valid, weight, bias, lane, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr):
-    """phi of a tile, `[C, F]` fp32, and Hedgehog's second half (the first again for other maps); 0 where not valid."""
+def features(
+    x, given, index, stride, valid, weight, bias, lane,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """phi of a tile, `[C, F]` fp32, and Hedgehog's second half (the first again for other maps); 0 where not valid.
+
+    A head's weight is read anew for each tile: held in registers, as an operand of products, it would fill most.
+    """
     inside = (lane < F)[None, :]
     if MAP == 0:
         a = rows(given, index, stride, lane, F, valid).to(tl.float32)
         b = a
     else:
-        z = projected(x, weight, DOT)
+        z = projected(x, read_weight(weight, x.shape[1], lane, D, F), DOT)
         if MAP == 1:
             a = softmax_half(z, inside)
             b = tl.where(valid[:, None], softmax_half(-z, inside), 0.0)
         else:
-            a = tl.where(inside, tl.maximum(z + bias[None, :], 0.0), 0.0)
+            z += tl.load(bias + lane, mask=lane < F, other=0.0).to(tl.float32)[None, :]
+            a = tl.where(inside, tl.maximum(z, 0.0), 0.0)
             b = a
         a = tl.where(valid[:, None], a, 0.0)
     return a, b
@@ -143,14 +157,13 @@ def write_sum(x, S, z, feature, lane, F: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def read_weight(weight, bias, head, dim, feature, D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
-    """A head's W `[D, F]` and b `[F]`; zeros where there is none."""
-    if MAP == 0:
-        w = tl.zeros((1, 1), tl.float32)
-    else:
-        at = weight + head * D * F + dim[:, None] * F + feature[None, :]
-        w = tl.load(at, mask=(dim < D)[:, None] & (feature < F)[None, :], other=0.0)
-    b = tl.zeros(feature.shape, tl.float32)
-    if MAP == 2:
-        b = tl.load(bias + head * F + feature, mask=feature < F, other=0.0).to(tl.float32)
-    return w, b
+def weight_of(weight, bias, head, D: tl.constexpr, F: tl.constexpr):
+    """Where a head's W and b are."""
+    return weight + head * D * F, bias + head * F
+
+
+@triton.jit
+def read_weight(weight, rows: tl.constexpr, lane, D: tl.constexpr, F: tl.constexpr):
+    """A head's W, `[rows, F]`."""
+    dim = tl.arange(0, rows)
+    return tl.load(weight + dim[:, None] * F + lane[None, :], mask=(dim < D)[:, None] & (lane < F)[None, :], other=0.0)
