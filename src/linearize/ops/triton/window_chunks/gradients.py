@@ -224,17 +224,15 @@ def queries_kernel(
         d_num, d_den, m = query_outputs(index, asks, d_y, y_strides[2], delta, normaliser, shift, line, lane, V)
         gradient, total = tl.zeros((C, BLOCK_D), tl.float32), tl.zeros((C,), tl.float32)
         if WINDOW:
-            query, at = (x_q, index, asks, position, d_num, d_den, m), b * chunks + n
+            query, at, numbers = (x_q, index, asks, position, d_num, d_den, m), b * chunks + n, (g, scaling, softcap)
             for back in range(0, 2):
                 tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
                 near, _ = masks(position, tile[1], tile[2], W, TERRACED)
-                gradient, total = tile_gradient(
-                    gradient, total, (x_q, d_num, d_den, m), tile, near, (g, scaling, softcap), CAP, DOT
-                )
+                gradient, total = tile_gradient(gradient, total, (x_q, d_num, d_den, m), tile, near, numbers, CAP, DOT)
             begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
             early = (sink_k, sink_v, d_sink_k, d_sink_v, at * (H // R) + h // R, at * H + h, begin)
             gradient, total = window_gradient(
-                gradient, total, query, early, (top + line, row_sum + line), (g, scaling, softcap),
+                gradient, total, query, early, (top + line, row_sum + line), numbers,
                 chunks - n, dim, lane, k, steps[0], BLOCK_J, D, V, SINKS, CAP, SHARED, DOT,
             )
             g_gradient += tl.sum(total, 0)
