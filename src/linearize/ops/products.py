@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 UNDERFLOW = -80.0  # exponents below this give 0: exp and products of subnormal numbers are tens of times slower
 NARROW = 16  # products with fewer columns run at a tenth of the speed of their transpose
+_SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
 LOG2_E = math.log2(math.e)  # exp2 takes half the time of exp
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 numbers faster than fp32 ones (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def bf16_products(dtype: torch.dtype) -> Iterator[bool]:
+    """Inside, products of fp32 numbers on a CPU with units for it round their factors to bf16 and add up in fp32, if
+    `dtype`, in which the numbers were given, is bf16; yields whether.
+
+    What was given in bf16 loses nothing; weights and sums lose what softmax attention in bf16 loses of its weights. The
+    setting is oneDNN's, and the process's: products of other threads are computed so too in the meantime.
+    """
+    wanted = dtype == torch.bfloat16 and _SETTING is not None and not torch.compiler.is_compiling()
+    if not (wanted and has_bf16_units()):
+        yield False
+        return
+    with _precision("bf16"):
+        yield True
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Inside `bf16_products`, where differences of large numbers count: fp32 again."""
+    if _SETTING is None or torch.compiler.is_compiling() or _SETTING.fp32_precision != "bf16":
+        yield
+        return
+    with _precision("ieee"):
+        yield
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    before = _SETTING.fp32_precision
+    _SETTING.fp32_precision = name
+    try:
+        yield
+    finally:
+        _SETTING.fp32_precision = before
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

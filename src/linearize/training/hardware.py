@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from linearize.ops.products import has_bf16_units
 from linearize.training.config import StageConfig
 
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -16,7 +17,7 @@ def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 products are faster than fp32 ones: any accelerator, and CPUs with AVX512-BF16 or AMX."""
     if device.type != "cpu":
         return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_bf16_units()
 
 
 def resident_bytes() -> int:

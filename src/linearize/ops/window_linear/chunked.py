@@ -98,7 +98,7 @@ def _attend(
             phi = _by_chunk(spec.features_q, q_part), _by_chunk(spec.features_k, mapped)
             if memory is None:
                 memory = q_part.new_zeros(*q.shape[:2], v.shape[-1] + 1, phi[0].shape[-1])
-        y, memory = attend_slab(q_part, k_part, v_part, sink_parts, phi, memory, log_g, slab)
+        y, memory = attend_slab(q_part, k_part, v_part, sink_parts, phi, memory, log_g, slab, q.dtype)
         ys.append(y.to(q.dtype))
     return ys[0] if len(ys) == 1 else torch.cat(ys, dim=2), memory
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.pieces import Block, scratch
-from linearize.ops.products import LOG2_E, product_into
+from linearize.ops.products import LOG2_E, product_into, whole_products
 from linearize.ops.window_linear.linear_part import LinearPart
 from linearize.ops.window_linear.softmax_part import SoftmaxPart
 from linearize.ops.window_linear.tiles import tiles, value_rows, with_sinks
@@ -152,7 +152,8 @@ class Piece:
             self.of(after).copy_(linear.last)
         if softmax is not None and m is not None:
             p = softmax.weights((m.view(*self.shape, 1) - self.log2_g).view(m.shape))
-            product_into(flat, p, self.keys.v_seen, beta=0 if sums is None else 1)
+            with whole_products():
+                product_into(flat, p, self.keys.v_seen, beta=0 if sums is None else 1)
             own = p.sum(-1, keepdim=True)
             sums = own if sums is None else sums.add_(own)
         assert sums is not None

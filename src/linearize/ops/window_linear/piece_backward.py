@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops.products import product_into
+from linearize.ops.products import product_into, whole_products
 from linearize.ops.window_linear.linear_part import LinearPart
 from linearize.ops.window_linear.piece import Inputs, Piece, Slab
 from linearize.ops.window_linear.softmax_part import SoftmaxPart
@@ -75,7 +75,8 @@ def _softmax(piece: Piece, softmax: SoftmaxPart, d: Gradients, d_total_PCW: Tens
     p = softmax.weights((m - piece.log2_g).flatten(0, 2))
     d_s, d_log_g = softmax.d_scores(d_total_PCW, keys.value_seen(), p, tops)
     d.log_g.view(piece.inputs.groups, -1)[block.groups, piece.r] += d_log_g.view(*piece.shape, 1).sum((0, 2, 3, 4))
-    product_into(piece.of(d.q), d_s, softmax.k, alpha=slab.scaling)
+    with whole_products():
+        product_into(piece.of(d.q), d_s, softmax.k, alpha=slab.scaling)
     sinks = 0 if keys.sink_v is None else keys.sink_v.shape[3]
     _add_tiles(block.of(d.k), d_s[..., sinks:], piece.q, slab.scaling)
     _add_tiles(block.of(d.v), p[..., sinks:], d_total_PCW[..., :-1], 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize.ops.pieces import blocks
+from linearize.ops.products import bf16_products
 from linearize.ops.window_linear.piece import Inputs, Keys, Piece, Slab
 from linearize.ops.window_linear.piece_backward import Gradients, piece_backward
 
@@ -31,14 +32,16 @@ def attend_slab(
     memory_BHWF: Tensor | None,
     log_g_H: Tensor,
     slab: Slab,
+    given: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
     """`y: [B, H, N, C, V]` and the memory that the slab's last chunk sees.
 
     `sinks`: k and v of the document's first tokens, `[B, G, N, J, D]` and `[B, G, N, J, V]`, or nothing. `phi`: phi_q
-    `[B, H, N, C, F]`, and phi_k of the chunks n - 2, or of all M chunks where `slab.far` is given. Differentiable once.
+    `[B, H, N, C, F]`, and phi_k of the chunks n - 2, or of all M chunks where `slab.far` is given. `given`: the dtype
+    that the tensors had before they were widened (see `bf16_products`). Differentiable once.
     """
     y, memory = _Slab.apply(
-        q_BHNCD, k_BGMCD, v_BGMCV, *(sinks or (None, None)), *(phi or (None, None)), memory_BHWF, log_g_H, slab
+        q_BHNCD, k_BGMCD, v_BGMCV, *(sinks or (None, None)), *(phi or (None, None)), memory_BHWF, log_g_H, slab, given
     )
     return y, memory
 
@@ -46,19 +49,20 @@ def attend_slab(
 class _Slab(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, slab = arguments
+        *tensors, slab, given = arguments
         inputs = Inputs(*tensors)
         q, v = inputs.q, inputs.v
         y = q.new_empty(*q.shape[:4], v.shape[-1])
         normaliser = q.new_empty(*q.shape[:4], 1)
         shift = None if slab.bias is None else torch.empty_like(normaliser)
         after = None if inputs.memory is None or inputs.phi_q is None else torch.empty_like(inputs.memory)
-        for block in blocks(q.shape[0], inputs.groups, inputs.numbers()):
-            keys = Keys(inputs, block)
-            for r in range(q.shape[1] // inputs.groups):
-                Piece(inputs, slab, block, r, keys).forward(y, shift, normaliser, after)
+        with bf16_products(given):
+            for block in blocks(q.shape[0], inputs.groups, inputs.numbers()):
+                keys = Keys(inputs, block)
+                for r in range(q.shape[1] // inputs.groups):
+                    Piece(inputs, slab, block, r, keys).forward(y, shift, normaliser, after)
         ctx.save_for_backward(*tensors, shift, normaliser, y)
-        ctx.slab = slab
+        ctx.slab, ctx.given = slab, given
         ctx.set_materialize_grads(False)
         return y, after
 
@@ -68,8 +72,9 @@ class _Slab(torch.autograd.Function):
         *tensors, shift, normaliser, y = ctx.saved_tensors
         inputs, slab = Inputs(*tensors), ctx.slab
         d = Gradients(inputs, slab)
-        for block in blocks(y.shape[0], inputs.groups, inputs.numbers()):
-            keys = Keys(inputs, block)
-            for r in range(y.shape[1] // inputs.groups):
-                piece_backward(Piece(inputs, slab, block, r, keys), d, grads, shift, normaliser, y)
-        return *d.in_order(), None
+        with bf16_products(ctx.given):
+            for block in blocks(y.shape[0], inputs.groups, inputs.numbers()):
+                keys = Keys(inputs, block)
+                for r in range(y.shape[1] // inputs.groups):
+                    piece_backward(Piece(inputs, slab, block, r, keys), d, grads, shift, normaliser, y)
+        return *d.in_order(), None, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.pieces import Scratch
-from linearize.ops.products import LOG2_E, product_into
+from linearize.ops.products import LOG2_E, product_into, whole_products
 
 
 class SoftmaxPart:
@@ -60,7 +60,9 @@ class SoftmaxPart:
         self, d_total_PCW: Tensor, value_PKW: Tensor, p_PCK: Tensor, tops: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the scores, but for the scaling, and of log g for each query, `[P, C, 1]`."""
-        d_s = product_into(self.memory("d_scores", *p_PCK.shape, like=p_PCK), d_total_PCW, value_PKW.mT).mul_(p_PCK)
+        d_s = self.memory("d_scores", *p_PCK.shape, like=p_PCK)
+        with whole_products():
+            product_into(d_s, d_total_PCW, value_PKW.mT).mul_(p_PCK)
         row = d_s.sum(-1, keepdim=True)
         if tops is not None:  # as published the shift is c_n itself, and the linear term does not share it
             d_s.addcmul_(tops, row, value=-1)
