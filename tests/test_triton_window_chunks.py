@@ -32,7 +32,7 @@ def errors(results: dict[str, Any], name: str) -> dict[str, float]:
     return found
 
 
-WHOLE = ["blocks", "beyond", "given features", "no window", "window alone", "above 0"]
+WHOLE = ["blocks", "beyond", "given features", "no window", "window alone", "above 0", "parts", "given parts"]
 
 
 @pytest.mark.parametrize("name", WHOLE)

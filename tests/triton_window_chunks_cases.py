@@ -40,6 +40,7 @@ class Case:
     """One setting of the operation."""
 
     map: Any = "hedgehog"
+    columns: int = COLUMNS
     shape: Any = "terraced"
     window: int = 16
     sinks: int = 0
@@ -69,7 +70,7 @@ def tensors(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any
     qkv = [torch.randn(rows, h, TOKENS, d).to(case.dtype).to(dtype) for h, d in sizes]
     qkv = [padded(x).requires_grad_() for x in qkv]
     wide = torch.promote_types(dtype, torch.float32)
-    maps = [FeatureMap(case.map, SHAPE, COLUMNS, "identity").to(wide) for _ in range(2)]
+    maps = [FeatureMap(case.map, SHAPE, case.columns, "identity").to(wide) for _ in range(2)]
     parameters = [p for m in maps for p in m.parameters()]
     for parameter in parameters:
         parameter.data = (0.7 * torch.randn(parameter.shape)).to(wide)
@@ -129,6 +130,8 @@ CASES: dict[str, Case] = {
     "half": Case(window=5, dtype=HALF, ragged=False),
     "above 0": Case(map="t2r", shape="sliding", window=9, sinks=3, late=True, softcap=30.0),
     "above 0, two calls": Case(map="t2r", window=5, sinks=3, late=True, cut=21, backward=False),
+    "parts": Case(map="t2r", window=9, shape="sliding", columns=70, sinks=1),
+    "given parts": Case(map="gain", columns=70, ragged=False),
     "two calls": Case(map="t2r", sinks=1, cut=21, backward=False),
 }
 

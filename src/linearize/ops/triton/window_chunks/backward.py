@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from linearize.ops.triton.launch import rows_of
-from linearize.ops.triton.window_chunks import carry, gradients, key_gradients
+from linearize.ops.triton.window_chunks import carry, gradients, key_gradients, linear_gradients, map_gradients
 from linearize.ops.triton.window_chunks.call import Call, Mapped, dims, join, pointer, precision, strides, weights
 from linearize.ops.triton.window_chunks.sizes import block
-from linearize.ops.triton.window_chunks.tiles import GIVEN
 
 
 def backward(
@@ -46,26 +45,6 @@ def backward(
     )  # fmt: skip
 
 
-def _parameter_gradients(
-    call: Call, batch: int, runs: int, like: Tensor, sizes: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Memory for the runs' gradients of weight and bias."""
-    lines = batch * call.heads
-    fused = call.kind != GIVEN and call.spec.has_linear
-    size = (lines, runs, sizes["D"], call.columns) if fused else (1,)
-    return like.new_empty(size, dtype=torch.float32), like.new_empty(lines, runs, call.columns, dtype=torch.float32)
-
-
-def _per_parameter(
-    call: Call, mapped: Mapped, batch: int, d_weight: Tensor, d_bias: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of weight and bias: those of all rows and runs added up."""
-    if mapped.weight is None or not call.spec.has_linear:
-        return None, None
-    weight = d_weight.unflatten(0, (batch, -1)).sum((0, 2))
-    return weight, None if mapped.bias is None else d_bias.unflatten(0, (batch, -1)).sum((0, 2)).to(mapped.bias.dtype)
-
-
 def _query_gradients(
     call: Call,
     maps: tuple[Mapped, Mapped],
@@ -77,28 +56,30 @@ def _query_gradients(
     q, k, v, sink_k, sink_v = inputs
     log_g, factor, sums = factors
     (batch, heads, tokens), sizes, runs = q.shape[:3], dims(k, v), call.runs(call.tables.chunks)
-    d_y, *others = outputs
-    phi_q, phi_k = pointer(maps[0].phi, q), pointer(maps[1].phi, k)
-    d_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    d_phi = None if maps[0].phi is None else torch.zeros_like(phi_q, memory_format=torch.contiguous_format)
+    d_q = q.new_zeros(q.shape, dtype=torch.float32)
     d_sinks = [
         None if x is None else x.new_empty(*x.shape[:2], heads, *x.shape[3:], dtype=torch.float32)
         for x in (sink_k, sink_v)
     ]
-    d_weight, d_bias = _parameter_gradients(call, batch, runs, q, sizes)
     d_log_g, d_factor = (q.new_zeros(batch * heads, runs, dtype=torch.float32) for _ in range(2))
-    gradients.queries_kernel[(batch * heads, runs)](
-        q, k, v, phi_q, phi_k, pointer(sink_k, k), pointer(sink_v, v), *weights(maps, q), log_g, factor, *call.places,
-        call.begins, pointer(sums, d_q), d_y, *others, d_q, pointer(d_phi, d_q), *(pointer(x, d_q) for x in d_sinks),
-        d_weight, d_bias, d_log_g, d_factor, row_sum,
-        *(strides(x) for x in (q, k, v, phi_q, phi_k, d_y, d_q, pointer(d_phi, d_q))),
-        *call.tables.strides, call.past, tokens, call.tables.chunks, runs, call.spec.scaling, call.spec.softcap or 1.0,
-        R=heads // k.shape[1], BLOCK_J=block(call.spec.num_sinks), BEGINS=call.tables.begins is not None,
-        **call.constants, **call.options, **sizes, **precision(q),
-    )  # fmt: skip
+    if call.spec.has_window:
+        gradients.queries_kernel[(batch * heads, runs)](
+            q, k, v, pointer(sink_k, k), pointer(sink_v, v), log_g, *call.places, call.begins, *outputs, d_q,
+            *(pointer(x, d_q) for x in d_sinks), d_log_g, row_sum, *(strides(x) for x in (q, k, v, outputs[0], d_q)),
+            *call.tables.strides, call.past, tokens, call.tables.chunks, runs, call.spec.scaling,
+            call.spec.softcap or 1.0, R=heads // k.shape[1], BLOCK_J=block(call.spec.num_sinks),
+            BEGINS=call.tables.begins is not None, **call.constants, **call.scores, **sizes, **precision(q),
+        )  # fmt: skip
+    of_map: tuple[Tensor | None, ...] = (None, None, None)
+    if call.spec.has_linear:
+        d_z = _linear_part(
+            call, linear_gradients.query_features_kernel, maps, (q, k, v), (factor, sums, *outputs[:4]), maps[0], q,
+            (d_factor,), runs,
+        )  # fmt: skip
+        of_map = _map_gradients(call, maps[0], q, d_z, d_q, call.past)
     sinks = (None if d is None else d.unflatten(2, (k.shape[1], -1)).sum(3).to(k.dtype) for d in d_sinks)
     heads_of = (x.unflatten(0, (batch, -1)).sum((0, 2)) for x in (d_log_g, d_factor))
-    return d_q, d_phi, *sinks, *_per_parameter(call, maps[0], batch, d_weight, d_bias), *heads_of
+    return d_q.to(q.dtype), of_map[0], *sinks, *of_map[1:], *heads_of
 
 
 def _key_gradients(
@@ -109,23 +90,78 @@ def _key_gradients(
     outputs: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     q, k, v = inputs
-    (batch, heads, tokens), groups, sizes = q.shape[:3], k.shape[1], dims(k, v)
-    d_y, delta, shift, normaliser, top, row_sum = outputs
-    runs = call.runs(call.tables.chunks + 2)
-    phi_q, phi_k = pointer(maps[0].phi, q), pointer(maps[1].phi, k)
+    (batch, heads, tokens), groups = q.shape[:3], k.shape[1]
+    log_g, factor = factors
     d_k, d_v = (x.new_zeros(batch, heads, x.shape[2], x.shape[3], dtype=torch.float32) for x in (k, v))
-    d_phi = None if maps[1].phi is None else torch.zeros_like(phi_k, memory_format=torch.contiguous_format)
-    d_weight, d_bias = _parameter_gradients(call, batch, runs, q, sizes)
-    sums = _gradient_sums(call, maps[0], (q, k, v), factors[1], outputs, runs) if call.spec.has_linear else d_k
-    key_gradients.keys_kernel[(batch * heads, runs)](
-        q, k, v, phi_q, phi_k, *weights(maps, q), *factors, *call.places, sums, d_y, delta, shift, normaliser, top,
-        row_sum, d_k, d_v, pointer(d_phi, d_k), d_weight, d_bias,
-        *(strides(x) for x in (q, k, v, phi_q, phi_k, d_y, d_k, d_v, pointer(d_phi, d_k))), *call.tables.strides,
-        call.past, tokens, call.tables.chunks, runs, call.spec.scaling, call.spec.softcap or 1.0, R=heads // groups,
-        **call.constants, **call.options, **sizes, **precision(q),
-    )  # fmt: skip
+    if call.spec.has_window:
+        key_gradients.keys_kernel[(batch * heads, call.runs(call.tables.chunks))](
+            *inputs, log_g, *call.places, *outputs, d_k, d_v, *(strides(x) for x in (*inputs, outputs[0], d_k, d_v)),
+            *call.tables.strides, call.past, tokens, call.tables.chunks, call.spec.scaling, call.spec.softcap or 1.0,
+            R=heads // groups, **call.constants, **call.scores, **dims(k, v), **precision(q),
+        )  # fmt: skip
+    of_map: tuple[Tensor | None, ...] = (None, None, None)
+    if call.spec.has_linear:
+        runs = call.runs(call.tables.chunks + 2)
+        sums = _gradient_sums(call, maps[0], inputs, factor, outputs, runs)
+        d_z = _linear_part(
+            call, linear_gradients.key_features_kernel, maps, inputs, (factor, sums, *outputs[:4]), maps[1], k,
+            (d_v,), runs,
+        )  # fmt: skip
+        of_map = _map_gradients(call, maps[1], k, d_z, d_k, 0)
     grouped = (d.unflatten(1, (groups, -1)).sum(2).to(k.dtype) for d in (d_k, d_v))
-    return *grouped, d_phi, *_per_parameter(call, maps[1], batch, d_weight, d_bias)
+    return *grouped, *of_map
+
+
+def _linear_part(
+    call: Call,
+    kernel: Any,
+    maps: tuple[Mapped, Mapped],
+    inputs: tuple[Tensor, ...],
+    known: tuple[Tensor, ...],
+    mapped: Mapped,
+    x: Tensor,
+    beside: tuple[Tensor, ...],
+    runs: int,
+) -> Tensor:
+    """The gradient of x W of a feature map of x (of phi, where it is given), `[B, H, S, F]`; parts of the features one
+    after the other. `known`: factor, sums, d_y, delta, shift, normaliser; `beside`: what else the kernel adds to."""
+    (q, k, v), (factor, sums, d_y, *others) = inputs, known
+    if mapped.phi is None:
+        d_z = x.new_zeros(x.shape[0], call.heads, x.shape[2], call.columns, dtype=torch.float32)
+    else:
+        d_z = torch.zeros_like(mapped.phi, memory_format=torch.contiguous_format)
+    phi = tuple(pointer(m.phi, q) for m in maps)
+    shaped = (*inputs, *phi, d_y, *(t for t in beside if t.dim() == 4), d_z)
+    for part in range(call.parts):
+        kernel[(q.shape[0] * call.heads, runs)](
+            *inputs, *phi, *weights(maps, q), factor, *call.places, sums, d_y, *others, *beside, d_z,
+            *(strides(t) for t in shaped), *call.tables.strides, call.past, q.shape[2], call.tables.chunks, runs, part,
+            R=call.heads // k.shape[1], SHARED=call.spec.shared_shift, FAR=call.far, **call.constants,
+            **call.features, **call.window, **dims(k, v), **precision(q),
+        )  # fmt: skip
+    return d_z
+
+
+def _map_gradients(
+    call: Call, mapped: Mapped, x: Tensor, d_z: Tensor, d_x: Tensor, past: int
+) -> tuple[Tensor | None, ...]:
+    """The gradients of phi, weight and bias, of which one is `d_z`; that of x is added to `d_x`.
+
+    Slot `past` is the first of x.
+    """
+    if mapped.weight is None:
+        return d_z, None, None
+    (batch, heads, size), runs, dim = d_z.shape[:3], call.runs(call.tables.chunks), x.shape[-1]
+    d_weight = d_z.new_empty(batch * heads, runs, dim, call.columns)
+    d_bias = d_z.new_empty(batch * heads, runs, call.columns)
+    for part in range(call.tiles):
+        map_gradients.maps_kernel[(batch * heads, runs)](
+            x, mapped.weight, call.tables.slot, d_z, d_x, d_weight, d_bias, strides(x), call.tables.strides[0], past,
+            size, call.tables.chunks, runs, part, R=heads // x.shape[1], D=dim, BLOCK_D=block(dim), F=call.columns,
+            BLOCK_F=call.block, **call.constants, **precision(x),
+        )  # fmt: skip
+    weight, bias = (d.unflatten(0, (batch, -1)).sum((0, 2)) for d in (d_weight, d_bias))
+    return None, weight, None if mapped.bias is None else bias.to(mapped.bias.dtype)
 
 
 def _gradient_sums(
@@ -136,11 +172,11 @@ def _gradient_sums(
     batch, heads, tokens = q.shape[:3]
     sums = q.new_empty(batch * heads, runs, call.halves * call.columns, v.shape[-1] + 1, dtype=torch.float32)
     carries, phi = sums.new_empty(batch * heads, runs), pointer(queries.phi, q)
-    carry.gradient_runs_kernel[(batch * heads, runs)](
+    carry.gradient_runs_kernel[(batch * heads, runs, call.parts)](
         q, phi, pointer(queries.weight, q), pointer(queries.bias, q), d_y, delta, normaliser, shift, factor,
         call.tables.slot, call.tables.keep, sums, carries, *(strides(x) for x in (q, phi, d_y)), *call.tables.strides,
-        call.past, tokens, call.tables.chunks, runs, SHARED=call.spec.shared_shift, **call.constants, **dims(k, v),
-        **precision(q),
+        call.past, tokens, call.tables.chunks, runs, SHARED=call.spec.shared_shift, **call.constants, **call.features,
+        **dims(k, v), **precision(q),
     )  # fmt: skip
     join(sums, carries, None, reverse=True)
     return sums

@@ -21,6 +21,7 @@ from linearize.ops.window_linear.spec import FeatureMap, WindowLinear
 
 MAPS = {"hedgehog": HEDGEHOG, "t2r": T2R}
 JOIN_BLOCK = 1024
+WIDEST_PART = 64  # columns of features: more of them do not fit into registers
 ROWS_PER_WARP = 16  # of a chunk: more warps would compute the same rows
 STAGES = 1  # of the loads ahead: more of them do not fit into the memory that an A100's program has
 
@@ -83,24 +84,53 @@ class Call:
         return 2 if self.kind == HEDGEHOG else 1
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """Constants that every kernel takes, and its warps."""
-        return {
-            "num_warps": max(4, self.sizes.chunk // ROWS_PER_WARP), "num_stages": STAGES, "H": self.heads,
-            "F": self.columns, "BLOCK_F": block(self.columns), "C": self.sizes.chunk, "PER": self.sizes.per_run,
-            "MAP": self.kind, "HALVES": self.halves,
-        }  # fmt: skip
+    def block(self) -> int:
+        """Columns of a part of the features: a half of Hedgehog's has all of them, for its softmax."""
+        return block(self.columns if self.kind == HEDGEHOG else min(self.columns, WIDEST_PART))
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Constants of the kernels that attend."""
-        spec = self.spec
-        one_block = spec.shape == "terraced" and spec.window == self.sizes.chunk
+    def parts(self) -> int:
+        """Parts of the features: a program has one of them."""
+        return 2 if self.kind == HEDGEHOG else self.tiles
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the columns."""
+        return -(-self.columns // self.block)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constants that every kernel takes, and its warps."""
+        warps = max(4, self.sizes.chunk // ROWS_PER_WARP)
         return {
-            "W": spec.window, "TERRACED": spec.shape == "terraced" and spec.window > 0, "SINKS": spec.num_sinks,
-            "CAP": spec.softcap is not None, "SHARED": spec.shared_shift, "WINDOW": spec.has_window,
-            "LINEAR": spec.has_linear, "FAR": spec.has_linear and not one_block,
-        }  # fmt: skip
+            "num_warps": warps,
+            "num_stages": STAGES,
+            "H": self.heads,
+            "C": self.sizes.chunk,
+            "PER": self.sizes.per_run,
+        }
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """Constants of the kernels of the linear part."""
+        return {"F": self.columns, "BLOCK_F": self.block, "MAP": self.kind, "HALVES": self.halves}
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """Which keys the window has."""
+        spec = self.spec
+        terraced = spec.shape == "terraced" and spec.window > 0
+        return {"W": spec.window, "TERRACED": terraced, "SINKS": spec.num_sinks}
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Constants of the kernels of the window part."""
+        return {**self.window, "CAP": self.spec.softcap is not None, "SHARED": self.spec.shared_shift}
+
+    @property
+    def far(self) -> bool:
+        """Whether keys of the query's chunk, or of the one before, lie beyond its window."""
+        return not (self.spec.shape == "terraced" and self.spec.window == self.sizes.chunk)
 
     @property
     def places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,10 +194,10 @@ def run_sums(call: Call, k: Tensor, v: Tensor, keys: Mapped, sinks: int) -> tupl
     sums = k.new_empty(batch * heads, runs, call.halves * call.columns, v.shape[-1] + 1, dtype=torch.float32)
     carries = sums.new_empty(batch * heads, runs)
     phi = pointer(keys.phi, k)
-    carry.runs_kernel[(batch * heads, runs)](
+    carry.runs_kernel[(batch * heads, runs, call.parts)](
         k, v, phi, pointer(keys.weight, k), pointer(keys.bias, k), *call.places, sums, carries,
         *(strides(x) for x in (k, v, phi)), *call.tables.strides, call.tables.chunks, runs,
-        R=heads // groups, SINKS=sinks, **call.constants, **dims(k, v), **precision(k),
+        R=heads // groups, SINKS=sinks, **call.constants, **call.features, **dims(k, v), **precision(k),
     )  # fmt: skip
     return sums, carries
 

@@ -4,6 +4,8 @@
 Before chunk n the sum is S_n = keep_n (S_{n-1} + fold_n); fold_n takes up chunk n - 2 of the same document, since
 chunks n - 1 and n are attended to directly. A run is PER chunks; runs are summed in parallel and then joined in order.
 
+A program has one part of the features (`tiles.part_of`): parts of the sum do not depend on each other.
+
 Letters: C chunk, D head dimension, V value dimension, F columns of the feature map, R query heads per key/value head.
 """
 
@@ -16,8 +18,8 @@ from linearize.ops.triton.window_chunks.tiles import (
     chunk_slots,
     features,
     flag,
+    part_of,
     provided,
-    read_sum,
     rows,
     weight_of,
     write_sum,
@@ -35,70 +37,42 @@ def taken_up(slot, first, follows, n, chunks, SINKS: tl.constexpr, C: tl.constex
 
 @triton.jit
 def take_up(
-    sums, keys, places, strides, n, chunks, dim, lane, feature,
+    held, keys, places, strides, n, chunks, dim, lane, feature, sign,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr,
-    HALVES: tl.constexpr, DOT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """(S, z) of both halves before chunk n, from those before chunk n - 1; and whether anything stays.
+    """(S, z) before chunk n, from those before chunk n - 1; and whether anything stays.
 
     keys: k, v, phi_k, W and b; places: slot, first, follows, keep; strides: of k's, v's and phi_k's tokens.
     """
-    S_a, z_a, S_b, z_b = sums
+    S, z = held
     k, v, phi_k, w, bias = keys
     slot, first, follows, keep = places
     stays = flag(keep, n, chunks).to(tl.float32)
     index, folds = taken_up(slot, first, follows, n, chunks, SINKS, C)
     x = rows(k, index, strides[0], dim, D, folds)
-    a, b = features(x, phi_k, index, strides[2], folds, w, bias, feature, D, F, MAP, DOT)
+    phi = features(x, phi_k, index, strides[2], folds, w, bias, feature, sign, D, F, MAP, DOT)
     value = rows(v, index, strides[1], lane, V, folds).to(tl.float32)
-    S_a = stays * (S_a + tl.dot(tl.trans(a), value, input_precision=DOT))
-    z_a = stays * (z_a + tl.sum(a, 0))
-    if HALVES == 2:
-        S_b = stays * (S_b + tl.dot(tl.trans(b), value, input_precision=DOT))
-        z_b = stays * (z_b + tl.sum(b, 0))
-    return (S_a, z_a, S_b, z_b), stays
+    S = stays * (S + tl.dot(tl.trans(phi), value, input_precision=DOT))
+    return (S, stays * (z + tl.sum(phi, 0))), stays
 
 
 @triton.jit
 def add_queries(
-    sums, x, given, index, stride, asks, d_num, d_den, weight, bias, scale, stays, feature,
-    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
+    held, x, given, index, stride, asks, d_num, d_den, weight, bias, scale, stays, feature, sign,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of (S, z) before a chunk, from that after it and the chunk's queries."""
-    G_a, g_a, G_b, g_b = sums
-    a, b = features(x, given, index, stride, asks, weight, bias, feature, D, F, MAP, DOT)
-    G_a = stays * (G_a + tl.dot(tl.trans(scale * a), d_num, input_precision=DOT))
-    g_a = stays * (g_a + tl.sum(scale * a * d_den[:, None], 0))
-    if HALVES == 2:
-        G_b = stays * (G_b + tl.dot(tl.trans(scale * b), d_num, input_precision=DOT))
-        g_b = stays * (g_b + tl.sum(scale * b * d_den[:, None], 0))
-    return G_a, g_a, G_b, g_b
+    S, z = held
+    phi = scale * features(x, given, index, stride, asks, weight, bias, feature, sign, D, F, MAP, DOT)
+    S = stays * (S + tl.dot(tl.trans(phi), d_num, input_precision=DOT))
+    return S, stays * (z + tl.sum(phi * d_den[:, None], 0))
 
 
 @triton.jit
-def no_sums(BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(S, z) of both halves before anything."""
-    S, z = tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    return S, z, S, z
-
-
-@triton.jit
-def read_sums(x, feature, lane, F: tl.constexpr, V: tl.constexpr, HALVES: tl.constexpr):
-    """(S, z) of both halves, which are one after the other in memory."""
-    S_a, z_a = read_sum(x, feature, lane, F, V)
-    S_b, z_b = S_a, z_a
-    if HALVES == 2:
-        S_b, z_b = read_sum(x + F * (V + 1), feature, lane, F, V)
-    return S_a, z_a, S_b, z_b
-
-
-@triton.jit
-def write_sums(x, sums, feature, lane, F: tl.constexpr, V: tl.constexpr, HALVES: tl.constexpr):
-    """The inverse of `read_sums`."""
-    S_a, z_a, S_b, z_b = sums
-    write_sum(x, S_a, z_a, feature, lane, F, V)
-    if HALVES == 2:
-        write_sum(x + F * (V + 1), S_b, z_b, feature, lane, F, V)
+def sum_at(sums, row, run, runs, before, V: tl.constexpr, F: tl.constexpr, HALVES: tl.constexpr):
+    """Where a part of the sum of a run is, `[F, V + 1]`."""
+    return sums + ((row * runs + run) * HALVES * F + before) * (V + 1)
 
 
 @triton.jit
@@ -136,10 +110,11 @@ def runs_kernel(
     HALVES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One program: one head of one row, one run."""
-    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: one head of one row, one run, one part of the features."""
+    row, run, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     b, h = row // H, row % H
-    dim, lane, feature = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_F)
+    dim, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    feature, before, sign = part_of(part, BLOCK_F, F, MAP)
     w, bias_F = weight_of(weight, bias, h, D, F)
     k += b * k_strides[0] + (h // R) * k_strides[1]
     v += b * v_strides[0] + (h // R) * v_strides[1]
@@ -148,16 +123,17 @@ def runs_kernel(
     first += b * chunk_stride
     follows += b * chunk_stride
     keep += b * chunk_stride
-    held, carry = no_sums(BLOCK_F, BLOCK_V), tl.full((), 1.0, tl.float32)
+    carry = tl.full((), 1.0, tl.float32)
+    held = (tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32))
     steps = (k_strides[2], v_strides[2], phi_strides[2])
     for i in range(1, PER + 1):
         held, stays = take_up(
             held, (k, v, phi_k, w, bias_F), (slot, first, follows, keep), steps, run * PER + i, chunks, dim, lane,
-            feature, D, V, F, SINKS, C, MAP, HALVES, DOT,
+            feature, sign, D, V, F, SINKS, C, MAP, DOT,
         )  # fmt: skip
         carry *= stays
-    write_sums(sums + (row * runs + run) * HALVES * F * (V + 1), held, feature, lane, F, V, HALVES)
-    tl.store(carries + row * runs + run, carry)
+    write_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), held[0], held[1], feature, lane, F, V)
+    tl.store(carries + row * runs + run, carry, mask=part == 0)
 
 
 @triton.jit
@@ -198,17 +174,20 @@ def gradient_runs_kernel(
     HALVES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One program: what the queries of one run add to the gradient of the sum that the run before them hands on."""
-    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: what the queries of one run add to the gradient of a part of the sum that the run before them hands
+    on."""
+    row, run, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     b, h = row // H, row % H
-    dim, lane, feature = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_F)
+    dim, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    feature, before, sign = part_of(part, BLOCK_F, F, MAP)
     w, bias_F = weight_of(weight, bias, h, D, F)
     q += b * q_strides[0] + h * q_strides[1]
     phi_q += b * phi_strides[0] + h * phi_strides[1]
     d_y += b * y_strides[0] + h * y_strides[1]
     slot += b * slot_stride
     keep += b * chunk_stride
-    held, carry = no_sums(BLOCK_F, BLOCK_V), tl.full((), 1.0, tl.float32)
+    carry = tl.full((), 1.0, tl.float32)
+    held = (tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32))
     scale = tl.load(factor + h)
     for i in range(0, PER):
         n = run * PER + PER - 1 - i
@@ -218,12 +197,12 @@ def gradient_runs_kernel(
         )
         x = rows(q, index, q_strides[2], dim, D, asks)
         held = add_queries(
-            held, x, phi_q, index, phi_strides[2], asks, d_num, d_den, w, bias_F, scale, stays, feature, D, F, MAP,
-            HALVES, DOT,
+            held, x, phi_q, index, phi_strides[2], asks, d_num, d_den, w, bias_F, scale, stays, feature, sign, D,
+            F, MAP, DOT,
         )  # fmt: skip
         carry *= stays
-    write_sums(sums + (row * runs + run) * HALVES * F * (V + 1), held, feature, lane, F, V, HALVES)
-    tl.store(carries + row * runs + run, carry)
+    write_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), held[0], held[1], feature, lane, F, V)
+    tl.store(carries + row * runs + run, carry, mask=part == 0)
 
 
 @triton.jit

@@ -1,12 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The backward pass for queries, their features, sinks and factors; `key_gradients.py` has that for keys and values.
-Scores, weights and features are computed again; nothing of size T x window is kept.
+"""The backward pass of the window for queries, sinks and factor; `key_gradients.py` has that for keys and values,
+`linear_gradients.py` that of the linear part. Scores and weights are computed again: nothing of T x window is kept.
 
 With y = N / Z: d_N = d_y / Z and d_Z = -(d_y . y) / Z; a window weight p_ni then has d_s = p (d_N . v_i + d_Z), and as
 published the shift is the largest score itself, so that score also gets minus the sum of its row.
 
-Letters: C chunk, D head dimension, V value dimension, F columns of the feature map, R query heads per key/value head, J
-sinks.
+Letters: C chunk, D head dimension, V value dimension, R query heads per key/value head, J sinks.
 """
 
 from __future__ import annotations
@@ -15,19 +14,14 @@ import triton
 import triton.language as tl
 
 from linearize.ops.triton.window_chunks.attend import key_tile, masks, places_of, sink_tile
-from linearize.ops.triton.window_chunks.carry import read_sums, take_up
 from linearize.ops.triton.window_chunks.tiles import (
     bent,
     chunk_slots,
-    features,
-    features_backward,
     flag,
     narrow,
     of_head,
     provided,
-    read_weight,
     rows,
-    weight_of,
     write_rows,
 )
 
@@ -55,13 +49,6 @@ def query_outputs(index, asks, d_y, y_stride, delta, normaliser, shift, line, la
 
 
 @triton.jit
-def on_one_scale(d_num, d_den, m, SHARED: tl.constexpr):
-    """d_N and d_Z as the linear part gets them: times exp(-m) with a shared shift."""
-    shared = tl.exp(-m) if SHARED else tl.full(m.shape, 1.0, tl.float32)
-    return d_num * shared[:, None], d_den * shared
-
-
-@triton.jit
 def less_top(d_s, places, most, seen, row_total):
     """Score gradients with the row's sum taken from the largest score."""
     return d_s - tl.where((places[None, :] == most[:, None]) & seen, row_total[:, None], 0.0)
@@ -71,31 +58,6 @@ def less_top(d_s, places, most, seen, row_total):
 def times_keys(d_s, slope, k, DOT: tl.constexpr):
     """What score gradients give the queries, before the scale."""
     return tl.dot(narrow(d_s * slope, k), narrow(k, k), input_precision=DOT)
-
-
-@triton.jit
-def memory_gradient(d_num, d_den, held, HALVES: tl.constexpr, DOT: tl.constexpr):
-    """The gradients of both halves of phi_q from what was remembered."""
-    S_a, z_a, S_b, z_b = held
-    d_a = tl.dot(d_num, tl.trans(S_a), input_precision=DOT) + d_den[:, None] * z_a[None, :]
-    d_b = d_a
-    if HALVES == 2:
-        d_b = tl.dot(d_num, tl.trans(S_b), input_precision=DOT) + d_den[:, None] * z_b[None, :]
-    return d_a, d_b
-
-
-@triton.jit
-def reach_gradient(
-    d_a, d_b, d_num, d_den, tile, far, given, stride, w, bias, feature,
-    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """The gradients of phi_q with those from a tile's keys beyond the window."""
-    slots, _, live, x_k, x_v = tile
-    o, u = features(x_k, given, slots, stride, live, w, bias, feature, D, F, MAP, DOT)
-    d_r = score_gradient(tl.where(far, 1.0, 0.0), x_v, d_num, d_den, DOT)
-    d_a += tl.dot(d_r, o, input_precision=DOT)
-    d_b = d_b + tl.dot(d_r, u, input_precision=DOT) if HALVES == 2 else d_a
-    return d_a, d_b
 
 
 @triton.jit
@@ -160,105 +122,47 @@ def window_gradient(
     return gradient * scaling, total
 
 
-@triton.jit
-def through_weight(x, weight, d_z, lane, D: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr):
-    """The gradients of x, W and b from that of x W + b."""
-    w = read_weight(weight, x.shape[1], lane, D, F)
-    d_x = tl.dot(d_z, tl.trans(w.to(tl.float32)), input_precision=DOT)
-    return d_x, tl.dot(tl.trans(x.to(tl.float32)), d_z, input_precision=DOT), tl.sum(d_z, 0)
-
-
-@triton.jit
-def write_weight(d_weight, d_bias, line, dim, feature, w, b, D: tl.constexpr, F: tl.constexpr):
-    """A run's gradient of a head's W and b."""
-    at = d_weight + line * D * F + dim[:, None] * F + feature[None, :]
-    tl.store(at, w, mask=(dim < D)[:, None] & (feature < F)[None, :])
-    tl.store(d_bias + line * F + feature, b, mask=feature < F)
-
-
-# Arguments as in `attend.py`; d_y like y, delta: [B, H, T], the sum over values of d_y y; d_q and d_phi_q like q and
-# phi_q; d_sink_k, d_sink_v: [B, chunks, H, J, D or V]; of each run: d_weight [B H, runs, D, F], d_bias [B H, runs, F],
-# d_log_g and d_factor [B H, runs]; row_sum: [B, H, T], what the largest scores give back.
+# Arguments as in `attend.py`; d_y like y, delta: [B, H, T], the sum over values of d_y y; d_q: [B, H, T, D], fp32;
+# d_sink_k, d_sink_v: [B, chunks, H, J, D or V]; d_log_g: [B H, runs]; row_sum: [B, H, T], what the largest scores give
+# back.
 # fmt: off
 @triton.jit
 def queries_kernel(
-    q, k, v, phi_q, phi_k, sink_k, sink_v, weight_q, bias_q, weight_k, bias_k, log_g, factor, slot, first, follows,
-    keep, begins, sums, d_y, delta, shift, normaliser, top, d_q, d_phi_q, d_sink_k, d_sink_v, d_weight, d_bias, d_log_g,
-    d_factor, row_sum, q_strides, k_strides, v_strides, phi_q_strides, phi_k_strides, y_strides, d_q_strides,
-    d_phi_strides, slot_stride, chunk_stride, past, tokens, chunks, runs, scaling, softcap,
-    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr, C: tl.constexpr, PER: tl.constexpr,
-    W: tl.constexpr, TERRACED: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr, SHARED: tl.constexpr,
-    WINDOW: tl.constexpr, LINEAR: tl.constexpr, FAR: tl.constexpr, MAP: tl.constexpr, HALVES: tl.constexpr,
-    BEGINS: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, sink_k, sink_v, log_g, slot, first, follows, keep, begins, d_y, delta, shift, normaliser, top, d_q,
+    d_sink_k, d_sink_v, d_log_g, row_sum, q_strides, k_strides, v_strides, y_strides, d_q_strides, slot_stride,
+    chunk_stride, past, tokens, chunks, runs, scaling, softcap,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_J: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
+    SINKS: tl.constexpr, CAP: tl.constexpr, SHARED: tl.constexpr, BEGINS: tl.constexpr, DOT: tl.constexpr,
 ):
     """One program: the queries of one head of one row in one run of chunks."""
     row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, line = row // H, row % H, row * tokens
-    dim, lane, feature = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_F)
-    q, k = of_head(q, q_strides, b, h), of_head(k, k_strides, b, h // R)
-    v, phi_q = of_head(v, v_strides, b, h // R), of_head(phi_q, phi_q_strides, b, h)
-    phi_k, d_y = of_head(phi_k, phi_k_strides, b, h), of_head(d_y, y_strides, b, h)
-    d_q, d_phi_q = of_head(d_q, d_q_strides, b, h), of_head(d_phi_q, d_phi_strides, b, h)
+    dim, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    q, k, v = of_head(q, q_strides, b, h), of_head(k, k_strides, b, h // R), of_head(v, v_strides, b, h // R)
+    d_y, d_q = of_head(d_y, y_strides, b, h), of_head(d_q, d_q_strides, b, h)
     places = places_of(slot, first, follows, keep, b, slot_stride, chunk_stride)
-    steps, g = (k_strides[2], v_strides[2], phi_k_strides[2]), tl.load(log_g + h)
-    g_gradient, factor_gradient = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    if LINEAR:
-        scale = tl.load(factor + h)
-        wq, bq = weight_of(weight_q, bias_q, h, D, F)
-        wk, bk = weight_of(weight_k, bias_k, h, D, F)
-        keys = (k, v, phi_k, wk, bk)
-        held = read_sums(sums + (row * runs + run) * HALVES * F * (V + 1), feature, lane, F, V, HALVES)
-        if MAP != 0:
-            w_gradient, b_gradient = tl.zeros((BLOCK_D, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+    numbers, g_gradient = (tl.load(log_g + h), scaling, softcap), tl.full((), 0.0, tl.float32)
     for i in range(0, PER):
         n = run * PER + i
-        if LINEAR and i > 0:
-            held, _ = take_up(
-                held, keys, places, steps, n, chunks, dim, lane, feature, D, V, F, SINKS, C, MAP, HALVES, DOT
-            )
         own = chunk_slots(places[0], n, chunks, C)
         asks, index = own >= past, own - past
         position = flag(places[1], n, chunks) + tl.arange(0, C)
         x_q = rows(q, index, q_strides[2], dim, D, asks)
         d_num, d_den, m = query_outputs(index, asks, d_y, y_strides[2], delta, normaliser, shift, line, lane, V)
         gradient, total = tl.zeros((C, BLOCK_D), tl.float32), tl.zeros((C,), tl.float32)
-        if WINDOW:
-            query, at, numbers = (x_q, index, asks, position, d_num, d_den, m), b * chunks + n, (g, scaling, softcap)
-            for back in range(0, 2):
-                tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
-                near, _ = masks(position, tile[1], tile[2], W, TERRACED)
-                gradient, total = tile_gradient(gradient, total, (x_q, d_num, d_den, m), tile, near, numbers, CAP, DOT)
-            begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
-            early = (sink_k, sink_v, d_sink_k, d_sink_v, at * (H // R) + h // R, at * H + h, begin)
-            gradient, total = window_gradient(
-                gradient, total, query, early, (top + line, row_sum + line), numbers,
-                chunks - n, dim, lane, k, steps[0], BLOCK_J, D, V, SINKS, CAP, SHARED, DOT,
-            )
-            g_gradient += tl.sum(total, 0)
-        if LINEAR:
-            d_num, d_den = on_one_scale(d_num, d_den, m, SHARED)
-            d_a, d_b = memory_gradient(d_num, d_den, held, HALVES, DOT)
-            if FAR:
-                for back in range(0, 2):
-                    tile = key_tile(k, v, steps[0], steps[1], places, n, chunks, dim, lane, back, D, V, SINKS, C)
-                    _, far = masks(position, tile[1], tile[2], W, TERRACED)
-                    d_a, d_b = reach_gradient(
-                        d_a, d_b, d_num, d_den, tile, far, phi_k, steps[2], wk, bk, feature, D, F, MAP, HALVES, DOT
-                    )
-            o, u = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, D, F, MAP, DOT)
-            factor_gradient += tl.sum(tl.sum(o * d_a, 1) + tl.sum(u * d_b, 1) * (HALVES - 1), 0)
-            if MAP == 0:
-                write_rows(d_phi_q, index, d_phi_strides[2], feature, F, asks, d_a * scale)
-            else:
-                d_z = features_backward(o, u, d_a * scale, d_b * scale, MAP)
-                d_x, d_w, d_b = through_weight(x_q, wq, d_z, feature, D, F, DOT)
-                gradient, w_gradient, b_gradient = gradient + d_x, w_gradient + d_w, b_gradient + d_b
+        for back in range(0, 2):
+            tile = key_tile(k, v, k_strides[2], v_strides[2], places, n, chunks, dim, lane, back, D, V, SINKS, C)
+            near, _ = masks(position, tile[1], tile[2], W, TERRACED)
+            gradient, total = tile_gradient(gradient, total, (x_q, d_num, d_den, m), tile, near, numbers, CAP, DOT)
+        query, at = (x_q, index, asks, position, d_num, d_den, m), b * chunks + n
+        begin = flag(begins + b * chunk_stride, n, chunks) if BEGINS else 0
+        early = (sink_k, sink_v, d_sink_k, d_sink_v, at * (H // R) + h // R, at * H + h, begin)
+        gradient, total = window_gradient(
+            gradient, total, query, early, (top + line, row_sum + line), numbers, chunks - n, dim, lane, k,
+            k_strides[2], BLOCK_J, D, V, SINKS, CAP, SHARED, DOT,
+        )
+        g_gradient += tl.sum(total, 0)
         write_rows(d_q, index, d_q_strides[2], dim, D, asks, gradient)
-    at = row * runs + run
-    tl.store(d_log_g + at, g_gradient)
-    if LINEAR:
-        tl.store(d_factor + at, factor_gradient)
-        if MAP != 0:
-            write_weight(d_weight, d_bias, at, dim, feature, w_gradient, b_gradient, D, F)
+    tl.store(d_log_g + row * runs + run, g_gradient)
 # fmt: on

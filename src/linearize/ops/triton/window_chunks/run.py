@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.triton.launch import rows_of
-from linearize.ops.triton.window_chunks import attend
+from linearize.ops.triton.window_chunks import attend, linear
 from linearize.ops.triton.window_chunks.backward import backward
 from linearize.ops.triton.window_chunks.call import (
     Call,
@@ -56,13 +56,15 @@ def window_linear_chunks(
     sinks: tuple[Tensor | None, ...] = (None, None)
     if spec.num_sinks and spec.has_window:
         sinks = sinks_of(slots, alignment, state, spec)
-    linear = spec.has_linear
-    maps = [Mapped.of(f if linear else None, x) for f, x in ((spec.feature_q, q_BHTD), (spec.feature_k, slots.k_BGSD))]
+    maps = [
+        Mapped.of(f if spec.has_linear else None, x)
+        for f, x in ((spec.feature_q, q_BHTD), (spec.feature_k, slots.k_BGSD))
+    ]
     call = Call(
         spec=spec, sizes=sizes, tables=tables, past=slots.num_past, kind=maps[0].kind, columns=maps[0].columns,
         heads=q_BHTD.shape[1],
     )  # fmt: skip
-    memory = state.memory_BHFV if state is not None and linear else None
+    memory = state.memory_BHFV if state is not None and spec.has_linear else None
     factors = (
         per_head(x, default, q_BHTD) for x, default in ((spec.log_window_factor_H, 0.0), (spec.linear_factor_H, 1.0))
     )
@@ -116,15 +118,14 @@ class _Attend(torch.autograd.Function):
         y = torch.zeros(batch, heads, tokens, v.shape[-1], dtype=q.dtype, device=q.device)
         shift, normaliser = (torch.zeros(batch, heads, tokens, device=q.device) for _ in range(2))
         top = torch.full((batch, heads, tokens), -1, dtype=torch.int32, device=q.device)
-        inputs = (q, k, v, pointer(phi_q, q), pointer(phi_k, k))
-        tables = (*call.places, call.begins, pointer(sums, y))
-        runs = call.runs(call.tables.chunks)
-        attend.attend_kernel[(batch * heads, runs)](
-            *inputs, pointer(sink_k, k), pointer(sink_v, v), *weights(maps, q), log_g, factor, *tables, y, shift,
-            normaliser, top, *(strides(x) for x in (*inputs, y)), *call.tables.strides, call.past, tokens,
-            call.tables.chunks, runs, call.spec.scaling, call.spec.softcap or 1.0, R=heads // k.shape[1],
-            BLOCK_J=block(call.spec.num_sinks), BEGINS=call.tables.begins is not None,
-            **call.constants, **call.options, **dims(k, v), **precision(q),
+        parts = _linear(call, maps, (q, k, v), factor, sums)
+        attend.attend_kernel[(batch * heads, call.runs(call.tables.chunks))](
+            q, k, v, pointer(sink_k, k), pointer(sink_v, v), log_g, *call.places, call.begins,
+            *(pointer(x, shift) for x in parts), y, shift, normaliser, top, *(strides(x) for x in (q, k, v, y)),
+            *call.tables.strides, call.past, tokens, call.tables.chunks, call.spec.scaling, call.spec.softcap or 1.0,
+            R=heads // k.shape[1], BLOCK_J=block(call.spec.num_sinks), BEGINS=call.tables.begins is not None,
+            WINDOW=call.spec.has_window, LINEAR=call.spec.has_linear, **call.constants, **call.scores, **dims(k, v),
+            **precision(q),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, sink_k, sink_v, *given, log_g, factor, sums, y, shift, normaliser, top)
         ctx.call = call
@@ -149,3 +150,24 @@ def _sums(call: Call, k: Tensor, v: Tensor, keys: Mapped, memory: Tensor | None)
         start = (memory * goes_on).to(torch.float32).flatten(0, 1).contiguous()
     join(sums, carries, start, reverse=False)
     return sums
+
+
+def _linear(
+    call: Call, maps: tuple[Mapped, Mapped], qkv: tuple[Tensor, Tensor, Tensor], factor: Tensor, sums: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Numerator `[B, H, T, V]` and denominator `[B, H, T]` of the linear part, fp32; its parts one after the other."""
+    if sums is None:
+        return None, None
+    q, k, v = qkv
+    (batch, heads, tokens), runs = q.shape[:3], call.runs(call.tables.chunks)
+    numerator = q.new_zeros(batch, heads, tokens, v.shape[-1], dtype=torch.float32)
+    denominator = q.new_zeros(batch, heads, tokens, dtype=torch.float32)
+    inputs = (*qkv, *(pointer(x.phi, q) for x in maps))
+    for part in range(call.parts):
+        linear.remember_kernel[(batch * heads, runs)](
+            *inputs, *weights(maps, q), factor, *call.places, sums, numerator, denominator,
+            *(strides(x) for x in inputs), *call.tables.strides, call.past, tokens, call.tables.chunks, runs, part,
+            R=heads // k.shape[1], FAR=call.far, **call.constants, **call.features, **call.window, **dims(k, v),
+            **precision(q),
+        )  # fmt: skip
+    return numerator, denominator

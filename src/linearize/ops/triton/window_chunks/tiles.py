@@ -60,6 +60,12 @@ def write_rows(x, index, stride, lane, width, valid, values):
 
 
 @triton.jit
+def add_rows(x, index, stride, lane, width, valid, values):
+    """`write_rows` on top of what stands there."""
+    write_rows(x, index, stride, lane, width, valid, rows(x, index, stride, lane, width, valid).to(tl.float32) + values)
+
+
+@triton.jit
 def narrow(x, like):
     """x as the window's products take it in the backward pass: in bf16 where the inputs are, as FlashAttention's, else
     in fp32: fp16 has no room for what a large normaliser divides."""
@@ -105,38 +111,51 @@ def projected(x, weight, DOT: tl.constexpr):
 
 
 @triton.jit
-def features(
-    x, given, index, stride, valid, weight, bias, lane,
-    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """phi of a tile, `[C, F]` fp32, and Hedgehog's second half (the first again for other maps); 0 where not valid.
+def part_of(part, BLOCK_F: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
+    """The columns of a part of the features, those that it has in common with other parts, and its sign.
 
-    A head's weight is read anew for each tile: held in registers, as an operand of products, it would fill most.
+    A part of Hedgehog's features is one of its halves, the softmax of x W or of -x W; of others BLOCK_F columns. In
+    the sum a half stands after the features of those before it.
     """
-    inside = (lane < F)[None, :]
-    if MAP == 0:
-        a = rows(given, index, stride, lane, F, valid).to(tl.float32)
-        b = a
+    lane = tl.arange(0, BLOCK_F)
+    if MAP == 1:
+        columns, before, sign = lane, part * F, 1.0 - 2.0 * part
     else:
-        z = projected(x, read_weight(weight, x.shape[1], lane, D, F), DOT)
-        if MAP == 1:
-            a = softmax_half(z, inside)
-            b = tl.where(valid[:, None], softmax_half(-z, inside), 0.0)
-        else:
-            z += tl.load(bias + lane, mask=lane < F, other=0.0).to(tl.float32)[None, :]
-            a = tl.where(inside, tl.maximum(z, 0.0), 0.0)
-            b = a
-        a = tl.where(valid[:, None], a, 0.0)
-    return a, b
+        columns, before, sign = part * BLOCK_F + lane, part * 0, 1.0 + 0.0 * part
+    return columns, before, sign
 
 
 @triton.jit
-def features_backward(a, b, d_a, d_b, MAP: tl.constexpr):
-    """The gradient of x W (of x W + b for T2R) from those of the features."""
-    if MAP == 1:
-        d_z = a * (d_a - tl.sum(a * d_a, 1)[:, None]) - b * (d_b - tl.sum(b * d_b, 1)[:, None])
+def features(
+    x, given, index, stride, valid, weight, bias, feature, sign,
+    D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A part of phi of a tile, `[C, BLOCK_F]` fp32; 0 where not valid.
+
+    A head's weight is read anew for each tile: held in registers, as an operand of products, it would fill most.
+    """
+    if MAP == 0:
+        phi = rows(given, index, stride, feature, F, valid).to(tl.float32)
     else:
-        d_z = tl.where(a > 0, d_a, 0.0)
+        z, inside = projected(x, read_weight(weight, x.shape[1], feature, D, F), DOT), (feature < F)[None, :]
+        if MAP == 1:
+            phi = softmax_half(z * sign, inside)
+        else:
+            z += tl.load(bias + feature, mask=feature < F, other=0.0).to(tl.float32)[None, :]
+            phi = tl.where(inside, tl.maximum(z, 0.0), 0.0)
+        phi = tl.where(valid[:, None], phi, 0.0)
+    return phi
+
+
+@triton.jit
+def features_backward(phi, d_phi, sign, MAP: tl.constexpr):
+    """The gradient of x W (of x W + b for T2R; of phi where it is given) from that of a part of the features."""
+    if MAP == 1:
+        d_z = sign * phi * (d_phi - tl.sum(phi * d_phi, 1)[:, None])
+    elif MAP == 2:
+        d_z = tl.where(phi > 0, d_phi, 0.0)
+    else:
+        d_z = d_phi
     return d_z
 
 
