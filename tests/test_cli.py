@@ -154,10 +154,10 @@ def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_generate_chat_and_demo_pass_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = stand_in(monkeypatch, "linearize.decoding.generate", "generate_text", Calls())
-    assert main(["generate", "model", "--prompt", "Once", "--max-new-tokens", "7", "--prompt-lookup"]) == 0
+    assert main(["generate", "model", "--prompt", "Once", "--max-new-tokens", "7", "--compile"]) == 0
     assert generate.arguments is not None
     assert list(generate.arguments.values())[:2] == ["model", "Once"]
-    assert (generate.arguments["max_new_tokens"], generate.arguments["prompt_lookup"]) == (7, True)
+    assert [generate.arguments[name] for name in ("max_new_tokens", "compile", "prompt_lookup")] == [7, True, False]
     assert not {"temperature", "seed", "draft"} & set(generate.arguments)
     chat = stand_in(monkeypatch, "linearize.decoding.generate", "chat", Calls())
     assert main(["chat", "model", "--temperature", "0.5", "--seed", "3"]) == 0

@@ -201,6 +201,9 @@ def generate(
         str | None, typer.Option(metavar="K|auto", help="Guesses a round; auto (the default): as many as pay.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say on stderr what guessing gave.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run torch.compile first: takes a minute or more, for long texts.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Continue a prompt."""
@@ -209,7 +212,7 @@ def generate(
     chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
     if draft_tokens is not None:
         chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
-    generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, **chosen)
+    generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, compile=compile, **chosen)
 
 
 @app.command()

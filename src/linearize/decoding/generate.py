@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from linearize.decoding.compiled import StepLoop, compiled_step
 from linearize.decoding.loading import load_any, pad_token
 from linearize.decoding.speculative import Drafter, LookupDrafter, ModelDrafter, share_equal_weights, speculate
 from linearize.decoding.speculative.checks import check_tokenizers
@@ -33,6 +34,7 @@ def generate_text(
     draft: str | Path | None = None,
     draft_tokens: DraftTokens = "auto",
     stats: bool = False,
+    compile: bool | str = False,
     device: str | None = None,
 ) -> str:
     """Continue a prompt with a student or any causal LM, and return prompt and continuation.
@@ -40,12 +42,14 @@ def generate_text(
     `stream` writes the text to stdout as it comes; temperature 0 is greedy. `prompt_lookup` guesses tokens from
     repetitions in the text, `draft` from a second, smaller model with the same tokenizer (it shares the memory of
     weights that are equal), `draft_tokens` at a time; what greedy decoding gives stays the same, and so does the
-    distribution that tokens are drawn from. `stats` tells on stderr what guessing gave.
+    distribution that tokens are drawn from. `stats` tells on stderr what guessing gave. `compile` (True, or the name of
+    a backend of `torch.compile`) decodes by a compiled step; compiling takes a minute or more, so it is for long texts.
     Raises InputError for a setting out of range, an empty prompt without a BOS token, a path that is no model, or a
     draft that cannot guess for this model.
     """
     _check(max_new_tokens, temperature)
     _check_guessing(prompt_lookup, draft, draft_tokens, stats)
+    _check_compile(compile, prompt_lookup, draft)
     model, tokenizer = load_any(model_path, device=device)
     guide = None
     if draft is not None:
@@ -64,6 +68,7 @@ def generate_text(
         draft=guide,
         draft_tokens=draft_tokens,
         stats=stats,
+        compile=compile,
     )
 
 
@@ -80,20 +85,23 @@ def continue_text(
     draft: PreTrainedModel | None = None,
     draft_tokens: DraftTokens = "auto",
     stats: bool = False,
+    compile: bool | str = False,
 ) -> str:
     """`generate_text` for models in memory: prompt and continuation as text, special tokens left out.
 
-    `draft`: a model with the same tokenizer.
+    `draft`: a model with the same tokenizer. `compile`: what was compiled for a model serves its later texts too.
     """
     _check(max_new_tokens, temperature)
     _check_guessing(prompt_lookup, draft, draft_tokens, stats)
+    _check_compile(compile, prompt_lookup, draft)
     ids = list(tokenizer(prompt)["input_ids"]) or [tokenizer.bos_token_id]
     if ids == [None]:
         raise InputError("the prompt is empty and this tokenizer has no BOS token to start from: give some text")
     settings = _settings(tokenizer, max_new_tokens, temperature)
     drafter = LookupDrafter() if prompt_lookup else None if draft is None else ModelDrafter(draft)
     if drafter is None:
-        out = _generate(model, ids, settings, seed, streamer)
+        backend = "inductor" if compile is True else compile or None
+        out = _generate(model, ids, settings, seed, streamer, backend=backend)
     else:
         out = _speculate(model, drafter, ids, settings, seed, streamer, draft_tokens=draft_tokens, stats=stats)
     return str(tokenizer.decode(out, skip_special_tokens=True))
@@ -113,6 +121,12 @@ def _check_guessing(prompt_lookup: bool, draft: object, draft_tokens: DraftToken
     if not prompt_lookup and draft is None and (draft_tokens != "auto" or stats):
         given = "stats" if stats else f"draft_tokens {draft_tokens}"
         raise InputError(f"{given} without anything that guesses: give a draft model or prompt lookup too")
+
+
+def _check_compile(compile: bool | str, prompt_lookup: bool, draft: object) -> None:
+    if compile and (prompt_lookup or draft is not None):
+        other = "prompt lookup" if prompt_lookup else "a draft model"
+        raise InputError(f"compile and {other} were both given: a compiled step guesses nothing, choose one")
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> dict[str, Any]:
@@ -150,15 +164,28 @@ def _speculate(
 
 @torch.inference_mode()
 def _generate(
-    model: PreTrainedModel, ids: list[int], settings: dict[str, Any], seed: int, streamer: BaseStreamer | None
+    model: PreTrainedModel,
+    ids: list[int],
+    settings: dict[str, Any],
+    seed: int,
+    streamer: BaseStreamer | None,
+    *,
+    backend: str | None = None,
 ) -> list[int]:
-    """The tokens of prompt and continuation; the caller's random numbers are left as they were."""
+    """The tokens of prompt and continuation; the caller's random numbers are left as they were.
+
+    `backend`: of `torch.compile` (None: not compiled).
+    """
     input_ids = torch.tensor([ids], device=model.device)
+    road: dict[str, Any] = {"streamer": streamer}
+    if backend is not None:
+        step = compiled_step(model, rows=1, tokens=len(ids) + settings["max_new_tokens"], backend=backend)
+        road = road if step is None else {"custom_generate": StepLoop(step, streamer)}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         generate: Any = model.generate
-        out = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), streamer=streamer, **settings)
+        out = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **road, **settings)
     tokens: list[int] = out[0].tolist()
     return tokens
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linearize.errors import one_line
 
@@ -23,6 +23,11 @@ Recorder = Callable[[Callable[[], Tensor], Callable[[], None]], tuple[Callable[[
 def recorder_for(device: torch.device) -> Recorder | None:
     """How steps on this device are recorded; None: they are not."""
     return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def weights_at(model: nn.Module) -> int:
+    """Changes when the weights move, which what was recorded of a model does not survive."""
+    return hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
 
 
 class CudaRecorder:
@@ -78,8 +83,9 @@ class Graphs:
                 self._made[kind] = self._recorded(self._record, tokens_BT, step, moving())
             except RuntimeError as error:
                 self._record = None
+                output = step(tokens_BT)  # fails again where the step itself cannot run: nothing to warn of then
                 warnings.warn(f"no graph could be recorded, decoding goes on without: {one_line(error)}", stacklevel=2)
-                return step(tokens_BT)
+                return output
         made = self._made[kind]
         made.tokens_BT.copy_(tokens_BT)
         made.replay()

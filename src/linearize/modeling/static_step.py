@@ -9,6 +9,7 @@ Letters: B batch, T new tokens of a step, P columns of the tail, S prompt, V voc
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,6 +62,7 @@ class StaticStep:
         self.lengths: list[int] = []
         self.held = 0  # tokens of each row that wait for a decision
         self._exact = True
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._model, self._configs = weakref.ref(model), softmax_configs(model)
         with torch.inference_mode(False):
             self.start_B, self.kept_B, self.held_1 = (
@@ -90,10 +92,10 @@ class StaticStep:
         self.held, self._exact = 0, True
         self._check_room(0)
         self.cache.begin(self.lengths)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_last else {}
         if min(self.lengths) < tokens and attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-            options = {"attention_mask": attention_mask, "position_ids": positions}
+            options |= {"attention_mask": attention_mask, "position_ids": positions}
         out = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options)
         self.start_B.copy_(torch.tensor(self.lengths))
         self.held_1.zero_()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from linearize.decoding.speculative.chooser import MOST
 from linearize.decoding.speculative.reader import Reader
 from linearize.errors import InputError
+from linearize.modeling.static_graphs import weights_at
 from linearize.modeling.static_layers import WIDEST, static_layers
 from linearize.modeling.static_step import StaticStep
 
@@ -97,7 +98,7 @@ class StaticReader(Reader):
         return self._step.prefill(input_ids_BT, mask_BT)
 
     def _take(self, rows: int, capacity: int) -> StaticStep:
-        weights = hash(tuple(parameter.data_ptr() for parameter in self.model.parameters()))
+        weights = weights_at(self.model)
         ready = _READY.get(self.model)
         if ready is None or ready.step.batch != rows or ready.weights != weights or ready.owner() is not None:
             step = StaticStep(self.model, batch=rows, width=USUAL, capacity=capacity)
