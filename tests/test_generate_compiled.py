@@ -22,7 +22,7 @@ from linearize.errors import InputError
 
 TOKENIZER = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
 SHORT, LONG = "the cat", "the cat sat on the mat and sat there, red"
-MESSAGE = "compiling a step of decoding, which takes a minute or more\n"
+MESSAGE = "compiling a step of decoding, which takes half a minute or more\n"
 
 
 @pytest.fixture(autouse=True)

@@ -202,7 +202,7 @@ def generate(
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say on stderr what guessing gave.")] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Run torch.compile first: takes a minute or more, for long texts.")
+        bool, typer.Option("--compile", help="Run torch.compile first: takes half a minute or more, for long texts.")
     ] = False,
     device: Device = None,
 ) -> None:

@@ -55,7 +55,7 @@ def compiled_step(model: PreTrainedModel, *, rows: int, tokens: int, backend: st
     ready = _READY.get(model)
     if ready is not None and ready.serves(rows, tokens, backend, weights):
         return ready.step
-    print("compiling a step of decoding, which takes a minute or more", file=sys.stderr)
+    print("compiling a step of decoding, which takes half a minute or more", file=sys.stderr)
     try:
         step = StaticStep(model, batch=rows, capacity=-(-tokens // ROOM) * ROOM, rollback=False)
         step.compile(backend=backend)
