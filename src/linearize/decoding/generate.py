@@ -43,7 +43,7 @@ def generate_text(
     repetitions in the text, `draft` from a second, smaller model with the same tokenizer (it shares the memory of
     weights that are equal), `draft_tokens` at a time; what greedy decoding gives stays the same, and so does the
     distribution that tokens are drawn from. `stats` tells on stderr what guessing gave. `compile` (True, or the name of
-    a backend of `torch.compile`) decodes by a compiled step; compiling takes half a minute or more, so it is for long texts.
+    a backend of `torch.compile`) decodes by a compiled step: half a minute or more to begin with, for long texts.
     Raises InputError for a setting out of range, an empty prompt without a BOS token, a path that is no model, or a
     draft that cannot guess for this model.
     """
