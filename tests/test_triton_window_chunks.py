@@ -32,7 +32,17 @@ def errors(results: dict[str, Any], name: str) -> dict[str, float]:
     return found
 
 
-WHOLE = ["blocks", "beyond", "given features", "no window", "window alone", "above 0", "parts", "given parts"]
+WHOLE = [
+    "blocks",
+    "beyond",
+    "given features",
+    "no window",
+    "window alone",
+    "above 0",
+    "parts",
+    "given parts",
+    "queries in tiles",
+]
 
 
 @pytest.mark.parametrize("name", WHOLE)

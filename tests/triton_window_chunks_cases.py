@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from triton_cases import gap, padded, poison
 from linearize.mixers import AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
 from linearize.ops.layout import Layout
-from linearize.ops.triton.window_chunks import run
+from linearize.ops.triton.window_chunks import backward, run
 from linearize.ops.triton.window_chunks.sizes import Sizes
 from linearize.ops.window_linear import Branch, WindowLinear
 from linearize.ops.window_linear.reference import reference
@@ -52,6 +53,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     cut: int | None = None  # the text in two calls
     backward: bool = True
+    chunk: int = 16
 
 
 def layouts(case: Case) -> list[tuple[slice, Layout]]:
@@ -105,12 +107,9 @@ def run_with(form: Callable[..., Any], case: Case, dtype: torch.dtype) -> dict[s
     return found
 
 
-def kernels(*inputs: Tensor, **options: Any) -> Any:
-    return run.window_linear_chunks(*inputs, **options, sizes=Sizes(16, 2))
-
-
 def errors(case: Case) -> dict[str, float]:
     """Largest error of each tensor, over its largest number if that is above 1."""
+    kernels = partial(run.window_linear_chunks, sizes=Sizes(case.chunk, 2))
     right, got = run_with(reference, case, torch.float64), run_with(kernels, case, case.dtype)
     assert right.keys() == got.keys()
     found = {}
@@ -132,6 +131,7 @@ CASES: dict[str, Case] = {
     "above 0, two calls": Case(map="t2r", window=5, sinks=3, late=True, cut=21, backward=False),
     "parts": Case(map="t2r", window=9, shape="sliding", columns=70, sinks=1),
     "given parts": Case(map="gain", columns=70, ragged=False),
+    "queries in tiles": Case(map="t2r", shape="sliding", window=20, sinks=1, chunk=32),
     "two calls": Case(map="t2r", sinks=1, cut=21, backward=False),
 }
 
@@ -139,6 +139,7 @@ CASES: dict[str, Case] = {
 def main() -> None:
     """All cases, or those named."""
     torch.set_num_threads(1)
+    backward.TILE = 16  # more than one of them in a chunk of 32
     poison()
     found: dict[str, Any] = {}
     for name in sys.argv[1:] or CASES:

@@ -16,6 +16,8 @@ from linearize.ops.triton.window_chunks import carry, gradients, key_gradients, 
 from linearize.ops.triton.window_chunks.call import Call, Mapped, dims, join, pointer, precision, strides, weights
 from linearize.ops.triton.window_chunks.sizes import block
 
+TILE = 32  # queries that a tile of keys takes at a time: more do not fit into registers beside its gradients
+
 
 def backward(
     call: Call,
@@ -97,7 +99,8 @@ def _key_gradients(
         key_gradients.keys_kernel[(batch * heads, call.runs(call.tables.chunks))](
             *inputs, log_g, *call.places, *outputs, d_k, d_v, *(strides(x) for x in (*inputs, outputs[0], d_k, d_v)),
             *call.tables.strides, call.past, tokens, call.tables.chunks, call.spec.scaling, call.spec.softcap or 1.0,
-            R=heads // groups, **call.constants, **call.scores, **dims(k, v), **precision(q),
+            R=heads // groups, T=min(TILE, call.sizes.chunk), **call.constants, **call.scores, **dims(k, v),
+            **precision(q),
         )  # fmt: skip
     of_map: tuple[Tensor | None, ...] = (None, None, None)
     if call.spec.has_linear:

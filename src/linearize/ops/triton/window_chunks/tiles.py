@@ -74,7 +74,7 @@ def narrow(x, like):
 
 @triton.jit
 def in_window(query, key, W: tl.constexpr, TERRACED: tl.constexpr):
-    """Whether positions `key: [1, K]` are in the window of `query: [C, 1]`; no key is after its query."""
+    """Whether positions `key: [1, K]` are in the window of `query: [C, 1]` (or turned); no key is after its query."""
     if TERRACED:
         return query // W - key // W < 2
     else:
