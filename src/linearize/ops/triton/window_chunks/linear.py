@@ -64,10 +64,6 @@ def remember_kernel(
     held = read_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), feature, lane, F, V)
     for i in range(0, PER):
         n = run * PER + i
-        if i > 0:
-            held, _ = take_up(
-                held, keys, places, steps, n, chunks, dim, lane, feature, sign, D, V, F, SINKS, C, MAP, DOT
-            )
         own = chunk_slots(places[0], n, chunks, C)
         asks, index = own >= past, own - past
         x_q = rows(q, index, q_strides[2], dim, D, asks)
@@ -85,4 +81,7 @@ def remember_kernel(
         add_rows(numerator + line * V, index, V, lane, V, asks, linear)
         at = denominator + line + index
         tl.store(at, tl.load(at, mask=asks, other=0.0) + beside, mask=asks)
+        held, _ = take_up(  # after the last chunk for nothing: a branch costs registers
+            held, keys, places, steps, n + 1, chunks, dim, lane, feature, sign, D, V, F, SINKS, C, MAP, DOT
+        )
 # fmt: on

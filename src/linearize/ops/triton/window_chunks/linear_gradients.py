@@ -68,13 +68,11 @@ def query_features_kernel(
     factor_gradient = tl.load(at)
     for i in range(0, PER):
         n = run * PER + i
-        if i > 0:
-            held, _ = take_up(
-                held, keys, places, steps, n, chunks, dim, lane, feature, sign, D, V, F, SINKS, C, MAP, DOT
-            )
         index, asks, d_num, d_den = query_gradient(
             places[0], n, chunks, past, d_y, y_strides[2], delta, normaliser, shift, line, lane, V, SHARED, C
         )
+        x_q = rows(q, index, q_strides[2], dim, D, asks)
+        phi = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, sign, D, F, MAP, DOT)
         d_phi = tl.dot(d_num, tl.trans(held[0]), input_precision=DOT) + d_den[:, None] * held[1][None, :]
         if FAR:
             position = flag(places[1], n, chunks) + tl.arange(0, C)
@@ -84,12 +82,13 @@ def query_features_kernel(
                 )
                 _, far = masks(position, place, live, W, TERRACED)
                 d_r = score_gradient(tl.where(far, 1.0, 0.0), x_v, d_num, d_den, DOT)
-                phi = features(x_k, phi_k, slots, steps[2], live, wk, bk, feature, sign, D, F, MAP, DOT)
-                d_phi += tl.dot(d_r, phi, input_precision=DOT)
-        x_q = rows(q, index, q_strides[2], dim, D, asks)
-        phi = features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, sign, D, F, MAP, DOT)
+                seen = features(x_k, phi_k, slots, steps[2], live, wk, bk, feature, sign, D, F, MAP, DOT)
+                d_phi += tl.dot(d_r, seen, input_precision=DOT)
         factor_gradient += tl.sum(tl.sum(phi * d_phi, 1), 0)
         add_rows(d_z, index, z_strides[2], feature, F, asks, features_backward(phi, d_phi * scale, sign, MAP))
+        held, _ = take_up(  # after the last chunk for nothing: a branch costs registers
+            held, keys, places, steps, n + 1, chunks, dim, lane, feature, sign, D, V, F, SINKS, C, MAP, DOT
+        )
     tl.store(at, factor_gradient)
 
 
