@@ -11,21 +11,18 @@ times mean nothing.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from linearize.benchmarks.on_gpu import arguments, device_for
 from linearize.benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layer_steps import use_form as use_layer_form
 from linearize.ops.layout import Layout
-from linearize.ops.triton import has_triton
 from linearize.ops.window_linear import use_form as use_window_form
 
 LAYER_MIXERS = ("mamba2", "gated_delta_net", "mamba")
@@ -166,8 +163,8 @@ def measure(options: Any, device: torch.device, dtype: torch.dtype) -> list[dict
     return rows
 
 
-def arguments(given: Sequence[str] | None) -> Any:
-    """The options; `--interpret` makes those small that were not given."""
+def main(given: Sequence[str] | None = None) -> None:
+    """Run and publish; says so in one line where there is no GPU."""
     options = parser(__doc__)
     names = [*LAYER_MIXERS, *WINDOW_MIXERS]
     options.add_argument("--mixers", nargs="+", choices=names, default=names)
@@ -179,28 +176,10 @@ def arguments(given: Sequence[str] | None) -> Any:
     options.add_argument("--tail", type=int, default=4, help="accepted tokens that the state has not seen")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8], help="K, new tokens")
     options.add_argument("--graphs", action="store_true", help="time CUDA graphs, without Python's share")
-    options.add_argument("--interpret", action="store_true", help="run everything small, on CPU; times mean nothing")
-    first, _ = options.parse_known_args(given)
-    if first.interpret:
-        options.set_defaults(**SMALL)
-    return options.parse_args(given)
-
-
-def main(given: Sequence[str] | None = None) -> None:
-    """Run and publish; says so in one line where there is no GPU."""
-    chosen = arguments(given)
-    if chosen.interpret and os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported, by whomever
-        again = [
-            sys.executable,
-            "-m",
-            "linearize.benchmarks.multi_step_gpu",
-            *(sys.argv[1:] if given is None else given),
-        ]
-        sys.exit(subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode)
-    if not has_triton() or not (chosen.interpret or torch.cuda.is_available()):
-        print("needs a GPU and triton: nothing was measured (--interpret runs everything small, without times)")
+    chosen = arguments(options, given, SMALL)
+    device = device_for(chosen, "linearize.benchmarks.multi_step_gpu", given)
+    if device is None:
         return
-    device = torch.device("cpu" if chosen.interpret else "cuda")
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
     rows = measure(chosen, device, dtype)
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
