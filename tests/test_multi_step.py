@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, LayerMixer, Mixer, MixerConfig
 from linearize.modeling import cache as cache_module
-from linearize.modeling.rows import accept_rows, compact
+from linearize.modeling.ragged_cache import accept_rows, compact
 from linearize.ops import decay_linear, gated_delta, selective_scan
 from linearize.ops.layout import Layout
 
@@ -258,12 +258,12 @@ def test_counts_and_masks_that_do_not_fit_are_refused() -> None:
     assert mask[:, 7:].tolist() == [[1, 0, 0], [1, 1, 1]]
     with pytest.raises(InputError, match=r"shape \[2, 9\], the cache 10 columns"):
         compact(cache, mask[:, :9])
-    for wrong in (None, torch.ones(2, 12, dtype=torch.long)):
-        with pytest.raises(InputError, match="do not follow the last ones that each row"):
+    for wrong, message in ((None, "accept_rows"), (torch.ones(2, 12, dtype=torch.long), "do not follow the last")):
+        with pytest.raises(InputError, match=message):
             mixed(text(2, 2), attention_mask=wrong, past_key_values=cache)
     holes = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1]] * 2)
     plain = mixed(text(2, 7), use_cache=True).past_key_values
-    with pytest.raises(InputError, match="padding between tokens"):
+    with pytest.raises(InputError, match="hides past tokens"):
         mixed(text(2, 3), attention_mask=holes, past_key_values=plain)
     cache = begun(local)
     with pytest.raises(InputError, match="layer 0 keeps softmax attention over a sliding window"):

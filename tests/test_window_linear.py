@@ -261,5 +261,5 @@ def test_layout_reads_padding_and_packing():
     packed = torch.tensor([[0, 1, 0, 1, 2]])
     assert Layout.from_inputs(num_tokens=5, past=0, position_ids=packed).position_BT.tolist() == packed.tolist()
     assert Layout.from_inputs(num_tokens=3, past=2, position_ids=torch.tensor([[2, 3, 4]])).is_plain
-    with pytest.raises(ValueError, match="between tokens"):
+    with pytest.raises(ValueError, match="between new tokens"):
         Layout.from_inputs(num_tokens=5, past=0, attention_mask=torch.tensor([[1, 1, 0, 1, 1]]))

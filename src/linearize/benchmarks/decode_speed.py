@@ -22,6 +22,7 @@ from linearize.evaluation.speed import cache_bytes
 from linearize.evaluation.speed.timing import Timing, interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.cache_argument import cache_of, with_cache
 from linearize.ops.layout import Layout
 
 BLOCK = 64  # tokens of a student that are timed at a time
@@ -83,13 +84,13 @@ def _token(model: PreTrainedModel, count: int = 1) -> Tensor:
 def _teacher_step(model: PreTrainedModel, context: int, repeats: int) -> tuple[Callable[[], Any], StaticCache]:
     cache = StaticCache(config=model.config, max_cache_len=context + repeats + 1)
     ids = _token(model)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, use_cache=True, **with_cache(model, cache))
     layer: Any
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(context)
-    return lambda: model(input_ids=ids, past_key_values=cache, use_cache=True), cache
+    return lambda: model(input_ids=ids, use_cache=True, **with_cache(model, cache)), cache
 
 
 def _softmax_op(model: PreTrainedModel, cache: StaticCache, context: int) -> Callable[[], Any]:
@@ -136,9 +137,9 @@ def _mixer_op(student: LinearizedForCausalLM, cache: Any) -> Callable[[], Any]:
 def _student_step(model: Any, context: int) -> tuple[Callable[[], Any], Any]:
     window = max(entry["window"] for entry in model.config.plan if entry is not None)
     read = min(context, 4 * window + window // 2)
-    cache = model(input_ids=_token(model.lm, read), use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(input_ids=_token(model.lm, read), use_cache=True, logits_to_keep=1))
     ids = _token(model.lm)
-    return lambda: model(input_ids=ids, past_key_values=cache, use_cache=True), cache
+    return lambda: model(input_ids=ids, use_cache=True, **with_cache(model, cache)), cache
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from linearize.benchmarks.timing import SEED, parser, publish
 from linearize.mixers import MIXERS, MixerConfig
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.cache_argument import cache_of, with_cache
 from linearize.modeling.export import EXPORTS, export_student
 from linearize.modeling.export.common import Source
 from linearize.modeling.teacher import load_teacher
@@ -60,9 +61,10 @@ for folder in (f"{root}/{number}" for number in range(count)):
     with torch.no_grad():
         prefill = model(ids, use_cache=False).logits
         out = model(ids[:, :prompt], use_cache=True)
+        name = "cache" if "cache" in out else "past_key_values"
         steps = [out.logits]
         for t in range(prompt, ids.shape[1]):
-            out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(ids[:, t : t + 1], use_cache=True, **{name: out[name]})
             steps.append(out.logits)
     written = model.generate(ids[:, :prompt], max_new_tokens=new, do_sample=False)
     found.append({
@@ -159,7 +161,7 @@ def _own_decode(student: Any, ids: Tensor, prompt: int, logits: Tensor) -> float
     out = student(ids[:, :prompt], use_cache=True)
     steps = [out.logits]
     for token_B1 in ids[:, prompt:].split(1, dim=1):
-        out = student(token_B1, past_key_values=out.past_key_values, use_cache=True)
+        out = student(token_B1, use_cache=True, **with_cache(student, cache_of(out)))
         steps.append(out.logits)
     return float((torch.cat(steps, 1) - logits).abs().max())
 

@@ -13,6 +13,7 @@ from linearize.benchmarks.timing import parser, publish, random_llama
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.cache_argument import with_cache
 
 
 def measure(model: Any, lengths: Sequence[int], repeats: int, piece: int) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def _run(model: Any, length: int, piece: int) -> Callable[[], Any]:
     def prefill() -> Any:
         cache = DynamicCache(config=model.config)
         for part in ids.split(piece, dim=1):
-            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=part, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
 
     return prefill
 

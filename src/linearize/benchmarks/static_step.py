@@ -17,6 +17,7 @@ from linearize.errors import unknown
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.cache_argument import cache_of
 from linearize.modeling.static_step import StaticStep
 
 Runs = dict[str, Callable[[], Any]]
@@ -58,17 +59,17 @@ def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def growing_token(model: Any, prompts: Tensor) -> Callable[[], Any]:
     """One token through transformers' own cache."""
-    cache = model(prompts, use_cache=True, logits_to_keep=1).past_key_values
-    return lambda: model(prompts[:, :1], past_key_values=cache)
+    cache = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
+    return lambda: model(prompts[:, :1], cache=cache)
 
 
 def growing_guesses(model: Any, prompts: Tensor, count: int) -> Callable[[], Any]:
     """A token and its guesses, all kept."""
-    cache = model(prompts, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
     cache.activate_past_recording()
 
     def run() -> None:
-        model(prompts[:, : count + 1], past_key_values=cache)
+        model(prompts[:, : count + 1], cache=cache)
         cache.crop(0)
 
     return run

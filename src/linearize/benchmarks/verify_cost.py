@@ -19,6 +19,7 @@ from linearize.errors import unknown
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.cache_argument import cache_of
 from linearize.modeling.packed import packed_projections
 
 Call = Callable[[Tensor], Any]
@@ -63,17 +64,17 @@ def _calls(student: Any, prompt: Tensor, guesses: Sequence[int]) -> dict[str, Ca
 
 
 def _plain(student: Any, prompt: Tensor) -> Call:
-    cache = student(prompt, use_cache=True, logits_to_keep=1).past_key_values
-    return lambda ids: student(ids, past_key_values=cache)
+    cache = cache_of(student(prompt, use_cache=True, logits_to_keep=1))
+    return lambda ids: student(ids, cache=cache)
 
 
 def _verification(student: Any, prompt: Tensor, guesses: int) -> Call:
-    cache = student(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(student(prompt, use_cache=True, logits_to_keep=1))
     cache.activate_past_recording()
 
     def run(ids: Tensor) -> None:
         assert ids.shape[1] == guesses
-        student(ids, past_key_values=cache)
+        student(ids, cache=cache)
         cache.crop(0)
 
     return run

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from linearize.modeling.cache_argument import with_cache
+
 SLICE_TOKENS = 256  # tokens whose logits are compared in fp64 at once
 BROKEN = 1e6  # stands for a difference that is no number
 TOLERANCE = {"float64": (1e-7, 1e-8, 1e-7), "float32": (1e-3, 1e-4, 1e-3), "float16": (0.15, 0.02, 0.01)}
@@ -78,7 +80,9 @@ class CacheProbe:
         """Logits `[B, T, V]` when the tokens are given piece by piece to a cache."""
         parts = []
         for start, stop in pairwise(accumulate(sizes, initial=0)):
-            parts.append(self.run(ids_BT[:, start:stop], past_key_values=cache, use_cache=True, **given).logits)
+            parts.append(
+                self.run(ids_BT[:, start:stop], **with_cache(self.model, cache), use_cache=True, **given).logits
+            )
         return torch.cat(parts, dim=1)
 
     def new_cache(self) -> Cache:
@@ -122,7 +126,7 @@ def _padding(probe: CacheProbe) -> Iterator[Pair]:
     parts = []
     for start, stop in pairwise([0, *range(longest - steps, longest + 1)]):
         given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        parts.append(probe.run(ids[:, start:stop], past_key_values=cache, use_cache=True, **given).logits)
+        parts.append(probe.run(ids[:, start:stop], **with_cache(probe.model, cache), use_cache=True, **given).logits)
     logits_BTV = torch.cat(parts, dim=1)
     for i, row in enumerate(probe.rows):
         yield probe.pair(logits_BTV[i, longest - len(row) :], i)

@@ -38,7 +38,7 @@ from linearize.mixers.layer_mixer import (
     RecurrentState,
     last,
 )
-from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
+from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
 from linearize.ops.forms import Asked, Call, Dispatcher
 from linearize.ops.gated_delta import gated_delta
 from linearize.ops.gated_delta.backends import DISPATCH as GATED_DELTA
@@ -225,7 +225,7 @@ class GatedDeltaNet(LayerMixer):
         """q `[B, T, H, D]`, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta `[B, H, T]`, all at least fp32;
         taps."""
         (qkv, decay, beta), taps = projected, None
-        if state is None and not need_state and commit is None and can_fuse(qkv):
+        if state is None and not need_state and commit is None and can_convolve(qkv, layout):
             q, k, v = self._fused(qkv, layout)
         else:
             q, k, v, taps = self._one_by_one(qkv, layout, state, need_state, commit)

@@ -37,7 +37,7 @@ from linearize.mixers.layer_mixer import (
     RecurrentState,
     last,
 )
-from linearize.ops.conv_heads import Heads, can_fuse, conv_heads
+from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
 from linearize.ops.decay_linear import decay_linear
 from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
 from linearize.ops.forms import Asked, Call, Dispatcher
@@ -221,7 +221,7 @@ class Mamba2(LayerMixer):
         """Gate `[B, T, H V]`; C `[B, T, H, D]`, dt B `[B, H, T, D]`, x `[B, T, H, V]`, dt A `[B, H, T]`, at least fp32;
         taps."""
         heads, taps = self.shape.num_heads, None
-        if state is None and not need_state and commit is None and can_fuse(projected):
+        if state is None and not need_state and commit is None and can_convolve(projected, layout):
             gate, dt, x, B, C = self._fused(projected, layout)
         else:
             gate, dt, x, B, C, taps = self._one_by_one(projected, layout, state, need_state, commit)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
+from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer, Pending, Run
 from linearize.modeling.projections import key_projection
 from linearize.modeling.static_cache import Place, StaticMixerLayer
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from linearize.ops.window_linear import Branch
 
 ATTENTION = "linearize"
+# Tensors that transformers hands to every attention function, whose meaning is in the call's layout or of no meaning here
+READ_ELSEWHERE = frozenset(
+    {"position_ids", "cache_position", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
+)
 Tap = Callable[..., Tensor]
 
 
@@ -45,6 +50,20 @@ class MixerCall:
         return self.branch if isinstance(self.branch, str) else self.branch.get(layer_idx, "both")
 
 
+def require_call(mixer_call: MixerCall | None, module: nn.Module) -> MixerCall:
+    """What the pass tells the mixers.
+
+    Raises:
+        InputError: a layer that was called by itself, where documents, padding and state are unknown.
+    """
+    if mixer_call is None:
+        raise InputError(
+            f"layer {module.layer_idx} was called by itself: call the student, or its backbone (student.base_model), "
+            "which say where documents and padding are"
+        )
+    return mixer_call
+
+
 def mixer_attention(
     module: nn.Module,
     query: Tensor,
@@ -57,15 +76,20 @@ def mixer_attention(
     sliding_window: int | None = None,
     mixer_call: MixerCall | None = None,
     mixer_hidden: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention through the layer's mixer, in transformers' calling convention.
 
-    `query: [B, H, T, D]`, `key`, `value: [B, G, T, D]` after RoPE and norms -> `[B, T, H, V]`. What other keywords
-    could mean was checked at conversion (`surgery.probe`). `mixer_hidden: [B, T, M]`: the attention module's input,
-    where the mixer asks for the key projection's output.
+    `query: [B, H, T, D]`, `key`, `value: [B, G, T, D]` after RoPE and norms -> `[B, T, H, V]`. `mixer_hidden:
+    [B, T, M]`: the attention module's input, where the mixer asks for the key projection's output.
+
+    Raises:
+        InputError: a call that did not come through the backbone, or with a tensor that no mixer would read.
     """
-    assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
+    mixer_call = require_call(mixer_call, module)
+    for name, value_given in others.items():
+        if isinstance(value_given, Tensor) and name not in READ_ELSEWHERE:
+            raise InputError(f"{name} reached layer {module.layer_idx}, whose mixer does not read it: leave it out")
     scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
     layout = mixer_call.layout
     if mixer_call.tap is not None:
@@ -97,6 +121,7 @@ def through_cache(call: MixerCall, layer_idx: int, mixer: Mixer, inputs: tuple[T
     if isinstance(layer, StaticMixerLayer):
         return layer.step(mixer, inputs, run, layout=call.layout, place=call.place)
     assert isinstance(layer, MixerCacheLayer)
+    layer.enter(call)
     return layer.step(mixer, inputs, run, layout=call.layout)
 
 

@@ -8,13 +8,14 @@ inside the next call, which runs accepted and new tokens as one (The Mamba in th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from linearize.errors import InputError
 from linearize.modeling.config import MIXER_LAYER
@@ -86,7 +87,7 @@ def _owned(x: Tensor) -> Tensor:
 
 
 class MixerCacheLayer(CacheLayerMixin):
-    """State of one mixer layer inside transformers' `DynamicCache`."""
+    """State of one mixer layer inside transformers' `DynamicCache`, or its `StaticCache`: it does not grow."""
 
     _layer_type = MIXER_LAYER
     is_sliding = False
@@ -102,10 +103,11 @@ class MixerCacheLayer(CacheLayerMixin):
         self.state: Any = None
         self.pending: Pending | None = None
         self.accepted = 0  # pending tokens that no `crop` can drop any more: none of them, or all
-        self.ragged = False  # whether rows kept different numbers of tokens, so that columns of a row may be dead
+        self.has_dead = False  # whether a column may be dead in some row: padding, or tokens that it did not keep
         self.record_past = False
         self.cumulative_length = 0
         self.is_initialized = False
+        self._last_pass: weakref.ref[Any] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: the mixer makes its first state."""
@@ -116,6 +118,19 @@ class MixerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         return key_states, value_states
 
+    def enter(self, forward_pass: object) -> None:
+        """Note which forward pass is at this layer.
+
+        Raises:
+            InputError: the same one again, as when activations are recomputed: the state is that after its tokens.
+        """
+        if self._last_pass is not None and self._last_pass() is forward_pass:
+            raise InputError(
+                "a layer ran twice in one forward pass (activations are recomputed), and its cache holds the tokens "
+                "already: train with use_cache=False"
+            )
+        self._last_pass = weakref.ref(forward_pass)
+
     def step(self, mixer: Mixer, inputs: tuple[Tensor, ...], run: Run, *, layout: Layout) -> Tensor:
         """Run the mixer over the new tokens, whose raw inputs are `inputs`, and give their outputs.
 
@@ -123,6 +138,7 @@ class MixerCacheLayer(CacheLayerMixin):
         all but the last `HELD` tokens of a longer call are taken in as well: no guesses are as many.
         """
         self.is_initialized = True
+        self.has_dead = self.has_dead or layout.live() is not None
         new = Pending(inputs, mixer.time_dim, layout)
         tokens, ys = len(new), []
         if self.record_past and tokens > HELD:
@@ -191,7 +207,7 @@ class MixerCacheLayer(CacheLayerMixin):
         first, most = self.accepted, max(counts, default=0)
         self.crop(most - self.held)
         if self.pending is not None and min(counts) < most:
-            self.pending, self.ragged = self.pending.keeping(counts, first), True
+            self.pending, self.has_dead = self.pending.keeping(counts, first), True
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -232,3 +248,6 @@ class MixerCacheLayer(CacheLayerMixin):
         """Bytes of the state and of what is pending."""
         pending = 0 if self.pending is None else self.pending.num_bytes
         return pending + (0 if self.state is None else int(self.state.num_bytes))
+
+
+STATIC_LAYER_TYPE_MAPPING[MIXER_LAYER] = MixerCacheLayer  # DynamicCache knows it by its `_layer_type`

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.cache_argument import with_cache
 from linearize.modeling.static_cache import StaticAttentionLayer, StaticMixerLayer
 from linearize.modeling.student import LinearizedForCausalLM
 
@@ -54,7 +55,8 @@ def _check_softmax(model: PreTrainedModel) -> None:
     """Softmax layers must hold in the cache what they attend to: keys and values of every head (not latents)."""
     cache: Any = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model(input_ids=token, use_cache=True, **with_cache(model, cache))
     for index, (layer, shape) in enumerate(zip(cache.layers, _shapes(model), strict=True)):
         if isinstance(layer, MixerCacheLayer) or layer.keys is None:
             continue

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling.attention import MixerCall
+from linearize.modeling.cache_argument import cache_argument, with_cache
 from linearize.modeling.static_attention import attending_static, softmax_configs
 from linearize.modeling.static_cache import Place, StepCache
 from linearize.modeling.static_graphs import Graphs, Recorder, recorder_for
@@ -63,6 +64,7 @@ class StaticStep:
         self.held = 0  # tokens of each row that wait for a decision
         self._exact = True
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache_argument = cache_argument(model.lm if isinstance(model, LinearizedForCausalLM) else model)
         self._model, self._configs = weakref.ref(model), softmax_configs(model)
         with torch.inference_mode(False):
             self.start_B, self.kept_B, self.held_1 = (
@@ -96,7 +98,7 @@ class StaticStep:
         if min(self.lengths) < tokens and attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             options |= {"attention_mask": attention_mask, "position_ids": positions}
-        out = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options)
+        out = self.model(input_ids=input_ids, use_cache=True, **with_cache(self.model, self.cache), **options)
         self.start_B.copy_(torch.tensor(self.lengths))
         self.held_1.zero_()
         logits: Tensor = out.logits[:, -1:]
@@ -142,7 +144,11 @@ class StaticStep:
         call = MixerCall(layout, self.cache, place=place)
         lm: Any = model.lm if isinstance(model, LinearizedForCausalLM) else model
         out = lm(
-            input_ids=tokens_BT, position_ids=position_BT, past_key_values=self.cache, use_cache=True, mixer_call=call
+            input_ids=tokens_BT,
+            position_ids=position_BT,
+            use_cache=True,
+            mixer_call=call,
+            **{self._cache_argument: self.cache},
         )
         if commit:
             self.start_B.add_(kept_B if tail else tokens)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError
-from linearize.modeling.attention import MixerCall, Tap
+from linearize.modeling.attention import Tap
+from linearize.modeling.cache_argument import given_cache, with_cache
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.rows import is_ragged
+from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
 from linearize.modeling.save import apply_adapters
-from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
@@ -56,6 +56,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             )
             install(lm, config.mixers(), config.attention, config.attention_shapes(), start=False)
         self.lm = lm
+        BackboneHook(config).install(self.base_model)
         self.weight_changes: dict[str, list[LowRankChange]] = {}  # of layers whose base is quantized
         self._keep_in_fp32_modules_strict = self._fp32_names()
         self.post_init()
@@ -114,52 +115,54 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         branch: Branch | Mapping[int, Branch] = "both",
         tap: Tap | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the teacher's own forward; `branch` runs one branch of every mixer, or of some layers' (ablation: `{3:
         "window"}`); `tap` see `MixerCall`.
 
-        `input_ids: [B, T]`; `attention_mask: [B, past + T]` (left padding); packed rows carry restarting
-        `position_ids: [B, T]` and no
-        mask. Returns the teacher class's output (`logits: [B, T, vocabulary]`, `loss` with `labels`,
-        `past_key_values`).
+        `input_ids: [B, T]`; `attention_mask: [B, past + T]` (padding on one side of the new tokens); packed rows carry
+        restarting `position_ids: [B, T]`. `past_key_values` is the older name of `cache`. `kwargs`: what the teacher's
+        own forward and transformers know. Returns the teacher class's output (`logits: [B, T, vocabulary]`, `loss` with
+        `labels`, and the cache).
+
+        Raises:
+            InputError: an argument that nothing would read, no tokens, or a cache or mask of another kind.
         """
+        check_keywords(type(self).__name__, kwargs | {"position_ids": position_ids}, known_keywords(self.lm))
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise InputError("give either input_ids or inputs_embeds")
         if not isinstance(branch, str) and (wrong := sorted(set(branch) - set(self._converted()))):
             raise InputError(f"branch of layer {wrong[0]}: layers with a mixer are {self._converted()}")
-        if use_cache is None:
-            use_cache = past_key_values is not None or (
-                not self.training and getattr(self.lm.config, "use_cache", True)
-            )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        layout = Layout.from_inputs(
-            num_tokens=tokens.shape[1],
-            past=past,
+        call = prepare_call(
+            self.config,
+            self.lm,
+            tokens=tokens,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_gaps=is_ragged(past_key_values),
+            cache=given_cache(cache, past_key_values),
+            use_cache=use_cache,
+            branch=branch,
+            tap=tap,
         )
         return self.lm(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=_positions(position_ids, layout),
-            past_key_values=past_key_values,
+            attention_mask=call.attention_mask,
+            position_ids=call.position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
-            use_cache=use_cache,
+            use_cache=call.use_cache,
             logits_to_keep=logits_to_keep,
-            mixer_call=MixerCall(layout, past_key_values, branch, tap),
+            mixer_call=call.mixer_call,
+            **with_cache(self.lm, call.cache),
             **kwargs,
         )
 
@@ -179,6 +182,17 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def _converted(self) -> list[int]:
         """The layers that hold a mixer."""
         return [layer for layer, entry in enumerate(self.config.plan) if entry is not None]
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The teacher's backbone, whose output is `last_hidden_state: [B, T, M]`; mixers included."""
+        backbone: nn.Module = self.lm.base_model
+        return backbone
+
+    @property
+    def model(self) -> nn.Module:
+        """The backbone under the name that most families give it."""
+        return self.base_model
 
     def get_input_embeddings(self) -> nn.Module:
         """The teacher's."""
@@ -219,13 +233,6 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             )
         apply_adapters(model, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
-
-
-def _positions(position_ids: Tensor | None, layout: Layout) -> Tensor | None:
-    """RoPE positions: as given; for padding without `position_ids`, counted from each row's first token."""
-    if position_ids is not None or layout.position_BT is None:
-        return position_ids
-    return layout.position_BT.clamp(min=0)
 
 
 def student_config(

@@ -40,8 +40,13 @@ class Heads:
 
 
 def can_fuse(x_BTR: Tensor) -> bool:
-    """Whether `conv_heads` is the better way: on a processor, in full precision."""
+    """Whether fused passes are the better way: on a processor, in full precision."""
     return x_BTR.device.type == "cpu" and x_BTR.dtype in (torch.float32, torch.float64)
+
+
+def can_convolve(x_BTR: Tensor, layout: Layout) -> bool:
+    """Whether `conv_heads` computes this call, and well: no dead tokens between others."""
+    return can_fuse(x_BTR) and not layout.gaps()
 
 
 def conv_heads(
@@ -65,12 +70,16 @@ def conv_heads(
 
 
 def _same(layout: Layout, lag: int, x_BTR: Tensor) -> Tensor | None:
-    """1 where the token `lag` before is of the same document, else 0: `[B or 1, T, 1, 1, 1]` (None: everywhere)."""
+    """1 where the token `lag` before is alive and of the same document, else 0: `[B or 1, T, 1, 1, 1]` (None:
+    everywhere)."""
     starts = layout.starts(x_BTR.shape[1], x_BTR.device)
     if starts is None or lag == 0:
         return None
     document = starts.long().cumsum(-1)
-    same = F.pad(document[:, lag:] == document[:, :-lag], (min(lag, document.shape[1]), 0))
+    seen = document[:, lag:] == document[:, :-lag]
+    if (live_BT := layout.live()) is not None:
+        seen = seen & live_BT[:, :-lag]
+    same = F.pad(seen, (min(lag, document.shape[1]), 0))
     return same[..., None, None, None].to(x_BTR.dtype)
 
 

@@ -136,6 +136,18 @@ class Layout:
         found: Layout = self.memo[key]
         return found
 
+    def opens_inside(self, num_tokens: int, device: torch.device) -> bool:
+        """Whether a document opens behind the first token of a row: rows are packed."""
+        starts_BT = self.starts(num_tokens, device)
+        if starts_BT is None:
+            return False
+        if "opens_inside" not in self.memo:
+            live_BT = self.live()
+            first = (torch.ones_like(starts_BT) if live_BT is None else live_BT).long().cumsum(-1) == 1
+            self.memo["opens_inside"] = bool((starts_BT & ~first).any())
+        found: bool = self.memo["opens_inside"]
+        return found
+
     @staticmethod
     def from_inputs(
         *,
@@ -143,36 +155,41 @@ class Layout:
         past: int,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_gaps: bool = False,
     ) -> Layout:
         """Read the layout from what transformers passes to a model.
 
-        `attention_mask: [B, past + T]` of zeros and ones (left padding; right padding only without a past),
-        `position_ids: [B, T]` (restarting per document when rows are packed), `past`: tokens already in the cache.
-        `past_gaps`: rows may have holes among the tokens of the cache: guesses that they did not keep.
+        `attention_mask: [B, past + T]` of zeros and ones: the new tokens may have padding on one side; what is padding
+        among the past ones was said when they were new. `position_ids: [B, T]`, restarting per document when rows are
+        packed. `past`: tokens already in the cache. Where a mask is given and no position restarts, tokens are counted
+        by the mask, wherever the positions begin.
 
         Raises:
-            InputError: a mask that is not two-dimensional or has holes between tokens.
+            InputError: a mask that is not two-dimensional, of another length, or with holes between new tokens.
         """
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                shape = list(attention_mask.shape)
-                raise InputError(
-                    f"attention_mask has shape {shape}: a linearized model takes [batch, tokens] of 0 and 1"
-                )
-            mask = attention_mask.bool()
-            _check_no_holes(mask[:, past:] if past_gaps else mask, num_tokens)
-            if not bool(mask.all()):
-                position_BT = (mask.long().cumsum(-1) - 1)[:, -num_tokens:]
-                live = mask[:, -num_tokens:]
-                if position_ids is not None:
-                    position_BT = position_ids.expand_as(position_BT)
-                return Layout(position_BT=position_BT.masked_fill(~live, -1))
+            mask = _checked_mask(attention_mask, past + num_tokens, num_tokens)
+            live = mask[:, -num_tokens:]
+            counted_BT = mask.long().cumsum(-1)[:, -num_tokens:] - 1
+            if position_ids is None or not _restarts(position_ids.expand_as(live), counted_BT, live):
+                plain = bool(mask.all())
+                return Layout(start=past) if plain else Layout(position_BT=counted_BT.masked_fill(~live, -1))
+            return Layout(position_BT=position_ids.expand_as(live).masked_fill(~live, -1))
         if position_ids is not None:
             plain = torch.arange(past, past + num_tokens, device=position_ids.device)
             if not bool((position_ids == plain).all()):
                 return Layout(position_BT=position_ids)
         return Layout(start=past)
+
+
+def _restarts(position_BT: Tensor, counted_BT: Tensor, live_BT: Tensor) -> bool:
+    """Whether a live token opens a document: its position does not come after that of the live one before it, or is 0
+    behind past tokens."""
+    opens_BT = (position_BT[:, :1] == 0) & (counted_BT[:, :1] > 0) & live_BT[:, :1]
+    if position_BT.shape[1] > 1:
+        furthest_BT = position_BT.masked_fill(~live_BT, -1).cummax(-1).values
+        inside_BT = live_BT[:, 1:] & (position_BT[:, 1:] <= furthest_BT[:, :-1])
+        opens_BT = torch.cat([opens_BT, inside_BT], dim=1)
+    return bool(opens_BT.any())
 
 
 def _starts(position_BT: Tensor) -> Tensor:
@@ -205,12 +222,19 @@ def _joined(old: Layout, new: Layout, num_tokens: tuple[int, int], rows: int, de
     return joined
 
 
-def _check_no_holes(mask_BS: Tensor, num_tokens: int) -> None:
-    """Refuse masks in which padding follows a token and is followed by one (the state would skip tokens in silence)."""
-    drops = mask_BS[:, :-1] & ~mask_BS[:, 1:]
-    if not bool(drops.any()):
-        return
-    trailing = mask_BS.long().cumsum(-1) == mask_BS.long().sum(-1, keepdim=True)
-    only_right = (mask_BS | trailing | (mask_BS.long().cumsum(-1) == 0)).all()
-    if not bool(only_right) or mask_BS.shape[1] != num_tokens:
-        raise InputError("attention_mask has padding between tokens: pad on the left (or on the right without a cache)")
+def _checked_mask(attention_mask: Any, columns: int, num_tokens: int) -> Tensor:
+    """The mask as `[B, past + T]` bool.
+
+    Raises:
+        InputError: another form of mask, or padding between new tokens.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] != columns:
+        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise InputError(
+            f"attention_mask is {shape}: a linearized model takes [batch, {columns}] of 0 and 1 (past and new tokens)"
+        )
+    mask = attention_mask.bool()
+    new = mask[:, -num_tokens:]
+    if bool(((new[:, 1:] != new[:, :-1]).sum(-1) > 1).any()):
+        raise InputError("attention_mask has padding between new tokens: pad them on the left, or on the right")
+    return mask

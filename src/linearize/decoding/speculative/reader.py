@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.cache_argument import with_cache
 
 MOST_DEAD = 64  # dead columns that a cache holds before they are taken out
 
@@ -80,7 +81,9 @@ class Reader:
         if prompt:
             added = added if new_BT is None else new_BT.sum(1).tolist()
         options: dict[str, Any] = {"logits_to_keep": 1} if prompt and self._keeps_last else {}
-        out = self.model(input_ids=tokens_BT, past_key_values=self.cache, use_cache=True, **positions, **options)
+        out = self.model(
+            input_ids=tokens_BT, use_cache=True, **with_cache(self.model, self.cache), **positions, **options
+        )
         self.lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
         self._held += tokens_BT.shape[1]
         logits: Tensor = out.logits
@@ -101,7 +104,7 @@ class Reader:
 
     def _keep_by_row(self, counts: Sequence[int], held: int) -> None:
         """Columns that a row does not keep, and another one does, are dead: the mask hides them."""
-        from linearize.modeling.rows import accept_rows
+        from linearize.modeling.ragged_cache import accept_rows
 
         if self._mask_BS is None:
             columns = self.cache.get_seq_length()
@@ -124,7 +127,7 @@ class Reader:
         assert self._mask_BS is not None
         if self._mask_BS.shape[1] - max(self.lengths) <= MOST_DEAD:
             return
-        from linearize.modeling.rows import compact
+        from linearize.modeling.ragged_cache import compact
 
         self._mask_BS = compact(self.cache, self._mask_BS)
         if bool(self._mask_BS.all()):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.modeling.cache_argument import cache_of, with_cache
+
 
 def random_text(models: Sequence[PreTrainedModel], batch: int, length: int, seed: int) -> Tensor:
     """Token ids `[batch, length]` on the first model's device, drawn from what all the models know."""
@@ -25,8 +27,8 @@ def random_text(models: Sequence[PreTrainedModel], batch: int, length: int, seed
 
 def feed(model: Any, cache: Any, ids_BT: Tensor) -> tuple[Tensor, Any]:
     """Read tokens: the logits of the last one, `[B, V]`, and the cache (None: the model makes its own)."""
-    out = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, **_last_only(model))
-    return out.logits[:, -1], out.past_key_values
+    out = model(input_ids=ids_BT, use_cache=True, **with_cache(model, cache), **_last_only(model))
+    return out.logits[:, -1], cache_of(out)
 
 
 def prefill(model: Any, cache: Any, ids_BT: Tensor, chunk: int) -> tuple[Tensor, Any]:

@@ -21,9 +21,25 @@ from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
 
 
-def is_ragged(cache: Cache | None) -> bool:
-    """Whether rows of this cache kept different numbers of tokens, so that the attention mask may have holes."""
-    return cache is not None and any(getattr(layer, "ragged", False) for layer in cache.layers)
+def check_past_mask(cache: Cache | None, attention_mask: Tensor | None) -> None:
+    """Refuse a mask that says something else of the past tokens than what the mixers were told when they read them.
+
+    Raises:
+        InputError: zeros where every past token was read, or no mask where some were padding.
+    """
+    layers = [] if cache is None else [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
+    if not layers or not (past := layers[0].get_seq_length()):
+        return
+    if attention_mask is None and layers[0].has_dead:
+        raise InputError(
+            "the cache holds padding, or tokens that a row did not keep, and no attention_mask was given: give it for "
+            "all columns, with zeros there (accept_rows returns those of the last tokens)"
+        )
+    if attention_mask is not None and not layers[0].has_dead and not bool(attention_mask[:, :past].all()):
+        raise InputError(
+            "attention_mask hides past tokens that are in the state already: a mixer cannot forget them; "
+            "give ones for them, or start without a cache"
+        )
 
 
 def accept_rows(cache: Cache, counts_B: Sequence[int] | Tensor, total: int) -> Tensor:
@@ -96,13 +112,15 @@ def compact(cache: Cache, mask_BS: Tensor) -> Tensor:
         raise InputError("compact: tokens are waiting to be accepted or dropped: call accept_rows first")
     live = mask_BS.bool()
     width = int(live.sum(-1).max())
+    has_dead = not bool(live.sum(-1).eq(width).all())
     order = live.long().argsort(dim=1, stable=True)[:, columns - width :]
     for layer in softmax:
         if layer.is_initialized:
             layer.keys, layer.values = (_take(x, order) for x in (layer.keys, layer.values))
     for layer in cache.layers:
         if isinstance(layer, MixerCacheLayer):
-            layer.cumulative_length, layer.ragged = layer.cumulative_length - (columns - width), False
+            layer.cumulative_length -= columns - width
+            layer.has_dead = has_dead
     return mask_BS.gather(1, order)
 
 

@@ -1,0 +1,217 @@
+"""One forward pass of a student: its arguments checked, and what its mixers are told.
+
+The same preparation serves two callers: `LinearizedForCausalLM.forward`, and a hook on the backbone for code that calls
+it directly (`student.base_model`, `student.lm`, trl's fused language-model head, feature extraction).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.utils import TransformersKwargs
+
+from linearize.errors import InputError, unknown
+from linearize.modeling.attention import MixerCall, Tap
+from linearize.modeling.cache import MixerCacheLayer
+from linearize.modeling.cache_argument import cache_argument, given_cache
+from linearize.modeling.ragged_cache import check_past_mask
+from linearize.modeling.static_cache import StaticMixerLayer
+from linearize.ops.layout import Layout
+
+if TYPE_CHECKING:
+    from linearize.modeling.config import LinearizeConfig
+    from linearize.ops.window_linear import Branch
+
+LOG = logging.getLogger("linearize")
+COMMON = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "mixer_call", "linearize_probe_calls"}
+DOCUMENT_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardCall:
+    """The arguments of one pass of the teacher's own class, with what the mixers are told."""
+
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    cache: Cache | None
+    use_cache: bool
+    mixer_call: MixerCall
+
+
+def prepare_call(
+    config: LinearizeConfig,
+    lm: nn.Module,
+    *,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    use_cache: bool | None,
+    branch: Branch | Mapping[int, Branch] = "both",
+    tap: Tap | None = None,
+) -> ForwardCall:
+    """Read documents and padding, and make the cache where one is wanted.
+
+    `tokens: [B, T]` ids or `[B, T, M]` embeddings. Without `use_cache` a cache is made in eval mode, as transformers
+    does, but for packed rows: their documents have no common past.
+
+    Raises:
+        InputError: a mask of another form than `[B, past + T]`, or a cache that cannot hold this student's state.
+    """
+    replayed = is_replayed(lm)
+    if replayed and (use_cache or cache is not None):
+        cache = _without_cache(cache)
+    cache = None if cache is None else student_cache(cache, config)
+    past = 0 if cache is None else cache.get_seq_length()
+    layout = Layout.from_inputs(
+        num_tokens=tokens.shape[1], past=past, attention_mask=attention_mask, position_ids=position_ids
+    )
+    check_past_mask(cache, attention_mask)
+    is_packed = layout.opens_inside(tokens.shape[1], tokens.device)
+    if is_packed and attention_mask is not None:
+        attention_mask, position_ids = None, _apart(position_ids, attention_mask, tokens.shape[1])
+    elif position_ids is None and layout.position_BT is not None:
+        position_ids = layout.position_BT.clamp(min=0)  # counted from each row's first token
+    if use_cache is None:
+        wanted = config.use_cache is not False and getattr(getattr(lm, "config", config), "use_cache", True)
+        use_cache = cache is not None or bool(wanted and not lm.training and not is_packed)
+    use_cache = use_cache and not replayed
+    if use_cache and is_packed and any(entry is None for entry in config.plan):
+        raise InputError(
+            "packed rows (position_ids that restart) cannot fill a cache: layers that keep softmax attention would mix "
+            "their documents; pass use_cache=False, or one document in a row"
+        )
+    if use_cache and cache is None:
+        cache = DynamicCache(config=config)
+    return ForwardCall(
+        attention_mask, position_ids, cache, use_cache, MixerCall(layout, cache if use_cache else None, branch, tap)
+    )
+
+
+def is_replayed(lm: nn.Module) -> bool:
+    """Whether the backward pass will run layers a second time (gradient checkpointing)."""
+    if not (lm.training and torch.is_grad_enabled()):
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in lm.modules())
+
+
+def _without_cache(cache: Cache | None) -> None:
+    """A layer that runs again in the backward pass would go on from the state after the tokens.
+
+    Raises:
+        InputError: a cache that holds tokens, which cannot be left out without another result.
+    """
+    if cache is not None and cache.get_seq_length():
+        raise InputError(
+            f"the cache holds {cache.get_seq_length()} tokens, and training with gradient checkpointing runs layers "
+            "twice: train without a cache, or call gradient_checkpointing_disable()"
+        )
+    LOG.warning("training with gradient checkpointing runs layers twice: no cache is used")
+    return None
+
+
+def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
+    """The cache with layers for this student's mixers; an empty `DynamicCache` of another make gets them.
+
+    Raises:
+        InputError: a cache that was filled by another model, or of a kind that holds no mixer's state.
+    """
+    layers: list[Any] = cache.layers
+    fits = len(layers) == len(config.plan) and all(
+        entry is None or isinstance(layer, MixerCacheLayer | StaticMixerLayer)
+        for layer, entry in zip(layers, config.plan, strict=True)
+    )
+    if fits:
+        return cache
+    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+        cache.layers = DynamicCache(config=config).layers
+        cache.layer_class_to_replicate = None
+        return cache
+    raise InputError(
+        f"this {type(cache).__name__} has no layers for the student's mixers (it holds {cache.get_seq_length()} tokens "
+        f"in {len(layers)} layers): pass DynamicCache(config=student.config), or none and use_cache=True"
+    )
+
+
+def _apart(position_ids: Tensor | None, attention_mask: Tensor, num_tokens: int) -> Tensor:
+    """Positions of packed rows with dead tokens at 0: without a mask, softmax layers tell documents by their restarts,
+    and a dead token is one of its own."""
+    assert position_ids is not None
+    live_BT = attention_mask[:, -num_tokens:].bool()
+    return position_ids.expand_as(live_BT).masked_fill(~live_BT, 0)
+
+
+def check_keywords(owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keywords that a forward would take and ignore: a cache, a mask or positions under a name it does not
+    handle change the result.
+
+    Raises:
+        InputError: an unknown keyword, or documents without positions.
+    """
+    for name in given:
+        if name not in known and given[name] is not None:
+            raise unknown(f"argument of {owner}", name, sorted(known))
+        if name.endswith("_mask") and name != "attention_mask" and given[name] is not None:
+            raise InputError(f"{name}: mixers know one mask, attention_mask: [batch, past + tokens] of 0 and 1")
+    if given.get("is_causal") is False:
+        raise InputError("is_causal=False: a mixer looks back only; leave it out")
+    documents = [name for name in DOCUMENT_KEYWORDS if given.get(name) is not None]
+    if documents and given.get("position_ids") is None:
+        raise InputError(f"{documents[0]} without position_ids: pack rows with position_ids that restart per document")
+
+
+def known_keywords(*modules: nn.Module) -> frozenset[str]:
+    """What the forwards of these modules take, and what transformers hands through all of them."""
+    return COMMON.union(*(_parameters(type(module).forward) for module in modules))
+
+
+@cache
+def _parameters(forward: Any) -> tuple[str, ...]:
+    """Names of the parameters after `self`, without `*args` and `**kwargs`."""
+    named: Iterable[inspect.Parameter] = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
+class BackboneHook:
+    """Gives the mixers their arguments where the backbone is called by itself, not through the student."""
+
+    def __init__(self, config: LinearizeConfig) -> None:
+        self.config = config
+
+    def install(self, backbone: nn.Module) -> None:
+        """Put the hook in, in the place of that of another student around the same modules."""
+        hooks = backbone._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, BackboneHook)]:
+            del hooks[key]
+            backbone._forward_pre_hooks_with_kwargs.pop(key, None)
+        backbone.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The call's arguments by name, with those of the mixers; None where they are there already."""
+        if kwargs.get("mixer_call") is not None or kwargs.get("linearize_probe_calls") is not None:
+            return None
+        given = dict(zip(_parameters(type(backbone).forward), args, strict=False)) | kwargs
+        check_keywords(type(backbone).__name__, given, known_keywords(backbone) | {"cache", "past_key_values"})
+        tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        call = prepare_call(
+            self.config,
+            backbone,
+            tokens=tokens,
+            attention_mask=given.get("attention_mask"),
+            position_ids=given.get("position_ids"),
+            cache=given_cache(given.pop("cache", None), given.pop("past_key_values", None)),
+            use_cache=given.get("use_cache"),
+        )
+        given |= {"attention_mask": call.attention_mask, "position_ids": call.position_ids}
+        given |= {cache_argument(backbone): call.cache, "use_cache": call.use_cache, "mixer_call": call.mixer_call}
+        return (), given
