@@ -59,13 +59,13 @@ def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def growing_token(model: Any, prompts: Tensor) -> Callable[[], Any]:
     """One token through transformers' own cache."""
-    cache = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
+    cache: Any = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
     return lambda: model(prompts[:, :1], cache=cache)
 
 
 def growing_guesses(model: Any, prompts: Tensor, count: int) -> Callable[[], Any]:
     """A token and its guesses, all kept."""
-    cache = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
+    cache: Any = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
     cache.activate_past_recording()
 
     def run() -> None:

@@ -64,12 +64,12 @@ def _calls(student: Any, prompt: Tensor, guesses: Sequence[int]) -> dict[str, Ca
 
 
 def _plain(student: Any, prompt: Tensor) -> Call:
-    cache = cache_of(student(prompt, use_cache=True, logits_to_keep=1))
+    cache: Any = cache_of(student(prompt, use_cache=True, logits_to_keep=1))
     return lambda ids: student(ids, cache=cache)
 
 
 def _verification(student: Any, prompt: Tensor, guesses: int) -> Call:
-    cache = cache_of(student(prompt, use_cache=True, logits_to_keep=1))
+    cache: Any = cache_of(student(prompt, use_cache=True, logits_to_keep=1))
     cache.activate_past_recording()
 
     def run(ids: Tensor) -> None:

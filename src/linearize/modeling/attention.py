@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linearize.ops.window_linear import Branch
 
 ATTENTION = "linearize"
-# Tensors that transformers hands to every attention function, whose meaning is in the call's layout or of no meaning here
+# Tensors that every attention function is handed: the call's layout says what they say, or the loss reads them
 READ_ELSEWHERE = frozenset(
     {"position_ids", "cache_position", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 )

@@ -68,7 +68,8 @@ def prepare_call(
     """
     replayed = is_replayed(lm)
     if replayed and (use_cache or cache is not None):
-        cache = _without_cache(cache)
+        _refuse_past(cache)
+        cache = None
     cache = None if cache is None else student_cache(cache, config)
     past = 0 if cache is None else cache.get_seq_length()
     layout = Layout.from_inputs(
@@ -76,8 +77,8 @@ def prepare_call(
     )
     check_past_mask(cache, attention_mask)
     is_packed = layout.opens_inside(tokens.shape[1], tokens.device)
-    if is_packed and attention_mask is not None:
-        attention_mask, position_ids = None, _apart(position_ids, attention_mask, tokens.shape[1])
+    if is_packed and attention_mask is not None and position_ids is not None:
+        position_ids, attention_mask = _apart(position_ids, attention_mask, tokens.shape[1]), None
     elif position_ids is None and layout.position_BT is not None:
         position_ids = layout.position_BT.clamp(min=0)  # counted from each row's first token
     if use_cache is None:
@@ -103,8 +104,8 @@ def is_replayed(lm: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) and module.training for module in lm.modules())
 
 
-def _without_cache(cache: Cache | None) -> None:
-    """A layer that runs again in the backward pass would go on from the state after the tokens.
+def _refuse_past(cache: Cache | None) -> None:
+    """A layer that runs again in the backward pass would go on from the state after the tokens: there is no cache.
 
     Raises:
         InputError: a cache that holds tokens, which cannot be left out without another result.
@@ -115,7 +116,6 @@ def _without_cache(cache: Cache | None) -> None:
             "twice: train without a cache, or call gradient_checkpointing_disable()"
         )
     LOG.warning("training with gradient checkpointing runs layers twice: no cache is used")
-    return None
 
 
 def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
@@ -141,10 +141,9 @@ def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
     )
 
 
-def _apart(position_ids: Tensor | None, attention_mask: Tensor, num_tokens: int) -> Tensor:
+def _apart(position_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Tensor:
     """Positions of packed rows with dead tokens at 0: without a mask, softmax layers tell documents by their restarts,
     and a dead token is one of its own."""
-    assert position_ids is not None
     live_BT = attention_mask[:, -num_tokens:].bool()
     return position_ids.expand_as(live_BT).masked_fill(~live_BT, 0)
 

@@ -145,8 +145,8 @@ class Layout:
             live_BT = self.live()
             first = (torch.ones_like(starts_BT) if live_BT is None else live_BT).long().cumsum(-1) == 1
             self.memo["opens_inside"] = bool((starts_BT & ~first).any())
-        found: bool = self.memo["opens_inside"]
-        return found
+        opens: bool = self.memo["opens_inside"]
+        return opens
 
     @staticmethod
     def from_inputs(
@@ -171,8 +171,7 @@ class Layout:
             live = mask[:, -num_tokens:]
             counted_BT = mask.long().cumsum(-1)[:, -num_tokens:] - 1
             if position_ids is None or not _restarts(position_ids.expand_as(live), counted_BT, live):
-                plain = bool(mask.all())
-                return Layout(start=past) if plain else Layout(position_BT=counted_BT.masked_fill(~live, -1))
+                return Layout(start=past) if bool(mask.all()) else Layout(position_BT=counted_BT.masked_fill(~live, -1))
             return Layout(position_BT=position_ids.expand_as(live).masked_fill(~live, -1))
         if position_ids is not None:
             plain = torch.arange(past, past + num_tokens, device=position_ids.device)
