@@ -94,8 +94,10 @@ class MixerCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, max_cache_len: int | None = None, **_: Any) -> None:
+        """`max_cache_len`: of the softmax layers in the same `StaticCache`, whose mask this layer is asked for."""
         super().__init__()
+        self.max_cache_len = max_cache_len
         self.reset()
 
     def reset(self) -> None:
@@ -104,6 +106,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.pending: Pending | None = None
         self.accepted = 0  # pending tokens that no `crop` can drop any more: none of them, or all
         self.has_dead = False  # whether a column may be dead in some row: padding, or tokens that it did not keep
+        self.is_packed = False  # whether a row holds several documents
         self.record_past = False
         self.cumulative_length = 0
         self.is_initialized = False
@@ -138,8 +141,10 @@ class MixerCacheLayer(CacheLayerMixin):
         all but the last `HELD` tokens of a longer call are taken in as well: no guesses are as many.
         """
         self.is_initialized = True
-        self.has_dead = self.has_dead or layout.live() is not None
         new = Pending(inputs, mixer.time_dim, layout)
+        if not layout.is_plain:
+            self.has_dead = self.has_dead or layout.live() is not None
+            self.is_packed = self.is_packed or layout.opens_inside(len(new), inputs[0].device)
         tokens, ys = len(new), []
         if self.record_past and tokens > HELD:
             early = tokens - HELD
@@ -218,8 +223,8 @@ class MixerCacheLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As a full cache would say: kept softmax layers may ask the first layer."""
-        return self.cumulative_length + query_length, 0
+        """As a full cache would say: transformers asks the first layer for the mask of kept softmax layers."""
+        return self.max_cache_len or self.cumulative_length + query_length, 0
 
     def _map_batch(self, change: Any) -> None:
         self.state = None if self.state is None else self.state.map_batch(change)

@@ -71,9 +71,12 @@ def prepare_call(
         _refuse_past(cache)
         cache = None
     cache = None if cache is None else student_cache(cache, config)
-    past = 0 if cache is None else cache.get_seq_length()
     layout = Layout.from_inputs(
-        num_tokens=tokens.shape[1], past=past, attention_mask=attention_mask, position_ids=position_ids
+        num_tokens=tokens.shape[1],
+        past=0 if cache is None else int(cache.get_seq_length()),  # a static cache gives a tensor that it counts on
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_is_packed=cache is not None and any(getattr(layer, "is_packed", False) for layer in cache.layers),
     )
     check_past_mask(cache, attention_mask)
     is_packed = layout.opens_inside(tokens.shape[1], tokens.device)

@@ -155,17 +155,27 @@ class Layout:
         past: int,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_is_packed: bool = False,
     ) -> Layout:
         """Read the layout from what transformers passes to a model.
 
         `attention_mask: [B, past + T]` of zeros and ones: the new tokens may have padding on one side; what is padding
         among the past ones was said when they were new. `position_ids: [B, T]`, restarting per document when rows are
-        packed. `past`: tokens already in the cache. Where a mask is given and no position restarts, tokens are counted
-        by the mask, wherever the positions begin.
+        packed. `past`: tokens already in the cache; `past_is_packed`: several documents of a row are among them, so
+        that the next position is not their number. Where no position restarts, tokens are counted, wherever the
+        positions begin.
 
         Raises:
             InputError: a mask that is not two-dimensional, of another length, or with holes between new tokens.
         """
+        if attention_mask is None and position_ids is not None:
+            plain = torch.arange(past, past + num_tokens, device=position_ids.device)
+            if bool((position_ids == plain).all()):
+                return Layout(start=past)
+            if past_is_packed:
+                return Layout(position_BT=position_ids)
+            attention_mask = torch.ones(1, past + num_tokens, dtype=torch.bool, device=position_ids.device)
+            attention_mask = attention_mask.expand(position_ids.shape[0], -1)
         if attention_mask is not None:
             mask = _checked_mask(attention_mask, past + num_tokens, num_tokens)
             live = mask[:, -num_tokens:]
@@ -173,10 +183,6 @@ class Layout:
             if position_ids is None or not _restarts(position_ids.expand_as(live), counted_BT, live):
                 return Layout(start=past) if bool(mask.all()) else Layout(position_BT=counted_BT.masked_fill(~live, -1))
             return Layout(position_BT=position_ids.expand_as(live).masked_fill(~live, -1))
-        if position_ids is not None:
-            plain = torch.arange(past, past + num_tokens, device=position_ids.device)
-            if not bool((position_ids == plain).all()):
-                return Layout(position_BT=position_ids)
         return Layout(start=past)
 
 
