@@ -119,7 +119,7 @@ def load_documents(
     if not specs:
         raise InputError(f"no data given: name a file ({', '.join(EXTENSIONS)}), a Hub dataset, or self")
     documents: list[Document] = []
-    for spec in specs:
+    for spec in map(local_spec, specs):
         if (spec == "self" and sample is None) or (spec.startswith(PSEUDO) and answer is None):
             raise InputError(f"data {spec!r}: there is no teacher here to write the text; give a file instead")
         if not spec.removeprefix(PSEUDO).strip():
