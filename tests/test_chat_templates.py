@@ -161,6 +161,19 @@ def test_columns_that_the_template_could_have_used_are_told(tmp_path: Path, capl
     assert "'tools'" in told[0] and "'enable_thinking'" in told[1] and not any("'id'" in line for line in told)
 
 
+def test_columns_for_a_template_in_rows_that_go_through_none_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"instruction": "a", "output": "b", "tools": TOOLS}, {"prompt": "a", "completion": "b", "tools": TOOLS}]
+    documents(tmp_path, WITH_TOOLS, *rows)
+    assert "2 of 2 rows (the first: row 1)" in caplog.text and "'tools'" in caplog.text
+    caplog.clear()
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "tools": TOOLS}
+    (tmp_path / "a.json").write_text(json.dumps([pair]), encoding="utf-8")
+    read_preferences(str(tmp_path / "a.json"), tokenizer(WITH_TOOLS))
+    assert "1 of 1 rows (the first: row 1)" in caplog.text and "'tools'" in caplog.text
+
+
 def test_tools_of_preferences_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assistant", "content": "3"}]}
     found = preference_of({**row, "tools": TOOLS}, tokenizer(WITH_TOOLS))

@@ -15,7 +15,7 @@ import linearize
 from linearize.cli import main
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import is_student, load_any
-from linearize.evaluation import EvaluationOptions, bench, evaluate
+from linearize.evaluation import EvaluationOptions, evaluate
 from linearize.evaluation.report import read_report
 from linearize.evaluation.sections.language import Language
 from linearize.files import expand_home
@@ -23,7 +23,7 @@ from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling.export import export_student
 from linearize.modeling.inspect import inspect_model
 from linearize.modeling.teacher import load_teacher, load_tokenizer
-from linearize.planning import plan_conversion
+from linearize.planning.samples import read_config
 from linearize.recipes.preparation import inspect_sensitivity
 from linearize.streaming.request import read_request
 from linearize.training.chat import template_text
@@ -98,7 +98,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "inspect": lambda: inspect_model("~/student"),
     "sensitivity": lambda: inspect_sensitivity("~/teacher", data=["~/text.txt"], recipe="~/own.yaml", device="cpu"),
-    "plan": lambda: plan_conversion("~/teacher", recipe="~/own.yaml"),
+    "plan": lambda: read_config("~/teacher"),
     "documents": lambda: load_documents(["~/text.txt"], tiny_tokenizer()),
     "sft": lambda: SftConfig(data="~/rows.json").documents(tiny_tokenizer(), None),
     "template": lambda: template_text("~/template.jinja"),
@@ -118,8 +118,6 @@ def test_evaluations_and_exports_take_it(home: Path) -> None:
     )
     assert [contestant["path"] for contestant in report["contestants"]] == [f"{home}/teacher", f"{home}/student"]
     assert (home / "report" / "report.json").is_file()
-    bench("~/student", teacher="~/teacher", contexts=(4,), new_tokens=2, repeats=1, out="~/bench", options=CPU)
-    assert (home / "bench" / "report.json").is_file()
     assert export_student("~/student", "hf", "~/exported") == home / "exported"
     assert not list((home / "tasks").iterdir())
 

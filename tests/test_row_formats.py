@@ -168,6 +168,7 @@ NULLS: list[Any] = [
     {"messages": None},
     {"messages": [ASKED, {"role": "assistant", "content": None}]},
     {"instruction": "a", "output": None},
+    {"text": float("nan")},
     {"content": None},
 ]
 

@@ -100,9 +100,7 @@ def _located(spec: str, origins: Sequence[Origin]) -> str:
     """A file that a report names by a path that is not there, where it stands beside the student's folder."""
     if Path(spec).exists() or Path(spec).is_absolute():
         return spec
-    beside = [
-        Path(o.path).parent / spec for o in origins if o.report is not None and spec in map(local_spec, o.report.data)
-    ]
+    beside = [Path(o.path).parent / spec for o in origins if o.report is not None and spec in o.report.data]
     return next((str(path) for path in beside if path.is_file()), spec)
 
 

@@ -119,6 +119,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     return Chat(tokenizer=tokenizer, messages=messages).text(opened=add_generation_prompt)
 
 
+def note_unread(row: Row, note: Note) -> None:
+    """Note the columns for a template in a row that goes through none."""
+    for name in EXTRAS:
+        if row.get(name):
+            note(f"have {name!r}, which texts that go through no chat template do not use: give messages")
+
+
 def _variables(row: Row, tokenizer: PreTrainedTokenizerBase, note: Note) -> dict[str, Any]:
     """The columns of a row that the template reads, by name."""
     settings = from_json_text(row.get(SETTINGS))

@@ -154,7 +154,7 @@ def _separated(spec: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if ".txt" not in [suffix.lower() for suffix in Path(spec).suffixes[-2:]]:
         return ""
     ends = " or ".join(dict.fromkeys((END_OF_TEXT, str(tokenizer.eos_token))))
-    return f" (lines of {ends} separate them; in a file without, blank lines do)"
+    return f" (split at lines of {ends}, else at blank lines)"
 
 
 def split(documents: Sequence[Document], config: DataConfig) -> Split:

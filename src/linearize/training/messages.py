@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.training.row_fields import NullError, Row, from_json_text, holds, string
+from linearize.training.row_fields import NullError, Row, from_json_text, holds, is_null, string
 
 Message = dict[str, Any]
 CHAT_FIELDS = ("messages", "conversations")
@@ -30,7 +30,7 @@ def message_list(row: Row, field: str) -> list[Message]:
         InputError: no list of messages, an unknown role of ShareGPT's form, a message without content, or a part of a
             content that is not text; NullError: a content is null.
     """
-    if row[field] is None:
+    if is_null(row[field]):
         raise NullError(field)
     return with_system(row, normal_messages(row[field], field))
 

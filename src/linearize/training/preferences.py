@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.training.answer_ranges import same_beginning
-from linearize.training.chat import Chat
+from linearize.training.chat import Chat, note_unread
 from linearize.training.data_sources import read_as
 from linearize.training.documents import Document, Example, tokenize
 from linearize.training.messages import Message, as_messages, with_system
-from linearize.training.row_fields import Note, NullError, Row, ignore, string
+from linearize.training.row_fields import Note, NullError, Row, ignore, is_null, string
 
 LOG = logging.getLogger("linearize")
 FORMATS = "prompt/chosen/rejected; chosen/rejected as lists of messages; messages or conversations with chosen/rejected"
@@ -64,12 +64,13 @@ def preference_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = 
     if not isinstance(row, Mapping):
         raise InputError(f"is a {type(row).__name__}, a preference row must be an object with {FORMATS}")
     for field in ("chosen", "rejected"):
-        if field in row and row[field] is None:
+        if field in row and is_null(row[field]):
             raise NullError(field)
         if not row.get(field):
             raise InputError(f"has no {field!r} answer; a preference row needs both, chosen and rejected")
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(row.get("prompt"), str) and isinstance(chosen, str) and isinstance(rejected, str):
+        note_unread(row, note)
         return _checked(_plain(string(row, "prompt"), chosen, rejected), tokenizer)
     prompt, *answers = _messages(row)
     return _checked(_chat(Chat.of(row, with_system(row, prompt), tokenizer, note), *answers), tokenizer)

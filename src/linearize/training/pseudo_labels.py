@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.modeling.checksums import model_fingerprint
-from linearize.training.chat import Chat
+from linearize.training.chat import Chat, note_unread
 from linearize.training.data import DataConfig
 from linearize.training.data_sources import read_as
 from linearize.training.documents import Document, end_token
@@ -143,6 +143,7 @@ def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = igno
         if not messages:
             raise InputError(f"field {field!r} holds no question before the answer")
     if plain is not None and not tokenizer.chat_template:
+        note_unread(row, note)
         return plain
     return Chat.of(row, with_system(row, messages), tokenizer, note).text(opened=True)
 

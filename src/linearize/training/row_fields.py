@@ -52,15 +52,20 @@ def ignore(_note: str) -> None:
     """The `Note` of a row by itself, of which nothing is reported."""
 
 
+def is_null(value: object) -> bool:
+    """Whether a value stands for none; pandas writes NaN for a text that is missing."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def holds(row: Row, *fields: str) -> bool:
     """Whether a row has a value in each of these fields."""
-    return all(row.get(field) is not None for field in fields)
+    return not any(is_null(row.get(field)) for field in fields)
 
 
 def string(row: Row, field: str) -> str:
     """The text in a field. Raises InputError for anything else."""
     value = row[field]
-    if value is None:
+    if is_null(value):
         raise NullError(field)
     if not isinstance(value, str):
         raise InputError(f"field {field!r} must be text, it is {type(value).__name__}")

@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.training.answer_ranges import assistant_ranges
-from linearize.training.chat import Chat
+from linearize.training.chat import Chat, note_unread
 from linearize.training.documents import Example
 from linearize.training.messages import Message, as_messages, message_list, with_system
-from linearize.training.row_fields import Note, NullError, Row, holds, ignore, string
+from linearize.training.row_fields import Note, NullError, Row, holds, ignore, is_null, string
 
 # Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca); the answer begins on a new line, as LoLCATs has it.
 _ALPACA_INPUT = (
@@ -40,7 +40,7 @@ def example_of(row: object, tokenizer: PreTrainedTokenizerBase, answer_only: boo
         if holds(row, *fields):
             return _FORMATS[fields](row, tokenizer, answer_only, note)
     if found:
-        raise NullError(next(field for field in found[0] if row[field] is None))
+        raise NullError(next(field for field in found[0] if is_null(row[field])))
     named = ", ".join(map(str, row)) or "none"
     raise InputError(f"wrong fields, found: {named}; needed is one of: {_formats()}")
 
@@ -61,7 +61,8 @@ def _from_content(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: b
     return Example(string(row, "content"))
 
 
-def _from_alpaca(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: bool, _note: Note) -> Example:
+def _from_alpaca(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: bool, note: Note) -> Example:
+    note_unread(row, note)
     return _answered(alpaca_prompt(row), string(row, "output"))
 
 
@@ -74,6 +75,7 @@ def alpaca_prompt(row: Row) -> str:
 def _from_completion(row: Row, tokenizer: PreTrainedTokenizerBase, answer_only: bool, note: Note) -> Example:
     """Two texts as they are; with a list of messages (or one) as either of them, a chat."""
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        note_unread(row, note)
         return _answered(row["prompt"], row["completion"])
     prompt = with_system(row, as_messages(row["prompt"], "prompt", "user"))
     messages = [*prompt, *as_messages(row["completion"], "completion", "assistant")]
