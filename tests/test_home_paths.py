@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_evaluation_outputs import tiny_llama, tiny_tokenizer
+from test_evaluation_outputs import some_report, tiny_llama, tiny_tokenizer
 from torch import nn
 
 import linearize
 from linearize.cli import main
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import is_student, load_any
-from linearize.evaluation import EvaluationOptions, evaluate
+from linearize.evaluation import EvaluationOptions, evaluate, write_report
 from linearize.evaluation.report import read_report
 from linearize.evaluation.sections.language import Language
 from linearize.files import expand_home
@@ -135,16 +135,8 @@ def test_the_command_takes_it_and_an_evaluation_finds_its_own_text(home: Path) -
 
 
 def test_text_that_an_older_report_names_by_the_home_folder_is_known_as_seen(home: Path) -> None:
-    path = home / "student" / "report.json"
-    if not path.exists():
-        from test_evaluation_outputs import some_report
-
-        from linearize.evaluation import write_report
-
-        write_report(some_report(teacher="~/teacher", data=["~/text.txt"]), home / "student")
-        (home / "student" / "recipe.yaml").write_text("data:\n  length: 50\n  heldout: 4\n")
+    write_report(some_report(teacher="~/teacher", data=["~/text.txt"]), home / "student")
+    (home / "student" / "recipe.yaml").write_text("data:\n  length: 50\n  heldout: 4\n")
     found = evaluate("~/student", data=[f"{home}/text.txt"], sections=[Language()], options=CPU)
     assert "the held-out part" in " ".join(found["notes"])
     assert [contestant["name"] for contestant in found["contestants"]] == ["teacher", "student"]
-    path.unlink()
-    (home / "student" / "recipe.yaml").unlink()
