@@ -192,6 +192,24 @@ def test_tools_that_are_none_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_columns_of_another_kind_that_the_template_does_not_read_do_no_harm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": ASKED, "documents": "a text", "tools": value} for value in (float("nan"), "", [], "none")]
+    assert [text(d) for d in documents(tmp_path, CHAT, *rows)] == ["<s><user> 1+1?\n<assistant> 2\n</s>"] * 4
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "4 of 4" in told[0] and "'documents'" in told[0] and "1 of 4" in told[1]
+
+
+def test_a_tokenizer_with_templates_of_other_names_alone(tmp_path: Path) -> None:
+    made = tokenizer(None)
+    made.chat_template = {"rag": CHAT, "tool_use": WITH_TOOLS}
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": ASKED}]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"row 1: .*template") as caught:
+        load_documents([str(tmp_path / "a.json")], made)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_template_with_tags_of_transformers_own(tmp_path: Path) -> None:
     template = (
         "{% if tools %}{{ 'tools\n' }}{% endif %}{% for m in messages %}{% if m['role'] == 'assistant' %}"

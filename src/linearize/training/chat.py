@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from linearize.errors import InputError, one_line, unknown
 from linearize.files import expand_home, read_text
 from linearize.training.messages import Message
-from linearize.training.row_fields import Note, Row, from_json_text, ignore
+from linearize.training.row_fields import Note, Row, from_json_text, ignore, is_null
 
 TEMPLATES = {
     "plain": (
@@ -129,23 +129,27 @@ def note_unread(row: Row, note: Note) -> None:
 def _variables(row: Row, tokenizer: PreTrainedTokenizerBase, note: Note) -> dict[str, Any]:
     """The columns of a row that the template reads, by name."""
     settings = from_json_text(row.get(SETTINGS))
-    meant: dict[str, Any] = {name: _listed(row, name) for name in EXTRAS}
+    columns = {name: value for name, value in row.items() if not is_null(value)}
+    meant = {name: from_json_text(columns[name]) for name in EXTRAS if columns.get(name)}
     meant |= settings if isinstance(settings, Mapping) else {}
-    meant = {name: value for name, value in meant.items() if value is not None}
-    offered = {name: value for name, value in row.items() if value is not None and name not in EXTRAS} | meant
-    reads = variables_read(str(tokenizer.get_chat_template(tools=meant.get("tools"))))
+    try:
+        reads = variables_read(str(tokenizer.get_chat_template(tools=meant.get("tools"))))
+    except ValueError as error:
+        raise InputError(f"the tokenizer has no chat template for them ({one_line(error)})") from error
     for name in meant:
         if name not in reads:
             note(f"have {name!r}, which the chat template does not read: it is not part of their text")
     taken = _TAKEN | set(tokenizer.special_tokens_map)
-    return {name: value for name, value in offered.items() if name in reads and name not in taken}
+    offered = {name: value for name, value in columns.items() if name not in EXTRAS} | meant
+    return {
+        name: _objects(value, name) if name in EXTRAS else value
+        for name, value in offered.items()
+        if name in reads and name not in taken
+    }
 
 
-def _listed(row: Row, name: str) -> list[Any] | None:
-    """The objects in a column, which may be JSON text as a whole or one by one; None where there are none."""
-    value = from_json_text(row.get(name))
-    if not value:
-        return None
+def _objects(value: object, name: str) -> list[Any]:
+    """The objects that a column for the template must hold, each perhaps as JSON text."""
     found = [from_json_text(entry) for entry in value] if isinstance(value, list) else []
     if not found or not all(isinstance(entry, Mapping) for entry in found):
         raise InputError(f"field {name!r} must be a list of objects, or JSON text of one")
