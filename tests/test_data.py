@@ -149,7 +149,7 @@ def test_specs_follow_each_other_and_self_is_sampled(tmp_path: Path) -> None:
 BAD_FILES = [
     ("none.txt", None, "no such file"),
     ("none.parquet", None, "no such file"),
-    ("a.csv", "a,b", r"unknown extension '.csv'.*\.txt, \.jsonl, \.json, \.parquet.*self"),
+    ("a.docx", "a,b", r"unknown extension '.docx'.*\.txt, \.jsonl, \.json, \.parquet.*self"),
     ("none.md", None, "unknown extension"),
     ("a.txt", "", "empty"),
     ("a.txt", "\n \n\n", "empty"),

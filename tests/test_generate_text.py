@@ -205,3 +205,11 @@ def test_chat_with_a_template(folder: Path, tmp_path: Path, capfd: pytest.Captur
     prompt = f"user: the cat\nassistant: {first}\nuser: a red\nbot:"
     second = greedy_by_hand(folder, prompt, 6).removeprefix(prompt)
     assert first in out and second in out and out.startswith("Type a message")
+
+
+def test_half_of_a_surrogate_pair_in_a_prompt_is_replaced(folder: Path) -> None:
+    """What a terminal or a shell passes on of bytes that are not UTF-8."""
+    found = [
+        generate_text(folder, prompt, max_new_tokens=3, stream=False, device="cpu") for prompt in ("a\udcff", "a\ufffd")
+    ]
+    assert found[0] == found[1]

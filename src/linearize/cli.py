@@ -130,7 +130,8 @@ def convert(
         typer.Option(
             "--data",
             metavar="SPEC",
-            help="A .txt, .json, .jsonl or .parquet file, a Hub data set, or `self`. May be repeated.",
+            help="A file (.txt, .jsonl, .json, .csv, .parquet; also .gz, .zst), a Hub data set, or `self`. "
+            "May be repeated.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student.")],

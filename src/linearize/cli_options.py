@@ -36,7 +36,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's folder,
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", metavar="SPEC", help="A .txt, .json, .jsonl or .parquet file, or a Hub data set. May be repeated."
+        "--data",
+        metavar="SPEC",
+        help="A file (.txt, .jsonl, .json, .csv, .parquet; also .gz, .zst), or a Hub data set. May be repeated.",
     ),
 ]
 Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="Compare with this model.")]

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, by one run at a time; broken JSON told in one line."""
+"""Files and folders written whole or not at all, by one run at a time; paths, text and JSON as people write them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,38 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from linearize.disk import lock, not_created, sync, writing
 from linearize.errors import InputError
+
+
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """A path with the home folder in the place of a leading `~`; anything else, as a Hub name, as it is.
+
+    Whatever takes a path from a person calls it once, first; a shell leaves `~` in `--out=~/student` to us.
+    """
+    return os.path.expanduser(path)
+
+
+def well_formed(value: Any) -> Any:
+    """A value with the replacement character for every half of a surrogate pair in its texts, at any depth.
+
+    JSON may hold such a half, cut out of an emoji; no tokenizer takes it, and no file can hold it.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    elif isinstance(value, Mapping):
+        return {key: well_formed(part) for key, part in value.items()}
+    elif isinstance(value, list):
+        return [well_formed(part) for part in value]
+    return value
 
 
 @contextmanager
@@ -25,7 +50,7 @@ def output_lock(final: Path | str, *, shared: bool = False) -> Iterator[None]:
     Raises:
         InputError: another run that lives has it, or the place cannot be written.
     """
-    final = Path(final).expanduser().resolve()
+    final = Path(expand_home(final)).resolve()
     made = _make_parents(final)
     path = final.parent / f".{final.name}.lock"
     descriptor = lock(path, final, shared=shared)
@@ -75,7 +100,7 @@ def atomic_folder(final: Path | str, overwrite: bool = False, *, locked: bool = 
         InputError: `final` exists and `overwrite` is off, is no folder, cannot be created, or is being written by
             another run; DiskFullError.
     """
-    final = Path(final).expanduser().resolve()
+    final = Path(expand_home(final)).resolve()
     check_free(final, overwrite)
     with nullcontext() if locked else output_lock(final), writing(f"the folder {final.name}", final.parent):
         temporary = _make_sibling(final)
@@ -91,7 +116,7 @@ def atomic_folder(final: Path | str, overwrite: bool = False, *, locked: bool = 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
-    path = Path(path).expanduser().resolve()
+    path = Path(expand_home(path)).resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
     temporary = Path(name)
     try:
@@ -113,7 +138,7 @@ def read_text(path: Path | str) -> str:
     Raises:
         InputError: no such file, a folder, no permission, or not UTF-8.
     """
-    path = Path(path).expanduser()
+    path = Path(expand_home(path))
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -134,7 +159,7 @@ def read_json(path: Path | str) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text)
+        return well_formed(json.loads(text))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: no valid JSON, {error.msg} (line {error.lineno}, column {error.colno})") from error
 
@@ -142,7 +167,7 @@ def read_json(path: Path | str) -> Any:
 @contextmanager
 def resumable_folder(final: Path | str, version: str) -> Iterator[Path]:
     """As `atomic_folder` with `overwrite`; what a kill or an error leaves is yielded again to the same `version`."""
-    final = Path(final).expanduser().resolve()
+    final = Path(expand_home(final)).resolve()
     work = final.parent / f".{final.name}.run"
     mark = work / ".version"
     with output_lock(final), writing(f"the folder {final.name}", final.parent):
@@ -176,7 +201,7 @@ def check_apart(final: Path, *read: Path | str) -> None:
         InputError: such a folder.
     """
     for name in read:
-        path = Path(name).expanduser()
+        path = Path(expand_home(name))
         if path.exists() and path.resolve().is_relative_to(final):
             raise InputError(f"{final}: is or holds {name}, which is read; give another output folder")
 

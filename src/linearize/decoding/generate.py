@@ -18,6 +18,7 @@ from linearize.decoding.speculative import Drafter, LookupDrafter, ModelDrafter,
 from linearize.decoding.speculative.checks import check_tokenizers
 from linearize.decoding.speculative.chooser import check_draft_tokens
 from linearize.errors import InputError
+from linearize.files import well_formed
 
 DraftTokens = int | Literal["auto"]
 
@@ -94,7 +95,7 @@ def continue_text(
     _check(max_new_tokens, temperature)
     _check_guessing(prompt_lookup, draft, draft_tokens, stats)
     _check_compile(compile, prompt_lookup, draft)
-    ids = list(tokenizer(prompt)["input_ids"]) or [tokenizer.bos_token_id]
+    ids = list(tokenizer(well_formed(prompt))["input_ids"]) or [tokenizer.bos_token_id]
     if ids == [None]:
         raise InputError("the prompt is empty and this tokenizer has no BOS token to start from: give some text")
     settings = _settings(tokenizer, max_new_tokens, temperature)
@@ -213,7 +214,7 @@ def chat(
     settings = _settings(tokenizer, max_new_tokens, temperature)
     try:
         while True:
-            line = read("> ")
+            line = well_formed(read("> "))
             if not line.strip():
                 continue
             ids = _turn(tokenizer, line, history, messages)

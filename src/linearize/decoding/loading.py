@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize.modeling as modeling
 from linearize.errors import InputError
-from linearize.files import read_json
+from linearize.files import expand_home, read_json
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.teacher import load_teacher, load_tokenizer
 
@@ -29,7 +29,7 @@ def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrained
 
 def is_student(path: str | Path) -> bool:
     """Whether a local folder holds a student (a Hub id or a plain transformers model does not)."""
-    config = Path(path).expanduser() / "config.json"
+    config = Path(expand_home(path)) / "config.json"
     found: Any = read_json(config) if config.is_file() else {}
     return isinstance(found, dict) and found.get("model_type") == LinearizeConfig.model_type
 

@@ -24,7 +24,7 @@ from linearize.evaluation.plots import plot_decode_cost, plot_loss_by_position, 
 from linearize.evaluation.recall import RecallReport, recall_beyond_window
 from linearize.evaluation.report import ConversionReport, provenance, read_report
 from linearize.evaluation.speed import DecodeCost, decode_cost
-from linearize.files import atomic_write_text, resumable_folder
+from linearize.files import atomic_write_text, expand_home, resumable_folder
 from linearize.modeling import load
 from linearize.modeling.teacher import load_teacher
 from linearize.ops.window_linear.window import ring_slots
@@ -65,7 +65,7 @@ def run_demo(*, out: str | Path = DEFAULT_OUT) -> DemoResult:
     Raises:
         InputError: `out` exists and is neither empty nor an earlier demo.
     """
-    final = Path(out)
+    final = Path(expand_home(out))
     _check(final)
     console = Console(highlight=False)
     with resumable_folder(final, __version__) as folder:

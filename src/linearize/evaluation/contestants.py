@@ -11,6 +11,7 @@ from linearize.decoding.loading import is_student, load_any
 from linearize.errors import InputError
 from linearize.evaluation.held_out import Origin
 from linearize.evaluation.section import Contestant
+from linearize.files import expand_home
 from linearize.modeling.teacher import check_model_folder
 
 TEACHER = "teacher"
@@ -45,7 +46,7 @@ def load_contestants(
 
 def recorded_teacher(origins: Sequence[Origin]) -> str | None:
     """The teacher that the students' own reports name. Raises InputError if they name different ones."""
-    named = {origin.report.teacher: origin.path for origin in origins if origin.report is not None}
+    named = {expand_home(origin.report.teacher): origin.path for origin in origins if origin.report is not None}
     if len(named) > 1:
         told = ", ".join(f"{path} of {teacher}" for teacher, path in named.items())
         raise InputError(f"students of different teachers ({told}): name the one to compare with by --teacher")
@@ -72,7 +73,7 @@ def _load(path: str, name: str, role: Literal["teacher", "student"], device: str
 
 def _fingerprint(path: str, config: object) -> str:
     """Changes with the files of a local folder (names, sizes, times of change), or with the commit of a Hub model."""
-    folder = Path(path).expanduser()
+    folder = Path(expand_home(path))
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
     files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})

@@ -30,7 +30,7 @@ from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
 from linearize.evaluation.verdict import verdict
-from linearize.files import atomic_write_text, output_lock
+from linearize.files import atomic_write_text, expand_home, output_lock
 from linearize.training.documents import Document
 
 FORMAT = 1
@@ -94,7 +94,9 @@ def evaluate(
     """
     chosen = options or EvaluationOptions()
     chosen.check()
-    models = [str(m) for m in (*([model] if model is not None else []), *compare)]
+    if chosen.data_root is not None:
+        chosen = replace(chosen, data_root=Path(expand_home(chosen.data_root)))
+    models = [expand_home(m) for m in (*([model] if model is not None else []), *compare)]
     if not models:
         raise InputError("no model given: name one, or several with --compare")
     name, planned = _planned(suite, tasks, sections, chosen)
@@ -104,7 +106,8 @@ def evaluate(
             stack.enter_context(output_lock(final))
             stack.enter_context(writing("what the evaluation keeps", final))
             _make(final)
-        return _evaluated(models, name, planned, str(teacher) if teacher else None, data, tasks, final, chosen)
+        guide = expand_home(teacher) if teacher else None
+        return _evaluated(models, name, planned, guide, data, tasks, final, chosen)
 
 
 def _evaluated(
@@ -178,7 +181,7 @@ def _planned(
 def _checked_out(out: str | Path | None, models: Sequence[str]) -> Path | None:
     if out is None:
         return None
-    final = Path(out).expanduser().resolve()
+    final = Path(expand_home(out)).resolve()
     if final.exists() and not final.is_dir():
         raise InputError(f"{out}: exists and is no folder; give another output folder")
     if (final / "config.json").exists() or any(Path(m).exists() and Path(m).resolve() == final for m in models):

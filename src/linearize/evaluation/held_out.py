@@ -14,7 +14,7 @@ from linearize.decoding.loading import is_student
 from linearize.errors import InputError
 from linearize.evaluation.report import ConversionReport, read_report
 from linearize.files import read_text
-from linearize.training.data import DataConfig, Document, load_documents, split
+from linearize.training.data import DataConfig, Document, load_documents, local_spec, split
 from linearize.training.pseudo_labels import pseudo_labeller
 from linearize.training.sampling import self_sampler
 
@@ -52,8 +52,12 @@ def held_out_documents(
     What the teacher wrote for a conversion (`self`, `pseudo:`) it writes again, or reads from its cache.
     Raises InputError for text that a student was trained on, and for students that held out different parts of it.
     """
-    given = list(specs)
-    sources = {origin.path: (origin.report.data, origin.data) for origin in origins if origin.report is not None}
+    given = [local_spec(spec) for spec in specs]
+    sources = {
+        origin.path: ([local_spec(spec) for spec in origin.report.data], origin.data)
+        for origin in origins
+        if origin.report is not None
+    }
     own = {path: config for path, (data, config) in sources.items() if data == given and config is not None}
     for path, (data, _) in sources.items():
         seen = [spec for spec in given if spec in data]
@@ -94,7 +98,7 @@ def first_documents(
 
 def _located(spec: str, origins: Sequence[Origin]) -> str:
     """A file that a report names by a path that is not there, where it stands beside the student's folder."""
-    if Path(spec).expanduser().exists() or Path(spec).is_absolute():
+    if Path(spec).exists() or Path(spec).is_absolute():
         return spec
     beside = [Path(o.path).parent / spec for o in origins if o.report is not None and spec in o.report.data]
     return next((str(path) for path in beside if path.is_file()), spec)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.errors import InputError, one_line
+from linearize.files import expand_home
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
 
@@ -37,7 +38,8 @@ def load(
     """
     from linearize.modeling.teacher import check_model_folder
 
-    check_model_folder(str(path))
+    path = expand_home(path)
+    check_model_folder(path)
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         config = AutoConfig.from_pretrained(path)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
+from linearize.files import expand_home
 from linearize.mixers import AttentionShape
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
@@ -51,7 +52,8 @@ def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CON
 
 def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
     """A model's config, checked; no weights are read. Raises InputError."""
-    check_model_folder(str(path))
+    path = expand_home(path)
+    check_model_folder(path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
         if isinstance(config, LinearizeConfig):

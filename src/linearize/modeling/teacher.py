@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError, one_line
+from linearize.files import expand_home
 from linearize.modeling.allocation import freed_at_once
 from linearize.modeling.model_files import check_model_files
 from linearize.modeling.quantized import BaseWeights, after_loading, loading_options
@@ -38,7 +39,7 @@ def load_teacher(
         InputError: no such folder or model, no causal LM, weights only as pickle, a student instead of a teacher, a
             missing library.
     """
-    name = str(name_or_path)
+    name = expand_home(name_or_path)
     check_model_folder(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
@@ -69,8 +70,9 @@ def load_teacher(
 
 def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, by folder or Hub name. Raises InputError where there is none that can be used."""
+    name = expand_home(name)
     try:
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises nothing more special
         told = f"cannot load the tokenizer of {name}: {one_line(error)}"
         folder = Path(name)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError, one_line
+from linearize.files import expand_home
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import list_of_blocks
@@ -88,7 +89,7 @@ def read_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
         InputError: there is none, or it is a student's.
     """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(expand_home(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"cannot read {name} as a model's config ({one_line(error)}): give a folder with config.json or a Hub name"

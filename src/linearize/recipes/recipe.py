@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import InputError, unknown
-from linearize.files import read_text
+from linearize.files import expand_home, read_text
 from linearize.modeling.quantized import BaseWeights
 from linearize.recipes import overrides as dotted
 from linearize.recipes.messages import explain
@@ -104,7 +104,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     Raises:
         InputError: an unknown name (names the nearest), a file that cannot be read, or a recipe that is not valid.
     """
-    return _load(str(name_or_path), ())
+    return _load(expand_home(name_or_path), ())
 
 
 def _load(name: str, above: tuple[str, ...]) -> Recipe:
@@ -131,7 +131,7 @@ def _from_base(data: dict[str, Any], where: str, above: tuple[str, ...]) -> Reci
     if not isinstance(base, str) or not isinstance(settings, dict):
         raise InputError(f"{where}: base is a recipe's name or file, set a mapping of dotted keys to values")
     if Path(base).suffix.lower() in _SUFFIXES:
-        base = str((Path(where).parent / base).resolve())
+        base = str((Path(where).parent / expand_home(base)).resolve())
     recipe = _load(base, (*above, where))
     try:
         own = {key: value for key, value in data.items() if key in _OWN}

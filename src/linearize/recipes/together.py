@@ -75,7 +75,6 @@ def share_out(prepared: Prepared, group: Group, device: str | None) -> Prepared:
 
 
 def _file(path: Path) -> str:
-    path = path.expanduser()
     if not path.is_file():
         return "no file"
     with path.open("rb") as file:

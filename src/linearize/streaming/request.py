@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.files import check_apart
+from linearize.files import check_apart, expand_home
 from linearize.recipes.base_weights import checked_base
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.streaming.options import BlockOptions, check_options, has_later
 from linearize.streaming.work_folder import work_folder
-from linearize.training.data import PSEUDO
+from linearize.training.data import PSEUDO, local_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,11 @@ def read_request(
     checked_base(chosen)
     blocks = options or BlockOptions()
     check_options(chosen.stages, blocks)
-    final = Path(out).expanduser().resolve()
-    specs = [data] if isinstance(data, str) else [str(spec) for spec in data]
-    check_apart(final, str(teacher), *(spec.removeprefix(PSEUDO) for spec in specs))
+    final, teacher = Path(expand_home(out)).resolve(), expand_home(teacher)
+    specs = [local_spec(str(spec)) for spec in ([data] if isinstance(data, str) else data)]
+    check_apart(final, teacher, *(spec.removeprefix(PSEUDO) for spec in specs))
     return Request(
-        teacher=str(teacher), specs=specs, recipe=chosen, asked=frozenset(overrides or ()), options=blocks, final=final,
+        teacher=teacher, specs=specs, recipe=chosen, asked=frozenset(overrides or ()), options=blocks, final=final,
         work=work_folder(final),
     )  # fmt: skip
 

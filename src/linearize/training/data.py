@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -10,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError
+from linearize.files import expand_home
 from linearize.numbers import Count, Number, parse_number
+from linearize.training.data_files import END_OF_TEXT, EXTENSIONS
 from linearize.training.data_sources import read_examples
 from linearize.training.documents import Document, end_token, tokenize
 from linearize.training.packing import Batch, PackedRows, batches, document_rows, pack
@@ -25,10 +30,12 @@ __all__ = [
     "batches",
     "document_rows",
     "load_documents",
+    "local_spec",
     "pack",
     "split",
 ]
 
+LOG = logging.getLogger("linearize")
 PSEUDO = "pseudo:"
 
 
@@ -94,23 +101,25 @@ def load_documents(
     sample: Callable[[], list[Document]] | None = None,
     answer: Callable[[str], list[Document]] | None = None,
     answer_only: bool = False,
+    say: Callable[[str], None] = LOG.info,
 ) -> list[Document]:
     """The documents of all data SPECs, in the order given.
 
     Args:
-        specs: files (.txt, .jsonl, .json, .parquet), Hub dataset names, `self`, or `pseudo:` before a file or a name.
+        specs: files (see `data_files`), Hub dataset names, `self`, or `pseudo:` before a file or a name.
         sample: writes the documents of `self` (see `sampling.self_sampler`).
         answer: answers the prompts of what follows `pseudo:` (see `pseudo_labels.pseudo_labeller`).
         answer_only: the loss mask holds only answers, where rows have prompt and answer.
+        say: takes a line for each file or dataset: how many documents it became, and how long they are.
     Raises:
         InputError: a tokenizer without EOS, or a SPEC that cannot be used; one line says why.
     """
     end_token(tokenizer)
     specs = [specs] if isinstance(specs, str) else specs
     if not specs:
-        raise InputError("no data given: name a .txt, .jsonl, .json or .parquet file, a Hub dataset, or self")
+        raise InputError(f"no data given: name a file ({', '.join(EXTENSIONS)}), a Hub dataset, or self")
     documents: list[Document] = []
-    for spec in specs:
+    for spec in map(local_spec, specs):
         if (spec == "self" and sample is None) or (spec.startswith(PSEUDO) and answer is None):
             raise InputError(f"data {spec!r}: there is no teacher here to write the text; give a file instead")
         if not spec.removeprefix(PSEUDO).strip():
@@ -120,10 +129,32 @@ def load_documents(
         elif spec.startswith(PSEUDO) and answer is not None:
             documents += answer(spec.removeprefix(PSEUDO))
         else:
-            documents += tokenize(
-                read_examples(spec, tokenizer, answer_only=answer_only), tokenizer, answer_only=answer_only
-            )
+            examples = read_examples(spec, tokenizer, answer_only=answer_only)
+            found = tokenize(examples, tokenizer, answer_only=answer_only)
+            say(f"data {spec!r}: {_sizes(found)}{_separated(spec, tokenizer)}")
+            documents += found
     return documents
+
+
+def local_spec(spec: str) -> str:
+    """A data SPEC with the home folder in the place of a leading `~` of its path."""
+    path = spec.removeprefix(PSEUDO)
+    return spec[: len(spec) - len(path)] + expand_home(path)
+
+
+def _sizes(documents: Sequence[Document]) -> str:
+    sizes = sorted(map(len, documents))
+    if len(sizes) == 1:
+        return f"1 document of {sizes[0]:,} tokens"
+    return f"{len(sizes):,} documents of {sizes[0]:,} to {sizes[-1]:,} tokens, median {round(median(sizes)):,}"
+
+
+def _separated(spec: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What separates the documents of a text file."""
+    if ".txt" not in [suffix.lower() for suffix in Path(spec).suffixes[-2:]]:
+        return ""
+    ends = " or ".join(dict.fromkeys((END_OF_TEXT, str(tokenizer.eos_token))))
+    return f" (split at lines of {ends}, else at blank lines)"
 
 
 def split(documents: Sequence[Document], config: DataConfig) -> Split:
@@ -137,7 +168,7 @@ def split(documents: Sequence[Document], config: DataConfig) -> Split:
     if len(documents) < 2:
         raise InputError(
             f"the data holds {len(documents)} document(s), at least 2 are needed to hold one out; "
-            "in a .txt file a blank line separates documents"
+            f"in a .txt file blank lines, or lines of {END_OF_TEXT}, separate documents"
         )
     drawn = _draw(documents, config)
     keys = {tuple(documents[index].tokens) for index in drawn}

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from linearize.errors import InputError
-from linearize.files import read_json, read_text
+from linearize.errors import InputError, one_line
+from linearize.files import expand_home, well_formed
+from linearize.training.data_files import END_OF_TEXT, Numbered, file_rows, without_fill
 from linearize.training.documents import Example
-from linearize.training.row_formats import example_of, first_line
+from linearize.training.row_fields import Note, NullError, RowNotes
+from linearize.training.row_formats import example_of
 
-Numbered = Iterable[tuple[int, object]]  # (line or row number from 1, row)
 Parsed = TypeVar("Parsed")
 
 
@@ -27,26 +27,53 @@ def read_examples(spec: str, tokenizer: PreTrainedTokenizerBase, *, answer_only:
     Raises:
         InputError: no such file or dataset, unknown extension, broken file, wrong fields, or no text in it.
     """
-    examples = read_as(spec, lambda row: example_of(row, tokenizer, answer_only))
-    examples = [example for example in examples if example.text.strip()]
+    eos = str(tokenizer.eos_token)
+
+    def parse(row: object, note: Note) -> Example | None:
+        example = example_of(row, tokenizer, answer_only, note)
+        if not example.text.strip():
+            note("are empty and are left out")
+            return None
+        if example.answers is None:
+            for end in dict.fromkeys((END_OF_TEXT, eos)):
+                if end in example.text.strip().removesuffix(eos):
+                    note(f"have {end!r} within their text, which is not split there: put it on a line of its own")
+        return example
+
+    examples = [example for example in read_as(spec, parse, ends=(eos,)) if example is not None]
     if not examples:
         raise InputError(f"data {spec!r}: is empty, it holds no text; give data with at least two documents")
     return examples
 
 
-def read_as(spec: str, parse: Callable[[object], Parsed]) -> list[Parsed]:
-    """All rows of one data SPEC, each through `parse`; an `InputError` of it is told with the row's number.
+def read_as(spec: str, parse: Callable[[object, Note], Parsed], *, ends: Sequence[str] = ()) -> list[Parsed]:
+    """All rows of one data SPEC, each through `parse`; an `InputError` of it is raised with the row's number.
+
+    A row that is null, or whose text is (a `NullError`), is left out; how many are, and what `parse` notes, is
+    reported in one line each. `ends`: see `file_rows`.
 
     Raises:
-        InputError: no such file or dataset, unknown extension, broken file, or a row that `parse` refuses.
+        InputError: no such file or dataset, unknown extension, broken file, a row that `parse` refuses, or no row that
+            is not null.
     """
-    rows = _file_rows(Path(spec).expanduser()) if _looks_like_path(spec) else _hub_rows(spec)
-    parsed = []
-    for number, row in rows:
+    notes, parsed, null = RowNotes(), list[Parsed](), list[NullError]()
+    for number, row in file_rows(Path(expand_home(spec)), ends) if _looks_like_path(spec) else _hub_rows(spec):
+        notes.begin(number)
+        whole = well_formed(row)
+        if whole != row:
+            notes("have half of a surrogate pair in their text, replaced by U+FFFD")
         try:
-            parsed.append(parse(row))
+            if whole is None:
+                raise NullError("row")
+            parsed.append(parse(whole, notes))
+        except NullError as error:
+            null.append(error)
+            notes("hold null where their text should be and are left out")
         except InputError as error:
             raise InputError(f"data {spec!r}, row {number}: {error}") from error
+    if null and not parsed:
+        raise InputError(f"data {spec!r}: no text is left, all {len(null)} rows hold null ({null[0]}); give other data")
+    notes.report(spec)
     return parsed
 
 
@@ -54,69 +81,6 @@ def _looks_like_path(spec: str) -> bool:
     suffixed = re.search(r"\.[A-Za-z][A-Za-z0-9]{0,7}$", spec) is not None
     pathy = spec.startswith((".", "/", "~")) or "\\" in spec or spec.count("/") > 1
     return suffixed or pathy or Path(spec).exists()
-
-
-def _file_rows(path: Path) -> Numbered:
-    if path.is_dir():
-        raise InputError(f"data {str(path)!r}: is a folder; name a file in it ({', '.join(_READERS)})")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(
-            f"data {str(path)!r}: unknown extension {path.suffix or '(none)'!r}; allowed: {', '.join(_READERS)}, "
-            "a Hub dataset name, or self"
-        )
-    if not path.exists():
-        raise InputError(f"data {str(path)!r}: no such file; check the path")
-    return reader(path)
-
-
-def _txt_rows(path: Path) -> Numbered:
-    """Documents separated by one or more blank lines; single line ends belong to the document."""
-    parts = re.split(r"\n(?:[ \t]*\n)+", read_text(path))
-    return ((number, {"text": part.strip("\n")}) for number, part in enumerate(parts, 1))
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"data {str(path)!r}, line {number}: no valid JSON ({error.msg})") from error
-
-
-def _json_rows(path: Path) -> Numbered:
-    if not read_text(path).strip():
-        return ()
-    try:
-        document = read_json(path)
-    except InputError as error:
-        if "Extra data" in str(error):  # JSON lines under the name .json, as many datasets have it
-            return _jsonl_rows(path)
-        raise
-    rows = document.get("data", document) if isinstance(document, dict) else document
-    if not isinstance(rows, list):
-        found = ", ".join(sorted(rows)) if isinstance(rows, dict) else type(rows).__name__
-        raise InputError(f"data {str(path)!r}: must hold a list of rows, or it under the key 'data'; found: {found}")
-    return enumerate(rows, 1)
-
-
-def _parquet_rows(path: Path) -> Numbered:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data {str(path)!r}: no valid parquet file ({first_line(error)})") from error
-
-
-_READERS: dict[str, Callable[[Path], Numbered]] = {
-    ".txt": _txt_rows,
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".parquet": _parquet_rows,
-}
 
 
 def _hub_rows(spec: str) -> Numbered:
@@ -128,10 +92,10 @@ def _hub_rows(spec: str) -> Numbered:
     name, _, config = spec.partition(":")
     try:
         with _quiet("huggingface_hub"):
-            return enumerate(datasets.load_dataset(name, config or None, split="train"), 1)
+            return enumerate(map(without_fill, datasets.load_dataset(name, config or None, split="train")), 1)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"data {spec!r}: no such file, and no Hub dataset that can be read from here ({first_line(error)}); "
+            f"data {spec!r}: no such file, and no Hub dataset that can be read from here ({one_line(error)}); "
             "check the name and the network, or give a file"
         ) from error
 

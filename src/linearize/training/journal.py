@@ -18,6 +18,7 @@ from typing import Any
 
 from linearize.disk import is_disk_full, lock, writing
 from linearize.errors import InputError
+from linearize.files import expand_home
 
 LOG = logging.getLogger("linearize")
 
@@ -82,7 +83,7 @@ def default_cache(kind: str) -> Path:
     """The folder of a kind of texts that teachers wrote, in `$LINEARIZE_CACHE`, or `linearize` in `$XDG_CACHE_HOME` or
     `~/.cache`."""
     if own := os.environ.get("LINEARIZE_CACHE"):
-        return Path(own).expanduser() / kind
+        return Path(expand_home(own)) / kind
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "linearize" / kind
 

@@ -18,17 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.modeling.checksums import model_fingerprint
+from linearize.training.chat import Chat, note_unread
 from linearize.training.data import DataConfig
 from linearize.training.data_sources import read_as
 from linearize.training.documents import Document, end_token
 from linearize.training.journal import Journal, default_cache, open_journal
-from linearize.training.row_formats import alpaca_prompt, check_template, message_list, render, string
+from linearize.training.messages import CHAT_FIELDS, as_messages, message_list, with_system
+from linearize.training.row_fields import Note, NullError, holds, ignore
+from linearize.training.row_formats import alpaca_prompt
 from linearize.training.sampling import Progress, cuda_devices, end_tokens, generation_config, write
 from linearize.training.step import derived_seed
 
 KIND = "pseudo_labels"
 FILE = "answers.jsonl"
-FORMATS = "prompt; messages; instruction (and input)"
+FORMATS = "prompt; messages; conversations; instruction (and input)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +103,8 @@ def read_prompts(spec: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
 
-    def parse(row: object) -> list[int]:
-        text = prompt_of(row, tokenizer)
+    def parse(row: object, note: Note) -> list[int]:
+        text = prompt_of(row, tokenizer, note)
         tokens = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         bos = tokenizer.bos_token_id
         if isinstance(bos, int) and tokens[:1] != [bos]:
@@ -118,28 +121,31 @@ def read_prompts(spec: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return prompts
 
 
-def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = ignore) -> str:
     """The text that the teacher is to continue. Raises InputError for a row without a prompt."""
     if not isinstance(row, Mapping):
         raise InputError(f"is a {type(row).__name__}, a row must be an object with one of: {FORMATS}")
-    if "messages" in row:
-        messages = message_list(row, "messages")
-        check_template(tokenizer)
+    found = [name for name in (*CHAT_FIELDS, "prompt", "instruction") if name in row]
+    field = next((name for name in found if holds(row, name)), None)
+    if field is None and found:
+        raise NullError(found[0])
+    if field is None:
+        raise InputError(f"wrong fields, found: {', '.join(map(str, row)) or 'none'}; needed is one of: {FORMATS}")
+    if field == "instruction":
+        plain: str | None = alpaca_prompt(row)
+        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        messages = [{"role": "user", "content": asked}]
+    else:
+        plain = row[field] if isinstance(row[field], str) and field == "prompt" else None
+        messages = as_messages(row[field], field, "user") if field == "prompt" else message_list(row, field)
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
-            raise InputError("field 'messages' holds no question before the answer")
-        return render(tokenizer, messages, add_generation_prompt=True)
-    if "prompt" in row:
-        plain = asked = string(row, "prompt")
-    elif "instruction" in row:
-        plain = alpaca_prompt(row)
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    else:
-        raise InputError(f"wrong fields, found: {', '.join(map(str, row)) or 'none'}; needed is one of: {FORMATS}")
-    if not tokenizer.chat_template:
+            raise InputError(f"field {field!r} holds no question before the answer")
+    if plain is not None and not tokenizer.chat_template:
+        note_unread(row, note)
         return plain
-    return render(tokenizer, [{"role": "user", "content": asked}], add_generation_prompt=True)
+    return Chat.of(row, with_system(row, messages), tokenizer, note).text(opened=True)
 
 
 def _answers(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.files import read_json, read_text
+from linearize.files import expand_home, read_json, read_text, well_formed
 
 FASTCHAT = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data"
 ALPACA = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval"
@@ -96,7 +96,7 @@ def instructions_file(root: Path | None, given: str | None) -> Path | None:
     Raises InputError if the one given is missing.
     """
     if given is not None:
-        return needed(Path(given).expanduser(), ALPACA)
+        return needed(Path(expand_home(given)), ALPACA)
     path = root / "chat" / "alpaca_eval" / "alpaca_eval.json" if root is not None else None
     return path if path is not None and path.is_file() else None
 
@@ -174,6 +174,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return well_formed(json.loads(line))
     except ValueError as error:
         raise InputError(f"{path}: line {number} is no JSON; get the file again") from error

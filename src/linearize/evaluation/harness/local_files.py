@@ -11,7 +11,7 @@ from typing import Any
 
 from linearize.errors import InputError
 from linearize.evaluation.harness.catalogue import KNOWN, Entry, Known
-from linearize.files import read_text
+from linearize.files import read_text, well_formed
 
 Rows = list[dict[str, Any]]
 
@@ -70,7 +70,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, well_formed(json.loads(line))
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: no JSON ({error})") from error
 

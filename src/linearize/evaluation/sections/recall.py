@@ -33,6 +33,7 @@ from linearize.evaluation.haystack import (
 from linearize.evaluation.recall import answer_greedily, full_forward
 from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.sections.recall_counts import Answer, described, measured
+from linearize.files import expand_home
 
 MORE = 3
 """Pass keys for each length, and questions for each number of facts, by the `items` of a needle's cell."""
@@ -181,7 +182,7 @@ class Recall(Section):
             if not setting.texts:
                 raise InputError("recall: there is no held-out text to hide facts in; set `hay` to a file or folder")
             return setting.texts
-        path = Path(self.hay).expanduser()
+        path = Path(expand_home(self.hay))
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise InputError(f"recall: hay {self.hay!r} is no text file and no folder of .txt files")

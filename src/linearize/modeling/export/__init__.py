@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError, unknown
-from linearize.files import atomic_folder, check_apart, check_free
+from linearize.files import atomic_folder, check_apart, check_free, expand_home
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import granite_hybrid, qwen3_5, remote_code
 from linearize.modeling.export.common import Source, logit_difference
@@ -55,10 +55,11 @@ def export_student(
     """
     if to not in EXPORTS:
         raise unknown("export target", to, EXPORTS)
-    out = Path(out).expanduser().resolve()
+    out = Path(expand_home(out)).resolve()
     check_free(out, overwrite)
     student = student_or_path
     if not isinstance(student, LinearizedForCausalLM):
+        student = expand_home(student)
         check_apart(out, student)
         tokenizer = tokenizer or _tokenizer(student)
         student = load(student)
@@ -96,7 +97,7 @@ def _tokenizer(path: str | Path) -> Any:
     """The tokenizer beside a student, or None where there is none."""
     from transformers import AutoTokenizer
 
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*token*")):
         return None
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from linearize.errors import InputError, one_line
+from linearize.files import expand_home
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.sharding import shards_of
 from linearize.modeling.teacher import check_model_folder, load_teacher
@@ -22,6 +23,7 @@ def check_vocabulary(name: str, student: LinearizedForCausalLM) -> None:
     Raises:
         InputError: no such model, or a teacher with another vocabulary.
     """
+    name = expand_home(name)
     check_model_folder(name)
     theirs, ours = _vocabulary_size(name), int(student.config.get_text_config().vocab_size)
     their_tokens, our_tokens = _tokens(name), _tokens(student.config.teacher_name)
