@@ -94,10 +94,9 @@ class MixerCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, max_cache_len: int | None = None, **_: Any) -> None:
-        """`max_cache_len`: of the softmax layers in the same `StaticCache`, whose mask this layer is asked for."""
+    def __init__(self, **_: Any) -> None:
+        """Keywords are what transformers tells every layer of a cache (`max_cache_len`): nothing here has a size."""
         super().__init__()
-        self.max_cache_len = max_cache_len
         self.reset()
 
     def reset(self) -> None:
@@ -224,7 +223,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As a full cache would say: transformers asks the first layer for the mask of kept softmax layers."""
-        return self.max_cache_len or self.cumulative_length + query_length, 0
+        return self.cumulative_length + query_length, 0
 
     def _map_batch(self, change: Any) -> None:
         self.state = None if self.state is None else self.state.map_batch(change)

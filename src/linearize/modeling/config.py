@@ -111,11 +111,11 @@ class LinearizeConfig(PreTrainedConfig):
         ]
 
     def validate(self) -> None:
-        """The parent's checks but that of the layer types: ours is not on transformers' list, and `mixers` checks the
-        plan."""
+        """The parent's checks but those of what is the teacher's: its own config checks its rotary positions, and
+        `mixers` checks the plan, whose layer type is not on transformers' list."""
         checks: Any = vars(PreTrainedConfig)["__class_validators__"]
         for check in checks:
-            if check.__name__ != "validate_layer_type":
+            if check.__name__ not in ("validate_layer_type", "validate_rope"):
                 check(self)
 
 

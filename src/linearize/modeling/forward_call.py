@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.utils import TransformersKwargs
 
 from linearize.errors import InputError, unknown
@@ -124,17 +125,25 @@ def _refuse_past(cache: Cache | None) -> None:
 def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
     """The cache with layers for this student's mixers; an empty `DynamicCache` of another make gets them.
 
+    So does an empty `StaticCache` of a hybrid: transformers masks the unwritten memory of its softmax layers only where
+    every layer is of that kind, so they grow instead (`StaticStep` decodes hybrids in fixed memory).
+
     Raises:
         InputError: a cache that was filled by another model, or of a kind that holds no mixer's state.
     """
     layers: list[Any] = cache.layers
-    fits = len(layers) == len(config.plan) and all(
-        entry is None or isinstance(layer, MixerCacheLayer | StaticMixerLayer)
-        for layer, entry in zip(layers, config.plan, strict=True)
+    is_static = isinstance(cache, StaticCache) and not all(config.plan)
+    fits = (
+        not (is_static and any(isinstance(layer, StaticLayer) for layer in layers))
+        and len(layers) == len(config.plan)
+        and all(
+            entry is None or isinstance(layer, MixerCacheLayer | StaticMixerLayer)
+            for layer, entry in zip(layers, config.plan, strict=True)
+        )
     )
     if fits:
         return cache
-    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+    if (is_static or isinstance(cache, DynamicCache)) and int(cache.get_seq_length()) == 0:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
         return cache
