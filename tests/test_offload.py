@@ -1,4 +1,4 @@
-"""Students whose weights lie elsewhere (in the CPU's memory, on disk) and come for each module's call, as accelerate does."""
+"""Students whose weights are elsewhere (with accelerate: in the CPU's memory, on disk) between their modules' calls."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from models import mixer, student_of, text, tiny
 from torch import Tensor
 
-import linearize
+from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.static_step import StaticStep
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
@@ -70,9 +71,16 @@ def test_a_student_is_loaded_with_layers_left_on_disk(name: str, tmp_path: Path)
     student.save_pretrained(tmp_path / "student")
     layers = {f"lm.model.layers.{i}": "disk" if i == 0 else "cpu" for i in range(3)}
     rest = dict.fromkeys(("lm.model.embed_tokens", "lm.model.norm", "lm.model.rotary_emb", "lm.lm_head"), "cpu")
-    loaded = linearize.modeling.LinearizedForCausalLM.from_pretrained(
+    loaded = LinearizedForCausalLM.from_pretrained(
         tmp_path / "student", device_map={**layers, **rest}, offload_folder=tmp_path / "offload"
     )
     assert any(parameter.is_meta for parameter in loaded.parameters()), "nothing was offloaded: the test is blind"
     for given, wanted in zip(answers(loaded), answers(student), strict=True):
         assert torch.equal(given, wanted)
+
+
+def test_a_static_step_of_an_offloaded_student_is_refused() -> None:
+    student = made("lolcats")
+    accelerate.cpu_offload(student, execution_device=CPU)
+    with pytest.raises(InputError, match="offloaded"):
+        StaticStep(student, batch=2)
