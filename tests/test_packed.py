@@ -124,7 +124,6 @@ def test_turned_products_are_the_same_and_may_be_differentiated(model: nn.Module
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("name", ["gla", "mamba", "lolcats"])
 def test_students_give_the_same_logits(family: str, name: str) -> None:
-    """`gla` reads the key rows of stacked projections, which stay plain for it."""
     student: Any = student_of(tiny(family), [None, mixer(name), mixer(name)])
     ids = text(2, 9)
     with torch.no_grad():

@@ -28,6 +28,7 @@ class ContextText:
     """Documents whose tokens from position `first` on are predicted with different contexts.
 
     `sizes`: the contexts, in tokens, none beyond `first`; `length`: tokens a row. `documents`: at most `length` tokens.
+    `one_per_row`: whether each piece has a row to itself.
     """
 
     documents: tuple[Document, ...]
@@ -35,10 +36,18 @@ class ContextText:
     first: int
     length: int
     bos: int | None
+    one_per_row: bool = False
 
     @classmethod
     def choose(
-        cls, documents: Sequence[Document], sizes: Sequence[int], *, length: int, tokens: int, bos: int | None
+        cls,
+        documents: Sequence[Document],
+        sizes: Sequence[int],
+        *,
+        length: int,
+        tokens: int,
+        bos: int | None,
+        one_per_row: bool = False,
     ) -> ContextText | None:
         """The first documents that are long enough, about `tokens` of them, and the sizes that they can tell apart.
 
@@ -52,7 +61,9 @@ class ContextText:
                 if len(document) > first and sum(map(len, chosen)) < tokens:
                     chosen.append(document)
             if sum(sum(document.loss_mask[first:]) for document in chosen) >= enough:
-                return cls(tuple(chosen), tuple(sorted(s for s in sizes if s <= first)), first, length, bos)
+                return cls(
+                    tuple(chosen), tuple(sorted(s for s in sizes if s <= first)), first, length, bos, one_per_row
+                )
         return None
 
     @property
@@ -73,7 +84,7 @@ class ContextText:
         made: list[tuple[list[int], list[int], list[int]]] = []
         row: tuple[list[int], list[int], list[int]] = ([], [], [])
         for ids, labels in self._pieces(size):
-            if len(row[0]) + len(ids) > self.length + 1:
+            if row[0] and (self.one_per_row or len(row[0]) + len(ids) > self.length + 1):
                 made, row = [*made, row], ([], [], [])
             for filled, new in zip(row, (ids, labels, list(range(len(ids)))), strict=True):
                 filled.extend(new)

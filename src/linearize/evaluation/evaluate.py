@@ -31,6 +31,7 @@ from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
 from linearize.evaluation.verdict import verdict
 from linearize.files import atomic_write_text, expand_home, output_lock
+from linearize.modeling.document_probe import keeps_documents_apart
 from linearize.training.documents import Document
 
 FORMAT = 1
@@ -130,6 +131,8 @@ def _evaluated(
     documents = _documents(list(data or ()), origins, contestants, chosen, notes) if wanted else []
     planned = _with_text(planned, bool(documents), models, notes)
     setting = _setting(contestants, documents, origins, chosen, final)
+    if setting.one_per_row:
+        notes.append(f"{contestants[0].name} does not keep the documents of a packed row apart: each has its own row")
     for section in planned:
         section.check(setting)
     numbers, seconds = _run(planned, setting)
@@ -246,6 +249,7 @@ def _setting(
         judge_url=options.judge_url,
         judge_model=options.judge_model,
         out=out,
+        one_per_row=bool(documents) and not keeps_documents_apart(contestants[0].model),
     )
     return setting if out is None else replace(setting, kept=Kept(_work(out) / _identity(setting)))
 

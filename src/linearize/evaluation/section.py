@@ -62,7 +62,8 @@ class Setting:
     have one tokenizer. `documents`: held-out text, tokenised; `texts`: the same as strings. `length`: the longest row
     in tokens. `batch`: rows at a time. `seed`: every draw of a section comes from it. `limit`: items per task (None:
     all). `data_root`: the folder of local task files (None: tasks come from the Hub). `chat`, `judge_*`: for the chat
-    section. `kept`: results of an interrupted run.
+    section. `kept`: results of an interrupted run. `one_per_row`: the first contestant does not keep the documents
+    of a row apart, so that each has a row to itself.
     """
 
     contestants: tuple[Contestant, ...]
@@ -79,6 +80,7 @@ class Setting:
     judge_model: str | None = None
     out: Path | None = None
     kept: Kept = field(default_factory=Kept)
+    one_per_row: bool = False
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     @property
@@ -99,10 +101,15 @@ class Setting:
 
     def rows(self) -> PackedRows:
         """The documents as rows of at most `length` tokens, whole documents where they fit."""
+        return self.rows_of(self.documents)
+
+    def rows_of(self, documents: Sequence[Document]) -> PackedRows:
+        """Such rows of some documents."""
         from linearize.decoding.loading import pad_token
         from linearize.training.packing import document_rows
 
-        return document_rows(self.documents, self.length, pad_token_id=pad_token(self.tokenizer))
+        pad = pad_token(self.tokenizer)
+        return document_rows(documents, self.length, pad_token_id=pad, one_per_row=self.one_per_row)
 
 
 Cell = str | int | float | None

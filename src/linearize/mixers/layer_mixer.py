@@ -7,7 +7,7 @@ of a projection.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,10 +90,23 @@ class LayerMixer(Mixer):
     time_dim = 1
 
     def forward(
-        self, hidden_BTM: Tensor, *, layout: Layout, state: Any = None, need_state: bool = True
+        self,
+        hidden_BTM: Tensor,
+        *,
+        layout: Layout,
+        state: Any = None,
+        need_state: bool = True,
+        cached: Callable[[tuple[Tensor, ...]], Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        """`y: [B, T, M]`, output projection included, and the state after the last token (None unless `need_state`)."""
-        return self.mix(*self.project(hidden_BTM), layout=layout, state=state, need_state=need_state)
+        """`y: [B, T, M]`, output projection included, and the state after the last token (None unless `need_state`).
+
+        `cached`: gives y from the raw inputs in the place of `mix`, and keeps the state. A cache calls `mix` inside of
+        it, so that weights which are elsewhere between the calls of a module (accelerate's offload) are there.
+        """
+        projected = self.project(hidden_BTM)
+        if cached is not None:
+            return cached(projected), None
+        return self.mix(*projected, layout=layout, state=state, need_state=need_state)
 
     @abstractmethod
     def project(self, hidden_BTM: Tensor) -> tuple[Tensor, ...]:

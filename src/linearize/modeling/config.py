@@ -71,6 +71,17 @@ class LinearizeConfig(PreTrainedConfig):
         text: dict[str, Any] = self.teacher.get("text_config") or self.teacher
         return text
 
+    def set_vocab_size(self, size: int) -> None:
+        """Another number of tokens, wherever it is said: here, in the teacher's config, and in its text part."""
+        self.vocab_size = size
+        resized = {
+            name: size for name in (_renamed(self._text().get("model_type", "")).get("vocab_size"), "vocab_size")
+        }
+        changed: list[dict[str, Any]] = []
+        for fields in (self.teacher, self._text()):
+            changed.append({**fields, **{name: size for name in resized if name in fields}})
+        self.teacher = changed[0] if self._text() is self.teacher else {**changed[0], "text_config": changed[1]}
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LinearizeConfig:
         """Itself: a student is a language model, its plan speaks of the layers of that."""
         return self

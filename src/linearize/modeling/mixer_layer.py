@@ -42,4 +42,7 @@ class MixerLayer(nn.Module):
             asked = outputs.stop - outputs.start
             return mixer.mix(*raw.inputs, layout=raw.layout, outputs=asked, **options)
 
-        return through_cache(mixer_call, self.layer_idx, mixer, mixer.project(hidden_states), run), None
+        def cached(projected: tuple[Tensor, ...]) -> Tensor:
+            return through_cache(mixer_call, self.layer_idx, mixer, projected, run)
+
+        return mixer(hidden_states, layout=mixer_call.layout, cached=cached)[0], None

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import InputError
-from linearize.modeling.projections import read_directly
 
 LAID_OUT_FOR = 64  # tokens that oneDNN is told a call has; layouts made for fewer were no faster with fewer
 TURNED = ((8.0, 9), (0.0, 5))  # outputs per input from which W x^T is faster than x W^T, and up to how many tokens
@@ -138,8 +137,7 @@ class _Pack:
 def _packable(model: nn.Module) -> list[nn.Linear]:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return []
-    read = read_directly(model)
-    return [module for module in model.modules() if type(module) is nn.Linear and module not in read and _fits(module)]
+    return [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
 
 
 def _fits(linear: nn.Linear) -> bool:

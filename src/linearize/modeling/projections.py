@@ -1,81 +1,85 @@
 """The projections of an attention module, whatever its family calls them and however it stores them.
 
-Letters: H query heads, G key/value heads, D head dimension, V value dimension, M model width, R rows.
+Letters: H query heads, G key/value heads, D head dimension, V value dimension, M model width, R outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from linearize.errors import InputError
-from linearize.modeling.four_bits import is_nf4, nf4_numbers
+from linearize.errors import InputError, one_line
+from linearize.modeling.quantized import is_quantized, whole_weight
 
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape
     from linearize.mixers.layer_mixer import AttentionWeights
 
 OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
-Rows = tuple[Tensor, Tensor | None]
+SEPARATE = ("q_proj", "k_proj", "v_proj")
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def attention_weights(module: nn.Module, shape: AttentionShape) -> AttentionWeights:
     """The four projections of an attention module, in the order of `nn.Linear` (`[out, in]`).
 
     Raises:
-        InputError: a family whose projections are of no known kind.
+        InputError: a family whose projections are of no known kind, or cannot be read.
     """
     from linearize.mixers.layer_mixer import AttentionWeights
 
-    q, k, v = _inputs(module, shape)
-    o = _linear(_output(module))
-    expected = (
-        shape.num_heads * shape.head_dim,
-        shape.num_kv_heads * shape.head_dim,
-        shape.num_kv_heads * shape.value_dim,
-    )
-    if (q[0].shape[0], k[0].shape[0], v[0].shape[0]) != expected:
+    layers, cut = _inputs(module)
+    width, heads = shape.model_dim, shape.num_heads * shape.value_dim
+    read = [_linear(layer, width) for layer in layers]
+    weights: Sequence[Tensor] = [weight for weight, _ in read]
+    biases: Sequence[Tensor | None] = [bias for _, bias in read]
+    sizes = _sizes(shape)
+    if [weight.shape[0] for weight in weights] != (list(sizes) if cut is None else [sum(sizes)]):
         raise InputError(
             f"{type(module).__name__} has projections of unexpected sizes: a layer mixer cannot start from it"
         )
-    return AttentionWeights(q[0], k[0], v[0], o[0], q[1], k[1], v[1], o[1])
+    if cut is not None:
+        weights = [part.T for part in cut(weights[0].T, shape)]
+        biases = [None] * 3 if biases[0] is None else cut(biases[0], shape)
+    o, o_bias = _linear(_output(module), heads)
+    q, k, v = weights
+    q_bias, k_bias, v_bias = biases
+    return AttentionWeights(q, k, v, o, q_bias, k_bias, v_bias, o_bias)
 
 
 def with_biases(module: nn.Module, shape: AttentionShape) -> AttentionShape:
     """The shape, saying which of the module's projections have biases (none where they are of no known kind)."""
     try:
-        found = attention_weights(module, shape)
+        layers, output = _inputs(module)[0], _output(module)
     except InputError:
         return shape
-    qkv = any(bias is not None for bias in (found.q_bias, found.k_bias, found.v_bias))
-    return replace(shape, qkv_bias=qkv, output_bias=found.o_bias is not None)
+    qkv = any(getattr(layer, "bias", None) is not None for layer in layers)
+    return replace(shape, qkv_bias=qkv, output_bias=getattr(output, "bias", None) is not None)
 
 
 def key_projection(module: nn.Module, hidden_BTM: Tensor, shape: AttentionShape) -> Tensor:
-    """The key projection's output before norms and rotary positions, `[B, G, T, D]`."""
-    if isinstance(k_proj := getattr(module, "k_proj", None), nn.Module):
-        keys: Tensor = k_proj(hidden_BTM)
-    else:
-        weight, bias = _inputs(module, shape)[1]
-        keys = nn.functional.linear(hidden_BTM, weight, bias)
+    """The key projection's output before norms and rotary positions, `[B, G, T, D]`.
+
+    The projection is called, whatever stands in its place (an adapter, a quantized layer, one whose weights come for
+    the call): where it gives q, k and v in one, k is cut out of that.
+    """
+    layers, cut = _inputs(module)
+    keys = layers[1](hidden_BTM) if cut is None else cut(layers[0](hidden_BTM), shape)[1]
     return keys.unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
 
 
-def read_directly(model: nn.Module) -> set[nn.Module]:
-    """Projections whose weight is read without a call of theirs: where `key_projection` takes a part of it."""
-    attentions = [m for m in model.modules() if getattr(getattr(m, "mixer", None), "needs_keys", False)]
-    names = {name for names in READERS for name in names if len(names) == 1}
-    return {child for module in attentions for name, child in module.named_children() if name in names}
-
-
-def _inputs(module: Any, shape: AttentionShape) -> tuple[Rows, Rows, Rows]:
-    for names, read in READERS.items():
-        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
-            return read(module, shape)
-    known = "; ".join(", ".join(names) for names in READERS)
+def _inputs(module: Any) -> tuple[list[Any], Callable[[Tensor, AttentionShape], Parts] | None]:
+    """The projections of q, k and v; or the one of all three, and what cuts its outputs (the last dimension)."""
+    if all(isinstance(getattr(module, name, None), nn.Module) for name in SEPARATE):
+        return [getattr(module, name) for name in SEPARATE], None
+    for name, choose in FUSED.items():
+        if isinstance(layer := getattr(module, name, None), nn.Module):
+            return [layer], choose(module)
+    known = "; ".join([", ".join(SEPARATE), *FUSED])
     raise InputError(
         f"{type(module).__name__} has no query, key and value projections that a layer mixer could start from "
         f"(known: {known}): use a mixer that stands between the projections, as lolcats"
@@ -89,44 +93,74 @@ def _output(module: Any) -> nn.Module:
     raise InputError(f"{type(module).__name__} has no output projection (known: {', '.join(OUTPUTS)})")
 
 
-def _linear(layer: Any) -> Rows:
-    """Weight `[out, in]` and bias of a linear layer (GPT-2's stores its weight the other way round)."""
-    weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
-    weight = nf4_numbers(weight) if is_nf4(weight) else weight.detach()
-    return weight, None if getattr(layer, "bias", None) is None else layer.bias.detach()
+def _linear(layer: Any, inputs: int) -> tuple[Tensor, Tensor | None]:
+    """Weight `[out, in]` and bias of a layer that is linear in its `inputs` numbers.
+
+    A plain layer says them itself (GPT-2's stores its weight the other way round). Of anything else (with an adapter,
+    offloaded, in a form unknown here) they are what it gives for unit vectors and for zeros.
+    """
+    if not _is_plain(layer):
+        return _measured(layer, inputs)
+    weight = whole_weight(layer.weight) if is_quantized(layer.weight) else layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    return (weight.T if type(layer).__name__ == "Conv1D" else weight), bias
 
 
-def _separate(module: Any, _shape: AttentionShape) -> tuple[Rows, Rows, Rows]:
-    return _linear(module.q_proj), _linear(module.k_proj), _linear(module.v_proj)
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer computes x W^T + b from what it holds and nothing else."""
+    if "forward" in vars(layer) or hasattr(layer, "base_layer"):
+        return False
+    weight: Any = getattr(layer, "weight", None)
+    if weight is None or is_quantized(weight):
+        return weight is not None
+    known = type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+    return known and weight.is_floating_point() and weight.itemsize > 1
 
 
-def _stacked(name: str) -> Callable[[Any, AttentionShape], tuple[Rows, Rows, Rows]]:
-    """Rows [q; k; v]."""
-
-    def read(module: Any, shape: AttentionShape) -> tuple[Rows, Rows, Rows]:
-        weight, bias = _linear(getattr(module, name))
-        heads, groups = shape.num_heads, shape.num_kv_heads
-        sizes = [heads * shape.head_dim, groups * shape.head_dim, groups * shape.value_dim]
-        biases = [None] * 3 if bias is None else bias.split(sizes)
-        return tuple(zip(weight.split(sizes), biases, strict=True))  # type: ignore[return-value]
-
-    return read
-
-
-def _by_head(module: Any, shape: AttentionShape) -> tuple[Rows, Rows, Rows]:
-    """Rows [q; k; v] head by head (GPT-NeoX)."""
-    weight, bias = _linear(module.query_key_value)
-
-    def part(rows: Tensor) -> list[Tensor]:
-        return [x.flatten(0, 1) for x in rows.unflatten(0, (shape.num_heads, 3, shape.head_dim)).unbind(1)]
-
-    biases = [None] * 3 if bias is None else part(bias)
-    return tuple(zip(part(weight), biases, strict=True))  # type: ignore[return-value]
+@torch.no_grad()
+def _measured(layer: Any, inputs: int) -> tuple[Tensor, Tensor | None]:
+    """`_linear` by calls. Raises InputError for a layer that cannot be called with a matrix."""
+    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.is_floating_point() and x.itemsize > 1]
+    like = {"device": tensors[0].device, "dtype": tensors[0].dtype} if tensors else {}
+    if like and like["device"].type == "meta":
+        like["device"] = getattr(getattr(layer, "_hf_hook", None), "execution_device", None) or "cpu"
+    was_training = layer.training
+    try:
+        layer.eval()
+        bias = layer(torch.zeros(1, inputs, **like))[0]
+        weight = (layer(torch.eye(inputs, **like)) - bias).T
+    except Exception as error:
+        raise InputError(
+            f"a projection of type {type(layer).__name__} cannot be read ({one_line(error)}): load the teacher with "
+            "whole weights, or merge its adapters"
+        ) from error
+    finally:
+        layer.train(was_training)
+    return weight, None if getattr(layer, "bias", None) is None and not bool(bias.any()) else bias
 
 
-READERS: dict[tuple[str, ...], Callable[[Any, AttentionShape], tuple[Rows, Rows, Rows]]] = {
-    ("q_proj", "k_proj", "v_proj"): _separate,
-    ("qkv_proj",): _stacked("qkv_proj"),
-    ("c_attn",): _stacked("c_attn"),
-    ("query_key_value",): _by_head,
+def _sizes(shape: AttentionShape) -> tuple[int, int, int]:
+    """Outputs of the query, key and value projections."""
+    groups = shape.num_kv_heads
+    return shape.num_heads * shape.head_dim, groups * shape.head_dim, groups * shape.value_dim
+
+
+def _stacked(x_R: Tensor, shape: AttentionShape) -> Parts:
+    """Of outputs [q; k; v]: q, k and v."""
+    q, k, v = x_R.split(_sizes(shape), dim=-1)
+    return q, k, v
+
+
+def _by_head(x_R: Tensor, shape: AttentionShape) -> Parts:
+    """Of outputs [q; k; v] head by head (GPT-NeoX, GPT-BigCode with many key heads): q, k and v."""
+    group = shape.group * shape.head_dim
+    parts = x_R.unflatten(-1, (shape.num_kv_heads, -1)).split([group, shape.head_dim, shape.value_dim], dim=-1)
+    q, k, v = (part.flatten(-2) for part in parts)
+    return q, k, v
+
+
+FUSED: dict[str, Callable[[Any], Callable[[Tensor, AttentionShape], Parts]]] = {
+    "qkv_proj": lambda _: _stacked,
+    "c_attn": lambda module: _stacked if getattr(module, "multi_query", True) else _by_head,
+    "query_key_value": lambda _: _by_head,
 }

@@ -58,6 +58,10 @@ class StaticStep:
         """
         if batch < 1 or not 1 <= width <= WIDEST:
             raise InputError(f"static step of {batch} rows, {width} tokens: give at least 1 row, 1 to {WIDEST} tokens")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise InputError(
+                "static step of a model whose weights are offloaded: its memory must not move; load it without offload"
+            )
         self.batch, self.width, self.capacity, self.rollback = batch, width, capacity, rollback
         self.cache = StepCache(layers=static_layers(model, width if rollback else 0, capacity, width))
         self.lengths: list[int] = []

@@ -210,6 +210,19 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         """The teacher's."""
         self.lm.set_output_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As the teacher's class does it, with all that says the vocabulary's size; the teacher keeps its own."""
+        for part in (self.get_input_embeddings(), self.get_output_embeddings()):
+            for name, shared in () if part is None else part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(shared.data, requires_grad=shared.requires_grad))
+        embeddings: nn.Embedding = self.lm.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            self.vocab_size = self.lm.config.get_text_config().vocab_size
+            self.config.set_vocab_size(self.vocab_size)
+        return embeddings
+
     def _init_weights(self, module: nn.Module) -> None:
         """Mixers start themselves when built; on the way from a checkpoint every tensor is read (`from_pretrained` is
         strict)."""

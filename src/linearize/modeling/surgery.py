@@ -48,6 +48,7 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
     _check_layer_types(model)
     calls: list[dict[str, Any]] = []
     try:
+        _check_not_offloaded(model)
         with torch.no_grad(), routed(model, PROBE):
             ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
             model(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
@@ -58,6 +59,13 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
             f"{family} cannot be converted: its attention could not be probed ({one_line(error)})"
         ) from error
     return _sites(model, calls)
+
+
+def _check_not_offloaded(module: nn.Module) -> None:
+    """Refuse weights that come for the call alone (accelerate's offload): no mixer could start from or beside them."""
+    hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
+    if hooked and any(parameter.is_meta for parameter in module.parameters()):
+        raise InputError("its weights are offloaded, which can be run but not converted: load it without offload")
 
 
 def _check_layer_types(model: PreTrainedModel) -> None:
@@ -222,11 +230,18 @@ def install(
 
 
 def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: bool) -> Mixer:
-    """The mixer, started, on the module's device; what is not to stay in fp32 in the module's dtype."""
+    """The mixer, started, on the module's device; what is not to stay in fp32 in the module's dtype (that of its
+    numbers of 16 bits or more: rounded weights are no dtype to compute in).
+
+    Raises:
+        InputError: weights that are offloaded.
+    """
     mixer = config.build(shape)
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weight is None:
+    held = list(module.parameters())
+    if not held:
         return mixer
+    _check_not_offloaded(module)
+    dtype = next((p.dtype for p in held if p.is_floating_point() and p.itemsize > 1), None)
     if isinstance(mixer, LayerMixer) and start and mixer.config.initialise != "random":
         with whole(module):
             mixer.start_from(attention_weights(module, shape))
@@ -234,11 +249,10 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
                 for parameter in mixer.parameters():
                     parameter.data = parameter.data.clone()
     for name, parameter in mixer.named_parameters():
-        keeps = mixer.fp32_parameters is None or name in mixer.fp32_parameters
-        dtype = parameter.dtype if keeps else weight.dtype
-        parameter.data = parameter.data.to(device=weight.device, dtype=dtype)
+        keeps = dtype is None or mixer.fp32_parameters is None or name in mixer.fp32_parameters
+        parameter.data = parameter.data.to(device=held[0].device, dtype=parameter.dtype if keeps else dtype)
     for buffer in mixer.buffers():
-        buffer.data = buffer.data.to(weight.device)
+        buffer.data = buffer.data.to(held[0].device)
     return mixer
 
 

@@ -18,6 +18,7 @@ from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.checksums import model_fingerprint
+from linearize.modeling.document_probe import keeps_documents_apart
 from linearize.modeling.quantized import BaseWeights
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.teacher import load_teacher, load_tokenizer
@@ -315,9 +316,18 @@ def _load_teacher(
 
 
 def read_text(
-    teacher: Any, tokenizer: Any, data: DataConfig, specs: Sequence[str], device: torch.device | None = None
+    teacher: Any,
+    tokenizer: Any,
+    data: DataConfig,
+    specs: Sequence[str],
+    device: torch.device | None = None,
+    *,
+    packs: Callable[[], bool] | None = None,
 ) -> tuple[TrainingText, list[Batch]]:
-    """The text to train on, and the held-out batches on `device` (None: the teacher's)."""
+    """The text to train on, and the held-out batches on `device` (None: the teacher's).
+
+    `packs`: whether the teacher keeps documents of one row apart (None: it is tried out); otherwise rows hold one each.
+    """
     documents = load_documents(
         specs,
         tokenizer,
@@ -328,8 +338,14 @@ def read_text(
     )
     parts = split(documents, data)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    text = TrainingText(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole)
-    rows = document_rows(parts.heldout, data.length, pad_token_id=pad)
+    alone = not (keeps_documents_apart(teacher) if packs is None else packs())
+    if alone:
+        LOG.warning(
+            f"{teacher.config.model_type} does not keep the documents of a packed row apart: each row holds one "
+            "document and padding, so that long documents or a smaller data.length train faster"
+        )
+    text = TrainingText(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
+    rows = document_rows(parts.heldout, data.length, pad_token_id=pad, one_per_row=alone)
     return text, [
         {k: x.to(device or teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)
     ]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.assemble import student_on_meta
-from linearize.modeling.streaming import StreamedTeacher
+from linearize.modeling.document_probe import keeps_apart
+from linearize.modeling.streaming import StreamedBlocks, StreamedTeacher
 from linearize.modeling.student import student_config
 from linearize.recipes.preparation import check_rows, check_stages, context, fit_length, planned, read_text
 from linearize.recipes.recipe import Recipe
@@ -51,7 +54,8 @@ def prepare_stream(
     asked: Container[str] = (),
     later: bool = False,
 ) -> StreamPrepared:
-    """Check everything; nothing has been written or trained when this returns, and no weights were read.
+    """Check everything; nothing has been written or trained when this returns, and no weights but the embedding's and
+    the first layer's were read.
 
     `later`: stages on the whole model may follow the block-wise one.
 
@@ -77,7 +81,8 @@ def prepare_stream(
     check_stages(recipe, student, teacher.skeleton, teacher.tokenizer)
     if not student.mixer_parameters():
         raise InputError("no mixer of this plan has parameters to train, so there is nothing to do block by block")
-    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, where)
+    packs = partial(_keeps_documents_apart, StreamedBlocks(teacher, config, seed=recipe.seed))
+    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, where, packs=packs)
     check_rows(recipe, text, 1)
     for notice in told + untouched:
         LOG.warning(notice)
@@ -115,6 +120,17 @@ def block_stage(recipe: Recipe, *, later: bool) -> int:
                 f"set stages.{number}.tokens=0"
             )
     return first
+
+
+def _keeps_documents_apart(blocks: StreamedBlocks) -> bool:
+    """`document_probe.keeps_documents_apart` of a teacher on disk, by its embedding and its first layer."""
+    first, enter = blocks.teacher(range(1)), blocks.enter()
+
+    def run(batch: Mapping[str, Tensor]) -> Tensor:
+        placed = {name: tokens.to(blocks.device) for name, tokens in batch.items()}
+        return first.outputs(placed, enter(placed))
+
+    return keeps_apart(run, blocks.given.config.get_text_config().vocab_size)
 
 
 def _check_plan(recipe: Recipe) -> None:

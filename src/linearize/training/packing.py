@@ -65,12 +65,20 @@ class PackedRows:
             yield self.take(range(first, min(first + batch_size, len(self))))
 
 
-def pack(documents: Sequence[Document], length: int, *, pad_token_id: int = 0, keep_whole: bool = False) -> PackedRows:
+def pack(
+    documents: Sequence[Document],
+    length: int,
+    *,
+    pad_token_id: int = 0,
+    keep_whole: bool = False,
+    one_per_row: bool = False,
+) -> PackedRows:
     """Pack documents into rows of `length` tokens; no token is lost, none is in two rows.
 
     By default the documents follow each other without a gap and are cut where a row ends (the rest opens the next row
     as a piece of its own); only the last row is padded. With `keep_whole` only documents longer than a row are cut:
     the pieces are placed best fit (largest first, into the fullest row that takes it), and rows end in padding.
+    With `one_per_row` each piece has a row to itself: for models that do not keep documents of a row apart.
 
     Args:
         length: tokens a row, at least 2.
@@ -83,14 +91,18 @@ def pack(documents: Sequence[Document], length: int, *, pad_token_id: int = 0, k
     lengths = np.array([len(document) for document in documents if len(document)], dtype=np.int64)
     if not len(lengths):
         raise InputError("there are no documents to pack; give data that holds text")
-    pieces = _best_fit(lengths, length) if keep_whole else _stream(lengths, length)
+    cut = _one_per_row if one_per_row else _best_fit if keep_whole else _stream
+    pieces = cut(lengths, length)
     return _assemble(documents, pieces, length, pad_token_id)
 
 
-def document_rows(documents: Sequence[Document], max_length: int, *, pad_token_id: int = 0) -> PackedRows:
+def document_rows(
+    documents: Sequence[Document], max_length: int, *, pad_token_id: int = 0, one_per_row: bool = False
+) -> PackedRows:
     """Rows for evaluation: whole documents (those up to `max_length` tokens uncut), each counted exactly once."""
     longest = max((len(document) for document in documents), default=max_length)
-    return pack(documents, min(max_length, max(longest, 2)), pad_token_id=pad_token_id, keep_whole=True)
+    length = min(max_length, max(longest, 2))
+    return pack(documents, length, pad_token_id=pad_token_id, keep_whole=True, one_per_row=one_per_row)
 
 
 def batches(
@@ -130,6 +142,12 @@ def _stream(lengths: _Ints, length: int) -> _Pieces:
     starts = np.unique(np.concatenate([np.cumsum(lengths) - lengths, np.arange(0, total, length)]))
     sizes = np.diff(np.append(starts, total))
     return starts, sizes, starts, -(-total // length)
+
+
+def _one_per_row(lengths: _Ints, length: int) -> _Pieces:
+    """Pieces of at most one row, each at the start of its own."""
+    starts, sizes = _cut_long(lengths, length)
+    return starts, sizes, np.arange(len(starts)) * length, len(starts)
 
 
 def _best_fit(lengths: _Ints, length: int) -> _Pieces:

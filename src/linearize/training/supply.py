@@ -16,11 +16,12 @@ from linearize.training.packing import PackedRows, batches, pack
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingText:
-    """Documents to train on; `keep_whole`: see `pack`."""
+    """Documents to train on; `keep_whole`, `one_per_row`: see `pack`."""
 
     documents: Sequence[Document]
     pad_token_id: int
     keep_whole: bool = False
+    one_per_row: bool = False
     packed: dict[int, PackedRows] = field(default_factory=dict)
 
     def rows(self, length: int, part: int = 0, parts: int = 1) -> PackedRows:
@@ -31,7 +32,11 @@ class TrainingText:
         """
         if length not in self.packed:
             self.packed[length] = pack(
-                self.documents, length, pad_token_id=self.pad_token_id, keep_whole=self.keep_whole
+                self.documents,
+                length,
+                pad_token_id=self.pad_token_id,
+                keep_whole=self.keep_whole,
+                one_per_row=self.one_per_row,
             )
         rows = self.packed[length]
         if len(rows) < parts:

@@ -31,7 +31,7 @@ from linearize.evaluation.intervals import mean_over_documents
 from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.sections import branches_shown
 from linearize.training.documents import Document
-from linearize.training.packing import PackedRows, document_rows
+from linearize.training.packing import PackedRows
 
 
 class Branches(Section):
@@ -109,7 +109,7 @@ class _Work:
         setting = self.setting
         longer = [d for d in setting.documents if len(d) > self.reach + 1]
         shorter = [d for d in setting.documents if len(d) <= self.reach + 1]
-        return document_rows(_first([*longer, *shorter], tokens), setting.length, pad_token_id=_pad(setting))
+        return setting.rows_of(_first([*longer, *shorter], tokens))
 
     def scores(self, views: Mapping[str, View], rows: PackedRows) -> TokenScores:
         return score_batches(rows.in_order(self.setting.batch), views)
@@ -205,7 +205,7 @@ class _Work:
         bos = setting.tokenizer.bos_token_id
         return ContextText.choose(
             setting.documents, section.contexts, length=setting.length, tokens=section.context_tokens,
-            bos=bos if isinstance(bos, int) else None,
+            bos=bos if isinstance(bos, int) else None, one_per_row=setting.one_per_row,
         )  # fmt: skip
 
     @cached_property
@@ -276,9 +276,3 @@ def _first(documents: Sequence[Document], tokens: int) -> list[Document]:
             break
         chosen.append(document)
     return chosen
-
-
-def _pad(setting: Setting) -> int:
-    from linearize.decoding.loading import pad_token
-
-    return pad_token(setting.tokenizer)

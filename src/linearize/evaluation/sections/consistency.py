@@ -63,7 +63,7 @@ class Consistency(Section):
             }
             models[contestant.name] = setting.kept.result(
                 key,
-                lambda c=contestant: _measured(c, rows, prefill, setting.seed),  # type: ignore[misc]
+                lambda c=contestant: _measured(c, rows, prefill, setting.seed, setting.one_per_row),  # type: ignore[misc]
             )
         return {"tokens": [len(row) for row in rows], "prefill": prefill, "models": models}
 
@@ -116,9 +116,11 @@ def _positions(contestant: Contestant) -> int:
     return int(most) if most else 2**31
 
 
-def _measured(contestant: Contestant, rows: Sequence[Tensor], prefill: int, seed: int) -> Numbers:
+def _measured(contestant: Contestant, rows: Sequence[Tensor], prefill: int, seed: int, one_per_row: bool) -> Numbers:
     probe = CacheProbe(contestant.model.eval(), rows, prefill, seed=seed)
-    names = [n for n in CHECKS if n != "static" or not isinstance(contestant.model, LinearizedForCausalLM)]
+    left = {"static"} if isinstance(contestant.model, LinearizedForCausalLM) else set()
+    left |= {"packing"} if one_per_row else set()  # the family cannot, and is never asked to
+    names = [name for name in CHECKS if name not in left]
     return {
         "role": contestant.role,
         "reach": longest_reach(contestant.plan) or 0,

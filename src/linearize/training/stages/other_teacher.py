@@ -9,6 +9,7 @@ import torch
 from linearize.errors import InputError, one_line
 from linearize.files import expand_home
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.document_probe import keeps_documents_apart
 from linearize.modeling.sharding import shards_of
 from linearize.modeling.teacher import check_model_folder, load_teacher
 from linearize.training.distributed import current
@@ -44,14 +45,21 @@ def load_other_teacher(name: str, student: LinearizedForCausalLM) -> Any:
     """The other teacher on the student's device, frozen; on a CPU in fp32. Sharded as the student is.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or mixes the documents of a packed row where the student's family does not.
     """
     shards = shards_of(student)
 
     def read() -> Any:
         teacher, _ = load_teacher(name, device=student.device if shards is None else "cpu")
         on_cpu = student.device.type == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16)
-        return teacher.float() if on_cpu else teacher
+        teacher = teacher.float() if on_cpu else teacher
+        family = teacher.config.model_type  # the student's own: rows hold one document where that cannot do it either
+        if family != student.config.teacher["model_type"] and not keeps_documents_apart(teacher):
+            raise InputError(
+                f"the teacher {name} is of a family ({family}) that does not keep the documents of a packed row apart: "
+                "give one of another family"
+            )
+        return teacher
 
     teacher = current().share(read)
     if shards is not None:

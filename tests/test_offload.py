@@ -1,0 +1,86 @@
+"""Students whose weights are elsewhere (with accelerate: in the CPU's memory, on disk) between their modules' calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import mixer, student_of, text, tiny
+from torch import Tensor
+
+from linearize.errors import InputError
+from linearize.mixers import MIXERS
+from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.static_step import StaticStep
+
+accelerate = pytest.importorskip("accelerate")
+CPU = torch.device("cpu")
+Place = Callable[[LinearizedForCausalLM, Path], object]
+PLACES: dict[str, Place] = {
+    "cpu_offload": lambda student, _: accelerate.cpu_offload(student, execution_device=CPU),
+    "disk_offload": lambda student, folder: accelerate.disk_offload(student, folder, execution_device=CPU),
+    "device_map": lambda student, folder: accelerate.dispatch_model(
+        student,
+        {**dict.fromkeys([f"lm.model.layers.{i}" for i in range(2)], "disk"), "lm.model.layers.2": "cpu",
+         "lm.model.embed_tokens": "cpu", "lm.model.norm": "cpu", "lm.model.rotary_emb": "cpu", "lm.lm_head": "cpu"},
+        main_device=CPU, offload_dir=folder, force_hooks=True,
+    ),
+}  # fmt: skip
+
+
+def made(name: str) -> LinearizedForCausalLM:
+    torch.manual_seed(0)
+    return student_of(tiny("llama", attention="sdpa"), [mixer(name), None, mixer(name)])
+
+
+def answers(student: LinearizedForCausalLM) -> list[Tensor]:
+    """Logits at once, in parts through a cache, after tokens that were dropped again, and greedy texts."""
+    ids = text(2, 19)
+    with torch.no_grad():
+        found, cache = [student(ids, use_cache=False).logits], None
+        for part in ids.split([7, 1, 11], dim=1):
+            out = student(part, past_key_values=cache, use_cache=True)
+            cache, found = out.past_key_values, [*found, out.logits]
+        cache.layers[0].activate_past_recording(), cache.layers[2].activate_past_recording()
+        student(ids[:, :5], past_key_values=cache)
+        cache.crop(-3)
+        found.append(student(ids[:, 5:9], past_key_values=cache).logits)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    found.append(student.generate(ids, **options))
+    found.append(student.generate(ids, use_cache=False, **options))
+    return found
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_an_offloaded_student_computes_what_it_did(name: str, place: str, tmp_path: Path) -> None:
+    expected = answers(made(name))
+    student = made(name)
+    PLACES[place](student, tmp_path)
+    own = [parameter for key, parameter in student.named_parameters() if key.startswith("lm.model.layers.0.")]
+    assert own and all(parameter.is_meta for parameter in own), "nothing was offloaded: the test is blind"
+    for given, wanted in zip(answers(student), expected, strict=True):
+        assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_student_is_loaded_with_layers_left_on_disk(name: str, tmp_path: Path) -> None:
+    student = made(name)
+    student.save_pretrained(tmp_path / "student")
+    layers = {f"lm.model.layers.{i}": "disk" if i == 0 else "cpu" for i in range(3)}
+    rest = dict.fromkeys(("lm.model.embed_tokens", "lm.model.norm", "lm.model.rotary_emb", "lm.lm_head"), "cpu")
+    loaded = LinearizedForCausalLM.from_pretrained(
+        tmp_path / "student", device_map={**layers, **rest}, offload_folder=tmp_path / "offload"
+    )
+    assert any(parameter.is_meta for parameter in loaded.parameters()), "nothing was offloaded: the test is blind"
+    for given, wanted in zip(answers(loaded), answers(student), strict=True):
+        assert torch.equal(given, wanted)
+
+
+def test_a_static_step_of_an_offloaded_student_is_refused() -> None:
+    student = made("lolcats")
+    accelerate.cpu_offload(student, execution_device=CPU)
+    with pytest.raises(InputError, match="offloaded"):
+        StaticStep(student, batch=2)
