@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def parts(out: Path) -> list[str]:
 class Recorder:
     """A tracker that keeps what it is told, in place of tensorboard's."""
 
-    stages: list[str] = []
+    stages: ClassVar[list[str]] = []
 
     def __init__(self, folder: Path) -> None:
         """Keeps nothing of the folder."""
