@@ -248,6 +248,9 @@ def evaluate(
     data_root: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Local task files; without it tasks come from the Hub.")
     ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Task definitions of your own (lm-eval's YAML), for --tasks.")
+    ] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out tasks without a local file.")] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", parser=count, help="At most N items of a task, and N documents.")
@@ -280,7 +283,7 @@ def evaluate(
         skip_missing=skip_missing,
         allow_code=allow_code,
         **given(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
-        **given(judge_url=judge_url, judge_model=judge_model, device=device),
+        **given(include_path=include_path, judge_url=judge_url, judge_model=judge_model, device=device),
     )
     with json_only(as_json):
         report = run_evaluate(
