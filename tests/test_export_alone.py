@@ -51,7 +51,7 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFind
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 folder, new = sys.argv[1], int(sys.argv[2])
@@ -59,10 +59,13 @@ given = load_file(folder + "/../expected.safetensors")
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
     logits = model(given["ids"]).logits
+    hidden = AutoModel.from_pretrained(folder, trust_remote_code=True)(given["ids"]).last_hidden_state
+    headed = model.get_output_embeddings()(hidden)
 generated = model.generate(given["ids"], max_new_tokens=new, do_sample=False)
 print(json.dumps({
     "missing": sorted(missing),
     "logits": float((logits - given["logits"]).abs().max()),
+    "headed": float((headed - given["logits"]).abs().max()),
     "generated": torch.equal(generated, given["generated"]),
 }))
 '''
@@ -92,4 +95,5 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_it_loads_and_generates_without_optional_packages(alone: dict[str, Any]) -> None:
     assert {"linearize", "triton", "peft"} <= set(alone["missing"])
     assert alone["logits"] < 1e-4
+    assert alone["headed"] < 1e-4, "AutoModel gives the hidden states that the head takes"
     assert alone["generated"]

@@ -20,8 +20,16 @@ from linearize.modeling.export.common import Source
 PACKAGE = "linearize"
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = "modeling_linearized"
-CLASSES = {"AutoConfig": "LinearizeConfig", "AutoModelForCausalLM": "LinearizedForCausalLM"}
-ROOTS = {"LinearizeConfig": "linearize.modeling.config", "LinearizedForCausalLM": "linearize.modeling.student"}
+CLASSES = {
+    "AutoConfig": "LinearizeConfig",
+    "AutoModel": "LinearizedModel",
+    "AutoModelForCausalLM": "LinearizedForCausalLM",
+}
+ROOTS = {
+    "LinearizeConfig": "linearize.modeling.config",
+    "LinearizedModel": "linearize.modeling.backbone",
+    "LinearizedForCausalLM": "linearize.modeling.student",
+}
 REQUIRED = frozenset({"torch", "transformers", "pydantic", "safetensors", "numpy"})
 GLOBAL_NAMES = {"linearize.modeling.attention": "ATTENTION", "linearize.modeling.config": "MIXER_LAYER",
                 "linearize.modeling.surgery": "PROBE"}  # fmt: skip
