@@ -39,6 +39,7 @@ LAYERS = {
     "cli_inspect": 11,
     "cli_plan": 11,
     "cli_together": 10,
+    "lm_eval": 11,
     "cli": 12,
     "__init__": 13,
     "__main__": 14,

@@ -19,9 +19,7 @@ from torch import Tensor
 import linearize
 from linearize.errors import InputError
 from linearize.recipes.recipe import Recipe
-from linearize.streaming.options import BlockOptions
 from linearize.streaming.sizes import PROCESS_BYTES
-from linearize.streaming.streamed import convert_streamed
 from linearize.training.blockwise.run import BlockwiseStage
 
 STAGE = {"tokens": 640, "batch": 4, "evaluate_every": 0.5, "precision": "fp32"}
@@ -170,7 +168,7 @@ def test_killed_in_a_block_and_after_them_the_same_command_goes_on(folder: Path,
 def test_blocks_trained_elsewhere_are_taken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(folder, tmp_path / "out")
     for blocks in ("1-2", "0"):
-        convert_streamed(folder / "teacher", blocks=BlockOptions(only=blocks), **given)
+        linearize.convert(folder / "teacher", stream=True, blocks=blocks, **given)
     monkeypatch.setattr(BlockwiseStage, "_train", lambda *_: pytest.fail("a block is trained again"))
     linearize.convert(folder / "teacher", stream=True, **given)
     check_like_memory(folder, tmp_path / "out", joint=0.0)
@@ -199,12 +197,8 @@ def test_a_model_that_does_not_fit_is_refused_before_blocks_are_trained(
     given = arguments(folder, tmp_path / "out")
     size = sum(value.nbytes for name, value in weights(folder / "memory").items())
     with pytest.raises(InputError, match=r"lowrank needs the whole model.*torchrun"):
-        few = BlockOptions(memory=PROCESS_BYTES + size - 5)
-        linearize.convert(folder / "teacher", stream=True, blocks=few, **given)
+        linearize.convert(folder / "teacher", stream=True, memory=PROCESS_BYTES + size - 5, **given)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(BlockwiseStage, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a little more, and blocks are trained
-        enough = BlockOptions(memory=PROCESS_BYTES + size)
-        linearize.convert(folder / "teacher", stream=True, blocks=enough, **given)
-    with pytest.raises(InputError, match="call convert with stream=True"):
-        convert_streamed(folder / "teacher", **{**given, "out": tmp_path / "other"})
+        linearize.convert(folder / "teacher", stream=True, memory=PROCESS_BYTES + size, **given)

@@ -12,11 +12,9 @@ from safetensors.torch import load_file
 from teacher_folder import write_teacher, write_text
 
 import linearize
-from linearize.conversion import convert_blocks
 from linearize.errors import InputError
 from linearize.recipes.recipe import Recipe
-from linearize.streaming.options import BlockOptions, parse_blocks
-from linearize.streaming.streamed import convert_streamed
+from linearize.streaming.options import parse_blocks
 
 LAYERS = 5
 RECIPE: dict[str, Any] = {
@@ -79,7 +77,7 @@ def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> 
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     linearize.convert(folder / "teacher", **arguments(folder, whole, block=2))
     for blocks in ("2", "0-1"):
-        convert_blocks(folder / "teacher", blocks, **arguments(folder, shared, block=2))
+        linearize.convert(folder / "teacher", blocks=blocks, **arguments(folder, shared, block=2))
         assert not shared.exists()
     parts = sorted(path.name for path in (tmp_path / ".shared.run" / "0-attention_transfer" / "parts").iterdir())
     assert parts == [f"layers-{a:03d}-{b:03d}.safetensors" for a, b in ((0, 1), (2, 3), (4, 4))]
@@ -92,23 +90,20 @@ def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        ({}, BlockOptions(memory=10**9), "no|none: set stages.0.block=auto"),
-        ({"block": 9}, BlockOptions(disk=20_000), "even one block of all 5 layers needs 115 kB of disk"),
-        ({"block": 1}, BlockOptions(disk=240_000), "3 to 5 would fit"),
-        ({"block": "auto"}, BlockOptions(memory=1000), "even block 1 needs"),
-        ({"block": 2}, BlockOptions(only="7"), "in blocks 0 to 2"),
-        ({"block": 2}, BlockOptions(only="3-1"), "write numbers and ranges"),
+        ({}, {"memory": 10**9}, "no|none: set stages.0.block=auto"),
+        ({"block": 9}, {"disk": 20_000}, "even one block of all 5 layers needs 115 kB of disk"),
+        ({"block": 1}, {"disk": 240_000}, "3 to 5 would fit"),
+        ({"block": "auto"}, {"memory": 1000}, "even block 1 needs"),
+        ({"block": 2}, {"blocks": "7"}, "in blocks 0 to 2"),
+        ({"block": 2}, {"blocks": "3-1"}, "write numbers and ranges"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    folder: Path, tmp_path: Path, change: dict[str, Any], options: BlockOptions, says: str
+    folder: Path, tmp_path: Path, change: dict[str, Any], options: dict[str, Any], says: str
 ) -> None:
     given = arguments(folder, tmp_path / "out", **change)
     with pytest.raises(InputError, match=says):
-        if options.only is None:
-            linearize.convert(folder / "teacher", **given, blocks=options)
-        else:
-            convert_blocks(folder / "teacher", options.only, **given)
+        linearize.convert(folder / "teacher", **given, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +137,7 @@ def test_streamed_conversion_is_the_one_in_memory(family: str, mixer: dict[str, 
     one, other = tmp_path / "memory", tmp_path / "streamed"
     given = {"data": [tmp_path / "text.txt"], "recipe": recipe, "device": "cpu"}
     linearize.convert(tmp_path / "teacher", out=one, **given)
-    convert_streamed(tmp_path / "teacher", out=other, **given)
+    linearize.convert(tmp_path / "teacher", out=other, stream=True, **given)
     expected, found = weights(one), weights(other)
     assert expected.keys() == found.keys()
     for key, value in expected.items():

@@ -150,6 +150,11 @@ def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> No
         True,
     )
     assert Path(given["out"]) == Path("student")
+    blocks = ["--stream", "--blocks", "0-3,7", "--memory", "24GB", "--disk", "2TB"]
+    assert main([*CONVERT, "--overwrite", "--track", "wandb", *blocks]) == 0
+    given = calls.arguments
+    assert [given[name] for name in ("stream", "blocks", "memory", "disk")] == [True, "0-3,7", 24 * 10**9, 2 * 10**12]
+    assert (given["overwrite"], list(given["track"])) == (True, ["wandb"])
 
 
 def test_generate_chat_and_demo_pass_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

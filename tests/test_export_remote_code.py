@@ -118,6 +118,7 @@ def test_the_code_asks_for_no_package_of_ours_and_no_optional_one(folder: Path) 
     assert followed == {path.name for path in files} - {"modeling_linearized.py"}
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "modeling_linearized.LinearizeConfig",
+        "AutoModel": "modeling_linearized.LinearizedModel",
         "AutoModelForCausalLM": "modeling_linearized.LinearizedForCausalLM",
     }
     told = (folder / "README.md").read_text()

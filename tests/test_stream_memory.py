@@ -15,8 +15,8 @@ from linearize.benchmarks.stream_memory import write_teacher
 RUN = """
 import json, sys
 from pathlib import Path
+import linearize
 import linearize.streaming.papers as papers
-from linearize.streaming.streamed import convert_streamed
 from linearize.training.hardware import resident_bytes
 papers.plot_stages = papers.plot_layer_error = lambda *_: None
 import torch, transformers
@@ -25,7 +25,8 @@ before = resident_bytes()
 folder = Path(sys.argv[1])
 overrides = {"data.length": 32, "data.max_heldout_tokens": 64, "stages.0.tokens": 64, "stages.0.batch": 1,
              "stages.0.block": 1, "stages.1.tokens": 0, "plan.mixer.feature_dim": 8, "plan.mixer.window": 8}
-convert_streamed(folder / "teacher", data=[folder / "text.txt"], out=folder / "out", overrides=overrides, device="cpu")
+given = {"data": [folder / "text.txt"], "out": folder / "out", "overrides": overrides, "device": "cpu"}
+assert linearize.convert(folder / "teacher", stream=True, **given) is None
 peak = next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l)
 print(json.dumps({"before": before, "peak": peak}))
 """

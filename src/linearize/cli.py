@@ -164,21 +164,18 @@ def convert(
 ) -> None:
     """Convert a teacher into a student."""
     from linearize.conversion import convert as run_convert
-    from linearize.conversion import convert_blocks
     from linearize.recipes.overrides import parse_settings
-    from linearize.streaming.options import BlockOptions
-    from linearize.streaming.request import more_than_blocks
-    from linearize.streaming.streamed import convert_streamed
 
-    options = BlockOptions(memory=memory, disk=disk, only=blocks)
-    chosen = given(recipe=recipe, device=device) | {"trust_remote_code": trust_remote_code, "blocks": options}
-    chosen |= {"data": data, "out": out, "overrides": parse_settings(settings or []) | given(base_weights=base)}
-    if stream and (blocks is not None or not more_than_blocks(recipe, chosen["overrides"])):
-        convert_streamed(teacher, overwrite=overwrite, **given(track=track), **chosen)
-    elif blocks is not None:
-        convert_blocks(teacher, blocks, **chosen)
-    else:
-        run_convert(teacher, overwrite=overwrite, stream=stream, **given(track=track), **chosen)
+    run_convert(
+        teacher,
+        data=data,
+        out=out,
+        overrides=parse_settings(settings or []) | given(base_weights=base),
+        overwrite=overwrite,
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+        **given(recipe=recipe, device=device, track=track, blocks=blocks, memory=memory, disk=disk),
+    )
     if blocks is not None:
         print(f"blocks {blocks} are trained; the same command without --blocks makes the student")
         return
@@ -251,6 +248,9 @@ def evaluate(
     data_root: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Local task files; without it tasks come from the Hub.")
     ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Task definitions of your own (lm-eval's YAML), for --tasks.")
+    ] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out tasks without a local file.")] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", parser=count, help="At most N items of a task, and N documents.")
@@ -283,7 +283,7 @@ def evaluate(
         skip_missing=skip_missing,
         allow_code=allow_code,
         **given(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
-        **given(judge_url=judge_url, judge_model=judge_model, device=device),
+        **given(include_path=include_path, judge_url=judge_url, judge_model=judge_model, device=device),
     )
     with json_only(as_json):
         report = run_evaluate(

@@ -6,9 +6,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,7 @@ from linearize.evaluation.report import (
     provenance,
     stage_report,
 )
-from linearize.files import (
-    atomic_folder,
-    discard,
-    output_lock,
-)
+from linearize.files import atomic_folder, check_free, discard, output_lock
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.quantized import whole_student
 from linearize.modeling.save import save_student
@@ -42,15 +38,15 @@ from linearize.streaming.in_memory import run_loaded, take_parts
 from linearize.streaming.options import BlockOptions, is_blockwise
 from linearize.streaming.papers import write_papers
 from linearize.streaming.preparation import block_stage
-from linearize.streaming.request import read_request
-from linearize.streaming.streamed import train_parts
+from linearize.streaming.request import Request, read_request
+from linearize.streaming.streamed import StreamedConversion, train_parts
 from linearize.streaming.work_folder import is_written, log_folder, make_work, mark_ended
 from linearize.training.blockwise.parts import Part
 from linearize.training.blockwise.rows import StageRows
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data import batches
-from linearize.training.distributed import current, start
+from linearize.training.distributed import Group, current, start
 from linearize.training.hardware import Stage, computed_on
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.own_loop import OwnLoopConfig, StageJob
@@ -73,18 +69,20 @@ def convert(
     track: Sequence[str] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    blocks: BlockOptions | None = None,
+    blocks: str | None = None,
     stream: bool = False,
-) -> LinearizedForCausalLM:
+    memory: int | str | None = None,
+    disk: int | str | None = None,
+) -> LinearizedForCausalLM | None:
     """Convert a teacher into a student and write the student's folder; returns the student, loaded from it.
 
     With `plan.depth` in the recipe (as in `draft`) the student is a draft: some of the layers of `teacher`, which may
     be a student itself.
 
     With `block` in the recipe's first stage (`stages.0.block=4`, or `auto`) its layers are trained block by block on
-    hidden states of the teacher saved in `.OUT.run`; `convert_blocks` lets other processes do some of them. Its blocks
-    are read from the disk, and the model is in memory for the stages after it alone, with `stream` and where torchrun
-    started several processes, which share them out.
+    hidden states of the teacher saved in `.OUT.run`; `blocks` has other processes do some of them. With `stream`, and
+    where torchrun started several processes, which share them out, these blocks are read from the disk, and the model
+    is in memory for the stages after them alone: without such stages it never is, and None is returned.
 
     Everything is checked before any work. Killed at any point, the same call continues from `.OUT.run` beside the
     folder, which is removed at the end; of two calls at once with the same `out` the second is refused. A recipe's
@@ -94,80 +92,103 @@ def convert(
         teacher: folder or Hub name. data: SPECs (files, Hub data sets, `self`). out: folder that must not exist
         unless `overwrite`.
         recipe: a name, a YAML file or a `Recipe`. overrides: dotted recipe keys.
+        blocks: train these blocks of the first stage alone (`0-3,7`, from 0, or `all`: whatever no one else trains)
+        and return None; the same call without `blocks` makes the student. Any number of processes and machines that
+        see `.OUT.run` may do so at once.
+        stream: read the teacher block by block: it need not fit into memory. memory, disk: what block-wise training
+        and its hidden states may take, in bytes or as `24GB`; None: what is free.
     Raises:
         InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
     """
-    request = read_request(teacher, data=data, out=out, recipe=recipe, overrides=overrides, options=blocks)
-    chosen, specs, final, work, wanted = request.recipe, request.specs, request.final, request.work, request.wanted
-    group = start()
-    remote: Any = {"device": device, "trust_remote_code": trust_remote_code}
-    check_together(chosen, group)
-    group.agree(facts(request.teacher, specs, wanted, final) | {"way of reading (--stream)": str(stream)})
-    by_block = stream or (group.ranks > 1 and any(map(is_blockwise, chosen.stages)))
-    if by_block:
-        block_stage(chosen, later=True)
-    with output_lock(final) if group.leads else nullcontext(), writing("what the conversion keeps", final.parent):
-        if group.share(lambda: is_written(final, work, wanted, overwrite)):
-            return load(final, device=device)
-        tracker = make_tracker(log_folder(work, group), track if group.leads else ())
+    request = read_request(
+        teacher, data=data, out=out, recipe=recipe, overrides=overrides, blocks=blocks, stream=stream, memory=memory,
+        disk=disk, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    final, group = request.final, start()
+    check_together(request.recipe, group)
+    way = {"way of reading (--stream)": str(stream), "choice of blocks (--blocks)": str(blocks)}
+    group.agree(facts(request.teacher, request.specs, request.wanted, final) | way)
+    from_disk = stream or (group.ranks > 1 and any(map(is_blockwise, request.recipe.stages)))
+    if from_disk:
+        block_stage(request.recipe)
+    lock = output_lock(final, shared=request.only_blocks) if group.leads else nullcontext()
+    with lock, writing("what the conversion keeps", final.parent):
+        if group.share(lambda: _is_done(request)):
+            return load(final, device=device) if request.needs_whole else None
+        tracker = make_tracker(log_folder(request.work, group), track if group.leads else ())
         shown = progress or make_progress()
-        trained = train_parts(request, group, tracker, shown, later=True, **remote)[1] if by_block else []
-        prepared = group.share(
-            lambda: prepare(request.teacher, chosen, specs, asked=request.asked, stage_on_cpu=group.ranks > 1, **remote)
+        streamed, parts = train_parts(request, group, tracker, shown) if from_disk else (None, [])
+        if request.needs_whole:
+            return _finish_in_memory(_load(request, group, tracker, shown, parts), request, group)
+        if not request.only_blocks:
+            assert streamed is not None
+            _finish_on_disk(streamed, parts, request, group)
+        elif not from_disk:
+            _load(request, group, tracker, shown).train_blocks()
+    return None
+
+
+def _is_done(request: Request) -> bool:
+    """Whether an earlier run of the same call wrote the student; else its folder is free. Raises InputError."""
+    if not request.only_blocks:
+        return is_written(request.final, request.work, request.wanted, request.overwrite)
+    check_free(request.final, request.overwrite)
+    check_formats(request.work)
+    return False
+
+
+def _load(
+    request: Request, group: Group, tracker: Tracker, progress: Progress, trained: Sequence[Part] = ()
+) -> Conversion:
+    """The conversion with its models in memory, checked, and its work folder. `trained`: see `Conversion`."""
+    prepared = group.share(
+        lambda: prepare(
+            request.teacher, request.recipe, request.specs, device=request.device, asked=request.asked,
+            trust_remote_code=request.trust_remote_code, stage_on_cpu=group.ranks > 1,
         )
-        prepared = share_out(prepared, group, device)
-        conversion = Conversion(prepared, specs, work, shown, tracker, request.options, trained)
-        conversion.check_blocks()
-        make_work(work, final)
-        report = conversion.run()
-        with atomic_folder(final, overwrite, locked=True) if group.leads else nullcontext() as folder:
-            conversion.write(folder, report)
-            if folder is not None:
-                if (work / "log").is_dir():
-                    shutil.copytree(work / "log", folder / "log")
-                mark_ended(folder, work, wanted)
-        group.wait()
-        student = load(final, device=device) if group.ranks == 1 else conversion.student
-        if group.leads:
-            discard(work)
+    )  # fmt: skip
+    prepared = share_out(prepared, group, request.device)
+    conversion = Conversion(prepared, request.specs, request.work, progress, tracker, request.options, trained)
+    conversion.check_blocks()
+    make_work(request.work, request.final)
+    return conversion
+
+
+def _finish_in_memory(conversion: Conversion, request: Request, group: Group) -> LinearizedForCausalLM:
+    """All stages on the models in memory, then the student's folder; returns the student."""
+    report = conversion.run()
+    with _student_folder(request, group) as folder:
+        conversion.write(folder, report)
+    group.wait()
+    student = load(request.final, device=request.device) if group.ranks == 1 else conversion.student
+    if group.leads:
+        discard(request.work)
     return student
 
 
-def convert_blocks(
-    teacher: str | os.PathLike[str],
-    only: str,
-    *,
-    data: Sequence[str | os.PathLike[str]] | str,
-    out: str | os.PathLike[str],
-    recipe: str | Recipe = DEFAULT_RECIPE,
-    overrides: Mapping[str, Any] | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    blocks: BlockOptions | None = None,
-) -> None:
-    """Train some blocks (`only`: `0-3,7`, or `all`) of a conversion whose first stage is block-wise, and stop.
+def _finish_on_disk(conversion: StreamedConversion, parts: Sequence[Part], request: Request, group: Group) -> None:
+    """The student's folder from trained blocks and the teacher's files, by the first process."""
+    if group.leads:
+        report = conversion.measure(parts)
+        with _student_folder(request, group) as folder:
+            assert folder is not None
+            conversion.write(folder, report, parts)
+        discard(request.work)
+    group.wait()
 
-    The arguments are those of `convert`, which makes the student when it is called afterwards. Any number of processes
-    and machines that see the folder `.OUT.run` may do so at once; a block that one of them trains the others leave.
 
-    Raises:
-        InputError: anything given that cannot be used; RuntimeError: training diverged; OSError: the disk is full.
-    """
-    options = replace(blocks or BlockOptions(), only=only)
-    request = read_request(teacher, data=data, out=out, recipe=recipe, overrides=overrides, options=options)
-    final, work = request.final, request.work
-    with output_lock(final, shared=True), writing("what the conversion keeps", final.parent):
-        check_formats(work)
-        prepared = prepare(
-            request.teacher, request.recipe, request.specs, device=device, trust_remote_code=trust_remote_code,
-            asked=request.asked,
-        )  # fmt: skip
-        tracker = make_tracker(work / "log", ())
-        conversion = Conversion(prepared, request.specs, work, progress or make_progress(), tracker, options)
-        conversion.check_blocks()
-        make_work(work, final)
-        conversion.train_blocks()
+@contextmanager
+def _student_folder(request: Request, group: Group) -> Iterator[Path | None]:
+    """The folder to write the student into, which gets its name with the log and a note in the end; None on ranks but
+    the first."""
+    if not group.leads:
+        yield None
+        return
+    with atomic_folder(request.final, request.overwrite, locked=True) as folder:
+        yield folder
+        if (request.work / "log").is_dir():
+            shutil.copytree(request.work / "log", folder / "log")
+        mark_ended(folder, request.work, request.wanted)
 
 
 class Conversion:
@@ -233,7 +254,7 @@ class Conversion:
                 self._blockwise(number, 0, check_only=True)
 
     def train_blocks(self) -> None:
-        """Some blocks of the first stage, for a call without `only` to assemble."""
+        """The blocks of the first stage that `blocks.only` names, for a call without it to assemble."""
         self._start_step(0)
         self._blockwise(next(i for i, stage in enumerate(self.recipe.stages) if stage.tokens != 0), 0)
 

@@ -91,10 +91,9 @@ def _run(folder: Path, console: Console) -> DemoResult:
         text = write_text(teacher, tokenizer, folder, seed=SEED, progress=LineOrBar("writing").update)
     title = f"2/4  conversion with the recipe {recipe.name}, window {WINDOW}"
     with clock.part("conversion", title), contextlib.chdir(folder):  # the report then names the text as `text/...`
-        if Path("student").is_dir() and not Path(".student.run").exists():  # of a run that was stopped later on
-            student = load("student")
-        else:
-            student = convert(TEACHER, data=text.files, out="student", recipe=recipe)
+        if not Path("student").is_dir() or Path(".student.run").exists():  # else: of a run that was stopped later on
+            convert(TEACHER, data=text.files, out="student", recipe=recipe)
+        student = load("student")
     report = read_report(folder / "student")
     assert report is not None
     models = {"teacher": teacher, "student": student}

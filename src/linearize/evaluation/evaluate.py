@@ -45,8 +45,9 @@ class EvaluationOptions:
 
     `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about so many; `limit`:
     at most so many items of each task and so many documents; `batch`: rows at a time; `seed`: of every draw;
-    `data_root`: a folder of local task files; `skip_missing`: leave out tasks whose file is not there; `allow_code`:
-    run the code that models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
+    `data_root`: a folder of local task files; `include_path`: a folder of task definitions of one's own (lm-eval's
+    YAML); `skip_missing`: leave out tasks whose file is not there; `allow_code`: run the code that models write
+    (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
     """
 
     length: int | None = None
@@ -55,6 +56,7 @@ class EvaluationOptions:
     batch: int = 8
     seed: int = 0
     data_root: Path | None = None
+    include_path: Path | None = None
     skip_missing: bool = False
     allow_code: bool = False
     judge_url: str | None = None
@@ -170,6 +172,8 @@ def _planned(
     if sections is not None:
         return "sections", tuple(sections)
     own = (Tasks(tasks=tuple(tasks)),) if tasks else ()
+    if options.include_path is not None and not own:
+        raise InputError(f"include path {options.include_path} without tasks of it: name them with --tasks A,B")
     if suite is None and own:
         return "tasks", own
     if (suite or DEFAULT_SUITE) not in SUITES:
@@ -244,6 +248,7 @@ def _setting(
         seed=options.seed,
         limit=options.limit,
         data_root=options.data_root,
+        include_path=options.include_path,
         skip_missing=options.skip_missing,
         allow_code=options.allow_code,
         judge_url=options.judge_url,
@@ -272,6 +277,7 @@ def _identity(setting: Setting) -> str:
         "contestants": [(c.name, c.role, c.fingerprint) for c in setting.contestants],
         "documents": [document.tokens for document in setting.documents],
         "options": [setting.length, setting.batch, setting.seed, setting.limit, str(setting.data_root)],
+        "include_path": str(setting.include_path),
         "judge": [setting.judge_url, setting.judge_model],
         "package": provenance()["package_version"],
     }

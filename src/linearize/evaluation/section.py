@@ -61,9 +61,9 @@ class Setting:
     `contestants`: the teacher first, where there is one, then the students (a model alone counts as the teacher); all
     have one tokenizer. `documents`: held-out text, tokenised; `texts`: the same as strings. `length`: the longest row
     in tokens. `batch`: rows at a time. `seed`: every draw of a section comes from it. `limit`: items per task (None:
-    all). `data_root`: the folder of local task files (None: tasks come from the Hub). `chat`, `judge_*`: for the chat
-    section. `kept`: results of an interrupted run. `one_per_row`: the first contestant does not keep the documents
-    of a row apart, so that each has a row to itself.
+    all). `data_root`: the folder of local task files (None: tasks come from the Hub); `include_path`: one of task
+    definitions of one's own. `chat`, `judge_*`: for the chat section. `kept`: results of an interrupted run.
+    `one_per_row`: the first contestant does not keep the documents of a row apart, so that each has a row to itself.
     """
 
     contestants: tuple[Contestant, ...]
@@ -74,6 +74,7 @@ class Setting:
     seed: int = 0
     limit: int | None = None
     data_root: Path | None = None
+    include_path: Path | None = None
     skip_missing: bool = False
     allow_code: bool = False
     judge_url: str | None = None

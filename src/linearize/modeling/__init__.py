@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linearize.errors import InputError, one_line
 from linearize.files import expand_home
+from linearize.modeling.backbone import LinearizedModel
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "load"]
 
 AutoConfig.register(LinearizeConfig.model_type, LinearizeConfig)
+AutoModel.register(LinearizeConfig, LinearizedModel)
 AutoModelForCausalLM.register(LinearizeConfig, LinearizedForCausalLM)
 
 

@@ -57,7 +57,9 @@ def run_loaded(
 
 @torch.no_grad()
 def take_parts(student: LinearizedForCausalLM, parts: Sequence[Part], name: str) -> StageResult:
-    """The trained tensors into the whole student; returns the stage's result."""
+    """The trained tensors into the whole student; returns the stage's result. `parts` are those of all blocks."""
+    trained = [layer for part in parts for layer in part.layers]
+    assert trained == list(range(len(student.config.plan))), f"parts of layers {trained} alone make no student"
     tensors = student.state_dict()
     for part in parts:
         for key, value in part.final.items():

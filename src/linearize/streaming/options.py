@@ -1,4 +1,4 @@
-"""What a person may say about a block-wise conversion, and what it means for this model."""
+"""What a person may say about a block-wise conversion, and what it means for a model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class BlockOptions:
 
 def parse_blocks(text: str, count: int | None = None) -> list[int]:
     """`0-3,7` as numbers, of `count` blocks; `all` is all of them. Raises InputError."""
+    if not isinstance(text, str):
+        raise InputError(f"blocks {text!r}: give text, numbers and ranges of blocks, from 0, as '0-3,7', or 'all'")
     if text.strip() == "all":
         return list(range(count or 0))
     numbers: set[int] = set()

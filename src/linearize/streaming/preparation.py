@@ -52,17 +52,14 @@ def prepare_stream(
     device: str | None = None,
     trust_remote_code: bool = False,
     asked: Container[str] = (),
-    later: bool = False,
 ) -> StreamPrepared:
     """Check everything; nothing has been written or trained when this returns, and no weights but the embedding's and
     the first layer's were read.
 
-    `later`: stages on the whole model may follow the block-wise one.
-
     Raises:
         InputError: anything given that cannot be used, or that needs the whole model in memory.
     """
-    number = block_stage(recipe, later=later)
+    number = block_stage(recipe)
     _check_plan(recipe)
     if written := [spec for spec in specs if spec == "self" or spec.startswith(PSEUDO)]:
         raise InputError(
@@ -93,11 +90,11 @@ def prepare_stream(
     )  # fmt: skip
 
 
-def block_stage(recipe: Recipe, *, later: bool) -> int:
-    """The number of the block-wise stage, the first of those that run and, unless `later`, the only one.
+def block_stage(recipe: Recipe) -> int:
+    """The number of the block-wise stage, the first of those that run and the only one by blocks.
 
     Raises:
-        InputError: other stages; says which setting changes that.
+        InputError: another stage comes first or is block-wise too; says which setting changes that.
     """
     running = [(number, stage) for number, stage in enumerate(recipe.stages) if stage.tokens != 0]
     if not running:
@@ -113,11 +110,6 @@ def block_stage(recipe: Recipe, *, later: bool) -> int:
             raise InputError(
                 f"one stage can be block-wise where blocks are read from the disk, and stages.{number} ({other.name}) "
                 f"is a second: set stages.{number}.block=null, or its tokens to 0"
-            )
-        if not later:
-            raise InputError(
-                f"stages.{number} ({other.name}) needs the whole model in memory: call convert with stream=True, or "
-                f"set stages.{number}.tokens=0"
             )
     return first
 

@@ -1,4 +1,4 @@
-"""What a person asks of a conversion, before anything is read."""
+"""What a person asks of a conversion, checked as far as it can be before anything is read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from linearize.files import check_apart, expand_home
+from linearize.numbers import parse_size
 from linearize.recipes.base_weights import checked_base
-from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.recipe import Recipe, load_recipe
 from linearize.streaming.options import BlockOptions, check_options, has_later
 from linearize.streaming.work_folder import work_folder
 from linearize.training.data import PSEUDO, local_spec
@@ -18,16 +19,30 @@ from linearize.training.data import PSEUDO, local_spec
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """`teacher`: folder or Hub name. `specs`: of the data. `asked`: the recipe keys that were overridden. `final`: the
-    student's folder, `work`: the one of the run."""
+    """`teacher`: folder or Hub name. `specs`: of the data. `asked`: the recipe keys that were overridden. `stream`: the
+    teacher's weights are read block by block. `final`: the student's folder, `work`: the one of the run."""
 
     teacher: str
     specs: list[str]
     recipe: Recipe
     asked: frozenset[str]
     options: BlockOptions
+    stream: bool
+    overwrite: bool
+    device: str | None
+    trust_remote_code: bool
     final: Path
     work: Path
+
+    @property
+    def only_blocks(self) -> bool:
+        """Whether some blocks are trained and no student is made."""
+        return self.options.only is not None
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a student is made in memory: where weights are read block by block, for later stages alone."""
+        return not self.only_blocks and (not self.stream or has_later(self.recipe.stages))
 
     @property
     def wanted(self) -> dict[str, Any]:
@@ -42,24 +57,26 @@ def read_request(
     out: str | os.PathLike[str],
     recipe: str | Recipe,
     overrides: Mapping[str, Any] | None,
-    options: BlockOptions | None,
+    blocks: str | None,
+    stream: bool,
+    memory: int | str | None,
+    disk: int | str | None,
+    overwrite: bool,
+    device: str | None,
+    trust_remote_code: bool,
 ) -> Request:
-    """The arguments of a conversion, as far as they can be checked by themselves. Raises InputError."""
+    """The arguments of `convert`, as far as they can be checked by themselves. Raises InputError."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
     checked_base(chosen)
-    blocks = options or BlockOptions()
-    check_options(chosen.stages, blocks)
+    bounds = {name: None if size is None else parse_size(size) for name, size in (("memory", memory), ("disk", disk))}
+    options = BlockOptions(only=blocks, **bounds)
+    check_options(chosen.stages, options)
     final, teacher = Path(expand_home(out)).resolve(), expand_home(teacher)
     specs = [local_spec(str(spec)) for spec in ([data] if isinstance(data, str) else data)]
     check_apart(final, teacher, *(spec.removeprefix(PSEUDO) for spec in specs))
     return Request(
-        teacher=teacher, specs=specs, recipe=chosen, asked=frozenset(overrides or ()), options=blocks, final=final,
+        teacher=teacher, specs=specs, recipe=chosen, asked=frozenset(overrides or ()), options=options,
+        stream=stream, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code, final=final,
         work=work_folder(final),
     )  # fmt: skip
-
-
-def more_than_blocks(recipe: str | Recipe | None, overrides: Mapping[str, Any] | None) -> bool:
-    """Whether stages on the whole model follow the block-wise ones of a recipe. Raises InputError."""
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or DEFAULT_RECIPE)
-    return has_later(chosen.override(dict(overrides or {})).stages)

@@ -1,128 +1,59 @@
-"""A conversion of a model larger than memory: the teacher's weights are read block by block, everything else lies on
-the disk, and the student's folder is written tensor by tensor."""
+"""Blocks of a teacher whose weights are read from the disk, block by block, and a student that is never in memory as a
+whole: everything else lies on the disk, and its folder is written tensor by tensor."""
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.disk import writing
 from linearize.evaluation.agreement import score_batches
 from linearize.evaluation.branches import window_reach
 from linearize.evaluation.intervals import mean_over_documents
 from linearize.evaluation.language_modeling import BranchAblation, ablation_of, report_of
 from linearize.evaluation.layer_error import layer_errors
-from linearize.evaluation.report import ConversionReport, build_report, provenance, read_report, stage_report
+from linearize.evaluation.report import ConversionReport, build_report, provenance, stage_report
 from linearize.evaluation.streamed import Walk, Walker, put
-from linearize.files import atomic_folder, check_free, discard, output_lock
 from linearize.modeling.assemble import write_student_weights
 from linearize.modeling.blocks import Block
 from linearize.modeling.statistics import attention_samples
 from linearize.modeling.streaming import StreamedBlocks
 from linearize.recipes.preparation import CALIBRATION_TOKENS, EVALUATION_BATCH
-from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
-from linearize.recipes.together import facts
 from linearize.streaming.options import BlockOptions, parse_blocks
 from linearize.streaming.papers import write_papers
-from linearize.streaming.preparation import StreamPrepared, block_stage, prepare_stream
-from linearize.streaming.request import Request, read_request
+from linearize.streaming.preparation import StreamPrepared, prepare_stream
+from linearize.streaming.request import Request
 from linearize.streaming.sizes import check_whole, chosen_block
-from linearize.streaming.work_folder import is_written, log_folder, make_work, mark_ended
+from linearize.streaming.work_folder import make_work
 from linearize.training.blockwise.parts import Part, merge_results
 from linearize.training.blockwise.rows import HIDDEN, StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
-from linearize.training.checkpoint import check_formats
 from linearize.training.config import Batch
-from linearize.training.distributed import Group, start
-from linearize.training.progress import Progress, make_progress
-from linearize.training.tracking import Tracker, make_tracker
+from linearize.training.distributed import Group
+from linearize.training.progress import Progress
+from linearize.training.tracking import Tracker
 
 LOG = logging.getLogger("linearize")
 
 
-def convert_streamed(
-    teacher: str | os.PathLike[str],
-    *,
-    data: Sequence[str | os.PathLike[str]] | str,
-    out: str | os.PathLike[str],
-    recipe: str | Recipe = DEFAULT_RECIPE,
-    overrides: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    device: str | None = None,
-    track: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    blocks: BlockOptions | None = None,
-) -> ConversionReport | None:
-    """Convert a teacher whose weights need not fit into memory; returns the report, and writes the student's folder.
-
-    As `convert`, of which it takes the arguments; the recipe's only stage that runs must be block-wise
-    (`stages.0.block`), and data must be files or data sets. With `blocks.only` these blocks are trained, nothing else
-    is done, and None is returned; so it is on processes but the first where torchrun started several.
-
-    Raises:
-        InputError: anything given that cannot be used, or that needs the model in memory; RuntimeError: training
-        diverged; OSError: the disk is full.
-    """
-    request = read_request(teacher, data=data, out=out, recipe=recipe, overrides=overrides, options=blocks)
-    final, work, group = request.final, request.work, start()
-    only = request.options.only is not None
-    block_stage(request.recipe, later=only)
-    group.agree(facts(request.teacher, request.specs, request.wanted, final))
-    lock = output_lock(final, shared=only) if group.leads else nullcontext()
-    with lock, writing("what the conversion keeps", final.parent):
-        if only:
-            check_free(final, overwrite)
-            check_formats(work)
-        elif group.share(lambda: is_written(final, work, request.wanted, overwrite)):
-            return read_report(final) if group.leads else None
-        tracker = make_tracker(log_folder(work, group), track if group.leads else ())
-        conversion, parts = train_parts(
-            request, group, tracker, progress or make_progress(), device=device, trust_remote_code=trust_remote_code
-        )
-        if only or not group.leads:
-            return None
-        report = conversion.measure(parts)
-        with atomic_folder(final, overwrite, locked=True) as folder:
-            conversion.write(folder, report, parts)
-            if (work / "log").is_dir():
-                shutil.copytree(work / "log", folder / "log")
-            mark_ended(folder, work, request.wanted)
-        discard(work)
-    return report
-
-
 def train_parts(
-    request: Request,
-    group: Group,
-    tracker: Tracker,
-    progress: Progress,
-    *,
-    device: str | None,
-    trust_remote_code: bool,
-    later: bool = False,
+    request: Request, group: Group, tracker: Tracker, progress: Progress
 ) -> tuple[StreamedConversion, list[Part]]:
     """Train the blocks that the request names, those of many processes shared out; returns their parts.
-
-    `later`: the whole model is needed afterwards.
 
     Raises:
         InputError: anything that cannot be used, or does not fit; RuntimeError: training diverged; OSError: disk full.
     """
     given = prepare_stream(
-        request.teacher, request.recipe, request.specs, device=device, trust_remote_code=trust_remote_code,
-        asked=request.asked, later=later or request.options.only is not None,
+        request.teacher, request.recipe, request.specs, device=request.device, asked=request.asked,
+        trust_remote_code=request.trust_remote_code,
     )  # fmt: skip
     conversion = StreamedConversion(given, request.specs, request.work, progress, tracker, request.options)
-    if later:
+    if request.needs_whole:
         names = [stage.name for stage in given.recipe.stages[given.number + 1 :] if stage.tokens != 0]
         check_whole(given.student, given.teacher.device, names, request.options.memory, group.ranks)
     if group.leads:

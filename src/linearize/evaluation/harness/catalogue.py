@@ -6,8 +6,9 @@ greedy answer and compares literals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError, unknown
@@ -122,10 +123,12 @@ KNOWN: dict[str, Known] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A task as it was asked for: its name, and the shots if they were given (`mmlu:5`)."""
+    """A task as it was asked for: its name, and the shots if they were given (`mmlu:5`). `own`: the folder of one's own
+    definitions that it is in."""
 
     task: str
     given: int | None = None
+    own: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Entry:
@@ -137,8 +140,8 @@ class Entry:
 
     @property
     def known(self) -> Known | None:
-        """Its row of the table; None for a task that only lm-eval knows."""
-        return KNOWN.get(self.task)
+        """Its row of the table; None for a task that only lm-eval knows, and for a definition of one's own."""
+        return KNOWN.get(self.task) if self.own is None else None
 
     @property
     def shots(self) -> int | None:
@@ -146,12 +149,16 @@ class Entry:
         return self.given if self.given is not None else self.known.shots if self.known else None
 
 
-def entries(tasks: tuple[str, ...]) -> tuple[Entry, ...]:
-    """All that were asked for.
+def entries(tasks: tuple[str, ...], include_path: Path | None = None) -> tuple[Entry, ...]:
+    """All that were asked for; definitions in the folder `include_path` come before ours and lm-eval's.
 
-    Raises InputError for none, for the same task twice, and for a name that neither we nor lm-eval know.
+    Raises InputError for none, for the same task twice, and for a name that nobody knows.
     """
-    found = tuple(Entry.parse(text) for text in tasks)
+    from linearize.evaluation.harness.runner import own_names
+
+    own = own_names(include_path) if include_path is not None else frozenset[str]()
+    parsed = [Entry.parse(text) for text in tasks]
+    found = tuple(replace(entry, own=include_path) if entry.task in own else entry for entry in parsed)
     names = [entry.task for entry in found]
     if not names:
         raise InputError(f"no tasks given: name some of {', '.join(KNOWN)}, or any of lm-eval's")
@@ -159,16 +166,16 @@ def entries(tasks: tuple[str, ...]) -> tuple[Entry, ...]:
     if twice:
         raise InputError(f"tasks given twice: {', '.join(twice)}; name each one once")
     for name in names:
-        if name not in KNOWN:
-            _check_name(name)
+        if name not in KNOWN and name not in own:
+            _check_name(name, own)
     return found
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, own: Set[str]) -> None:
     import difflib
 
     from linearize.evaluation.harness.runner import task_manager
 
     others = task_manager().all_tasks
     if name not in others:
-        raise unknown("task", name, {*KNOWN, *difflib.get_close_matches(name, others, n=5)})
+        raise unknown("task", name, {*own, *KNOWN, *difflib.get_close_matches(name, others, n=5)})

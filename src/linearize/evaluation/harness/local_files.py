@@ -21,6 +21,8 @@ def missing(entries: Sequence[Entry], root: Path) -> dict[str, str]:
     found = {}
     for entry in entries:
         known = entry.known
+        if entry.own is not None:  # its definition says where its data are
+            continue
         if known is None:
             found[entry.task] = f"no local layout is defined for it (those that have one: {', '.join(KNOWN)})"
             continue

@@ -15,12 +15,12 @@ Outcome = dict[str, Any]
 
 
 def outcomes(entry: Entry, found: Mapping[str, Any], multiple_choice: Mapping[str, bool]) -> dict[str, Outcome]:
-    """One outcome for a task or group, one for each task behind a tag. JSON-able.
+    """One outcome for a task or a group that has numbers of its own, one for each task behind others. JSON-able.
 
     `found`: lm-eval's results; `multiple_choice`: by task, whether its answers are choices.
     """
     leaves = list(found["samples"])
-    if entry.task in found["results"]:
+    if _numbers(found["results"].get(entry.task, {})):
         return {entry.task: _outcome(entry.task, entry, leaves, found, multiple_choice)}
     return {leaf: _outcome(leaf, entry, [leaf], found, multiple_choice) for leaf in leaves}
 

@@ -102,6 +102,8 @@ class Run:
 
     def _note(self, entry: Entry) -> str:
         known, notes = entry.known, []
+        if entry.own is not None:
+            notes.append(f"as defined in {entry.own}")
         if entry.task in self.longer:
             notes.append(
                 f"rows of {self.longer[entry.task]} tokens: an answer is longer than the model's {self.length}"
@@ -157,6 +159,12 @@ class Run:
         names = [f"{FUNCTIONS}.py", f"{entry.task}.yaml", f"{DATA}/{entry.task}.*"]
         names += [f"{entry.task}_*.yaml", f"{DATA}/{entry.task}_*"] if entry.task == "mmlu" else []
         found = hashlib.sha256()
+        if entry.own is not None:  # all of its files, since a definition includes others; large data by size and time
+            for path in sorted(path for path in entry.own.rglob("*") if path.is_file()):
+                small = path.suffix in (".yaml", ".py")
+                told = path.read_bytes() if small else str((path.stat().st_size, path.stat().st_mtime_ns)).encode()
+                found.update(str(path.relative_to(entry.own)).encode() + told)
+            return found.hexdigest()[:20]
         for path in sorted({path for name in names for path in self.folder.glob(name)}):
             found.update(path.name.encode() + path.read_bytes())
         return found.hexdigest()[:20]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from linearize.decoding.loading import is_student
 from linearize.errors import InputError, one_line
 from linearize.evaluation.harness.catalogue import Entry
 
@@ -42,13 +43,50 @@ def task_manager() -> Any:
 
 
 def manager_for(entry: Entry, folder: Path) -> Any:
-    """The definitions that a task needs: those of our folder, and all of lm-eval's for a task that only it knows."""
+    """The definitions that a task needs: those of our folder or of one's own, and all of lm-eval's for a task that only
+    it knows, or a group of one's own that names such tasks."""
+    if entry.own is not None:
+        return _manager(entry.own, defaults=refers_outside(entry.task, entry.own))
+    return task_manager() if entry.known is None else _manager(folder)
+
+
+def own_names(folder: Path) -> frozenset[str]:
+    """The tasks, groups and tags that a folder of one's own defines. Raises InputError where there are none."""
+    need_harness()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give one with task definitions of lm-eval's form (*.yaml)")
+    if not (names := frozenset(_manager(folder).all_tasks)):
+        raise InputError(f"{folder} holds no task definitions that lm-eval can read: a *.yaml file with `task: NAME`")
+    return names
+
+
+def refers_outside(task: str, folder: Path) -> bool:
+    """Whether a group of one's own names tasks that its folder does not define."""
+    index = _manager(folder).task_index
+
+    def outside(members: Any) -> bool:
+        for member in members if isinstance(members, list) else []:
+            whole = isinstance(member, dict)
+            name = member.get("group", member.get("task")) if whole else member
+            if isinstance(name, str) and name in index:
+                if outside((index[name].cfg or {}).get("task")):
+                    return True
+            elif whole and "group" in member:
+                if outside(member.get("task")):
+                    return True
+            elif not (whole and "dataset_path" in member):
+                return True
+        return False
+
+    return outside((index[task].cfg or {}).get("task"))
+
+
+def _manager(folder: Path, *, defaults: bool = False) -> Any:
+    """The definitions in a folder, with lm-eval's or without them."""
     from lm_eval.tasks import TaskManager
 
-    if entry.known is None:
-        return task_manager()
     with quiet():
-        return TaskManager(include_path=str(folder), include_defaults=False)
+        return TaskManager(include_path=str(folder), include_defaults=defaults)
 
 
 def measure(
@@ -154,12 +192,15 @@ def command(
     entry: Entry, *, path: str, settings: Mapping[str, Any], batch: int, limit: int | None, seed: int,
     tokens: int | None, folder: Path, device: str,
 ) -> str:  # fmt: skip
-    """lm-eval's own command for the same numbers."""
+    """lm-eval's own command for the same numbers; for a student with linearize imported."""
     import shlex
 
     arguments = ",".join(f"{k}={v}" for k, v in {"pretrained": path, **settings}.items())
-    words = ["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", entry.task]
-    words += ["--include_path", str(folder)] if entry.known is not None else []
+    start = ["python", "-m", "linearize.lm_eval", "--model", "linearize"]
+    words = start if is_student(path) else ["lm_eval", "--model", "hf"]
+    words += ["--model_args", arguments, "--tasks", entry.task]
+    include = entry.own or (folder if entry.known is not None else None)
+    words += ["--include_path", str(include)] if include is not None else []
     words += ["--num_fewshot", str(entry.shots)] if entry.shots is not None else []
     words += ["--limit", str(limit)] if limit is not None else []
     words += ["--gen_kwargs", f"max_gen_toks={tokens}"] if tokens else []

@@ -65,12 +65,13 @@ class Tasks(Section):
                     setting.progress(f"{entry.task}, {contestant.name}", number, len(chosen))
                     found[contestant.name] |= run.outcomes(entry, contestant, pairs)
             facts = run.facts(chosen)
-        lacking = missing(entries(self.tasks), setting.data_root) if setting.data_root else {}
+        asked = entries(self.tasks, setting.include_path)
+        lacking = missing(asked, setting.data_root) if setting.data_root else {}
         return {**facts, "missing": lacking, **summary(found, setting.teacher.name if setting.teacher else None)}
 
     def _chosen(self, setting: Setting) -> tuple[Entry, ...]:
         """What is measured: all, or without the missing ones."""
-        found = entries(self.tasks)
+        found = entries(self.tasks, setting.include_path)
         if setting.data_root is None:
             return found
         lacking = missing(found, setting.data_root)

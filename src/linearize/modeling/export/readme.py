@@ -28,8 +28,8 @@ GRANITE_BIAS = (
 )
 OWN_CODE = (
     "The folder carries the code of its layers (`modeling_linearized.py` and the files beside it), which "
-    "`trust_remote_code=True` runs. It needs torch, transformers 5, safetensors and pydantic, not linearize. Engines "
-    "other than transformers do not run it."
+    "`trust_remote_code=True` runs. It needs torch, transformers 5, safetensors and pydantic, not linearize. "
+    "`AutoModel` gives the hidden states. Engines other than transformers do not run it."
 )
 TOKENIZER = (
     "**Tokenizer.** For this architecture `AutoTokenizer` puts a splitting rule of its own in the place of the one in "

@@ -20,8 +20,16 @@ from linearize.modeling.export.common import Source
 PACKAGE = "linearize"
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = "modeling_linearized"
-CLASSES = {"AutoConfig": "LinearizeConfig", "AutoModelForCausalLM": "LinearizedForCausalLM"}
-ROOTS = {"LinearizeConfig": "linearize.modeling.config", "LinearizedForCausalLM": "linearize.modeling.student"}
+CLASSES = {
+    "AutoConfig": "LinearizeConfig",
+    "AutoModel": "LinearizedModel",
+    "AutoModelForCausalLM": "LinearizedForCausalLM",
+}
+ROOTS = {
+    "LinearizeConfig": "linearize.modeling.config",
+    "LinearizedModel": "linearize.modeling.backbone",
+    "LinearizedForCausalLM": "linearize.modeling.student",
+}
 REQUIRED = frozenset({"torch", "transformers", "pydantic", "safetensors", "numpy"})
 GLOBAL_NAMES = {"linearize.modeling.attention": "ATTENTION", "linearize.modeling.config": "MIXER_LAYER",
                 "linearize.modeling.surgery": "PROBE"}  # fmt: skip
@@ -67,15 +75,18 @@ def code() -> dict[str, str]:
 
 
 def _entry(originals: dict[str, str]) -> str:
-    """The file that transformers loads. It names what other files import as modules, which the loader overlooks.
+    """The file that transformers loads. It names what other files import as modules, which the loader overlooks; it
+    names them where nothing is executed, since some of them need an optional package (triton).
 
     The classes become its own, so that saving a loaded student again writes the same `auto_map` and all files.
     """
     nodes = [node for text in originals.values() for node in ast.walk(ast.parse(text))]
     ours = [node for node in nodes if isinstance(node, ast.ImportFrom) and _is_ours(node.module)]
     modules = {name for node in ours for name, alias in _targets(node) if alias is not None}
-    lines = [f"from .{_flat(module)} import {name}" for name, module in sorted(ROOTS.items())]
-    lines += [f"from .{_flat(name)} import __name__ as _{_flat(name)}" for name in sorted(modules)]
+    lines = ["from typing import TYPE_CHECKING", ""]
+    lines += [f"from .{_flat(module)} import {name}" for name, module in sorted(ROOTS.items())]
+    lines += ["", "if TYPE_CHECKING:  # for the loader, which reads this text to find the files"]
+    lines += [f"    from .{_flat(name)} import __name__ as _{_flat(name)}" for name in sorted(modules)]
     names = ", ".join(f'"{name}"' for name in sorted(ROOTS))
     header = '"""What transformers loads from this folder; the files beside it are copies of the package linearize."""'
     own = " = ".join(f"{name}.__module__" for name in sorted(ROOTS))

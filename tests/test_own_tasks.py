@@ -1,0 +1,168 @@
+"""`linearize eval --tasks NAME --include-path DIR` with definitions of one's own; lm-eval's command on a student."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from byte_tokenizer import SIZE, byte_tokenizer
+from models import mixer, student_of, tiny
+from task_files import write_data, write_lines
+
+from linearize.cli import main
+from linearize.errors import InputError
+from linearize.evaluation import EvaluationOptions, evaluate
+from linearize.evaluation.harness import runner
+from linearize.evaluation.harness.catalogue import entries
+from linearize.evaluation.harness.local_files import missing
+
+pytest.importorskip("lm_eval", reason="tasks need lm-eval")
+ITEMS = [
+    {"question": f"The {thing} is", "choices": choices, "answer": i % 3}
+    for i, (thing, choices) in enumerate(
+        [("sky", ["blue", "a very long way down", "red"]), ("grass", ["green", "loud", "old"]),
+         ("snow", ["cold", "white as a sheet", "hot"]), ("night", ["dark", "x", "day"]), ("sea", ["wet", "up", "dry"])]
+    )
+]  # fmt: skip
+LAUNCHER = """
+import sys
+from lm_eval.tasks import TaskManager
+read = TaskManager.__init__
+TaskManager.__init__ = lambda self, *a, **k: read(self, *a, **{**k, "include_defaults": False})  # half a minute less
+from linearize.lm_eval import main
+words, code = sys.argv[1:], 0
+for model in ("linearize", "hf"):
+    sys.argv[1:] = ["--model", model, *words, "--output_path", model]
+    code = code or main()
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`teacher`, `student`, and in `own` the task `colours` and a group of it and one of lm-eval's."""
+    path = tmp_path_factory.mktemp("own")
+    teacher = tiny(vocab_size=SIZE, max_position_embeddings=128, eos_token_id=1, bos_token_id=0, attention="sdpa")
+    for name, model in {"teacher": teacher, "student": student_of(teacher, mixer())}.items():
+        model.save_pretrained(path / name)
+        byte_tokenizer().save_pretrained(path / name)
+    write_lines(path / "own" / "items.jsonl", ITEMS)
+    definition = {
+        "task": "colours", "dataset_path": "json", "test_split": "train", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": str(path / "own" / "items.jsonl"), "cache_dir": str(path / "cache")},
+        "doc_to_text": "{{question}}", "doc_to_target": "answer", "doc_to_choice": "{{choices}}",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    }  # fmt: skip
+    for name in ("colours", "piqa"):
+        (path / "own" / f"{name}.yaml").write_text(yaml.safe_dump({**definition, "task": name}))
+    for name, members in {"mine": ["colours"], "mixed": ["colours", {"task": "arc_easy", "num_fewshot": 2}]}.items():
+        (path / "own" / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": members}))
+    return path
+
+
+def by_lm_eval(model: Path, task: str, own: Path) -> dict[str, float]:
+    """What lm-eval's own model class and runner give in this process."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with runner.quiet():
+        found = simple_evaluate(
+            "hf",
+            model_args={"pretrained": str(model)},
+            tasks=[task],
+            device="cpu",
+            task_manager=TaskManager(include_path=str(own), include_defaults=False),
+        )
+    assert found is not None
+    return numbers(found["results"][task])
+
+
+def numbers(results: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in results.items() if name.startswith("acc") and "stderr" not in name}
+
+
+@pytest.mark.parametrize(("task", "row"), [("colours", "colours"), ("piqa", "piqa"), ("mine", "colours")])
+def test_the_command_takes_definitions_of_ones_own(
+    task: str, row: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those in the folder come before lm-eval's of the same name; a group takes what it names."""
+    argv = ["eval", str(folder / "student"), "--teacher", str(folder / "teacher"), "--tasks", task]
+    argv += ["--include-path", str(folder / "own"), "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)["sections"]["tasks"]
+    assert found["models"]["teacher"][row]["n"] == len(ITEMS)
+    assert f"--include_path {folder / 'own'}" in found["commands"][task]
+    for name in ("teacher", "student"):
+        ours = numbers(found["models"][name][row]["metrics"])
+        assert ours == by_lm_eval(folder / name, row, folder / "own") and len(ours) == 2
+    lines = (tmp_path / "out" / "samples" / f"{task}.student.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc"]["question"] for line in lines[:2]] == ["The sky is", "The grass is"]
+
+
+def test_lm_evals_command_takes_a_student(folder: Path, tmp_path: Path) -> None:
+    own, student = folder / "own", folder / "student"
+    argv = [
+        "--model_args",
+        f"pretrained={student}",
+        "--tasks",
+        "colours",
+        "--device",
+        "cpu",
+        "--include_path",
+        str(own),
+    ]
+    command = [sys.executable, "-c", LAUNCHER, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for model in ("linearize", "hf"):
+        (written,) = (tmp_path / model).rglob("results_*.json")
+        found = json.loads(written.read_text())
+        assert numbers(found["results"]["colours"]) == by_lm_eval(student, "colours", own)
+
+
+def test_a_student_alone_names_the_command_that_takes_it(folder: Path) -> None:
+    options = EvaluationOptions(include_path=folder / "own", device="cpu")
+    found = evaluate(folder / "student", tasks=["colours"], options=options)["sections"]["tasks"]
+    assert found["commands"]["colours"].startswith("python -m linearize.lm_eval --model linearize --model_args ")
+
+
+def test_what_cannot_be_used_is_refused(folder: Path) -> None:
+    def run(own: Path, *tasks: str) -> None:
+        evaluate(folder / "student", tasks=tasks, options=EvaluationOptions(include_path=own, device="cpu"))
+
+    with pytest.raises(InputError, match="not a folder"):
+        run(folder / "none", "colours")
+    with pytest.raises(InputError, match="--tasks"):
+        run(folder / "own")
+    (folder / "empty").mkdir()
+    with pytest.raises(InputError, match="no task definitions"):
+        run(folder / "empty", "colours")
+
+
+def test_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = folder / "own"
+    monkeypatch.setattr(runner, "task_manager", lambda: type("M", (), {"all_tasks": ["sciq"]}))
+    found = entries(("colours:2", "piqa", "winogrande", "sciq"), own)
+    assert [entry.own for entry in found] == [own, own, None, None]
+    assert [entry.known is None for entry in found] == [True, True, False, True]
+    assert [entry.shots for entry in found[:2]] == [2, None]
+    with pytest.raises(InputError, match="unknown task 'colour': did you mean 'colours'"):
+        entries(("colour",), own)
+
+
+def test_definitions_of_ones_own_need_no_local_file(folder: Path, tmp_path: Path) -> None:
+    root = write_data(tmp_path)
+    assert list(missing(entries(("colours", "piqa", "race"), folder / "own"), root)) == ["race"]
+
+
+def test_lm_evals_tasks_are_read_only_where_a_group_names_them(folder: Path) -> None:
+    """Reading all of them takes half a minute."""
+    assert not runner.refers_outside("mine", folder / "own") and not runner.refers_outside("colours", folder / "own")
+    assert runner.refers_outside("mixed", folder / "own")
