@@ -3,12 +3,15 @@ is between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
+from transformers.utils import TransformersKwargs
 
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer, Pending, Run
@@ -25,6 +28,8 @@ ATTENTION = "linearize"
 READ_ELSEWHERE = frozenset(
     {"position_ids", "cache_position", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 )
+COMMON = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "mixer_call", "linearize_probe_calls"}
+"""Keywords that transformers hands through every forward, and ours."""
 Tap = Callable[..., Tensor]
 
 
@@ -50,6 +55,13 @@ class MixerCall:
         return self.branch if isinstance(self.branch, str) else self.branch.get(layer_idx, "both")
 
 
+@functools.cache
+def parameter_names(forward: Any) -> tuple[str, ...]:
+    """Names of the parameters after `self`, without `*args` and `**kwargs`."""
+    named: Iterable[inspect.Parameter] = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
 def require_call(mixer_call: MixerCall | None, module: nn.Module) -> MixerCall:
     """What the pass tells the mixers.
 
@@ -62,6 +74,17 @@ def require_call(mixer_call: MixerCall | None, module: nn.Module) -> MixerCall:
             "which say where documents and padding are"
         )
     return mixer_call
+
+
+def refuse_unread(module: nn.Module, given: Mapping[str, Any], known: Collection[str] = ()) -> None:
+    """Refuse tensors and caches that reach a converted layer under names that nothing reads there.
+
+    Raises:
+        InputError: one that is neither `known` nor handed through every forward.
+    """
+    for name, value in given.items():
+        if isinstance(value, Tensor | Cache) and name not in known and name not in READ_ELSEWHERE:
+            raise InputError(f"{name} reached layer {module.layer_idx}, whose mixer does not read it: leave it out")
 
 
 def mixer_attention(
@@ -87,9 +110,7 @@ def mixer_attention(
         InputError: a call that did not come through the backbone, or with a tensor that no mixer would read.
     """
     mixer_call = require_call(mixer_call, module)
-    for name, value_given in others.items():
-        if isinstance(value_given, Tensor) and name not in READ_ELSEWHERE:
-            raise InputError(f"{name} reached layer {module.layer_idx}, whose mixer does not read it: leave it out")
+    refuse_unread(module, others)
     scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
     layout = mixer_call.layout
     if mixer_call.tap is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -63,7 +64,7 @@ class LinearizeConfig(PreTrainedConfig):
             for fields in (teacher, self._text()):
                 for known in (name, _renamed(fields.get("model_type", "")).get(name, name)):
                     if known in fields and not name.endswith("_config"):
-                        return fields[known]
+                        return copy.deepcopy(fields[known])  # transformers completes some of them in place
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _text(self) -> dict[str, Any]:

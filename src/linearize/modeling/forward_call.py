@@ -6,21 +6,18 @@ it directly (`student.base_model`, `student.lm`, trl's fused language-model head
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.utils import TransformersKwargs
 
 from linearize.errors import InputError, unknown
-from linearize.modeling.attention import MixerCall, Tap
+from linearize.modeling.attention import COMMON, MixerCall, Tap, parameter_names
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import cache_argument, given_cache
 from linearize.modeling.ragged_cache import check_past_mask
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from linearize.ops.window_linear import Branch
 
 LOG = logging.getLogger("linearize")
-COMMON = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "mixer_call", "linearize_probe_calls"}
 DOCUMENT_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
@@ -181,14 +177,7 @@ def check_keywords(owner: str, given: Mapping[str, Any], known: Collection[str])
 
 def known_keywords(*modules: nn.Module) -> frozenset[str]:
     """What the forwards of these modules take, and what transformers hands through all of them."""
-    return COMMON.union(*(_parameters(type(module).forward) for module in modules))
-
-
-@cache
-def _parameters(forward: Any) -> tuple[str, ...]:
-    """Names of the parameters after `self`, without `*args` and `**kwargs`."""
-    named: Iterable[inspect.Parameter] = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return COMMON.union(*(parameter_names(type(module).forward) for module in modules))
 
 
 class BackboneHook:
@@ -211,7 +200,7 @@ class BackboneHook:
         """The call's arguments by name, with those of the mixers; None where they are there already."""
         if kwargs.get("mixer_call") is not None or kwargs.get("linearize_probe_calls") is not None:
             return None
-        given = dict(zip(_parameters(type(backbone).forward), args, strict=False)) | kwargs
+        given = dict(zip(parameter_names(type(backbone).forward), args, strict=False)) | kwargs
         check_keywords(type(backbone).__name__, given, known_keywords(backbone) | {"cache", "past_key_values"})
         tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         call = prepare_call(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from linearize.errors import InputError
-from linearize.modeling.attention import MixerCall, through_cache
+from linearize.modeling.attention import MixerCall, refuse_unread, require_call, through_cache
 from linearize.modeling.cache import Pending
 
 if TYPE_CHECKING:
@@ -15,22 +16,27 @@ if TYPE_CHECKING:
 
 
 class MixerLayer(nn.Module):
-    """A layer mixer in transformers' calling convention for attention modules."""
+    """A layer mixer in transformers' calling convention for attention modules.
 
-    def __init__(self, mixer: LayerMixer, layer_idx: int) -> None:
+    `arguments`: what the forward of the module in whose place it is takes by name.
+    """
+
+    def __init__(self, mixer: LayerMixer, layer_idx: int, arguments: Collection[str]) -> None:
         super().__init__()
-        self.mixer, self.layer_idx = mixer, layer_idx
+        self.mixer, self.layer_idx, self.arguments = mixer, layer_idx, frozenset(arguments)
 
     def forward(
-        self, hidden_states: Tensor, *_args: Any, mixer_call: MixerCall | None = None, **_: Any
+        self, hidden_states: Tensor, *_args: Any, mixer_call: MixerCall | None = None, **others: Any
     ) -> tuple[Tensor, None]:
-        """`hidden_states: [B, T, M]` -> `[B, T, M]`. Masks and rotary positions of the teacher are not used: documents
-        and padding are in the call's layout.
+        """`hidden_states: [B, T, M]` -> `[B, T, M]`. Masks, caches and rotary positions that the teacher's module would
+        take are not used: documents, padding and state are in the call.
 
         Raises:
-            InputError: one branch of a mixer that has only one.
+            InputError: a call that did not come through the backbone, an argument that the teacher's module would not
+                take, or one branch of a mixer that has only one.
         """
-        assert mixer_call is not None, "a converted layer was called outside of LinearizedForCausalLM"
+        mixer_call = require_call(mixer_call, self)
+        refuse_unread(self, others, self.arguments)
         if (branch := mixer_call.branch_of(self.layer_idx)) != "both":
             name = self.mixer.config.name  # type: ignore[attr-defined]
             raise InputError(f"branch {branch!r}: layer {self.layer_idx} holds {name}, which has no branches")

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
-from linearize.modeling.attention import ATTENTION
+from linearize.modeling.attention import ATTENTION, parameter_names
 from linearize.modeling.four_bits import nf4_states
 from linearize.modeling.mixer_layer import MixerLayer
 from linearize.modeling.projections import attention_weights, with_biases
@@ -221,7 +221,7 @@ def install(
     routed: dict[int, PreTrainedConfig] = {}
     for i, built in made.items():
         if isinstance(built, LayerMixer):
-            lm.set_submodule(names[i], MixerLayer(built, i))
+            lm.set_submodule(names[i], MixerLayer(built, i, parameter_names(type(lm.get_submodule(names[i])).forward)))
         else:
             _route(lm.get_submodule(names[i]), built, routed)
     if all(mixer is not None for mixer in plan):  # no layer needs a T x T mask
