@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -34,6 +34,7 @@ class LinearizeConfig(PreTrainedConfig):
 
     model_type = "linearized"
     has_no_defaults_at_init = True
+    auto_map: ClassVar[dict[str, str]] = {}  # trl and transformers read it; exports with code of their own set theirs
 
     def __init__(
         self,
