@@ -86,7 +86,7 @@ def test_dpo_trainer(name: str, by: str, tmp_path: Path) -> None:
     rows = {"prompt": TEXTS, "chosen": [" yes it did"] * 8, "rejected": [" no never, not even once"] * 8}
     trainer = trl.DPOTrainer(
         model=str(folder) if by == "path" else model,
-        ref_model=str(folder) if by == "path" else LinearizedForCausalLM.from_pretrained(folder),
+        ref_model=None if by == "path" else LinearizedForCausalLM.from_pretrained(folder),
         args=trl.DPOConfig(output_dir=str(tmp_path / "out"), max_length=96, beta=0.1, **SETTINGS),
         train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=byte_tokenizer(pad_token="</s>"),
