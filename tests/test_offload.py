@@ -17,14 +17,15 @@ from linearize.modeling.static_step import StaticStep
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
+PARTS = ("embed_tokens", "norm", "rotary_emb", "layers.0", "layers.1", "layers.2")
+REST = dict.fromkeys([*(f"lm.model.{part}" for part in PARTS), "lm.lm_head"], "cpu")
 Place = Callable[[LinearizedForCausalLM, Path], object]
 PLACES: dict[str, Place] = {
     "cpu_offload": lambda student, _: accelerate.cpu_offload(student, execution_device=CPU),
     "disk_offload": lambda student, folder: accelerate.disk_offload(student, folder, execution_device=CPU),
     "device_map": lambda student, folder: accelerate.dispatch_model(
         student,
-        {**dict.fromkeys([f"lm.model.layers.{i}" for i in range(2)], "disk"), "lm.model.layers.2": "cpu",
-         "lm.model.embed_tokens": "cpu", "lm.model.norm": "cpu", "lm.model.rotary_emb": "cpu", "lm.lm_head": "cpu"},
+        {**REST, "lm.model.layers.0": "disk", "lm.model.layers.1": "disk"},
         main_device=CPU, offload_dir=folder, force_hooks=True,
     ),
 }  # fmt: skip
@@ -69,14 +70,25 @@ def test_an_offloaded_student_computes_what_it_did(name: str, place: str, tmp_pa
 def test_a_student_is_loaded_with_layers_left_on_disk(name: str, tmp_path: Path) -> None:
     student = made(name)
     student.save_pretrained(tmp_path / "student")
-    layers = {f"lm.model.layers.{i}": "disk" if i == 0 else "cpu" for i in range(3)}
-    rest = dict.fromkeys(("lm.model.embed_tokens", "lm.model.norm", "lm.model.rotary_emb", "lm.lm_head"), "cpu")
     loaded = LinearizedForCausalLM.from_pretrained(
-        tmp_path / "student", device_map={**layers, **rest}, offload_folder=tmp_path / "offload"
+        tmp_path / "student", device_map={**REST, "lm.model.layers.0": "disk"}, offload_folder=tmp_path / "offload"
     )
     assert any(parameter.is_meta for parameter in loaded.parameters()), "nothing was offloaded: the test is blind"
     for given, wanted in zip(answers(loaded), answers(student), strict=True):
         assert torch.equal(given, wanted)
+
+
+def test_adapters_are_not_lost_on_offloaded_weights(tmp_path: Path) -> None:
+    peft, safetensors = pytest.importorskip("peft"), pytest.importorskip("safetensors.torch")
+    made("lolcats").save_pretrained(tmp_path)
+    peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    name = "base_model.model.lm.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 30), f"{name}.lora_B.weight": torch.ones(60, 2)}
+    safetensors.save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="offloaded"):
+        LinearizedForCausalLM.from_pretrained(
+            tmp_path, device_map={**REST, "lm.model.layers.0": "disk"}, offload_folder=tmp_path / "offload"
+        )
 
 
 def test_a_static_step_of_an_offloaded_student_is_refused() -> None:

@@ -81,6 +81,7 @@ def at_the_first_token(teacher: PreTrainedModel, name: str) -> tuple[Tensor, lis
 def test_a_layer_mixer_starts_from_what_the_teachers_attention_sees(case: str) -> None:
     teacher = teacher_of(case)
     for site in probe(teacher):
+        assert site.readable
         weights = attention_weights(teacher.get_submodule(site.name), site.shape)
         hidden, seen = at_the_first_token(teacher, site.name)
         starts = (weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias)
@@ -208,3 +209,39 @@ def test_a_copy_of_a_student_reads_its_own_projections() -> None:
             if "qkv_proj" in name:
                 parameter.zero_()
     assert torch.equal(student(ids).logits, expected) and not torch.equal(other(ids).logits, expected)
+
+
+class Shuffled(nn.Module):
+    """A projection whose outputs are in an order that is known to nobody."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).roll(7, -1)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_projections_that_attention_sees_otherwise_are_no_start(name: str) -> None:
+    """As in code of unknown families: the same names, another layout."""
+    teacher = tiny("llama")
+    attention = type(teacher.model.layers[1].self_attn)
+
+    class Other(attention):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            plain = getattr(self, name)
+            setattr(self, name, Shuffled(plain))
+            try:
+                return super().forward(hidden_states, *args, **kwargs)
+            finally:
+                setattr(self, name, plain)
+
+    teacher.model.layers[1].self_attn.__class__ = Other
+    for dtype in (torch.bfloat16, torch.float32):
+        assert [site.readable for site in probe(copy.deepcopy(teacher).to(dtype))] == [True, False, True]
+    for plan in ("mamba2", "retention", "gla"):
+        with pytest.raises(InputError, match=f"{plan} cannot start from layer 1 of llama"):
+            LinearizedForCausalLM.from_teacher(teacher, [mixer(plan)] * LAYERS)
+    for plan in (mixer("lolcats"), mixer("mamba2", initialise="random")):
+        assert len(LinearizedForCausalLM.from_teacher(teacher, [plan] * LAYERS).mixers()) == LAYERS

@@ -74,6 +74,11 @@ class MixerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @property
+    def reads_projections(self) -> bool:
+        """Whether the mixer takes more from an attention module's projections than its attention does."""
+        return False
+
     def build(self, shape: AttentionShape) -> Mixer:
         """A mixer for attention of this shape, initialised."""
         raise AssertionError(f"{type(self).__name__} has no build method")

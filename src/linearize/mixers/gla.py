@@ -44,6 +44,11 @@ class GlaConfig(MixerConfig):
     window_share: float = Field(0.5, ge=0, le=1)
     gate_divisor: float = Field(16.0, gt=0)
 
+    @property
+    def reads_projections(self) -> bool:
+        """See `MixerConfig`: the gate is the key projection's output."""
+        return True
+
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer; it has no parameters."""
         return Gla(self, shape)

@@ -79,6 +79,11 @@ class LayerMixerConfig(MixerConfig):
 
     initialise: Initialise = "copy"
 
+    @property
+    def reads_projections(self) -> bool:
+        """See `MixerConfig`: it starts from them."""
+        return self.initialise != "random"
+
 
 class LayerMixer(Mixer):
     """Takes the hidden states of a layer and gives what the attention module would.

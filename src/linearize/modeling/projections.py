@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from linearize.mixers.layer_mixer import AttentionWeights
 
 OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
+ALIKE = 0.95  # the cosine of vectors that are the same but for rounding
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -70,6 +71,37 @@ def key_projection(module: nn.Module, hidden_BTM: Tensor, shape: AttentionShape)
     layers, cut = _inputs(module)
     keys = layers[1](hidden_BTM) if cut is None else cut(layers[0](hidden_BTM), shape)[1]
     return keys.unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
+
+
+@torch.no_grad()
+def are_read_rightly(module: nn.Module, hidden_BTM: Tensor, seen: Parts, shape: AttentionShape) -> bool:
+    """Whether the projections as they are read here give what a module's attention saw of an input: `seen` is its
+    q `[B, H, T, D]`, k and v `[B, G, T, .]`, of tokens from position 0 on. True where none are known.
+
+    Directions are compared, head by head: a scale (that of the scores, of a norm) is none of the projections'. Queries
+    and keys are compared at position 0, where rotary positions turn nothing, and not where norms follow them.
+    """
+    try:
+        layers, cut = _inputs(module)
+    except InputError:
+        return True
+    normed = any("norm" in type(part).__name__.lower() for part in module.modules())
+    try:
+        given = [layer(hidden_BTM) for layer in layers] if cut is None else cut(layers[0](hidden_BTM), shape)
+        for i, (mine, theirs) in enumerate(zip(given, seen, strict=True)):
+            if i == 2 or not normed:
+                heads = mine.unflatten(-1, (theirs.shape[1], -1)).transpose(1, 2)
+                few = slice(None) if i == 2 else slice(1)
+                if not _same_directions(heads[:, :, few].double(), theirs[:, :, few].double()):
+                    return False
+    except RuntimeError:  # sizes that do not fit
+        return False
+    return True
+
+
+def _same_directions(a_BHTD: Tensor, b_BHTD: Tensor) -> bool:
+    lengths = (a_BHTD.norm(dim=-1) * b_BHTD.norm(dim=-1)).sum()
+    return bool((a_BHTD * b_BHTD).sum() >= ALIKE * lengths)
 
 
 def _inputs(module: Any) -> tuple[list[Any], Callable[[Tensor, AttentionShape], Parts] | None]:

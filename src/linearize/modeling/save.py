@@ -115,7 +115,7 @@ def apply_adapters(student: Any, path: Any) -> None:
     """Add the product of the adapters in `path/adapter`, if there are any, to the student's weights in memory.
 
     Raises:
-        InputError: adapters that do not fit the student.
+        InputError: adapters that do not fit the student, or weights that are offloaded.
     """
     folder = Path(str(path)) / ADAPTER
     if not folder.is_dir():
@@ -132,5 +132,10 @@ def apply_adapters(student: Any, path: Any) -> None:
         a, b = state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight")
         if not isinstance(module, nn.Linear) or a is None or b is None:
             raise InputError(f"the adapters in {folder} do not fit the student: {name} is no linear layer of it")
+        if module.weight.is_meta:
+            raise InputError(
+                f"the adapters in {folder} are added to weights in memory, and those of {name} are offloaded: load the "
+                "student without offload, save it, and load that"
+            )
         with torch.no_grad():
             module.weight += scale * (b.float() @ a.float()).to(module.weight.dtype).to(module.weight.device)

@@ -17,7 +17,7 @@ from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, 
 from linearize.modeling.attention import ATTENTION, parameter_names
 from linearize.modeling.four_bits import nf4_states
 from linearize.modeling.mixer_layer import MixerLayer
-from linearize.modeling.projections import attention_weights, with_biases
+from linearize.modeling.projections import are_read_rightly, attention_weights, with_biases
 from linearize.modeling.sharding import is_unit, whole
 
 PROBE = "linearize_probe"
@@ -28,12 +28,16 @@ HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
-    """One attention module of a teacher: where it is, its sizes, and the window it is limited to (None: none)."""
+    """One attention module of a teacher: where it is, its sizes, and the window it is limited to (None: none).
+
+    `readable`: whether its projections, as they are read here, give the q, k and v that its attention sees.
+    """
 
     name: str
     layer: int
     shape: AttentionShape
     sliding_window: int | None
+    readable: bool = True
 
 
 def probe(model: PreTrainedModel) -> list[AttentionSite]:
@@ -51,14 +55,35 @@ def probe(model: PreTrainedModel) -> list[AttentionSite]:
         _check_not_offloaded(model)
         with torch.no_grad(), routed(model, PROBE):
             ids = torch.tensor([[0, 1, 2]], device=model.device) % model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-            model(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
+            with _inputs_noted(model) as hidden:
+                model(input_ids=ids, use_cache=False, linearize_probe_calls=calls)
     except InputError as error:
         raise InputError(f"{family} cannot be converted: {error}") from error
     except Exception as error:
         raise InputError(
             f"{family} cannot be converted: its attention could not be probed ({one_line(error)})"
         ) from error
-    return _sites(model, calls)
+    with routed(model, PROBE):  # without dropout, as above
+        return _sites(model, calls, hidden)
+
+
+@contextmanager
+def _inputs_noted(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """The first input of every module of the model that knows its layer, as attention modules do."""
+    hidden: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor):
+            hidden[module] = given
+
+    known = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in known]
+    try:
+        yield hidden
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_not_offloaded(module: nn.Module) -> None:
@@ -125,7 +150,7 @@ def _probe_attention(
 AttentionInterface.register(PROBE, _probe_attention)
 
 
-def _sites(model: PreTrainedModel, calls: list[dict[str, Any]]) -> list[AttentionSite]:
+def _sites(model: PreTrainedModel, calls: list[dict[str, Any]], hidden: dict[nn.Module, Tensor]) -> list[AttentionSite]:
     family, layers = model.config.model_type, model.config.get_text_config().num_hidden_layers
     names = {id(module): name for name, module in model.named_modules()}
     sites = []
@@ -143,12 +168,14 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]]) -> list[Attentio
         layer = getattr(call["module"], "layer_idx", None)
         if layer is None or id(call["module"]) not in names:
             raise InputError(f"{family} cannot be converted: its attention modules do not know their layer")
+        noted = hidden.get(call["module"])
         sites.append(
             AttentionSite(
                 name=names[id(call["module"])],
                 layer=layer,
                 shape=with_biases(call["module"], shape),
                 sliding_window=call["window"],
+                readable=noted is None or noted.is_meta or are_read_rightly(call["module"], noted, (q, k, v), shape),
             )
         )
     sites.sort(key=lambda site: site.layer)
@@ -169,13 +196,21 @@ def check_plan(
     Such a layer is linear already, and no mixer would be nearer to it than itself.
 
     Raises:
-        InputError: a plan of another length than the model.
+        InputError: a plan of another length than the model, or a mixer that takes something from projections which
+            cannot be read.
     """
     if len(plan) != len(sites):
         raise InputError(
             f"the plan has {len(plan)} layers, {family} has {len(sites)}: give one mixer (or none) per layer"
         )
-    return [None if _is_local(mixer, site) else mixer for mixer, site in zip(plan, sites, strict=True)]
+    checked = [None if _is_local(mixer, site) else mixer for mixer, site in zip(plan, sites, strict=True)]
+    for mixer, site in zip(checked, sites, strict=True):
+        if mixer is not None and mixer.reads_projections and not site.readable:
+            raise InputError(
+                f"{mixer.name} cannot start from layer {site.layer} of {family}: its attention sees other queries, "  # type: ignore[attr-defined]
+                "keys or values than its projections give, as far as they are known here; use lolcats"
+            )
+    return checked
 
 
 def _is_local(mixer: MixerConfig | None, site: AttentionSite) -> bool:
