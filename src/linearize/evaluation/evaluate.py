@@ -99,6 +99,8 @@ def evaluate(
     chosen.check()
     if chosen.data_root is not None:
         chosen = replace(chosen, data_root=Path(expand_home(chosen.data_root)))
+    if chosen.include_path is not None:
+        chosen = replace(chosen, include_path=Path(expand_home(chosen.include_path)))
     models = [expand_home(m) for m in (*([model] if model is not None else []), *compare)]
     if not models:
         raise InputError("no model given: name one, or several with --compare")
