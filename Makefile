@@ -1,5 +1,6 @@
 # make demo      a virtual environment, the package in it, and the embedded teacher converted
 # make test      the same environment with the development tools, and the tests
+# make test-newest, test-lowest   the parts that meet transformers, peft and torch, on the newest and oldest releases allowed
 # make gpu-test  the tests that need a GPU, alone: the kernels there, in bf16 too
 # make lint      style, formatting and types
 # Needs Python 3.11+, make and a package index. Another interpreter: make demo PYTHON=python3.12
@@ -10,13 +11,24 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test gpu-test lint format clean
+.PHONY: demo test test-newest test-lowest gpu-test lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The parts that meet other libraries: their names, arguments and classes.
+MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_generation.py mixer_contract.py \
+	layer_mixers.py families.py stages.py export.py export_remote_code.py trainers_of_others.py versions.py)
+
+# A bare `pip install`, as users do it: no constraints, the package itself and not the checkout.
+test-newest: $(VENV)-newest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(MEETING)
+
+test-lowest: $(VENV)-lowest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest $(MEETING)
 
 gpu-test: $(VENV)/.installed-dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -33,7 +45,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps are written last, so an interrupted installation is repeated and a finished one costs nothing.
 $(VENV)/.created: constraints.txt
@@ -50,4 +62,15 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)-newest/.installed: pyproject.toml $(shell find src -name '*.py' -o -name '*.yaml')
+	@test -d $(VENV)-newest || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --quiet --upgrade . pytest pytest-xdist trl
+	@touch $@
+
+$(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt $(shell find src -name '*.py' -o -name '*.yaml')
+	@test -d $(VENV)-lowest || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lowest.txt \
+		. pytest pytest-xdist trl
 	@touch $@

@@ -12,8 +12,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from linearize.version import __version__
+from linearize.version import __version__, report_untried_versions
 
+report_untried_versions()
 try:
     from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
 except KeyboardInterrupt:  # these imports are most of the time that the command takes to start
