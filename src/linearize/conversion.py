@@ -102,7 +102,7 @@ def convert(
     group = start()
     remote: Any = {"device": device, "trust_remote_code": trust_remote_code}
     check_together(chosen, group)
-    group.agree(facts(request.teacher, specs, wanted, final) | {"way of reading (--stream)": str(stream)})
+    group.agree(facts(request.teacher, specs, chosen, final) | {"way of reading (--stream)": str(stream)})
     by_block = stream or (group.ranks > 1 and any(map(is_blockwise, chosen.stages)))
     if by_block:
         block_stage(chosen, later=True)
@@ -190,7 +190,6 @@ class Conversion:
         self.steps, self.heldout = prepared.steps, prepared.heldout
         length = self.recipe.data.length
         self.identity = {
-            "teacher": prepared.name,
             "teacher_weights": prepared.teacher_weights,
             "data": prepared.text.fingerprint(length, self.heldout),
             "seed": self.recipe.seed,
@@ -270,7 +269,7 @@ class Conversion:
             result = take_parts(self.student, self.trained or self._blockwise(number, step), key)
         else:
             result = self._run_in_loop(self._on_this_device(number, share, step), key, identity, part)
-        self.before[key] = share.model_dump(mode="json")
+        self.before[key] = share.settings()
         before = self.losses[-1]
         self._measure(key, step)
         self.stages.append(stage_report(stage, result, before, self.losses[-1], self.steps, step))

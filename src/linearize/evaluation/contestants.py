@@ -11,7 +11,7 @@ from linearize.decoding.loading import is_student, load_any
 from linearize.errors import InputError
 from linearize.evaluation.held_out import Origin
 from linearize.evaluation.section import Contestant
-from linearize.modeling.teacher import check_model_folder
+from linearize.modeling.model_source import find_model
 
 TEACHER = "teacher"
 _WEIGHTS = ("*.json", "*.safetensors", "tokenizer*", "*.model")
@@ -26,7 +26,7 @@ def load_contestants(
     Raises InputError for what is no model, and for tokenizers that differ.
     """
     for path in [*models, *([teacher] if teacher else [])]:
-        check_model_folder(path)
+        find_model(path)
     if teacher is None and len(models) == 1 and not is_student(models[0]):
         return (_load(models[0], TEACHER, "teacher", device),)
     found = []

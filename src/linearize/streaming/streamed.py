@@ -76,7 +76,7 @@ def convert_streamed(
     final, work, group = request.final, request.work, start()
     only = request.options.only is not None
     block_stage(request.recipe, later=only)
-    group.agree(facts(request.teacher, request.specs, request.wanted, final))
+    group.agree(facts(request.teacher, request.specs, request.recipe, final))
     lock = output_lock(final, shared=only) if group.leads else nullcontext()
     with lock, writing("what the conversion keeps", final.parent):
         if only:
@@ -161,7 +161,6 @@ class StreamedConversion:
     def stage(self) -> BlockwiseStage:
         """The block-wise stage."""
         identity = {
-            "teacher": self.given.name,
             "teacher_weights": self.given.teacher.files.fingerprint(),
             "data": self.given.text.fingerprint(self.recipe.data.length, self.given.heldout),
             "seed": self.recipe.seed,

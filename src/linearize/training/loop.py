@@ -112,7 +112,7 @@ def run_stage(
     loop = _Loop(run, config, heldout, rows=rows, name=name or config.name, alone=alone)
     if config.tokens != 0:
         if checkpoint_dir is not None:
-            loop.attach(checkpoint_dir, {"stage": config.model_dump(mode="json"), "length": length, **(identity or {})})
+            loop.attach(checkpoint_dir, {"stage": config.settings(), "length": length, **(identity or {})})
         with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
             loop.run(batches, checkpoint_seconds, progress=progress, tracker=tracker)
     run.finish()
