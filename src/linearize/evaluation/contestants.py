@@ -14,7 +14,7 @@ from linearize.evaluation.section import Contestant
 from linearize.modeling.model_source import find_model
 
 TEACHER = "teacher"
-_WEIGHTS = ("*.json", "*.safetensors", "tokenizer*", "*.model")
+_WEIGHTS = ("*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model")
 
 
 def load_contestants(
@@ -71,11 +71,11 @@ def _load(path: str, name: str, role: Literal["teacher", "student"], device: str
 
 
 def _fingerprint(path: str, config: object) -> str:
-    """Changes with the files of a local folder (names, sizes, times of change), or with the commit of a Hub model."""
+    """Changes with a folder's files, or a GGUF file, by name, size and time of change; or with a Hub model's commit."""
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not folder.exists():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
-    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
+    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}) if folder.is_dir() else [folder]
     told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:20]
 

@@ -18,6 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from linearize.disk import writing
 from linearize.errors import InputError, one_line
+from linearize.modeling.four_bits import is_nf4
 from linearize.modeling.quantized import has_quantized
 from linearize.modeling.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.sharding import shards_of, whole_state
@@ -79,7 +80,8 @@ def check_saving(student: Any, tokenizer: Any) -> None:
             AutoTokenizer.from_pretrained(name)
             with torch.device("meta"):
                 again = type(student)(type(student.config).from_pretrained(name))
-        wrong = sorted(_own_parameters(student) ^ _own_parameters(again))
+        held, read = _own_parameters(student), _own_parameters(again)
+        wrong = sorted(name for name in {*held, *read} if held.get(name) != read.get(name))
         if not wrong and not has_quantized(student) and not student.get_input_embeddings().weight.is_meta:
             remove_tied_weights_from_state_dict(student.state_dict(), student)  # refuses memory shared otherwise
     except Exception as error:  # whatever keeps it from being saved
@@ -94,10 +96,11 @@ def check_saving(student: Any, tokenizer: Any) -> None:
         )
 
 
-def _own_parameters(model: Any) -> set[str]:
-    """The names of parameters but for those that are others under a second name."""
+def _own_parameters(model: Any) -> dict[str, tuple[int, ...]]:
+    """The sizes of parameters, but for those that are others under a second name."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - tied
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return {name: tuple(p.quant_state.shape if is_nf4(p) else p.shape) for name, p in parameters.items()}
 
 
 def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
