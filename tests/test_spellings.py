@@ -90,7 +90,7 @@ def test_blocks_trained_before_are_taken(place: Path, stream: bool, monkeypatch:
     chosen = {"out": "student", "device": "cpu"}
     if stream:
         with monkeypatch.context() as patch:
-            stop_after(patch, steps := [], 9)
+            stop_after(patch, [], 9)
             with pytest.raises(Stopped):
                 linearize.convert(
                     teachers[0], data=[texts[0]], recipe=recipe(others[0], block=1), stream=True, **chosen
@@ -101,7 +101,7 @@ def test_blocks_trained_before_are_taken(place: Path, stream: bool, monkeypatch:
     times = [part.stat().st_mtime_ns for part in parts]
     assert parts
     with monkeypatch.context() as patch:
-        stop_after(patch, steps := [], 2)
+        stop_after(patch, [], 2)
         with pytest.raises(Stopped):
             linearize.convert(teachers[4], data=[texts[3]], recipe=recipe(others[1], block=1), stream=stream, **chosen)
     assert [part.stat().st_mtime_ns for part in parts] == times
@@ -127,10 +127,9 @@ def test_a_run_that_was_stopped_at_its_end(place: Path, monkeypatch: pytest.Monk
 def test_names_that_are_no_places(place: Path) -> None:
     assert {real_name(name) for name in spellings(place, "teacher")} == {str(place / "teacher")}
     assert real_name("someone/model") == "someone/model" and real_name("self") == "self"
+    rest: Any = {"out": "o", "overrides": None, "options": None}
     asked = [
-        read_request(
-            teacher, data=[f"pseudo:{text}", "self"], out="o", recipe=recipe(other), overrides=None, options=None
-        )
+        read_request(teacher, data=[f"pseudo:{text}", "self"], recipe=recipe(other), **rest)
         for teacher, text, other in zip(*(spellings(place, n) for n in ("teacher", "text.txt", "other")), strict=True)
     ]
     assert all(request.wanted == asked[0].wanted for request in asked)
