@@ -102,6 +102,15 @@ def test_streams(tmp_path: Path, text: Path) -> None:
                 StreamedTeacher(str(folder), device=torch.device("cpu"))
 
 
+def test_no_step_no_blame(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is not seen beforehand: a loss that is NaN before the first step is not the learning rate's fault."""
+    for name in ("check_finite_outputs", "check_finite_weights"):
+        monkeypatch.setattr(f"linearize.recipes.preparation.{name}", lambda *given: None)
+    folder = diverged(tmp_path / "teacher")
+    with pytest.raises(RuntimeError, match="after step 0 of stage 'attention_transfer' is nan: no step was taken"):
+        linearize.convert(folder, data=[text], out=tmp_path / "student", overrides=FEW, device="cpu")
+
+
 def test_another_teacher(tmp_path: Path, text: Path) -> None:
     (tmp_path / "teacher").mkdir()
     write_teacher(tmp_path / "teacher")

@@ -244,7 +244,8 @@ class _Loop:
         if self.heldout is None:
             return
         state, loss = self.state, self.stepper.heldout_loss(self.heldout)
-        check_finite(loss, f"the held-out loss after step {state.step} of stage {self.config.name!r}")
+        where = f"after step {state.step} of stage {self.config.name!r}"
+        check_finite(loss, f"the held-out loss {where}", trained=state.step > 0)
         state.heldout.append((state.step, loss))
         state.plateau = state.plateau.after(loss, self.config)
         if state.best_loss is None or loss < state.best_loss:
