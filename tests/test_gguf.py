@@ -27,7 +27,7 @@ from linearize.training.stages.other_teacher import load_other_teacher
 
 gguf: Any = pytest.importorskip("gguf", reason="needs gguf (pip install linearize[gguf])")
 LETTERS = "abcdefghijklmnopqrstuvwxyzARN0123456789:.,>"
-TOKENS = ["<s>", "</s>", *LETTERS, "Ġ", "Ċ", "th"]  # as byte-level BPE writes a space and a line's end
+TOKENS = ["<s>", "</s>", *LETTERS, "Ġ", "Ċ", "th", "the"]  # as byte-level BPE writes a space and a line's end
 LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -56,7 +56,7 @@ def write_gguf(path: Path, kind: str = "F32") -> PreTrainedModel:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))  # control, normal
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "th e"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name, tensor in model.state_dict().items():
@@ -111,7 +111,7 @@ def test_converted_to_an_ordinary_student(tmp_path: Path) -> None:
     student, tokenizer = load_any(out, device="cpu")
     assert torch.equal(student.get_input_embeddings().weight, model.get_input_embeddings().weight)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())["teacher"]
-    assert tokenizer("the cat")["input_ids"][:1] == [TOKENS.index("th")]
+    assert tokenizer("the cat")["input_ids"][:1] == [TOKENS.index("the")]
 
 
 def test_wherever_a_model_is_named(tmp_path: Path) -> None:
