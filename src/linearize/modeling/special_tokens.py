@@ -28,6 +28,15 @@ def fit_pad_token(model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = None if is_outside(tokenizer.eos_token_id, vocabulary) else tokenizer.eos_token
 
 
+def take_special_tokens(tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Give a tokenizer the BOS, EOS and pad token that a config names by ids: some versions of transformers read a
+    GGUF file's BOS as its EOS."""
+    for kind in ("bos", "eos", "pad"):
+        token = getattr(config, f"{kind}_token_id", None)
+        if isinstance(token, int) and token != getattr(tokenizer, f"{kind}_token_id"):
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token))
+
+
 def is_outside(token: int | None, vocabulary: int) -> bool:
     """Whether there is such a token, and no embedding for it."""
     return token is not None and not 0 <= token < vocabulary

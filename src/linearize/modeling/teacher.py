@@ -18,7 +18,7 @@ from linearize.modeling.model_files import number_types
 from linearize.modeling.model_source import ModelSource, adapter_alone, find_model, read_config
 from linearize.modeling.quantized import BaseWeights, after_loading, loading_options
 from linearize.modeling.quantized_teacher import check_readable, make_plain, reading_options
-from linearize.modeling.special_tokens import fit_pad_token
+from linearize.modeling.special_tokens import fit_pad_token, take_special_tokens
 from linearize.modeling.weight_files import WeightFiles
 
 _TOKENIZERS = (
@@ -80,7 +80,10 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     """The tokenizer of a model, by folder or Hub name. Raises InputError where there is none that can be used."""
     source = ModelSource(str(name)) if Path(name).is_dir() and _has_tokenizer(Path(name)) else find_model(name)
     try:
-        return AutoTokenizer.from_pretrained(source.name, **source.options, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options, trust_remote_code=trust_remote_code)
+        if source.gguf_file is not None:
+            take_special_tokens(tokenizer, read_config(source))
+        return tokenizer
     except Exception as error:  # tokenizers raises nothing more special
         told = f"cannot load the tokenizer of {source}: {one_line(error)}"
         folder = Path(source.name)
