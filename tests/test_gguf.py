@@ -85,8 +85,8 @@ def _paired(weight_OI: torch.Tensor, heads: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_read_by_path_and_by_folder(tmp_path: Path, kind: str) -> None:
-    """A file with plain numbers keeps them; in 8 bits each is near: half a step of its 32, and 127 times the rounding of
-    their fp16 scale (2 ** -11)."""
+    """A file with plain numbers keeps them; in 8 bits each is near: half a step of its 32, and 127 times the rounding
+    of their fp16 scale (2 ** -11)."""
     path = tmp_path / "tiny.gguf"
     exact = write_gguf(path, kind)
     ids = torch.arange(2, 30)[None]
