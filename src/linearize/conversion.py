@@ -107,7 +107,7 @@ def convert(
     final, group = request.final, start()
     check_together(request.recipe, group)
     way = {"way of reading (--stream)": str(stream), "choice of blocks (--blocks)": str(blocks)}
-    group.agree(facts(request.teacher, request.specs, request.wanted, final) | way)
+    group.agree(facts(request.teacher, request.specs, request.recipe, final) | way)
     from_disk = stream or (group.ranks > 1 and any(map(is_blockwise, request.recipe.stages)))
     if from_disk:
         block_stage(request.recipe)
@@ -211,7 +211,6 @@ class Conversion:
         self.steps, self.heldout = prepared.steps, prepared.heldout
         length = self.recipe.data.length
         self.identity = {
-            "teacher": prepared.name,
             "teacher_weights": prepared.teacher_weights,
             "data": prepared.text.fingerprint(length, self.heldout),
             "seed": self.recipe.seed,
@@ -291,7 +290,7 @@ class Conversion:
             result = take_parts(self.student, self.trained or self._blockwise(number, step), key)
         else:
             result = self._run_in_loop(self._on_this_device(number, share, step), key, identity, part)
-        self.before[key] = share.model_dump(mode="json")
+        self.before[key] = share.settings()
         before = self.losses[-1]
         self._measure(key, step)
         self.stages.append(stage_report(stage, result, before, self.losses[-1], self.steps, step))

@@ -194,6 +194,12 @@ def check_free(final: Path, overwrite: bool) -> None:
         raise InputError(f"{final}: holds the working or home folder and is not replaced; give another output folder")
 
 
+def real_name(name: str) -> str:
+    """One spelling for all that mean the same place: of what exists the absolute path without links, else the name."""
+    path = expand_home(name)
+    return os.path.realpath(path) if os.path.exists(path) else name
+
+
 def check_apart(final: Path, *read: Path | str) -> None:
     """Refuse an output folder that holds what is read, since `overwrite` would remove it.
 

@@ -12,10 +12,10 @@ from linearize.errors import InputError
 from linearize.evaluation.held_out import Origin
 from linearize.evaluation.section import Contestant
 from linearize.files import expand_home
-from linearize.modeling.teacher import check_model_folder
+from linearize.modeling.model_source import find_model
 
 TEACHER = "teacher"
-_WEIGHTS = ("*.json", "*.safetensors", "tokenizer*", "*.model")
+_WEIGHTS = ("*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model")
 
 
 def load_contestants(
@@ -27,7 +27,7 @@ def load_contestants(
     Raises InputError for what is no model, and for tokenizers that differ.
     """
     for path in [*models, *([teacher] if teacher else [])]:
-        check_model_folder(path)
+        find_model(path)
     if teacher is None and len(models) == 1 and not is_student(models[0]):
         return (_load(models[0], TEACHER, "teacher", device),)
     found = []
@@ -72,11 +72,11 @@ def _load(path: str, name: str, role: Literal["teacher", "student"], device: str
 
 
 def _fingerprint(path: str, config: object) -> str:
-    """Changes with the files of a local folder (names, sizes, times of change), or with the commit of a Hub model."""
+    """Changes with a folder's files, or a GGUF file, by name, size and time of change; or with a Hub model's commit."""
     folder = Path(expand_home(path))
-    if not folder.is_dir():
+    if not folder.exists():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
-    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
+    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}) if folder.is_dir() else [folder]
     told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:20]
 

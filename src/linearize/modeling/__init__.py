@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linearize.errors import InputError, one_line
-from linearize.files import expand_home
 from linearize.modeling.backbone import LinearizedModel
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.student import LinearizedForCausalLM
@@ -38,10 +37,12 @@ def load(
     Raises:
         InputError: a missing folder, a model that is no student, or weights that do not fit the plan.
     """
-    from linearize.modeling.teacher import check_model_folder
+    from linearize.modeling.model_source import find_model
 
-    path = expand_home(path)
-    check_model_folder(path)
+    source = find_model(path)
+    if source.gguf_file is not None:
+        raise InputError(f"{source} is a GGUF file, not a student: load it with transformers")
+    path = source.name
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         config = AutoConfig.from_pretrained(path)

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
-from linearize.files import expand_home
 from linearize.mixers import AttentionShape
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.model_source import find_model
+from linearize.modeling.model_source import read_config as read_source_config
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.modeling.surgery import AttentionSite, body_sizes, probe
-from linearize.modeling.teacher import check_model_folder
 
 CONTEXTS = (1024, 16384, 65536)
 SOFTMAX = "softmax"
@@ -52,16 +52,14 @@ def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CON
 
 def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
     """A model's config, checked; no weights are read. Raises InputError."""
-    path = expand_home(path)
-    check_model_folder(path)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        if isinstance(config, LinearizeConfig):
+    config = read_source_config(find_model(path))
+    if isinstance(config, LinearizeConfig):
+        try:
             config.mixers()
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read {path} as a model: {one_line(error)}") from error
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read {path} as a model: {one_line(error)}") from error
     return config
 
 

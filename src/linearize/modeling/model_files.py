@@ -60,6 +60,17 @@ def tensors_of(path: Path) -> Mapping[str, Any]:
     return dict(header)
 
 
+def number_types(folder: Path) -> dict[str, str]:
+    """The type of each tensor in a folder's weights, as the headers tell (`BF16`); files were checked before."""
+    if (folder / "model.safetensors").is_file():
+        shards = {"model.safetensors"}
+    elif (folder / INDEX).is_file():
+        shards = set(read_json(folder / INDEX)["weight_map"].values())
+    else:
+        return {}
+    return {name: entry["dtype"] for shard in sorted(shards) for name, entry in tensors_of(folder / shard).items()}
+
+
 def _check_index(path: Path) -> None:
     mapped = read_json(path)
     mapped = mapped.get("weight_map") if isinstance(mapped, dict) else None

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from linearize.disk import writing
-from linearize.errors import InputError
+from linearize.errors import InputError, one_line
+from linearize.modeling.four_bits import is_nf4
+from linearize.modeling.quantized import has_quantized
 from linearize.modeling.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.sharding import shards_of, whole_state
 
 ADAPTER = "adapter"
+LOG = logging.getLogger("linearize")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +66,71 @@ def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
             save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
 
 
+def check_saving(student: Any, tokenizer: Any) -> None:
+    """Try all that saving a student needs but the writing of its weights, before it is trained: write its documents
+    into a folder that is removed, read them again, and see that the weights fit them.
+
+    Raises:
+        InputError: something could not be written, or not be read as it was.
+    """
+    try:
+        with TemporaryDirectory() as name, torch.random.fork_rng(devices=[]):
+            save_config(student, Path(name))
+            tokenizer.save_pretrained(name)
+            AutoTokenizer.from_pretrained(name)
+            with torch.device("meta"):
+                again = type(student)(type(student.config).from_pretrained(name))
+        held, read = _own_parameters(student), _own_parameters(again)
+        wrong = sorted(name for name in {*held, *read} if held.get(name) != read.get(name))
+        if not wrong and not has_quantized(student) and not student.get_input_embeddings().weight.is_meta:
+            remove_tied_weights_from_state_dict(student.state_dict(), student)  # refuses memory shared otherwise
+    except Exception as error:  # whatever keeps it from being saved
+        raise InputError(
+            f"the student could not be saved after its training, so it is not begun: {one_line(error)} (its config, "
+            "generation config, tokenizer and the sharing of its weights come from the teacher: mend them there)"
+        ) from error
+    if wrong:
+        raise InputError(
+            f"the student could not be loaded after its training, so it is not begun: its config describes another "
+            f"model ({wrong[0]} and {len(wrong) - 1} more differ); mend the teacher's config.json"
+        )
+
+
+def _own_parameters(model: Any) -> dict[str, tuple[int, ...]]:
+    """The sizes of parameters, but for those that are others under a second name."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return {name: tuple(p.quant_state.shape if is_nf4(p) else p.shape) for name, p in parameters.items()}
+
+
+def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """As much of a generation config as transformers calls valid, and lets one save; itself where all of it is.
+
+    What is left out (a temperature without sampling) `generate` ignores; it is said in a warning.
+    """
+    if _is_valid(config):
+        return config
+    default, found = GenerationConfig(), copy.deepcopy(config)
+    left = {name: value for name, value in vars(config).items() if value != getattr(default, name, value)}
+    for name in left:
+        setattr(found, name, getattr(default, name))
+    while kept := [name for name, value in left.items() if _is_valid(found, {name: value})]:
+        setattr(found, kept[0], left.pop(kept[0]))
+    LOG.warning("the teacher's generation config sets %s, which has no effect there: left out", ", ".join(left))
+    return found
+
+
+def _is_valid(config: GenerationConfig, changes: Mapping[str, Any] | None = None) -> bool:
+    tried = copy.deepcopy(config)
+    for name, value in (changes or {}).items():
+        setattr(tried, name, value)
+    try:
+        tried.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
 def save_config(student: Any, folder: Path) -> None:
     """What tells a loader of the weights in a student's folder."""
     student.config.architectures = [type(student).__name__]
@@ -86,7 +159,6 @@ def _save_sharded(student: Any, folder: Path | None) -> None:
 def _entries(student: Any) -> dict[str, Entry] | None:
     """Dtype and shape of every tensor of a folder, tied ones once; None: transformers saves others than these."""
     from transformers.core_model_loading import revert_weight_conversion
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     held: dict[str, Tensor] = student.state_dict(keep_vars=True)
     marks = {id(tensor): torch.empty(1) for tensor in held.values()}

@@ -7,19 +7,25 @@ Letters: B batch, T tokens, M model width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.blocks import Block, Slot, make_block, reached, student_around
+from linearize.modeling.checkpoint_keys import check_keys, check_numbers
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.model_source import find_model, read_config
+from linearize.modeling.quantized_teacher import quantization_of
+from linearize.modeling.special_tokens import fit_pad_token
 from linearize.modeling.surgery import AttentionSite, install, probe, share_weights
+from linearize.modeling.teacher import load_tokenizer
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
 from linearize.modeling.weight_files import WeightFiles
 
@@ -35,12 +41,20 @@ class StreamedTeacher:
         """Raises InputError: no such model, weights that are not whole, a family that cannot be converted."""
         self.name, self.device = name, device
         self.files = WeightFiles(name)
+        source = find_model(name)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        self.config = read_config(source, **options)
+        if self.config.model_type == "linearized":
+            raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
+        if (method := quantization_of(source, self.config)) is not None:
+            raise InputError(
+                f"{name} holds weights quantized by {method}, and --stream reads plain numbers: leave out --stream, or "
+                "save the model in bfloat16 first"
+            )
+        check_numbers(name, self.files.types(), self.config)
+        self.files.check_samples()
+        self.tokenizer: Any = load_tokenizer(name, **options)
         try:
-            self.config = AutoConfig.from_pretrained(name, **options)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
-            if self.config.model_type == "linearized":
-                raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
             asked = getattr(self.config, "dtype", None)
             self.stored = asked if isinstance(asked, torch.dtype) else torch.float32
             half = self.stored in (torch.float16, torch.bfloat16)
@@ -54,9 +68,10 @@ class StreamedTeacher:
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise InputError(f"cannot load {name} as a causal language model: {one_line(error)}") from error
         self.skeleton.requires_grad_(False)
+        fit_pad_token(self.skeleton, self.tokenizer)
         self.layers = list_of_layers([site.name for site in self.sites])
-        self.plain, self.converted = _sources(self.skeleton, self.files)
-        self._check_whole()
+        self.plain, self.converted, unread = _sources(self.skeleton, self.files)
+        self._check_whole(unread)
 
     def tree(self, span: range, *, embedding: bool = False, head: bool = False) -> PreTrainedModel:
         """The layers `span` with their weights and whatever stands outside of all layers, in a tree that has the other
@@ -97,15 +112,22 @@ class StreamedTeacher:
         head = _names(self.skeleton, self.skeleton.get_output_embeddings())
         return bool(self.config.get_text_config().tie_word_embeddings) and not head & set(self.plain)
 
-    def _check_whole(self) -> None:
-        """Refuse weights that lack a parameter."""
+    def _check_whole(self, unread: Sequence[str]) -> None:
+        """Refuse weights that lack a parameter, have one of another shape, or hold tensors that nothing reads."""
         known = set(self.plain) | set(self.converted)
         tied = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ())
         named = [name for name, _ in self.skeleton.named_parameters() if name not in known | tied]
         if self.converted:  # a converter may give several parameters for one name: seen when they are loaded
             named = [name for name in named if not name.startswith(f"{self.layers}.")]
-        if named:
-            raise InputError(f"the weights of {self.name} lack {named[0]}: fetch them again")
+        check_keys(
+            self.name, self.config, missing=named, unexpected=unread, prefix=self.skeleton.base_model_prefix
+        )  # fmt: skip
+        for name, tensor in self.skeleton.state_dict().items():
+            if name in self.plain and (held := self.files.places[self.plain[name]].shape) != tuple(tensor.shape):
+                raise InputError(
+                    f"{self.name} holds {self.plain[name]} of shape {held}, its config.json asks for "
+                    f"{tuple(tensor.shape)}: they are not of the same model; copy or download the folder again"
+                )
 
 
 class StreamedBlocks:
@@ -196,9 +218,10 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str], dict[str, list[str]]]:
+def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str], dict[str, list[str]], list[str]]:
     """For each parameter the tensor of the checkpoint that it is; for the first parameter of each conversion (experts
-    stacked) the tensors that it is made from."""
+    stacked) the tensors that it is made from; and the tensors that are neither, but for those that the family says it
+    does without."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -208,6 +231,8 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
     state: dict[str, Any] = model.state_dict()
     plain: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
+    unread: list[str] = []
+    without = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for key in files.places:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
@@ -217,7 +242,9 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
                 plain[name] = key
             else:
                 converted.setdefault(name, []).append(key)
-    return plain, converted
+        elif not any(pattern.search(key) for pattern in without):
+            unread.append(key)
+    return plain, converted, unread
 
 
 def _convert(tree: PreTrainedModel, state: dict[str, Any], dtype: torch.dtype) -> None:

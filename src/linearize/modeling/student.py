@@ -17,7 +17,7 @@ from linearize.modeling.attention import Tap
 from linearize.modeling.cache_argument import given_cache, with_cache
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
-from linearize.modeling.save import apply_adapters
+from linearize.modeling.save import apply_adapters, valid_generation_config
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
@@ -80,7 +80,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         install(lm, checked, config.attention, config.attention_shapes(), start=True)
         with no_init_weights():
             student = cls(config, lm=lm)
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+        student.generation_config = valid_generation_config(copy.deepcopy(teacher.generation_config))
         return student.eval()
 
     def convert_layers(self, mixers: Mapping[int, MixerConfig]) -> None:

@@ -230,7 +230,7 @@ def body_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
-    eps = next((getattr(text, name) for name in names if hasattr(text, name)), 1e-6)
+    eps = next((value for name in names if (value := getattr(text, name, None)) is not None), 1e-6)  # some are null
     theta = rope.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
     return {"model_dim": text.hidden_size, "norm_eps": float(eps), "rope_theta": float(theta)}
 

@@ -4,7 +4,7 @@ memory, so that memory holds what was asked for and no more."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.files import read_json
+from linearize.modeling.finite import is_finite, not_numbers
 from linearize.modeling.model_files import tensors_of
-from linearize.modeling.teacher import check_model_folder
+from linearize.modeling.model_source import find_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {
@@ -22,6 +23,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAMPLE_BYTES = 64  # of each tensor's start and middle, for the fingerprint
 
 
@@ -44,7 +46,10 @@ class WeightFiles:
         Raises:
             InputError: no safetensors, an index that names a file or a tensor that is not there, a truncated file.
         """
-        check_model_folder(name_or_path)
+        source = find_model(name_or_path)
+        if source.gguf_file is not None:
+            raise InputError(f"{source} is a GGUF file, which is read as a whole: leave out --stream")
+        name_or_path = source.name
         self.places: dict[str, TensorPlace] = {}
         index = _located(name_or_path, INDEX)
         single = None if index is not None else _located(name_or_path, SINGLE)
@@ -70,11 +75,26 @@ class WeightFiles:
                     if not got:
                         raise InputError(f"{place.path} ends within {name}: the file is truncated, fetch it again")
                     done += got
+        if not is_finite(tensor):
+            raise not_numbers(str(place.path), name)
         return tensor
+
+    def check_samples(self) -> None:
+        """Look at a few values of each tensor, from its start and middle. Raises InputError where some are no numbers,
+        as in a model that diverged; single ones are found where their tensor is read."""
+        for name, place in self.places.items():
+            if place.dtype.is_floating_point and place.size:
+                values = [torch.frombuffer(bytearray(part), dtype=place.dtype) for part in _samples(place) if part]
+                if not all(map(is_finite, values)):
+                    raise not_numbers(str(place.path), name)
 
     def lazy(self, name: str) -> LazyTensor:
         """A tensor that is read when it is indexed."""
         return LazyTensor(self, name)
+
+    def types(self) -> dict[str, str]:
+        """The type of each tensor, as safetensors names it."""
+        return {name: _NAMES[place.dtype] for name, place in self.places.items()}
 
     def fingerprint(self) -> str:
         """Changes with names, shapes, types and (by samples of each tensor) values; reads little of a large model."""
@@ -82,10 +102,8 @@ class WeightFiles:
         for name in sorted(self.places):
             place = self.places[name]
             found = zlib.crc32(f"{name} {place.dtype} {place.shape}".encode(), found)
-            with place.path.open("rb") as file:
-                for offset in (0, place.size // 2):
-                    file.seek(place.start + offset)
-                    found = zlib.crc32(file.read(min(SAMPLE_BYTES, place.size - offset)), found)
+            for part in _samples(place):
+                found = zlib.crc32(part, found)
         return f"{found:08x}"
 
     def _read_index(self, name_or_path: str, index: Path) -> None:
@@ -100,6 +118,14 @@ class WeightFiles:
             self.places |= _places(path)
         if lost := sorted(set(weight_map) - set(self.places)):
             raise InputError(f"{weight_map[lost[0]]} lacks {lost[0]}, which {index} places there: fetch it again")
+
+
+def _samples(place: TensorPlace) -> Iterator[bytes]:
+    """The first bytes of a tensor, and those from its middle on."""
+    with place.path.open("rb") as file:
+        for offset in (0, place.size // 2 // place.dtype.itemsize * place.dtype.itemsize):
+            file.seek(place.start + offset)
+            yield file.read(min(SAMPLE_BYTES, place.size - offset))
 
 
 class LazyTensor:

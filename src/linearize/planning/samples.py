@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError, one_line
-from linearize.files import expand_home
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import list_of_blocks
+from linearize.modeling.model_source import find_config
+from linearize.modeling.model_source import read_config as read_source_config
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.truncate import SIMPLE, cut_tree, truncate
 from linearize.recipes.recipe import Recipe
@@ -88,12 +89,11 @@ def read_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
     Raises:
         InputError: there is none, or it is a student's.
     """
+    source = find_config(name)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(expand_home(name))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"cannot read {name} as a model's config ({one_line(error)}): give a folder with config.json or a Hub name"
-        ) from error
+        config = read_source_config(source)
+    except InputError as error:
+        raise InputError(f"{error} (give a folder with config.json, a .gguf file or a Hub name)") from error
     if config.model_type == "linearized":
         raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
     return config

@@ -19,7 +19,9 @@ from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.checksums import model_fingerprint
 from linearize.modeling.document_probe import keeps_documents_apart
+from linearize.modeling.finite import check_finite_outputs, check_finite_weights
 from linearize.modeling.quantized import BaseWeights
+from linearize.modeling.save import check_saving
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.teacher import load_teacher, load_tokenizer
 from linearize.modeling.truncate import truncate
@@ -106,7 +108,10 @@ def prepare(
     plan, steps, untouched = planned(recipe.plan, sites, base, scores)
     student = _student(base, name, plan, recipe.seed)
     check_stages(recipe, student, base, tokenizer)
+    check_saving(student, tokenizer)
     text, heldout = read_text(teacher, tokenizer, recipe.data, specs)
+    if not stage_on_cpu:
+        check_finite_outputs(teacher, name, heldout[0]["input_ids"][:1])
     check_rows(recipe, text, len(steps))
     if recipe.plan.needs_scores:
         assert recipe.plan.mixer is not None
@@ -143,6 +148,7 @@ def _draft_of_student(
     draft.config.teacher_name = name
     own(draft, target, draft.mixer_parameters())
     check_stages(recipe, draft, target, tokenizer, converted=False)
+    check_saving(draft, tokenizer)
     text, heldout = read_text(target, tokenizer, recipe.data, specs)
     check_rows(recipe, text, 1)
     for notice in notices:
@@ -296,7 +302,7 @@ def _load_teacher(
     base: BaseWeights = "full",
 ) -> tuple[Any, Any]:
     """Teacher (or one of our `students`, frozen) and tokenizer on their device, or on the way to it (`on_cpu`); in fp32
-    where the device is a CPU."""
+    where the device is a CPU. Raises InputError: also where it gives NaN."""
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     target = str(pick_device(device))
@@ -312,6 +318,8 @@ def _load_teacher(
         )  # fmt: skip
     if target == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()
+    check_finite_weights(teacher, name)
+    check_finite_outputs(teacher, name)
     return teacher, tokenizer
 
 

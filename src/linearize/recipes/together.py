@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,12 +46,12 @@ def check_together(recipe: Recipe, group: Group) -> None:
             )
 
 
-def facts(teacher: str, specs: Sequence[str], wanted: Mapping[str, Any], out: Path) -> dict[str, str]:
+def facts(teacher: str, specs: Sequence[str], recipe: Recipe, out: Path) -> dict[str, str]:
     """What must be the same for every process, in the words of a message: versions, recipe, teacher, data, folder."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {
         "versions": ", ".join(f"{name} {number}" for name, number in {"linearize": __version__, **versions}.items()),
-        "recipe": f"one with checksum {_checksum(json.dumps(wanted['recipe'], sort_keys=True).encode())}",
+        "recipe": f"one with checksum {_checksum(json.dumps(recipe.model_dump(mode='json'), sort_keys=True).encode())}",
         "teacher": f"{teacher} ({_file(Path(teacher) / 'config.json')})",
         "data": ", ".join(f"{spec} ({_file(Path(spec.removeprefix(PSEUDO)))})" for spec in specs),
         "output folder": str(out),

@@ -17,6 +17,7 @@ from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.assemble import student_on_meta
 from linearize.modeling.document_probe import keeps_apart
+from linearize.modeling.save import check_saving, valid_generation_config
 from linearize.modeling.streaming import StreamedBlocks, StreamedTeacher
 from linearize.modeling.student import student_config
 from linearize.recipes.preparation import check_rows, check_stages, context, fit_length, planned, read_text
@@ -74,8 +75,9 @@ def prepare_stream(
     config = student_config(teacher.skeleton, teacher.sites, applied, name)
     config.dtype = teacher.stored
     student = student_on_meta(config)
-    student.generation_config = _generation(name, teacher)
+    student.generation_config = valid_generation_config(_generation(name, teacher))
     check_stages(recipe, student, teacher.skeleton, teacher.tokenizer)
+    check_saving(student, teacher.tokenizer)
     if not student.mixer_parameters():
         raise InputError("no mixer of this plan has parameters to train, so there is nothing to do block by block")
     packs = partial(_keeps_documents_apart, StreamedBlocks(teacher, config, seed=recipe.seed))

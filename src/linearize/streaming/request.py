@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.files import check_apart, expand_home
+from linearize.files import check_apart, expand_home, real_name
 from linearize.numbers import parse_size
 from linearize.recipes.base_weights import checked_base
 from linearize.recipes.recipe import Recipe, load_recipe
@@ -46,8 +46,11 @@ class Request:
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """What tells this conversion from others with the same folder, as JSON."""
-        return {"teacher": self.teacher, "data": self.specs, "recipe": self.recipe.model_dump(mode="json")}
+        """What tells this conversion from others with the same folder, as JSON; places by their real paths."""
+        recipe = self.recipe.model_dump(mode="json")
+        for stage, fields in zip(self.recipe.stages, recipe["stages"], strict=True):
+            fields |= {place: real_name(fields[place]) for place in stage.places if fields[place] is not None}
+        return {"teacher": real_name(self.teacher), "data": [_real_spec(spec) for spec in self.specs], "recipe": recipe}
 
 
 def read_request(
@@ -80,3 +83,9 @@ def read_request(
         stream=stream, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code, final=final,
         work=work_folder(final),
     )  # fmt: skip
+
+
+def _real_spec(spec: str) -> str:
+    """A SPEC of data by the real path of its file."""
+    prefix = PSEUDO if spec.startswith(PSEUDO) else ""
+    return prefix + real_name(spec.removeprefix(prefix))

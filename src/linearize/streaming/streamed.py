@@ -92,7 +92,6 @@ class StreamedConversion:
     def stage(self) -> BlockwiseStage:
         """The block-wise stage."""
         identity = {
-            "teacher": self.given.name,
             "teacher_weights": self.given.teacher.files.fingerprint(),
             "data": self.given.text.fingerprint(self.recipe.data.length, self.given.heldout),
             "seed": self.recipe.seed,

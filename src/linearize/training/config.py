@@ -24,10 +24,12 @@ class StageConfig(BaseModel):
     """Settings that every stage shares. Frozen; unknown keys are refused; the stage's own config derives from it.
 
     `by_layer`: whether the stage compares each layer with the attention that it replaced; its teacher has the student's
-    layers then, also where the student is a draft with fewer than its target.
+    layers then, also where the student is a draft with fewer than its target. `places`: the fields that name a file or
+    a model.
     """
 
     by_layer: ClassVar[bool] = False
+    places: ClassVar[tuple[str, ...]] = ()
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
@@ -58,6 +60,11 @@ class StageConfig(BaseModel):
         if value >= 1 and value != int(value):
             raise ValueError(f"{value} is neither a fraction below 1 nor a whole number of steps")
         return value
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this stage from others, as JSON. A place is not told by its name, which has many spellings, but by
+        what is there: the stage's `identity`, or a digest of its data."""
+        return self.model_dump(mode="json", exclude=set(self.places))
 
     def check(self, student: Any, teacher: Any) -> None:
         """Raise `InputError` for what cannot work with these models; called before any work, changes nothing."""

@@ -112,7 +112,7 @@ def run_stage(
     loop = _Loop(run, config, heldout, rows=rows, name=name or config.name, alone=alone)
     if config.tokens != 0:
         if checkpoint_dir is not None:
-            loop.attach(checkpoint_dir, {"stage": config.model_dump(mode="json"), "length": length, **(identity or {})})
+            loop.attach(checkpoint_dir, {"stage": config.settings(), "length": length, **(identity or {})})
         with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
             loop.run(batches, checkpoint_seconds, progress=progress, tracker=tracker)
     run.finish()
@@ -244,7 +244,8 @@ class _Loop:
         if self.heldout is None:
             return
         state, loss = self.state, self.stepper.heldout_loss(self.heldout)
-        check_finite(loss, f"the held-out loss after step {state.step} of stage {self.config.name!r}")
+        where = f"after step {state.step} of stage {self.config.name!r}"
+        check_finite(loss, f"the held-out loss {where}", trained=state.step > 0)
         state.heldout.append((state.step, loss))
         state.plateau = state.plateau.after(loss, self.config)
         if state.best_loss is None or loss < state.best_loss:

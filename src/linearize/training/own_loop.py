@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ class OwnLoopConfig(StageConfig):
     next. `evaluate_every` says how often a checkpoint is written (besides once a minute). What needs a held-out loss
     (`schedule: plateau`, `patience`, `keep_best`) is refused.
     """
+
+    places: ClassVar[tuple[str, ...]] = ("data",)
 
     tokens: Count | None = Field(None, ge=0, description="training tokens, padding not counted; 0 skips the stage")  # type: ignore[assignment]  # here other settings may decide
     data: str = Field(min_length=1, description="rows to train on: a file or a Hub dataset")

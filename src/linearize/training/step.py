@@ -237,7 +237,8 @@ def derived_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def check_finite(value: float, what: str) -> None:
-    """Raises `RuntimeError` if a loss or a gradient norm is nan or infinite."""
+def check_finite(value: float, what: str, *, trained: bool = True) -> None:
+    """Raises `RuntimeError` if a loss or a gradient norm is nan or infinite; `trained`: whether a step was taken."""
     if not math.isfinite(value):
-        raise RuntimeError(f"{what} is {value}: lower lr, lengthen warmup or lower clip")
+        untrained = "no step was taken, so training is not to blame: look at the model and the text that it starts from"
+        raise RuntimeError(f"{what} is {value}: {'lower lr, lengthen warmup or lower clip' if trained else untrained}")

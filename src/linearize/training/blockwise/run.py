@@ -66,7 +66,7 @@ class BlockwiseStage:
         self.wanted = list(range(len(self.spans))) if job.only is None else sorted(set(job.only))
         assert not self.wanted or 0 <= self.wanted[0] <= self.wanted[-1] < len(self.spans)
         self.identity = {
-            "stage": job.stage.model_dump(mode="json"), "length": job.rows.rows.length, "block": job.block,
+            "stage": job.stage.settings(), "length": job.rows.rows.length, "block": job.block,
             **job.identity,
         }  # fmt: skip
         self.store = HiddenStore(

@@ -6,7 +6,7 @@ The teacher may be another, larger model over the same vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ class DistillConfig(StageConfig):
     `all`. `old_lr_scale`: the teacher's parameters learn at this times `lr`, the mixers' at `lr`. `teacher`: folder or
     Hub name of another teacher (None: the one that was converted).
     """
+
+    places: ClassVar[tuple[str, ...]] = ("teacher",)
 
     name: Literal["distill"] = "distill"
     kl: float = Field(0.1, ge=0)
