@@ -11,7 +11,6 @@ from teacher_folder import write_teacher, write_text
 from torch import equal
 
 import linearize
-from linearize.conversion import convert_blocks
 from linearize.files import real_name
 from linearize.recipes.recipe import Recipe
 from linearize.streaming.request import read_request
@@ -96,7 +95,7 @@ def test_blocks_trained_before_are_taken(place: Path, stream: bool, monkeypatch:
                     teachers[0], data=[texts[0]], recipe=recipe(others[0], block=1), stream=True, **chosen
                 )
     else:
-        convert_blocks(teachers[0], "0", data=[texts[0]], recipe=recipe(others[0], block=1), **chosen)
+        linearize.convert(teachers[0], blocks="0", data=[texts[0]], recipe=recipe(others[0], block=1), **chosen)
     parts = sorted((place / ".student.run").glob("*/parts/*"))
     times = [part.stat().st_mtime_ns for part in parts]
     assert parts
@@ -127,7 +126,8 @@ def test_a_run_that_was_stopped_at_its_end(place: Path, monkeypatch: pytest.Monk
 def test_names_that_are_no_places(place: Path) -> None:
     assert {real_name(name) for name in spellings(place, "teacher")} == {str(place / "teacher")}
     assert real_name("someone/model") == "someone/model" and real_name("self") == "self"
-    rest: Any = {"out": "o", "overrides": None, "options": None}
+    rest: Any = dict.fromkeys(("overrides", "blocks", "memory", "disk", "device"))
+    rest |= {"out": "o", "stream": False, "overwrite": False, "trust_remote_code": False}
     asked = [
         read_request(teacher, data=[f"pseudo:{text}", "self"], recipe=recipe(other), **rest)
         for teacher, text, other in zip(*(spellings(place, n) for n in ("teacher", "text.txt", "other")), strict=True)
