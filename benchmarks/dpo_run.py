@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from linearize.benchmarks.timing import publish
+from benchmarks.timing import publish
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.teacher import load_teacher
-from linearize.training.own_loop import StageJob
+from linearize.modeling.io.teacher import load_teacher
+from linearize.training.dataset_stage import StageJob
 from linearize.training.progress import LineProgress
 from linearize.training.stages.dpo import DpoConfig
 
@@ -53,7 +53,7 @@ def work(given: argparse.Namespace) -> None:
     """One process: the stage from where its folder says, and what it gave as JSON."""
     torch.set_num_threads(given.threads)
     teacher, tokenizer = load_teacher(given.teacher)
-    plan = [MIXERS["lolcats"](window=WINDOW)] * teacher.config.num_hidden_layers
+    plan = [MIXERS["lolcats"].model_validate({"name": "lolcats", "window": WINDOW})] * teacher.config.num_hidden_layers
     student = LinearizedForCausalLM.from_teacher(teacher, plan)
     job = StageJob(
         student=student, teacher=teacher, tokenizer=tokenizer, folder=given.work, progress=Deadly(given.kill_at)

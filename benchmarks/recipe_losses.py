@@ -1,6 +1,6 @@
 """Convert one teacher with every recipe at a small budget and write the losses, so that two versions can be compared.
 
-    python benchmarks/recipe_losses.py --teacher DIR --data FILE --tokens 20000 --out losses.json [--against before.json]
+    python -m benchmarks.recipe_losses --teacher DIR --data FILE --out losses.json [--against before.json]
 
 Losses are in nats per token. With `--against`, prints the largest difference for each recipe.
 """
@@ -19,7 +19,6 @@ import torch
 import linearize
 from linearize.recipes import recipe_names
 
-# sft and dpo need rows of their own and are off by default in every recipe; a draft of two layers is a recipe like others
 LOSSES = ("teacher_loss", "swap_loss", "student_loss", "student_kl", "student_top1")
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.decoding.loading import pad_token
 from linearize.evaluation import loss_only
-from linearize.training.data import DataConfig, batches, document_rows, load_documents, pack, split
+from linearize.training.data.loading import DataConfig, batches, document_rows, load_documents, pack, split
 
 
 def deepened(teacher: PreTrainedModel, times: int) -> PreTrainedModel:

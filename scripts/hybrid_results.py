@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from linearize.evaluation.plots import figure_files, new_figure
+from linearize.metrics.plots import figure_files, new_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "hybrids"

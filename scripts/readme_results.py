@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from linearize.errors import InputError
-from linearize.evaluation.report import ConversionReport, read_report
+from linearize.metrics.report import ConversionReport, read_report
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "img"
 COLOURS = ("#1f6fb4", "#e08214", "#5aa469", "#8c5aa8", "#444444")
@@ -54,7 +54,7 @@ def above_teacher(report: ConversionReport) -> list[float]:
 
 def plot(reports: dict[str, ConversionReport], folder: Path) -> list[Path]:
     """One line per student; the teacher is zero."""
-    from linearize.evaluation.plots import figure_files, new_figure
+    from linearize.metrics.plots import figure_files, new_figure
 
     stages = [stage.name for stage in max(reports.values(), key=lambda report: len(report.stages)).stages]
     with new_figure(folder / "stages", width=6.4) as (figure, (axis,)):

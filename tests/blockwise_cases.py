@@ -13,9 +13,9 @@ from linearize.modeling.blocks import LoadedBlocks
 from linearize.training.blockwise.rows import StageRows
 from linearize.training.blockwise.run import BlockJob
 from linearize.training.config import Batch
-from linearize.training.documents import Document
+from linearize.training.data.documents import Document
+from linearize.training.data.packing import PackedRows, batches, pack
 from linearize.training.loop import StageResult, run_stage
-from linearize.training.packing import PackedRows, batches, pack
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
 
 LENGTH, LAYERS = 23, 5

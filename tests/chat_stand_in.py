@@ -13,7 +13,7 @@ from typing import Any
 from byte_tokenizer import CHAT, SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
 
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.context import Contestant, Setting
 from linearize.modeling import LinearizedForCausalLM
 
 Request = dict[str, Any]

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from benchmarks.kills import differences
 from test_evaluation_outputs import tiny_llama, tiny_tokenizer
 
-from linearize.benchmarks.kills import differences
-from linearize.cli import main
+from linearize.cli.main import main
 
 SETTINGS = [
     "--set", "plan.mixer.window=4", "--set", "data.heldout=3", "--set", "stages.0.batch=2", "--set", "stages.1.batch=2",

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.ops import decay_linear, gated_delta
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent import decay_linear, gated_delta
 
 
 def chunk_simple_gla(

@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["linearize.cli", "linearize.conversion", "peft", "torch.distributed.fsdp"]
+PRELOADED = ["linearize.cli.main", "linearize.conversion.run", "peft", "torch.distributed.fsdp"]
 CONTEXT.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0
 
@@ -45,8 +45,8 @@ def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 def command(arguments: list[str], output: Path | None = None) -> int:
     """The command `linearize`, without plots, on one of the processes; what it prints goes to files by its rank."""
-    from linearize.cli import main
-    from linearize.streaming import papers
+    from linearize.cli.main import main
+    from linearize.conversion import outputs as papers
 
     for plot in ("plot_stages", "plot_layer_error"):
         setattr(papers, plot, lambda *_: None)

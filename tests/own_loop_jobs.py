@@ -11,7 +11,7 @@ from byte_tokenizer import SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
 from torch import Tensor, nn
 
-from linearize.training.own_loop import OwnLoopConfig, StageJob
+from linearize.training.dataset_stage import OwnLoopConfig, StageJob
 from linearize.training.schedule import Plateau, lr_factor
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from linearize.evaluation.section import Finding, Numbers, Plot, Section, Setting, Shown, Table, Tile
-from linearize.evaluation.theme import colours, legend_below
+from linearize.evaluation.context import Finding, Numbers, Plot, Section, Setting, Shown, Table, Tile
+from linearize.metrics.theme import colours, legend_below
 
 
 class Losses(Section):

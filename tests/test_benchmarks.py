@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from linearize.benchmarks import (
+from benchmarks import (
     decode_speed,
     export_parity,
     op_speed,
@@ -15,6 +14,7 @@ from linearize.benchmarks import (
     transfer_cost,
     verify_cost,
 )
+
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import AttentionShape
 

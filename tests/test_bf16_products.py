@@ -14,9 +14,9 @@ import torch
 from test_window_linear import inputs, make_spec
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.ops import products
+from linearize.ops import matmul as products
 from linearize.ops.layout import Layout
-from linearize.ops.products import bf16_products, whole_products
+from linearize.ops.matmul import bf16_products, whole_products
 from linearize.ops.window_linear import use_form, window_linear
 from linearize.training.hardware import bf16_pays
 

@@ -17,9 +17,9 @@ from teacher_folder import write_teacher, write_text
 from torch import Tensor
 
 import linearize
+from linearize.conversion.sizes import PROCESS_BYTES
 from linearize.errors import InputError
 from linearize.recipes.recipe import Recipe
-from linearize.streaming.sizes import PROCESS_BYTES
 from linearize.training.blockwise.run import BlockwiseStage
 
 STAGE = {"tokens": 640, "batch": 4, "evaluate_every": 0.5, "precision": "fp32"}
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def no_plots(patch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        patch.setattr(f"linearize.streaming.papers.{name}", lambda *_: [])
+        patch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: [])
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +193,7 @@ def test_what_cannot_be_streamed_is_refused(folder: Path, tmp_path: Path, settin
 def test_a_model_that_does_not_fit_is_refused_before_blocks_are_trained(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("linearize.streaming.streamed.chosen_block", lambda *_, **__: 2)
+    monkeypatch.setattr("linearize.conversion.streamed.chosen_block", lambda *_, **__: 2)
     given = arguments(folder, tmp_path / "out")
     size = sum(value.nbytes for name, value in weights(folder / "memory").items())
     with pytest.raises(InputError, match=r"lowrank needs the whole model.*torchrun"):

@@ -15,11 +15,11 @@ from blockwise_cases import LAYERS, LENGTH, heldout, job, joint, mixers_of, rows
 
 import linearize
 from linearize.errors import InputError
+from linearize.training.blockwise.block_result import merge_results
 from linearize.training.blockwise.budget import boundary_bytes
-from linearize.training.blockwise.claims import Claims
-from linearize.training.blockwise.parts import merge_results
+from linearize.training.blockwise.hidden_store import DamagedShardError, HiddenStore
+from linearize.training.blockwise.leases import Claims
 from linearize.training.blockwise.run import BlockwiseStage
-from linearize.training.blockwise.store import DamagedShardError, HiddenStore
 from linearize.training.progress import LineProgress
 from linearize.training.stages.hidden_alignment import HiddenAlignmentConfig
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from teacher_folder import write_teacher, write_text
 
 import linearize
+from linearize.conversion.options import parse_blocks
 from linearize.errors import InputError
 from linearize.recipes.recipe import Recipe
-from linearize.streaming.options import parse_blocks
 
 LAYERS = 5
 RECIPE: dict[str, Any] = {
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: [])
+        monkeypatch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: [])
 
 
 def arguments(folder: Path, out: Path, **overrides: Any) -> dict[str, Any]:

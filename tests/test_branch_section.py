@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.errors import InputError
-from linearize.evaluation.agreement import View
-from linearize.evaluation.branches import longest_reach, share_won, two_branch_layers, window_reach
+from linearize.evaluation.context import Contestant, Setting
 from linearize.evaluation.context_loss import ContextText
-from linearize.evaluation.section import Contestant, Setting
 from linearize.evaluation.sections.branches import Branches
-from linearize.training.documents import Document
+from linearize.metrics.branches import longest_reach, share_won, two_branch_layers, window_reach
+from linearize.metrics.token_scores import View
+from linearize.training.data.documents import Document
 
 TOKENIZER: Any = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SMALL = Branches(tokens=200, layer_tokens=120, context_tokens=400, contexts=(4, 10, 16), decode_tokens=31)

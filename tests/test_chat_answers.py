@@ -17,7 +17,7 @@ from linearize.evaluation.chat import answers as answers_module
 from linearize.evaluation.chat.answering import Ask, Draws, Turn, answer_batch, hold, prompt_tokens
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.texts import described, loops, repeated
-from linearize.evaluation.section import Contestant, Numbers
+from linearize.evaluation.context import Contestant, Numbers
 from linearize.evaluation.sections.chat import Chat
 
 CHAT_ONLY = Chat(max_new_tokens=9, benchmarks=("mt_bench",))

@@ -34,7 +34,7 @@ from linearize.evaluation.chat.answering import Turn
 from linearize.evaluation.chat.answers import Answers
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.judge import Judge, JudgeConfig, Usage
-from linearize.evaluation.section import Contestant
+from linearize.evaluation.context import Contestant
 from linearize.evaluation.sections.chat import NO_PROMPT, Chat
 
 STUDENT = "org/student"

@@ -10,10 +10,10 @@ import pytest
 from byte_tokenizer import CHAT, byte_tokenizer
 
 from linearize.errors import InputError
-from linearize.training.data import load_documents
-from linearize.training.documents import Document
-from linearize.training.preferences import preference_of, read_preferences
-from linearize.training.pseudo_labels import prompt_of
+from linearize.training.data.documents import Document
+from linearize.training.data.loading import load_documents
+from linearize.training.data.preferences import preference_of, read_preferences
+from linearize.training.data.pseudo_labels import prompt_of
 
 # Turns end in <|end|>; EOS stands once, after the last turn of a text that is whole (phi-3).
 CLOSED = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_evaluation_outputs import tiny_llama, tiny_tokenizer
 
-from linearize.cli import main
+from linearize.cli.main import main
 
 SMALL = [
     "--set", "plan.mixer.window=4", "--set", "data.heldout=3", "--set", "stages.0.batch=2", "--set", "stages.1.batch=2",

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from linearize.errors import InputError
 from linearize.evaluation.cloze_answers import score_words, word_answers, write_words
 from linearize.evaluation.cloze_items import ClozeItem, cut_items
-from linearize.evaluation.kept import Kept
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.context import Contestant, Setting
+from linearize.evaluation.result_cache import Kept
 from linearize.evaluation.sections.cloze import Cloze
-from linearize.evaluation.theme import styled
+from linearize.metrics.theme import styled
 
 NOUNS = ("ball", "balloon", "cat", "hill", "well-being", "pond", "ice", "mother's", "tree", "sun", "bee", "fox")
 TEXTS = tuple(f"One day {a} saw a {b} by the {c}. Then, {b} said, \"I like {a}!\" and ran to {c}." for a, b, c in zip(

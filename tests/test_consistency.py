@@ -18,12 +18,12 @@ import linearize.evaluation.sections.consistency as consistency
 import linearize.modeling.student as student_module
 from linearize.errors import InputError
 from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _Total, check
-from linearize.evaluation.kept import Kept
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.context import Contestant, Setting
+from linearize.evaluation.result_cache import Kept
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.layout import Layout
-from linearize.training.documents import Document
+from linearize.training.data.documents import Document
 
 SMALL = Consistency(steps=15, prefill=39)
 PLANS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
 from linearize.errors import InputError
-from linearize.evaluation.language_modeling import loss_only
+from linearize.metrics.language_model import loss_only
 from linearize.recipes.recipe import Recipe, load_recipe
 from linearize.training.hardware import bf16_pays
 
@@ -65,7 +65,7 @@ def student(folder: Path) -> Path:
 def _no_plots(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student above has its plots; every other run here saves the time."""
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
+        monkeypatch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: None)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -120,7 +120,7 @@ def teacher(folder: Path) -> Any:
 
 def held_out(folder: Path) -> list[dict[str, torch.Tensor]]:
     """The held-out rows as the data layer draws them."""
-    from linearize.training.data import document_rows, load_documents, split
+    from linearize.training.data.loading import document_rows, load_documents, split
 
     recipe = load_recipe(folder / "tiny.yaml")
     parts = split(
@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_nothing_and_no_training_is_lost(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.streaming.papers.write_report", full)
+        patch.setattr("linearize.conversion.outputs.write_report", full)
         with pytest.raises(OSError, match="No space left"):
             convert(folder, tmp_path / "student")
     assert nothing_at(tmp_path / "student")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from linearize.errors import InputError
-from linearize.training.data import DataConfig, Document, load_documents, split
+from linearize.training.data.loading import DataConfig, Document, load_documents, split
 
 TOKENIZER = byte_tokenizer()
 

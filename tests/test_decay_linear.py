@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.ops.decay_linear import decay_linear, use_form
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import decay_linear, use_form
 
 B, H, K, V = 2, 3, 5, 7
 per_kind = pytest.mark.parametrize("per_key", [False, True], ids=["head", "key"])

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.ops.decay_linear import decay_linear, use_form
-from linearize.ops.decay_linear.call_decays import CallDecays
-from linearize.ops.decay_linear.chunked import chunk_size
-from linearize.ops.decay_linear.slabs import Cutting
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import decay_linear, use_form
+from linearize.ops.recurrent.decay_linear.call_decays import CallDecays
+from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting
+from linearize.ops.recurrent.decay_linear.chunked import chunk_size
 
-slabs = importlib.import_module("linearize.ops.decay_linear.slabs")
+slabs = importlib.import_module("linearize.ops.recurrent.decay_linear.chunk_groups")
 B, H, T, K, V = 2, 3, 213, 5, 7
 per_kind = pytest.mark.parametrize("per_key", [False, True], ids=["head", "key"])
 

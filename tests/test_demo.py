@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmarks.kills import differences
 
 import linearize.demo.run as run
 import linearize.demo.text as text
-from linearize.benchmarks.kills import differences
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.evaluation import read_report
 from linearize.modeling import load
@@ -90,7 +90,7 @@ def test_stopped_half_way_the_next_demo_goes_on(
         patch.setattr(run, "convert", stop)
         assert main(["demo"]) == 130
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.training.sampling.write", not_again)
+        patch.setattr("linearize.training.data.sampling.write", not_again)
         patch.setattr(run, "recall_beyond_window", stop)
         assert main(["demo"]) == 130
     assert [path.name for path in tmp_path.iterdir()] == [".linearize-demo.run"]

@@ -16,11 +16,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch, LossSum
+from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distill import Distill, DistillConfig
 from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.losses import divergence
 from linearize.training.stages.lowrank import LowRankConfig
-from linearize.training.stages.readout import Readout
 
 PLAN = [mixer(window=3), None, mixer(window=3)]
 

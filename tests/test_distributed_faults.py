@@ -15,9 +15,9 @@ import test_distributed
 from many import command, together
 from test_distributed import STAGE, WHOLE, argv, differences
 
+from linearize.conversion.distributed import check_together
 from linearize.errors import InputError
 from linearize.recipes.recipe import Recipe
-from linearize.recipes.together import check_together
 from linearize.training.distributed import Group
 
 folder = test_distributed.folder  # a fixture

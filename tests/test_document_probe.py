@@ -16,14 +16,14 @@ from torch import nn
 import linearize
 from linearize.errors import InputError
 from linearize.evaluation.context_loss import ContextText
-from linearize.evaluation.evaluate import EvaluationOptions, evaluate
+from linearize.evaluation.run import EvaluationOptions, evaluate
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.evaluation.sections.language import Language
 from linearize.modeling.document_probe import keeps_documents_apart
-from linearize.modeling.teacher import load_teacher
-from linearize.training.data import DataConfig, Document, document_rows, load_documents, pack, split
-from linearize.training.stages.other_teacher import load_other_teacher
+from linearize.modeling.io.teacher import load_teacher
+from linearize.training.data.loading import DataConfig, Document, document_rows, load_documents, pack, split
+from linearize.training.stages.external_teacher import load_other_teacher
 
 WIDE = {"hidden_size": 36}
 BART = {"d_model": 36, "decoder_layers": 3, "decoder_attention_heads": 6, "decoder_ffn_dim": 44, "is_decoder": True,

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.training.documents import Document
-from linearize.training.preferences import preference_of
+from linearize.training.data.documents import Document
+from linearize.training.data.preferences import preference_of
 from linearize.training.stages.dpo import DpoConfig
 from linearize.training.stages.trl_loop import frozen_copy, row_order
 

@@ -35,7 +35,7 @@ HYBRID = {
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
+        monkeypatch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def hybrid(folder: Path) -> Path:
     """A student with Mamba-2, softmax attention and LoLCATs, one layer each."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot_stages", "plot_layer_error"):
-            patch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
+            patch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: None)
         convert(folder, folder / "hybrid", recipe=Recipe.from_data(HYBRID))
     return folder / "hybrid"
 
@@ -177,7 +177,7 @@ def test_training_a_draft_leaves_its_target_alone(
     folder: Path, hybrid: Path, tmp_path: Path, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mixers too: draft and target share tensors until the draft trains."""
-    import linearize.conversion as conversion
+    import linearize.conversion.run as conversion
 
     targets: list[Any] = []
     prepare = conversion.prepare

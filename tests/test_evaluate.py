@@ -12,8 +12,8 @@ import yaml
 from test_evaluation_outputs import some_report, tiny_llama, tiny_tokenizer
 from torch import nn
 
-from linearize.cli import main
-from linearize.cli_options import each_with_its_option
+from linearize.cli.main import main
+from linearize.cli.options import each_with_its_option
 from linearize.errors import InputError
 from linearize.evaluation import (
     SUITES,
@@ -25,18 +25,18 @@ from linearize.evaluation import (
     print_report,
     write_report,
 )
-from linearize.evaluation.branches import window_reach
-from linearize.evaluation.contestants import unique_names
 from linearize.evaluation.held_out import Origin, held_out_documents
+from linearize.evaluation.models import unique_names
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.language import Language
 from linearize.evaluation.sections.speed import Speed
+from linearize.metrics.branches import window_reach
 from linearize.mixers.gla import GlaConfig
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.mamba2 import Mamba2Config
 from linearize.mixers.sliding_window import SlidingWindowConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.training.data import DataConfig, document_rows, load_documents, split
+from linearize.training.data.loading import DataConfig, document_rows, load_documents, split
 
 CPU = EvaluationOptions(device="cpu")
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.errors import InputError
-from linearize.evaluation.agreement import View, score_batches
-from linearize.evaluation.intervals import mean_over_documents
-from linearize.evaluation.language_modeling import (
+from linearize.metrics.intervals import mean_over_documents
+from linearize.metrics.language_model import (
     branch_ablation,
     held_out_report,
     loss_only,
     powers_of_two,
 )
+from linearize.metrics.token_scores import View, score_batches
 
 VOCABULARY = 67
 LENGTH = 23
@@ -209,6 +209,6 @@ def test_logits_of_few_rows_at_a_time(batches: list[dict[str, Tensor]], monkeypa
         lambda module, args, kwargs, out: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     score_batches(batches, {"model": View(model=model)})
-    monkeypatch.setattr("linearize.evaluation.agreement.LOGITS_BYTES", 2 * LENGTH * VOCABULARY * 4)
+    monkeypatch.setattr("linearize.metrics.token_scores.LOGITS_BYTES", 2 * LENGTH * VOCABULARY * 4)
     score_batches(batches, {"model": View(model=model)})
     assert seen == [3, 2, 2, 1, 2]

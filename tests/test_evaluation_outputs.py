@@ -30,16 +30,16 @@ from linearize.evaluation import (
     recall_beyond_window,
     write_report,
 )
-from linearize.evaluation.card import model_card
-from linearize.evaluation.language_modeling import PositionBin
-from linearize.evaluation.plots import (
+from linearize.evaluation.recall import fact_distance, matches
+from linearize.metrics.card import model_card
+from linearize.metrics.language_model import PositionBin
+from linearize.metrics.plots import (
     plot_decode_cost,
     plot_layer_error,
     plot_loss_by_position,
     plot_recall,
     plot_stages,
 )
-from linearize.evaluation.recall import fact_distance, matches
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
 

@@ -1,4 +1,4 @@
-"""No form of an operation is less exact than twice PyTorch's SDPA in the same dtype (`linearize.benchmarks.exactness`).
+"""No form of an operation is less exact than twice PyTorch's SDPA in the same dtype (`benchmarks.exactness`).
 
 The bound holds for the outputs and for the gradients of q, k and v (of x, B and C for the scan, of x for the
 convolution). Where features are tiny SDPA gets scores as large as their exponents: an exponent of 40 has an error of 40
@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.exactness import ASKED, DTYPES, compare, errors
+from benchmarks.exactness_cases import problems, window_problem
 from test_triton_multi_step import needs_triton, run_cases
 from torch import Tensor
 
-from linearize.benchmarks.exactness import ASKED, DTYPES, compare, errors
-from linearize.benchmarks.exactness_cases import problems, window_problem
-from linearize.ops.decay_linear.backends import DISPATCH as DECAY
-from linearize.ops.gated_delta.backends import DISPATCH as DELTA
-from linearize.ops.selective_scan.backends import DISPATCH as SCAN
+from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY
+from linearize.ops.recurrent.gated_delta.backends import DISPATCH as DELTA
+from linearize.ops.recurrent.selective_scan.backends import DISPATCH as SCAN
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW
 
 PROBLEMS = list(problems(quick=True))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.export import EXPORTS, export_student, qwen3_5
-from linearize.modeling.save import save_student
+from linearize.modeling.io.student_folder import save_student
 
 TOKENS, PROMPT, TOLERANCE = 21, 5, 1e-4
 M, G, S = "mamba2", "gated_delta_net", None
@@ -231,7 +231,7 @@ def test_bf16_keeps_decay_and_step_size_in_fp32(tmp_path: Path) -> None:
 def test_a_folder_is_exported_with_its_tokenizer(tmp_path: Path, shared_dir: Path) -> None:
     from transformers import AutoTokenizer
 
-    from linearize.modeling.teacher import load_teacher
+    from linearize.modeling.io.teacher import load_teacher
 
     teacher, tokenizer = load_teacher(shared_dir / "teachers" / "stories260k")
     plan = [mixer(M) if i % 2 else None for i in range(teacher.config.num_hidden_layers)]

@@ -130,7 +130,8 @@ SOURCE = '''"""Says import fla in words."""
 import math, json
 import torch
 from linearize.ops.layout import Layout
-from linearize.ops import layout as where, products
+from linearize.ops import layout as where
+from linearize.ops import matmul as products
 from linearize.errors import (
     InputError,
     unknown,

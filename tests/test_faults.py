@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.kills import differences
 from fault_cases import assert_same, command, folder, left_beside, one_line, own_text
 from safetensors.torch import load_file, save_file
 
-from linearize.benchmarks.kills import differences
-from linearize.cli import main
+from linearize.cli.main import main
 
 __all__ = ["folder", "own_text"]  # fixtures
 
@@ -56,16 +56,16 @@ def test_killed_again_and_again_it_ends_as_an_unbroken_run(folder: Path, tmp_pat
 
 
 PLACES = {
-    "loading": "linearize.recipes.preparation:load_teacher",
-    "sampling": "linearize.training.sampling:write",
+    "loading": "linearize.conversion.prepare:load_teacher",
+    "sampling": "linearize.training.data.sampling:write",
     "a step": "linearize.training.step:Stepper.step",
-    "held-out loss": "linearize.conversion:loss_only",
-    "the report's numbers": "linearize.conversion:held_out_report",
-    "weights": "linearize.modeling.save:writing",
-    "the card": "linearize.streaming.papers:model_card",
-    "the last rename": "linearize.files:_swap_in",
-    "loading the student": "linearize.conversion:load",
-    "clearing up": "linearize.conversion:discard",
+    "held-out loss": "linearize.conversion.run:loss_only",
+    "the report's numbers": "linearize.conversion.run:held_out_report",
+    "weights": "linearize.modeling.io.student_folder:writing",
+    "the card": "linearize.conversion.outputs:model_card",
+    "the last rename": "linearize.storage.files:_swap_in",
+    "loading the student": "linearize.conversion.run:load",
+    "clearing up": "linearize.conversion.run:discard",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from linearize.errors import InputError
-from linearize.files import atomic_folder, atomic_write_text, discard, output_lock, read_json, read_text
+from linearize.storage.files import atomic_folder, atomic_write_text, discard, output_lock, read_json, read_text
 
 
 def _names(folder: Path) -> list[str]:
@@ -155,7 +155,9 @@ def test_two_locks_on_one_folder(tmp_path: Path) -> None:
 def test_a_folder_is_discarded_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".student.run" / "deep").mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.files.shutil.rmtree", lambda *_, **__: None)  # killed before anything was removed
+        patch.setattr(
+            "linearize.storage.files.shutil.rmtree", lambda *_, **__: None
+        )  # killed before anything was removed
         discard(tmp_path / ".student.run")
     assert not (tmp_path / ".student.run").exists()
     with output_lock(tmp_path / "student"):

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import linearize
 from linearize.errors import InputError
-from linearize.modeling import save as save_module
-from linearize.modeling.save import check_saving, valid_generation_config
+from linearize.modeling.io import student_folder as save_module
+from linearize.modeling.io.student_folder import check_saving, valid_generation_config
+from linearize.modeling.io.teacher import load_teacher
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.teacher import load_teacher
 from linearize.training import loop
 
 FEW: dict[str, Any] = {

@@ -9,9 +9,9 @@ import torch
 from fla_signatures import install
 from torch import Tensor
 
-from linearize.ops import decay_linear, gated_delta
 from linearize.ops.layout import Layout
-from linearize.ops.packed import packed
+from linearize.ops.recurrent import decay_linear, gated_delta
+from linearize.ops.varlen import packed
 
 B, H, T, K, V = 3, 2, 23, 5, 7
 OPERATIONS = ["head", "key", "delta"]

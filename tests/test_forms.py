@@ -11,12 +11,14 @@ import torch
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
-from linearize.ops import decay_linear, forms, gated_delta, layer_steps, selective_scan, triton, window_linear
-from linearize.ops.decay_linear import backends as decay_backends
-from linearize.ops.forms import Call, Dispatcher, Rule, more_than, never
-from linearize.ops.gated_delta import backends as delta_backends
+from linearize.ops import dispatch as forms
+from linearize.ops import triton, window_linear
+from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
 from linearize.ops.layout import Layout
-from linearize.ops.selective_scan import backends as scan_backends
+from linearize.ops.recurrent import decay_linear, gated_delta, layer_steps, selective_scan
+from linearize.ops.recurrent.decay_linear import backends as decay_backends
+from linearize.ops.recurrent.gated_delta import backends as delta_backends
+from linearize.ops.recurrent.selective_scan import backends as scan_backends
 from linearize.ops.window_linear import WindowLinear
 from linearize.ops.window_linear import backends as window_backends
 

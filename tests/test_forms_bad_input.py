@@ -12,14 +12,15 @@ import pytest
 import torch
 from models import student_of, tiny
 
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.modeling.backends import inspect_backends
-from linearize.ops import decay_linear, gated_delta, layer_steps, selective_scan, triton, window_linear
-from linearize.ops.forms import Asked
+from linearize.ops import triton, window_linear
+from linearize.ops.dispatch import Asked
 from linearize.ops.layout import Layout
-from linearize.ops.selective_scan import backends as scan_backends
+from linearize.ops.recurrent import decay_linear, gated_delta, layer_steps, selective_scan
+from linearize.ops.recurrent.selective_scan import backends as scan_backends
 
 CALLS = {
     "decode": {"tokens": 1, "past": True},

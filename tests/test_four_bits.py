@@ -17,13 +17,20 @@ from torch import nn
 from linearize.errors import InputError
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.checksums import model_fingerprint
-from linearize.modeling.four_bits import nf4_config
-from linearize.modeling.quantized import has_quantized, is_quantized, parts_of, whole_student, whole_weight, with_weight
+from linearize.modeling.io.checksums import model_fingerprint
+from linearize.modeling.io.nf4 import nf4_config
+from linearize.modeling.io.quantized import (
+    has_quantized,
+    is_quantized,
+    parts_of,
+    whole_student,
+    whole_weight,
+    with_weight,
+)
+from linearize.modeling.io.teacher import load_teacher
 from linearize.modeling.surgery import probe
-from linearize.modeling.teacher import load_teacher
 from linearize.training.blockwise.run import release_memory
-from linearize.training.footprint import tensor_bytes
+from linearize.training.memory_simulation import tensor_bytes
 from linearize.training.stages.lora import add_adapters
 
 functional: Any = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")

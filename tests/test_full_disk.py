@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_cases import assert_same, command, folder, one_line, own_text
 
-from linearize.cli import main
+from linearize.cli.main import main
 
 __all__ = ["folder", "own_text"]  # fixtures
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.ops.gated_delta import gated_delta, use_form
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.gated_delta import gated_delta, use_form
 
 B, H, K, V, T = 2, 3, 5, 7, 151
 
@@ -137,7 +137,7 @@ def test_chunked_gradients_equal_autograd_through_the_reference(position: Tensor
 
 @pytest.mark.parametrize("tokens", [2, 16, 17, 33, 63, 64, 65, 200])
 def test_gradients_at_every_length(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize.ops.gated_delta.chunk.SLAB", 64 * 64 * B * H * 2)  # two chunks a slab
+    monkeypatch.setattr("linearize.ops.recurrent.gated_delta.chunk.SLAB", 64 * 64 * B * H * 2)  # two chunks a slab
     grads: dict[str, tuple[Tensor, ...]] = {}
     for form in ("reference", "chunked"):
         values = [x.requires_grad_() for x in inputs(tokens=tokens)]
@@ -186,7 +186,7 @@ def test_any_slabs_give_the_same_in_any_order_of_dimensions(
     given = [x.requires_grad_() for x in (q, k, v, g, beta)]
     d_y = torch.randn(v.shape).to(dtype)
     for size in (1 << 17, numbers):
-        monkeypatch.setattr("linearize.ops.gated_delta.chunk.SLAB", size)
+        monkeypatch.setattr("linearize.ops.recurrent.gated_delta.chunk.SLAB", size)
         with use_form("chunked"):
             y, after = gated_delta(*given, layout=Layout(3))
         results.append([y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])])

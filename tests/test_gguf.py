@@ -17,13 +17,13 @@ import linearize
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
-from linearize.evaluation.contestants import load_contestants
+from linearize.evaluation.models import load_contestants
 from linearize.modeling.inspect import inspect_model
-from linearize.modeling.model_source import find_model
-from linearize.modeling.streaming import StreamedTeacher
-from linearize.modeling.teacher import load_teacher
+from linearize.modeling.io.model_source import find_model
+from linearize.modeling.io.streamed_teacher import StreamedTeacher
+from linearize.modeling.io.teacher import load_teacher
 from linearize.planning.samples import build, read_config
-from linearize.training.stages.other_teacher import load_other_teacher
+from linearize.training.stages.external_teacher import load_other_teacher
 
 gguf: Any = pytest.importorskip("gguf", reason="needs gguf (pip install linearize[gguf])")
 LETTERS = "abcdefghijklmnopqrstuvwxyzARN0123456789:.,>"

@@ -12,23 +12,23 @@ from test_evaluation_outputs import some_report, tiny_llama, tiny_tokenizer
 from torch import nn
 
 import linearize
-from linearize.cli import main
+from linearize.cli.main import main
+from linearize.conversion.prepare import inspect_sensitivity
+from linearize.conversion.request import read_request
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import is_student, load_any
 from linearize.evaluation import EvaluationOptions, evaluate, write_report
-from linearize.evaluation.report import read_report
 from linearize.evaluation.sections.language import Language
-from linearize.files import expand_home
+from linearize.metrics.report import read_report
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling.export import export_student
 from linearize.modeling.inspect import inspect_model
-from linearize.modeling.teacher import load_teacher, load_tokenizer
+from linearize.modeling.io.teacher import load_teacher, load_tokenizer
 from linearize.planning.samples import read_config
-from linearize.recipes.preparation import inspect_sensitivity
-from linearize.streaming.request import read_request
-from linearize.training.chat import template_text
-from linearize.training.data import load_documents
-from linearize.training.stages.other_teacher import check_vocabulary
+from linearize.storage.files import expand_home
+from linearize.training.data.chat import template_text
+from linearize.training.data.loading import load_documents
+from linearize.training.stages.external_teacher import check_vocabulary
 from linearize.training.stages.sft import SftConfig
 
 CPU = EvaluationOptions(device="cpu")

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from models import mixer
 from test_evaluation_outputs import some_report, tiny_llama, tiny_tokenizer
 
-from linearize.evaluation import EvaluationOptions, evaluate, plots
-from linearize.evaluation.card import model_card
-from linearize.evaluation.plots import plot_layer_error, plot_stages
-from linearize.evaluation.report import ConversionReport, StageReport, read_report, write_report
+from linearize.evaluation import EvaluationOptions, evaluate
+from linearize.metrics import plots
+from linearize.metrics.card import model_card
+from linearize.metrics.plots import plot_layer_error, plot_stages
+from linearize.metrics.report import ConversionReport, StageReport, read_report, write_report
 from linearize.modeling import LinearizedForCausalLM
 
 CPU = EvaluationOptions(device="cpu")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_evaluation_outputs import tiny_llama, tiny_tokenizer
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM
 
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig

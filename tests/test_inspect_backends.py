@@ -10,11 +10,11 @@ import pytest
 import torch
 from models import left_padded, mixer, student_of, text, tiny
 
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.modeling.backends import inspect_backends
-from linearize.ops.forms import Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.evaluation.intervals import (
+from linearize.metrics.intervals import (
     Z95,
     Proportion,
     bootstrap_over_documents,

@@ -14,11 +14,11 @@ import torch
 from byte_tokenizer import SIZE, byte_tokenizer
 from models import tiny
 
-import linearize.training.sampling as sampling
+import linearize.training.data.sampling as sampling
 from linearize.errors import InputError
-from linearize.training.documents import Document
-from linearize.training.journal import open_journal
-from linearize.training.sampling import FILE, sample_documents
+from linearize.storage.journal import open_journal
+from linearize.training.data.documents import Document
+from linearize.training.data.sampling import FILE, sample_documents
 
 BATCH = 3
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.branches import longest_reach
+from linearize.evaluation.context import Contestant, Numbers, Setting
 from linearize.evaluation.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.kept import Kept
-from linearize.evaluation.section import Contestant, Numbers, Setting
+from linearize.evaluation.result_cache import Kept
 from linearize.evaluation.sections.language import Language
-from linearize.evaluation.theme import styled
 from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
-from linearize.training.documents import Document, Example, tokenize
+from linearize.metrics.branches import longest_reach
+from linearize.metrics.theme import styled
+from linearize.training.data.documents import Document, Example, tokenize
 
 LENGTH = 41
 TEXTS = (

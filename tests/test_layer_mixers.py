@@ -15,9 +15,9 @@ from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.mixers.layer_mixer import LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.attention_capture import attention_samples, calibrate
 from linearize.modeling.mixer_layer import MixerLayer
 from linearize.modeling.projections import attention_weights
-from linearize.modeling.statistics import attention_samples, calibrate
 
 LAYER_MIXERS = sorted(name for name, config in MIXERS.items() if issubclass(config, LayerMixerConfig))
 every_layer_mixer = pytest.mark.parametrize("name", LAYER_MIXERS)

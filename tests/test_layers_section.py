@@ -13,9 +13,9 @@ from models import mixer, student_of, text, tiny
 
 from linearize.errors import InputError
 from linearize.evaluation.attention_shape import implied_weights, shape_of, student_shapes, teacher_shapes
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.context import Contestant, Setting
 from linearize.evaluation.sections.layers import Layers
-from linearize.training.documents import Document
+from linearize.training.data.documents import Document
 from linearize.training.stages.hidden_alignment import HiddenAlignment, HiddenAlignmentConfig
 from linearize.training.stages.teacher_pass import batch_layout, module_calls
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import recurrent_speed
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GraniteMoeHybridConfig
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
-from linearize.benchmarks import recurrent_speed
 from linearize.errors import InputError
 from linearize.mixers import AttentionShape
 from linearize.mixers.gates import (
@@ -211,7 +211,7 @@ def test_the_matrix_times_x_is_what_the_gate_gets() -> None:
 
 
 def test_gradients_reach_every_parameter_and_equal_the_recurrences() -> None:
-    from linearize.ops.decay_linear import use_form
+    from linearize.ops.recurrent.decay_linear import use_form
 
     mixer, x = build(), hidden(70).requires_grad_()
     wanted, results = [x, *mixer.parameters()], []

@@ -15,8 +15,8 @@ from linearize.errors import InputError
 from linearize.mixers import MIXERS, LayerMixer, Mixer, MixerConfig
 from linearize.modeling import cache as cache_module
 from linearize.modeling.ragged_cache import accept_rows, compact
-from linearize.ops import decay_linear, gated_delta, selective_scan
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent import decay_linear, gated_delta, selective_scan
 
 PREFIX = 13
 CASES = [(0, 0, 9), (4, 0, 5), (1, 0, 9), (6, 3, 1), (0, 3, 2), (37, 2, 7)]  # committed, undecided, new

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from teacher_folder import write_teacher, write_text
 
 import linearize
+from linearize.conversion.prepare import inspect_sensitivity
 from linearize.errors import InputError
-from linearize.modeling.streaming import StreamedTeacher
-from linearize.recipes.preparation import inspect_sensitivity
+from linearize.modeling.io.streamed_teacher import StreamedTeacher
 from linearize.recipes.recipe import Recipe
 
 WEIGHTS, UP = "model.safetensors", "model.layers.1.mlp.up_proj.weight"
@@ -73,7 +73,7 @@ def test_numbers_that_overflow(tmp_path: Path, text: Path) -> None:
 
 def test_only_on_the_text(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens from all over the vocabulary may pass where a text does not: the first held-out row is tried too."""
-    from linearize.recipes import preparation
+    from linearize.conversion import prepare as preparation
 
     seen: list[tuple[int, ...]] = []
     original = preparation.check_finite_outputs
@@ -105,7 +105,7 @@ def test_streams(tmp_path: Path, text: Path) -> None:
 def test_no_step_no_blame(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is not seen beforehand: a loss that is NaN before the first step is not the learning rate's fault."""
     for name in ("check_finite_outputs", "check_finite_weights"):
-        monkeypatch.setattr(f"linearize.recipes.preparation.{name}", lambda *given: None)
+        monkeypatch.setattr(f"linearize.conversion.prepare.{name}", lambda *given: None)
     folder = diverged(tmp_path / "teacher")
     with pytest.raises(RuntimeError, match="after step 0 of stage 'attention_transfer' is nan: no step was taken"):
         linearize.convert(folder, data=[text], out=tmp_path / "student", overrides=FEW, device="cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.step import StaticStep
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from teacher_folder import write_teacher, write_text
 
 import linearize
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.training import tracking
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: [])
+        monkeypatch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: [])
 
 
 def python(folder: Path, out: Path, **options: Any) -> Any:
@@ -130,7 +130,7 @@ def test_streamed_from_python_as_from_the_command(
     """Neither ever has the whole model in memory, and both write the same weights."""
     with monkeypatch.context() as patch:
         for name in ("prepare", "load"):
-            patch.setattr(f"linearize.conversion.{name}", lambda *_, **__: pytest.fail("the whole model is loaded"))
+            patch.setattr(f"linearize.conversion.run.{name}", lambda *_, **__: pytest.fail("the whole model is loaded"))
         assert command(folder, tmp_path / "command", "--stream") == 0
         assert python(folder, tmp_path / "python", stream=True) is None
     first, second = weights(tmp_path / "command"), weights(tmp_path / "python")

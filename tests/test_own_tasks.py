@@ -14,7 +14,7 @@ from byte_tokenizer import SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
 from task_files import write_data, write_lines
 
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.evaluation import EvaluationOptions, evaluate
 from linearize.evaluation.harness import runner

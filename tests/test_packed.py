@@ -13,8 +13,8 @@ from models import mixer, student_of, text, tiny
 from torch import nn
 
 from linearize.errors import InputError
-from linearize.modeling import packed
-from linearize.modeling.packed import can_pack, packed_projections, turned_projections
+from linearize.modeling import prepacked_linear as packed
+from linearize.modeling.prepacked_linear import can_pack, packed_projections, turned_projections
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linearize.errors import InputError
-from linearize.training.data import Document, PackedRows, batches, document_rows, pack
+from linearize.training.data.loading import Document, PackedRows, batches, document_rows, pack
 
 PAD = 999_999
 

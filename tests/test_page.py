@@ -13,12 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 from report_samples import SECTIONS, Losses, contestants, losses
 
-from linearize.evaluation.page import inline_svg, page, save_plot, write_report_page
-from linearize.evaluation.page.parts import NUMBER, cell_text, table_html
-from linearize.evaluation.page.style import DARK, LIGHT
-from linearize.evaluation.section import Plot, Table
-from linearize.evaluation.theme import GRID, INK, STUDENTS, TEACHER, legend_below
+from linearize.evaluation.context import Plot, Table
+from linearize.evaluation.report import inline_svg, page, save_plot, write_report_page
+from linearize.evaluation.report.parts import NUMBER, cell_text, table_html
+from linearize.evaluation.report.style import DARK, LIGHT
 from linearize.evaluation.verdict import verdict
+from linearize.metrics.theme import GRID, INK, STUDENTS, TEACHER, legend_below
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 STUDENT_NAMES = ("student", '<b>&"q"\'</b>', "a$\\frac$b", "mamba2", "gla")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from linearize.benchmarks.peak import attention_flops, matmul_peak, product_flops
+from benchmarks.peak import attention_flops, matmul_peak, product_flops
 
 
 def test_products_are_counted_with_their_backward() -> None:

@@ -12,7 +12,7 @@ from models import tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
@@ -23,8 +23,8 @@ from linearize.planning.samples import look_at, measured, on_sample
 from linearize.recipes import load_recipe
 from linearize.recipes.recipe import Recipe
 from linearize.training.config import StageConfig
-from linearize.training.footprint import Meter, Operation, simulation
-from linearize.training.own_loop import OwnLoopConfig
+from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.memory_simulation import Meter, Operation, simulation
 from linearize.training.stages import STAGES
 from linearize.training.step import Stepper
 

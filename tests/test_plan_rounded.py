@@ -10,7 +10,7 @@ import torch
 from test_plan import LLAMAS, SHORT, config_folder
 
 from linearize.errors import InputError
-from linearize.modeling.quantized import BaseWeights, parts_of
+from linearize.modeling.io.quantized import BaseWeights, parts_of
 from linearize.planning import ConversionPlan, plan_conversion
 from linearize.planning.rounded import rounded_bytes
 

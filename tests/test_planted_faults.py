@@ -18,8 +18,8 @@ import torch
 
 import linearize.demo
 from linearize.decoding.loading import load_any
+from linearize.evaluation.context import Contestant, Finding, Section, Setting
 from linearize.evaluation.needles import recall_document
-from linearize.evaluation.section import Contestant, Finding, Section, Setting
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.evaluation.sections.recall import Recall
@@ -27,9 +27,9 @@ from linearize.mixers.lolcats import Lolcats, LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.window_linear import WindowLinear
-from linearize.training.documents import Document, Example, tokenize
-from linearize.training.packing import batches, pack
-from linearize.training.sampling import sample_documents
+from linearize.training.data.documents import Document, Example, tokenize
+from linearize.training.data.packing import batches, pack
+from linearize.training.data.sampling import sample_documents
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
 
 TEACHER = Path(linearize.demo.__file__).parent / "teacher"

@@ -13,10 +13,10 @@ from models import tiny
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.training.data import DataConfig, load_documents
-from linearize.training.documents import Document
-from linearize.training.journal import default_cache
-from linearize.training.pseudo_labels import (
+from linearize.storage.journal import default_cache
+from linearize.training.data.documents import Document
+from linearize.training.data.loading import DataConfig, load_documents
+from linearize.training.data.pseudo_labels import (
     FILE,
     PseudoConfig,
     prompt_of,

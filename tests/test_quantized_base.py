@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from linearize.conversion import convert
+from linearize.conversion.base_weights import checked_base
+from linearize.conversion.run import convert
 from linearize.errors import InputError
-from linearize.evaluation.report import ConversionReport, read_report
-from linearize.modeling.quantized import LowRankChange, loading_options, parts_of
-from linearize.modeling.teacher import load_teacher
-from linearize.recipes.base_weights import checked_base
+from linearize.metrics.report import ConversionReport, read_report
+from linearize.modeling.io.quantized import LowRankChange, loading_options, parts_of
+from linearize.modeling.io.teacher import load_teacher
 from linearize.recipes.recipe import Recipe
-from linearize.training.footprint import tensor_bytes
+from linearize.training.memory_simulation import tensor_bytes
 
 
 def base(name: str, library: str, near: float) -> Any:

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import linearize
 from linearize.errors import InputError
-from linearize.evaluation.report import read_report
-from linearize.modeling.model_source import find_model, read_config
-from linearize.modeling.quantized import has_quantized
-from linearize.modeling.quantized_teacher import check_readable
-from linearize.modeling.teacher import load_teacher
+from linearize.metrics.report import read_report
+from linearize.modeling.io.model_source import find_model, read_config
+from linearize.modeling.io.quantized import has_quantized
+from linearize.modeling.io.quantized_teacher import check_readable
+from linearize.modeling.io.teacher import load_teacher
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 BITS: dict[str, dict[str, Any]] = {

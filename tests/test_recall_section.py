@@ -22,13 +22,13 @@ from torch import Tensor
 import linearize.demo
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
+from linearize.evaluation.context import Contestant, Numbers, Setting
 from linearize.evaluation.haystack import CODE, NOISE, Hay, Ruler, association_questions, needle_question
-from linearize.evaluation.intervals import wilson
-from linearize.evaluation.kept import Kept
 from linearize.evaluation.recall import Given, answer_greedily, full_forward
-from linearize.evaluation.section import Contestant, Numbers, Setting
+from linearize.evaluation.result_cache import Kept
 from linearize.evaluation.sections.recall import Recall
-from linearize.evaluation.theme import styled
+from linearize.metrics.intervals import wilson
+from linearize.metrics.theme import styled
 from linearize.modeling.cache import MixerCacheLayer
 
 TOKENIZER = byte_tokenizer()

@@ -44,7 +44,7 @@ def small(recipe: Recipe) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_runs(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for plot in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.streaming.papers.{plot}", lambda *_: None)
+        monkeypatch.setattr(f"linearize.conversion.outputs.{plot}", lambda *_: None)
     recipe = load_recipe(name)
     student = convert(folder, tmp_path / "student", recipe=name, overrides=small(recipe))
     report = json.loads((tmp_path / "student" / "report.json").read_text())

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks import recurrent_op_speed
 
-from linearize.benchmarks import recurrent_op_speed
 from linearize.errors import InputError
 
 

@@ -13,9 +13,9 @@ import pytest
 from byte_tokenizer import CHAT, byte_tokenizer
 
 from linearize.errors import InputError
-from linearize.training.data import Document, load_documents
-from linearize.training.preferences import preference_of, read_preferences
-from linearize.training.pseudo_labels import prompt_of
+from linearize.training.data.loading import Document, load_documents
+from linearize.training.data.preferences import preference_of, read_preferences
+from linearize.training.data.pseudo_labels import prompt_of
 
 TOKENIZER = byte_tokenizer(chat=CHAT)
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearize.errors import InputError
-from linearize.training.data import DataConfig, Document
-from linearize.training.sampling import sample_documents, self_sampler
+from linearize.training.data.loading import DataConfig, Document
+from linearize.training.data.sampling import sample_documents, self_sampler
 
 VOCAB = ["<s>", "</s>", "<end>", "a", "b", "c", "d"]
 

@@ -18,8 +18,8 @@ from test_convert import KillAt, Killed, convert, same_weights, weights
 from linearize.errors import InputError
 from linearize.recipes import PlanConfig, Recipe
 from linearize.recipes.schedule import Progressive, Stepwise
-from linearize.training.data import Document, PackedRows
-from linearize.training.supply import TrainingText
+from linearize.training.data.loading import Document, PackedRows
+from linearize.training.data.train_dataset import TrainingText
 
 folder = test_convert.folder  # a fixture: a teacher with its tokenizer, and text
 
@@ -180,7 +180,7 @@ STEPWISE: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_stages", "plot_layer_error"):
-        monkeypatch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
+        monkeypatch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def by_steps(folder: Path) -> Path:
     (folder / "by-steps.yaml").write_text(yaml.safe_dump(STEPWISE))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot_stages", "plot_layer_error"):
-            patch.setattr(f"linearize.streaming.papers.{name}", lambda *_: None)
+            patch.setattr(f"linearize.conversion.outputs.{name}", lambda *_: None)
         convert(folder, folder / "by-steps", recipe=folder / "by-steps.yaml")
     return folder / "by-steps"
 
@@ -262,7 +262,7 @@ def test_another_schedule_does_not_use_what_was_left(folder: Path, tmp_path: Pat
 
 def test_later_layers_start_from_the_student_as_it_is(folder: Path, tmp_path: Path) -> None:
     """Layer 0, converted second, starts from projections that the first step trained."""
-    from linearize.conversion import Conversion
+    from linearize.conversion.run import Conversion
 
     found: dict[str, torch.Tensor] = {}
     real = Conversion._start_step
@@ -309,7 +309,7 @@ def test_what_cannot_run_later_is_refused_before_any_work(
         ({"stages.0.name": "matrix_alignment", "plan.overrides": {0: LOLCATS}}, r"stages\.0: matrix_align.* lolcats"),
         ({"stages.0.tokens": 10**6, "stages.0.length": 60, "data.heldout": 29}, r"stages\.0: "),
     ):
-        monkeypatch.setattr("linearize.recipes.preparation.layer_sensitivity", _no_work)
+        monkeypatch.setattr("linearize.conversion.prepare.layer_sensitivity", _no_work)
         with pytest.raises(InputError, match=words) as caught:
             convert(folder, tmp_path / "s", recipe=Recipe.from_data(STEPWISE), overrides=overrides)
         assert "\n" not in str(caught.value)
@@ -325,7 +325,7 @@ def test_the_teacher_writes_no_text_for_stages_that_cannot_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
 ) -> None:
     for name in ("self_sampler", "pseudo_labeller"):
-        monkeypatch.setattr(f"linearize.recipes.preparation.{name}", lambda *_, **__: _no_work)
+        monkeypatch.setattr(f"linearize.conversion.prepare.{name}", lambda *_, **__: _no_work)
     with pytest.raises(InputError, match="nowhere is not a model folder"):
         overrides = {"stages.1.teacher": str(folder / "nowhere")}
         convert(folder, tmp_path / "s", data=[data], recipe=Recipe.from_data(STEPWISE), overrides=overrides)
@@ -352,8 +352,8 @@ def test_lengths_beyond_the_context_are_cut_with_a_warning(
 
 
 def test_layers_that_stay_as_they_are_take_no_step() -> None:
+    from linearize.conversion.prepare import _steps
     from linearize.modeling.surgery import check_plan, probe
-    from linearize.recipes.preparation import _steps
 
     teacher = tiny("gemma3_text")  # layers 0 and 2 see 5 tokens
     wanted = plan(mixer={**LOLCATS, "window": 8}, schedule={"kind": "stepwise"})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.selective_scan import FORMS, backends, chunked, selective_scan, use_form
+from linearize.ops.recurrent.selective_scan import FORMS, backends, chunked, selective_scan, use_form
 
 B, T, G, P, N = 2, 41, 3, 5, 7
 E = G * P
@@ -25,7 +25,7 @@ every_form = pytest.mark.parametrize("form", PLAIN_FORMS)
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 8: 41 tokens are five whole blocks and one token more."""
-    monkeypatch.setattr(sys.modules["linearize.ops.selective_scan.chunked"], "BLOCK", 8)
+    monkeypatch.setattr(sys.modules["linearize.ops.recurrent.selective_scan.chunked"], "BLOCK", 8)
 
 
 def inputs(tokens: int = T, *, rows: int = B, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:

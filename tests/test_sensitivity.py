@@ -12,9 +12,9 @@ import torch
 from models import LAYERS, mixer, text, tiny
 from torch import Tensor
 
-from linearize.cli import main
+from linearize.cli.main import main
 from linearize.errors import InputError
-from linearize.evaluation.sensitivity import LayerScore, layer_sensitivity
+from linearize.metrics.sensitivity import LayerScore, layer_sensitivity
 from linearize.modeling import LinearizedForCausalLM
 
 folder = test_convert.folder  # a fixture: a teacher with its tokenizer, and text
@@ -127,7 +127,7 @@ def test_what_is_missing_is_told(
 
 
 def test_a_conversion_chooses_by_the_same_scores(folder: Path) -> None:
-    from linearize.recipes.preparation import inspect_sensitivity, prepare
+    from linearize.conversion.prepare import inspect_sensitivity, prepare
     from linearize.recipes.recipe import load_recipe
 
     recipe = load_recipe(folder / "tiny.yaml").override({"plan.layers": {"keep": 0.34, "select": "sensitivity"}})

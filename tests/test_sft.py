@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from linearize.errors import InputError
 from linearize.training.checkpoint import FILE, PREVIOUS
-from linearize.training.documents import Document
+from linearize.training.data.documents import Document
 from linearize.training.stages import STAGES
 from linearize.training.stages.sft import SftConfig
 from linearize.training.stages.trl_loop import TrlRun, count_steps, row_order

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from linearize.errors import InputError
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.sharding import (
+from linearize.modeling.parallel import (
     Shards,
     add_part,
     decoder_layers,

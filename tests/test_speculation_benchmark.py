@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.speculation import NEW, PLAIN, _seeds, measure, over_seeds, read_prompts, table
 from models import text
 from speculation_cases import near, target
 
-from linearize.benchmarks.speculation import NEW, PLAIN, _seeds, measure, over_seeds, read_prompts, table
 from linearize.errors import InputError
 
 

@@ -9,7 +9,7 @@ from models import VOCABULARY, left_padded, mixer, student_of, text, tiny
 from speculation_cases import NAMES, both_ways, endless, near, plain, target
 from transformers import GenerationConfig
 
-import linearize.decoding.speculative.reader as reader_module
+import linearize.decoding.speculative.cached_model as reader_module
 from linearize.decoding import LookupDrafter, speculate
 from linearize.decoding.speculative import ModelDrafter, SpeculationStats
 

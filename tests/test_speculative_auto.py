@@ -12,9 +12,9 @@ from models import mixer, student_of, text, tiny
 from speculation_cases import Widths, near, target
 
 from linearize.decoding import LookupDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative.auto import FIRST, PLAIN, Auto
-from linearize.decoding.speculative.chooser import MOST, Fixed, Round, choose, expected_tokens, seconds_at
-from linearize.decoding.speculative.experience import ALLOWANCE, Experience, remembered
+from linearize.decoding.speculative.acceptance_stats import ALLOWANCE, Experience, remembered
+from linearize.decoding.speculative.adaptive_draft_length import FIRST, PLAIN, Auto
+from linearize.decoding.speculative.draft_length import MOST, Fixed, Round, choose, expected_tokens, seconds_at
 from linearize.decoding.speculative.ngrams import NgramIndex
 from linearize.decoding.speculative.rows import Rows
 from linearize.errors import InputError

@@ -10,10 +10,10 @@ from models import left_padded, text
 from speculation_cases import both_ways, near, plain, target
 
 from linearize.decoding import LookupDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative import products as products_module
-from linearize.decoding.speculative.products import Products
+from linearize.decoding.speculative import weight_layout as products_module
+from linearize.decoding.speculative.weight_layout import Products
 from linearize.errors import InputError
-from linearize.modeling import packed
+from linearize.modeling import prepacked_linear as packed
 
 WORTH = 12
 

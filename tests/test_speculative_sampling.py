@@ -125,7 +125,7 @@ def test_texts_follow_the_targets_distribution(kind: str, monkeypatch: pytest.Mo
 def test_rows_that_keep_equal_numbers_follow_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches in which rows cannot differ: what one row is cut back to does not depend on its own tokens."""
     model, draft = small_models()
-    monkeypatch.setattr("linearize.decoding.speculative.reader._keeps_by_row", lambda _: False)
+    monkeypatch.setattr("linearize.decoding.speculative.cached_model._keeps_by_row", lambda _: False)
     ids, due, seen = torch.tensor([PROMPT]).expand(4, -1), joint(model), []
     for seed in range(120):
         config = GenerationConfig(**SETTINGS)

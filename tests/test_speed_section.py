@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.kept import Kept
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.context import Contestant, Setting
+from linearize.evaluation.result_cache import Kept
 from linearize.evaluation.sections import speed as section
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.speed import cache_bytes, peak_bytes, points, ways, weight_bytes

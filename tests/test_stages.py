@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import linearize
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.save import save_student
+from linearize.modeling.io.student_folder import save_student
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch

@@ -10,7 +10,7 @@ from models import mixer, student_of, text, tiny
 from static_cases import prompts
 from torch import Tensor
 
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.step import StaticStep
 
 ROWS = 3
 PLANS = [("softmax", "lolcats", "mamba2"), ("gla", "mamba", "gated_delta_net"), ("retention", "sliding_window")]

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linearize.modeling.static_attention import attending_static, softmax_configs
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.attention import attending_static, softmax_configs
+from linearize.modeling.static.step import StaticStep
 from linearize.ops.layout import Layout
 
 ROWS = 3

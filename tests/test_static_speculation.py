@@ -11,12 +11,12 @@ import torch
 from models import left_padded, text, tiny
 from speculation_cases import NAMES, Widths, both_ways, endless, near, plain, target
 
-import linearize.decoding.speculative.graphs as graphs
+import linearize.decoding.speculative.graphed_model as graphs
 from linearize.decoding import LookupDrafter, speculate
-from linearize.decoding.speculative.graphs import StaticReader, reader_for, static_reading
-from linearize.decoding.speculative.reader import Reader
+from linearize.decoding.speculative.cached_model import Reader
+from linearize.decoding.speculative.graphed_model import StaticReader, reader_for, static_reading
 from linearize.errors import InputError
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.step import StaticStep
 
 NEW = 12
 LENGTHS = [17, 3, 23, 9]

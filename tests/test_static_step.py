@@ -14,7 +14,7 @@ from static_cases import VARIANTS, greedy, hybrid, memory, prompts, verified
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.step import StaticStep
 
 NEW = 14
 

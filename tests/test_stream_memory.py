@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from linearize.benchmarks.stream_memory import write_teacher
+from benchmarks.stream_memory import write_teacher
 
 RUN = """
 import json, sys
 from pathlib import Path
 import linearize
-import linearize.streaming.papers as papers
+import linearize.conversion.outputs as papers
 from linearize.training.hardware import resident_bytes
 papers.plot_stages = papers.plot_layer_error = lambda *_: None
 import torch, transformers

@@ -15,10 +15,10 @@ from models import mixer, student_of, tiny
 from task_files import write_data
 
 from linearize.errors import InputError
+from linearize.evaluation.context import Contestant, Setting
 from linearize.evaluation.harness.catalogue import Entry
 from linearize.evaluation.harness.folder import write_definitions
-from linearize.evaluation.kept import Kept
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.result_cache import Kept
 from linearize.evaluation.sections.tasks import Tasks
 
 pytest.importorskip("lm_eval", reason="tasks need lm-eval")

@@ -14,7 +14,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 
 from linearize.errors import InputError
-from linearize.training.data import load_documents
+from linearize.training.data.loading import load_documents
 
 TOKENIZER = byte_tokenizer()
 STORY = "Once there was a fox.\n\nIt had a den.\n"

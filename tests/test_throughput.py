@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import throughput as benchmark
 from models import mixer, student_of, tiny
 
-from linearize.benchmarks import throughput as benchmark
 from linearize.errors import InputError
 from linearize.evaluation.speed import throughput as module
 from linearize.evaluation.speed import weight_bytes

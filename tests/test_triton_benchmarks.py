@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import compile_kernels
 from test_triton_multi_step import needs_triton, run
 
 import linearize.ops.triton as triton_package
-from linearize.benchmarks import compile_kernels
 
 SCRIPTS = [
     ("window_gpu", ["--tokens", "18", "--head-dim", "4", "--window", "4"]),
@@ -23,7 +23,7 @@ SCRIPTS = [
 @needs_triton
 def test_the_window_kernel_builds_for_gpus_that_are_not_here() -> None:
     quick = ["--arch", "80", "90", "100", "--dtype", "bfloat16", "--head-dim", "16", "--only", "window + linear"]
-    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, interpret=False))["rows"]
+    rows = json.loads(run("-m", "benchmarks.compile_kernels", *quick, interpret=False))["rows"]
     assert [row["arch"] for row in rows] == [80, 90, 100]
     assert all(row["kernel"] == "window_kernel" and row["cubin_bytes"] > 0 and row["fits"] for row in rows)
     assert all(row["registers"] > 0 and row["stack_bytes"] < 200 for row in rows)
@@ -44,7 +44,7 @@ def test_every_kernel_is_among_those_that_are_compiled() -> None:
 @needs_triton
 @pytest.mark.parametrize(("script", "options"), SCRIPTS)
 def test_scripts_for_a_gpu_run_small_without_one(script: str, options: list[str]) -> None:
-    found = json.loads(run("-m", f"linearize.benchmarks.{script}", "--interpret", *options, interpret=True))
+    found = json.loads(run("-m", f"benchmarks.{script}", "--interpret", *options, interpret=True))
     assert found["rows"] and found["setting"]["device"] == "cpu" and found["setting"]["interpret"]
     reasons = [x for row in found["rows"] for x in row.get("milliseconds", {}).values() if isinstance(x, str)]
     assert not reasons, reasons
@@ -53,13 +53,13 @@ def test_scripts_for_a_gpu_run_small_without_one(script: str, options: list[str]
 @pytest.mark.parametrize("script", [name for name, _ in SCRIPTS])
 def test_without_a_gpu_they_say_so(script: str) -> None:
     if not torch.cuda.is_available():
-        assert "nothing was measured" in run("-m", f"linearize.benchmarks.{script}", interpret=False)
+        assert "nothing was measured" in run("-m", f"benchmarks.{script}", interpret=False)
 
 
 @needs_triton
 def test_the_benchmark_of_the_kernels_runs_without_a_gpu() -> None:
     small = ["--interpret", "--mixers", "mamba2", "sliding_window", "--tokens", "1", "--heads", "1", "--tail", "1"]
-    found = json.loads(run("-m", "linearize.benchmarks.multi_step_gpu", *small, interpret=False))
+    found = json.loads(run("-m", "benchmarks.multi_step_gpu", *small, interpret=False))
     assert found["setting"]["gpu"] is None and found["setting"]["interpret"]
     forms = {row["mixer"]: set(row["microseconds"]) for row in found["rows"]}
     assert forms["mamba2"] == {"kernel", "single", "unfused", "projections"}
@@ -68,4 +68,4 @@ def test_the_benchmark_of_the_kernels_runs_without_a_gpu() -> None:
 
 def test_without_a_gpu_it_says_so() -> None:
     if not torch.cuda.is_available():
-        assert "nothing was measured" in run("-m", "linearize.benchmarks.multi_step_gpu", interpret=False)
+        assert "nothing was measured" in run("-m", "benchmarks.multi_step_gpu", interpret=False)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from linearize.ops import triton as kernels
-from linearize.ops.forms import Call
+from linearize.ops.dispatch import Call
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)")
 MIXERS = ["mamba", "mamba2", "gated_delta_net"]
@@ -119,11 +119,11 @@ def test_the_gates_of_gated_linear_attention_are_no_launches_of_their_own(result
 def test_every_kernel_builds_for_gpus_that_are_not_here() -> None:
     quick = ["--arch", "90", "--dtype", "bfloat16", "--head-dim", "16"]
     one_each = ["--only", "gated delta", "selective scan", "mamba", "mamba2"]
-    rows = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *quick, *one_each, interpret=False))["rows"]
+    rows = json.loads(run("-m", "benchmarks.compile_kernels", *quick, *one_each, interpret=False))["rows"]
     built = {row["kernel"] for row in rows if row["cubin_bytes"] > 0}
     assert built == {"recurrence_kernel", "scan_kernel", "mamba_kernel", "heads_kernel"}
     older = ["--arch", "80", "--only", "selective scan"]
-    found = json.loads(run("-m", "linearize.benchmarks.compile_kernels", *older, interpret=False))
+    found = json.loads(run("-m", "benchmarks.compile_kernels", *older, interpret=False))
     assert found["rows"][0]["arch"] == 80
 
 

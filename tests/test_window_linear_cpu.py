@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_window_linear import PACKED, PLAIN, inputs, make_spec
 
-import linearize.ops.pieces as pieces
+import linearize.ops.blocking as pieces
+from linearize.ops.blocking import Scratch, blocks
 from linearize.ops.hedgehog import hedgehog
 from linearize.ops.layout import Layout
-from linearize.ops.pieces import Scratch, blocks
-from linearize.ops.products import product_into
+from linearize.ops.matmul import product_into
 from linearize.ops.window_linear import use_form, window_linear
 from linearize.ops.window_linear.masks import UNLIKE
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from benchmarks.exactness import main
 from kernel_device import DEVICE
 from triton_cases import quicken
-
-from linearize.benchmarks.exactness import main
 
 if __name__ == "__main__":
     quicken()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton_cases import poison, quicken
 
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.step import StaticStep
 from linearize.ops.triton import window
 from linearize.ops.window_linear import use_form
 

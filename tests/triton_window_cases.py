@@ -17,7 +17,7 @@ from kernel_device import HALF, seeded
 from torch import Tensor
 from triton_cases import NAN, SHAPE, SQUARE, build, gap, padded, poison, quicken
 
-import linearize.ops.layer_steps as layer
+import linearize.ops.recurrent.layer_steps as layer
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
 from linearize.ops.layout import Layout

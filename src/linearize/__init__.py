@@ -24,7 +24,7 @@ except KeyboardInterrupt:  # these imports are most of the time that the command
     os._exit(130)
 
 if TYPE_CHECKING:
-    from linearize.conversion import convert
+    from linearize.conversion.run import convert
     from linearize.recipes.recipe import load_recipe
 
 __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert", "load", "load_recipe"]
@@ -32,7 +32,7 @@ __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert",
 
 def __getattr__(name: str) -> Any:
     if name == "convert":
-        from linearize.conversion import convert
+        from linearize.conversion.run import convert
 
         return convert
     if name == "load_recipe":

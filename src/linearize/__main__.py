@@ -8,7 +8,7 @@ import sys
 def command() -> int:
     """The command, with Ctrl-C while it starts told as later on; returns its exit code."""
     try:
-        from linearize.cli import main
+        from linearize.cli.main import main
     except KeyboardInterrupt:
         print("linearize: interrupted", file=sys.stderr)
         return 130

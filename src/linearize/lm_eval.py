@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from linearize.cli_output import one_line
+from linearize.cli.output import one_line
 from linearize.errors import InputError
 from linearize.evaluation.harness.runner import need_harness
 

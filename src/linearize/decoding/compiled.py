@@ -19,8 +19,8 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from linearize.errors import InputError, one_line, unknown
-from linearize.modeling.static_graphs import weights_at
-from linearize.modeling.static_step import StaticStep
+from linearize.modeling.static.graphs import weights_at
+from linearize.modeling.static.step import StaticStep
 
 ROOM = 256  # room of softmax layers over the whole text is a multiple of this, so that one step serves many texts
 

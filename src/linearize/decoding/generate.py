@@ -16,9 +16,9 @@ from linearize.decoding.compiled import StepLoop, compiled_step
 from linearize.decoding.loading import load_any, pad_token
 from linearize.decoding.speculative import Drafter, LookupDrafter, ModelDrafter, share_equal_weights, speculate
 from linearize.decoding.speculative.checks import check_tokenizers
-from linearize.decoding.speculative.chooser import check_draft_tokens
+from linearize.decoding.speculative.draft_length import check_draft_tokens
 from linearize.errors import InputError
-from linearize.files import well_formed
+from linearize.storage.files import well_formed
 
 DraftTokens = int | Literal["auto"]
 

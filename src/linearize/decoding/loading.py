@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize.modeling as modeling
 from linearize.errors import InputError
-from linearize.files import expand_home, read_json
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.teacher import load_teacher, load_tokenizer
+from linearize.modeling.io.teacher import load_teacher, load_tokenizer
+from linearize.storage.files import expand_home, read_json
 
 
 def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from linearize.conversion import convert
+from linearize.conversion.run import convert
 from linearize.decoding.generate import continue_text
 from linearize.demo.show import LineOrBar, show_demo
 from linearize.demo.text import KEPT, DemoText, write_text
 from linearize.errors import InputError
-from linearize.evaluation.language_modeling import PositionBin
-from linearize.evaluation.plots import plot_decode_cost, plot_loss_by_position, plot_recall, plot_stages
 from linearize.evaluation.recall import RecallReport, recall_beyond_window
-from linearize.evaluation.report import ConversionReport, provenance, read_report
 from linearize.evaluation.speed import DecodeCost, decode_cost
-from linearize.files import atomic_write_text, expand_home, resumable_folder
+from linearize.metrics.language_model import PositionBin
+from linearize.metrics.plots import plot_decode_cost, plot_loss_by_position, plot_recall, plot_stages
+from linearize.metrics.report import ConversionReport, provenance, read_report
 from linearize.modeling import load
-from linearize.modeling.teacher import load_teacher
+from linearize.modeling.io.teacher import load_teacher
 from linearize.ops.window_linear.window import ring_slots
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.storage.files import atomic_write_text, expand_home, resumable_folder
 from linearize.version import __version__
 
 TEACHER = Path(__file__).parent / "teacher"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.evaluation.needles import RecallItem, recall_document
-from linearize.training.sampling import sample_documents
+from linearize.training.data.sampling import sample_documents
 
 KEPT = Path("text", ".kept")  # what the teacher has written, until the demo is whole
 STORY_TOKENS = 30_000

@@ -1,15 +1,18 @@
 """What a student is worth: held-out loss, agreement, branches, recall, decode cost, report, plots."""
 
-from linearize.evaluation.evaluate import EvaluationOptions, bench, evaluate
-from linearize.evaluation.language_modeling import (
+from linearize.evaluation.recall import RecallItem, RecallReport, recall_beyond_window
+from linearize.evaluation.run import EvaluationOptions, bench, evaluate
+from linearize.evaluation.speed import DecodeCost, cache_bytes, decode_cost
+from linearize.evaluation.suites import SUITES
+from linearize.evaluation.terminal import print_report
+from linearize.metrics.language_model import (
     BranchAblation,
     LanguageModelingReport,
     branch_ablation,
     held_out_report,
     loss_only,
 )
-from linearize.evaluation.recall import RecallItem, RecallReport, recall_beyond_window
-from linearize.evaluation.report import (
+from linearize.metrics.report import (
     ConversionReport,
     StageReport,
     build_report,
@@ -17,9 +20,6 @@ from linearize.evaluation.report import (
     read_report,
     write_report,
 )
-from linearize.evaluation.speed import DecodeCost, cache_bytes, decode_cost
-from linearize.evaluation.suites import SUITES
-from linearize.evaluation.terminal import print_report
 
 __all__ = [
     "SUITES",

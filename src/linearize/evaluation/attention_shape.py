@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from linearize.mixers import LayerMixer
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.attention import MixerCall
+from linearize.modeling.attention_capture import attention_samples
 from linearize.modeling.projections import key_projection
-from linearize.modeling.statistics import attention_samples
 from linearize.ops.layout import Layout
 from linearize.training.config import Batch
 from linearize.training.stages.matrix_alignment import attention_matrix

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
-from linearize.evaluation.agreement import LOGITS_BYTES, View
 from linearize.evaluation.cloze_items import ClozeItem
 from linearize.evaluation.recall import matches
-from linearize.training.pseudo_labels import left_padded
+from linearize.metrics.token_scores import LOGITS_BYTES, View
+from linearize.training.data.pseudo_labels import left_padded
 
 SPARE_TOKENS = 2  # written beyond the word's own, so that a longer word shows
 

@@ -16,9 +16,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from linearize.evaluation.agreement import Batch, View, score_batches
-from linearize.training.documents import Document
-from linearize.training.packing import IGNORED
+from linearize.metrics.token_scores import Batch, View, score_batches
+from linearize.training.data.documents import Document
+from linearize.training.data.packing import IGNORED
 
 ENOUGH_TOKENS = (1500, 200)  # that count, for the largest context to be used: so many, or else so few
 

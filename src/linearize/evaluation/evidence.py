@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from linearize.evaluation.agreement import IGNORED, number_documents
-from linearize.training.packing import PackedRows
+from linearize.metrics.token_scores import IGNORED, number_documents
+from linearize.training.data.packing import PackedRows
 
 NO_EVIDENCE = -1
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import is_student
 from linearize.errors import InputError
-from linearize.evaluation.report import ConversionReport, read_report
-from linearize.files import read_text
-from linearize.training.data import DataConfig, Document, load_documents, local_spec, split
-from linearize.training.pseudo_labels import pseudo_labeller
-from linearize.training.sampling import self_sampler
+from linearize.metrics.report import ConversionReport, read_report
+from linearize.storage.files import read_text
+from linearize.training.data.loading import DataConfig, Document, load_documents, local_spec, split
+from linearize.training.data.pseudo_labels import pseudo_labeller
+from linearize.training.data.sampling import self_sampler
 
 SEEN = (
     "{seen}: {who} was trained on it; give other text, or exactly the data of its conversion in the same order, "

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
 from linearize.errors import InputError
-from linearize.training.pseudo_labels import left_padded
+from linearize.training.data.pseudo_labels import left_padded
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, so that a longer wrong answer shows
 TIE = 1e-3  # nats between two tokens that the arithmetic's noise may swap, at least

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linearize.evaluation.section import Section
+from linearize.evaluation.context import Section
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.chat import Chat
 from linearize.evaluation.sections.cloze import Cloze

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from linearize.evaluation.page.parts import cell_text
-from linearize.evaluation.section import Finding, Table
+from linearize.evaluation.context import Finding, Table
+from linearize.evaluation.report.parts import cell_text
 from linearize.evaluation.sections import SECTIONS
 
 MARKS = {"good": "[green]ok[/]   ", "note": "[yellow]note[/] ", "bad": "[bold red]FAULT[/]"}

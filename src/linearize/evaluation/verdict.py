@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.evaluation.intervals import plus_minus, share_text
-from linearize.evaluation.section import Numbers, Section
+from linearize.evaluation.context import Numbers, Section
+from linearize.metrics.intervals import plus_minus, share_text
 
 ORDER = ("language", "tasks", "recall", "speed", "cloze", "branches", "consistency", "layers", "chat")
 """Which sections' tiles come first."""

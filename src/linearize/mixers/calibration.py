@@ -36,7 +36,7 @@ from torch import Tensor
 
 from linearize.mixers.gates import gate_then_norm, inverse_softplus, norm_then_gate, rms_norm, wide
 from linearize.mixers.layer_mixer import AttentionSample
-from linearize.ops.decay_linear import decay_linear
+from linearize.ops.recurrent.decay_linear import decay_linear
 
 if TYPE_CHECKING:
     from linearize.mixers.gated_delta_net import GatedDeltaNet

@@ -39,12 +39,12 @@ from linearize.mixers.layer_mixer import (
     last,
 )
 from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
-from linearize.ops.forms import Asked, Call, Dispatcher
-from linearize.ops.gated_delta import gated_delta
-from linearize.ops.gated_delta.backends import DISPATCH as GATED_DELTA
-from linearize.ops.layer_steps import DISPATCH as LAYER
-from linearize.ops.layer_steps import LayerCall, run_layer
+from linearize.ops.dispatch import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.gated_delta import gated_delta
+from linearize.ops.recurrent.gated_delta.backends import DISPATCH as GATED_DELTA
+from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
+from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
 from linearize.ops.short_conv import short_conv
 
 START = 0.02  # standard deviation of new projections (Qwen3-Next's initializer_range)

@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
-from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
-from linearize.ops.decay_linear.gated import gated_linear
-from linearize.ops.forms import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.recurrent.decay_linear.gated import gated_linear
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall

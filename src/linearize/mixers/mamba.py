@@ -32,13 +32,13 @@ from linearize.mixers.gates import (
     wide,
 )
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
-from linearize.ops.forms import Asked, Call, Dispatcher
-from linearize.ops.layer_steps import DISPATCH as LAYER
-from linearize.ops.layer_steps import LayerCall, run_layer
+from linearize.ops.dispatch import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
-from linearize.ops.selective_scan import selective_scan
-from linearize.ops.selective_scan.backends import DISPATCH as SELECTIVE_SCAN
-from linearize.ops.selective_scan.backends import ScanCall
+from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
+from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
+from linearize.ops.recurrent.selective_scan import selective_scan
+from linearize.ops.recurrent.selective_scan.backends import DISPATCH as SELECTIVE_SCAN
+from linearize.ops.recurrent.selective_scan.backends import ScanCall
 from linearize.ops.short_conv import short_conv
 
 PUBLISHED_STATE = 16

@@ -38,12 +38,12 @@ from linearize.mixers.layer_mixer import (
     last,
 )
 from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
-from linearize.ops.decay_linear import decay_linear
-from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
-from linearize.ops.forms import Asked, Call, Dispatcher
-from linearize.ops.layer_steps import DISPATCH as LAYER
-from linearize.ops.layer_steps import LayerCall, run_layer
+from linearize.ops.dispatch import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import decay_linear
+from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
+from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
 from linearize.ops.short_conv import short_conv
 
 

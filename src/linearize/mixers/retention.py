@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_heads, wide
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
-from linearize.ops.decay_linear import decay_linear
-from linearize.ops.decay_linear.backends import DISPATCH as DECAY_LINEAR
-from linearize.ops.forms import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import decay_linear
+from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
 
 NORM_EPS = 1e-5  # of the published GroupNorm, which has no weights
 

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from linearize.mixers.base import AttentionMixer, AttentionShape, MixerConfig, MixerCost
-from linearize.ops.forms import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Asked, Call, Dispatcher
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR

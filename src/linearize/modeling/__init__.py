@@ -37,7 +37,7 @@ def load(
     Raises:
         InputError: a missing folder, a model that is no student, or weights that do not fit the plan.
     """
-    from linearize.modeling.model_source import find_model
+    from linearize.modeling.io.model_source import find_model
 
     source = find_model(path)
     if source.gguf_file is not None:

@@ -16,7 +16,7 @@ from transformers.utils import TransformersKwargs
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer, Pending, Run
 from linearize.modeling.projections import key_projection
-from linearize.modeling.static_cache import Place, StaticMixerLayer
+from linearize.modeling.static.cache import Place, StaticMixerLayer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:

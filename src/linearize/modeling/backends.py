@@ -11,7 +11,7 @@ from linearize.errors import InputError
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.inspect import read_config
-from linearize.ops.forms import Asked
+from linearize.ops.dispatch import Asked
 
 
 class Situation(NamedTuple):

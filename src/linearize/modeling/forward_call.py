@@ -21,7 +21,7 @@ from linearize.modeling.attention import COMMON, MixerCall, Tap, parameter_names
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import cache_argument, given_cache
 from linearize.modeling.ragged_cache import check_past_mask
-from linearize.modeling.static_cache import StaticMixerLayer
+from linearize.modeling.static.cache import StaticMixerLayer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionShape
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.model_source import find_model
-from linearize.modeling.model_source import read_config as read_source_config
+from linearize.modeling.io.model_source import find_model
+from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.modeling.surgery import AttentionSite, body_sizes, probe
 

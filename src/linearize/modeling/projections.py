@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.quantized import is_quantized, whole_weight
+from linearize.modeling.io.quantized import is_quantized, whole_weight
 
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape

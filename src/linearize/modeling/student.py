@@ -17,11 +17,11 @@ from linearize.modeling.attention import Tap
 from linearize.modeling.cache_argument import given_cache, with_cache
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
-from linearize.modeling.save import apply_adapters, valid_generation_config
+from linearize.modeling.io.student_folder import apply_adapters, valid_generation_config
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
-    from linearize.modeling.quantized import LowRankChange
+    from linearize.modeling.io.quantized import LowRankChange
     from linearize.modeling.surgery import AttentionSite
     from linearize.ops.window_linear import Branch
 

@@ -15,10 +15,10 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.modeling.attention import ATTENTION, parameter_names
-from linearize.modeling.four_bits import nf4_states
+from linearize.modeling.io.nf4 import nf4_states
 from linearize.modeling.mixer_layer import MixerLayer
+from linearize.modeling.parallel import is_unit, whole
 from linearize.modeling.projections import are_read_rightly, attention_weights, with_biases
-from linearize.modeling.sharding import is_unit, whole
 
 PROBE = "linearize_probe"
 KNOWN_KEYWORDS = {"scaling", "softcap", "sliding_window", "dropout", "is_causal", "linearize_probe_calls"}

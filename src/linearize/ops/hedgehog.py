@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linearize.ops.pieces import Block, blocks, scratch
-from linearize.ops.products import product_into
+from linearize.ops.blocking import Block, blocks, scratch
+from linearize.ops.matmul import product_into
 
 SMALLEST = 1e-12
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from linearize.evaluation.agreement import LOGITS_BYTES, View, score_rows
-from linearize.evaluation.layer_error import layer_errors
+from linearize.metrics.layer_error import layer_errors
+from linearize.metrics.token_scores import LOGITS_BYTES, View, score_rows
 from linearize.mixers import LayerMixer
 from linearize.modeling import LinearizedForCausalLM
 from linearize.planning.devices import Device
 from linearize.planning.samples import Numbers, Sample
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig
-from linearize.training.footprint import tensor_bytes, weight_bytes
-from linearize.training.own_loop import OwnLoopConfig
+from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.memory_simulation import tensor_bytes, weight_bytes
 from linearize.training.stages.dpo import DpoConfig
 from linearize.training.stages.trainable import own, recompute_blocks
 from linearize.training.stages.trl_scores import score

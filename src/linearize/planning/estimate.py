@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from linearize.conversion.base_weights import checked_base
 from linearize.errors import InputError
 from linearize.planning.advice import advice
 from linearize.planning.costs import error_costs, score_costs, stage_costs, text
@@ -18,13 +19,12 @@ from linearize.planning.devices import CPU, Device, fits, load_device, room
 from linearize.planning.report import BlockPlan, ConversionPlan, Memory, StagePlan
 from linearize.planning.rounded import rounding
 from linearize.planning.samples import Measured, Numbers, Whole, look_at, measured, on_sample, read_config
-from linearize.recipes.base_weights import checked_base
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_bytes, check_block, choose_block
 from linearize.training.blockwise.budget import fitting_blocks
 from linearize.training.config import BlockwiseConfig, StageConfig
+from linearize.training.dataset_stage import DEFAULT_LENGTH, OwnLoopConfig
 from linearize.training.hardware import bf16_pays
-from linearize.training.own_loop import DEFAULT_LENGTH, OwnLoopConfig
 from linearize.training.schedule import as_steps, count_steps
 from linearize.training.stages.distill import DistillConfig
 

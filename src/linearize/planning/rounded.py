@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from linearize.modeling.quantized import BaseWeights
+from linearize.modeling.io.quantized import BaseWeights
 from linearize.planning.samples import Measured, Numbers, Sample, Whole, measured
 from linearize.training.config import StageConfig
 from linearize.training.stages.lora import find_projections

@@ -17,12 +17,12 @@ from linearize.errors import InputError, one_line
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import list_of_blocks
-from linearize.modeling.model_source import find_config
-from linearize.modeling.model_source import read_config as read_source_config
+from linearize.modeling.io.model_source import find_config
+from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.truncate import SIMPLE, cut_tree, truncate
 from linearize.recipes.recipe import Recipe
-from linearize.training.footprint import Meter, no_contents, simulation, weight_bytes
+from linearize.training.memory_simulation import Meter, no_contents, simulation, weight_bytes
 
 Numbers = Mapping[str, float]
 

@@ -11,12 +11,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import InputError, unknown
-from linearize.files import expand_home, read_text
-from linearize.modeling.quantized import BaseWeights
+from linearize.modeling.io.quantized import BaseWeights
 from linearize.recipes import overrides as dotted
 from linearize.recipes.messages import explain
 from linearize.recipes.plan import PlanConfig
-from linearize.training.data import DataConfig
+from linearize.storage.files import expand_home, read_text
+from linearize.training.data.loading import DataConfig
 from linearize.training.stages import STAGES
 
 if TYPE_CHECKING:

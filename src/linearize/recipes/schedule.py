@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from linearize.errors import InputError
 from linearize.training.config import StageConfig
-from linearize.training.own_loop import OwnLoopConfig
+from linearize.training.dataset_stage import OwnLoopConfig
 
 
 class Progressive(BaseModel):

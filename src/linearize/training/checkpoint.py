@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from linearize.disk import is_disk_full, sync, writing
 from linearize.errors import InputError, one_line
-from linearize.modeling.checksums import crc32
+from linearize.modeling.io.checksums import crc32
+from linearize.storage.disk import is_disk_full, sync, writing
 from linearize.version import __version__
 
 FORMAT = 1  # of the file; goes up when an older version would misread it

@@ -1,7 +1,7 @@
 """Many processes that do one piece of work together: joined as torchrun (or srun) started them, told apart by rank.
 
 Rank 0 alone reads, prints and writes; what it prepared goes to the others with parameters that have shapes and no
-values (`modeling/sharding.py` brings those). Whatever goes wrong on any rank ends all of them with one line.
+values (`modeling/parallel.py` brings those). Whatever goes wrong on any rank ends all of them with one line.
 """
 
 from __future__ import annotations

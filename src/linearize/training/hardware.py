@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from linearize.ops.products import has_bf16_units
+from linearize.ops.matmul import has_bf16_units
 from linearize.training.config import StageConfig
 
 Stage = TypeVar("Stage", bound=StageConfig)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.disk import sync, writing
 from linearize.errors import InputError, one_line
-from linearize.files import atomic_write_text
-from linearize.modeling.checksums import file_crc32
+from linearize.modeling.io.checksums import file_crc32
+from linearize.storage.disk import sync, writing
+from linearize.storage.files import atomic_write_text
 from linearize.training.checkpoint import (
     FILE,
     FORMAT,

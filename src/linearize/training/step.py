@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.modeling.sharding import gathered, is_sharded, spread, sync_gradients
+from linearize.modeling.parallel import gathered, is_sharded, spread, sync_gradients
 from linearize.training.checkpoint import PARAMETER
 from linearize.training.config import NOTHING, Batch, LossSum, StageConfig, StageRun
 from linearize.training.distributed import Group, current
@@ -40,7 +40,7 @@ class StepNumbers(NamedTuple):
 class Stepper:
     """AdamW over exactly the parameters that a run names, on one process or on every rank of torch.distributed.
 
-    Parameters are whole on every rank, their gradients summed here; or sharded (`modeling/sharding.py`), each rank
+    Parameters are whole on every rank, their gradients summed here; or sharded (`modeling/parallel.py`), each rank
     stepping its part of them with gradients that FSDP has summed.
     """
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from linearize.decoding.speculative.scores import vocabulary_size
+from linearize.decoding.speculative.logits_processing import vocabulary_size
 from linearize.errors import InputError
 
 

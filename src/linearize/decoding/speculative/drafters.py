@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from linearize.decoding.speculative.graphs import reader_for
+from linearize.decoding.speculative.graphed_model import reader_for
+from linearize.decoding.speculative.logits_processing import ScoreRules
 from linearize.decoding.speculative.ngrams import NgramIndex
-from linearize.decoding.speculative.scores import ScoreRules
 
 Texts = Sequence[Sequence[int]]
 

@@ -14,18 +14,18 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from linearize.decoding.speculative.auto import pace_of
+from linearize.decoding.speculative.acceptance_stats import Experience, remembered
+from linearize.decoding.speculative.adaptive_draft_length import pace_of
+from linearize.decoding.speculative.cached_model import Reader
 from linearize.decoding.speculative.checks import check_input, check_vocabularies
-from linearize.decoding.speculative.chooser import Chooser, Round, check_draft_tokens
+from linearize.decoding.speculative.draft_length import Chooser, Round, check_draft_tokens
 from linearize.decoding.speculative.drafters import Drafter, ModelDrafter
-from linearize.decoding.speculative.experience import Experience, remembered
-from linearize.decoding.speculative.graphs import reader_for
-from linearize.decoding.speculative.products import Pack, Products, check_pack
-from linearize.decoding.speculative.reader import Reader
+from linearize.decoding.speculative.graphed_model import reader_for
+from linearize.decoding.speculative.logits_processing import ScoreRules, score_rules
 from linearize.decoding.speculative.rows import Rows
-from linearize.decoding.speculative.scores import ScoreRules, score_rules
 from linearize.decoding.speculative.stats import SpeculationResult, SpeculationStats
 from linearize.decoding.speculative.verify import verify_greedy, verify_sampled
+from linearize.decoding.speculative.weight_layout import Pack, Products, check_pack
 
 
 def speculate(

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
-from linearize.training.chat import render, with_template
-from linearize.training.pseudo_labels import left_padded
-from linearize.training.sampling import end_tokens, generation_config
+from linearize.training.data.chat import render, with_template
+from linearize.training.data.pseudo_labels import left_padded
+from linearize.training.data.sampling import end_tokens, generation_config
 
 PLAIN_STOP = "\nUser:"  # where a model without a template of its own goes on to write the user's part
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from linearize.evaluation.chat.answering import Ask, hold
 from linearize.evaluation.chat.journal import Journal, Record, file_name
-from linearize.evaluation.section import Contestant
+from linearize.evaluation.context import Contestant
 
 
 @dataclass(frozen=True, kw_only=True)

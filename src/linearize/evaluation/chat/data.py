@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.files import expand_home, read_json, read_text, well_formed
+from linearize.storage.files import expand_home, read_json, read_text, well_formed
 
 FASTCHAT = "https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge/data"
 ALPACA = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval"

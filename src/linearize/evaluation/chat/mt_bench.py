@@ -14,7 +14,7 @@ from linearize.evaluation.chat.answers import Answers, answer_all, answer_ids
 from linearize.evaluation.chat.data import TEMPERATURES, Question
 from linearize.evaluation.chat.journal import Journal, Record, file_name
 from linearize.evaluation.chat.judge import Judge
-from linearize.evaluation.section import Contestant
+from linearize.evaluation.context import Contestant
 
 NAME = "mt_bench"
 JUDGE_TOKENS = 2048

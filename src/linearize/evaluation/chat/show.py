@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.intervals import Z95, plus_minus, share_text
-from linearize.evaluation.section import Cell, Finding, Numbers, Plot, Shown, Table, Tile
-from linearize.evaluation.theme import colours, percent_label
+from linearize.evaluation.context import Cell, Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.metrics.intervals import Z95, plus_minus, share_text
+from linearize.metrics.theme import colours, percent_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -236,7 +236,7 @@ def _bars(name: str, caption: str, values: Mapping[str, Mapping[str, Any]], labe
 
 
 def _legend(figure: Figure, models: int) -> None:
-    from linearize.evaluation.theme import legend_below
+    from linearize.metrics.theme import legend_below
 
     if models > 1:
         legend_below(figure)

@@ -10,7 +10,7 @@ from linearize.evaluation.chat.data import Question
 from linearize.evaluation.chat.journal import Record
 from linearize.evaluation.chat.mt_bench import UNRATED, outcome
 from linearize.evaluation.chat.texts import described, loops, mean_of, repeated
-from linearize.evaluation.intervals import Difference, Proportion, paired_difference
+from linearize.metrics.intervals import Difference, Proportion, paired_difference
 
 
 def answers_summary(answers: Answers, teacher: Answers | None) -> dict[str, Any]:

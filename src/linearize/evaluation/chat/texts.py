@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from linearize.evaluation.intervals import Mean, Proportion, mean_over_documents
+from linearize.metrics.intervals import Mean, Proportion, mean_over_documents
 
 LOOP_SHARE = 0.5
 """An answer loops when at least this share of its 4-grams stood in it before ..."""

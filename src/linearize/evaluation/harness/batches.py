@@ -6,7 +6,7 @@ import contextlib
 import io
 from typing import Any
 
-from linearize.evaluation.section import Contestant
+from linearize.evaluation.context import Contestant
 
 CPU_BYTES = 1 << 29  # for the logits of a batch and what is computed from them
 CPU_ROWS = 16  # more rows bring nothing there: they only add padding

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from linearize.evaluation.harness.outcome import Outcome
-from linearize.evaluation.intervals import Z95, paired_difference
+from linearize.metrics.intervals import Z95, paired_difference
 
 CLEAR = 3.0  # a share is reported where the teacher stands so many standard errors above chance
 

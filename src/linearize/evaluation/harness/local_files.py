@@ -11,7 +11,7 @@ from typing import Any
 
 from linearize.errors import InputError
 from linearize.evaluation.harness.catalogue import KNOWN, Entry, Known
-from linearize.files import read_text, well_formed
+from linearize.storage.files import read_text, well_formed
 
 Rows = list[dict[str, Any]]
 

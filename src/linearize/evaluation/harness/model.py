@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from linearize.evaluation.context import Contestant
 from linearize.evaluation.harness.answers import Answers
 from linearize.evaluation.harness.runner import quiet
-from linearize.evaluation.section import Contestant
 
 Pair = tuple[list[int], list[int]]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from linearize.evaluation.context import Contestant, Setting
 from linearize.evaluation.harness.answers import Answers
 from linearize.evaluation.harness.batches import choose_batch
 from linearize.evaluation.harness.catalogue import Entry
@@ -16,8 +17,7 @@ from linearize.evaluation.harness.folder import DATA, FUNCTIONS
 from linearize.evaluation.harness.model import Pairs, TooLongError, harness_model
 from linearize.evaluation.harness.outcome import Outcome, outcomes, write_samples
 from linearize.evaluation.harness.runner import command, manager_for, measure
-from linearize.evaluation.kept import Kept
-from linearize.evaluation.section import Contestant, Setting
+from linearize.evaluation.result_cache import Kept
 
 ROUND = 64  # tokens
 NO_TRAINING = "few-shot examples come from the measured file (the measured item left out): there is no training split"

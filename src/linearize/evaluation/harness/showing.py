@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation import theme
+from linearize.evaluation.context import Finding, Plot, Shown, Table, Tile
 from linearize.evaluation.harness.contrast import CLEAR
-from linearize.evaluation.intervals import Z95
-from linearize.evaluation.section import Finding, Plot, Shown, Table, Tile
+from linearize.metrics import theme
+from linearize.metrics.intervals import Z95
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The parts of an evaluation, one file each, and the one literal table of them, in the order of a report."""
 
-from linearize.evaluation.section import Section
+from linearize.evaluation.context import Section
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.chat import Chat
 from linearize.evaluation.sections.cloze import Cloze

@@ -14,8 +14,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from linearize.evaluation.agreement import TokenScores, View, score_batches
-from linearize.evaluation.branches import (
+from linearize.evaluation.cache_checks import CacheProbe, check
+from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context_loss import ContextText
+from linearize.evaluation.sections import branches_shown
+from linearize.metrics.branches import (
     AblatedView,
     Without,
     clearly_positive,
@@ -25,13 +28,10 @@ from linearize.evaluation.branches import (
     two_branch_layers,
     without,
 )
-from linearize.evaluation.cache_checks import CacheProbe, check
-from linearize.evaluation.context_loss import ContextText
-from linearize.evaluation.intervals import mean_over_documents
-from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
-from linearize.evaluation.sections import branches_shown
-from linearize.training.documents import Document
-from linearize.training.packing import PackedRows
+from linearize.metrics.intervals import mean_over_documents
+from linearize.metrics.token_scores import TokenScores, View, score_batches
+from linearize.training.data.documents import Document
+from linearize.training.data.packing import PackedRows
 
 
 class Branches(Section):

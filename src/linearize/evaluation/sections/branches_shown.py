@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.cache_checks import Deviation, tolerance
-from linearize.evaluation.intervals import interval, plus_minus
-from linearize.evaluation.section import Finding, Numbers, Plot, Shown, Table, Tile
-from linearize.evaluation.theme import colours, count_label, legend_below, plain_label
+from linearize.evaluation.context import Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.metrics.intervals import interval, plus_minus
+from linearize.metrics.theme import colours, count_label, legend_below, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

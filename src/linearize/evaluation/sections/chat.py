@@ -25,7 +25,7 @@ from linearize.evaluation.chat.judge import Judge, JudgeConfig
 from linearize.evaluation.chat.judging import judge_alpaca, judge_mt_bench
 from linearize.evaluation.chat.show import TITLES
 from linearize.evaluation.chat.summary import answers_summary, repeated_by_category
-from linearize.evaluation.section import Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
 
 NO_ALPACA = f"AlpacaEval: no instructions; put alpaca_eval.json from {data.ALPACA} into DATA_ROOT/chat/alpaca_eval"
 NO_PROMPT = (

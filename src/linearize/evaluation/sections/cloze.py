@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.evaluation.cloze_answers import SPARE_TOKENS, word_answers
 from linearize.evaluation.cloze_items import ClozeItem, cut_items
-from linearize.evaluation.intervals import Proportion, paired_difference
-from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.sections import cloze_shown
+from linearize.metrics.intervals import Proportion, paired_difference
 
 FEWEST = 8
 EXAMPLES = 6

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.intervals import share_text
-from linearize.evaluation.section import Finding, Numbers, Plot, Shown, Table, Tile
-from linearize.evaluation.theme import colours, legend_below, percent_label
+from linearize.evaluation.context import Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.metrics.intervals import share_text
+from linearize.metrics.theme import colours, legend_below, percent_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

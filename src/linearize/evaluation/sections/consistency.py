@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.errors import InputError, one_line
-from linearize.evaluation.branches import longest_reach
 from linearize.evaluation.cache_checks import CHECKS, PADDED_STEPS, CacheProbe, Deviation, check, tolerance
-from linearize.evaluation.section import Contestant, Finding, Numbers, Section, Setting, Shown, Table, Tile
+from linearize.evaluation.context import Contestant, Finding, Numbers, Section, Setting, Shown, Table, Tile
+from linearize.metrics.branches import longest_reach
 from linearize.modeling import LinearizedForCausalLM
 
 LEAST_TOKENS = 24  # of the longest text that is fed in several ways

@@ -20,19 +20,19 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.evaluation.agreement import IGNORED, Batch, TokenScores, View, number_documents, score_batches
-from linearize.evaluation.branches import longest_reach, window_reach
+from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.intervals import (
+from linearize.evaluation.sections import language_shown
+from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
+from linearize.metrics.branches import longest_reach, window_reach
+from linearize.metrics.intervals import (
     Mean,
     contrast_over_documents,
     mean_over_documents,
     ratio_over_documents,
 )
-from linearize.evaluation.section import Numbers, Section, Setting, Shown, Tile
-from linearize.evaluation.sections import language_shown
-from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
-from linearize.training.packing import PackedRows
+from linearize.metrics.token_scores import IGNORED, Batch, TokenScores, View, number_documents, score_batches
+from linearize.training.data.packing import PackedRows
 
 LN2 = math.log(2)
 LATE_DOCUMENTS = 8  # a stretch of positions that fewer documents reach says nothing on its own

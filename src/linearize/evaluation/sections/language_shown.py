@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.intervals import interval, plus_minus
-from linearize.evaluation.section import Finding, Numbers, Plot, Shown, Table, Tile
-from linearize.evaluation.theme import COLOURS, colours, count_label, legend_below
+from linearize.evaluation.context import Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.metrics.intervals import interval, plus_minus
+from linearize.metrics.theme import COLOURS, colours, count_label, legend_below
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

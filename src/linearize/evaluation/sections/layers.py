@@ -12,10 +12,10 @@ from pydantic import Field
 
 from linearize.errors import InputError
 from linearize.evaluation.attention_shape import MEASURES, AttentionShape, student_shapes, teacher_shapes
-from linearize.evaluation.branches import longest_reach
-from linearize.evaluation.intervals import plus_minus, ratio_over_documents
-from linearize.evaluation.section import Contestant, Finding, Numbers, Plot, Section, Setting, Shown, Table
-from linearize.evaluation.theme import colours, legend_below, plain_label
+from linearize.evaluation.context import Contestant, Finding, Numbers, Plot, Section, Setting, Shown, Table
+from linearize.metrics.branches import longest_reach
+from linearize.metrics.intervals import plus_minus, ratio_over_documents
+from linearize.metrics.theme import colours, legend_below, plain_label
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
+from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.haystack import (
     CITY,
     CODE,
@@ -31,9 +32,8 @@ from linearize.evaluation.haystack import (
     passkey_question,
 )
 from linearize.evaluation.recall import answer_greedily, full_forward
-from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.sections.recall_counts import Answer, described, measured
-from linearize.files import expand_home
+from linearize.storage.files import expand_home
 
 MORE = 3
 """Pass keys for each length, and questions for each number of facts, by the `items` of a needle's cell."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.evaluation.branches import window_reach
+from linearize.evaluation.context import Contestant, Numbers
 from linearize.evaluation.haystack import HiddenFact
-from linearize.evaluation.intervals import Proportion
-from linearize.evaluation.section import Contestant, Numbers
+from linearize.metrics.branches import window_reach
+from linearize.metrics.intervals import Proportion
 
 ABLE = 0.5
 """The teacher's share below which a length or a number of facts says nothing about a student."""

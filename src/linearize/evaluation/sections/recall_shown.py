@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.intervals import share_text
-from linearize.evaluation.section import Cell, Finding, Numbers, Plot, Shown, Table, Tile
-from linearize.evaluation.theme import HEAT, colours, count_label, legend_below, percent_label
+from linearize.evaluation.context import Cell, Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.metrics.intervals import share_text
+from linearize.metrics.theme import HEAT, colours, count_label, legend_below, percent_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from linearize.errors import InputError
-from linearize.evaluation.section import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.speed.largest_batch import largest_batch, peak_of_rows
 from linearize.evaluation.speed.memory import weight_bytes
 from linearize.evaluation.speed.points import Checked, Protocol, hopeless_ways, measure_point

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from linearize.errors import InputError
+from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.harness.catalogue import Entry, entries
 from linearize.evaluation.harness.contrast import summary
 from linearize.evaluation.harness.folder import write_definitions
@@ -18,7 +19,6 @@ from linearize.evaluation.harness.outcome import Outcome
 from linearize.evaluation.harness.run import Run
 from linearize.evaluation.harness.runner import need_harness
 from linearize.evaluation.harness.showing import show_tasks, task_tiles
-from linearize.evaluation.section import Numbers, Section, Setting, Shown, Tile
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 

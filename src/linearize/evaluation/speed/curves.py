@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.section import Numbers, Plot
-from linearize.evaluation.theme import bytes_label, colours, legend_below, log_log, plain_label
+from linearize.evaluation.context import Numbers, Plot
+from linearize.metrics.theme import bytes_label, colours, legend_below, log_log, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

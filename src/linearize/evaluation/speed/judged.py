@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.evaluation.section import Finding, Numbers
+from linearize.evaluation.context import Finding, Numbers
 
 Row = Mapping[str, Any]
 MS, FIRST, CACHE = "ms_per_token", "ms_first_token", "cache_bytes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from linearize.evaluation.section import Cell, Numbers, Shown, Table, Tile
+from linearize.evaluation.context import Cell, Numbers, Shown, Table, Tile
 from linearize.evaluation.speed.curves import speed_plots
 from linearize.evaluation.speed.judged import (
     CACHE,

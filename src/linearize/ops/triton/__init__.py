@@ -29,7 +29,7 @@ from importlib.util import find_spec
 
 import torch
 
-from linearize.ops.forms import Call
+from linearize.ops.dispatch import Call
 from linearize.ops.pairs import MANY
 
 __all__ = ["MOST_TOKENS", "base_refuses", "fla_refuses", "has_fla", "has_triton", "refuses"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops.layer_steps import MOST_TAPS
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.layer_steps import MOST_TAPS
 from linearize.ops.triton import MOST_TOKENS
 from linearize.ops.triton.heads import heads_kernel, norm_kernel
 from linearize.ops.triton.launch import WHOLE_TILE, Span, positions, power_of_two, read_state, rows_of, state_memory

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.ops.layer_steps import MOST_TAPS
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.layer_steps import MOST_TAPS
 from linearize.ops.triton import MOST_TOKENS
 from linearize.ops.triton.channels import CHANNEL_WARPS, channel_block
 from linearize.ops.triton.launch import Span, positions, read_state, rows_of, state_memory

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops.forms import wants_gradients
+from linearize.ops.dispatch import wants_gradients
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.backends import DISPATCH, WindowCall, cursor_of
 from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.chunked import chunked
-from linearize.ops.window_linear.few import few
 from linearize.ops.window_linear.in_place import in_place
 from linearize.ops.window_linear.maps import weights_of
+from linearize.ops.window_linear.multi_token import few
 from linearize.ops.window_linear.operator import window_steps
 from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.spec import Branch, WindowLinear

@@ -8,10 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from linearize.ops import triton as kernels
-from linearize.ops.forms import Call, Dispatcher, Rule, never
+from linearize.ops.dispatch import Call, Dispatcher, Rule, never
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.few import FEW_TOKENS
 from linearize.ops.window_linear.maps import weights_of
+from linearize.ops.window_linear.multi_token import FEW_TOKENS
 from linearize.ops.window_linear.spec import WindowLinear
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.window import MOST_CHUNK, chunk_of

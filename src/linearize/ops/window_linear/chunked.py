@@ -14,8 +14,8 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.align import Alignment, align
+from linearize.ops.window_linear.chunk_group import attend_slab
 from linearize.ops.window_linear.masks import Masks, masks_of
-from linearize.ops.window_linear.slab import attend_slab
 from linearize.ops.window_linear.spec import FeatureMap, WindowLinear, state_dtype
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import (

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops.pieces import Scratch
-from linearize.ops.products import product_into
+from linearize.ops.blocking import Scratch
+from linearize.ops.matmul import product_into
 
 
 class LinearPart:

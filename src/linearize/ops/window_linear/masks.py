@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.align import Alignment
-from linearize.ops.window_linear.piece import Slab
+from linearize.ops.window_linear.head_block import Slab
 from linearize.ops.window_linear.spec import WindowLinear
 from linearize.ops.window_linear.update import Slots
 from linearize.ops.window_linear.window import in_window

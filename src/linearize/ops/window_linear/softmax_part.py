@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops.pieces import Scratch
-from linearize.ops.products import LOG2_E, product_into, whole_products
+from linearize.ops.blocking import Scratch
+from linearize.ops.matmul import LOG2_E, product_into, whole_products
 
 
 class SoftmaxPart:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from linearize.ops.tensor_state import TensorState
-from linearize.ops.window_linear.room import Room
+from linearize.ops.window_linear.ring_buffer import Room
 
 
 @dataclass(frozen=True, eq=False)

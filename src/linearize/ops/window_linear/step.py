@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.room import appended
+from linearize.ops.window_linear.ring_buffer import appended
 from linearize.ops.window_linear.spec import WindowLinear, divide
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import next_plain_state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops.pieces import Scratch
+from linearize.ops.blocking import Scratch
 
 
 def tiles(x_BGMCD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.room import Room
+from linearize.ops.window_linear.ring_buffer import Room
 from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots

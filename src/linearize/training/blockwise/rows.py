@@ -12,9 +12,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from linearize.training.blockwise.store import HiddenStore
+from linearize.training.blockwise.hidden_store import HiddenStore
 from linearize.training.config import Batch, StageConfig
-from linearize.training.packing import PackedRows, epoch_order, step_rows
+from linearize.training.data.packing import PackedRows, epoch_order, step_rows
 from linearize.training.schedule import count_steps
 
 HIDDEN = "hidden"  # the key of a batch's hidden states at the block's input, [B, T, M]

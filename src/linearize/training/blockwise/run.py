@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from linearize.modeling.blocks import Block, Blocks
-from linearize.training.blockwise.claims import Claim, Claims, wait
-from linearize.training.blockwise.filling import Filler
-from linearize.training.blockwise.parts import Part, load_part, save_part
+from linearize.training.blockwise.block_result import Part, load_part, save_part
+from linearize.training.blockwise.hidden_store import DamagedShardError, HiddenStore
+from linearize.training.blockwise.hidden_writer import Filler
+from linearize.training.blockwise.leases import Claim, Claims, wait
 from linearize.training.blockwise.rows import HELDOUT, HIDDEN, SAMPLE, StageRows, StoredBatches
-from linearize.training.blockwise.store import DamagedShardError, HiddenStore
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.progress import Progress

@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.checksums import model_fingerprint
+from linearize.modeling.io.checksums import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distillation_loss import distillation_loss
+from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
 from linearize.training.stages.losses import Divergence
-from linearize.training.stages.other_teacher import check_vocabulary, load_other_teacher
-from linearize.training.stages.readout import Readout
 from linearize.training.stages.trainable import mlp_parameters, own, recompute_blocks
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.training.config import Batch, LossSum
+from linearize.training.stages.chunked_logits import Readout, sliced_loss
 from linearize.training.stages.losses import Divergence, counted, divergence
-from linearize.training.stages.readout import Readout, sliced_loss
 
 
 def distillation_loss(

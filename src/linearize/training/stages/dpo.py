@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from linearize.training.chat import with_template
+from linearize.training.data.chat import with_template
+from linearize.training.data.preferences import PreferencePair, read_preferences, tokenize_preferences
+from linearize.training.dataset_stage import OwnLoopConfig, StageJob
 from linearize.training.distributed import current
 from linearize.training.loop import StageResult
-from linearize.training.own_loop import OwnLoopConfig, StageJob
-from linearize.training.preferences import PreferencePair, read_preferences, tokenize_preferences
 from linearize.training.stages.sft import padded
 from linearize.training.stages.trl_loop import TrlTask, pad_token, require_trl, row_length, run_with_trl
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.quantized import LowRankChange, is_quantized, whole_weight, with_weight
-from linearize.modeling.sharding import add_part, shards_of
+from linearize.modeling.io.quantized import LowRankChange, is_quantized, whole_weight, with_weight
+from linearize.modeling.parallel import add_part, shards_of
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.save import KeptAdapters
+from linearize.modeling.io.student_folder import KeptAdapters
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
+from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.lora import add_adapters
-from linearize.training.stages.readout import Readout
 from linearize.training.stages.trainable import recompute_blocks
 
 

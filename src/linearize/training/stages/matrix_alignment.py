@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linearize.errors import InputError
 from linearize.mixers.layer_mixer import AttentionSample, LayerMixer
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.statistics import attention_samples
+from linearize.modeling.attention_capture import attention_samples
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.training.chat import with_template
-from linearize.training.data_sources import read_examples
+from linearize.training.data.chat import with_template
+from linearize.training.data.documents import Document, tokenize
+from linearize.training.data.preferences import cut
+from linearize.training.data.sources import read_examples
+from linearize.training.dataset_stage import OwnLoopConfig, StageJob
 from linearize.training.distributed import current
-from linearize.training.documents import Document, tokenize
 from linearize.training.loop import StageResult
-from linearize.training.own_loop import OwnLoopConfig, StageJob
-from linearize.training.preferences import cut
 from linearize.training.stages.trl_loop import TrlTask, pad_token, require_trl, row_length, run_with_trl
 
 LOG = logging.getLogger("linearize")

@@ -16,12 +16,12 @@ import numpy as np
 from torch import nn
 
 from linearize.errors import InputError
-from linearize.modeling.sharding import gather_while_running, is_unit, plain_copy, shards_of
-from linearize.training.chat import template_text
+from linearize.modeling.parallel import gather_while_running, is_unit, plain_copy, shards_of
 from linearize.training.config import Batch, LossSum, ParameterGroup
+from linearize.training.data.chat import template_text
+from linearize.training.dataset_stage import DEFAULT_LENGTH, OwnLoopConfig, StageJob
 from linearize.training.distributed import current
 from linearize.training.loop import Rows, StageResult, run_stage
-from linearize.training.own_loop import DEFAULT_LENGTH, OwnLoopConfig, StageJob
 from linearize.training.progress import LineProgress
 from linearize.training.stages.trainable import own, recompute_blocks
 from linearize.training.stages.trl_scores import scoring

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from linearize.training.own_loop import OwnLoopConfig
+from linearize.training.dataset_stage import OwnLoopConfig
 
 if TYPE_CHECKING:
     from linearize.training.stages.trl_loop import TrlTask

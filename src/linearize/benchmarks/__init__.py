@@ -1,1 +1,0 @@
-"""Measurements of speed, each a program: `python -m linearize.benchmarks.NAME --out FILE`; results in `benchmarks/`."""

@@ -1,0 +1,206 @@
+"""A part of an evaluation: measured on contestants in one setting, kept as JSON, shown to people from that JSON.
+
+A section is a frozen config (the entry of a suite) that measures and a function that shows. What it shows is made from
+the JSON numbers alone, so that a report can be drawn again from its `report.json`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.evaluation.result_cache import Kept
+from linearize.mixers import MixerConfig
+from linearize.modeling.config import LinearizeConfig
+from linearize.training.data.documents import Document
+from linearize.training.data.packing import PackedRows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Numbers = dict[str, Any]
+"""What a section measured, JSON-able: mappings, lists, text, numbers, None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A model that is measured. `name` is unique in a report; the teacher's is `teacher`.
+
+    `fingerprint` changes with the files that the model was loaded from; `path` is as the user gave it.
+    """
+
+    name: str
+    role: Literal["teacher", "student"]
+    path: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str = ""
+
+    @property
+    def plan(self) -> Sequence[MixerConfig | None]:
+        """By layer the mixer, None where softmax attention stays; empty for a model that is no student of ours."""
+        config = self.model.config
+        return config.mixers() if isinstance(config, LinearizeConfig) else ()
+
+    @property
+    def mixer_names(self) -> list[str]:
+        """The plan in words: by layer the mixer's name, or `softmax`."""
+        return ["softmax" if mixer is None else str(mixer.name) for mixer in self.plan]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all sections of one evaluation share.
+
+    `contestants`: the teacher first, where there is one, then the students (a model alone counts as the teacher); all
+    have one tokenizer. `documents`: held-out text, tokenised; `texts`: the same as strings. `length`: the longest row
+    in tokens. `batch`: rows at a time. `seed`: every draw of a section comes from it. `limit`: items per task (None:
+    all). `data_root`: the folder of local task files (None: tasks come from the Hub); `include_path`: one of task
+    definitions of one's own. `chat`, `judge_*`: for the chat section. `kept`: results of an interrupted run.
+    `one_per_row`: the first contestant does not keep the documents of a row apart, so that each has a row to itself.
+    """
+
+    contestants: tuple[Contestant, ...]
+    documents: Sequence[Document] = ()
+    texts: Sequence[str] = ()
+    length: int = 1024
+    batch: int = 8
+    seed: int = 0
+    limit: int | None = None
+    data_root: Path | None = None
+    include_path: Path | None = None
+    skip_missing: bool = False
+    allow_code: bool = False
+    judge_url: str | None = None
+    judge_model: str | None = None
+    out: Path | None = None
+    kept: Kept = field(default_factory=Kept)
+    one_per_row: bool = False
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    @property
+    def teacher(self) -> Contestant | None:
+        """The teacher; None where there is none."""
+        first = self.contestants[0]
+        return first if first.role == "teacher" else None
+
+    @property
+    def students(self) -> tuple[Contestant, ...]:
+        """All others."""
+        return tuple(c for c in self.contestants if c.role == "student")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one of all contestants."""
+        return self.contestants[0].tokenizer
+
+    def rows(self) -> PackedRows:
+        """The documents as rows of at most `length` tokens, whole documents where they fit."""
+        return self.rows_of(self.documents)
+
+    def rows_of(self, documents: Sequence[Document]) -> PackedRows:
+        """Such rows of some documents."""
+        from linearize.decoding.loading import pad_token
+        from linearize.training.data.packing import document_rows
+
+        pad = pad_token(self.tokenizer)
+        return document_rows(documents, self.length, pad_token_id=pad, one_per_row=self.one_per_row)
+
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of equal keys; a float is shown with four digits, a str as it is (so `0.123 ± 0.004` is a str)."""
+
+    title: str
+    rows: Sequence[Mapping[str, Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A drawing: `draw(figure)` fills a matplotlib figure of the size given, in inches, with the styles of `plots.py`.
+
+    `name`: file name without suffix; `caption`: one sentence under it, which also says what the picture shows to those
+    who cannot see it.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Figure], None]
+    width: float = 5.6
+    height: float = 3.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One judgement: `good` (checked and right), `note` (worth knowing), `bad` (a fault of the student, or of its use).
+
+    `text` names the student and holds the numbers that the judgement rests on.
+    """
+
+    level: Literal["good", "note", "bad"]
+    text: str
+    student: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A section as people read it: a sentence, findings, tables, plots."""
+
+    summary: str
+    findings: Sequence[Finding] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One number of the verdict: a short label, the value as text, a few words on what it is."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+class Section(BaseModel, ABC):
+    """One part of an evaluation. Subclasses are frozen configs; their fields are what a suite may set.
+
+    `NAME`: its key in `report.json` and in the table SECTIONS; `TITLE`: its heading.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    NAME: ClassVar[str]
+    TITLE: ClassVar[str]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it measures on the setting's documents; else it also runs where there are none."""
+        return True
+
+    def check(self, setting: Setting) -> None:
+        """Raise InputError, before anything is measured, for what the section cannot do with this setting."""
+
+    @abstractmethod
+    def run(self, setting: Setting) -> Numbers:
+        """Measure. The same setting and seed give the same numbers (times apart, which stand under keys `*_seconds`,
+        `*_per_second` or `ms_*`)."""
+
+    @classmethod
+    @abstractmethod
+    def show(cls, numbers: Numbers) -> Shown:
+        """What people read, from what `run` returned (after a round trip through JSON)."""
+
+    @classmethod
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+        """What the verdict says of each student, by name: at most three tiles. Nothing by default."""
+        return {}

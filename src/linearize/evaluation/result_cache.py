@@ -1,0 +1,48 @@
+"""Results of an interrupted evaluation, one small JSON file each, so that the same command continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import InputError
+from linearize.storage.files import atomic_write_text, read_json
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A folder of results by key; without a folder nothing is kept."""
+
+    folder: Path | None = None
+
+    def result(self, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """What was measured under this key before, else `measure()`, which is then kept. Both come back through JSON.
+
+        The key must hold everything that the result depends on, the contestant's fingerprint and the seed included.
+        """
+        if self.folder is None:
+            return json.loads(json.dumps(measure()))
+        text = json.dumps(key, sort_keys=True)
+        path = self.folder / f"{key.get('section', 'result')}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        if path.is_file():
+            try:
+                found = read_json(path)
+            except InputError:
+                found = {}
+            if isinstance(found, dict) and found.get("key") == json.loads(text):
+                return found["result"]
+        result = measure()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, json.dumps({"key": key, "result": result}))
+        return json.loads(json.dumps(result))
+
+    def path(self, name: str) -> Path | None:
+        """A file for what a section keeps by itself (its folder is made); None: nothing kept."""
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name

@@ -1,0 +1,358 @@
+"""`linearize eval`: models and text in, section after section measured, `report.json` and `report.html` out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from linearize.decoding.loading import is_student
+from linearize.errors import InputError, unknown
+from linearize.evaluation.context import Contestant, Section, Setting
+from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
+from linearize.evaluation.models import load_contestants
+from linearize.evaluation.progress import SectionProgress
+from linearize.evaluation.report.html import write_report_page
+from linearize.evaluation.report.svg import save_plot
+from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.sections import SECTIONS
+from linearize.evaluation.sections.speed import Speed
+from linearize.evaluation.sections.tasks import Tasks
+from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
+from linearize.evaluation.verdict import verdict
+from linearize.metrics.report import provenance
+from linearize.modeling.document_probe import keeps_documents_apart
+from linearize.storage.disk import not_created, writing
+from linearize.storage.files import atomic_write_text, expand_home, output_lock
+from linearize.training.data.documents import Document
+
+FORMAT = 1
+DEFAULT_LENGTH = 1024
+DEFAULT_TOKENS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What an evaluation may be asked for besides models, text and sections.
+
+    `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about so many; `limit`:
+    at most so many items of each task and so many documents; `batch`: rows at a time; `seed`: of every draw;
+    `data_root`: a folder of local task files; `include_path`: a folder of task definitions of one's own (lm-eval's
+    YAML); `skip_missing`: leave out tasks whose file is not there; `allow_code`: run the code that models write
+    (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
+    """
+
+    length: int | None = None
+    tokens: int = DEFAULT_TOKENS
+    limit: int | None = None
+    batch: int = 8
+    seed: int = 0
+    data_root: Path | None = None
+    include_path: Path | None = None
+    skip_missing: bool = False
+    allow_code: bool = False
+    judge_url: str | None = None
+    judge_model: str | None = None
+    device: str | None = None
+
+    def check(self) -> None:
+        """Raise InputError for a size below what makes sense."""
+        least = {"length": 2, "tokens": 2, "limit": 1, "batch": 1, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{name} {value}: it must be at least {low}")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise InputError("a judge needs both --judge-url and --judge-model")
+
+
+def evaluate(
+    model: str | Path | None = None,
+    *,
+    compare: Sequence[str | Path] = (),
+    teacher: str | Path | None = None,
+    data: Sequence[str] | None = None,
+    suite: str | None = None,
+    tasks: Sequence[str] = (),
+    sections: Sequence[Section] | None = None,
+    out: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+) -> dict[str, Any]:
+    """Measure students beside their teacher on the same items; returns the report, JSON-able.
+
+    `compare`: further students in the same report. `teacher` and `data` default to what the students' own reports
+    name; of the data that they were made from only the part that training never saw is used. `suite`: a name of
+    `SUITES`; `tasks`: lm-eval's names (`mmlu:5` for five shots), instead of the suite's. `sections`: instead of a
+    suite. With `out`, `report.json`, `report.html` and what sections write are left there, and an interrupted run
+    continues when called again. A plain transformers model without a teacher is measured alone, as a teacher.
+    Raises InputError for what cannot be used, before anything is measured.
+    """
+    chosen = options or EvaluationOptions()
+    chosen.check()
+    if chosen.data_root is not None:
+        chosen = replace(chosen, data_root=Path(expand_home(chosen.data_root)))
+    if chosen.include_path is not None:
+        chosen = replace(chosen, include_path=Path(expand_home(chosen.include_path)))
+    models = [expand_home(m) for m in (*([model] if model is not None else []), *compare)]
+    if not models:
+        raise InputError("no model given: name one, or several with --compare")
+    name, planned = _planned(suite, tasks, sections, chosen)
+    final = _checked_out(out, models)
+    with contextlib.ExitStack() as stack:
+        if final is not None:
+            stack.enter_context(output_lock(final))
+            stack.enter_context(writing("what the evaluation keeps", final))
+            _make(final)
+        guide = expand_home(teacher) if teacher else None
+        return _evaluated(models, name, planned, guide, data, tasks, final, chosen)
+
+
+def _evaluated(
+    models: list[str],
+    name: str,
+    planned: tuple[Section, ...],
+    teacher: str | None,
+    data: Sequence[str] | None,
+    tasks: Sequence[str],
+    final: Path | None,
+    chosen: EvaluationOptions,
+) -> dict[str, Any]:
+    """The report of what is planned, written to `final` where there is one."""
+    notes: list[str] = []
+    if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
+        notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
+    origins = [Origin.read(path) for path in models]
+    contestants = load_contestants(models, teacher, origins, chosen.device, notes)
+    wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time
+    documents = _documents(list(data or ()), origins, contestants, chosen, notes) if wanted else []
+    planned = _with_text(planned, bool(documents), models, notes)
+    setting = _setting(contestants, documents, origins, chosen, final)
+    if setting.one_per_row:
+        notes.append(f"{contestants[0].name} does not keep the documents of a packed row apart: each has its own row")
+    for section in planned:
+        section.check(setting)
+    numbers, seconds = _run(planned, setting)
+    report = _report(name, setting, numbers, seconds, notes)
+    if final is not None:
+        _write(report, final, setting.kept)
+    return report
+
+
+def bench(
+    model: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    out: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """`linearize bench`: the section Speed alone; `sizes` are its fields. Returns the report, as `evaluate` does.
+
+    Raises InputError for a size that cannot be measured.
+    """
+    try:
+        section = Speed(**sizes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"bench: {where}: {first['msg']}, given {first['input']}") from error
+    return evaluate(model, teacher=teacher, sections=[section], out=out, options=options)
+
+
+def _planned(
+    suite: str | None, tasks: Sequence[str], sections: Sequence[Section] | None, options: EvaluationOptions
+) -> tuple[str, tuple[Section, ...]]:
+    """The name of what is measured, and its sections."""
+    if sections is not None:
+        return "sections", tuple(sections)
+    own = (Tasks(tasks=tuple(tasks)),) if tasks else ()
+    if options.include_path is not None and not own:
+        raise InputError(f"include path {options.include_path} without tasks of it: name them with --tasks A,B")
+    if suite is None and own:
+        return "tasks", own
+    if (suite or DEFAULT_SUITE) not in SUITES:
+        raise unknown("suite", str(suite), SUITES)
+    found = SUITES[suite or DEFAULT_SUITE]
+    planned = found.sections + (found.offline_tasks if options.data_root is not None else ())
+    if own:
+        planned = (*(section for section in planned if not isinstance(section, Tasks)), *own)
+    return suite or DEFAULT_SUITE, planned
+
+
+def _checked_out(out: str | Path | None, models: Sequence[str]) -> Path | None:
+    if out is None:
+        return None
+    final = Path(expand_home(out)).resolve()
+    if final.exists() and not final.is_dir():
+        raise InputError(f"{out}: exists and is no folder; give another output folder")
+    if (final / "config.json").exists() or any(Path(m).exists() and Path(m).resolve() == final for m in models):
+        raise InputError(f"{out}: is a model's folder, whose own report.json would be lost; give another output folder")
+    return final
+
+
+def _make(final: Path) -> None:
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_created(final, error) from error
+
+
+def _documents(
+    specs: list[str],
+    origins: Sequence[Origin],
+    contestants: Sequence[Contestant],
+    options: EvaluationOptions,
+    notes: list[str],
+) -> list[Document]:
+    """Held-out text; empty where neither the user nor a student's report names any."""
+    specs = specs or next((list(origin.report.data) for origin in origins if origin.report is not None), [])
+    if not specs:
+        return []
+    first = contestants[0]
+    teacher = first.model if first.role == "teacher" else None
+    documents = held_out_documents(specs, origins, first.tokenizer, teacher, notes)
+    return first_documents(documents, tokens=options.tokens, limit=options.limit, notes=notes)
+
+
+def _with_text(planned: Sequence[Section], text: bool, models: Sequence[str], notes: list[str]) -> tuple[Section, ...]:
+    """The sections that can run: without text only those that need none."""
+    able = tuple(section for section in planned if text or not section.needs_text)
+    if not able:
+        raise InputError(f"{', '.join(models)}: no data named in the model's folder; give text with --data")
+    left = [section.TITLE for section in planned if section not in able]
+    if left:
+        notes.append(f"no held-out text, so not measured: {', '.join(left)}; give text with --data")
+    return able
+
+
+def _setting(
+    contestants: tuple[Contestant, ...],
+    documents: list[Document],
+    origins: Sequence[Origin],
+    options: EvaluationOptions,
+    out: Path | None,
+) -> Setting:
+    tokenizer = contestants[0].tokenizer
+    setting = Setting(
+        contestants=contestants,
+        documents=documents,
+        texts=[str(tokenizer.decode(document.tokens, skip_special_tokens=True)) for document in documents],
+        length=options.length or _length(origins, contestants[0]),
+        batch=options.batch,
+        seed=options.seed,
+        limit=options.limit,
+        data_root=options.data_root,
+        include_path=options.include_path,
+        skip_missing=options.skip_missing,
+        allow_code=options.allow_code,
+        judge_url=options.judge_url,
+        judge_model=options.judge_model,
+        out=out,
+        one_per_row=bool(documents) and not keeps_documents_apart(contestants[0].model),
+    )
+    return setting if out is None else replace(setting, kept=Kept(_work(out) / _identity(setting)))
+
+
+def _length(origins: Sequence[Origin], first: Contestant) -> int:
+    """Tokens per row: what the first student was trained with, else what its model can take."""
+    trained = next((origin.data.length for origin in origins if origin.data is not None), None)
+    longest = getattr(first.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    return trained or min(DEFAULT_LENGTH, longest)
+
+
+def _work(out: Path) -> Path:
+    """Where results lie until the report is whole: beside it."""
+    return out.parent / f".{out.name}.run"
+
+
+def _identity(setting: Setting) -> str:
+    """Changes with everything that every result depends on."""
+    told = {
+        "contestants": [(c.name, c.role, c.fingerprint) for c in setting.contestants],
+        "documents": [document.tokens for document in setting.documents],
+        "options": [setting.length, setting.batch, setting.seed, setting.limit, str(setting.data_root)],
+        "include_path": str(setting.include_path),
+        "judge": [setting.judge_url, setting.judge_model],
+        "package": provenance()["package_version"],
+    }
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
+
+
+def _run(planned: Sequence[Section], setting: Setting) -> tuple[dict[str, Any], dict[str, float]]:
+    """Numbers and seconds of each section; a section that an earlier run finished is not run again."""
+    numbers: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    with SectionProgress(len(planned)) as progress:
+        for section in planned:
+            progress.begin(section.TITLE)
+            began = time.monotonic()
+            watched = replace(setting, progress=progress.step)
+            key = {"section": section.NAME, "config": section.model_dump(mode="json")}
+            numbers[section.NAME] = setting.kept.result(key, lambda s=section, w=watched: s.run(w))  # type: ignore[misc]
+            seconds[section.NAME] = round(time.monotonic() - began, 1)
+    return numbers, seconds
+
+
+def _report(
+    suite: str, setting: Setting, numbers: dict[str, Any], seconds: Mapping[str, float], notes: list[str]
+) -> dict[str, Any]:
+    contestants = [_described(c) for c in setting.contestants]
+    return {
+        "format": FORMAT,
+        "suite": suite,
+        "contestants": contestants,
+        **_as_after_convert(numbers.get("language", {}), setting),
+        "verdict": verdict(contestants, numbers),
+        "sections": numbers,
+        "length": setting.length,
+        "documents": len(setting.documents),
+        "notes": notes,
+        "seconds": dict(seconds),
+        "provenance": provenance(seed=setting.seed),
+    }
+
+
+def _as_after_convert(language: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """Losses and agreement of the teacher and the first student, under the names that a conversion's report has."""
+    if not language:
+        return {}
+    told: dict[str, Any] = {"tokens": language["tokens"]}
+    if setting.teacher is not None:
+        told["teacher_loss"] = language["models"][setting.teacher.name]["loss"]["value"]
+    if setting.students:
+        first = language["models"][setting.students[0].name]
+        told["student_loss"] = first["loss"]["value"]
+        named = {"gap": "gap", "student_kl": "kl", "student_top1": "top1"}
+        told |= {name: first[key]["value"] for name, key in named.items() if key in first}
+    return told
+
+
+def _described(contestant: Contestant) -> dict[str, Any]:
+    model = contestant.model
+    return {
+        "name": contestant.name,
+        "role": contestant.role,
+        "path": contestant.path,
+        "student": is_student(contestant.path),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "mixers": contestant.mixer_names,
+    }
+
+
+def _write(report: dict[str, Any], out: Path, kept: Kept) -> None:
+    """`report.json`, `report.html`, the plots as files; then what was kept for an interruption goes."""
+    atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_report_page(report, out)
+    for name, numbers in report["sections"].items():
+        for plot in SECTIONS[name].show(numbers).plots:
+            save_plot(plot, out / "plots")
+    shutil.rmtree(_work(out), ignore_errors=True)

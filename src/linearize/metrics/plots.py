@@ -1,0 +1,195 @@
+"""The plots of a report, each as SVG and PNG. matplotlib is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.metrics.theme import (
+    COLOURS,
+    bytes_label,
+    count_label,
+    legend_below,
+    log_log,
+    percent_label,
+    plain_label,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from linearize.evaluation.recall import RecallReport
+    from linearize.evaluation.speed import DecodeCost
+    from linearize.metrics.language_model import PositionBin
+    from linearize.metrics.report import ConversionReport, Moment
+
+MOST_NAMED = 7
+LABELS = {"teacher": "teacher", "student": "student", "window": "student, window only"}
+
+
+def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: float | None = None) -> list[Path]:
+    """Held-out loss after the swap and after each stage, with the teacher as a line; files `stages.svg`, `stages.png`.
+
+    `window_loss`: the loss of the window alone, a second line (default: the report's own ablation, if it has one).
+    """
+    if window_loss is None and report.ablation:
+        window_loss = report.ablation["all_tokens"]["window"]
+    moments = report.moments()
+    losses, crowded = [moment.loss for moment in moments], len(moments) > MOST_NAMED
+    lines = {"teacher": report.teacher_loss} | ({"window": window_loss} if window_loss is not None else {})
+    width = 1.6 + 1.5 * (MOST_NAMED if crowded else max(len(moments), 3))
+    with new_figure(Path(folder) / "stages", width=width) as (figure, (axis,)):
+        for name, loss in lines.items():
+            style = "-" if name == "teacher" else "--"
+            axis.axhline(loss, color=COLOURS[name], linestyle=style, linewidth=1.4, label=f"{LABELS[name]} {loss:.3f}")
+        size: dict[str, Any] = {"markersize": 4} if crowded else {}
+        axis.plot(range(len(losses)), losses, marker="o", color=COLOURS["student"], label=LABELS["student"], **size)
+        swaps = [at for at, moment in enumerate(moments) if moment.stage is None]
+        if len(swaps) > 1:
+            label = f"{len(swaps)} swaps, before training"
+            axis.plot(swaps, [losses[at] for at in swaps], "o", color=COLOURS["swap"], label=label, zorder=3, **size)
+        named = _named_moments(moments) if crowded else range(len(moments))
+        axis.set_xticks(named, [moments[at].name.replace("_", " ").replace(" (", "\n(") for at in named])
+        for at in named:
+            box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+            above = not crowded or at == 0  # after a step of a schedule the loss is lowest
+            place: dict[str, Any] = {
+                "xytext": (0, 9 if above else -17),
+                "textcoords": "offset points",
+                "ha": "center",
+                "bbox": box,
+            }
+            axis.annotate(f"{losses[at]:.3f}", (at, losses[at]), **place)
+        axis.margins(x=0.06 if crowded else 0.18, y=0.2 if crowded else 0.16)
+        axis.set(title="Held-out loss through the stages", ylabel="nats per token")
+        legend_below(figure)
+    return figure_files(folder, "stages")
+
+
+def _named_moments(moments: Sequence[Moment]) -> list[int]:
+    """Of too many moments those that are named and told in numbers: the first, and ends of steps, spread evenly."""
+    last = len(moments) - 1
+    ends = [at for at in range(1, last) if moments[at + 1].stage is None] or list(range(1, last))
+    evenly = [i * last / (MOST_NAMED - 1) for i in range(MOST_NAMED)]
+    return sorted({min([0, *ends, last], key=lambda at: abs(at - target)) for target in evenly})
+
+
+def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> list[Path]:
+    """Loss, and loss above the teacher's, against the tokens seen; files `loss_by_position.svg` and `.png`."""
+    compared = any(b.teacher_loss is not None and (b.student_loss, b.window_loss) != (None, None) for b in bins)
+    panels = 2 if compared else 1
+    with new_figure(Path(folder) / "loss_by_position", panels=panels, width=1.4 + 3.6 * panels) as (figure, axes):
+        for name in ("window", "student", "teacher"):
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
+            known = [
+                (_tokens_seen(b), loss, b.teacher_loss)
+                for b in bins
+                if (loss := getattr(b, f"{name}_loss")) is not None
+            ]
+            if known:
+                axes[0].plot([x for x, _, _ in known], [loss for _, loss, _ in known], **style, label=LABELS[name])
+            if known and compared:
+                above = [(x, loss - teacher) for x, loss, teacher in known if teacher is not None]
+                axes[1].plot(*zip(*above, strict=True), **style)
+        for axis, title in zip(axes, ("Loss by position", "Above the teacher"), strict=False):
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(count_label)
+            axis.set(title=title, xlabel="tokens of the document seen", ylabel="nats per token")
+        legend_below(figure)
+    return figure_files(folder, "loss_by_position")
+
+
+def _tokens_seen(b: PositionBin) -> float:
+    """The middle of a bin on a logarithmic axis; a token at position p has seen p + 1 tokens."""
+    return float(((b.start + 1) * b.end) ** 0.5)
+
+
+def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Path]:
+    """Time per token and cache bytes against context, log-log; files `decode_cost.svg` and `.png`."""
+    with new_figure(Path(folder) / "decode_cost", panels=2, width=8.6) as (figure, (left, right)):
+        for name in ("teacher", "student"):
+            found = [cost for cost in costs if cost.model == name]
+            contexts = [cost.context for cost in found]
+            label = "teacher, preallocated cache" if name == "teacher" else "student"
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
+            low, high = zip(*(cost.ms_spread for cost in found), strict=True) if found else ((), ())
+            left.fill_between(contexts, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+            left.plot(contexts, [cost.ms_per_token for cost in found], **style, label=label)
+            right.plot(contexts, [cost.cache_bytes for cost in found], **style)
+        for axis, title, formatter in (
+            (left, "Decode time (ms per token)", plain_label),
+            (right, "Cache memory", bytes_label),
+        ):
+            log_log(axis, formatter)
+            axis.set(title=title, xlabel="context (tokens)")
+        legend_below(figure)
+    return figure_files(folder, "decode_cost")
+
+
+def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list[Path]:
+    """Share of exact answers by the distance to the fact, a line per model; files `recall.svg` and `.png`.
+
+    `reports` maps `teacher` and `student` (or names of your own) to what `recall_beyond_window` gave.
+    """
+    with new_figure(Path(folder) / "recall") as (figure, (axis,)):
+        for name, report in reports.items():
+            shares = [b.accuracy for b in report.by_distance]
+            style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(name), "clip_on": False}
+            axis.plot(range(len(shares)), shares, **style, label=f"{name} {report.accuracy:.0%}")
+            names = [f"{b.start}-{b.end - 1}" for b in report.by_distance]
+            axis.set_xticks(range(len(names)), names)
+        axis.yaxis.set_major_formatter(percent_label)
+        axis.set(title="Recall beyond the window", xlabel="tokens back to the fact", ylabel="exact answers")
+        axis.set_ylim(0, 1)
+        axis.margins(x=0.15)
+        legend_below(figure)
+    return figure_files(folder, "recall")
+
+
+def plot_layer_error(
+    errors: Mapping[str, Sequence[float]], folder: Path | str, layers: Sequence[int] | None = None
+) -> list[Path]:
+    """Error of each converted layer, a group of bars per moment; files `layer_error.svg` and `.png`.
+
+    `layers`: which layers they are (None: the first ones).
+    """
+    count = max(len(values) for values in errors.values())
+    palette = [COLOURS["swap"], COLOURS["student"], COLOURS["window"], COLOURS["teacher"]]
+    with new_figure(Path(folder) / "layer_error", width=max(5.2, 1.6 + 0.35 * count * len(errors))) as (
+        figure,
+        (axis,),
+    ):
+        width = 0.8 / len(errors)
+        for i, (moment, values) in enumerate(errors.items()):
+            at = [layer + (i - (len(errors) - 1) / 2) * width for layer in range(len(values))]
+            axis.bar(at, values, width=width * 0.94, color=palette[i % len(palette)], label=moment.replace("_", " "))
+        axis.set_xticks(range(count), [str(layer) for layer in layers or range(count)])
+        axis.set(title="Transfer error by layer", xlabel="layer", ylabel="error / teacher output power")
+        legend_below(figure)
+    return figure_files(folder, "layer_error")
+
+
+@contextmanager
+def new_figure(
+    stem: Path, *, panels: int = 1, width: float = 5.6, height: float = 3.6
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with its panels; saved under both suffixes when the block ends well."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with styled():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(stem.with_suffix(".png"))
+
+
+def figure_files(folder: Path | str, name: str) -> list[Path]:
+    """The paths that `new_figure(folder / name)` writes."""
+    return [Path(folder) / f"{name}{suffix}" for suffix in (".svg", ".png")]

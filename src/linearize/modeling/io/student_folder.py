@@ -1,0 +1,213 @@
+"""Writing a student's folder, and the LoRA adapters that a recipe may keep beside its weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from linearize.errors import InputError, one_line
+from linearize.modeling.io.nf4 import is_nf4
+from linearize.modeling.io.quantized import has_quantized
+from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
+from linearize.modeling.parallel import shards_of, whole_state
+from linearize.storage.disk import writing
+
+ADAPTER = "adapter"
+LOG = logging.getLogger("linearize")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptAdapters:
+    """Adapters whose product is in a student's weights in memory and shall be beside them on disk.
+
+    `config`: peft's `LoraConfig`. `state`: tensors as peft names them. `weights`: those of the adapted layers,
+    without the product.
+    """
+
+    config: Any
+    state: dict[str, Tensor]
+    weights: dict[str, nn.Parameter]
+
+
+def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
+    """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
+    `adapter/`.
+
+    A sharded student is gathered and written tensor by tensor: all ranks call it, those that write nothing with None.
+    """
+    kept: KeptAdapters | None = getattr(student, "kept_adapters", None)
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    with _weights(student, kept.weights if kept else {}), writing("the student", folder or Path(), size):
+        if shards_of(student) is not None:
+            _save_sharded(student, folder)
+        elif folder is not None:
+            student.save_pretrained(folder)
+    if folder is None:
+        return
+    with writing("the student's tokenizer and adapters", folder):
+        tokenizer.save_pretrained(folder)
+        if kept is not None:
+            from safetensors.torch import save_file
+
+            (folder / ADAPTER).mkdir()
+            kept.config.save_pretrained(folder / ADAPTER)
+            tensors = {k: v.cpu() for k, v in kept.state.items()}
+            save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+
+
+def check_saving(student: Any, tokenizer: Any) -> None:
+    """Try all that saving a student needs but the writing of its weights, before it is trained: write its documents
+    into a folder that is removed, read them again, and see that the weights fit them.
+
+    Raises:
+        InputError: something could not be written, or not be read as it was.
+    """
+    try:
+        with TemporaryDirectory() as name, torch.random.fork_rng(devices=[]):
+            save_config(student, Path(name))
+            tokenizer.save_pretrained(name)
+            AutoTokenizer.from_pretrained(name)
+            with torch.device("meta"):
+                again = type(student)(type(student.config).from_pretrained(name))
+        held, read = _own_parameters(student), _own_parameters(again)
+        wrong = sorted(name for name in {*held, *read} if held.get(name) != read.get(name))
+        if not wrong and not has_quantized(student) and not student.get_input_embeddings().weight.is_meta:
+            remove_tied_weights_from_state_dict(student.state_dict(), student)  # refuses memory shared otherwise
+    except Exception as error:  # whatever keeps it from being saved
+        raise InputError(
+            f"the student could not be saved after its training, so it is not begun: {one_line(error)} (its config, "
+            "generation config, tokenizer and the sharing of its weights come from the teacher: mend them there)"
+        ) from error
+    if wrong:
+        raise InputError(
+            f"the student could not be loaded after its training, so it is not begun: its config describes another "
+            f"model ({wrong[0]} and {len(wrong) - 1} more differ); mend the teacher's config.json"
+        )
+
+
+def _own_parameters(model: Any) -> dict[str, tuple[int, ...]]:
+    """The sizes of parameters, but for those that are others under a second name."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return {name: tuple(p.quant_state.shape if is_nf4(p) else p.shape) for name, p in parameters.items()}
+
+
+def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """As much of a generation config as transformers calls valid, and lets one save; itself where all of it is.
+
+    What is left out (a temperature without sampling) `generate` ignores; it is said in a warning.
+    """
+    if _is_valid(config):
+        return config
+    default, found = GenerationConfig(), copy.deepcopy(config)
+    left = {name: value for name, value in vars(config).items() if value != getattr(default, name, value)}
+    for name in left:
+        setattr(found, name, getattr(default, name))
+    while kept := [name for name, value in left.items() if _is_valid(found, {name: value})]:
+        setattr(found, kept[0], left.pop(kept[0]))
+    LOG.warning("the teacher's generation config sets %s, which has no effect there: left out", ", ".join(left))
+    return found
+
+
+def _is_valid(config: GenerationConfig, changes: Mapping[str, Any] | None = None) -> bool:
+    tried = copy.deepcopy(config)
+    for name, value in (changes or {}).items():
+        setattr(tried, name, value)
+    try:
+        tried.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def save_config(student: Any, folder: Path) -> None:
+    """What tells a loader of the weights in a student's folder."""
+    student.config.architectures = [type(student).__name__]
+    student.config.dtype = student.dtype
+    student.config.save_pretrained(folder)
+    student.generation_config.save_pretrained(folder)
+
+
+def _save_sharded(student: Any, folder: Path | None) -> None:
+    """Never more than one whole tensor in memory, but for families whose tensors transformers joins or splits."""
+    entries = _entries(student)
+    if entries is None:
+        state = dict(whole_state(student))
+        if folder is not None:
+            student.save_pretrained(folder, state_dict=state)
+        return
+    writer = None if folder is None else ShardedWriter(folder, entries, SHARD_BYTES)
+    for name, tensor in whole_state(student):
+        if writer is not None and name in entries:
+            writer.write(name, tensor)
+    if writer is not None and folder is not None:
+        writer.close()
+        save_config(student, folder)
+
+
+def _entries(student: Any) -> dict[str, Entry] | None:
+    """Dtype and shape of every tensor of a folder, tied ones once; None: transformers saves others than these."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    held: dict[str, Tensor] = student.state_dict(keep_vars=True)
+    marks = {id(tensor): torch.empty(1) for tensor in held.values()}
+    names = remove_tied_weights_from_state_dict({name: marks[id(held[name])] for name in held}, student)
+    shapes = {name: torch.empty(held[name].shape, dtype=held[name].dtype, device="meta") for name in names}
+    saved = revert_weight_conversion(student, dict(shapes))
+    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in shapes.items()}:
+        return None
+    return {name: (x.dtype, tuple(x.shape)) for name, x in shapes.items()}
+
+
+@contextmanager
+def _weights(student: nn.Module, others: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Other weights in these layers inside the `with` block."""
+    merged: dict[str, Any] = {name: student.get_submodule(name).weight for name in others}
+    try:
+        for name, weight in others.items():
+            student.get_submodule(name).weight = weight
+        yield
+    finally:
+        for name, weight in merged.items():
+            student.get_submodule(name).weight = weight
+
+
+def apply_adapters(student: Any, path: Any) -> None:
+    """Add the product of the adapters in `path/adapter`, if there are any, to the student's weights in memory.
+
+    Raises:
+        InputError: adapters that do not fit the student, or weights that are offloaded.
+    """
+    folder = Path(str(path)) / ADAPTER
+    if not folder.is_dir():
+        return
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    config = LoraConfig.from_pretrained(str(folder))
+    state = load_file(folder / "adapter_model.safetensors")
+    scale = config.lora_alpha / config.r
+    modules = dict(student.named_modules())
+    for name in sorted({key.rpartition(".lora_")[0] for key in state}):
+        module = modules.get(name.removeprefix("base_model.model."))
+        a, b = state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight")
+        if not isinstance(module, nn.Linear) or a is None or b is None:
+            raise InputError(f"the adapters in {folder} do not fit the student: {name} is no linear layer of it")
+        if module.weight.is_meta:
+            raise InputError(
+                f"the adapters in {folder} are added to weights in memory, and those of {name} are offloaded: load the "
+                "student without offload, save it, and load that"
+            )
+        with torch.no_grad():
+            module.weight += scale * (b.float() @ a.float()).to(module.weight.dtype).to(module.weight.device)

@@ -1,0 +1,169 @@
+"""The weights of a model as they lie in safetensors files, read one tensor at a time by offset: nothing is mapped into
+memory, so that memory holds what was asked for and no more."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize.errors import InputError
+from linearize.modeling.io.finite import is_finite, not_numbers
+from linearize.modeling.io.model_files import tensors_of
+from linearize.modeling.io.model_source import find_model
+from linearize.storage.files import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAMPLE_BYTES = 64  # of each tensor's start and middle, for the fingerprint
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies: file, first byte, number of bytes; and what it is."""
+
+    path: Path
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightFiles:
+    """The tensors of a model folder (or Hub name) by name."""
+
+    def __init__(self, name_or_path: str) -> None:
+        """Only headers are read.
+
+        Raises:
+            InputError: no safetensors, an index that names a file or a tensor that is not there, a truncated file.
+        """
+        source = find_model(name_or_path)
+        if source.gguf_file is not None:
+            raise InputError(f"{source} is a GGUF file, which is read as a whole: leave out --stream")
+        name_or_path = source.name
+        self.places: dict[str, TensorPlace] = {}
+        index = _located(name_or_path, INDEX)
+        single = None if index is not None else _located(name_or_path, SINGLE)
+        if single is not None:
+            self.places = _places(single)
+        elif index is not None:
+            self._read_index(name_or_path, index)
+        else:
+            raise InputError(f"{name_or_path} holds neither {SINGLE} nor {INDEX}: save its weights as safetensors")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU. Raises InputError for a file that ended early."""
+        place = self.places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        if place.size:
+            numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            view = memoryview(numbers)
+            with place.path.open("rb", buffering=0) as file:
+                file.seek(place.start)
+                done = 0
+                while done < place.size:
+                    got = file.readinto(view[done : done + 2**30])
+                    if not got:
+                        raise InputError(f"{place.path} ends within {name}: the file is truncated, fetch it again")
+                    done += got
+        if not is_finite(tensor):
+            raise not_numbers(str(place.path), name)
+        return tensor
+
+    def check_samples(self) -> None:
+        """Look at a few values of each tensor, from its start and middle. Raises InputError where some are no numbers,
+        as in a model that diverged; single ones are found where their tensor is read."""
+        for name, place in self.places.items():
+            if place.dtype.is_floating_point and place.size:
+                values = [torch.frombuffer(bytearray(part), dtype=place.dtype) for part in _samples(place) if part]
+                if not all(map(is_finite, values)):
+                    raise not_numbers(str(place.path), name)
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor that is read when it is indexed."""
+        return LazyTensor(self, name)
+
+    def types(self) -> dict[str, str]:
+        """The type of each tensor, as safetensors names it."""
+        return {name: _NAMES[place.dtype] for name, place in self.places.items()}
+
+    def fingerprint(self) -> str:
+        """Changes with names, shapes, types and (by samples of each tensor) values; reads little of a large model."""
+        found = 0
+        for name in sorted(self.places):
+            place = self.places[name]
+            found = zlib.crc32(f"{name} {place.dtype} {place.shape}".encode(), found)
+            for part in _samples(place):
+                found = zlib.crc32(part, found)
+        return f"{found:08x}"
+
+    def _read_index(self, name_or_path: str, index: Path) -> None:
+        found = read_json(index)
+        weight_map: Mapping[str, str] = found.get("weight_map", {}) if isinstance(found, dict) else {}
+        if not weight_map:
+            raise InputError(f"{index} names no weights: fetch it again")
+        for file in sorted(set(weight_map.values())):
+            path = _located(name_or_path, file)
+            if path is None:
+                raise InputError(f"{index} names {file}, which is missing: fetch that file too")
+            self.places |= _places(path)
+        if lost := sorted(set(weight_map) - set(self.places)):
+            raise InputError(f"{weight_map[lost[0]]} lacks {lost[0]}, which {index} places there: fetch it again")
+
+
+def _samples(place: TensorPlace) -> Iterator[bytes]:
+    """The first bytes of a tensor, and those from its middle on."""
+    with place.path.open("rb") as file:
+        for offset in (0, place.size // 2 // place.dtype.itemsize * place.dtype.itemsize):
+            file.seek(place.start + offset)
+            yield file.read(min(SAMPLE_BYTES, place.size - offset))
+
+
+class LazyTensor:
+    """Stands for a tensor where one is indexed with `[...]`, as safetensors' slices are."""
+
+    def __init__(self, files: WeightFiles, name: str) -> None:
+        self._files, self._name = files, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._files.read(self._name)[index]
+
+
+def _located(name_or_path: str, file: str) -> Path | None:
+    """The file of a folder, or of a Hub name in its cache (fetched where it is not there yet)."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        path = folder / file
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            name_or_path, file, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(f"cannot find {name_or_path} on the Hub: {error}") from error
+    return None if found is None else Path(found)
+
+
+def _places(path: Path) -> dict[str, TensorPlace]:
+    """What a file's header says. Raises InputError for a file that is no safetensors file or not whole."""
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+    found = {}
+    for name, entry in tensors_of(path).items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path} holds {name} as {entry['dtype']}, which cannot be read here: save it as bfloat16")
+        start, end = entry["data_offsets"]
+        found[name] = TensorPlace(path, begin + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return found

@@ -1,0 +1,87 @@
+"""Linear attention with decay: S_t = exp(g_t) S_{t-1} + k_t v_t^T, y_t = q_t^T S_t; g per head or per key dimension.
+
+One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and gated linear attention.
+
+| form | file | time | for |
+|---|---|---|---|
+| reference | `reference.py` | T steps | proof; decode |
+| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
+| chunked | `chunked.py` | linear in T, matrix products | training, prefill |
+| fla | `backends.py` | the same, in Triton | CUDA tensors, where `fla` is installed; documents as sequences |
+| triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.ops.dispatch import Call, wants_gradients
+from linearize.ops.layout import Layout
+from linearize.ops.pairs import in_parts
+from linearize.ops.recurrent.decay_linear.backends import DISPATCH, fla_decay_linear
+from linearize.ops.recurrent.decay_linear.chunked import chunked
+from linearize.ops.recurrent.decay_linear.multi_token import few
+from linearize.ops.recurrent.decay_linear.reference import reference
+
+__all__ = ["FORMS", "decay_linear", "use_form"]
+
+
+def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    from linearize.ops.triton.recurrence import decay_linear_steps
+
+    return decay_linear_steps(*inputs, **options)
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "reference": reference,
+    "few": few,
+    "chunked": chunked,
+    "fla": fla_decay_linear,
+    "triton": steps,
+}
+WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
+MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
+use_form = DISPATCH.use
+
+
+def decay_linear(
+    q_BHUK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    log_decay: Tensor,
+    *,
+    layout: Layout,
+    state: Tensor | None = None,
+    need_state: bool = True,
+    commit: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the recurrence; returns `y: [B, H, U, V]` in the dtype of v and `S: [B, H, K, V]` (None unless `need_state`).
+
+    `q_BHUK`: of the last U of the T tokens, which get outputs. `log_decay`: g <= 0, `[B, H, T]` or `[B, H, T, K]`.
+    `commit`: S is that after the first `commit` tokens (None: after all). Nothing is scaled. Half precision is computed
+    in fp32, and the state is fp32 (fp64 for fp64 inputs).
+    """
+    dtype = v_BHTV.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    tokens, device = k_BHTK.shape[2], q_BHUK.device.type
+    gradients = wants_gradients(q_BHUK, k_BHTK, v_BHTV, log_decay, state)
+    with torch.autocast(device, enabled=False):
+        given = (q_BHUK, k_BHTK, v_BHTV, log_decay)
+        options: dict[str, Any] = {"layout": layout, "state": None if state is None else state.to(wide)}
+
+        def run(name: str) -> tuple[Tensor, Tensor | None]:
+            queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
+            if name in MULTI_STEP:
+                return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+            if commit is None and q_BHUK.shape[2] == tokens:
+                return FORMS[name](queries, *inputs, **options)
+            return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+
+        call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
+        y, after = DISPATCH.run(call, run)
+    return y.to(dtype), after if need_state else None

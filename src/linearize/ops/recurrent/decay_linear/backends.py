@@ -1,0 +1,54 @@
+"""Which form of the recurrence runs a call, and the form by `fla` (flash-linear-attention, Triton), where installed.
+
+fla's layout is `[B, T, H, .]`; a decay per head is its `chunk_simple_gla`, one per key dimension its `chunk_gla`.
+Padding and documents become sequences (`../packed.py`). Arguments as in fla 0.6.0.
+
+Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from linearize.ops import triton as kernels
+from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops.layout import Layout
+from linearize.ops.pairs import MANY
+from linearize.ops.varlen import in_sequences
+
+DISPATCH = Dispatcher(
+    "decay_linear",
+    [
+        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
+        Rule("reference", more_than(1), "one token: the recurrence itself"),
+        Rule("few", more_than(MANY), "a few tokens: the state read once"),
+        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True, cannot=kernels.fla_cannot),
+        Rule("chunked", never, "many tokens: products of chunks"),
+    ],
+)
+
+
+def choice(call: Call) -> tuple[str, str]:
+    """The form for a call and why."""
+    return DISPATCH.choice(call)
+
+
+def fla_decay_linear(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, log_decay: Tensor, *, layout: Layout, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and values as `reference`; y in the dtype of v, fp32 state, 0 at dead tokens."""
+    module, name = ("simple_gla", "chunk_simple_gla") if log_decay.dim() == 3 else ("gla", "chunk_gla")
+    op = getattr(import_module(f"fla.ops.{module}"), name)
+    wide = torch.promote_types(v_BHTV.dtype, torch.float32)
+    inputs = (q_BHTK.to(v_BHTV.dtype), k_BHTK.to(v_BHTV.dtype), v_BHTV, log_decay.to(wide))
+    state = None if state is None else state.to(wide)
+
+    def call(given: tuple[Tensor, ...], first: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, g = given
+        y, after = op(q, k, v, g=g, scale=1.0, initial_state=first, output_final_state=True, cu_seqlens=bounds)
+        return y, after
+
+    return in_sequences(call, inputs, layout, state)

@@ -1,0 +1,91 @@
+"""The gated delta rule (2412.06464): a state that decays per head and overwrites what a key already holds.
+
+| form | file | time and memory | for |
+|---|---|---|---|
+| reference | `reference.py` | one product per token | proof; one token: decode |
+| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
+| chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
+| fla | `backends.py` | a Triton kernel | CUDA tensors, where `fla` is installed; documents as sequences |
+| triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
+
+Letters: B batch, H heads, T tokens, U of them (the last) with an output, K key dimension, V value dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.ops.dispatch import Call, wants_gradients
+from linearize.ops.layout import Layout
+from linearize.ops.pairs import in_parts
+from linearize.ops.recurrent.gated_delta.backends import DISPATCH, fla_form
+from linearize.ops.recurrent.gated_delta.chunked import chunked
+from linearize.ops.recurrent.gated_delta.multi_token import few
+from linearize.ops.recurrent.gated_delta.reference import reference
+
+__all__ = ["FORMS", "gated_delta", "use_form"]
+
+
+def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    from linearize.ops.triton.recurrence import gated_delta_steps
+
+    return gated_delta_steps(*inputs, **options)
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "reference": reference,
+    "few": few,
+    "chunked": chunked,
+    "fla": fla_form,
+    "triton": steps,
+}
+WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
+MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
+use_form = DISPATCH.use
+
+
+def gated_delta(
+    q_BHUK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    log_decay_BHT: Tensor,
+    beta_BHT: Tensor,
+    *,
+    layout: Layout,
+    state: Tensor | None = None,
+    need_state: bool = True,
+    commit: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - exp(g_t) S_{t-1}^T k_t))^T, y_t = S_t^T q_t; nothing is scaled.
+
+    `q_BHUK`: of the last U of the T tokens, which get outputs. `log_decay_BHT`: g, at most 0. `state: [B, H, K, V]`, at
+    least fp32. A token that opens a document finds a state of zeros; a dead one writes nothing and leaves the state
+    alone, its outputs mean nothing.
+    Returns `y: [B, H, U, V]` in the dtype of v, and the state after the first `commit` tokens (None: after all; no
+    state unless `need_state`). Half-precision inputs are computed in fp32.
+    """
+    dtype = v_BHTV.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    given = (q_BHUK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT)
+    tokens, device = k_BHTK.shape[2], v_BHTV.device.type
+
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
+        options: dict[str, Any] = {"layout": layout, "state": state}
+        if name in MULTI_STEP:
+            options["state"] = None if state is None else state.to(wide)
+            return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+        if commit is None and q_BHUK.shape[2] == tokens:
+            return FORMS[name](queries, *inputs, **options)
+        return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+
+    gradients = wants_gradients(*given, state)
+    call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
+    with torch.autocast(device, enabled=False):
+        y, after = DISPATCH.run(call, run)
+    return y.to(dtype), after if need_state else None

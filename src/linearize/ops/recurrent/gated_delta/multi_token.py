@@ -1,0 +1,71 @@
+"""A few tokens of the gated delta rule at once, as one chunk that starts from the state: verification of guesses.
+
+With delta_i what token i writes along k_i (see `chunk.py`),
+    (1 + A) delta = beta (v - carried k S),  A_ij = beta_i pair_ij k_i . k_j  for j < i,
+    y_i = carried_i q_i S + sum_{j <= i} pair_ij (q_i . k_j) delta_j,
+    S_n = kept S + sum_{j <= n} written_j k_j delta_j^T.
+
+Letters: B batch, H heads, T tokens, U of them (the last) with an output, K key dimension, V value dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.matmul import UNDERFLOW
+from linearize.ops.pairs import LOWEST, Pairs, pairs
+
+
+def few(
+    q_BHUK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    log_decay_BHT: Tensor,
+    beta_BHT: Tensor,
+    *,
+    layout: Layout,
+    state: Tensor | None = None,
+    commit: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Same arguments, outputs and values as `reference`; no state (None) where `commit` is 0 and there was none."""
+    tokens, asked = k_BHTK.shape[2], q_BHUK.shape[2]
+    where, first = pairs(layout, tokens, k_BHTK.device), tokens - asked
+    log_decay = log_decay_BHT.clamp(min=LOWEST)
+    if where.live_BT is not None:
+        log_decay, beta_BHT = (x.masked_fill(~where.live_BT[:, None], 0) for x in (log_decay, beta_BHT))
+    total, beta = log_decay.cumsum(2, dtype=torch.float64), beta_BHT[..., None]
+    both = torch.cat([k_BHTK, q_BHUK], dim=2)
+    pair = _factor(total[..., :, None] - total[..., None, :], k_BHTK.dtype) * where.seen_BTT[:, None]
+    scores = both @ k_BHTK.mT
+    written = beta * v_BHTV
+    recalled = None
+    if state is not None:
+        carried = _factor(total, k_BHTK.dtype)
+        if where.document_BT is not None:
+            carried = carried * (where.document_BT[:, None] == 0)
+        recalled = both @ state * torch.cat([carried, carried[:, :, first:]], dim=2)[..., None]
+        written = written - beta * recalled[:, :, :tokens]
+    system = scores[:, :, :tokens] * pair * beta
+    delta = torch.linalg.solve_triangular(system, written, upper=False, unitriangular=True)
+    after = state if commit == 0 else _after(k_BHTK, delta, total, where, state, tokens if commit is None else commit)
+    y = (scores[:, :, tokens:] * pair[:, :, first:]) @ delta
+    return y if recalled is None else y + recalled[:, :, tokens:], after
+
+
+def _factor(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp of an exponent that is at most 0 where it counts."""
+    return exponent.clamp(min=UNDERFLOW, max=0).to(dtype).exp()
+
+
+def _after(k: Tensor, delta: Tensor, total: Tensor, where: Pairs, state: Tensor | None, commit: int) -> Tensor:
+    """The state after the first `commit` tokens."""
+    total = total[:, :, :commit]
+    last = total[:, :, -1:]
+    leave, through = _factor(last - total, k.dtype)[..., None], _factor(last, k.dtype)[..., None]
+    if where.document_BT is not None:
+        document = where.document_BT[:, None, :commit, None]
+        leave, through = leave * (document == document[:, :, -1:]), through * (document[:, :, -1:] == 0)
+    added = (k[:, :, :commit] * leave).mT @ delta[:, :, :commit]
+    return added if state is None else torch.addcmul(added, through, state)

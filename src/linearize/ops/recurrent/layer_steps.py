@@ -1,0 +1,93 @@
+"""What a layer mixer does between its projections: one kernel (convolution, gates, recurrence, norm), or operations.
+
+| form | for |
+|---|---|
+| triton | a few CUDA tokens without gradients: decode, verification |
+| operations | everything else: the convolution and the recurrence, each with its own forms |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.ops import triton as kernels
+from linearize.ops.dispatch import Call, Dispatcher, Rule, never, wants_gradients
+from linearize.ops.layout import Layout
+
+MOST_TAPS = 8
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerCall(Call):
+    """A call of a layer; `taps`: those of its convolution, the current token's included."""
+
+    taps: int
+
+
+def kernel_refuses(call: LayerCall) -> str | None:
+    """Why the fused kernel does not run a call; None: it does."""
+    return kernels.refuses(call) or _many_taps(call)
+
+
+def kernel_cannot(call: LayerCall) -> str | None:
+    """Why a call is beyond the fused kernel."""
+    return kernels.cannot(call) or _many_taps(call)
+
+
+def _many_taps(call: LayerCall) -> str | None:
+    return f"a convolution of more than {MOST_TAPS} taps" if call.taps > MOST_TAPS else None
+
+
+DISPATCH = Dispatcher(
+    "layer",
+    [
+        Rule(
+            "triton",
+            kernel_refuses,
+            "a few tokens on a GPU: all between the projections in one launch",
+            built=True,
+            cannot=kernel_cannot,
+        ),
+        Rule("operations", never, "convolution, gates, recurrence and norm one after the other"),
+    ],
+)
+use_form = DISPATCH.use
+
+
+def choice(call: LayerCall) -> tuple[str, str]:
+    """The form for a call and why."""
+    return DISPATCH.choice(call)
+
+
+def run_layer(
+    projected: tuple[Tensor, ...],
+    watched: tuple[Tensor, ...],
+    conv_weight_CW: Tensor,
+    layout: Layout,
+    by_kernel: Callable[[], Any],
+    by_operations: Callable[[], Any],
+) -> Any:
+    """What the form chosen gives. `projected: [B, T, ...]`; `watched`: parameters through which gradients may be
+    asked for."""
+    first = projected[0]
+    call = LayerCall(
+        device=first.device.type,
+        dtype=first.dtype,
+        tokens=first.shape[1],
+        layout=layout,
+        gradients=wants_gradients(*projected, conv_weight_CW, *watched),
+        taps=conv_weight_CW.shape[1],
+    )
+
+    def run(form: str) -> Any:
+        if form != "triton":
+            return by_operations()
+        with torch.autocast(first.device.type, enabled=False):
+            return by_kernel()
+
+    return DISPATCH.run(call, run)

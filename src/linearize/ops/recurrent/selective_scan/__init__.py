@@ -1,0 +1,108 @@
+"""The selective scan of Mamba: `selective_scan` picks the form, every form computes the same.
+
+| form | file | for |
+|---|---|---|
+| reference | `reference.py` | proof; decode |
+| few | `few.py` | a few tokens: verification of guesses |
+| chunked | `chunked.py` | training, prefill |
+| mamba_ssm | `backends.py` | CUDA tensors, where that package is installed and can do the call |
+| triton | `../triton/` | a few CUDA tokens without gradients: tail and guesses in one launch |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.ops.dispatch import wants_gradients
+from linearize.ops.layout import Layout
+from linearize.ops.pairs import in_parts
+from linearize.ops.recurrent.selective_scan.backends import DISPATCH, ScanCall, mamba_ssm
+from linearize.ops.recurrent.selective_scan.chunked import chunked
+from linearize.ops.recurrent.selective_scan.multi_token import few
+from linearize.ops.recurrent.selective_scan.reference import reference
+
+__all__ = ["FORMS", "selective_scan", "use_form"]
+
+
+def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    from linearize.ops.triton.channels import selective_scan_steps
+
+    need_state = options.pop("need_state")
+    y, after = selective_scan_steps(*inputs, **options)
+    return y, after if need_state else None
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "reference": reference,
+    "few": few,
+    "chunked": chunked,
+    "mamba_ssm": mamba_ssm,
+    "triton": steps,
+}
+MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
+use_form = DISPATCH.use
+
+
+def selective_scan(
+    x_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTGN: Tensor,
+    C_BUGN: Tensor,
+    *,
+    layout: Layout,
+    state: Tensor | None = None,
+    need_state: bool = True,
+    commit: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """h = exp(dt A) h + dt B x, y = C . h; returns `y: [B, U, E]` and `h: [B, E, N]` (None unless `need_state`).
+
+    `dt`: step sizes, after the softplus; `A`: negative; channel e uses B and C of group e // (E / G). `C_BUGN`: of the
+    last U of the T tokens, which get outputs. `commit`: h is that after the first `commit` tokens (None: after all).
+    Half-precision inputs are computed in fp32; the state is at least fp32. At dead tokens the state passes through
+    unchanged; the state carried into a document's first token is zero.
+    """
+    assert (
+        x_BTE.shape == dt_BTE.shape and x_BTE.shape[-1] % B_BTGN.shape[2] == 0 and B_BTGN.shape[2:] == C_BUGN.shape[2:]
+    )
+    given = (x_BTE, dt_BTE, A_EN, B_BTGN, C_BUGN)
+    wide = reduce(torch.promote_types, (w.dtype for w in given), torch.float32)
+    device, gradients = x_BTE.device.type, wants_gradients(*given, state)
+    with torch.autocast(device, enabled=False):
+        x, dt, A, B, C = (w.to(wide) for w in given)
+        live_BT = layout.live()
+        if live_BT is not None:
+            dt = dt.masked_fill(~live_BT[..., None], 0)
+        state = None if state is None else state.to(wide)
+        whole = commit is None and C.shape[1] == x.shape[1]
+        options: dict[str, Any] = {"layout": layout, "state": state}
+
+        def run(name: str) -> tuple[Tensor, Tensor | None]:
+            def scan(C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+                return FORMS[name](x, dt, A, B, C, **rest)
+
+            if name in MULTI_STEP:
+                return scan(C, x, dt, B, need_state=need_state, commit=commit, **options)
+            if whole:
+                return scan(C, x, dt, B, need_state=need_state, **options)
+            return in_parts(scan, C, (x, dt, B), time_dim=1, commit=commit, **options)
+
+        call = ScanCall(
+            device=device,
+            dtype=wide,
+            tokens=x.shape[1],
+            layout=layout,
+            whole=whole,
+            gradients=gradients,
+            state_dim=A.shape[1],
+            has_state=state is not None,
+            need_state=need_state,
+        )
+        y, after = DISPATCH.run(call, run)
+    return y.to(x_BTE.dtype), after if need_state else None
