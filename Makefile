@@ -21,7 +21,8 @@ test: $(VENV)/.installed-dev
 
 # The parts that meet other libraries: their names, arguments and classes.
 MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_generation.py mixer_contract.py \
-	layer_mixers.py families.py stages.py export.py export_remote_code.py trainers_of_others.py versions.py)
+	layer_mixers.py families.py stages.py export.py export_remote_code.py export_alone.py auto_model.py \
+	trainers_of_others.py versions.py)
 
 # A bare `pip install`, as users do it: no constraints, the package itself and not the checkout.
 test-newest: $(VENV)-newest/.installed

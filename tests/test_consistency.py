@@ -15,7 +15,7 @@ from models import mixer, student_of, text, tiny
 from torch.nn import functional as F
 
 import linearize.evaluation.sections.consistency as consistency
-import linearize.modeling.student as student_module
+import linearize.modeling.forward_call as forward_call_module
 from linearize.errors import InputError
 from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _Total, check
 from linearize.evaluation.context import Contestant, Setting
@@ -107,7 +107,7 @@ def _plain(patch: pytest.MonkeyPatch) -> None:
     """Padding and packing are not seen."""
     original = Layout.from_inputs
     hidden = {"attention_mask": None, "position_ids": None}
-    patch.setattr(student_module.Layout, "from_inputs", lambda **given: original(**{**given, **hidden}))
+    patch.setattr(forward_call_module.Layout, "from_inputs", lambda **given: original(**{**given, **hidden}))
 
 
 def _no_crop(patch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,9 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]], hidden: dict[nn.
                 layer=layer,
                 shape=with_biases(call["module"], shape),
                 sliding_window=call["window"],
-                readable=noted is None or noted.is_meta or are_read_rightly(call["module"], noted, (q, k, v), shape),
+                readable=noted is None
+                or not _has_numbers(noted)
+                or are_read_rightly(call["module"], noted, (q, k, v), shape),
             )
         )
     sites.sort(key=lambda site: site.layer)
@@ -186,6 +188,11 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]], hidden: dict[nn.
             "all must, once per pass"
         )
     return sites
+
+
+def _has_numbers(x: Tensor) -> bool:
+    """Whether there is something to compare: not on the meta device, nor in a simulation (`torch._subclasses`)."""
+    return type(x) is Tensor and not x.is_meta
 
 
 def check_plan(
