@@ -22,8 +22,8 @@ from benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.layer_steps import use_form as use_layer_form
-from linearize.ops.window_linear import use_form as use_window_form
+from linearize.ops.recurrent.layer_steps import use_backend as use_layer_backend
+from linearize.ops.window_linear import use_backend as use_window_backend
 
 LAYER_MIXERS = ("mamba2", "gated_delta_net", "mamba")
 WINDOW_MIXERS = ("lolcats", "sliding_window")
@@ -107,7 +107,7 @@ def window_runs(mixer: Any, sizes: Sizes, device: torch.device, dtype: torch.dty
 
 def _forced(form: str, run: Run) -> Run:
     def forced() -> Any:
-        force = use_layer_form if form == "operations" else use_window_form
+        force = use_layer_backend if form == "operations" else use_window_backend
         with force(form):
             return run()
 

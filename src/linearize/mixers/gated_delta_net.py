@@ -39,7 +39,7 @@ from linearize.mixers.layer_mixer import (
     last,
 )
 from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.gated_delta import gated_delta
 from linearize.ops.recurrent.gated_delta.backends import DISPATCH as GATED_DELTA
@@ -264,10 +264,10 @@ class GatedDeltaNet(LayerMixer):
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(cut, (dim, dim, shape.value_dim), strict=True))
         return l2_norm(q) * dim**-0.5, l2_norm(k), v, taps
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
-        layer = asked.call(LayerCall, taps=self.config.conv_taps)
-        return [(LAYER, layer), (GATED_DELTA, asked.wide().call(Call))]
+        layer = query.call(LayerCall, taps=self.config.conv_taps)
+        return [(LAYER, layer), (GATED_DELTA, query.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """State in fp32 and the convolution's taps; the state decayed, corrected, written and read, the convolution."""

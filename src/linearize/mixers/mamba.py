@@ -32,7 +32,7 @@ from linearize.mixers.gates import (
     wide,
 )
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
 from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
@@ -196,10 +196,10 @@ class Mamba(LayerMixer):
         assert memory is not None
         return RecurrentState(memory, taps)
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
-        state = {"state_dim": self.state_dim, "has_state": asked.past, "need_state": not asked.gradients}
-        layer, scan = asked.call(LayerCall, taps=self.config.conv_taps), asked.wide().call(ScanCall, **state)
+        state = {"state_dim": self.state_dim, "has_state": query.past, "need_state": not query.gradients}
+        layer, scan = query.call(LayerCall, taps=self.config.conv_taps), query.wide().call(ScanCall, **state)
         return [(LAYER, layer), (SELECTIVE_SCAN, scan)]
 
     def cost(self, element_size: int) -> MixerCost:

@@ -38,7 +38,7 @@ from linearize.mixers.layer_mixer import (
     last,
 )
 from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear
 from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
@@ -263,10 +263,10 @@ class Mamba2(LayerMixer):
         x, B, C = (w.unflatten(-1, (-1, width)) for w, width in zip(cut, widths, strict=True))
         return gate, dt, x, B, C, taps
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
-        layer = asked.call(LayerCall, taps=self.config.conv_taps)
-        return [(LAYER, layer), (DECAY_LINEAR, asked.wide().call(Call))]
+        layer = query.call(LayerCall, taps=self.config.conv_taps)
+        return [(LAYER, layer), (DECAY_LINEAR, query.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """State in at least fp32 and the last inputs; the state decayed, written and read, and the convolution."""

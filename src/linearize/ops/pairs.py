@@ -1,4 +1,4 @@
-"""Which of a few tokens see each other, for the forms of operations that take them all at once.
+"""Which of a few tokens see each other, for the backends of operations that take them all at once.
 
 Letters: B batch, T tokens.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 
-MANY = 32  # tokens beyond which matrices of pairs cost more than chunks
 LOWEST = -1000.0  # exp of less is 0 in fp64 too; sums of such log decays stay exact
 
 
@@ -46,7 +45,7 @@ def pairs(layout: Layout, num_tokens: int, device: torch.device) -> Pairs:
 
 
 def in_parts(
-    form: Callable[..., tuple[Tensor, Any]],
+    backend: Callable[..., tuple[Tensor, Any]],
     queries: Tensor,
     inputs: tuple[Tensor, ...],
     *,
@@ -55,9 +54,9 @@ def in_parts(
     state: Any,
     commit: int | None,
 ) -> tuple[Tensor, Any]:
-    """`form` where it knows no `commit` and wants a query for every token: the committed tokens by themselves first.
+    """`backend` where it knows no `commit` and wants a query for every token: the committed tokens by themselves first.
 
-    `form(queries, *inputs, layout=, state=) -> (y, state)`. Tokens that have no query are given zeros for one, and
+    `backend(queries, *inputs, layout=, state=) -> (y, state)`. Tokens that have no query are given zeros for one, and
     their outputs are left out.
     """
     tokens, asked = inputs[0].shape[time_dim], queries.shape[time_dim]
@@ -65,14 +64,14 @@ def in_parts(
     missing[time_dim] = tokens - asked
     queries = torch.cat([queries.new_zeros(missing), queries], dim=time_dim)
     if commit is None or commit == 0:
-        y, after = form(queries, *inputs, layout=layout, state=state)
+        y, after = backend(queries, *inputs, layout=layout, state=state)
         return y.narrow(time_dim, tokens - asked, asked), after if commit is None else state
     ys, after = [], state
     committed = state
     for start, stop in ((0, commit), (commit, tokens)):
         if stop > start:
             part = [x.narrow(time_dim, start, stop - start) for x in (queries, *inputs)]
-            y, after = form(*part, layout=layout.part(start, stop), state=after)
+            y, after = backend(*part, layout=layout.part(start, stop), state=after)
             ys.append(y)
         committed = after if stop == commit else committed
     return torch.cat(ys, dim=time_dim).narrow(time_dim, tokens - asked, asked), committed

@@ -54,7 +54,7 @@ def window_linear_steps(
     need_state: bool = True,
     commit: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """`window_linear`'s form: `y: [B, H, U, V]` in the dtype of q, and the state after `commit` tokens (None: all).
+    """`window_linear`'s backend: `y: [B, H, U, V]` in the dtype of q, and the state after `commit` tokens (None: all).
 
     A `WindowBuffers` is written in place and returned: nothing is copied to or from the host, so that the call can be
     captured. With a plain layout its own cursor then says where the tokens stand; a document may begin in such a call

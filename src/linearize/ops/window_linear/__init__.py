@@ -1,10 +1,10 @@
-"""Window + linear attention with one normaliser: `window_linear` picks the form, every form computes the same.
+"""Window + linear attention with one normaliser: `window_linear` picks the backend, every backend computes the same.
 
-| form | file | time and memory | for |
+| backend | file | time and memory | for |
 |---|---|---|---|
 | reference | `reference.py` | U x S | proof; outputs of a few tokens (padded decode and verification) |
 | step | `step.py` | S | one token without padding: decode |
-| few | `few.py` | U x S | a few tokens without padding: verification of guesses |
+| multi_token | `multi_token.py` | U x S | a few tokens without padding: verification of guesses |
 | chunked | `chunked.py` | linear in T | training, prefill |
 | in_place | `in_place.py` | U x S | static layouts: ring and sum written where they are |
 | triton | `../triton/window.py` | S, one launch | a few CUDA tokens without gradients; tail and guesses together |
@@ -27,7 +27,7 @@ from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.chunked import chunked
 from linearize.ops.window_linear.in_place import in_place
 from linearize.ops.window_linear.maps import weights_of
-from linearize.ops.window_linear.multi_token import few
+from linearize.ops.window_linear.multi_token import multi_token
 from linearize.ops.window_linear.operator import window_steps
 from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.spec import Branch, WindowLinear
@@ -37,18 +37,21 @@ from linearize.ops.window_linear.update import gather_slots, next_state
 from linearize.ops.window_linear.window import WindowShape
 
 __all__ = [
-    "FORMS",
+    "BACKENDS",
     "Branch",
     "WindowLinear",
     "WindowLinearState",
     "WindowShape",
     "advance",
-    "use_form",
+    "use_backend",
     "window_linear",
 ]
 
-FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
-use_form = DISPATCH.use  # of FORMS, or one of the kernels'
+BACKENDS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {
+    "reference": reference,
+    "chunked": chunked,
+}
+use_backend = DISPATCH.use  # of BACKENDS, or one of the kernels'
 
 
 def window_linear(
@@ -79,15 +82,15 @@ def window_linear(
         if name == "triton" and (spec.has_window or spec.has_linear):
             return _steps(q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         options["spec"] = spec.resolved()
-        if name == "few" and (spec.has_window or spec.has_linear):
-            return _in_torch(few, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
+        if name == "multi_token" and (spec.has_window or spec.has_linear):
+            return _in_torch(multi_token, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         if name == "triton_chunks" and commit is None and (spec.has_window or spec.has_linear):
             return _chunks(q_BHUD, k_BGTD, v_BGTV, **options)
         if commit is not None:
             return _multi_step(q_BHUD, k_BGTD, v_BGTV, options["spec"], layout, past, commit)
-        form = (FORMS | {"step": step}).get(name if whole else "reference", chunked)
-        form = form if spec.has_window or spec.has_linear else nothing
-        return _in_torch(form, q_BHUD, k_BGTD, v_BGTV, **options)
+        backend = (BACKENDS | {"step": step}).get(name if whole else "reference", chunked)
+        backend = backend if spec.has_window or spec.has_linear else nothing
+        return _in_torch(backend, q_BHUD, k_BGTD, v_BGTV, **options)
 
     call = WindowCall(
         device=q_BHUD.device.type,
@@ -152,13 +155,13 @@ def _chunks(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState 
 
 
 def _in_torch(
-    form: Callable[..., tuple[Tensor, WindowLinearState | None]], *inputs: Tensor, **options: Any
+    backend: Callable[..., tuple[Tensor, WindowLinearState | None]], *inputs: Tensor, **options: Any
 ) -> tuple[Tensor, WindowLinearState | None]:
-    """A form in PyTorch, in at least fp32 (the chunked one widens a slab at a time)."""
+    """A backend in PyTorch, in at least fp32 (the chunked one widens a chunk group at a time)."""
     dtype = inputs[0].dtype
-    wide = dtype if form is chunked else torch.promote_types(dtype, torch.float32)
+    wide = dtype if backend is chunked else torch.promote_types(dtype, torch.float32)
     with torch.autocast(inputs[0].device.type, enabled=False):
-        y, after = form(*(x.to(wide) for x in inputs), **options)
+        y, after = backend(*(x.to(wide) for x in inputs), **options)
     return y.to(dtype), after if after is None else _narrow(after, dtype)
 
 

@@ -2,7 +2,7 @@
 
 After `align`, chunk n attends to chunks n - 1 and n of its document directly (inside the window by softmax, beyond it
 by features) and to everything before them through the sum. With terraced windows and chunks of one block nothing in the
-tile lies beyond the window. Inputs of 16 bits are widened slab by slab, never as a whole.
+tile lies beyond the window. Inputs of 16 bits are widened group by group, never as a whole.
 
 Letters: B batch, G key/value heads, H query heads, T new tokens, N chunks, C chunk, J sinks, D, V, F.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.align import Alignment, align
-from linearize.ops.window_linear.chunk_group import attend_slab
+from linearize.ops.window_linear.chunk_group import attend_chunk_group
 from linearize.ops.window_linear.masks import Masks, masks_of
 from linearize.ops.window_linear.spec import FeatureMap, WindowLinear, state_dtype
 from linearize.ops.window_linear.state import WindowLinearState
@@ -29,9 +29,9 @@ from linearize.ops.window_linear.update import (
 )  # fmt: skip
 
 SMALLEST_CHUNK = 16
-FEATURES = 128  # of a map, where slabs are measured out before there is one
-ONE_HEAD = 1 << 19  # numbers of a slab's scores or features per head: fewer cost more in calls than caches save
-SLAB = 1 << 23  # of all heads' features: a processor's last-level cache
+FEATURES = 128  # of a map, where chunk groups are measured out before there is one
+ONE_HEAD = 1 << 19  # numbers of a chunk group's scores or features per head: fewer cost more in calls than caches save
+GROUP_NUMBERS = 1 << 23  # of all heads' features: a processor's last-level cache
 
 
 def chunk_size(spec: WindowLinear) -> int:
@@ -61,7 +61,7 @@ def chunked(
     if spec.num_sinks and spec.has_window:
         sinks = _sinks_by_group(slots, alignment, state, spec)
     memory = None if state is None else state.memory_BHFV
-    step = _slab_chunks(q)
+    step = _chunks_per_group(q)
     masks = masks_of(alignment, slots, layout, chunk, step, spec, state_dtype(q_BHTD))
     y_BHNCV, sums = _attend(q, k, v, sinks, memory, masks, step, spec)
     y = alignment.scatter(y_BHNCV.flatten(2, 3), q_BHTD.shape[2])
@@ -78,7 +78,7 @@ def _attend(
     step: int,
     spec: WindowLinear,
 ) -> tuple[Tensor, Tensor | None]:
-    """Slab after slab, each with the two chunks before it and the memory of all others; and the memory that the last
+    """Group after group, each with the two chunks before it and the memory of all others; and the memory that the last
     chunk sees, `[B, H, V + 1, F]`."""
     wide = state_dtype(q)
     log_g = q.new_zeros(q.shape[1], dtype=wide)
@@ -92,13 +92,13 @@ def _attend(
         k_part, v_part = torch.cat([k_before, k_part], dim=2), torch.cat([v_before, v_part], dim=2)
         k_before, v_before = k_part[:, :, -2:], v_part[:, :, -2:]
         q_part, k_part, v_part, *sink_parts = (x.to(wide) for x in (q_part, k_part, v_part, *sink_parts))
-        slab, phi = masks.part(i * step, i * step + q_part.shape[2]), None
+        group_masks, phi = masks.part(i * step, i * step + q_part.shape[2]), None
         if spec.has_linear:
-            mapped = k_part if slab.far is not None else k_part[:, :, :-2]
+            mapped = k_part if group_masks.far is not None else k_part[:, :, :-2]
             phi = _by_chunk(spec.features_q, q_part), _by_chunk(spec.features_k, mapped)
             if memory is None:
                 memory = q_part.new_zeros(*q.shape[:2], v.shape[-1] + 1, phi[0].shape[-1])
-        y, memory = attend_slab(q_part, k_part, v_part, sink_parts, phi, memory, log_g, slab, q.dtype)
+        y, memory = attend_chunk_group(q_part, k_part, v_part, sink_parts, phi, memory, log_g, group_masks, q.dtype)
         ys.append(y.to(q.dtype))
     return ys[0] if len(ys) == 1 else torch.cat(ys, dim=2), memory
 
@@ -108,11 +108,11 @@ def _by_chunk(feature_map: FeatureMap, x: Tensor) -> Tensor:
     return feature_map(x.flatten(2, 3)).contiguous().unflatten(2, x.shape[2:4])
 
 
-def _slab_chunks(q_BHNCD: Tensor) -> int:
-    """Chunks per slab: a matrix of scores or features of one head has about `ONE_HEAD` numbers."""
+def _chunks_per_group(q_BHNCD: Tensor) -> int:
+    """Chunks per chunk group: a matrix of scores or features of one head has about `ONE_HEAD` numbers."""
     batch, heads, _, chunk = q_BHNCD.shape[:4]
     one_head = ONE_HEAD // (chunk * max(2 * chunk, FEATURES))
-    return max(1, min(one_head, SLAB // (batch * heads * chunk * FEATURES)))
+    return max(1, min(one_head, GROUP_NUMBERS // (batch * heads * chunk * FEATURES)))
 
 
 def _after(
@@ -124,7 +124,7 @@ def _after(
     sums_BHWF: Tensor | None,
     chunk: int,
 ) -> WindowLinearState:
-    """The state after the last token; what the slabs have folded is not folded again."""
+    """The state after the last token; what the chunk groups have folded is not folded again."""
     if sums_BHWF is None or not slots.goes_on:
         return next_state(slots, layout, state, spec)
     folded = max(0, alignment.num_chunks - 2) * chunk

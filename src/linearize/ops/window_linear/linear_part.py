@@ -1,6 +1,6 @@
 """The linear part of one query head in each group of a block: memories, what queries read of them, gradients.
 
-Letters: b rows, g groups, N chunks of the slab, P = b g N, C chunk, V values, W = V + 1, F features.
+Letters: b rows, g groups, N chunks of the chunk group, P = b g N, C chunk, V values, W = V + 1, F features.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from linearize.ops.matmul import product_into
 
 
 class LinearPart:
-    """The memory that each chunk sees, `[b, g, N, W, F]`: what came before the slab and chunks up to n - 2."""
+    """The memory that each chunk sees, `[b, g, N, W, F]`: what came before the chunk group and chunks up to n - 2."""
 
     def __init__(
         self, value: Tensor, phi_k: Tensor, carried: Tensor, fold: Tensor | None, keep: Tensor | None, memory: Scratch
     ) -> None:
         """`value`: [b, g, N, C, W], [v, 1] of chunks n - 2. `phi_k`: theirs, `[b, g, N, C, F]`.
 
-        `carried`: [b, g, W, F], the sum before the slab. `fold`: [b or 1, 1, N, C, 1], which tokens are taken up (None:
-        all). `keep`: [b or 1, 1, N, 1, 1].
+        `carried`: [b, g, W, F], the sum before the chunk group. `fold`: [b or 1, 1, N, C, 1], which tokens are taken up
+        (None: all). `keep`: [b or 1, 1, N, 1, 1].
         """
         self.scratch, self.keep, self.fold = memory, keep, fold
         if fold is not None:
@@ -60,7 +60,7 @@ class LinearPart:
         d_later: Tensor | None,
     ) -> Tensor:
         """Gradients into `d_phi_q: [b, g, N, C, F]`, `d_phi_k` (set) and `d_v: [b, g, N, C, V]` (added to), those of
-        chunks n - 2; returned: that of the carried memory. `d_later`: of the memory after the slab."""
+        chunks n - 2; returned: that of the carried memory. `d_later`: of the memory after the chunk group."""
         product_into(d_phi_q, d_total_PCW, self.memories.flatten(0, 2))
         d_memories = self.scratch("d_memories", *self.memories.shape, like=phi_q_PCF)
         flat = product_into(d_memories, d_total_PCW.mT, phi_q_PCF).flatten(0, 2)

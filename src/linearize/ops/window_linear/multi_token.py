@@ -21,10 +21,8 @@ from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.update import between, next_joined_state
 from linearize.ops.window_linear.window import fold_boundary, in_window
 
-FEW_TOKENS = 32
 
-
-def few(
+def multi_token(
     q_BHUD: Tensor,
     k_BGTD: Tensor,
     v_BGTV: Tensor,
@@ -65,7 +63,7 @@ class _Slots:
 def _slots(asked: int, end: int, num_new: int, layout: Layout, state: WindowLinearState, spec: WindowLinear) -> _Slots:
     """Where each slot stands for each query; once for all layers that share layout and window."""
     ring, have = state.k_BGRD.shape[2], 0 if state.sink_k_BGND is None else state.sink_k_BGND.shape[2]
-    key = ("few", asked, end, num_new, ring, have, spec.window, spec.shape, spec.num_sinks)
+    key = ("multi_token", asked, end, num_new, ring, have, spec.window, spec.shape, spec.num_sinks)
     if key not in layout.memo:
         layout.memo[key] = _place(asked, end, end - num_new - ring, have, spec, state.k_BGRD.device)
     found: _Slots = layout.memo[key]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEAST_SPARE = 16  # free slots behind a ring that moves on with every token: it is copied once for so many
 
 
-class Room:
+class RingBuffer:
     """`k_BGCD`, `v_BGCV`, of which the first `filled` slots are taken."""
 
     def __init__(self, k_BGCD: Tensor, v_BGCV: Tensor, filled: int) -> None:
@@ -54,24 +54,24 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
-def room_slots(window: int, shape: WindowShape) -> int:
-    """Slots of a room: a terraced ring is let go in whole blocks and needs no spare ones."""
+def ring_buffer_slots(window: int, shape: WindowShape) -> int:
+    """Slots of a ring buffer: a terraced ring is let go in whole blocks and needs no spare ones."""
     ring = ring_slots(window, shape) + 1
     return ring if shape == "terraced" else ring + max(LEAST_SPARE, window // 4)
 
 
-def appended(k_BG1D: Tensor, v_BG1V: Tensor, state: WindowLinearState, spec: WindowLinear) -> tuple[Room, int]:
-    """A room that holds the state's ring and then the token, and how many slots these are: in the state's own room
-    where that is free."""
-    slots, room = state.k_BGRD.shape[2], state.room
-    if room is None or not room.follows(state):
-        most = max(room_slots(spec.window, spec.shape), slots + 1)
-        room = Room(_roomy(state.k_BGRD, most), _roomy(state.v_BGRV, most), slots)
-    room.append(k_BG1D, v_BG1V)
-    return room, slots + 1
+def appended(k_BG1D: Tensor, v_BG1V: Tensor, state: WindowLinearState, spec: WindowLinear) -> tuple[RingBuffer, int]:
+    """A ring buffer that holds the state's ring and then the token, and how many slots these are: in the state's own
+    ring buffer where that is free."""
+    slots, ring_buffer = state.k_BGRD.shape[2], state.ring_buffer
+    if ring_buffer is None or not ring_buffer.follows(state):
+        most = max(ring_buffer_slots(spec.window, spec.shape), slots + 1)
+        ring_buffer = RingBuffer(_with_spare_slots(state.k_BGRD, most), _with_spare_slots(state.v_BGRV, most), slots)
+    ring_buffer.append(k_BG1D, v_BG1V)
+    return ring_buffer, slots + 1
 
 
-def _roomy(x_BGRD: Tensor, slots: int) -> Tensor:
+def _with_spare_slots(x_BGRD: Tensor, slots: int) -> Tensor:
     memory = x_BGRD.new_empty(*x_BGRD.shape[:2], slots, x_BGRD.shape[3])
     memory[:, :, : x_BGRD.shape[2]].copy_(x_BGRD)
     return memory

@@ -1,4 +1,4 @@
-"""What one window + linear attention computes: its options, in one frozen value that every form of the operation
+"""What one window + linear attention computes: its options, in one frozen value that every backend of the operation
 takes."""
 
 from __future__ import annotations

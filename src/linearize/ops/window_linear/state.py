@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from linearize.ops.tensor_state import TensorState
-from linearize.ops.window_linear.ring_buffer import Room
+from linearize.ops.window_linear.ring_buffer import RingBuffer
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class WindowLinearState(TensorState):
     `sink_k_BGND`, `sink_v_BGNV`: the first tokens of the document, kept for ever; None without sinks.
     `begin`: position of the document's first token, `[B]`: slots of lower ones, in the ring or among the sinks, are
     dead; None: 0 in every row, as almost always.
-    `room`: memory with free slots that the ring may lie in (decoding).
+    `ring_buffer`: memory with free slots that the ring may lie in (decoding).
     """
 
     next: int | Tensor
@@ -36,4 +36,4 @@ class WindowLinearState(TensorState):
     sink_k_BGND: Tensor | None = None
     sink_v_BGNV: Tensor | None = None
     begin: Tensor | None = None
-    room: Room | None = None
+    ring_buffer: RingBuffer | None = None

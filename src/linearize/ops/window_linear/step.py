@@ -27,10 +27,10 @@ def step(
 ) -> tuple[Tensor, WindowLinearState | None]:
     """Attend; same arguments, outputs and values as `reference`."""
     dtype, groups = q_BH1D.dtype, k_BG1D.shape[1]
-    past, room = state.k_BGRD.shape[2], None
-    if need_state and not torch.is_grad_enabled():  # autograd may have kept what a room shows
-        room, slots = appended(k_BG1D, v_BG1V, state, spec)
-        k, v = (x.to(dtype) for x in room.shown(slots))
+    past, ring_buffer = state.k_BGRD.shape[2], None
+    if need_state and not torch.is_grad_enabled():  # autograd may have kept what a ring buffer shows
+        ring_buffer, slots = appended(k_BG1D, v_BG1V, state, spec)
+        k, v = (x.to(dtype) for x in ring_buffer.shown(slots))
     else:
         k = torch.cat([state.k_BGRD.to(dtype), k_BG1D], dim=2)
         v = torch.cat([state.v_BGRV.to(dtype), v_BG1V], dim=2)
@@ -44,7 +44,7 @@ def step(
     if spec.has_linear and spec.window == 0:  # then the token itself is beyond the window
         total = _own(q_BH1D, k_BG1D, v_BG1V, spec, total)
     assert total is not None
-    after = next_plain_state(k, v, past, layout.start, state, spec, room=room) if need_state else None
+    after = next_plain_state(k, v, past, layout.start, state, spec, ring_buffer=ring_buffer) if need_state else None
     return divide(total), after
 
 

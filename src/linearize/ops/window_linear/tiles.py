@@ -1,7 +1,7 @@
-"""A slab's keys and values as its queries see them: two chunks side by side, sinks in front.
+"""A chunk group's keys and values as its queries see them: two chunks side by side, sinks in front.
 
-Letters: B batch, G key/value heads, N chunks of the slab, M = N + 2 (with the two before it), C chunk, J sinks, D head
-dimension, V value dimension, W = V + 1 (values and a one), P = some of the B G N.
+Letters: B batch, G key/value heads, N chunks of the chunk group, M = N + 2 (with the two before it), C chunk, J sinks,
+D head dimension, V value dimension, W = V + 1 (values and a one), P = some of the B G N.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state after a call: what left the window is folded into the sum, what is still inside waits in the ring.
 
-Shared by every form of the operation, so that prefill, chunked prefill and decode keep one and the same state.
+Shared by every backend of the operation, so that prefill, chunked prefill and decode keep one and the same state.
 
 Letters: B batch, G key/value heads, H query heads, D head dimension, T new tokens, S slots (ring, then new tokens), R
 ring, N sinks.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.ring_buffer import Room
+from linearize.ops.window_linear.ring_buffer import RingBuffer
 from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
@@ -124,13 +124,13 @@ def next_plain_state(
     state: WindowLinearState | None,
     spec: WindowLinear,
     fold: Fold | None = None,
-    room: Room | None = None,
+    ring_buffer: RingBuffer | None = None,
     folded_before: tuple[int, Tensor] | None = None,
 ) -> WindowLinearState:
     """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`.
 
-    `room`: where all these slots lie already, if anywhere, so that nothing is copied. `folded_before`: how many slots
-    were folded already, and the sum with them in it.
+    `ring_buffer`: where all these slots lie already, if anywhere, so that nothing is copied. `folded_before`: how many
+    slots were folded already, and the sum with them in it.
     """
     following = start + k_BGSD.shape[2] - num_past
     first = following - k_BGSD.shape[2]
@@ -144,8 +144,10 @@ def next_plain_state(
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
         memory = (fold or folded)(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
     sinks = plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
-    if room is not None:
-        return WindowLinearState(following, *room.shown(following - boundary), memory, *sinks, room=room)
+    if ring_buffer is not None:
+        return WindowLinearState(
+            following, *ring_buffer.shown(following - boundary), memory, *sinks, ring_buffer=ring_buffer
+        )
     keep = slice(boundary - first, None)
     return WindowLinearState(following, _owned(k_BGSD[:, :, keep]), _owned(v_BGSV[:, :, keep]), memory, *sinks)
 

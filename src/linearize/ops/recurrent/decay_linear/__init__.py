@@ -2,10 +2,10 @@
 
 One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and gated linear attention.
 
-| form | file | time | for |
+| backend | file | time | for |
 |---|---|---|---|
 | reference | `reference.py` | T steps | proof; decode |
-| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
+| multi_token | `multi_token.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py` | linear in T, matrix products | training, prefill |
 | fla | `backends.py` | the same, in Triton | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
@@ -24,29 +24,29 @@ from linearize.ops.layout import Layout
 from linearize.ops.pairs import in_parts
 from linearize.ops.recurrent.decay_linear.backends import DISPATCH, fla_decay_linear
 from linearize.ops.recurrent.decay_linear.chunked import chunked
-from linearize.ops.recurrent.decay_linear.multi_token import few
+from linearize.ops.recurrent.decay_linear.multi_token import multi_token
 from linearize.ops.recurrent.decay_linear.reference import reference
 
-__all__ = ["FORMS", "decay_linear", "use_form"]
+__all__ = ["BACKENDS", "decay_linear", "use_backend"]
 
 
 def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other backends."""
     from linearize.ops.triton.recurrence import decay_linear_steps
 
     return decay_linear_steps(*inputs, **options)
 
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
-    "few": few,
+    "multi_token": multi_token,
     "chunked": chunked,
     "fla": fla_decay_linear,
     "triton": steps,
 }
-WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
-MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-use_form = DISPATCH.use
+WIDENS = {"chunked", "fla"}  # backends that take half precision and compute in fp32 themselves
+MULTI_STEP = {"reference", "multi_token", "triton"}  # backends that know `commit` and fewer queries than tokens
+use_backend = DISPATCH.use
 
 
 def decay_linear(
@@ -77,10 +77,10 @@ def decay_linear(
         def run(name: str) -> tuple[Tensor, Tensor | None]:
             queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
             if name in MULTI_STEP:
-                return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+                return BACKENDS[name](queries, *inputs, commit=commit if need_state else 0, **options)
             if commit is None and q_BHUK.shape[2] == tokens:
-                return FORMS[name](queries, *inputs, **options)
-            return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+                return BACKENDS[name](queries, *inputs, **options)
+            return in_parts(BACKENDS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
 
         call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
         y, after = DISPATCH.run(call, run)

@@ -1,4 +1,5 @@
-"""Which form of the recurrence runs a call, and the form by `fla` (flash-linear-attention, Triton), where installed.
+"""Which backend of the recurrence runs a call, and the backend by `fla` (flash-linear-attention, Triton), where
+installed.
 
 fla's layout is `[B, T, H, .]`; a decay per head is its `chunk_simple_gla`, one per key dimension its `chunk_gla`.
 Padding and documents become sequences (`../packed.py`). Arguments as in fla 0.6.0.
@@ -14,25 +15,36 @@ import torch
 from torch import Tensor
 
 from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always, more_than
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY
 from linearize.ops.varlen import in_sequences
 
 DISPATCH = Dispatcher(
     "decay_linear",
     [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
+        Rule(
+            "triton",
+            kernels.why_not_chosen,
+            "a few tokens on a GPU: one launch",
+            built=True,
+            unsupported=kernels.unsupported,
+        ),
         Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True, cannot=kernels.fla_cannot),
-        Rule("chunked", never, "many tokens: products of chunks"),
+        Rule("multi_token", more_than(MAX_MULTI_TOKEN), "a few tokens: the state read once"),
+        Rule(
+            "fla",
+            kernels.fla_why_not_chosen,
+            "many tokens on a GPU: fla's chunks",
+            built=True,
+            unsupported=kernels.fla_unsupported,
+        ),
+        Rule("chunked", always, "many tokens: products of chunks"),
     ],
 )
 
 
 def choice(call: Call) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)
 
 

@@ -18,7 +18,7 @@ from linearize.ops.matmul import UNDERFLOW
 from linearize.ops.pairs import LOWEST, Pairs, pairs
 
 
-def few(
+def multi_token(
     q_BHUK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,

@@ -1,9 +1,9 @@
 """The gated delta rule (2412.06464): a state that decays per head and overwrites what a key already holds.
 
-| form | file | time and memory | for |
+| backend | file | time and memory | for |
 |---|---|---|---|
 | reference | `reference.py` | one product per token | proof; one token: decode |
-| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
+| multi_token | `multi_token.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
 | fla | `backends.py` | a Triton kernel | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
@@ -22,31 +22,31 @@ from torch import Tensor
 from linearize.ops.dispatch import Call, wants_gradients
 from linearize.ops.layout import Layout
 from linearize.ops.pairs import in_parts
-from linearize.ops.recurrent.gated_delta.backends import DISPATCH, fla_form
+from linearize.ops.recurrent.gated_delta.backends import DISPATCH, fla_gated_delta
 from linearize.ops.recurrent.gated_delta.chunked import chunked
-from linearize.ops.recurrent.gated_delta.multi_token import few
+from linearize.ops.recurrent.gated_delta.multi_token import multi_token
 from linearize.ops.recurrent.gated_delta.reference import reference
 
-__all__ = ["FORMS", "gated_delta", "use_form"]
+__all__ = ["BACKENDS", "gated_delta", "use_backend"]
 
 
 def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other backends."""
     from linearize.ops.triton.recurrence import gated_delta_steps
 
     return gated_delta_steps(*inputs, **options)
 
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
-    "few": few,
+    "multi_token": multi_token,
     "chunked": chunked,
-    "fla": fla_form,
+    "fla": fla_gated_delta,
     "triton": steps,
 }
-WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
-MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-use_form = DISPATCH.use
+WIDENS = {"chunked", "fla"}  # backends that take half precision and compute in fp32 themselves
+MULTI_STEP = {"reference", "multi_token", "triton"}  # backends that know `commit` and fewer queries than tokens
+use_backend = DISPATCH.use
 
 
 def gated_delta(
@@ -79,10 +79,10 @@ def gated_delta(
         options: dict[str, Any] = {"layout": layout, "state": state}
         if name in MULTI_STEP:
             options["state"] = None if state is None else state.to(wide)
-            return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
+            return BACKENDS[name](queries, *inputs, commit=commit if need_state else 0, **options)
         if commit is None and q_BHUK.shape[2] == tokens:
-            return FORMS[name](queries, *inputs, **options)
-        return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
+            return BACKENDS[name](queries, *inputs, **options)
+        return in_parts(BACKENDS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
 
     gradients = wants_gradients(*given, state)
     call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)

@@ -1,5 +1,5 @@
-"""Which form of the gated delta rule runs a call, and the form by flash-linear-attention's Triton kernel, imported when
-it is first called for.
+"""Which backend of the gated delta rule runs a call, and the backend by flash-linear-attention's Triton kernel,
+imported when it is first called for.
 
 Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 """
@@ -10,29 +10,40 @@ import torch
 from torch import Tensor
 
 from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always, more_than
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY
 from linearize.ops.varlen import in_sequences
 
 DISPATCH = Dispatcher(
     "gated_delta",
     [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
+        Rule(
+            "triton",
+            kernels.why_not_chosen,
+            "a few tokens on a GPU: one launch",
+            built=True,
+            unsupported=kernels.unsupported,
+        ),
         Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True, cannot=kernels.fla_cannot),
-        Rule("chunked", never, "many tokens: products of chunks"),
+        Rule("multi_token", more_than(MAX_MULTI_TOKEN), "a few tokens: the state read once"),
+        Rule(
+            "fla",
+            kernels.fla_why_not_chosen,
+            "many tokens on a GPU: fla's chunks",
+            built=True,
+            unsupported=kernels.fla_unsupported,
+        ),
+        Rule("chunked", always, "many tokens: products of chunks"),
     ],
 )
 
 
 def choice(call: Call) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)
 
 
-def fla_form(
+def fla_gated_delta(
     q_BHTK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,

@@ -1,9 +1,9 @@
-"""The selective scan of Mamba: `selective_scan` picks the form, every form computes the same.
+"""The selective scan of Mamba: `selective_scan` picks the backend, every backend computes the same.
 
-| form | file | for |
+| backend | file | for |
 |---|---|---|
 | reference | `reference.py` | proof; decode |
-| few | `few.py` | a few tokens: verification of guesses |
+| multi_token | `multi_token.py` | a few tokens: verification of guesses |
 | chunked | `chunked.py` | training, prefill |
 | mamba_ssm | `backends.py` | CUDA tensors, where that package is installed and can do the call |
 | triton | `../triton/` | a few CUDA tokens without gradients: tail and guesses in one launch |
@@ -23,14 +23,14 @@ from linearize.ops.layout import Layout
 from linearize.ops.pairs import in_parts
 from linearize.ops.recurrent.selective_scan.backends import DISPATCH, ScanCall, mamba_ssm
 from linearize.ops.recurrent.selective_scan.chunked import chunked
-from linearize.ops.recurrent.selective_scan.multi_token import few
+from linearize.ops.recurrent.selective_scan.multi_token import multi_token
 from linearize.ops.recurrent.selective_scan.reference import reference
 
-__all__ = ["FORMS", "selective_scan", "use_form"]
+__all__ = ["BACKENDS", "selective_scan", "use_backend"]
 
 
 def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other backends."""
     from linearize.ops.triton.channels import selective_scan_steps
 
     need_state = options.pop("need_state")
@@ -38,15 +38,15 @@ def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
     return y, after if need_state else None
 
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
-    "few": few,
+    "multi_token": multi_token,
     "chunked": chunked,
     "mamba_ssm": mamba_ssm,
     "triton": steps,
 }
-MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-use_form = DISPATCH.use
+MULTI_STEP = {"reference", "multi_token", "triton"}  # backends that know `commit` and fewer queries than tokens
+use_backend = DISPATCH.use
 
 
 def selective_scan(
@@ -85,7 +85,7 @@ def selective_scan(
 
         def run(name: str) -> tuple[Tensor, Tensor | None]:
             def scan(C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
-                return FORMS[name](x, dt, A, B, C, **rest)
+                return BACKENDS[name](x, dt, A, B, C, **rest)
 
             if name in MULTI_STEP:
                 return scan(C, x, dt, B, need_state=need_state, commit=commit, **options)
