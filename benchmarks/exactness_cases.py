@@ -37,7 +37,7 @@ from linearize.ops.recurrent.selective_scan import use_backend as use_scan
 from linearize.ops.short_conv import short_conv
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, window_linear
 from linearize.ops.window_linear import use_backend as use_window
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear.state import WindowBuffers
 
 ROWS, HEADS, GROUPS, DIM, COLUMNS = 2, 4, 2, 32, 24
 SHAPE = AttentionShape(

@@ -74,7 +74,7 @@ def layer_runs(mixer: Any, sizes: Sizes, device: torch.device) -> dict[str, Run]
 def window_runs(mixer: Any, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
     """What to time of a window mixer; k and v are given, so that there are no projections."""
     from linearize.ops.triton.window import window_linear_steps
-    from linearize.ops.window_linear.buffers import WindowBuffers
+    from linearize.ops.window_linear.state import WindowBuffers
 
     shape, tail, tokens = mixer.shape, sizes.tail, sizes.tail + sizes.new
     widths = ((shape.num_heads, shape.head_dim), (shape.num_kv_heads, shape.head_dim))

@@ -13,7 +13,7 @@ from test_triton_multi_step import case, needs_triton, run
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, window_linear
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear.state import WindowBuffers
 
 LAYERS = 2
 

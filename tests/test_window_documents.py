@@ -16,7 +16,7 @@ from test_window_linear import inputs, make_spec
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import BACKENDS, advance, use_backend, window_linear
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear.state import WindowBuffers
 
 TOKENS = 41
 

@@ -11,7 +11,7 @@ from test_window_linear import inputs, make_spec
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import WindowLinearState, use_backend, window_linear
-from linearize.ops.window_linear.ring_buffer import ring_buffer_slots
+from linearize.ops.window_linear.state import ring_buffer_slots
 
 WINDOWS = [(7, "terraced"), (9, "sliding")]
 NAMES = ("k_BGRD", "v_BGRV", "memory_BHFV", "sink_k_BGND", "sink_v_BGNV")

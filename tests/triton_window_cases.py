@@ -24,9 +24,9 @@ from linearize.ops.layout import Layout
 from linearize.ops.triton import launch
 from linearize.ops.triton.window import window_linear_steps
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, use_backend, window_linear
-from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.reference import reference
-from linearize.ops.window_linear.window import fold_boundary
+from linearize.ops.window_linear.spec import fold_boundary
+from linearize.ops.window_linear.state import WindowBuffers
 
 H, G, D, V, C = 2, 1, 6, 5, 3
 HEADS = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=7)

@@ -27,8 +27,8 @@ from linearize.ops.recurrent.decay_linear.gated import gated_linear
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.window import ring_slots
+from linearize.ops.window_linear.spec import ring_slots
+from linearize.ops.window_linear.state import WindowBuffers
 
 
 class GlaConfig(MixerConfig):

@@ -16,11 +16,15 @@ from linearize.ops.layout import Layout
 from linearize.ops.triton.launch import Span, power_of_two, rows_of
 from linearize.ops.triton.launch import tile as make_tile
 from linearize.ops.triton.window_step import window_kernel
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.maps import DOUBLED, FeatureWeights, weights_of
-from linearize.ops.window_linear.spec import WindowLinear
-from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.window import fold_boundary, ring_slots
+from linearize.ops.window_linear.spec import (
+    DOUBLED,
+    FeatureWeights,
+    WindowLinear,
+    fold_boundary,
+    ring_slots,
+    weights_of,
+)
+from linearize.ops.window_linear.state import WindowBuffers, WindowLinearState
 
 BLOCK_NUMBERS = 4096  # of keys, or values, that a program looks at together
 MAP_NUMBERS = 8192  # of a feature map's weight

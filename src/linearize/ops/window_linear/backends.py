@@ -10,10 +10,8 @@ from torch import Tensor
 from linearize.ops import triton as kernels
 from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.maps import weights_of
-from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.spec import MOST_CHUNK, WindowLinear, chunk_of, weights_of
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.window import MOST_CHUNK, chunk_of
 
 MOST_HEAD_DIM = 128
 Cursor = Literal["none", "same", "rows"]

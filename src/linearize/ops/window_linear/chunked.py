@@ -2,31 +2,33 @@
 
 After `align`, chunk n attends to chunks n - 1 and n of its document directly (inside the window by softmax, beyond it
 by features) and to everything before them through the sum. With terraced windows and chunks of one block nothing in the
-tile lies beyond the window. Inputs of 16 bits are widened group by group, never as a whole.
+tile lies beyond the window. It goes chunk group by chunk group: window part, linear part and division in one go, a few
+heads at a time (`head_block.py`), so that what is large stays in the cache. The backward pass computes weights and
+memories again; nothing quadratic and no memory per chunk is kept. Inputs of 16 bits are widened group by group.
 
-Letters: B batch, G key/value heads, H query heads, T new tokens, N chunks, C chunk, J sinks, D, V, F.
+Letters: B batch, G key/value heads, R query heads for each, H = G R, T new tokens, N chunks (of the group), M = N + 2
+(with the two before it), C chunk size, J sinks, D head dimension, V value dimension, W = V + 1 (values and a one), F
+features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from linearize.ops.blocking import head_blocks
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.align import Alignment, align
-from linearize.ops.window_linear.chunk_group import attend_chunk_group
-from linearize.ops.window_linear.masks import Masks, masks_of
+from linearize.ops.matmul import bf16_products
+from linearize.ops.window_linear.head_block import Gradients, Inputs, Keys, QueryHeads, query_heads_backward
+from linearize.ops.window_linear.masks import GroupMasks, Masks, masks_of
+from linearize.ops.window_linear.slots import Alignment, Slots, align, gather_slots
 from linearize.ops.window_linear.spec import FeatureMap, WindowLinear, state_dtype
-from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.update import (
-    Slots,
-    gather_slots,
-    next_plain_state,
-    next_state,
-    pad_slots,
-    plain_sinks,
-    take_slots,
-)  # fmt: skip
+from linearize.ops.window_linear.state import WindowLinearState, pad_slots, take_slots
+from linearize.ops.window_linear.update import next_plain_state, next_state, plain_sinks
 
 SMALLEST_CHUNK = 16
 FEATURES = 128  # of a map, where chunk groups are measured out before there is one
@@ -166,3 +168,60 @@ def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Ali
         index = torch.where(held, j, index)
     taken = take_slots(torch.cat([old, x_BGSD], dim=2), index.flatten(1).expand(batch, -1))
     return taken.unflatten(2, (-1, spec.num_sinks)).transpose(1, 2)
+
+
+def attend_chunk_group(
+    q_BHNCD: Tensor,
+    k_BGMCD: Tensor,
+    v_BGMCV: Tensor,
+    sinks: Sequence[Tensor],
+    phi: tuple[Tensor, Tensor] | None,
+    memory_BHWF: Tensor | None,
+    log_g_H: Tensor,
+    masks: GroupMasks,
+    given: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """`y: [B, H, N, C, V]` and the memory that the chunk group's last chunk sees.
+
+    `sinks`: k and v of the document's first tokens, `[B, G, N, J, D]` and `[B, G, N, J, V]`, or nothing. `phi`: phi_q
+    `[B, H, N, C, F]`, and phi_k of the chunks n - 2, or of all M chunks where `masks.far` is given. `given`: the
+    dtype that the tensors had before they were widened (see `bf16_products`). Differentiable once.
+    """
+    y, memory = _ChunkGroup.apply(
+        q_BHNCD, k_BGMCD, v_BGMCV, *(sinks or (None, None)), *(phi or (None, None)), memory_BHWF, log_g_H, masks, given
+    )
+    return y, memory
+
+
+class _ChunkGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, masks, given = arguments
+        inputs = Inputs(*tensors)
+        q, v = inputs.q, inputs.v
+        y = q.new_empty(*q.shape[:4], v.shape[-1])
+        normaliser = q.new_empty(*q.shape[:4], 1)
+        shift = None if masks.bias is None else torch.empty_like(normaliser)
+        after = None if inputs.memory is None or inputs.phi_q is None else torch.empty_like(inputs.memory)
+        with bf16_products(given):
+            for block in head_blocks(q.shape[0], inputs.groups, inputs.numbers()):
+                keys = Keys(inputs, block)
+                for r in range(q.shape[1] // inputs.groups):
+                    QueryHeads(inputs, masks, block, r, keys).forward(y, shift, normaliser, after)
+        ctx.save_for_backward(*tensors, shift, normaliser, y)
+        ctx.masks, ctx.given = masks, given
+        ctx.set_materialize_grads(False)
+        return y, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, shift, normaliser, y = ctx.saved_tensors
+        inputs, masks = Inputs(*tensors), ctx.masks
+        d = Gradients(inputs, masks)
+        with bf16_products(ctx.given):
+            for block in head_blocks(y.shape[0], inputs.groups, inputs.numbers()):
+                keys = Keys(inputs, block)
+                for r in range(y.shape[1] // inputs.groups):
+                    query_heads_backward(QueryHeads(inputs, masks, block, r, keys), d, grads, shift, normaliser, y)
+        return *d.in_order(), None, None

@@ -13,13 +13,34 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.align import Alignment
-from linearize.ops.window_linear.head_block import GroupMasks
-from linearize.ops.window_linear.spec import WindowLinear
-from linearize.ops.window_linear.update import Slots
-from linearize.ops.window_linear.window import in_window
+from linearize.ops.window_linear.slots import Alignment, Slots
+from linearize.ops.window_linear.spec import WindowLinear, in_window
 
 UNLIKE = 3  # chunks of a plain text that have no two chunks of tokens that can be folded before them
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMasks:
+    """What a chunk group's queries may see, and the options of the operation.
+
+    `bias`: [B or 1, N or 1, C, K], minus infinity at keys not seen by softmax, else 0 (None: no window part). `far`: [B
+    or 1, N or 1, C, 2 C], 1 at keys of the tile that are seen by features, else 0 (None: none is). `fold`: [B or 1, N,
+    C], 1 for each token of chunk n - 2 that the memory takes up before chunk n, else 0 (None: all). `keep`: [B or 1,
+    N], 0 where a document opens (None: nowhere).
+    """
+
+    bias: Tensor | None
+    far: Tensor | None
+    fold: Tensor | None
+    keep: Tensor | None
+    scaling: float
+    softcap: float | None
+    shared_shift: bool
+
+    def part(self, chunks: slice) -> GroupMasks:
+        """The masks of some of the chunks, where each has its own."""
+        names = ("bias", "far", "fold", "keep")
+        return replace(self, **{name: x[:, chunks] for name in names if (x := getattr(self, name)) is not None})
 
 
 @dataclass(frozen=True, eq=False)

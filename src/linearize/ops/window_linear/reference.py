@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.spec import WindowLinear, divide, state_dtype, with_ones
+from linearize.ops.window_linear.slots import Slots, gather_slots
+from linearize.ops.window_linear.spec import WindowLinear, divide, in_window, most_leaving, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.update import Slots, gather_slots, next_state
-from linearize.ops.window_linear.window import in_window, most_leaving
+from linearize.ops.window_linear.update import next_state
 
 
 def reference(
