@@ -203,7 +203,7 @@ def test_documents_and_padding_are_apart_and_the_state_goes_on(repeat: str) -> N
 def test_the_matrix_times_x_is_what_the_gate_gets() -> None:
     mixer, h = build(), hidden(20)
     matrix = mixer.matrix(h, layout=Layout())
-    gate, _, _, x, _, _ = mixer._inputs(mixer.in_proj(h), Layout())
+    gate, (_, _, x, _), _ = mixer.inputs(mixer.project(h), Layout())
     y = (matrix @ x.transpose(1, 2)).transpose(1, 2)
     weight = mixer.norm_weight.unflatten(0, (H, V))
     y = mixer.out_proj(gate_then_norm(y, gate.unflatten(-1, (H, V)), weight, 1e-5).flatten(2))

@@ -142,7 +142,7 @@ def calibrate_gated_delta_net(mixer: GatedDeltaNet, samples: Sequence[AttentionS
     shape, hidden = mixer.shape, _join(samples, lambda x: x.hidden_BTM)
 
     def core(sample: AttentionSample) -> Tensor:
-        return mixer.recall(*mixer.project(sample.hidden_BTM)[:3], layout=sample.layout, need_state=False)[0]
+        return mixer.recall(*mixer.project(sample.hidden_BTM), layout=sample.layout, need_state=False)[0]
 
     with torch.no_grad():
         profile = attention_profile(samples)
@@ -176,7 +176,7 @@ def calibrate_mamba2(mixer: Mamba2, samples: Sequence[AttentionSample]) -> None:
     gate_rows, *_, step_rows = mixer.in_proj.weight.split(mixer.rows)
 
     def parts_of(sample: AttentionSample) -> tuple[Tensor, Tensor]:
-        _, query, key, x, decay, _ = mixer._inputs(mixer.in_proj(sample.hidden_BTM), sample.layout)
+        _, (query, key, x, decay), _ = mixer.inputs(mixer.project(sample.hidden_BTM), sample.layout)
         query, value = query.transpose(1, 2), x.transpose(1, 2)
         mixed, _ = decay_linear(query, key, value, decay, layout=sample.layout, need_state=False)
         return mixed.transpose(1, 2), x
