@@ -2,7 +2,7 @@
 installed.
 
 fla's layout is `[B, T, H, .]`; a decay per head is its `chunk_simple_gla`, one per key dimension its `chunk_gla`.
-Padding and documents become sequences (`../packed.py`). Arguments as in fla 0.6.0.
+Padding and documents become sequences (`ops/varlen.py`). Arguments as in fla 0.6.0.
 
 Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 """
@@ -14,33 +14,12 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from linearize.ops import triton as kernels
-from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always, more_than
+from linearize.ops.dispatch import Call, Dispatcher
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.front_end import FLA, recurrent_rules
 from linearize.ops.varlen import in_sequences
 
-DISPATCH = Dispatcher(
-    "decay_linear",
-    [
-        Rule(
-            "triton",
-            kernels.why_not_chosen,
-            "a few tokens on a GPU: one launch",
-            built=True,
-            unsupported=kernels.unsupported,
-        ),
-        Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("multi_token", more_than(MAX_MULTI_TOKEN), "a few tokens: the state read once"),
-        Rule(
-            "fla",
-            kernels.fla_why_not_chosen,
-            "many tokens on a GPU: fla's chunks",
-            built=True,
-            unsupported=kernels.fla_unsupported,
-        ),
-        Rule("chunked", always, "many tokens: products of chunks"),
-    ],
-)
+DISPATCH = Dispatcher("decay_linear", recurrent_rules(FLA, "many tokens: products of chunks"))
 
 
 def choice(call: Call) -> tuple[str, str]:

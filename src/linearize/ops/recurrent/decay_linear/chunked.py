@@ -24,6 +24,7 @@ from linearize.ops.recurrent.decay_linear.call_decays import CallDecays
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Rows
 from linearize.ops.recurrent.decay_linear.decays import BLOCK
 from linearize.ops.recurrent.decay_linear.documents import Documents, documents, masked
+from linearize.ops.recurrent.pairs import like_decays
 
 CHUNKS = {32: 32}  # tokens of a chunk for heads up to a width; measured: docs/log.md
 CHUNK = 64  # for wider ones
@@ -38,9 +39,9 @@ def chunked(
     chunk = chunk_size(tokens, max(q_BHTK.shape[3], v_BHTV.shape[3]))
     if (live := layout.live()) is not None:
         k_BHTK = k_BHTK * live[:, None, :, None].to(k_BHTK.dtype)
-        log_decay = log_decay.masked_fill(_like(~live, log_decay), 0)
+        log_decay = log_decay.masked_fill(like_decays(~live, log_decay), 0)
     if (starts := layout.starts(tokens, device)) is not None:
-        log_decay = log_decay.masked_fill(_like(starts, log_decay), 0)
+        log_decay = log_decay.masked_fill(like_decays(starts, log_decay), 0)
     if state is None:
         state = q_BHTK.new_zeros(*q_BHTK.shape[:2], q_BHTK.shape[3], v_BHTV.shape[3], dtype=wide)
     docs = documents(layout, tokens, chunk, device, wide)
@@ -52,10 +53,6 @@ def chunk_size(tokens: int, width: int) -> int:
     """Tokens of a chunk, a multiple of `BLOCK`, for heads of `width` (the larger of K and V)."""
     chunk = next((size for widest, size in CHUNKS.items() if width <= widest), CHUNK)
     return min(chunk, -(-tokens // BLOCK) * BLOCK)
-
-
-def _like(mask_BT: Tensor, x: Tensor) -> Tensor:
-    return mask_BT[:, None] if x.dim() == 3 else mask_BT[:, None, :, None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

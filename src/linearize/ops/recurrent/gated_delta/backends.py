@@ -9,33 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops import triton as kernels
-from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always, more_than
+from linearize.ops.dispatch import Call, Dispatcher
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.front_end import FLA, recurrent_rules
 from linearize.ops.varlen import in_sequences
 
-DISPATCH = Dispatcher(
-    "gated_delta",
-    [
-        Rule(
-            "triton",
-            kernels.why_not_chosen,
-            "a few tokens on a GPU: one launch",
-            built=True,
-            unsupported=kernels.unsupported,
-        ),
-        Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("multi_token", more_than(MAX_MULTI_TOKEN), "a few tokens: the state read once"),
-        Rule(
-            "fla",
-            kernels.fla_why_not_chosen,
-            "many tokens on a GPU: fla's chunks",
-            built=True,
-            unsupported=kernels.fla_unsupported,
-        ),
-        Rule("chunked", always, "many tokens: products of chunks"),
-    ],
-)
+DISPATCH = Dispatcher("gated_delta", recurrent_rules(FLA, "many tokens: products of chunks"))
 
 
 def choice(call: Call) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linearize.ops.dispatch import wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import in_parts
+from linearize.ops.recurrent.front_end import run_recurrence
 from linearize.ops.recurrent.selective_scan.backends import DISPATCH, ScanCall, mamba_ssm
 from linearize.ops.recurrent.selective_scan.chunked import chunked
 from linearize.ops.recurrent.selective_scan.multi_token import multi_token
@@ -45,7 +45,6 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "mamba_ssm": mamba_ssm,
     "triton": steps,
 }
-MULTI_STEP = {"reference", "multi_token", "triton"}  # backends that know `commit` and fewer queries than tokens
 use_backend = DISPATCH.use
 
 
@@ -73,36 +72,26 @@ def selective_scan(
     )
     given = (x_BTE, dt_BTE, A_EN, B_BTGN, C_BUGN)
     wide = reduce(torch.promote_types, (w.dtype for w in given), torch.float32)
-    device, gradients = x_BTE.device.type, wants_gradients(*given, state)
-    with torch.autocast(device, enabled=False):
-        x, dt, A, B, C = (w.to(wide) for w in given)
-        live_BT = layout.live()
-        if live_BT is not None:
-            dt = dt.masked_fill(~live_BT[..., None], 0)
-        state = None if state is None else state.to(wide)
-        whole = commit is None and C.shape[1] == x.shape[1]
-        options: dict[str, Any] = {"layout": layout, "state": state}
+    call = ScanCall(
+        device=x_BTE.device.type,
+        dtype=wide,
+        tokens=x_BTE.shape[1],
+        layout=layout,
+        whole=commit is None and C_BUGN.shape[1] == x_BTE.shape[1],
+        gradients=wants_gradients(*given, state),
+        state_dim=A_EN.shape[1],
+        has_state=state is not None,
+        need_state=need_state,
+    )
+    if (live_BT := layout.live()) is not None:
+        dt_BTE = dt_BTE.masked_fill(~live_BT[..., None], 0)
 
-        def run(name: str) -> tuple[Tensor, Tensor | None]:
-            def scan(C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
-                return BACKENDS[name](x, dt, A, B, C, **rest)
+    A, handed_on = A_EN.to(wide), need_state or not call.whole  # the parts of a call hand their state on
 
-            if name in MULTI_STEP:
-                return scan(C, x, dt, B, need_state=need_state, commit=commit, **options)
-            if whole:
-                return scan(C, x, dt, B, need_state=need_state, **options)
-            return in_parts(scan, C, (x, dt, B), time_dim=1, commit=commit, **options)
+    def invoke(name: str, C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+        return BACKENDS[name](x, dt, A, B, C, need_state=handed_on, **rest)
 
-        call = ScanCall(
-            device=device,
-            dtype=wide,
-            tokens=x.shape[1],
-            layout=layout,
-            whole=whole,
-            gradients=gradients,
-            state_dim=A.shape[1],
-            has_state=state is not None,
-            need_state=need_state,
-        )
-        y, after = DISPATCH.run(call, run)
-    return y.to(x_BTE.dtype), after if need_state else None
+    options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+    inputs = (x_BTE, dt_BTE, B_BTGN)
+    y, after = run_recurrence(DISPATCH, invoke, C_BUGN, inputs, call=call, time_dim=1, **options)
+    return y.to(x_BTE.dtype), after

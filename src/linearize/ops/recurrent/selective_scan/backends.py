@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops import triton as kernels
-from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always, more_than
+from linearize.ops.dispatch import Call, Dispatcher, Rule
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.front_end import recurrent_rules
 
 MOST_STATE = 256
 FORGETS = 120.0
@@ -63,22 +63,10 @@ def unsupported(call: ScanCall) -> str | None:
     return None if kernel() is not None else "mamba_ssm is not installed, or without its CUDA kernel"
 
 
-DISPATCH = Dispatcher(
-    "selective_scan",
-    [
-        Rule(
-            "triton",
-            kernels.why_not_chosen,
-            "a few tokens on a GPU: one launch",
-            built=True,
-            unsupported=kernels.unsupported,
-        ),
-        Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("multi_token", more_than(MAX_MULTI_TOKEN), "a few tokens: the state read once"),
-        Rule("mamba_ssm", why_not_chosen, "many tokens on a GPU: its CUDA kernel", built=True, unsupported=unsupported),
-        Rule("chunked", always, "many tokens: chunks"),
-    ],
+MAMBA_SSM = Rule(
+    "mamba_ssm", why_not_chosen, "many tokens on a GPU: its CUDA kernel", built=True, unsupported=unsupported
 )
+DISPATCH = Dispatcher("selective_scan", recurrent_rules(MAMBA_SSM, "many tokens: chunks"))
 
 
 def choice(call: ScanCall) -> tuple[str, str]:
