@@ -166,7 +166,7 @@ def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, 
     from linearize.mixers.feature_maps import FeatureMap
     from linearize.ops.triton.window import window_linear_steps
     from linearize.ops.window_linear import WindowLinear, WindowLinearState
-    from linearize.ops.window_linear.buffers import WindowBuffers
+    from linearize.ops.window_linear.state import WindowBuffers
 
     heads, groups, sinks, window = 4, 2, 4, 64
     shape = AttentionShape(

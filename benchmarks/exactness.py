@@ -44,29 +44,29 @@ def _errors(found: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def results(
-    problem: Problem, form: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
+    problem: Problem, backend: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
 ) -> dict[str, Tensor]:
     """y and the gradients of the differentiated inputs, by a form in `dtype`, or by the reference in fp64 on the same
     numbers."""
     given = [x.to(dtype).to(device) for x in problem.inputs]
     if exactly:
         given = [x.double() for x in given]
-    leaves = [] if form in FORWARD_ONLY else [x.requires_grad_() for x in given[: problem.differentiated]]
-    y = problem.run("reference" if exactly else form, given)
-    late = problem.forms[form]
+    leaves = [] if backend in FORWARD_ONLY else [x.requires_grad_() for x in given[: problem.differentiated]]
+    y = problem.run("reference" if exactly else backend, given)
+    late = problem.backends[backend]
     y = y[:, :, -late:] if late else y
     return _with_gradients(y, leaves, dtype)
 
 
 def softmax_results(
-    problem: Problem, form: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
+    problem: Problem, backend: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
 ) -> Any:
     """The same of SDPA."""
     given = (x.to(dtype).to(device) for x in problem.attention)
-    q, k, v = ((x.double() if exactly else x).requires_grad_(form not in FORWARD_ONLY) for x in given)
-    gqa, late = q.shape[1] != k.shape[1], problem.forms[form]
+    q, k, v = ((x.double() if exactly else x).requires_grad_(backend not in FORWARD_ONLY) for x in given)
+    gqa, late = q.shape[1] != k.shape[1], problem.backends[backend]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALING, enable_gqa=gqa)
-    return _with_gradients(y[:, :, -late:] if late else y, [] if form in FORWARD_ONLY else [q, k, v], dtype)
+    return _with_gradients(y[:, :, -late:] if late else y, [] if backend in FORWARD_ONLY else [q, k, v], dtype)
 
 
 def _with_gradients(y: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -81,19 +81,19 @@ def _with_gradients(y: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype) -> 
 def compare(problem: Problem, dtype: str, *, device: str = "cpu") -> list[dict[str, Any]]:
     """One row per form: for y and each gradient the error over SDPA's; `worst` of them; `rms`: of y alone."""
     kind, rows = DTYPES[dtype], []
-    for form in problem.forms:
+    for backend in problem.backends:
         ours = errors(
-            results(problem, form, kind, device=device), results(problem, form, kind, exactly=True, device=device)
+            results(problem, backend, kind, device=device), results(problem, backend, kind, exactly=True, device=device)
         )
         theirs = errors(
-            softmax_results(problem, form, kind, device=device),
-            softmax_results(problem, form, kind, exactly=True, device=device),
+            softmax_results(problem, backend, kind, device=device),
+            softmax_results(problem, backend, kind, exactly=True, device=device),
         )
         ratios = {name: _ratio(found, theirs[name]) for name, found in ours.items()}
         rows.append(
             {
                 "operation": problem.operation,
-                "form": form,
+                "backend": backend,
                 "dtype": dtype,
                 "case": problem.case,
                 "device": device,
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.only_kernels:
         rows += kernel_rows(chosen.dtype, quick=chosen.quick)
     worst = max(rows, key=lambda row: float(row["worst"]))
-    line = f"worst: {worst['worst']:.2f} of SDPA's error ({worst['operation']}, {worst['form']}, {worst['dtype']})"
+    line = f"worst: {worst['worst']:.2f} of SDPA's error ({worst['operation']}, {worst['backend']}, {worst['dtype']})"
     setting = {"threads": chosen.threads, "dtypes": chosen.dtype, "device": chosen.device}
     publish(f"no form less exact than {ASKED} times SDPA in the same dtype", setting, rows, chosen.out, line=line)
 

@@ -1,4 +1,4 @@
-"""The calls whose exactness `exactness.py` measures: numbers that strain an operation, and its forms.
+"""The calls whose exactness `exactness.py` measures: numbers that strain an operation, and its backends.
 
 | case | what it strains |
 |---|---|
@@ -29,15 +29,15 @@ from linearize.mixers import AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear
-from linearize.ops.recurrent.decay_linear import use_form as use_decay
+from linearize.ops.recurrent.decay_linear import use_backend as use_decay
 from linearize.ops.recurrent.gated_delta import gated_delta
-from linearize.ops.recurrent.gated_delta import use_form as use_delta
+from linearize.ops.recurrent.gated_delta import use_backend as use_delta
 from linearize.ops.recurrent.selective_scan import selective_scan
-from linearize.ops.recurrent.selective_scan import use_form as use_scan
+from linearize.ops.recurrent.selective_scan import use_backend as use_scan
 from linearize.ops.short_conv import short_conv
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, window_linear
-from linearize.ops.window_linear import use_form as use_window
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear import use_backend as use_window
+from linearize.ops.window_linear.state import WindowBuffers
 
 ROWS, HEADS, GROUPS, DIM, COLUMNS = 2, 4, 2, 32, 24
 SHAPE = AttentionShape(
@@ -53,15 +53,15 @@ EXPONENTS = 2**0.5 * STEEP * DIM**0.5  # then SDPA gets scores as large as the s
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """An operation on given numbers. `inputs`: fp64, in the order of `run(form, inputs)`, which gives y; the first
-    `differentiated` of them get gradients. `attention`: q, k, v of the softmax attention it is compared with. `forms`:
-    its forms and how many of the last tokens each is asked for (0: all)."""
+    `differentiated` of them get gradients. `attention`: q, k, v of the softmax attention it is compared with.
+    `backends`: its backends and how many of the last tokens each is asked for (0: all)."""
 
     operation: str
     case: str
     inputs: tuple[Tensor, ...]
     run: Callable[[str, Sequence[Tensor]], Tensor]
     attention: tuple[Tensor, Tensor, Tensor]
-    forms: dict[str, int]
+    backends: dict[str, int]
     differentiated: int = 3
 
 
@@ -104,42 +104,44 @@ def windowed(case: str, like: Tensor) -> WindowLinear:
     )
 
 
-def in_pieces(form: str, inputs: Sequence[Tensor], late: int, piece: int, run: Callable[..., Any]) -> Tensor:
+def in_pieces(backend: str, inputs: Sequence[Tensor], late: int, piece: int, run: Callable[..., Any]) -> Tensor:
     """y of the last `late` tokens, `piece` at a time by `form` after the others by the form that is chosen."""
     tokens, state, ys = inputs[0].shape[2], None, []
     edges = [0, *range(tokens - late, tokens, piece), tokens]
     for a, b in itertools.pairwise(edges):
-        y, state = run(form if a else "", [x[:, :, a:b] for x in inputs], Layout(a), state)
+        y, state = run(backend if a else "", [x[:, :, a:b] for x in inputs], Layout(a), state)
         ys.append(y)
     return torch.cat(ys[1:], dim=2)
 
 
-def window_problem(case: str, tokens: int, forms: dict[str, int], rows: int = ROWS) -> Problem:
+def window_problem(case: str, tokens: int, backends: dict[str, int], rows: int = ROWS) -> Problem:
     """Window + linear attention."""
 
-    def call(form: str, inputs: Sequence[Tensor], layout: Layout, state: Any) -> Any:
+    def call(backend: str, inputs: Sequence[Tensor], layout: Layout, state: Any) -> Any:
         spec = windowed(case, inputs[0])
-        if not form:
+        if not backend:
             return window_linear(*inputs, spec=spec, layout=layout, state=state)
-        if form == "triton_chunks" and not inputs[0].is_cuda:
+        if backend == "triton_chunks" and not inputs[0].is_cuda:
             return small_chunks(inputs, spec, layout)
-        if form == "in_place":
+        if backend == "in_place":
             state = WindowBuffers.of(state, spec, most=8) if isinstance(state, WindowLinearState) else state
             position = layout.positions(inputs[0].shape[2], inputs[0].device).expand(len(inputs[0]), -1)
             layout = Layout(position_BT=position, tail=0)
-        with use_window(form):
+        with use_window(backend):
             return window_linear(*inputs, spec=spec, layout=layout, state=state)
 
-    def run(form: str, inputs: Sequence[Tensor]) -> Tensor:
-        late = forms.get(form, 0)
+    def run(backend: str, inputs: Sequence[Tensor]) -> Tensor:
+        late = backends.get(backend, 0)
         if late:
-            return in_pieces(form, inputs, late, 1 if form == "step" else 8, call)
-        y: Tensor = call(form, inputs, Layout(), None)[0]
+            return in_pieces(backend, inputs, late, 1 if backend == "step" else 8, call)
+        y: Tensor = call(backend, inputs, Layout(), None)[0]
         return y
 
     q, k, v = qkv(tokens, case, rows=rows)
     attention = (EXPONENTS * q, k, v) if case == "tiny" else (q, k, v)
-    return Problem(operation="window_linear", case=case, inputs=(q, k, v), run=run, attention=attention, forms=forms)
+    return Problem(
+        operation="window_linear", case=case, inputs=(q, k, v), run=run, attention=attention, backends=backends
+    )
 
 
 def small_chunks(inputs: Sequence[Tensor], spec: WindowLinear, layout: Layout) -> Any:
@@ -153,15 +155,15 @@ def small_chunks(inputs: Sequence[Tensor], spec: WindowLinear, layout: Layout) -
 def _by(op: Callable[..., Any], use: Callable[[str], Any]) -> Callable[[str, Sequence[Tensor]], Tensor]:
     """An operation by a form of its own."""
 
-    def run(form: str, inputs: Sequence[Tensor]) -> Tensor:
-        with use(form):
+    def run(backend: str, inputs: Sequence[Tensor]) -> Tensor:
+        with use(backend):
             y: Tensor = op(*inputs, layout=Layout(), need_state=False)[0]
         return y
 
     return run
 
 
-def recurrent_problem(operation: str, case: str, tokens: int, forms: dict[str, int], rows: int = ROWS) -> Problem:
+def recurrent_problem(operation: str, case: str, tokens: int, backends: dict[str, int], rows: int = ROWS) -> Problem:
     """A recurrence: `decay per head`, `decay per key`, `gated delta`, `selective scan` or `short conv`."""
     q, k, v = qkv(tokens, case, groups=HEADS, rows=rows)
     per_key = operation == "decay per key"
@@ -169,7 +171,7 @@ def recurrent_problem(operation: str, case: str, tokens: int, forms: dict[str, i
     decay = -F.softplus(torch.randn(size).double() - 2)
     if case == "forgets":
         decay = -torch.logspace(-4, 0.95, 97).double()[torch.randint(97, size)]
-    common: dict[str, Any] = {"operation": operation, "case": case, "attention": (q, k, v), "forms": forms}
+    common: dict[str, Any] = {"operation": operation, "case": case, "attention": (q, k, v), "backends": backends}
     if operation.startswith("decay"):
         return Problem(inputs=(q * SCALING, k, v, decay), run=_by(decay_linear, use_decay), **common)
     if operation == "gated delta":
@@ -178,23 +180,25 @@ def recurrent_problem(operation: str, case: str, tokens: int, forms: dict[str, i
     x = v.transpose(1, 2).flatten(2)
     if operation == "short conv":
         weight, bias = torch.randn(x.shape[2], 4).double(), torch.randn(x.shape[2]).double()
-        run = lambda form, inputs: short_conv(*inputs, layout=Layout(), need_state=False)[0]  # noqa: E731
+        run = lambda backend, inputs: short_conv(*inputs, layout=Layout(), need_state=False)[0]  # noqa: E731
         return Problem(inputs=(x, weight, bias), run=run, differentiated=1, **common)
     steps, A = F.softplus(torch.randn(x.shape).double() - 2), -torch.arange(1.0, 17).double().repeat(x.shape[2], 1)
     B, C = (torch.randn(rows, tokens, GROUPS, 16).double() for _ in "BC")
     scan = _by(selective_scan, use_scan)
-    order = lambda form, t: scan(form, (t[0], t[3], t[4], t[1], t[2]))  # noqa: E731
+    order = lambda backend, t: scan(backend, (t[0], t[3], t[4], t[1], t[2]))  # noqa: E731
     return Problem(inputs=(x, B, C, steps, A), run=order, **common)
 
 
 def problems(*, quick: bool = False) -> Iterator[Problem]:
     """For the forms in PyTorch; `quick`: no long texts."""
-    few = {"reference": 0, "chunked": 0, "step": 11, "few": 24, "in_place": 24}
+    last_tokens = {"reference": 0, "chunked": 0, "step": 11, "multi_token": 24, "in_place": 24}
     for case in ("random", "peaked", "scales", "tiny", "bent"):
-        forms = {name: n for name, n in few.items() if name != "few" or case != "tiny"}  # it is for windows
-        yield window_problem(case, 131, forms)
+        backends = {
+            name: n for name, n in last_tokens.items() if name != "multi_token" or case != "tiny"
+        }  # it is for windows
+        yield window_problem(case, 131, backends)
     for operation in RECURRENCES:
-        yield recurrent_problem(operation, "random", 29, {"reference": 0, "few": 0, "chunked": 0})
+        yield recurrent_problem(operation, "random", 29, {"reference": 0, "multi_token": 0, "chunked": 0})
         yield recurrent_problem(operation, "scales", 131, {"reference": 0, "chunked": 0})
         if operation != "selective scan":
             yield recurrent_problem(operation, "forgets", 131, {"reference": 0, "chunked": 0})

@@ -22,8 +22,8 @@ from benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.timing import interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.layer_steps import use_form as use_layer_form
-from linearize.ops.window_linear import use_form as use_window_form
+from linearize.ops.recurrent.layer_steps import use_backend as use_layer_backend
+from linearize.ops.window_linear import use_backend as use_window_backend
 
 LAYER_MIXERS = ("mamba2", "gated_delta_net", "mamba")
 WINDOW_MIXERS = ("lolcats", "sliding_window")
@@ -74,7 +74,7 @@ def layer_runs(mixer: Any, sizes: Sizes, device: torch.device) -> dict[str, Run]
 def window_runs(mixer: Any, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
     """What to time of a window mixer; k and v are given, so that there are no projections."""
     from linearize.ops.triton.window import window_linear_steps
-    from linearize.ops.window_linear.buffers import WindowBuffers
+    from linearize.ops.window_linear.state import WindowBuffers
 
     shape, tail, tokens = mixer.shape, sizes.tail, sizes.tail + sizes.new
     widths = ((shape.num_heads, shape.head_dim), (shape.num_kv_heads, shape.head_dim))
@@ -107,7 +107,7 @@ def window_runs(mixer: Any, sizes: Sizes, device: torch.device, dtype: torch.dty
 
 def _forced(form: str, run: Run) -> Run:
     def forced() -> Any:
-        force = use_layer_form if form == "operations" else use_window_form
+        force = use_layer_backend if form == "operations" else use_window_backend
         with force(form):
             return run()
 

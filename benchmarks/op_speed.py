@@ -19,7 +19,7 @@ from benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.timing import Timing, interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.window import in_window
+from linearize.ops.window_linear.spec import in_window
 
 LONG = 8192
 OURS: dict[str, dict[str, Any]] = {

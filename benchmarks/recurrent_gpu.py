@@ -17,15 +17,15 @@ from torch import Tensor
 from benchmarks.on_gpu import Clock, arguments, device_for, facts, fastest, ratio, told
 from benchmarks.timing import SEED, parser, publish
 from linearize.errors import unknown
+from linearize.ops.dispatch import MAX_MULTI_TOKEN
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY
 from linearize.ops.recurrent import decay_linear as decay
 from linearize.ops.recurrent import gated_delta as delta
 from linearize.ops.recurrent import selective_scan as scan
 
 MARGIN = 1.2  # theirs may take so many times as long as ours before ours is taken
 THEIRS = ("fla", "mamba_ssm")
-FORWARD_ONLY = ("triton", "reference", "few")  # the multi-step kernel, and forms of a few tokens
+FORWARD_ONLY = ("triton", "reference", "multi_token")  # the multi-step kernel, and forms of a few tokens
 SMALL = {"tokens": [2, 9], "heads": 2, "head_dim": 4, "state_dim": 3, "batch": 1, "repeats": 1}
 Inputs = Callable[[Any, int, torch.device, torch.dtype], list[Tensor]]
 
@@ -66,10 +66,14 @@ def forms_for(module: Any, tokens: int, gradients: bool) -> list[str]:
     """Those worth a try: the step-by-step form only for one token, forms of a few tokens only for them; of packages
     those that are installed."""
     tried = []
-    for name in module.FORMS:
+    for name in module.BACKENDS:
         if name in THEIRS and find_spec(name) is None:
             continue
-        short = {"reference": tokens == 1, "few": tokens <= MANY, "triton": tokens <= MANY}.get(name, tokens > 1)
+        short = {
+            "reference": tokens == 1,
+            "multi_token": tokens <= MAX_MULTI_TOKEN,
+            "triton": tokens <= MAX_MULTI_TOKEN,
+        }.get(name, tokens > 1)
         if short and not (gradients and name in FORWARD_ONLY):
             tried.append(name)
     return tried
@@ -79,7 +83,7 @@ def run_of(module: Any, operation: Any, name: str, inputs: Sequence[Tensor], gra
     """One form over a text from no state."""
 
     def forward() -> Tensor:
-        with module.use_form(name):
+        with module.use_backend(name):
             y: Tensor = operation(*inputs, layout=Layout(), need_state=not gradients)[0]
         return y
 
@@ -95,12 +99,12 @@ def measure(clock: Clock, name: str, tokens: int, chosen: Any, dtype: torch.dtyp
     for gradients in (False, True):
         inputs = [x.requires_grad_(gradients) for x in make(chosen, tokens, clock.device, dtype)]
         names = forms_for(module, tokens, gradients)
-        runs = {form: run_of(module, operation, form, inputs, gradients) for form in names}
+        runs = {backend: run_of(module, operation, backend, inputs, gradients) for backend in names}
         if not runs:
             continue
         times = clock.interleaved(runs, chosen.repeats, warmup=0 if chosen.interpret else 3)
-        own = fastest(times, [form for form in names if form not in THEIRS])
-        other = fastest(times, [form for form in names if form in THEIRS])
+        own = fastest(times, [backend for backend in names if backend not in THEIRS])
+        other = fastest(times, [backend for backend in names if backend in THEIRS])
         slower = ratio(times, other, own)
         row = {"operation": name, "tokens": tokens, "backward": gradients, "milliseconds": told(times)}
         rows.append(row | {"theirs_over_ours": slower, "take": own if slower is None or slower > MARGIN else other})

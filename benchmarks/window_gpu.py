@@ -21,7 +21,7 @@ from benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.timing import Timing
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import use_form
+from linearize.ops.window_linear import use_backend
 
 ASKED = {1024: 1.0, 32768: 8.0}  # times FlashAttention-2, forward
 SMALL = {"tokens": [70], "head_dim": [16], "heads": 2, "kv_heads": 1, "window": 16, "repeats": 1}
@@ -62,7 +62,7 @@ def inputs(
 
 def ours(mixer: Any, qkv: Sequence[Tensor]) -> Tensor:
     """The kernels over chunks, whatever the dispatcher would choose."""
-    with use_form("triton_chunks"):
+    with use_backend("triton_chunks"):
         y: Tensor = mixer(*qkv, scaling=mixer.shape.head_dim**-0.5, layout=Layout(), need_state=False)[0]
     return y
 

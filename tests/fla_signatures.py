@@ -24,7 +24,7 @@ def chunk_simple_gla(
     cu_seqlens: Any = None, cu_seqlens_cpu: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     assert g_gamma is None and not state_v_first and not kwargs and g is not None and g.shape == q.shape[:3]
-    return run(decay_linear.FORMS["reference"], (q, k, v, g), scale, initial_state, output_final_state, cu_seqlens)
+    return run(decay_linear.BACKENDS["reference"], (q, k, v, g), scale, initial_state, output_final_state, cu_seqlens)
 
 
 def chunk_gla(
@@ -32,7 +32,7 @@ def chunk_gla(
     output_final_state: bool = False, state_v_first: bool = False, cu_seqlens: Any = None, cu_seqlens_cpu: Any = None
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     assert q.shape == k.shape == g.shape, "q, k, g must have the same shape."
-    return run(decay_linear.FORMS["reference"], (q, k, v, g), scale, initial_state, output_final_state, cu_seqlens)
+    return run(decay_linear.BACKENDS["reference"], (q, k, v, g), scale, initial_state, output_final_state, cu_seqlens)
 
 
 def chunk_gated_delta_rule(
@@ -45,7 +45,7 @@ def chunk_gated_delta_rule(
         not (use_qk_l2norm_in_kernel or use_beta_sigmoid_in_kernel or kwargs) and g.shape == beta.shape == q.shape[:3]
     )
     given = (q, k, v, g, beta)
-    return run(gated_delta.FORMS["reference"], given, scale, initial_state, output_final_state, cu_seqlens)
+    return run(gated_delta.BACKENDS["reference"], given, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def run(

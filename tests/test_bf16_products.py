@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linearize.ops import matmul as products
 from linearize.ops.layout import Layout
 from linearize.ops.matmul import bf16_products, whole_products
-from linearize.ops.window_linear import use_form, window_linear
+from linearize.ops.window_linear import use_backend, window_linear
 from linearize.training.hardware import bf16_pays
 
 SETTING = getattr(torch.backends.mkldnn, "matmul", None)
@@ -51,12 +51,12 @@ def units(monkeypatch: pytest.MonkeyPatch, there: bool = True) -> Iterator[Units
         yield mode
 
 
-def outputs(form: str, dtype: torch.dtype, **options: Any) -> list[torch.Tensor]:
+def outputs(backend: str, dtype: torch.dtype, **options: Any) -> list[torch.Tensor]:
     spec = make_spec(8, "terraced", **options)
     spec = type(spec)(**{k: x.to(torch.float64 if dtype == torch.float64 else torch.float32)
                          if isinstance(x, torch.nn.Module) else x for k, x in spec.__dict__.items()})  # fmt: skip
     leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_(True) for x in inputs(203)]
-    with use_form(form):
+    with use_backend(backend):
         y, _ = window_linear(*leaves, spec=spec, layout=Layout(), need_state=False)
     torch.manual_seed(5)
     return [y, *torch.autograd.grad(y, leaves, torch.randn(y.shape).bfloat16().to(dtype))]

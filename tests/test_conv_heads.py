@@ -60,7 +60,7 @@ def _gradients(outputs: Any, inputs: list[Tensor], weights: list[Tensor]) -> tup
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("taps", [1, 4])
 def test_equals_its_parts(monkeypatch: pytest.MonkeyPatch, kind: str, bias: bool, taps: int) -> None:
-    monkeypatch.setattr(subject, "SLAB", 1)  # 16 tokens at a time: two whole slabs and a short one
+    monkeypatch.setattr(subject, "CHUNK_NUMBERS", 1)  # 16 tokens at a time: two whole chunks and a short one
     torch.manual_seed(3)
     x = torch.randn(BATCH, TOKENS, 42, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(CHANNELS, taps, dtype=torch.float64, requires_grad=True)
@@ -103,7 +103,7 @@ def _fused(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("order", ["gate_first", "norm_first"])
 @pytest.mark.parametrize("per_head", [True, False])
 def test_gated_norm(monkeypatch: pytest.MonkeyPatch, order: Any, per_head: bool) -> None:
-    monkeypatch.setattr(norm_subject, "SLAB", 1)
+    monkeypatch.setattr(norm_subject, "CHUNK_NUMBERS", 1)
     torch.manual_seed(5)
     y, gate = (torch.randn(BATCH, TOKENS, 3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(*((3, 7) if per_head else (7,)), dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Linear attention with decay: the chunked form against the recurrence, in values, gradients and states."""
+"""Linear attention with decay: the chunked backend against the recurrence, in values, gradients and states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.decay_linear import decay_linear, use_form
+from linearize.ops.recurrent.decay_linear import decay_linear, use_backend
 
 B, H, K, V = 2, 3, 5, 7
 per_kind = pytest.mark.parametrize("per_key", [False, True], ids=["head", "key"])
@@ -54,7 +54,7 @@ def test_the_reference_is_the_sum_written_out(per_key: bool, ragged: bool) -> No
     layout = packed(19) if ragged else Layout()
     if ragged:  # no state here, so the first document of row 0 starts with the call
         layout.position_BT[0, :6] -= 9
-    with use_form("reference"):
+    with use_backend("reference"):
         y, _ = decay_linear(q, k, v, g, layout=layout)
     live = (layout.positions(19, q.device) >= 0)[:, None, :, None]
     torch.testing.assert_close(y * live, spelled_out(q, k, v, g, layout) * live, rtol=0, atol=1e-12)
@@ -70,8 +70,8 @@ def test_chunked_equals_the_reference(per_key: bool, ragged: bool, tokens: int, 
     layout = packed(tokens) if ragged else Layout(start=9)
     live = (layout.positions(tokens, d_state.device) >= 0)[:, None, :, None]
     d_y = torch.randn(B, H, tokens, V, dtype=torch.float64) * live
-    for form in ("reference", "chunked"):
-        with use_form(form):
+    for backend in ("reference", "chunked"):
+        with use_backend(backend):
             y, after = decay_linear(*leaves[:4], layout=layout, state=leaves[4])
         gradients = torch.autograd.grad([y, after], leaves, [d_y, d_state])
         results.append([y * live, after, *gradients])
@@ -83,7 +83,7 @@ def test_chunked_equals_the_reference(per_key: bool, ragged: bool, tokens: int, 
 @pytest.mark.parametrize("strength", [0.02, 3.0, 20.0])
 def test_single_precision_is_as_good_as_the_recurrence(per_key: bool, strength: float) -> None:
     exact = inputs(413, per_key, strength=strength)
-    with use_form("reference"):
+    with use_backend("reference"):
         y, after = decay_linear(*exact[:4], layout=Layout(3), state=exact[4])
     got, got_after = decay_linear(*(x.float() for x in exact[:4]), layout=Layout(3), state=exact[4])
     assert got.dtype == got_after.dtype == torch.float32
@@ -111,8 +111,8 @@ def test_cutting_anywhere_changes_nothing(per_key: bool) -> None:
 def test_padding_passes_the_state_through(per_key: bool) -> None:
     *qkvg, state = inputs(70, per_key)
     nothing = Layout(position_BT=torch.full((B, 70), -1))
-    for form in ("reference", "chunked"):
-        with use_form(form):
+    for backend in ("reference", "chunked"):
+        with use_backend(backend):
             y, after = decay_linear(*qkvg, layout=nothing, state=state)
         torch.testing.assert_close(after, state, rtol=0, atol=0)
         assert y.isfinite().all()
@@ -124,7 +124,7 @@ def test_no_decay_overflows(per_key: bool) -> None:
     g = torch.where(torch.rand_like(g) < 0.5, -1000.0, 0.0).requires_grad_()
     y, after = decay_linear(q, k, v, g, layout=Layout(), state=state)
     (d_g,) = torch.autograd.grad(y.sum() + after.sum(), g)
-    with use_form("reference"):
+    with use_backend("reference"):
         expected, _ = decay_linear(q, k, v, g, layout=Layout(), state=state)
     assert y.isfinite().all() and d_g.isfinite().all()
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

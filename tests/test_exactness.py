@@ -1,4 +1,4 @@
-"""No form of an operation is less exact than twice PyTorch's SDPA in the same dtype (`benchmarks.exactness`).
+"""No backend of an operation is less exact than twice PyTorch's SDPA in the same dtype (`benchmarks.exactness`).
 
 The bound holds for the outputs and for the gradients of q, k and v (of x, B and C for the scan, of x for the
 convolution). Where features are tiny SDPA gets scores as large as their exponents: an exponent of 40 has an error of 40
@@ -27,7 +27,9 @@ PROBLEMS = list(problems(quick=True))
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    wrong = {(row["operation"], row["form"], row["dtype"], row["case"]): row["ratios"] for row in rows if not ok(row)}
+    wrong = {
+        (row["operation"], row["backend"], row["dtype"], row["case"]): row["ratios"] for row in rows if not ok(row)
+    }
     assert rows and not wrong, wrong
 
 
@@ -37,7 +39,7 @@ def ok(row: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.operation}, {p.case}")
-def test_no_form_in_pytorch_is_less_exact_than_twice_sdpa(problem, dtype):
+def test_no_backend_in_pytorch_is_less_exact_than_twice_sdpa(problem, dtype):
     check(compare(problem, dtype))
 
 
@@ -48,7 +50,7 @@ def test_no_kernel_is_less_exact_than_twice_sdpa(kernel_device):
     asked = ["--dtype", "fp16", "--quick"] if kernel_device == "cpu" else ["--dtype", *DTYPES]
     rows = run_cases("triton_exactness_cases.py", kernel_device, *asked)["rows"]
     check(rows)
-    assert {row["form"] for row in rows} == {"triton", "triton_chunks"}
+    assert {row["backend"] for row in rows} == {"triton", "triton_chunks"}
     assert {row["device"] for row in rows} == {kernel_device}
 
 
@@ -56,24 +58,29 @@ def test_no_kernel_is_less_exact_than_twice_sdpa(kernel_device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (make gpu-test)")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.operation}, {p.case}")
-def test_no_form_in_pytorch_is_less_exact_than_twice_sdpa_on_a_gpu(problem, dtype):
+def test_no_backend_in_pytorch_is_less_exact_than_twice_sdpa_on_a_gpu(problem, dtype):
     check(compare(problem, dtype, device="cuda"))
 
 
-def test_every_form_of_the_tables_is_measured():
+def test_every_backend_of_the_tables_is_measured():
     """Those of other packages need a GPU and the package: `--device cuda` measures them where they are."""
-    measured = {(p.operation.split(" per")[0], form) for p in PROBLEMS for form in p.forms}
+    measured = {(p.operation.split(" per")[0], backend) for p in PROBLEMS for backend in p.backends}
     names = {"window_linear": WINDOW, "decay": DECAY, "gated delta": DELTA, "selective scan": SCAN}
     for name, dispatcher in names.items():
-        forms = {rule.form for rule in dispatcher.rules} - {"triton", "triton_chunks", "fla", "mamba_ssm"}
-        assert forms <= {form for operation, form in measured if operation == name}, name
+        backends = {rule.backend for rule in dispatcher.rules} - {"triton", "triton_chunks", "fla", "mamba_ssm"}
+        assert backends <= {backend for operation, backend in measured if operation == name}, name
 
 
 @pytest.mark.parametrize(
-    ("form", "where"),
-    [("few", "few.divide"), ("step", "step.divide"), ("reference", "reference.divide"), ("few", "few._weights")],
+    ("backend", "where"),
+    [
+        ("multi_token", "multi_token.divide"),
+        ("step", "step.divide"),
+        ("reference", "reference.divide"),
+        ("multi_token", "multi_token._weights"),
+    ],
 )
-def test_a_rounding_in_a_form_is_seen(form, where, monkeypatch):
+def test_a_rounding_in_a_backend_is_seen(backend, where, monkeypatch):
     """A normaliser in bf16, or window weights in bf16."""
     module, name = where.split(".")
     broken = import_module(f"linearize.ops.window_linear.{module}")
@@ -87,7 +94,7 @@ def test_a_rounding_in_a_form_is_seen(form, where, monkeypatch):
         p, m = real(*args)
         return (p.bfloat16().to(p.dtype) if p.dtype == torch.float32 else p), m
 
-    problem = window_problem("random", 61, {form: 0 if form == "reference" else 24})
+    problem = window_problem("random", 61, {backend: 0 if backend == "reference" else 24})
     for dtype in ("fp32", "fp16"):
         check(compare(problem, dtype))
     monkeypatch.setattr(broken, name, rounded)

@@ -16,7 +16,7 @@ from linearize.ops.varlen import packed
 B, H, T, K, V = 3, 2, 23, 5, 7
 OPERATIONS = ["head", "key", "delta"]
 PADDED = [torch.cat([torch.full((6,), -1), torch.arange(T - 6)]), torch.arange(4, 4 + T), torch.full((T,), -1)]
-MANY = [
+MAX_MULTI_TOKEN = [
     torch.cat([torch.arange(7, 14), torch.arange(1), torch.arange(T - 8)]),  # the state's document, a short, a long one
     torch.cat([torch.full((3,), -1), torch.arange(9), torch.arange(T - 12)]),  # padding, then two
     torch.cat([torch.arange(5, 11), torch.full((4,), -1), torch.arange(11, T + 1)]),  # guesses that were not kept
@@ -24,7 +24,7 @@ MANY = [
 LAYOUTS = {
     "plain": Layout(3),
     "padded, one row dead": Layout(position_BT=torch.stack(PADDED)),
-    "packed, with a gap": Layout(position_BT=torch.stack(MANY)),
+    "packed, with a gap": Layout(position_BT=torch.stack(MAX_MULTI_TOKEN)),
     "one row for all": Layout(position_BT=torch.cat([torch.arange(8), torch.arange(T - 8)])[None]),
     "all dead": Layout(position_BT=torch.full((B, T), -1)),
 }
@@ -40,11 +40,11 @@ def inputs(operation: str, dtype: torch.dtype) -> list[Tensor]:
     return [x.requires_grad_() for x in (q, k, v, gate, *beta, state)]
 
 
-def run(operation: str, form: str, given: list[Tensor], layout: Layout, with_state: bool) -> list[Tensor]:
+def run(operation: str, backend: str, given: list[Tensor], layout: Layout, with_state: bool) -> list[Tensor]:
     module: Any = gated_delta if operation == "delta" else decay_linear
     function = module.gated_delta if operation == "delta" else module.decay_linear
     state = given[-1] if with_state else None
-    with module.use_form(form):
+    with module.use_backend(backend):
         y, after = function(*given[:-1], layout=layout, state=state)
     y = y * (layout.positions(T, y.device) >= 0)[:, None, :, None]
     torch.manual_seed(4)
@@ -85,7 +85,7 @@ def test_half_precision_goes_in_as_it_is_with_gates_and_states_in_fp32(
 
 
 def test_sequences_are_found_once_for_all_layers() -> None:
-    layout = Layout(position_BT=torch.stack(MANY))
+    layout = Layout(position_BT=torch.stack(MAX_MULTI_TOKEN))
     where = packed(layout, B, T, torch.device("cpu"))
     assert where is packed(layout, B, T, torch.device("cpu"))
     assert where.bounds.tolist() == [0, 7, 8, 23, 32, 43, 62]

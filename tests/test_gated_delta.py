@@ -1,4 +1,5 @@
-"""The gated delta rule: a loop per token straight from equation 10 of 2412.06464 against every form, and fla's call."""
+"""The gated delta rule: a loop per token straight from equation 10 of 2412.06464 against every backend, and fla's
+call."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.gated_delta import gated_delta, use_form
+from linearize.ops.recurrent.gated_delta import gated_delta, use_backend
 
 B, H, K, V, T = 2, 3, 5, 7, 151
 
@@ -72,11 +73,11 @@ def live(position: Tensor | None) -> Tensor | int:
 
 @LAYOUTS
 @CONTENTS
-@pytest.mark.parametrize("form", ["reference", "chunked"])
-def test_every_form_equals_the_equation(form: str, position: Tensor | None, content: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_every_backend_equals_the_equation(backend: str, position: Tensor | None, content: str) -> None:
     values = inputs(content)
     expected, state = naive(values, position, continues=False)
-    with use_form(form):
+    with use_backend(backend):
         y, after = gated_delta(*values[:5], layout=Layout(position_BT=position))
     torch.testing.assert_close(y * live(position), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(after, state, rtol=0, atol=1e-10)
@@ -87,24 +88,24 @@ def test_every_form_equals_the_equation(form: str, position: Tensor | None, cont
 def test_fp32_is_as_close_chunked_as_it_is_step_by_step(content: str) -> None:
     exact, _ = gated_delta(*inputs(content)[:5], layout=Layout())
     values, errors = [x.float() for x in inputs(content)[:5]], {}
-    for form in ("reference", "chunked"):
-        with use_form(form):
+    for backend in ("reference", "chunked"):
+        with use_backend(backend):
             y, after = gated_delta(*values, layout=Layout())
         assert y.dtype == after.dtype == torch.float32
-        errors[form] = (y - exact).abs().max()
+        errors[backend] = (y - exact).abs().max()
     assert errors["chunked"] < 4 * errors["reference"] + 1e-6 and errors["chunked"] < 1e-4
 
 
 @LAYOUTS
-@pytest.mark.parametrize("form", ["reference", "chunked"])
-def test_cutting_anywhere_changes_nothing(form: str, position: Tensor | None) -> None:
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_cutting_anywhere_changes_nothing(backend: str, position: Tensor | None) -> None:
     values = inputs()
     whole, end = gated_delta(*values[:5], layout=Layout(position_BT=position))
     for cuts in ([1, 2, 3, 70, 71, 130], [64, 128], [75]):
         state, parts = None, []
         for a, b in itertools.pairwise([0, *cuts, T]):
             layout = Layout(a) if position is None else Layout(position_BT=position[:, a:b])
-            with use_form(form):
+            with use_backend(backend):
                 y, state = gated_delta(*(x[:, :, a:b] for x in values[:5]), layout=layout, state=state)
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts, 2) * live(position), whole * live(position), rtol=0, atol=1e-11)
@@ -123,13 +124,13 @@ def test_one_token_continues_a_state() -> None:
 @CONTENTS
 def test_chunked_gradients_equal_autograd_through_the_reference(position: Tensor | None, content: str) -> None:
     grads: dict[str, tuple[Tensor, ...]] = {}
-    for form in ("reference", "chunked"):
+    for backend in ("reference", "chunked"):
         values = [x.requires_grad_() for x in inputs(content)]
-        with use_form(form):
+        with use_backend(backend):
             y, after = gated_delta(*values[:5], layout=Layout(7, position), state=values[5])
         torch.manual_seed(4)
         loss = (y * live(position) * torch.randn_like(y)).sum() + (after * torch.randn_like(after)).sum()
-        grads[form] = torch.autograd.grad(loss, values)
+        grads[backend] = torch.autograd.grad(loss, values)
     for name, given, expected in zip(["q", "k", "v", "log_decay", "beta", "state"], *grads.values(), strict=True):
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
         assert name == "state" or expected.abs().max() > 0
@@ -137,23 +138,25 @@ def test_chunked_gradients_equal_autograd_through_the_reference(position: Tensor
 
 @pytest.mark.parametrize("tokens", [2, 16, 17, 33, 63, 64, 65, 200])
 def test_gradients_at_every_length(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize.ops.recurrent.gated_delta.chunk.SLAB", 64 * 64 * B * H * 2)  # two chunks a slab
+    monkeypatch.setattr(
+        "linearize.ops.recurrent.gated_delta.chunk.GROUP_NUMBERS", 64 * 64 * B * H * 2
+    )  # two chunks a chunk group
     grads: dict[str, tuple[Tensor, ...]] = {}
-    for form in ("reference", "chunked"):
+    for backend in ("reference", "chunked"):
         values = [x.requires_grad_() for x in inputs(tokens=tokens)]
-        with use_form(form):
+        with use_backend(backend):
             y, after = gated_delta(*values[:5], layout=Layout(3), state=values[5])
-        grads[form] = torch.autograd.grad(y.square().sum() + after.pow(3).sum(), values)
+        grads[backend] = torch.autograd.grad(y.square().sum() + after.pow(3).sum(), values)
     for given, expected in zip(grads["chunked"], grads["reference"], strict=True):
         torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", ["reference", "chunked"])
-def test_padding_may_hold_anything(form: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_padding_may_hold_anything(backend: str) -> None:
     values = inputs()
     wild = [x.masked_fill(~(PADDED >= 0)[:, None, :, *[None] * (x.dim() - 3)], 1e4) for x in values[:5]]
     wild[3] = -wild[3].abs()
-    with use_form(form):
+    with use_backend(backend):
         y, after = gated_delta(*wild, layout=Layout(position_BT=PADDED))
         expected, state = gated_delta(*values[:5], layout=Layout(position_BT=PADDED))
     torch.testing.assert_close(y * live(PADDED), expected * live(PADDED))
@@ -173,7 +176,7 @@ def test_half_precision_is_computed_in_fp32_and_keeps_an_fp32_state() -> None:
 
 @pytest.mark.parametrize("numbers", [1, 32 * 32 * B * H * 2, 1 << 30], ids=["a chunk", "two chunks", "all"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
-def test_any_slabs_give_the_same_in_any_order_of_dimensions(
+def test_any_chunk_groups_give_the_same_in_any_order_of_dimensions(
     numbers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also from tensors whose heads lie inside the tokens, as projections give them, and in half precision."""
@@ -186,11 +189,11 @@ def test_any_slabs_give_the_same_in_any_order_of_dimensions(
     given = [x.requires_grad_() for x in (q, k, v, g, beta)]
     d_y = torch.randn(v.shape).to(dtype)
     for size in (1 << 17, numbers):
-        monkeypatch.setattr("linearize.ops.recurrent.gated_delta.chunk.SLAB", size)
-        with use_form("chunked"):
+        monkeypatch.setattr("linearize.ops.recurrent.gated_delta.chunk.GROUP_NUMBERS", size)
+        with use_backend("chunked"):
             y, after = gated_delta(*given, layout=Layout(3))
         results.append([y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])])
-    with use_form("reference"):
+    with use_backend("reference"):
         y, after = gated_delta(*given, layout=Layout(3))
     exact = [y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])]
     for a, b, c in zip(*results, exact, strict=True):

@@ -104,8 +104,8 @@ def test_the_matrix_times_the_values_is_the_mixing(repeat: Any) -> None:
     position = torch.stack([torch.arange(T), torch.cat([torch.arange(80), torch.arange(T - 80)])])
     layout = Layout(position_BT=position)
     matrix = mixer.matrix(x, layout=layout)
-    v = mixer._inputs(mixer.project(x)[:3], layout)[2]
-    mixed, _ = mixer.recall(*mixer.project(x)[:3], layout=layout)
+    v = mixer.inputs(mixer.project(x), layout)[1][2]
+    mixed, *_ = mixer.recall(*mixer.project(x), layout=layout)
     torch.testing.assert_close((matrix @ v).transpose(1, 2), mixed, rtol=0, atol=1e-12)
     assert matrix.shape == (B, H, T, T) and not matrix.triu(1).any()
     assert not matrix[1, :, 80:, :80].any() and matrix[0, :, 80:, :80].abs().max() > 1e-3

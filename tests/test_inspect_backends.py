@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    """Operation and form of every call."""
+    """Operation and backend of every call."""
     seen: list[tuple[str, str]] = []
     real = Dispatcher.run
 
@@ -42,7 +42,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
 
 def told(path: Path, call: str, **options: Any) -> list[tuple[str, str]]:
     return [
-        (row["operation"], row["form"]) for row in inspect_backends(path, **options)["backends"] if row["call"] == call
+        (row["operation"], row["backend"])
+        for row in inspect_backends(path, **options)["backends"]
+        if row["call"] == call
     ]
 
 

@@ -203,7 +203,7 @@ def test_documents_and_padding_are_apart_and_the_state_goes_on(repeat: str) -> N
 def test_the_matrix_times_x_is_what_the_gate_gets() -> None:
     mixer, h = build(), hidden(20)
     matrix = mixer.matrix(h, layout=Layout())
-    gate, _, _, x, _, _ = mixer._inputs(mixer.in_proj(h), Layout())
+    gate, (_, _, x, _), _ = mixer.inputs(mixer.project(h), Layout())
     y = (matrix @ x.transpose(1, 2)).transpose(1, 2)
     weight = mixer.norm_weight.unflatten(0, (H, V))
     y = mixer.out_proj(gate_then_norm(y, gate.unflatten(-1, (H, V)), weight, 1e-5).flatten(2))
@@ -211,13 +211,13 @@ def test_the_matrix_times_x_is_what_the_gate_gets() -> None:
 
 
 def test_gradients_reach_every_parameter_and_equal_the_recurrences() -> None:
-    from linearize.ops.recurrent.decay_linear import use_form
+    from linearize.ops.recurrent.decay_linear import use_backend
 
     mixer, x = build(), hidden(70).requires_grad_()
     wanted, results = [x, *mixer.parameters()], []
     d_y = torch.randn(B, 70, M, dtype=x.dtype)
-    for form in ("chunked", "reference"):
-        with use_form(form):
+    for backend in ("chunked", "reference"):
+        with use_backend(backend):
             results.append(torch.autograd.grad(mixer(x, layout=Layout(), need_state=False)[0], wanted, d_y))
     for a, b in zip(*results, strict=True):
         assert b.abs().max() > 0

@@ -215,10 +215,10 @@ def test_every_form_of_an_operation_equals_the_reference(
     position[2, 1 + tokens // 3 :] = 6 + count[: tokens - 1 - tokens // 3]
     for layout in (Layout(4), Layout(position_BT=position)):
         options = {"layout": layout, "state": state if with_state else None, "commit": commit}
-        with module.use_form("reference"):
+        with module.use_backend("reference"):
             expected, end = run(*given, **options)
-        for form in ("few", "chunked"):
-            with module.use_form(form):
+        for backend in ("multi_token", "chunked"):
+            with module.use_backend(backend):
                 y, after = run(*given, **options)
             live = layout.positions(tokens, y.device)[:, tokens - asked :] >= 0
             live = live[:, :, None] if time_dim == 1 else live[:, None, :, None]

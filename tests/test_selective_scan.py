@@ -1,4 +1,4 @@
-"""Every form of the selective scan against loops over single numbers written from the paper's equation (fp64)."""
+"""Every backend of the selective scan against loops over single numbers written from the paper's equation (fp64)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.selective_scan import FORMS, backends, chunked, selective_scan, use_form
+from linearize.ops.recurrent.selective_scan import BACKENDS, backends, chunked, selective_scan, use_backend
 
 B, T, G, P, N = 2, 41, 3, 5, 7
 E = G * P
-PLAIN_FORMS = [name for name in FORMS if name not in ("mamba_ssm", "triton")]
-every_form = pytest.mark.parametrize("form", PLAIN_FORMS)
+PLAIN_BACKENDS = [name for name in BACKENDS if name not in ("mamba_ssm", "triton")]
+every_backend = pytest.mark.parametrize("backend", PLAIN_BACKENDS)
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,8 @@ def naive(given: list[Tensor], position_BT: Tensor | None = None) -> tuple[Tenso
     return y, torch.tensor(state, dtype=torch.float64)
 
 
-def scan(form: str, given: list[Tensor], layout: Layout, **settings: Any) -> tuple[Tensor, Tensor | None]:
-    with use_form(form):
+def scan(backend: str, given: list[Tensor], layout: Layout, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    with use_backend(backend):
         return selective_scan(*given[:5], layout=layout, state=given[5], **settings)
 
 
@@ -71,18 +71,18 @@ RAGGED = torch.stack(
 )
 
 
-@every_form
+@every_backend
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, T])
-def test_it_is_the_equation(form: str, tokens: int) -> None:
+def test_it_is_the_equation(backend: str, tokens: int) -> None:
     given = inputs(tokens)
-    for y, expected in zip(scan(form, given, Layout(3)), naive(given), strict=True):
+    for y, expected in zip(scan(backend, given, Layout(3)), naive(given), strict=True):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
-@every_form
-def test_documents_and_padding_are_kept_apart(form: str) -> None:
+@every_backend
+def test_documents_and_padding_are_kept_apart(backend: str) -> None:
     given = inputs()
-    y, state = scan(form, given, Layout(position_BT=RAGGED))
+    y, state = scan(backend, given, Layout(position_BT=RAGGED))
     expected, end = naive(given, RAGGED)
     live = (RAGGED >= 0)[..., None]
     torch.testing.assert_close(y * live, expected, rtol=0, atol=1e-12)
@@ -90,25 +90,25 @@ def test_documents_and_padding_are_kept_apart(form: str) -> None:
     assert torch.isfinite(y).all()
 
 
-@every_form
-def test_one_layout_row_serves_every_row(form: str) -> None:
+@every_backend
+def test_one_layout_row_serves_every_row(backend: str) -> None:
     given = inputs()
-    y, state = scan(form, given, Layout(position_BT=RAGGED[:1]))
+    y, state = scan(backend, given, Layout(position_BT=RAGGED[:1]))
     expected, end = naive(given, RAGGED[:1].expand(B, -1))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
 
 
-@every_form
-def test_cutting_changes_nothing(form: str) -> None:
+@every_backend
+def test_cutting_changes_nothing(backend: str) -> None:
     given = inputs()
     for position_BT in (torch.arange(4, 4 + T)[None], RAGGED):
-        whole, end = scan(form, given, Layout(position_BT=position_BT))
+        whole, end = scan(backend, given, Layout(position_BT=position_BT))
         for cuts in ([0, 1, T], [0, 8, 9, 30, T], [0, T - 1, T]):
             state, parts = given[5], []
             for a, b in itertools.pairwise(cuts):
                 pieces = [w[:, a:b] if w.dim() > 2 else w for w in given[:5]]
-                y, state = scan(form, [*pieces, state], Layout(position_BT=position_BT[:, a:b]))
+                y, state = scan(backend, [*pieces, state], Layout(position_BT=position_BT[:, a:b]))
                 parts.append(y)
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
             torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
@@ -122,19 +122,19 @@ def test_gradients_of_all_inputs_are_those_of_the_reference(layout: Layout, with
     if not layout.is_plain:
         weight_y *= (RAGGED >= 0)[..., None]
     found = {}
-    for form in PLAIN_FORMS:
+    for backend in PLAIN_BACKENDS:
         given = [w.requires_grad_() for w in inputs()]
-        with use_form(form):
+        with use_backend(backend):
             y, h = selective_scan(*given[:5], layout=layout, state=given[5] if with_state else None)
         loss = (weight_y * y).sum() + (weight_h * h).sum()
-        found[form] = torch.autograd.grad(loss, given[: 5 + with_state])
+        found[backend] = torch.autograd.grad(loss, given[: 5 + with_state])
     assert all(g.abs().max() > 0.1 for g in found["reference"])
     for given_gradient, expected in zip(found["chunked"], found["reference"], strict=True):
         torch.testing.assert_close(given_gradient, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_are_the_slopes() -> None:
-    """Against finite differences, not against another form."""
+    """Against finite differences, not against another backend."""
     torch.manual_seed(3)
     sizes = [(1, 10, 4), (1, 10, 4), (4, 2), (1, 10, 2, 2), (1, 10, 2, 2), (1, 4, 2)]
     given = [torch.randn(size, dtype=torch.float64) for size in sizes]
@@ -146,33 +146,33 @@ def test_gradients_are_the_slopes() -> None:
     assert torch.autograd.gradcheck(run, [w.requires_grad_() for w in given])
 
 
-@every_form
-def test_strong_decay_neither_overflows_nor_loses_the_rest(form: str) -> None:
+@every_backend
+def test_strong_decay_neither_overflows_nor_loses_the_rest(backend: str) -> None:
     """exp(dt A) from 1 to 0 within one sequence: values and gradients stay finite and equal fp64's."""
     wide = inputs(dtype=torch.float64)
     wide[1][:, ::6] = 1e4
     wide[1][:, 1::6] = 0
     wide[0][:, ::6] *= 1e-4
     narrow = [w.float().requires_grad_() for w in wide]
-    y, state = scan(form, narrow, Layout(1))
+    y, state = scan(backend, narrow, Layout(1))
     expected, end = scan("reference", wide, Layout(1))
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state.double(), end, rtol=1e-4, atol=1e-4)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum() + state.sum(), narrow))
 
 
-@every_form
-def test_half_precision_inputs_give_their_dtype_and_a_wide_state(form: str) -> None:
+@every_backend
+def test_half_precision_inputs_give_their_dtype_and_a_wide_state(backend: str) -> None:
     given = inputs()
     half = [given[0].bfloat16(), given[1].bfloat16(), given[2].float(), given[3].bfloat16(), given[4].bfloat16(), None]
-    y, state = scan(form, half, Layout())
+    y, state = scan(backend, half, Layout())
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     expected, _ = scan("reference", [*(w.double() for w in half[:5]), None], Layout())
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
-    assert scan(form, half, Layout(), need_state=False)[1] is None
+    assert scan(backend, half, Layout(), need_state=False)[1] is None
 
 
-def test_few_tokens_and_many_take_different_forms_and_agree() -> None:
+def test_few_tokens_and_many_take_different_backends_and_agree() -> None:
     given = inputs()
     whole, end = selective_scan(*given[:5], layout=Layout())
     state, parts = None, []
@@ -249,8 +249,8 @@ def test_the_kernel_runs_only_what_it_can() -> None:
 def test_a_package_without_its_cuda_kernel_is_not_called() -> None:
     sys.modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_cuda = None  # as its 2.3 sets it
     call = backends.ScanCall(device="cuda", dtype=torch.float32, tokens=99, state_dim=N, need_state=False)
-    form, why = backends.choice(call)
-    assert form == "chunked" and "without its CUDA kernel" in why
+    backend, why = backends.choice(call)
+    assert backend == "chunked" and "without its CUDA kernel" in why
 
 
 @pytest.mark.skipif(backends.find_spec("mamba_ssm") is not None, reason="mamba_ssm is installed")

@@ -13,7 +13,7 @@ from test_triton_multi_step import case, needs_triton, run
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, window_linear
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear.state import WindowBuffers
 
 LAYERS = 2
 
@@ -26,7 +26,7 @@ def results() -> dict[str, dict[str, float]]:
 @needs_triton
 @pytest.mark.parametrize("name", ["decoding", "pieces", "verifying", "undecided", "aot_eager, 1", "eager, 2"])
 def test_one_launch_a_layer_in_memory_that_stays(name: str, results: dict) -> None:
-    """And the logits and states of the form in PyTorch."""
+    """And the logits and states of the backend in PyTorch."""
     found = case(results, name)
     assert found["logits"] < 2e-5 and found["memory"] < 2e-5 and found["moved"] == 0, found
     assert found["fewest"] == found["most"] == LAYERS, found

@@ -61,9 +61,9 @@ def test_the_benchmark_of_the_kernels_runs_without_a_gpu() -> None:
     small = ["--interpret", "--mixers", "mamba2", "sliding_window", "--tokens", "1", "--heads", "1", "--tail", "1"]
     found = json.loads(run("-m", "benchmarks.multi_step_gpu", *small, interpret=False))
     assert found["setting"]["gpu"] is None and found["setting"]["interpret"]
-    forms = {row["mixer"]: set(row["microseconds"]) for row in found["rows"]}
-    assert forms["mamba2"] == {"kernel", "single", "unfused", "projections"}
-    assert forms["sliding_window"] == {"kernel", "single", "unfused", "in_place"}
+    backends = {row["mixer"]: set(row["microseconds"]) for row in found["rows"]}
+    assert backends["mamba2"] == {"kernel", "single", "unfused", "projections"}
+    assert backends["sliding_window"] == {"kernel", "single", "unfused", "in_place"}
 
 
 def test_without_a_gpu_it_says_so() -> None:

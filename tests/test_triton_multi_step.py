@@ -131,6 +131,6 @@ def test_kernels_are_for_gpus_alone_and_imported_when_asked_for() -> None:
     import torch
 
     call = Call(device="cpu", dtype=torch.zeros(3).dtype, tokens=3)
-    assert kernels.refuses(call) == "the tensors are on cpu"
+    assert kernels.why_not_chosen(call) == "the tensors are on cpu"
     code = "import sys, linearize.ops.triton; print([m for m in sys.modules if m.startswith('linearize.ops.triton.')])"
     assert run("-c", code, interpret=False).strip() == "[]"

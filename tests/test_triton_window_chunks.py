@@ -63,7 +63,7 @@ def test_half_precision_is_as_near_as_its_rounding(results: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "form"),
+    ("changed", "backend"),
     [
         ({}, "triton_chunks"),
         ({"gradients": True, "dtype": torch.float32}, "triton_chunks"),
@@ -75,8 +75,8 @@ def test_half_precision_is_as_near_as_its_rounding(results: dict) -> None:
         ({"spec": WindowLinear(window=128, shape="sliding", scaling=1.0)}, "triton_chunks"),
     ],
 )
-def test_calls_that_the_kernels_do_not_take_go_to_another_form(changed: dict, form: str) -> None:
+def test_calls_that_the_kernels_do_not_take_go_to_another_backend(changed: dict, backend: str) -> None:
     spec = WindowLinear(window=64, shape="terraced", scaling=1.0)
     given = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 1000, "spec": spec, "widest": 128} | changed
     chosen, why = choice(WindowCall(**given))
-    assert chosen == form and (form == "triton_chunks" or "not triton_chunks: " in why or form == "reference")
+    assert chosen == backend and (backend == "triton_chunks" or "not triton_chunks: " in why or backend == "reference")

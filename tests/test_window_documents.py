@@ -15,8 +15,8 @@ from models import left_padded, mixer, student_of, text, tiny
 from test_window_linear import inputs, make_spec
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import FORMS, advance, use_form, window_linear
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear import BACKENDS, advance, use_backend, window_linear
+from linearize.ops.window_linear.state import WindowBuffers
 
 TOKENS = 41
 
@@ -56,15 +56,15 @@ def alone(q, k, v, spec, position):
             if p[a] >= 0:
                 part = [x[b : b + 1, :, a:z] for x in (q, k, v)]
                 layout = Layout(position_BT=position[b : b + 1, a:z])
-                with use_form("reference"):
+                with use_backend("reference"):
                     y[b : b + 1, :, a:z] = window_linear(*part, spec=spec, layout=layout, need_state=False)[0]
     return y
 
 
-@pytest.mark.parametrize("form", [*FORMS, "as chosen"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "as chosen"])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("window", "shape", "options"), SPECS)
-def test_a_document_may_begin_anywhere_and_be_cut_anywhere(form, name, window, shape, options):
+def test_a_document_may_begin_anywhere_and_be_cut_anywhere(backend, name, window, shape, options):
     spec, (q, k, v), position = make_spec(window, shape, **options), inputs(TOKENS), LAYOUTS[name]
     expected, live = alone(q, k, v, spec, position), (position >= 0)[:, None, :, None]
     for cuts in ([], *CUTS):
@@ -72,22 +72,22 @@ def test_a_document_may_begin_anywhere_and_be_cut_anywhere(form, name, window, s
         for a, b in itertools.pairwise([0, *cuts, TOKENS]):
             piece = [x[:, :, a:b] for x in (q, k, v)]
             layout = Layout(position_BT=position[:, a:b])
-            if form == "as chosen":
+            if backend == "as chosen":
                 y, state = window_linear(*piece, spec=spec, layout=layout, state=state)
             else:
-                with use_form(form):
+                with use_backend(backend):
                     y, state = window_linear(*piece, spec=spec, layout=layout, state=state)
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts, 2) * live, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("window", "shape", "options"), SPECS)
-def test_a_plain_text_may_begin_anywhere(form, window, shape, options):
+def test_a_plain_text_may_begin_anywhere(backend, window, shape, options):
     """No padding, no positions but the first: as a text whose positions are given."""
     spec, (q, k, v) = make_spec(window, shape, **options), inputs(TOKENS)
     expected = alone(q, k, v, spec, LAYOUTS["offset"])
-    with use_form(form):
+    with use_backend(backend):
         y, state = window_linear(*(x[:, :, :11] for x in (q, k, v)), spec=spec, layout=Layout(5))
         z, _ = window_linear(*(x[:, :, 11:] for x in (q, k, v)), spec=spec, layout=Layout(16), state=state)
     torch.testing.assert_close(torch.cat([y, z], 2), expected, rtol=0, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Every form of window + linear attention against a per-token loop written straight from the paper's equation
+"""Every backend of window + linear attention against a per-token loop written straight from the paper's equation
 (fp64)."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from linearize.mixers.base import AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import FORMS, WindowLinear, advance, use_form, window_linear
+from linearize.ops.window_linear import BACKENDS, WindowLinear, advance, use_backend, window_linear
 
 B, H, G, D, V = 2, 6, 3, 5, 7
 SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=H * D)
@@ -112,29 +112,29 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", [PLAIN, PACKED, PADDED, RIGHT], ids=["plain", "packed", "padded", "right"])
 @pytest.mark.parametrize(("window", "shape", "options"), CASES)
-def test_every_form_equals_the_equation(form, position, window, shape, options):
+def test_every_backend_equals_the_equation(backend, position, window, shape, options):
     spec, (q, k, v) = make_spec(window, shape, **options), inputs(53)
     expected = naive(q, k, v, spec, torch.arange(53).expand(B, -1) if position is None else position)
-    with use_form(form):
+    with use_backend(backend):
         y, _ = window_linear(q, k, v, spec=spec, layout=Layout(position_BT=position))
     live = 1 if position is None else (position >= 0)[:, None, :, None]
     torch.testing.assert_close(y * live, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", [PLAIN, PACKED, PADDED], ids=["plain", "packed", "padded"])
 @pytest.mark.parametrize(("window", "shape", "options"), CASES)
-def test_cutting_anywhere_changes_nothing(form, position, window, shape, options):
+def test_cutting_anywhere_changes_nothing(backend, position, window, shape, options):
     spec, (q, k, v) = make_spec(window, shape, **options), inputs(53)
     whole, end = window_linear(q, k, v, spec=spec, layout=Layout(position_BT=position))
     for cuts in ([1, 2, 3, 20, 21, 37], [8, 24, 32, 48], list(range(1, 53))):
         state, parts = None, []
         for a, b in itertools.pairwise([0, *cuts, 53]):
             layout = Layout(start=a, position_BT=None if position is None else position[:, a:b])
-            with use_form(form):
+            with use_backend(backend):
                 y, state = window_linear(
                     q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], spec=spec, layout=layout, state=state
                 )
@@ -150,15 +150,17 @@ def test_cutting_anywhere_changes_nothing(form, position, window, shape, options
 def test_chunked_gradients_equal_autograd_through_the_reference(position, window, shape, options):
     spec = make_spec(window, shape, **options)
     grads = {}
-    for form in FORMS:
+    for backend in BACKENDS:
         leaves = inputs(53, grad=True)
         maps = [] if spec.feature_q is None else [*spec.feature_q.parameters(), *spec.feature_k.parameters()]
         factor = spec.log_window_factor_H.detach().requires_grad_(True)
         forced = type(spec)(**{**spec.__dict__, "log_window_factor_H": factor})
-        with use_form(form):
+        with use_backend(backend):
             y, _ = window_linear(*leaves, spec=forced, layout=Layout(position_BT=position), need_state=False)
         torch.manual_seed(9)
-        grads[form] = torch.autograd.grad((y * torch.randn_like(y)).sum(), [*leaves, factor, *maps], allow_unused=True)
+        grads[backend] = torch.autograd.grad(
+            (y * torch.randn_like(y)).sum(), [*leaves, factor, *maps], allow_unused=True
+        )
     for expected, got in zip(grads["reference"], grads["chunked"], strict=True):
         if expected is None or got is None:
             assert expected is None or expected.abs().max() == 0
@@ -172,7 +174,7 @@ def test_a_state_carries_gradients_across_a_cut():
     q, k, v = inputs(40, grad=True)
     whole, _ = window_linear(q, k, v, spec=spec, layout=Layout())
     expected = torch.autograd.grad(whole[:, :, 30:].square().sum(), k)[0]
-    with use_form("chunked"):
+    with use_backend("chunked"):
         _, state = window_linear(q[:, :, :30], k[:, :, :30], v[:, :, :30], spec=spec, layout=Layout())
         y, _ = window_linear(q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], spec=spec, layout=Layout(start=30), state=state)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), k)[0], expected)
@@ -184,8 +186,8 @@ def test_a_window_over_the_whole_text_is_softmax_attention(shape):
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=spec.scaling, enable_gqa=True
     )
-    for form in FORMS:
-        with use_form(form):
+    for backend in BACKENDS:
+        with use_backend(backend):
             y, _ = window_linear(q, k, v, spec=spec, layout=Layout())
         torch.testing.assert_close(y, expected)
 

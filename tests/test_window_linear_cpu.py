@@ -1,4 +1,4 @@
-"""The chunked form on a CPU: pieces of a few heads, masks of a plain text, 16 bits widened slab by slab."""
+"""The chunked backend on a CPU: blocks of a few heads, masks of a plain text, 16 bits widened group by group."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_window_linear import PACKED, PLAIN, inputs, make_spec
 
-import linearize.ops.blocking as pieces
-from linearize.ops.blocking import Scratch, blocks
+import linearize.ops.blocking as blocking
+from linearize.ops.blocking import Scratch, head_blocks
 from linearize.ops.hedgehog import hedgehog
 from linearize.ops.layout import Layout
 from linearize.ops.matmul import product_into
-from linearize.ops.window_linear import use_form, window_linear
+from linearize.ops.window_linear import use_backend, window_linear
 from linearize.ops.window_linear.masks import UNLIKE
 
 subject = sys.modules[window_linear.__module__ + ".chunked"]  # the package's `chunked` is the function
@@ -26,10 +26,10 @@ KINDS = [
 ]
 
 
-def run(form, spec, position=None, tokens=203, state=None, dtype=torch.float64, need_state=True):
+def run(backend, spec, position=None, tokens=203, state=None, dtype=torch.float64, need_state=True):
     leaves = [x.to(dtype).requires_grad_(True) for x in inputs(tokens)]
     maps = [*spec.feature_q.parameters(), *spec.feature_k.parameters()]
-    with use_form(form):
+    with use_backend(backend):
         y, after = window_linear(
             *leaves, spec=spec, layout=Layout(position_BT=position), state=state, need_state=need_state
         )
@@ -40,15 +40,15 @@ def run(form, spec, position=None, tokens=203, state=None, dtype=torch.float64, 
     return y, after, torch.autograd.grad(loss, [*leaves, *maps], allow_unused=True)
 
 
-@pytest.mark.parametrize("piece", [1, 1 << 10, 1 << 30], ids=["one head", "a few heads", "all heads"])
+@pytest.mark.parametrize("block", [1, 1 << 10, 1 << 30], ids=["one head", "a few heads", "all heads"])
 @pytest.mark.parametrize("position", [PLAIN, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize(("window", "shape", "options"), KINDS)
-def test_pieces_of_any_size_give_the_same(monkeypatch, piece, position, window, shape, options):
-    """Slabs of a chunk or two: masks of later chunks, memories carried along, one head at a time or more."""
+def test_pieces_of_any_size_give_the_same(monkeypatch, block, position, window, shape, options):
+    """Chunk groups of a chunk or two: masks of later chunks, memories carried along, one head at a time or more."""
     spec, tokens = make_spec(window, shape, **options), 203 if position is None else 53
     expected, state, gradients = run("reference", spec, position, tokens)
-    monkeypatch.setattr(pieces, "BLOCK", piece)
-    monkeypatch.setattr(subject, "ONE_HEAD", min(piece, 1 << 12))
+    monkeypatch.setattr(blocking, "BLOCK", block)
+    monkeypatch.setattr(subject, "ONE_HEAD", min(block, 1 << 12))
     y, after, got = run("chunked", spec, position, tokens)
     live = 1 if position is None else (position >= 0)[:, None, :, None]
     torch.testing.assert_close(y * live, expected * live, rtol=0, atol=1e-10)
@@ -60,7 +60,7 @@ def test_pieces_of_any_size_give_the_same(monkeypatch, piece, position, window, 
 def test_chunks_of_a_plain_text_share_their_masks(monkeypatch):
     monkeypatch.setattr(subject, "ONE_HEAD", 1 << 12)
     spec, layout = make_spec(4, "terraced", sinks=3), Layout()
-    with use_form("chunked"):
+    with use_backend("chunked"):
         window_linear(*inputs(403), spec=spec, layout=layout)
     (masks,) = (x for key, x in layout.memo.items() if key[0] == "masks")
     assert masks.first.bias.shape[1] <= UNLIKE + 1 and masks.others.bias.shape[1] == 1
@@ -68,29 +68,31 @@ def test_chunks_of_a_plain_text_share_their_masks(monkeypatch):
     assert not masks.others.bias[..., 3:-16].eq(0).all()
 
 
-def test_what_the_slabs_folded_is_not_mapped_again(monkeypatch):
+def test_what_the_chunk_groups_folded_is_not_mapped_again(monkeypatch):
     """A prefill maps each key once for its output, and only the last ones again for the state."""
     mapped = []
     spec = make_spec(4, "terraced")
     inner = spec.feature_k
     counted = type(spec)(**{**spec.__dict__, "feature_k": lambda x: (mapped.append(x.shape[2]), inner(x))[1]})
-    with use_form("chunked"):
+    with use_backend("chunked"):
         window_linear(*inputs(803), spec=counted, layout=Layout())
     assert mapped[-1] <= 2 * 16 and sum(mapped) < 803 + 4 * 16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_widened_slab_by_slab(monkeypatch, dtype):
-    """Never a whole tensor at once; what comes out is what the fp32 form gives for the same numbers, rounded."""
+def test_16_bits_are_widened_group_by_group(monkeypatch, dtype):
+    """Never a whole tensor at once; what comes out is what the fp32 backend gives for the same numbers, rounded."""
     monkeypatch.setattr(subject, "ONE_HEAD", 1 << 12)
     spec, widened = make_spec(4, "terraced", shared=True, sinks=2), []
     spec = type(spec)(**{**spec.__dict__, "feature_k": spec.feature_k.float(), "feature_q": spec.feature_q.float()})
-    attend = subject.attend_slab
+    attend = subject.attend_chunk_group
     monkeypatch.setattr(
-        subject, "attend_slab", lambda *a: (widened.append((a[1].dtype, a[1].shape[2] * a[1].shape[3])), attend(*a))[1]
+        subject,
+        "attend_chunk_group",
+        lambda *a: (widened.append((a[1].dtype, a[1].shape[2] * a[1].shape[3])), attend(*a))[1],
     )
     narrow = [x.to(dtype) for x in inputs(403)]
-    with use_form("chunked"):
+    with use_backend("chunked"):
         y, state = window_linear(*narrow, spec=spec, layout=Layout())
         assert len(widened) > 3 and all(d == torch.float32 and n < 403 / 2 for d, n in widened)
         exact, wide = window_linear(*(x.float() for x in narrow), spec=spec, layout=Layout())
@@ -105,7 +107,7 @@ def test_gradients_of_16_bits_are_those_of_fp32_rounded():
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_(True) for x in inputs(75)]
-        with use_form("chunked"):
+        with use_backend("chunked"):
             y, _ = window_linear(*leaves, spec=spec, layout=Layout(), need_state=False)
         torch.manual_seed(5)
         found[dtype] = torch.autograd.grad(y, leaves, torch.randn(y.shape).to(torch.bfloat16).to(dtype))
@@ -116,7 +118,7 @@ def test_gradients_of_16_bits_are_those_of_fp32_rounded():
 
 def test_gradients_of_gradients_are_refused():
     spec, leaves = make_spec(4, "terraced"), inputs(53, grad=True)
-    with use_form("chunked"):
+    with use_backend("chunked"):
         y, _ = window_linear(*leaves, spec=spec, layout=Layout(), need_state=False)
     (first,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -124,23 +126,23 @@ def test_gradients_of_gradients_are_refused():
 
 
 def test_inference_mode_leaves_memory_that_training_may_use():
-    pieces.scratch()._flat.clear()
+    blocking.scratch()._flat.clear()
     spec, given = make_spec(4, "terraced"), inputs(53)
-    with torch.inference_mode(), use_form("chunked"):
+    with torch.inference_mode(), use_backend("chunked"):
         expected, _ = window_linear(*given, spec=spec, layout=Layout())
     y, _, _ = run("chunked", spec, tokens=53)
     torch.testing.assert_close(y, expected)
-    with torch.inference_mode(), use_form("chunked"):
+    with torch.inference_mode(), use_backend("chunked"):
         again, _ = window_linear(*given, spec=spec, layout=Layout())
     assert torch.equal(again, expected)
 
 
 def test_blocks_cover_every_head_once():
-    for batch, groups, numbers in itertools.product((1, 3), (1, 5), (1, pieces.BLOCK // 7, pieces.BLOCK, 10**9)):
+    for batch, groups, numbers in itertools.product((1, 3), (1, 5), (1, blocking.BLOCK // 7, blocking.BLOCK, 10**9)):
         seen = torch.zeros(batch, groups)
-        for block in blocks(batch, groups, numbers):
+        for block in head_blocks(batch, groups, numbers):
             part = block.of(seen)
-            assert part.numel() * numbers <= max(numbers, pieces.BLOCK)
+            assert part.numel() * numbers <= max(numbers, blocking.BLOCK)
             part += 1
         assert seen.eq(1).all()
 
@@ -173,11 +175,11 @@ def test_products_go_where_they_are_wanted(columns, cut):
         assert torch.equal(whole[:, 4], kept)
 
 
-@pytest.mark.parametrize("piece", [64, 1 << 17])
+@pytest.mark.parametrize("block", [64, 1 << 17])
 @pytest.mark.parametrize(("lead", "per_group"), [((), 1), ((2,), 3), ((2, 3), 2)])
 @pytest.mark.parametrize("gained", [False, True])
-def test_hedgehog_by_heads_equals_autograd(monkeypatch, piece, lead, per_group, gained):
-    monkeypatch.setattr(pieces, "BLOCK", piece)
+def test_hedgehog_by_heads_equals_autograd(monkeypatch, block, lead, per_group, gained):
+    monkeypatch.setattr(blocking, "BLOCK", block)
     torch.manual_seed(1)
     x = torch.randn(*lead, 3, 11, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3 * per_group, 5, 7, dtype=torch.float64, requires_grad=True)

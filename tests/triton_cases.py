@@ -79,7 +79,7 @@ def gap(x: Tensor, y: Tensor) -> float:
 
 
 def by_row(
-    form: Callable[..., Any], inputs: tuple[Tensor, ...], state: Tensor, commit: int, dead: bool, dim: int
+    backend: Callable[..., Any], inputs: tuple[Tensor, ...], state: Tensor, commit: int, dead: bool, dim: int
 ) -> Any:
     """y of the tokens after `commit` (zeros for dead ones) and the state after `commit`; inputs[0] is only read."""
     ys, states = [], []
@@ -92,8 +92,8 @@ def by_row(
         def cut(index: Tensor, row: list[Tensor] = row) -> list[Tensor]:
             return [x.index_select(dim, index) if x.dim() > 2 else x for x in row]
 
-        after = form(*cut(before), layout=Layout(), state=state[b : b + 1])[1] if len(before) else state[b : b + 1]
-        y = form(*cut(late), layout=Layout(), state=after)[0]
+        after = backend(*cut(before), layout=Layout(), state=state[b : b + 1])[1] if len(before) else state[b : b + 1]
+        y = backend(*cut(late), layout=Layout(), state=after)[0]
         full = torch.zeros(*y.shape[:dim], inputs[1].shape[dim] - commit, *y.shape[dim + 1 :], dtype=y.dtype)
         full.index_copy_(dim, late - commit, y)
         ys.append(full)
@@ -111,7 +111,7 @@ def alive(y: Tensor, commit: int, dead: bool, dim: int) -> Tensor:
 
 def op_case(
     kernel: Callable[..., Any],
-    form: Callable[..., Any],
+    backend: Callable[..., Any],
     inputs: tuple[Tensor, ...],
     query: int,
     state: Tensor,
@@ -121,8 +121,8 @@ def op_case(
 
     def run(*, dtype: torch.dtype, commit: int, dead: bool, in_place: bool = False) -> dict[str, float]:
         given = [x.to(dtype, copy=True) for x in inputs]
-        y0, s0 = by_row(form, tuple(x.double() for x in given), state.double(), commit, dead, dim)
-        y1, _ = by_row(form, tuple(x.float() for x in given), state, commit, dead, dim)
+        y0, s0 = by_row(backend, tuple(x.double() for x in given), state.double(), commit, dead, dim)
+        y1, _ = by_row(backend, tuple(x.float() for x in given), state, commit, dead, dim)
         layout = Layout(position_BT=DEAD) if dead else Layout(start=7)
         given[query] = given[query].narrow(dim, commit, given[query].shape[dim] - commit)
         given = [padded(x) if x.dim() == 4 else x for x in given]
@@ -163,7 +163,7 @@ def op_cases() -> dict[str, Callable[..., dict[str, float]]]:
 
 
 def dispatched() -> dict[str, float]:
-    """The forms as the operations choose them by name: the kernel against the step-by-step form, with a tail."""
+    """The backends as the operations choose them by name: the kernel against the step-by-step backend, with a tail."""
     g = seeded(5)
 
     def normal(*size: int) -> Tensor:
@@ -179,10 +179,10 @@ def dispatched() -> dict[str, float]:
     gaps = {}
     for name, (op, inputs, state) in calls.items():
         found = {}
-        for form in ("triton", "reference"):
-            with op.use_form(form):
+        for backend in ("triton", "reference"):
+            with op.use_backend(backend):
                 run = getattr(op, op.__name__.rpartition(".")[2])
-                found[form] = run(*inputs, layout=Layout(start=7), state=state.clone(), commit=4)
+                found[backend] = run(*inputs, layout=Layout(start=7), state=state.clone(), commit=4)
         gaps[name] = max(gap(a, b) for a, b in zip(found["triton"], found["reference"], strict=True))
     return gaps
 
@@ -211,16 +211,16 @@ def gla_dispatched() -> dict[str, float]:
     q, k, keys = (torch.randn(2, n, t, 5, generator=g) for n, t in ((6, 3), (3, 7), (3, 7)))
     v, S = torch.randn(2, 3, 7, 9, generator=g), torch.randn(2, 3, 5, 9, generator=g)
     found, operations = {}, {}
-    for form in ("triton", "few"):
+    for backend in ("triton", "multi_token"):
         for need in (True, False):
-            with decay_op.use_form(form), Operations() as seen:
+            with decay_op.use_backend(backend), Operations() as seen:
                 options = {"layout": Layout(3), "state": S, "commit": 4, "need_state": need}
-                found[form, need] = gated_linear(q, k, v, keys, gate_divisor=16.0, **options)
-            operations[form] = seen.computing
-    (y, s), (y0, s0) = found["triton", True], found["few", True]
+                found[backend, need] = gated_linear(q, k, v, keys, gate_divisor=16.0, **options)
+            operations[backend] = seen.computing
+    (y, s), (y0, s0) = found["triton", True], found["multi_token", True]
     none = float(found["triton", False][1] is not None)
     alone = gap(found["triton", False][0], y0)
-    counts = {"beside the kernel": float(operations["triton"]), "one by one": float(operations["few"])}
+    counts = {"beside the kernel": float(operations["triton"]), "one by one": float(operations["multi_token"])}
     return {"y": gap(y, y0), "state": gap(s, s0), "without": alone, "none": none, **counts}
 
 
@@ -400,11 +400,11 @@ def cases() -> dict[str, Callable[[], dict[str, float]]]:
         for label, setting in SETTINGS.items():
             found[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)
     for name in ("mamba", "mamba2", "gated_delta_net"):
-        few = {"state_dim": 3} if name == "mamba" else {}
+        multi_token = {"state_dim": 3} if name == "mamba" else {}
         shape, grouped = (SQUARE, SQUARE) if name == "mamba" else (SHAPE, GROUPED)
         more = {
-            "fp32, dead": (shape, {**SETTINGS["fp32, dead"], **few, "repeat": "before", "conv_taps": 3}),
-            "fp16, dead": (shape, {**SETTINGS["fp16, dead"], **few, "repeat": "after", "conv_taps": 3}),
+            "fp32, dead": (shape, {**SETTINGS["fp32, dead"], **multi_token, "repeat": "before", "conv_taps": 3}),
+            "fp16, dead": (shape, {**SETTINGS["fp16, dead"], **multi_token, "repeat": "after", "conv_taps": 3}),
             "fp32, no tail": (grouped, {**SETTINGS["fp32, no tail"], "repeat": "after", "rows": 1, "conv_taps": 2}),
             "fresh": (shape, {**SETTINGS["fp32, tail"], "repeat": "before", "rows": 1, "fresh": True}),
         }

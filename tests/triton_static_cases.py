@@ -19,7 +19,7 @@ from triton_cases import poison, quicken
 
 from linearize.modeling.static.step import StaticStep
 from linearize.ops.triton import window
-from linearize.ops.window_linear import use_form
+from linearize.ops.window_linear import use_backend
 
 ROWS = 3
 KEPT = [[0, 0, 0], [1, 0, 2], [2, 1, 0]]
@@ -83,7 +83,7 @@ def compare(plain: StaticStep, step: StaticStep, width: int, kept: list[Any]) ->
     for seed, keep in enumerate(kept):
         tokens = text(ROWS, width, seed=seed)
         expected: Tensor = plain.step(tokens, keep)
-        with use_form("triton"), counted() as kernel:
+        with use_backend("triton"), counted() as kernel:
             gap = max(gap, float((step.step(tokens, keep) - expected).abs().max()))
         launches.add(kernel.launches)
     pairs = zip(memory(step), memory(plain), strict=True)
@@ -138,7 +138,7 @@ def launched() -> dict[str, Any]:
 
         module.forward = noted
 
-    with use_form("triton"), counted() as kernel:
+    with use_backend("triton"), counted() as kernel:
         step.step(text(ROWS, 1))  # what is computed once for all layers is computed by the first
         for module in mixers[1:]:
             watch(module)

@@ -23,10 +23,10 @@ from linearize.mixers.feature_maps import FeatureMap
 from linearize.ops.layout import Layout
 from linearize.ops.triton import launch
 from linearize.ops.triton.window import window_linear_steps
-from linearize.ops.window_linear import WindowLinear, WindowLinearState, use_form, window_linear
-from linearize.ops.window_linear.buffers import WindowBuffers
+from linearize.ops.window_linear import WindowLinear, WindowLinearState, use_backend, window_linear
 from linearize.ops.window_linear.reference import reference
-from linearize.ops.window_linear.window import fold_boundary
+from linearize.ops.window_linear.spec import fold_boundary
+from linearize.ops.window_linear.state import WindowBuffers
 
 H, G, D, V, C = 2, 1, 6, 5, 3
 HEADS = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=7)
@@ -145,7 +145,7 @@ def case(
     y0, states = truth(exact, tuple(x.double() for x in late), wide, at, commit)
     layout = Layout(start) if position is None else Layout(position_BT=position)
     narrow = state if state is None or position is None else replace(state, next=torch.full((2,), PAST))
-    with use_form("reference"):
+    with use_backend("reference"):
         y1, _ = window_linear(late[0][:, :, commit:], *late[1:], spec=spec, layout=layout, state=narrow, commit=commit)
     given = [padded(x.masked_fill((at < 0)[:, None, :, None], NAN)) for x in late]
     given[0] = given[0][:, :, commit:]
@@ -163,10 +163,12 @@ def case(
 
 
 @torch.no_grad()
-def across(form: str, in_place: bool = False) -> dict[str, float]:
+def across(backend: str, in_place: bool = False) -> dict[str, float]:
     """Documents that begin above position 0 go on in the next call, by the kernel and in PyTorch."""
     spec = (
-        make_spec(3, "terraced", "elu", num_sinks=2) if form == "terraced" else make_spec(7, form, "elu", num_sinks=6)
+        make_spec(3, "terraced", "elu", num_sinks=2)
+        if backend == "terraced"
+        else make_spec(7, backend, "elu", num_sinks=6)
     )
     _, state = window_linear(*inputs(PAST, torch.float32, 31), spec=spec, layout=Layout())
     late = inputs(12, torch.float32, 41)
@@ -232,14 +234,14 @@ def branches() -> dict[str, float]:
 
 @torch.no_grad()
 def dispatched() -> dict[str, float]:
-    """The kernels by name, through mixers and cache contract: `use_form("triton")` against the PyTorch road."""
+    """The kernels by name, through mixers and cache contract: `use_backend("triton")` against the PyTorch road."""
     gaps: dict[str, float] = {}
     qkv, early = inputs(5, torch.float32, 61), inputs(9, torch.float32, 31)
     spec = make_spec(3, "sliding", "hedgehog")
     _, state = window_linear(*early, spec=spec, layout=Layout())
     call: dict[str, Any] = {"spec": spec, "layout": Layout(9), "state": state, "commit": 2}
     y0, s0 = window_linear(qkv[0][:, :, 2:], *qkv[1:], **call)
-    with use_form("triton"):
+    with use_backend("triton"):
         y, s = window_linear(qkv[0][:, :, 2:], *qkv[1:], **call)
     gaps["window"] = max(gap(y, y0), gap(s.memory_BHFV, s0.memory_BHFV), gap(s.k_BGRD, s0.k_BGRD))
     for name in ("mamba", "mamba2", "gated_delta_net"):
@@ -248,7 +250,7 @@ def dispatched() -> dict[str, float]:
         _, state = mixer(hidden[:, :3], layout=Layout())
         raw, rest = mixer.project(hidden[:, 3:]), {"layout": Layout(3), "state": state, "commit": 2, "outputs": 3}
         y0, s0 = mixer.mix(*raw, **rest)
-        with layer.use_form("triton"):
+        with layer.use_backend("triton"):
             y, s = mixer.mix(*raw, **rest)
             _, none = mixer.mix(*raw, **rest, need_state=False)
         gaps[name] = max(gap(y, y0), gap(s.memory, s0.memory), gap(s.taps, s0.taps), float(none is not None))

@@ -83,7 +83,7 @@ def tensors(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any
     return qkv, spec, [*qkv, *factors, *parameters]
 
 
-def run_with(form: Callable[..., Any], case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def run_with(backend: Callable[..., Any], case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs, the last state's sum, gradients."""
     (q, k, v), given, leaves = tensors(case, dtype)
     spec = WindowLinear(
@@ -92,7 +92,7 @@ def run_with(form: Callable[..., Any], case: Case, dtype: torch.dtype) -> dict[s
     )  # fmt: skip
     state, ys = None, []
     for part, layout in layouts(case):
-        y, state = form(q[:, :, part], k[:, :, part], v[:, :, part], spec=spec, layout=layout, state=state)
+        y, state = backend(q[:, :, part], k[:, :, part], v[:, :, part], spec=spec, layout=layout, state=state)
         ys.append(y)
     y = torch.cat(ys, dim=2)
     assert state is not None

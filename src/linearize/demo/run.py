@@ -26,7 +26,7 @@ from linearize.metrics.plots import plot_decode_cost, plot_loss_by_position, plo
 from linearize.metrics.report import ConversionReport, provenance, read_report
 from linearize.modeling import load
 from linearize.modeling.io.teacher import load_teacher
-from linearize.ops.window_linear.window import ring_slots
+from linearize.ops.window_linear.spec import ring_slots
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.storage.files import atomic_write_text, expand_home, resumable_folder
 from linearize.version import __version__

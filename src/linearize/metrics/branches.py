@@ -19,7 +19,7 @@ from linearize.mixers.gla import GlaConfig
 from linearize.mixers.layer_mixer import LayerMixerConfig
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig
-from linearize.ops.window_linear.window import ring_slots
+from linearize.ops.window_linear.spec import ring_slots
 
 WINDOWED = (LolcatsConfig, GlaConfig, SlidingWindowConfig)
 Without = Literal["window", "linear"]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch
 
@@ -103,7 +103,7 @@ class Mixer(nn.Module, ABC):
         """Cost with raw inputs of `element_size` bytes per number."""
 
     @abstractmethod
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """The operations that such a call runs, with the calls that they see: `linearize inspect --backends`."""
 
     @abstractmethod

@@ -21,7 +21,7 @@ whether training starts near the teacher or far from it, and all can be read off
 
 Everything is read from the teacher's own hidden states, so all layers can be calibrated from one pass.
 
-Letters: B batch, T tokens, C queries of a piece, H query heads, G key/value heads, D head dimension, V value dimension,
+Letters: B batch, T tokens, C queries of a block, H query heads, G key/value heads, D head dimension, V value dimension,
 M model width, N tokens of a sample, K taps, R targets.
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from linearize.mixers.gated_delta_net import GatedDeltaNet
     from linearize.mixers.mamba2 import Mamba2
 
-PIECE = 128  # queries whose attention weights are held at once
+QUERY_BLOCK = 128  # queries whose attention weights are held at once
 RATES = (1e-4, 10.0)  # of decay per token
 BETAS = (0.02, 0.98)
 GAINS = (0.1, 4.0)  # of a token over its head's mean
@@ -70,7 +70,7 @@ def attention_profile(samples: Sequence[AttentionSample]) -> AttentionProfile:
     most = max(sample.q_BHTD.shape[2] for sample in samples) + 1
     count = torch.zeros(most, dtype=torch.float64)  # queries that see so many tokens
     for sample in samples:
-        for weights, mass, away, seen in _pieces(sample):
+        for weights, mass, away, seen in _query_blocks(sample):
             number = seen.sum(-1)
             asks = number > 1
             count += torch.bincount(number[asks].flatten().cpu(), minlength=most)
@@ -82,7 +82,7 @@ def attention_profile(samples: Sequence[AttentionSample]) -> AttentionProfile:
     return AttentionProfile(fit_rate(distance, count).to(device), (square / queries).to(device))
 
 
-def _pieces(sample: AttentionSample) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _query_blocks(sample: AttentionSample) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Softmax weights and weights times value lengths `[B, H, C, T]`, distances and visibility `[B, C, T]`."""
     q, k, v = sample.q_BHTD.float(), sample.k_BGTD.float(), sample.v_BGTV.float()
     batch, heads, tokens, _ = q.shape
@@ -91,8 +91,8 @@ def _pieces(sample: AttentionSample) -> Iterator[tuple[Tensor, Tensor, Tensor, T
     slot = torch.arange(tokens, device=q.device)
     starts, live = sample.layout.starts(tokens, q.device), sample.layout.live()
     document = slot.new_zeros(1, tokens) if starts is None else starts.long().cumsum(-1)
-    for first in range(0, tokens, PIECE):
-        here = slice(first, min(first + PIECE, tokens))
+    for first in range(0, tokens, QUERY_BLOCK):
+        here = slice(first, min(first + QUERY_BLOCK, tokens))
         away = slot[here, None] - slot
         seen = (away >= 0) & (document[:, here, None] == document[:, None])
         if live is not None:
@@ -142,7 +142,7 @@ def calibrate_gated_delta_net(mixer: GatedDeltaNet, samples: Sequence[AttentionS
     shape, hidden = mixer.shape, _join(samples, lambda x: x.hidden_BTM)
 
     def core(sample: AttentionSample) -> Tensor:
-        return mixer.recall(*mixer.project(sample.hidden_BTM)[:3], layout=sample.layout, need_state=False)[0]
+        return mixer.recall(*mixer.project(sample.hidden_BTM), layout=sample.layout, need_state=False)[0]
 
     with torch.no_grad():
         profile = attention_profile(samples)
@@ -176,7 +176,7 @@ def calibrate_mamba2(mixer: Mamba2, samples: Sequence[AttentionSample]) -> None:
     gate_rows, *_, step_rows = mixer.in_proj.weight.split(mixer.rows)
 
     def parts_of(sample: AttentionSample) -> tuple[Tensor, Tensor]:
-        _, query, key, x, decay, _ = mixer._inputs(mixer.in_proj(sample.hidden_BTM), sample.layout)
+        _, (query, key, x, decay), _ = mixer.inputs(mixer.project(sample.hidden_BTM), sample.layout)
         query, value = query.transpose(1, 2), x.transpose(1, 2)
         mixed, _ = decay_linear(query, key, value, decay, layout=sample.layout, need_state=False)
         return mixed.transpose(1, 2), x

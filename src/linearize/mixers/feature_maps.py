@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape
 from linearize.ops.hedgehog import hedgehog
-from linearize.ops.window_linear.maps import FeatureWeights
+from linearize.ops.window_linear.spec import FeatureWeights
 
 FeatureMapName = Literal["hedgehog", "t2r", "elu", "exp", "gain"]
 FeatureStart = Literal["identity", "scales"]

@@ -17,14 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import AttentionShape, Mixer, MixerCost
+from linearize.mixers.base import AttentionShape, Mixer
 from linearize.mixers.gates import (
     Repeat,
     copy_projection,
     head_sizes,
-    l2_norm,
     norm_then_gate,
-    repeat_heads,
     start_conv,
     start_decay,
     start_step_bias,
@@ -33,19 +31,16 @@ from linearize.mixers.gates import (
 from linearize.mixers.layer_mixer import (
     AttentionSample,
     AttentionWeights,
-    LayerMixer,
     LayerMixerConfig,
     RecurrentState,
     last,
 )
-from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
+from linearize.ops.conv_heads import Heads
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.gated_delta import gated_delta
 from linearize.ops.recurrent.gated_delta.backends import DISPATCH as GATED_DELTA
-from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
-from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
-from linearize.ops.short_conv import short_conv
 
 START = 0.02  # standard deviation of new projections (Qwen3-Next's initializer_range)
 
@@ -67,7 +62,7 @@ class GatedDeltaNetConfig(LayerMixerConfig):
         return GatedDeltaNet(self, shape)
 
 
-class GatedDeltaNet(LayerMixer):
+class GatedDeltaNet(RecurrentMixer):
     """y = out(norm(delta rule(q, k, v)) silu(gate)), with q, k of length 1 after a convolution and SiLU.
 
     Rows of `qkv_proj`: q [H D], k [G D], v [G V]. Channels of the convolution: q, k, v, with k and v at H heads
@@ -77,6 +72,8 @@ class GatedDeltaNet(LayerMixer):
 
     config: GatedDeltaNetConfig
     fp32_parameters = ("A_log", "dt_bias")
+    watched = ("A_log", "norm_weight")
+    products_per_sum = 4  # and the correction of what a key holds
 
     def __init__(self, config: GatedDeltaNetConfig, shape: AttentionShape) -> None:
         super().__init__()
@@ -87,6 +84,7 @@ class GatedDeltaNet(LayerMixer):
         self.channels = (heads * shape.head_dim, copies * shape.head_dim, copies * shape.value_dim)
         self.qkv_proj = nn.Linear(width, sum(self.rows), bias=shape.qkv_bias)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.channels), config.conv_taps))
+        self.register_parameter("conv_bias", None)
         self.beta_proj = nn.Linear(width, heads, bias=False)
         self.decay_proj = nn.Linear(width, heads, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -127,43 +125,50 @@ class GatedDeltaNet(LayerMixer):
         decay, beta = self.decay_proj(hidden_BTM), self.beta_proj(hidden_BTM)
         return self.qkv_proj(hidden_BTM), decay, beta, self.gate_proj(hidden_BTM)
 
-    def mix(
+    def inputs(
         self,
-        *projected: Tensor,
+        projected: tuple[Tensor, ...],
         layout: Layout,
         state: RecurrentState | None = None,
-        need_state: bool = True,
+        need_state: bool = False,
         commit: int | None = None,
-        outputs: int | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.mix`."""
-        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
-        y_BUC, after = run_layer(
-            projected,
-            (self.A_log, self.norm_weight),
-            self.conv_weight,
-            layout,
-            lambda: self.by_kernel(*projected, outputs=outputs, **options),
-            lambda: self.by_operations(*projected, outputs=outputs, **options),
+    ) -> Inputs:
+        """See `RecurrentMixer.inputs`: q `[B, T, H, D]`, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta
+        `[B, H, T]`, all at least fp32."""
+        (qkv, decay, beta, gate), shape, (q_rows, k_rows, _) = projected, self.shape, self.rows
+        heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        copies = heads if self.config.repeat == "before" else groups
+        parts = (
+            Heads(first=0, groups=heads, heads=heads, dim=dim, length=dim**-0.5),
+            Heads(first=q_rows, groups=groups, heads=copies, dim=dim, length=1.0),
+            Heads(first=q_rows + k_rows, groups=groups, heads=copies, dim=shape.value_dim),
         )
-        return self.out_proj(y_BUC), after
+        (q, k, v), taps = self.convolved_heads(qkv, parts, layout, state, need_state, commit)
+        if self.config.repeat == "after":
+            k, v = (x.repeat_interleave(heads // groups, dim=2) for x in (k, v))
+        step = F.softplus(wide(decay) + wide(self.dt_bias))
+        decay = (step * -wide(self.A_log).exp()).transpose(1, 2)
+        beta = torch.sigmoid(wide(beta)).transpose(1, 2)
+        return gate, (q, k.transpose(1, 2), v.transpose(1, 2), decay, beta), taps
 
-    def by_operations(
-        self, qkv: Tensor, decay: Tensor, beta: Tensor, gate: Tensor, *, outputs: int | None, **options: Any
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """`y: [B, U, H V]` before the output projection, and the state; `options`: those of `recall`."""
-        y_BUHV, after = self.recall(qkv, decay, beta, outputs=outputs, **options)
-        gate = last(gate, outputs).unflatten(-1, (self.shape.num_heads, -1))
-        y = norm_then_gate(y_BUHV, gate, wide(self.norm_weight), self.shape.norm_eps)
-        return y.flatten(-2).to(qkv.dtype), after
+    def recurrence(
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `RecurrentMixer.recurrence`: `[B, U, H, V]`."""
+        q, k, v, decay, beta = inputs
+        y, memory = gated_delta(last(q, outputs).transpose(1, 2), k, v, decay, beta, **options)
+        return y.transpose(1, 2), memory
 
-    def by_kernel(
-        self, *projected: Tensor, state: RecurrentState | None, need_state: bool, **options: Any
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """`by_operations` in one launch of `ops/triton/heads.py`; `options`: layout, commit, outputs."""
+    def finish(self, y: Tensor, gate_BUE: Tensor) -> Tensor:
+        """See `RecurrentMixer.finish`."""
+        gate = gate_BUE.unflatten(-1, (self.shape.num_heads, -1))
+        return norm_then_gate(y, gate, wide(self.norm_weight), self.shape.norm_eps).flatten(-2)
+
+    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RecurrentMixer.kernel_steps`: `ops/triton/heads.py`."""
         from linearize.ops.triton.fused_heads import gated_delta_net_steps
 
-        y, memory, taps = gated_delta_net_steps(
+        return gated_delta_net_steps(
             *projected,
             conv_weight_CW=self.conv_weight,
             dt_bias_H=self.dt_bias,
@@ -171,40 +176,21 @@ class GatedDeltaNet(LayerMixer):
             norm_weight_V=self.norm_weight,
             sizes=head_sizes(self.shape, self.config.repeat),
             eps=self.shape.norm_eps,
-            memory=None if state is None else state.memory,
-            taps_BPC=None if state is None else state.taps,
             **options,
         )
-        return y, RecurrentState(memory, taps) if need_state else None
 
-    def recall(
-        self,
-        qkv: Tensor,
-        decay: Tensor,
-        beta: Tensor,
-        *,
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = True,
-        commit: int | None = None,
-        outputs: int | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """What the delta rule gives, `[B, U, H, V]` in at least fp32, before norm and gate; and the state."""
-        q, *inputs, taps = self._inputs((qkv, decay, beta), layout, state, need_state, commit)
-        memory = None if state is None else state.memory
-        q = last(q, outputs).transpose(1, 2)
-        y, memory = gated_delta(q, *inputs, layout=layout, state=memory, need_state=need_state, commit=commit)
-        return y.transpose(1, 2), None if memory is None else RecurrentState(memory, taps)
+    def recurrence_call(self, query: Query) -> tuple[Dispatcher, Call]:
+        """See `RecurrentMixer.recurrence_call`."""
+        return GATED_DELTA, query.wide().call(Call)
 
-    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `LayerMixer.advance`."""
-        _, after = self.recall(*projected[:3], layout=layout, state=state, outputs=0)
-        assert after is not None
-        return after
+    @property
+    def num_sums(self) -> int:
+        """A matrix per head."""
+        return self.shape.num_heads * self.shape.head_dim * self.shape.value_dim
 
     def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
         """What multiplies the values, before norm and gate."""
-        q, k, v, decay, beta, _ = self._inputs(self.project(hidden_BTM)[:3], layout)
+        _, (q, k, v, decay, beta), _ = self.inputs(self.project(hidden_BTM), layout)
         q, eye = q.transpose(1, 2), torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
         return gated_delta(q, k, eye, decay, beta, layout=layout, need_state=False)[0]
 
@@ -213,68 +199,3 @@ class GatedDeltaNet(LayerMixer):
         from linearize.mixers.calibration import calibrate_gated_delta_net
 
         calibrate_gated_delta_net(self, samples)
-
-    def _inputs(
-        self,
-        projected: tuple[Tensor, ...],
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = False,
-        commit: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """q `[B, T, H, D]`, k `[B, H, T, D]`, v `[B, H, T, V]`, log decay and beta `[B, H, T]`, all at least fp32;
-        taps."""
-        (qkv, decay, beta), taps = projected, None
-        if state is None and not need_state and commit is None and can_convolve(qkv, layout):
-            q, k, v = self._fused(qkv, layout)
-        else:
-            q, k, v, taps = self._one_by_one(qkv, layout, state, need_state, commit)
-        if self.config.repeat == "after":
-            k, v = (x.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, dim=2) for x in (k, v))
-        step = F.softplus(wide(decay) + wide(self.dt_bias))
-        decay = (step * -wide(self.A_log).exp()).transpose(1, 2)
-        beta = torch.sigmoid(wide(beta)).transpose(1, 2)
-        return q, k.transpose(1, 2), v.transpose(1, 2), decay, beta, taps
-
-    def _fused(self, qkv: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-        """q, k, v `[B, T, H or G, .]` after convolution and SiLU, q and k at their lengths."""
-        shape, (q, k, _) = self.shape, self.rows
-        heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        copies = heads if self.config.repeat == "before" else groups
-        parts = (
-            Heads(first=0, groups=heads, heads=heads, dim=dim, length=dim**-0.5),
-            Heads(first=q, groups=groups, heads=copies, dim=dim, length=1.0),
-            Heads(first=q + k, groups=groups, heads=copies, dim=shape.value_dim),
-        )
-        return conv_heads(qkv, self.conv_weight.to(qkv.dtype), None, parts, layout=layout)
-
-    def _one_by_one(
-        self, qkv: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool, commit: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What `_fused` gives, in any precision, after past inputs; and the taps."""
-        shape = self.shape
-        heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        if self.config.repeat == "before" and groups < heads:
-            q, k, v = qkv.split(self.rows, dim=-1)
-            qkv = torch.cat([q, repeat_heads(k, groups, heads), repeat_heads(v, groups, heads)], dim=-1)
-        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
-        taps = None if state is None else state.taps
-        qkv, taps = short_conv(qkv, self.conv_weight, None, taps_BKC=taps, **options)
-        cut = F.silu(wide(qkv)).split(self.channels, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(cut, (dim, dim, shape.value_dim), strict=True))
-        return l2_norm(q) * dim**-0.5, l2_norm(k), v, taps
-
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
-        """See `Mixer.operations`."""
-        layer = asked.call(LayerCall, taps=self.config.conv_taps)
-        return [(LAYER, layer), (GATED_DELTA, asked.wide().call(Call))]
-
-    def cost(self, element_size: int) -> MixerCost:
-        """State in fp32 and the convolution's taps; the state decayed, corrected, written and read, the convolution."""
-        shape, taps = self.shape, self.config.conv_taps
-        entries, channels = shape.num_heads * shape.head_dim * shape.value_dim, sum(self.channels)
-        return MixerCost(
-            state_bytes=max(4, element_size) * entries + (taps - 1) * channels * element_size,
-            bytes_per_token=0,
-            flops_per_token=2 * (4 * entries + taps * channels),
-        )

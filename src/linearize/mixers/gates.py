@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from linearize.ops.triton.fused_heads import HeadSizes
 
 Repeat = Literal["before", "after"]
-FEW_TOKENS = 8  # up to which nothing is gained by working in slabs
+MAX_UNFUSED_TOKENS = 8  # up to which nothing is gained by working in chunks
 
 
 def wide(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def norm_then_gate(y_BTHV: Tensor, gate_BTHV: Tensor, weight: Tensor, eps: float
 
 
 def _fused(y_BTHV: Tensor, gate_BTHV: Tensor) -> bool:
-    many = y_BTHV.dim() == 4 and y_BTHV.shape[1] > FEW_TOKENS
+    many = y_BTHV.dim() == 4 and y_BTHV.shape[1] > MAX_UNFUSED_TOKENS
     return many and can_fuse(gate_BTHV) and y_BTHV.dtype == gate_BTHV.dtype
 
 

@@ -20,15 +20,15 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
 from linearize.ops.recurrent.decay_linear.gated import gated_linear
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.window import ring_slots
+from linearize.ops.window_linear.spec import ring_slots
+from linearize.ops.window_linear.state import WindowBuffers
 
 
 class GlaConfig(MixerConfig):
@@ -129,11 +129,11 @@ class Gla(AttentionMixer):
         assert isinstance(state.window, WindowLinearState)
         return GlaState(WindowBuffers.of(state.window, self._window(1.0, None), most=most), state.memory_BGDV)
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
-        widest, cursor = max(self.shape.head_dim, self.shape.value_dim), "same" if asked.past else "none"
-        window = asked.call(WindowCall, spec=self._window(1.0, None), cursor=cursor, widest=widest)
-        return [(WINDOW_LINEAR, window), (DECAY_LINEAR, asked.wide().call(Call))]
+        widest, cursor = max(self.shape.head_dim, self.shape.value_dim), "same" if query.past else "none"
+        window = query.call(WindowCall, spec=self._window(1.0, None), cursor=cursor, widest=widest)
+        return [(WINDOW_LINEAR, window), (DECAY_LINEAR, query.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """The window's keys and values, and D V sums per key/value head."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import InputError
-from linearize.mixers.base import AttentionShape, Mixer, MixerCost
+from linearize.mixers.base import AttentionShape, Mixer
 from linearize.mixers.gates import (
     Repeat,
     copy_projection,
@@ -31,11 +31,10 @@ from linearize.mixers.gates import (
     start_step_bias,
     wide,
 )
-from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.mixers.layer_mixer import AttentionWeights, LayerMixerConfig, RecurrentState, last
+from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
-from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
 from linearize.ops.recurrent.selective_scan import selective_scan
 from linearize.ops.recurrent.selective_scan.backends import DISPATCH as SELECTIVE_SCAN
 from linearize.ops.recurrent.selective_scan.backends import ScanCall
@@ -68,11 +67,13 @@ class MambaConfig(LayerMixerConfig):
         return Mamba(self, shape)
 
 
-class Mamba(LayerMixer):
+class Mamba(RecurrentMixer):
     """Selective scan between the attention's projections, gated."""
 
     config: MambaConfig
     fp32_parameters = ("A_log", "D", "dt_bias")
+    watched = ("A_log", "dt_bias")
+    conv_bias: nn.Parameter
 
     def __init__(self, config: MambaConfig, shape: AttentionShape) -> None:
         super().__init__()
@@ -123,52 +124,48 @@ class Mamba(LayerMixer):
         """z, x, B, C `[B, T, 2 (H + G) D]` and dt before its bias `[B, T, E]`."""
         return self.in_proj(hidden_BTM), self.dt_proj(self.dt_in(hidden_BTM))
 
-    def mix(
+    def inputs(
         self,
-        *projected: Tensor,
+        projected: tuple[Tensor, ...],
         layout: Layout,
         state: RecurrentState | None = None,
-        need_state: bool = True,
+        need_state: bool = False,
         commit: int | None = None,
-        outputs: int | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.mix`."""
-        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
-        y_BUE, after = run_layer(
-            projected,
-            (self.A_log, self.dt_bias),
-            self.conv_weight,
-            layout,
-            lambda: self.by_kernel(*projected, outputs=outputs, **options),
-            lambda: self.by_operations(*projected, outputs=outputs, **options),
-        )
-        return self.out_proj(y_BUE), after
+    ) -> Inputs:
+        """See `RecurrentMixer.inputs`: x, dt, A, B, C of the scan, x, dt and A in at least fp32."""
+        projected_BTR, dt_BTE = projected
+        sizes = [self.channels, self.kv_channels, self.kv_channels, self.channels]
+        z_BTE, x_BTC, B_BTC, C_BTE = projected_BTR.split(sizes, dim=-1)
+        if self.config.repeat == "before":
+            x_BTC = self._repeat(x_BTC)
+        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
+        past = None if state is None else state.taps
+        x_BTC, taps = short_conv(x_BTC, self.conv_weight, self.conv_bias, taps_BKC=past, **options)
+        x_BTE = F.silu(wide(x_BTC))
+        if self.config.repeat == "after":
+            x_BTE = self._repeat(x_BTE)
+        dt_BTE = F.softplus(wide(dt_BTE) + wide(self.dt_bias))
+        B_BTSN, C_BTSN = (w.unflatten(-1, (-1, self.state_dim)) for w in (self._repeat(B_BTC), C_BTE))
+        return z_BTE, (x_BTE, dt_BTE, -wide(self.A_log).exp(), B_BTSN, C_BTSN), taps
 
-    def by_operations(
-        self,
-        *projected: Tensor,
-        layout: Layout,
-        state: RecurrentState | None,
-        need_state: bool,
-        commit: int | None,
-        outputs: int | None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """`y: [B, U, E]` before the output projection, and the state."""
-        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), z_BTE, taps = self._inputs(projected, layout, state, need_state, commit)
-        memory = None if state is None else state.memory
-        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
+    def recurrence(
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `RecurrentMixer.recurrence`: `[B, U, E]`."""
+        x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN = inputs
         y_BUE, memory = selective_scan(x_BTE, dt_BTE, A_EN, B_BTSN, last(C_BTSN, outputs), **options)
-        y_BUE = torch.addcmul(y_BUE, wide(self.D), last(x_BTE, outputs)) * F.silu(wide(last(z_BTE, outputs)))
-        return y_BUE.to(z_BTE.dtype), None if memory is None else RecurrentState(memory, taps)
+        return torch.addcmul(y_BUE, wide(self.D), last(x_BTE, outputs)), memory
 
-    def by_kernel(
-        self, *projected: Tensor, state: RecurrentState | None, need_state: bool, **options: Any
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """`by_operations` in one launch of `ops/triton/mamba.py`; `options`: layout, commit, outputs."""
+    def finish(self, y: Tensor, gate_BUE: Tensor) -> Tensor:
+        """See `RecurrentMixer.finish`."""
+        return y * F.silu(wide(gate_BUE))
+
+    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RecurrentMixer.kernel_steps`: `ops/triton/mamba.py`."""
         from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
 
         shape = self.shape
-        y, memory, taps = mamba_steps(
+        return mamba_steps(
             *projected,
             conv_weight_CW=self.conv_weight,
             conv_bias_C=self.conv_bias,
@@ -182,34 +179,18 @@ class Mamba(LayerMixer):
                 state_dim=self.state_dim,
                 repeat=self.config.repeat,
             ),
-            memory=None if state is None else state.memory,
-            taps_BPC=None if state is None else state.taps,
             **options,
         )
-        return y, RecurrentState(memory, taps) if need_state else None
 
-    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `LayerMixer.advance`."""
-        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), _, taps = self._inputs(projected, layout, state, True)
-        memory = None if state is None else state.memory
-        _, memory = selective_scan(x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN[:, :0], layout=layout, state=memory)
-        assert memory is not None
-        return RecurrentState(memory, taps)
+    def recurrence_call(self, query: Query) -> tuple[Dispatcher, Call]:
+        """See `RecurrentMixer.recurrence_call`."""
+        state = {"state_dim": self.state_dim, "has_state": query.past, "need_state": not query.gradients}
+        return SELECTIVE_SCAN, query.wide().call(ScanCall, **state)
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
-        """See `Mixer.operations`."""
-        state = {"state_dim": self.state_dim, "has_state": asked.past, "need_state": not asked.gradients}
-        layer, scan = asked.call(LayerCall, taps=self.config.conv_taps), asked.wide().call(ScanCall, **state)
-        return [(LAYER, layer), (SELECTIVE_SCAN, scan)]
-
-    def cost(self, element_size: int) -> MixerCost:
-        """N sums per channel and the convolution's past inputs; decay, write and read of the state, and the taps."""
-        sums, (convolved, taps) = self.A_log.numel(), self.conv_weight.shape
-        return MixerCost(
-            state_bytes=sums * max(4, element_size) + (taps - 1) * convolved * element_size,
-            bytes_per_token=0,
-            flops_per_token=2 * (3 * sums + taps * convolved),
-        )
+    @property
+    def num_sums(self) -> int:
+        """N sums per channel."""
+        return self.A_log.numel()
 
     def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
         """The mean over a head's channels of their matrices, `[B, H, T, T]`, D on the diagonal; before the gate.
@@ -217,7 +198,7 @@ class Mamba(LayerMixer):
         Each channel p has its own, y_p = M_p x_p with x after the convolution. Of all single matrices the mean is the
         nearest to them (sum of squared Frobenius distances). Takes D N products over [B, H, T, T].
         """
-        (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), _, _ = self._inputs(self.project(hidden_BTM), layout)
+        _, (x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN), _ = self.inputs(self.project(hidden_BTM), layout)
         heads, dim, tokens, device = self.shape.num_heads, self.shape.head_dim, x_BTE.shape[1], x_BTE.device
         if (live := layout.live()) is not None:
             dt_BTE = dt_BTE.masked_fill(~live[..., None], 0)
@@ -238,30 +219,6 @@ class Mamba(LayerMixer):
         skip_H = wide(self.D).unflatten(0, (heads, dim)).mean(-1)
         eye = torch.eye(tokens, dtype=skip_H.dtype, device=device)
         return matrix * _visible(layout, tokens, device) + skip_H[:, None, None] * eye
-
-    def _inputs(
-        self,
-        projected: tuple[Tensor, ...],
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = False,
-        commit: int | None = None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor, Tensor | None]:
-        """x, dt, A, B, C of the scan (x, dt and A in at least fp32), the gate z, and the convolution's taps after."""
-        projected_BTR, dt_BTE = projected
-        sizes = [self.channels, self.kv_channels, self.kv_channels, self.channels]
-        z_BTE, x_BTC, B_BTC, C_BTE = projected_BTR.split(sizes, dim=-1)
-        if self.config.repeat == "before":
-            x_BTC = self._repeat(x_BTC)
-        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
-        past = None if state is None else state.taps
-        x_BTC, taps = short_conv(x_BTC, self.conv_weight, self.conv_bias, taps_BKC=past, **options)
-        x_BTE = F.silu(wide(x_BTC))
-        if self.config.repeat == "after":
-            x_BTE = self._repeat(x_BTE)
-        dt_BTE = F.softplus(wide(dt_BTE) + wide(self.dt_bias))
-        B_BTSN, C_BTSN = (w.unflatten(-1, (-1, self.state_dim)) for w in (self._repeat(B_BTC), C_BTE))
-        return (x_BTE, dt_BTE, -wide(self.A_log).exp(), B_BTSN, C_BTSN), z_BTE, taps
 
     def _repeat(self, x_BTC: Tensor) -> Tensor:
         return repeat_heads(x_BTC, self.shape.num_kv_heads, self.shape.num_heads)

@@ -17,13 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import AttentionShape, Mixer, MixerCost
+from linearize.mixers.base import AttentionShape, Mixer
 from linearize.mixers.gates import (
     Repeat,
     copy_projection,
     gate_then_norm,
     head_sizes,
-    repeat_heads,
     start_conv,
     start_decay,
     start_step_bias,
@@ -32,19 +31,16 @@ from linearize.mixers.gates import (
 from linearize.mixers.layer_mixer import (
     AttentionSample,
     AttentionWeights,
-    LayerMixer,
     LayerMixerConfig,
     RecurrentState,
     last,
 )
-from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
+from linearize.ops.conv_heads import Heads
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear
 from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
-from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
-from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
-from linearize.ops.short_conv import short_conv
 
 
 class Mamba2Config(LayerMixerConfig):
@@ -73,7 +69,7 @@ class Mamba2Config(LayerMixerConfig):
         return Mamba2(self, shape)
 
 
-class Mamba2(LayerMixer):
+class Mamba2(RecurrentMixer):
     """y = out(norm(SSD(C, dt B, x, dt A) + D x, gate)).
 
     Rows of `in_proj`: gate [H V], x [G V], B [G D], C [H D], dt [H]. Channels of the convolution: x, B, C, with x and B
@@ -82,6 +78,8 @@ class Mamba2(LayerMixer):
 
     config: Mamba2Config
     fp32_parameters = ("A_log", "dt_bias", "D")
+    watched = ("A_log", "norm_weight")
+    conv_bias: nn.Parameter
 
     def __init__(self, config: Mamba2Config, shape: AttentionShape) -> None:
         super().__init__()
@@ -126,55 +124,53 @@ class Mamba2(LayerMixer):
         """Gate, x, B, C and dt before its bias, `[B, T, R]`."""
         return (self.in_proj(hidden_BTM),)
 
-    def mix(
+    def inputs(
         self,
-        *projected: Tensor,
+        projected: tuple[Tensor, ...],
         layout: Layout,
         state: RecurrentState | None = None,
-        need_state: bool = True,
+        need_state: bool = False,
         commit: int | None = None,
-        outputs: int | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """See `LayerMixer.mix`."""
-        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
-        y_BUC, after = run_layer(
-            projected,
-            (self.A_log, self.norm_weight),
-            self.conv_weight,
-            layout,
-            lambda: self.by_kernel(*projected, outputs=outputs, **options),
-            lambda: self.by_operations(projected[0], outputs=outputs, **options),
+    ) -> Inputs:
+        """See `RecurrentMixer.inputs`: C `[B, T, H, D]`, dt B `[B, H, T, D]`, x `[B, T, H, V]`, dt A `[B, H, T]`, at
+        least fp32."""
+        shape, (gate_rows, x_rows, B_rows, _, dt_rows) = self.shape, self.rows
+        heads, groups = shape.num_heads, shape.num_kv_heads
+        copies = heads if self.config.repeat == "before" else groups
+        parts = (
+            Heads(first=gate_rows, groups=groups, heads=copies, dim=shape.value_dim),
+            Heads(first=gate_rows + x_rows, groups=groups, heads=copies, dim=shape.head_dim),
+            Heads(first=gate_rows + x_rows + B_rows, groups=heads, heads=heads, dim=shape.head_dim),
         )
-        return self.out_proj(y_BUC), after
+        (gate, dt, x, B, C), taps = self.convolved_heads(
+            projected[0], parts, layout, state, need_state, commit, passed=(gate_rows, dt_rows)
+        )
+        if self.config.repeat == "after":
+            x, B = (w.repeat_interleave(heads // groups, dim=2) for w in (x, B))
+        dt_BTH = F.softplus(wide(dt) + wide(self.dt_bias))
+        key = (B * dt_BTH[..., None]).transpose(1, 2)
+        return gate, (C, key, x, (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2)), taps
 
-    def by_operations(
-        self,
-        projected: Tensor,
-        *,
-        layout: Layout,
-        state: RecurrentState | None,
-        need_state: bool,
-        commit: int | None,
-        outputs: int | None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """`y: [B, U, H V]` before the output projection, and the state."""
-        gate, C, key, x, decay, taps = self._inputs(projected, layout, state, need_state, commit)
-        memory, heads = None if state is None else state.memory, self.shape.num_heads
-        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
+    def recurrence(
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `RecurrentMixer.recurrence`: `[B, U, H, V]`."""
+        C, key, x, decay = inputs
         y, memory = decay_linear(last(C, outputs).transpose(1, 2), key, x.transpose(1, 2), decay, **options)
-        y = torch.addcmul(y.transpose(1, 2), wide(self.D)[:, None], last(x, outputs))
-        weight = wide(self.norm_weight).unflatten(0, (heads, -1))
-        y = gate_then_norm(y, last(gate, outputs).unflatten(-1, (heads, -1)), weight, self.shape.norm_eps)
-        return y.flatten(-2).to(projected.dtype), None if memory is None else RecurrentState(memory, taps)
+        return torch.addcmul(y.transpose(1, 2), wide(self.D)[:, None], last(x, outputs)), memory
 
-    def by_kernel(
-        self, projected: Tensor, *, state: RecurrentState | None, need_state: bool, **options: Any
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """`by_operations` in one launch of `ops/triton/heads.py`; `options`: layout, commit, outputs."""
+    def finish(self, y: Tensor, gate_BUE: Tensor) -> Tensor:
+        """See `RecurrentMixer.finish`."""
+        heads = self.shape.num_heads
+        weight = wide(self.norm_weight).unflatten(0, (heads, -1))
+        return gate_then_norm(y, gate_BUE.unflatten(-1, (heads, -1)), weight, self.shape.norm_eps).flatten(-2)
+
+    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RecurrentMixer.kernel_steps`: `ops/triton/heads.py`."""
         from linearize.ops.triton.fused_heads import mamba2_steps
 
-        y, memory, taps = mamba2_steps(
-            projected,
+        return mamba2_steps(
+            *projected,
             conv_weight_CW=self.conv_weight,
             conv_bias_C=self.conv_bias,
             dt_bias_H=self.dt_bias,
@@ -183,23 +179,21 @@ class Mamba2(LayerMixer):
             norm_weight=self.norm_weight,
             sizes=head_sizes(self.shape, self.config.repeat),
             eps=self.shape.norm_eps,
-            memory=None if state is None else state.memory,
-            taps_BPC=None if state is None else state.taps,
             **options,
         )
-        return y, RecurrentState(memory, taps) if need_state else None
 
-    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
-        """See `LayerMixer.advance`."""
-        _, C, key, x, decay, taps = self._inputs(projected[0], layout, state, True, None)
-        memory = None if state is None else state.memory
-        _, memory = decay_linear(C[:, :0].transpose(1, 2), key, x.transpose(1, 2), decay, layout=layout, state=memory)
-        assert memory is not None
-        return RecurrentState(memory, taps)
+    def recurrence_call(self, query: Query) -> tuple[Dispatcher, Call]:
+        """See `RecurrentMixer.recurrence_call`."""
+        return DECAY_LINEAR, query.wide().call(Call)
+
+    @property
+    def num_sums(self) -> int:
+        """A matrix per head."""
+        return self.shape.num_heads * self.shape.head_dim * self.shape.value_dim
 
     def matrix(self, hidden_BTM: Tensor, *, layout: Layout) -> Tensor:
         """What multiplies x: C B^T with steps and decays, plus D on the diagonal."""
-        _, C, key, x, decay, _ = self._inputs(self.in_proj(hidden_BTM), layout)
+        _, (C, key, x, decay), _ = self.inputs(self.project(hidden_BTM), layout)
         C, eye = C.transpose(1, 2), torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         mixed, _ = decay_linear(C, key, eye.expand(*C.shape[:2], -1, -1), decay, layout=layout, need_state=False)
         return mixed + wide(self.D)[:, None, None] * eye
@@ -209,72 +203,3 @@ class Mamba2(LayerMixer):
         from linearize.mixers.calibration import calibrate_mamba2
 
         calibrate_mamba2(self, samples)
-
-    def _inputs(
-        self,
-        projected: Tensor,
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = False,
-        commit: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gate `[B, T, H V]`; C `[B, T, H, D]`, dt B `[B, H, T, D]`, x `[B, T, H, V]`, dt A `[B, H, T]`, at least fp32;
-        taps."""
-        heads, taps = self.shape.num_heads, None
-        if state is None and not need_state and commit is None and can_convolve(projected, layout):
-            gate, dt, x, B, C = self._fused(projected, layout)
-        else:
-            gate, dt, x, B, C, taps = self._one_by_one(projected, layout, state, need_state, commit)
-        if self.config.repeat == "after":
-            x, B = (w.repeat_interleave(heads // self.shape.num_kv_heads, dim=2) for w in (x, B))
-        dt_BTH = F.softplus(wide(dt) + wide(self.dt_bias))
-        key = (B * dt_BTH[..., None]).transpose(1, 2)
-        return gate, C, key, x, (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2), taps
-
-    def _fused(self, projected: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-        """Gate and dt before its bias; x, B, C `[B, T, H or G, .]` after convolution and SiLU."""
-        shape, (gate, x, B, _, dt) = self.shape, self.rows
-        heads, groups = shape.num_heads, shape.num_kv_heads
-        copies = heads if self.config.repeat == "before" else groups
-        parts = (
-            Heads(first=gate, groups=groups, heads=copies, dim=shape.value_dim),
-            Heads(first=gate + x, groups=groups, heads=copies, dim=shape.head_dim),
-            Heads(first=gate + x + B, groups=heads, heads=heads, dim=shape.head_dim),
-        )
-        passed = ((0, gate), (sum(self.rows) - dt, sum(self.rows)))
-        weight, bias = (w.to(projected.dtype) for w in (self.conv_weight, self.conv_bias))
-        return conv_heads(projected, weight, bias, parts, passed=passed, layout=layout)
-
-    def _one_by_one(
-        self, projected: Tensor, layout: Layout, state: RecurrentState | None, need_state: bool, commit: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What `_fused` gives, in any precision, after past inputs; and the taps."""
-        shape, rows = self.shape, self.rows
-        heads, groups = shape.num_heads, shape.num_kv_heads
-        gate, xBC, dt = projected.split((rows[0], sum(rows[1:4]), rows[4]), dim=-1)
-        if self.config.repeat == "before" and groups < heads:
-            x, B, C = xBC.split(rows[1:4], dim=-1)
-            xBC = torch.cat([repeat_heads(x, groups, heads), repeat_heads(B, groups, heads), C], dim=-1)
-        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
-        taps = None if state is None else state.taps
-        xBC, taps = short_conv(xBC, self.conv_weight, self.conv_bias, taps_BKC=taps, **options)
-        widths = (shape.value_dim, shape.head_dim, shape.head_dim)
-        cut = F.silu(wide(xBC)).split(self.channels, dim=-1)
-        x, B, C = (w.unflatten(-1, (-1, width)) for w, width in zip(cut, widths, strict=True))
-        return gate, dt, x, B, C, taps
-
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
-        """See `Mixer.operations`."""
-        layer = asked.call(LayerCall, taps=self.config.conv_taps)
-        return [(LAYER, layer), (DECAY_LINEAR, asked.wide().call(Call))]
-
-    def cost(self, element_size: int) -> MixerCost:
-        """State in at least fp32 and the last inputs; the state decayed, written and read, and the convolution."""
-        shape, taps = self.shape, self.config.conv_taps
-        entries = shape.num_heads * shape.head_dim * shape.value_dim
-        channels = sum(self.channels)
-        return MixerCost(
-            state_bytes=max(4, element_size) * entries + (taps - 1) * channels * element_size,
-            bytes_per_token=0,
-            flops_per_token=2 * (3 * entries + taps * channels),
-        )

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_heads, wide
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear
 from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
@@ -133,7 +133,7 @@ class Retention(LayerMixer):
         x_BHTD = F.relu(x_BHTD @ wide(self.map_weight) + wide(self.map_bias)[:, None])
         return rotate(x_BHTD, layout, self.shape.rope_theta)
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, asked: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         return [(DECAY_LINEAR, asked.wide().call(Call))]
 

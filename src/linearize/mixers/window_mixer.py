@@ -9,13 +9,13 @@ from pydantic import model_validator
 from torch import Tensor
 
 from linearize.mixers.base import AttentionMixer, AttentionShape, MixerConfig, MixerCost
-from linearize.ops.dispatch import Asked, Call, Dispatcher
+from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.window import ring_slots
+from linearize.ops.window_linear.spec import ring_slots
+from linearize.ops.window_linear.state import WindowBuffers
 
 
 class WindowMixerConfig(MixerConfig):
@@ -76,12 +76,12 @@ class WindowMixer(AttentionMixer):
         """See `Mixer.fixed`."""
         return WindowBuffers.of(state, self.spec(scaling=1.0, softcap=None, branch="both"), most=most)
 
-    def operations(self, asked: Asked) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         spec = self.spec(scaling=1.0, softcap=None, branch="both")
         widest = max(self.shape.head_dim, self.shape.value_dim)
-        cursor = "same" if asked.past else "none"
-        return [(WINDOW_LINEAR, asked.call(WindowCall, spec=spec, cursor=cursor, widest=widest))]
+        cursor = "same" if query.past else "none"
+        return [(WINDOW_LINEAR, query.call(WindowCall, spec=spec, cursor=cursor, widest=widest))]
 
     def cost(self, element_size: int) -> MixerCost:
         """Ring and sinks of keys and values; scores and weighted sum over the window."""

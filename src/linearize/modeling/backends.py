@@ -1,4 +1,4 @@
-"""`linearize inspect --backends`: which form of each operation runs here, and why, from the config alone."""
+"""`linearize inspect --backends`: which backend of each operation runs here, and why, from the config alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from linearize.errors import InputError
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.inspect import read_config
-from linearize.ops.dispatch import Asked
+from linearize.ops.dispatch import Query
 
 
 class Situation(NamedTuple):
@@ -32,9 +32,9 @@ SITUATIONS = (
 
 
 def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None) -> dict[str, Any]:
-    """For each mixer of a student and each kind of call the form of its operations, and why. JSON-able.
+    """For each mixer of a student and each kind of call the backend of its operations, and why. JSON-able.
 
-    `device`: `cuda` or `cpu` (None: a GPU where there is one). Nothing is built: a form that fails at its first use
+    `device`: `cuda` or `cpu` (None: a GPU where there is one). Nothing is built: a backend that fails at its first use
     gives way to the next with a warning then.
 
     Raises:
@@ -42,30 +42,30 @@ def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None)
     """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"device {where!r}: forms are chosen for cpu or cuda")
+        raise InputError(f"device {where!r}: backends are chosen for cpu or cuda")
     config = read_config(path)
     if not isinstance(config, LinearizeConfig):
-        raise InputError(f"{path} is no student: --backends tells the forms of a student's mixers")
+        raise InputError(f"{path} is no student: --backends tells the backends of a student's mixers")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     first: dict[str, tuple[MixerConfig, AttentionShape]] = {}
     for mixer, shape in zip(config.mixers(), config.attention_shapes(), strict=True):
         if mixer is not None:
             first.setdefault(mixer.model_dump_json(), (mixer, shape))
-    rows = [row for mixer, shape in first.values() for row in _forms(mixer, shape, where.partition(":")[0], dtype)]
+    rows = [row for mixer, shape in first.values() for row in _backends(mixer, shape, where.partition(":")[0], dtype)]
     return {"model": str(path), "device": where, "dtype": str(dtype).removeprefix("torch."), "backends": rows}
 
 
-def _forms(config: MixerConfig, shape: AttentionShape, device: str, dtype: torch.dtype) -> list[dict[str, str]]:
+def _backends(config: MixerConfig, shape: AttentionShape, device: str, dtype: torch.dtype) -> list[dict[str, str]]:
     """One row per kind of call and operation of a mixer."""
     with torch.device("meta"):
         mixer = config.build(shape)
     rows = []
     for name, tokens, past, gradients in SITUATIONS:
-        asked = Asked(device=device, dtype=dtype, tokens=tokens, past=past, gradients=gradients)
+        asked = Query(device=device, dtype=dtype, tokens=tokens, past=past, gradients=gradients)
         for dispatcher, call in mixer.operations(asked):
-            form, why = dispatcher.choice(call)
+            backend, why = dispatcher.choice(call)
             row = {"mixer": str(config.name), "call": name, "operation": dispatcher.operation}  # type: ignore[attr-defined]
-            rows.append(row | {"form": form, "why": why})
-            if dispatcher.operation == "layer" and form != "operations":
+            rows.append(row | {"backend": backend, "why": why})
+            if dispatcher.operation == "layer" and backend != "operations":
                 break  # the kernel does what the operations would
     return rows

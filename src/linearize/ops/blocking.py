@@ -1,4 +1,4 @@
-"""Pieces of large tensors that fit a core's caches: a few heads of a few rows at a time, in memory that is used again.
+"""Blocks of large tensors that fit a core's caches: a few heads of a few rows at a time, in memory that is used again.
 
 Letters: B batch, G heads that share something.
 """
@@ -18,8 +18,8 @@ ALIGNED = 16  # numbers: rows that start at multiples of this are loaded whole
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some heads of some rows, all chunks of the slab: `[B, G, ...]` becomes `[b, g, ...]`."""
+class HeadBlock:
+    """Some heads of some rows, all chunks of the chunk group: `[B, G, ...]` becomes `[b, g, ...]`."""
 
     rows: slice
     groups: slice
@@ -33,17 +33,17 @@ class Block:
         return (x_B if x_B.shape[0] == 1 else x_B[self.rows]).unsqueeze(1)
 
 
-def blocks(batch: int, groups: int, numbers: int) -> Iterator[Block]:
+def head_blocks(batch: int, groups: int, numbers: int) -> Iterator[HeadBlock]:
     """All heads of all rows, about `BLOCK` numbers at a time where one head has `numbers`."""
     heads = max(1, BLOCK // max(numbers, 1))
     row_step, group_step = max(1, heads // groups), min(heads, groups)
     for row in range(0, batch, row_step):
         for group in range(0, groups, group_step):
-            yield Block(slice(row, row + row_step), slice(group, group + group_step))
+            yield HeadBlock(slice(row, row + row_step), slice(group, group + group_step))
 
 
 class Scratch:
-    """Memory by name that the next piece uses again; what a name gives holds until it is asked for again."""
+    """Memory by name that the next head block uses again; what a name gives holds until it is asked for again."""
 
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -78,5 +78,5 @@ _HELD = _Held()
 
 
 def scratch() -> Scratch:
-    """This thread's: a few matrices of about `BLOCK` numbers, or as many as one head of a slab has."""
+    """This thread's: a few matrices of about `BLOCK` numbers, or as many as one head of a chunk group has."""
     return _HELD.scratch

@@ -1,10 +1,10 @@
 """Short convolution, SiLU and heads in one pass: what a recurrent layer does between its projection and its recurrence.
 
-Computes what `short_conv`, `silu`, a repeat of key/value heads and an L2 norm compute one after the other, in slabs of
+Computes what `short_conv`, `silu`, a repeat of key/value heads and an L2 norm compute one after the other, in chunks of
 tokens that stay in a processor's cache, and computes them again in the backward pass: what it keeps is its input.
 
 Letters: B batch, T tokens, R columns of the projection, G key/value heads, H = G J query heads, D width of a head,
-C channels of the convolution (H D of each part), K taps, N tokens of a slab.
+C channels of the convolution (H D of each part), K taps, N tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from linearize.ops.layout import Layout
 
-SLAB = 1 << 17  # numbers of a slab
+CHUNK_NUMBERS = 1 << 17  # numbers of a chunk
 EPS = 1e-6  # of the L2 norm, under the root
 
 
@@ -147,7 +147,7 @@ class _Part:
         self.taps = weight_CK[channels].mT.contiguous().flip(0).unflatten(1, shape)  # by lag
         self.bias = None if bias_C is None else bias_C[channels].unflatten(0, shape)
         batch, self.tokens = x_BTR.shape[:2]
-        self.slab = min(self.tokens, max(16, SLAB // max(1, batch * heads.heads * heads.dim)))
+        self.chunk = min(self.tokens, max(16, CHUNK_NUMBERS // max(1, batch * heads.heads * heads.dim)))
 
     def _columns(self, x_BTR: Tensor) -> Tensor:
         heads = self.heads
@@ -175,9 +175,9 @@ class _Part:
 
     def forward(self) -> Tensor:
         """`[B, T, H, D]`."""
-        y, scratch, heads = self._empty(self.tokens), self._empty(self.slab), self.heads
-        for t in range(0, self.tokens, self.slab):
-            out = self._convolve(t, y[:, t : t + self.slab])
+        y, scratch, heads = self._empty(self.tokens), self._empty(self.chunk), self.heads
+        for t in range(0, self.tokens, self.chunk):
+            out = self._convolve(t, y[:, t : t + self.chunk])
             F.silu(out, inplace=True)
             if heads.length is not None:
                 square = torch.mul(out, out, out=scratch[:, : out.shape[1]]).sum(-1, keepdim=True)
@@ -185,14 +185,14 @@ class _Part:
         return y.flatten(2, 3)
 
     def backward(self, grad_BTHD: Tensor, d_x: Tensor, d_weight: Tensor, d_bias: Tensor | None) -> None:
-        """Slabs from the last to the first; `d_pre` ends in the first tokens of the slab after it."""
+        """Chunks from the last to the first; `d_pre` ends in the first tokens of the chunk after it."""
         d_x, past = self._columns(d_x), len(self.taps) - 1
         grad = grad_BTHD.unflatten(2, self.taps.shape[1:3])
         d_taps, d_constant = torch.zeros_like(self.taps), torch.zeros_like(self.taps[0])
-        d_pre, scratch, *more = (self._empty(self.slab + extra) for extra in (past, 0, 0, 0))
+        d_pre, scratch, *more = (self._empty(self.chunk + extra) for extra in (past, 0, 0, 0))
         d_pre[:, :past] = 0
-        for t in reversed(range(0, self.tokens, self.slab)):
-            size = min(self.slab, self.tokens - t)
+        for t in reversed(range(0, self.tokens, self.chunk)):
+            size = min(self.chunk, self.tokens - t)
             d_pre[:, size : size + past] = d_pre[:, :past].clone()
             buffers = [x[:, :size] for x in (d_pre, scratch, *more)]
             here = self._activation_backward(grad[:, t : t + size], t, *buffers)

@@ -1,4 +1,4 @@
-"""Which form of an operation runs a call, and why: rules tried in order, unless a test or a benchmark forces a form."""
+"""Which backend of an operation runs a call, and why: rules tried in order, unless a test or a benchmark forces one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from linearize.ops.layout import Layout
 
 Result = TypeVar("Result")
 CallKind = TypeVar("CallKind")
+MAX_MULTI_TOKEN = 32  # beyond so many tokens, matrices of pairs cost more than chunks
 OUR_OWN = (AssertionError, InputError, torch.OutOfMemoryError, torch.AcceleratorError, KeyboardInterrupt)
 
 
@@ -23,9 +24,9 @@ OUR_OWN = (AssertionError, InputError, torch.OutOfMemoryError, torch.Accelerator
 class Call:
     """What a rule may look at; can be made without tensors.
 
-    `device`: its type. `dtype`: what the form is given. `tokens`: T. `whole`: every token has an output (the scan: and
-    the state wanted is that after all). `gradients`: whether they are asked for. `opaque`: a kernel stands behind an
-    operator of its own, which `torch.compile` keeps whole.
+    `device`: its type. `dtype`: what the backend is given. `tokens`: T. `whole`: every token has an output (the scan:
+    and the state wanted is that after all). `gradients`: whether they are asked for. `opaque`: a kernel stands behind
+    an operator of its own, which `torch.compile` keeps whole.
     """
 
     device: str
@@ -38,7 +39,7 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Query:
     """A kind of call that a person asks about: so many tokens of whole rows, after past ones or not."""
 
     device: str
@@ -51,7 +52,7 @@ class Asked:
         """The call that an operation would see; `more`: what its rules look at besides."""
         return kind(device=self.device, dtype=self.dtype, tokens=self.tokens, gradients=self.gradients, **more)
 
-    def wide(self) -> Asked:
+    def wide(self) -> Query:
         """The same in at least fp32, as recurrences compute."""
         return replace(self, dtype=torch.promote_types(self.dtype, torch.float32))
 
@@ -63,23 +64,24 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A form, why it is not for a call (None: it is), why it is taken where it is; `built`: compiled at its first use.
+    """When a backend runs. `why_not_chosen`: the reason against it for a call (None: there is none). `why`: its merit.
 
-    A built form that fails at it is never tried again in this process. `cannot`: why a call is beyond the form even
-    where somebody forces it (what a form is refused for may be mere taste); None: it can.
+    `built`: it is compiled at its first use, and never tried again in this process where that fails. `unsupported`: the
+    reason why it cannot do a call even where it is forced (`why_not_chosen` may be a preference); None: it can.
     """
 
-    form: str
-    refuses: Callable[..., str | None]
+    backend: str
+    why_not_chosen: Callable[..., str | None]
     why: str
     built: bool = False
-    cannot: Callable[..., str | None] | None = None
+    unsupported: Callable[..., str | None] | None = None
 
 
 class Dispatcher:
-    """The rules of one operation, the form that is forced (None: the rules decide), and which forms did not build here.
+    """The rules of one operation; `forced`: the backend that is forced (None: the rules decide); `broken`: what did not
+    build.
 
-    Forced for all threads: by an attribute, which `torch.compile` can trace.
+    A backend is forced for all threads, by an attribute, which `torch.compile` can trace.
     """
 
     def __init__(self, operation: str, rules: Sequence[Rule]) -> None:
@@ -89,13 +91,13 @@ class Dispatcher:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Force one form inside the `with` block (tests, benchmarks).
+        """Force one backend inside the `with` block (tests, benchmarks).
 
         Raises:
-            InputError: no such form; and, from the operation itself, a call that the form cannot do.
+            InputError: no such backend; and, from the operation itself, a call that the backend cannot do.
         """
-        if all(rule.form != name for rule in self.rules):
-            raise unknown(f"form of {self.operation}", name, [rule.form for rule in self.rules])
+        if all(rule.backend != name for rule in self.rules):
+            raise unknown(f"backend of {self.operation}", name, [rule.backend for rule in self.rules])
         before, self.forced = self.forced, name
         try:
             yield
@@ -103,43 +105,43 @@ class Dispatcher:
             self.forced = before
 
     def choice(self, call: Call) -> tuple[str, str]:
-        """The form for a call, and why: what it is good for, and what kept the forms before it away."""
+        """The backend for a call, and why: what it is good for, and what kept the backends before it away."""
         if (forced := self.forced) is not None:
             return forced, "forced"
         before: list[str] = []
         for rule in self.rules:
-            reason = self.broken.get(rule.form) or rule.refuses(call)
+            reason = self.broken.get(rule.backend) or rule.why_not_chosen(call)
             if reason is None:
-                return rule.form, "; ".join([rule.why, *before])
-            before.append(f"not {rule.form}: {reason}")
-        raise AssertionError(f"no form of {self.operation} takes {call}: {before}")
+                return rule.backend, "; ".join([rule.why, *before])
+            before.append(f"not {rule.backend}: {reason}")
+        raise AssertionError(f"no backend of {self.operation} takes {call}: {before}")
 
     def run(self, call: Call, invoke: Callable[[str], Result]) -> Result:
-        """`invoke(form)` of the form chosen; where one does not build, one warning and the next form."""
+        """`invoke(backend)` of the backend chosen; where one does not build, one warning and the next backend."""
         if (forced := self.forced) is not None:
             self._check(forced, call)
             return invoke(forced)
-        rule = next(r for r in self.rules if r.form not in self.broken and r.refuses(call) is None)
+        rule = next(r for r in self.rules if r.backend not in self.broken and r.why_not_chosen(call) is None)
         if not rule.built or torch.compiler.is_compiling():  # what is traced is built later
-            return invoke(rule.form)
+            return invoke(rule.backend)
         try:
-            return invoke(rule.form)
+            return invoke(rule.backend)
         except OUR_OWN:
             raise
         except Exception as error:
-            self.broken[rule.form] = reason = f"it does not build here ({_line(error)})"
+            self.broken[rule.backend] = reason = f"it does not build here ({_line(error)})"
             then, _ = self.choice(call)
-            warnings.warn(f"{self.operation}: not {rule.form}: {reason}; {then} runs instead", stacklevel=3)
+            warnings.warn(f"{self.operation}: not {rule.backend}: {reason}; {then} runs instead", stacklevel=3)
         return self.run(call, invoke)
 
     def _check(self, forced: str, call: Call) -> None:
-        """Raises an `InputError` if the form that is forced cannot do the call."""
-        cannot = next(rule.cannot for rule in self.rules if rule.form == forced)
-        reason = None if cannot is None else cannot(call)
+        """Raises an `InputError` if the backend that is forced cannot do the call."""
+        unsupported = next(rule.unsupported for rule in self.rules if rule.backend == forced)
+        reason = None if unsupported is None else unsupported(call)
         if reason is not None:
             raise InputError(
-                f"{self.operation}: the form {forced!r} is forced and cannot run this call: {reason}; force none, or "
-                f"another of {', '.join(rule.form for rule in self.rules)}"
+                f"{self.operation}: the backend {forced!r} is forced and cannot run this call: {reason}; force none, "
+                f"or another of {', '.join(rule.backend for rule in self.rules)}"
             )
 
 
@@ -150,10 +152,10 @@ def _line(error: Exception) -> str:
 
 
 def more_than(most: int) -> Callable[[Call], str | None]:
-    """Refuses more tokens than `most`."""
+    """A rule's reason against calls of more than `most` tokens."""
     return lambda call: f"more than {most} token{'s' if most > 1 else ''}" if call.tokens > most else None
 
 
-def never(call: Call) -> str | None:
-    """Refuses nothing."""
+def always(call: Call) -> str | None:
+    """No reason against any call."""
     return None

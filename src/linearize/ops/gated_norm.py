@@ -1,4 +1,4 @@
-"""RMS norm per head with a SiLU gate, before it or after it, in slabs of tokens that stay in a processor's cache.
+"""RMS norm per head with a SiLU gate, before it or after it, in chunks of tokens that stay in a processor's cache.
 
 Letters: B batch, T tokens, H heads, V width of a head.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Order = Literal["gate_first", "norm_first"]
-SLAB = 1 << 17  # numbers of a slab
+CHUNK_NUMBERS = 1 << 17  # numbers of a chunk
 
 
 def gated_norm(y_BTHV: Tensor, gate_BTHV: Tensor, weight_HV: Tensor, eps: float, order: Order) -> Tensor:
@@ -24,9 +24,9 @@ def gated_norm(y_BTHV: Tensor, gate_BTHV: Tensor, weight_HV: Tensor, eps: float,
     return out
 
 
-def _slabs(y_BTHV: Tensor) -> list[slice]:
+def _chunks(y_BTHV: Tensor) -> list[slice]:
     tokens = y_BTHV.shape[1]
-    step = max(16, SLAB * tokens // max(1, y_BTHV.numel()))
+    step = max(16, CHUNK_NUMBERS * tokens // max(1, y_BTHV.numel()))
     return [slice(t, t + step) for t in range(0, tokens, step)]
 
 
@@ -35,7 +35,7 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, eps: float, gate_first: bool) -> Tensor:
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         scale = y.new_empty(*y.shape[:3], 1)  # one over the root mean square
-        for at in _slabs(y):
+        for at in _chunks(y):
             silu = torch.nn.functional.silu(gate[:, at])
             normed = silu * y[:, at] if gate_first else y[:, at]
             mean = torch.mul(normed, normed, out=out[:, at]).mean(-1, keepdim=True)
@@ -53,8 +53,8 @@ class _GatedNorm(torch.autograd.Function):
         y, gate, weight, scale = ctx.saved_tensors
         d_y, d_gate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (y, gate))
         d_weight = weight.new_zeros(y.shape[2:])
-        buffers = [torch.empty_like(d_y[:, at]) for at in _slabs(y)[:1] for _ in range(3)]
-        for at in _slabs(y):
+        buffers = [torch.empty_like(d_y[:, at]) for at in _chunks(y)[:1] for _ in range(3)]
+        for at in _chunks(y):
             given, r, value = grad[:, at], scale[:, at], y[:, at]
             slope, silu, normed = (x[:, : given.shape[1]] for x in buffers)
             torch.sigmoid(gate[:, at], out=slope)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linearize.ops.blocking import Block, blocks, scratch
+from linearize.ops.blocking import HeadBlock, head_blocks, scratch
 from linearize.ops.matmul import product_into
 
 SMALLEST = 1e-12
@@ -43,7 +43,7 @@ def _in_one(x: Tensor, weight_GRDF: Tensor, log_gain: Tensor | None) -> Tensor:
 class _Part:
     """Some heads of some rows: what of each tensor is theirs."""
 
-    block: Block
+    block: HeadBlock
     x: Tensor
     weight_gDX: Tensor
     per_group: int
@@ -63,7 +63,7 @@ class _Part:
 def _parts(x_BGCD: Tensor, weight_GRDF: Tensor) -> Iterator[_Part]:
     batch, groups, tokens, _ = x_BGCD.shape
     per_group, features = weight_GRDF.shape[1], weight_GRDF.shape[3]
-    for block in blocks(batch, groups, 2 * tokens * per_group * features):
+    for block in head_blocks(batch, groups, 2 * tokens * per_group * features):
         weight = weight_GRDF[block.groups].transpose(1, 2).flatten(2)
         yield _Part(block, block.of(x_BGCD), weight, per_group)
 

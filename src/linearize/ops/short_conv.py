@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from linearize.ops.layout import Layout
 
-SLAB = 1 << 17  # numbers worked on at a time: they stay in a processor's cache over all taps
+CHUNK_NUMBERS = 1 << 17  # numbers worked on at a time: they stay in a processor's cache over all taps
 
 
 def short_conv(
@@ -100,7 +100,7 @@ def _last_inputs(
 
 
 class _ShortConv(torch.autograd.Function):
-    """The convolution slab by slab, forward and backward: several times as fast as torch's depthwise Conv1d here."""
+    """The convolution chunk by chunk, forward and backward: several times as fast as torch's depthwise Conv1d here."""
 
     @staticmethod
     def forward(
@@ -109,9 +109,9 @@ class _ShortConv(torch.autograd.Function):
         columns = weight_CK.mT.contiguous()
         past = columns.shape[0] - 1
         y = x_BSC.new_empty(x_BSC.shape[0], x_BSC.shape[1] - past, x_BSC.shape[2])
-        slab = _slab(y)
-        for t in range(0, y.shape[1], slab):
-            out = y[:, t : t + slab]
+        chunk = _chunk_tokens(y)
+        for t in range(0, y.shape[1], chunk):
+            out = y[:, t : t + chunk]
             torch.mul(x_BSC[:, t + past : t + past + out.shape[1]], columns[past], out=out)
             if bias_C is not None:
                 out += bias_C
@@ -128,9 +128,9 @@ class _ShortConv(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, columns, document = ctx.saved_tensors
         past = columns.shape[0] - 1
-        d_x, d_columns, slab = torch.zeros_like(x), torch.zeros_like(columns), _slab(d_y)
-        for t in range(0, d_y.shape[1], slab):
-            d_out = d_y[:, t : t + slab]
+        d_x, d_columns, chunk = torch.zeros_like(x), torch.zeros_like(columns), _chunk_tokens(d_y)
+        for t in range(0, d_y.shape[1], chunk):
+            d_out = d_y[:, t : t + chunk]
             for lag in range(past + 1):
                 first = t + past - lag
                 here = slice(first, first + d_out.shape[1])
@@ -140,9 +140,9 @@ class _ShortConv(torch.autograd.Function):
         return d_x, d_columns.mT, d_y.sum((0, 1)) if ctx.has_bias else None, None
 
 
-def _slab(y_BTC: Tensor) -> int:
+def _chunk_tokens(y_BTC: Tensor) -> int:
     """Tokens worked on at a time."""
-    return max(16, SLAB // max(1, y_BTC.shape[0] * y_BTC.shape[2]))
+    return max(16, CHUNK_NUMBERS // max(1, y_BTC.shape[0] * y_BTC.shape[2]))
 
 
 def _same(x_BNC: Tensor, document_BS: Tensor | None, first: int, lag: int) -> Tensor:

@@ -19,8 +19,9 @@ from linearize.decoding.speculative.cached_model import Reader
 from linearize.decoding.speculative.draft_length import MOST
 from linearize.errors import InputError
 from linearize.modeling.static.graphs import weights_at
-from linearize.modeling.static.layers import WIDEST, static_layers
+from linearize.modeling.static.layers import static_layers
 from linearize.modeling.static.step import StaticStep
+from linearize.ops.dispatch import MAX_MULTI_TOKEN
 
 USUAL = MOST + 2  # tokens that wait for a decision: a draft reads up to two of the text, and its guesses
 ROOM = 512  # tokens of room beyond the prompts, doubled where it runs out
@@ -123,7 +124,7 @@ class StaticReader(Reader):
         step, tokens = self._step, tokens_bT.shape[1]
         waiting = tokens + (step.held if self._decided is None else 0)
         if waiting > step.width:
-            step.grow(width=max(waiting, min(WIDEST, 2 * step.width)))
+            step.grow(width=max(waiting, min(MAX_MULTI_TOKEN, 2 * step.width)))
         if step.capacity is not None and max(step.lengths) + step.held + tokens > step.capacity:
             step.grow(capacity=2 * step.capacity)
         kept, self._decided = self._decided, None

@@ -13,11 +13,10 @@ from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import with_cache
 from linearize.modeling.static.cache import StaticAttentionLayer, StaticMixerLayer
 from linearize.modeling.student import LinearizedForCausalLM
+from linearize.ops.dispatch import MAX_MULTI_TOKEN
 
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape
-
-WIDEST = 32  # tokens of a step or a tail: beyond, operations take forms that look at values
 
 
 def static_layers(model: PreTrainedModel, tail: int, capacity: int | None, most: int = 1) -> list[Any]:
@@ -43,7 +42,7 @@ def _static(
     if isinstance(layer, MixerCacheLayer):
         return StaticMixerLayer(tail, most)
     if type(layer) is DynamicSlidingWindowLayer:
-        return StaticAttentionLayer(layer.sliding_window + 2 * WIDEST, layer.sliding_window)
+        return StaticAttentionLayer(layer.sliding_window + 2 * MAX_MULTI_TOKEN, layer.sliding_window)
     if type(layer) is not DynamicLayer:
         raise InputError(f"layer {index} ({type(layer).__name__}) has no static cache: decode without")
     if capacity is None or capacity < 1:

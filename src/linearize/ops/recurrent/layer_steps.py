@@ -1,9 +1,9 @@
 """What a layer mixer does between its projections: one kernel (convolution, gates, recurrence, norm), or operations.
 
-| form | for |
+| backend | for |
 |---|---|
 | triton | a few CUDA tokens without gradients: decode, verification |
-| operations | everything else: the convolution and the recurrence, each with its own forms |
+| operations | everything else: the convolution and the recurrence, each with its own backends |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, never, wants_gradients
+from linearize.ops.dispatch import Call, Dispatcher, Rule, always, wants_gradients
 from linearize.ops.layout import Layout
 
 MOST_TAPS = 8
@@ -29,14 +29,14 @@ class LayerCall(Call):
     taps: int
 
 
-def kernel_refuses(call: LayerCall) -> str | None:
+def kernel_why_not_chosen(call: LayerCall) -> str | None:
     """Why the fused kernel does not run a call; None: it does."""
-    return kernels.refuses(call) or _many_taps(call)
+    return kernels.why_not_chosen(call) or _many_taps(call)
 
 
-def kernel_cannot(call: LayerCall) -> str | None:
+def kernel_unsupported(call: LayerCall) -> str | None:
     """Why a call is beyond the fused kernel."""
-    return kernels.cannot(call) or _many_taps(call)
+    return kernels.unsupported(call) or _many_taps(call)
 
 
 def _many_taps(call: LayerCall) -> str | None:
@@ -48,19 +48,19 @@ DISPATCH = Dispatcher(
     [
         Rule(
             "triton",
-            kernel_refuses,
+            kernel_why_not_chosen,
             "a few tokens on a GPU: all between the projections in one launch",
             built=True,
-            cannot=kernel_cannot,
+            unsupported=kernel_unsupported,
         ),
-        Rule("operations", never, "convolution, gates, recurrence and norm one after the other"),
+        Rule("operations", always, "convolution, gates, recurrence and norm one after the other"),
     ],
 )
-use_form = DISPATCH.use
+use_backend = DISPATCH.use
 
 
 def choice(call: LayerCall) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)
 
 
@@ -72,7 +72,7 @@ def run_layer(
     by_kernel: Callable[[], Any],
     by_operations: Callable[[], Any],
 ) -> Any:
-    """What the form chosen gives. `projected: [B, T, ...]`; `watched`: parameters through which gradients may be
+    """What the backend chosen gives. `projected: [B, T, ...]`; `watched`: parameters through which gradients may be
     asked for."""
     first = projected[0]
     call = LayerCall(
@@ -84,8 +84,8 @@ def run_layer(
         taps=conv_weight_CW.shape[1],
     )
 
-    def run(form: str) -> Any:
-        if form != "triton":
+    def run(backend: str) -> Any:
+        if backend != "triton":
             return by_operations()
         with torch.autocast(first.device.type, enabled=False):
             return by_kernel()

@@ -29,10 +29,9 @@ from importlib.util import find_spec
 
 import torch
 
-from linearize.ops.dispatch import Call
-from linearize.ops.pairs import MANY
+from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call
 
-__all__ = ["MOST_TOKENS", "base_refuses", "fla_refuses", "has_fla", "has_triton", "refuses"]
+__all__ = ["MOST_TOKENS", "base_why_not_chosen", "fla_why_not_chosen", "has_fla", "has_triton", "why_not_chosen"]
 
 MOST_TOKENS = 240  # of a call of a fused kernel: a slot of the convolution is a byte
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,59 +49,59 @@ def has_fla() -> bool:
     return find_spec("fla") is not None
 
 
-def refuses(call: Call) -> str | None:
+def why_not_chosen(call: Call) -> str | None:
     """Why the multi-step kernels do not run a call; None: they do."""
-    if call.device == "cuda" and call.tokens > MANY:
-        return f"more than {MANY} tokens"
+    if call.device == "cuda" and call.tokens > MAX_MULTI_TOKEN:
+        return f"more than {MAX_MULTI_TOKEN} tokens"
     if call.device == "cuda" and call.gradients:
         return "gradients are asked for"
-    return base_refuses(call)
+    return base_why_not_chosen(call)
 
 
-def cannot(call: Call) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Why a call is beyond the multi-step kernels."""
-    return base_cannot(call) or ("it gives no gradients" if call.gradients else None)
+    return base_unsupported(call) or ("it gives no gradients" if call.gradients else None)
 
 
-def base_cannot(call: Call) -> str | None:
+def base_unsupported(call: Call) -> str | None:
     """Why a call is beyond every one of these kernels, in the interpreter (on CPU tensors) too."""
     if call.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return _dtype_refuses(call)
-    return base_refuses(call)
+        return _unsupported_dtype(call)
+    return base_why_not_chosen(call)
 
 
-def _dtype_refuses(call: Call) -> str | None:
+def _unsupported_dtype(call: Call) -> str | None:
     return None if call.dtype in _DTYPES else f"{str(call.dtype).removeprefix('torch.')} is computed in full"
 
 
-def base_refuses(call: Call) -> str | None:
+def base_why_not_chosen(call: Call) -> str | None:
     """Why none of these kernels runs a call, whatever its size."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
     if torch.compiler.is_compiling() and not call.opaque:
-        return "torch.compile traces the forms in PyTorch"
-    if (reason := _dtype_refuses(call)) is not None:
+        return "torch.compile traces the backends in PyTorch"
+    if (reason := _unsupported_dtype(call)) is not None:
         return reason
     return None if has_triton() else "triton is not installed"
 
 
-def fla_refuses(call: Call) -> str | None:
+def fla_why_not_chosen(call: Call) -> str | None:
     """Why fla's kernels do not run a call."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
-    if (reason := _fla_layout_refuses(call)) is not None:
+    if (reason := _unsupported_layout(call)) is not None:
         return reason
     if call.dtype not in _DTYPES:
         return f"{str(call.dtype).removeprefix('torch.')} is computed in full"
     return None if has_fla() else "flash-linear-attention is not installed"
 
 
-def fla_cannot(call: Call) -> str | None:
+def fla_unsupported(call: Call) -> str | None:
     """Why a call is beyond fla's kernels."""
     there = "fla" in sys.modules or has_fla()
-    return _fla_layout_refuses(call) if there else "flash-linear-attention is not installed"
+    return _unsupported_layout(call) if there else "flash-linear-attention is not installed"
 
 
-def _fla_layout_refuses(call: Call) -> str | None:
+def _unsupported_layout(call: Call) -> str | None:
     static = call.layout.tail is not None
     return "its documents would be read from the device, which a static call must not" if static else None

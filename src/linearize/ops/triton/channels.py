@@ -92,7 +92,7 @@ def selective_scan_steps(
     commit: int | None = None,
     state_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan`'s form: `y: [B, U, E]` in the dtype of x, and `h: [B, E, N]` after `commit` tokens.
+    """`selective_scan`'s backend: `y: [B, U, E]` in the dtype of x, and `h: [B, E, N]` after `commit` tokens.
 
     `state_out`: where h is written, `state` itself for in place (None: new memory). Dead tokens are told by the layout.
     """

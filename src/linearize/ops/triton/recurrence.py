@@ -112,7 +112,7 @@ def decay_linear_steps(
     gate_divisor: float | None = None,
     norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`decay_linear`'s form: `y: [B, H, U, V]` in the dtype of v, and `S: [B, G, K, V]` after `commit` tokens.
+    """`decay_linear`'s backend: `y: [B, H, U, V]` in the dtype of v, and `S: [B, G, K, V]` after `commit` tokens.
 
     With G < H heads of k, v and decay, H / G query heads read one state. `state_out`: where S is written, `state`
     itself for in place (None: new memory). `gate_divisor`: q and k go through a softmax, and the log decay is log
@@ -135,7 +135,7 @@ def gated_delta_steps(
     commit: int | None = None,
     state_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_delta`'s form: `y: [B, H, U, V]` in the dtype of v, and `S: [B, H, K, V]` after `commit` tokens."""
+    """`gated_delta`'s backend: `y: [B, H, U, V]` in the dtype of v, and `S: [B, H, K, V]` after `commit` tokens."""
     options: dict[str, Any] = {"layout": layout, "state": state, "commit": commit, "state_out": state_out}
     return _run(q_BHUK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT, divisor=None, eps=None, **options)
 

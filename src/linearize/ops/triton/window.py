@@ -16,11 +16,15 @@ from linearize.ops.layout import Layout
 from linearize.ops.triton.launch import Span, power_of_two, rows_of
 from linearize.ops.triton.launch import tile as make_tile
 from linearize.ops.triton.window_step import window_kernel
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.maps import DOUBLED, FeatureWeights, weights_of
-from linearize.ops.window_linear.spec import WindowLinear
-from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.window import fold_boundary, ring_slots
+from linearize.ops.window_linear.spec import (
+    DOUBLED,
+    FeatureWeights,
+    WindowLinear,
+    fold_boundary,
+    ring_slots,
+    weights_of,
+)
+from linearize.ops.window_linear.state import WindowBuffers, WindowLinearState
 
 BLOCK_NUMBERS = 4096  # of keys, or values, that a program looks at together
 MAP_NUMBERS = 8192  # of a feature map's weight
@@ -54,7 +58,7 @@ def window_linear_steps(
     need_state: bool = True,
     commit: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """`window_linear`'s form: `y: [B, H, U, V]` in the dtype of q, and the state after `commit` tokens (None: all).
+    """`window_linear`'s backend: `y: [B, H, U, V]` in the dtype of q, and the state after `commit` tokens (None: all).
 
     A `WindowBuffers` is written in place and returned: nothing is copied to or from the host, so that the call can be
     captured. With a plain layout its own cursor then says where the tokens stand; a document may begin in such a call

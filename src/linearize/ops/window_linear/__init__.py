@@ -1,14 +1,32 @@
-"""Window + linear attention with one normaliser: `window_linear` picks the form, every form computes the same.
+"""Window + linear attention with one normaliser: `window_linear` picks the backend, every backend computes the same.
 
-| form | file | time and memory | for |
+| backend | function | time and memory | for |
 |---|---|---|---|
-| reference | `reference.py` | U x S | proof; outputs of a few tokens (padded decode and verification) |
-| step | `step.py` | S | one token without padding: decode |
-| few | `few.py` | U x S | a few tokens without padding: verification of guesses |
-| chunked | `chunked.py` | linear in T | training, prefill |
-| in_place | `in_place.py` | U x S | static layouts: ring and sum written where they are |
-| triton | `../triton/window.py` | S, one launch | a few CUDA tokens without gradients; tail and guesses together |
+| reference | `reference.reference` | U x S | proof; outputs of a few tokens (padded decode and verification) |
+| step | `multi_token.step` | S | one token without padding: decode |
+| multi_token | `multi_token.multi_token` | U x S | a few tokens without padding: verification of a draft |
+| chunked | `chunked.chunked` | linear in T | training, prefill |
+| in_place | `in_place.in_place` | U x S | static layouts: ring and sum written where they are |
+| triton | `../triton/window.py` | S, one launch | a few CUDA tokens without gradients; tail and draft together |
 | triton_chunks | `../triton/window_chunks/` | linear in T | many CUDA tokens: training, prefill |
+
+Read in this order:
+
+| file | holds |
+|---|---|
+| `spec.py` | the options of a call, which tokens a window holds, the feature maps that kernels know |
+| `reference.py` | the equation |
+| `state.py` | the state as a value, the ring buffer behind it, and as buffers that are written in place |
+| `slots.py` | ring and new tokens side by side; every document on a chunk boundary |
+| `update.py` | the state after a call |
+| `multi_token.py` | one token, and a few |
+| `chunked.py` | many tokens: chunk groups, forward and backward |
+| `masks.py` | what the queries of a chunk see, and what its memory takes up |
+| `head_block.py` | a chunk group for some heads: outputs and gradients |
+| `head_terms.py` | the softmax term and the linear term of one head |
+| `in_place.py` | steps over buffers |
+| `operator.py` | the kernel over buffers as one operator of a compiled graph |
+| `backends.py` | which backend runs a call, and why |
 """
 
 from __future__ import annotations
@@ -23,32 +41,32 @@ from torch import Tensor
 from linearize.ops.dispatch import wants_gradients
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.backends import DISPATCH, WindowCall, cursor_of
-from linearize.ops.window_linear.buffers import WindowBuffers
 from linearize.ops.window_linear.chunked import chunked
 from linearize.ops.window_linear.in_place import in_place
-from linearize.ops.window_linear.maps import weights_of
-from linearize.ops.window_linear.multi_token import few
+from linearize.ops.window_linear.multi_token import multi_token, step
 from linearize.ops.window_linear.operator import window_steps
 from linearize.ops.window_linear.reference import reference
-from linearize.ops.window_linear.spec import Branch, WindowLinear
-from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.step import step
-from linearize.ops.window_linear.update import gather_slots, next_state
-from linearize.ops.window_linear.window import WindowShape
+from linearize.ops.window_linear.slots import gather_slots
+from linearize.ops.window_linear.spec import Branch, WindowLinear, WindowShape, weights_of
+from linearize.ops.window_linear.state import WindowBuffers, WindowLinearState
+from linearize.ops.window_linear.update import next_state
 
 __all__ = [
-    "FORMS",
+    "BACKENDS",
     "Branch",
     "WindowLinear",
     "WindowLinearState",
     "WindowShape",
     "advance",
-    "use_form",
+    "use_backend",
     "window_linear",
 ]
 
-FORMS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {"reference": reference, "chunked": chunked}
-use_form = DISPATCH.use  # of FORMS, or one of the kernels'
+BACKENDS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {
+    "reference": reference,
+    "chunked": chunked,
+}
+use_backend = DISPATCH.use  # of BACKENDS, or one of the kernels'
 
 
 def window_linear(
@@ -79,15 +97,15 @@ def window_linear(
         if name == "triton" and (spec.has_window or spec.has_linear):
             return _steps(q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         options["spec"] = spec.resolved()
-        if name == "few" and (spec.has_window or spec.has_linear):
-            return _in_torch(few, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
+        if name == "multi_token" and (spec.has_window or spec.has_linear):
+            return _in_torch(multi_token, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         if name == "triton_chunks" and commit is None and (spec.has_window or spec.has_linear):
             return _chunks(q_BHUD, k_BGTD, v_BGTV, **options)
         if commit is not None:
-            return _multi_step(q_BHUD, k_BGTD, v_BGTV, options["spec"], layout, past, commit)
-        form = (FORMS | {"step": step}).get(name if whole else "reference", chunked)
-        form = form if spec.has_window or spec.has_linear else nothing
-        return _in_torch(form, q_BHUD, k_BGTD, v_BGTV, **options)
+            return _commit_then_attend(q_BHUD, k_BGTD, v_BGTV, options["spec"], layout, past, commit)
+        backend = (BACKENDS | {"step": step}).get(name if whole else "reference", chunked)
+        backend = backend if spec.has_window or spec.has_linear else nothing
+        return _in_torch(backend, q_BHUD, k_BGTD, v_BGTV, **options)
 
     call = WindowCall(
         device=q_BHUD.device.type,
@@ -152,17 +170,17 @@ def _chunks(*inputs: Tensor, **options: Any) -> tuple[Tensor, WindowLinearState 
 
 
 def _in_torch(
-    form: Callable[..., tuple[Tensor, WindowLinearState | None]], *inputs: Tensor, **options: Any
+    backend: Callable[..., tuple[Tensor, WindowLinearState | None]], *inputs: Tensor, **options: Any
 ) -> tuple[Tensor, WindowLinearState | None]:
-    """A form in PyTorch, in at least fp32 (the chunked one widens a slab at a time)."""
+    """A backend in PyTorch, in at least fp32 (the chunked one widens group by group)."""
     dtype = inputs[0].dtype
-    wide = dtype if form is chunked else torch.promote_types(dtype, torch.float32)
+    wide = dtype if backend is chunked else torch.promote_types(dtype, torch.float32)
     with torch.autocast(inputs[0].device.type, enabled=False):
-        y, after = form(*(x.to(wide) for x in inputs), **options)
+        y, after = backend(*(x.to(wide) for x in inputs), **options)
     return y.to(dtype), after if after is None else _narrow(after, dtype)
 
 
-def _multi_step(
+def _commit_then_attend(
     q_BHUD: Tensor,
     k_BGTD: Tensor,
     v_BGTV: Tensor,

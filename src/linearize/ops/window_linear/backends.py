@@ -1,4 +1,4 @@
-"""Which form of window + linear attention runs a call."""
+"""Which backend of window + linear attention runs a call."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, never
+from linearize.ops.dispatch import MAX_MULTI_TOKEN, Call, Dispatcher, Rule, always
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.maps import weights_of
-from linearize.ops.window_linear.multi_token import FEW_TOKENS
-from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.spec import MOST_CHUNK, WindowLinear, chunk_of, weights_of
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.window import MOST_CHUNK, chunk_of
 
 MOST_HEAD_DIM = 128
 Cursor = Literal["none", "same", "rows"]
@@ -40,14 +37,14 @@ def cursor_of(state: WindowLinearState | None, layout: Layout) -> Cursor:
     return "same" if follows else "rows"
 
 
-def kernel_refuses(call: WindowCall) -> str | None:
+def kernel_why_not_chosen(call: WindowCall) -> str | None:
     """Why the multi-step kernel does not run a call; None: it does."""
-    return kernels.refuses(call) or _unknown_map(call)
+    return kernels.why_not_chosen(call) or _unknown_map(call)
 
 
-def kernel_cannot(call: WindowCall) -> str | None:
+def kernel_unsupported(call: WindowCall) -> str | None:
     """Why a call is beyond the multi-step kernel."""
-    return kernels.cannot(call) or _unknown_map(call)
+    return kernels.unsupported(call) or _unknown_map(call)
 
 
 def _unknown_map(call: WindowCall) -> str | None:
@@ -56,18 +53,18 @@ def _unknown_map(call: WindowCall) -> str | None:
     return "a feature map that the kernel does not know" if unknown else None
 
 
-def chunks_refuse(call: WindowCall) -> str | None:
+def chunks_why_not_chosen(call: WindowCall) -> str | None:
     """Why the kernels over chunks do not run a call; None: they do."""
     if not call.whole or call.layout.gaps():
         return "tokens without an output, or dead ones between others"
-    return kernels.base_refuses(call) or _too_large(call)
+    return kernels.base_why_not_chosen(call) or _too_large(call)
 
 
-def chunks_cannot(call: WindowCall) -> str | None:
+def chunks_unsupported(call: WindowCall) -> str | None:
     """Why a call is beyond the kernels over chunks."""
-    if not call.whole:  # then another form runs, whichever is forced
+    if not call.whole:  # then another backend runs, whichever is forced
         return None
-    return "dead tokens between others" if call.layout.gaps() else kernels.base_cannot(call) or _too_large(call)
+    return "dead tokens between others" if call.layout.gaps() else kernels.base_unsupported(call) or _too_large(call)
 
 
 def _too_large(call: WindowCall) -> str | None:
@@ -78,60 +75,73 @@ def _too_large(call: WindowCall) -> str | None:
     return None
 
 
-def _in_place_refuses(call: WindowCall) -> str | None:
+def _in_place_why_not_chosen(call: WindowCall) -> str | None:
     return None if call.in_place else "the state is no buffers of a static cache"
 
 
-def _step_refuses(call: WindowCall) -> str | None:
+def _step_why_not_chosen(call: WindowCall) -> str | None:
     one = call.whole and call.tokens == 1 and call.layout.is_plain and call.cursor == "same"
     return None if one else "not one token after the same state in every row"
 
 
-def _few_refuses(call: WindowCall) -> str | None:
+def _multi_token_why_not_chosen(call: WindowCall) -> str | None:
     plain = call.layout.is_plain and call.cursor == "same" and call.spec.has_window
-    return None if plain and 0 < call.tokens <= FEW_TOKENS else "not a few tokens after the same state in every row"
+    return (
+        None if plain and 0 < call.tokens <= MAX_MULTI_TOKEN else "not a few tokens after the same state in every row"
+    )
 
 
-def _step_cannot(call: WindowCall) -> str | None:
-    return _step_refuses(call) if call.whole and not call.in_place else None
+def _step_unsupported(call: WindowCall) -> str | None:
+    return _step_why_not_chosen(call) if call.whole and not call.in_place else None
 
 
-def _few_cannot(call: WindowCall) -> str | None:
+def _multi_token_unsupported(call: WindowCall) -> str | None:
     plain = call.layout.is_plain and call.cursor == "same" and call.spec.has_window
     can = plain or call.in_place or not call.spec.has_linear
     return None if can else "not tokens after the same state in every row, within a window"
 
 
-def _reference_refuses(call: WindowCall) -> str | None:
-    few = call.tokens <= FEW_TOKENS or not call.whole or call.layout.gaps()
-    return None if few else f"more than {FEW_TOKENS} tokens"
+def _reference_why_not_chosen(call: WindowCall) -> str | None:
+    short = call.tokens <= MAX_MULTI_TOKEN or not call.whole or call.layout.gaps()
+    return None if short else f"more than {MAX_MULTI_TOKEN} tokens"
 
 
 DISPATCH = Dispatcher(
     "window_linear",
     [
-        Rule("triton", kernel_refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernel_cannot),
+        Rule(
+            "triton",
+            kernel_why_not_chosen,
+            "a few tokens on a GPU: one launch",
+            built=True,
+            unsupported=kernel_unsupported,
+        ),
         Rule(
             "in_place",
-            _in_place_refuses,
+            _in_place_why_not_chosen,
             "a static cache: ring and sum written where they are",
-            cannot=_in_place_refuses,
+            unsupported=_in_place_why_not_chosen,
         ),
-        Rule("step", _step_refuses, "one token: nothing is masked", cannot=_step_cannot),
-        Rule("few", _few_refuses, "a few tokens: past and new keys side by side", cannot=_few_cannot),
-        Rule("reference", _reference_refuses, "a few tokens, or dead ones among them"),
+        Rule("step", _step_why_not_chosen, "one token: nothing is masked", unsupported=_step_unsupported),
+        Rule(
+            "multi_token",
+            _multi_token_why_not_chosen,
+            "a few tokens: past and new keys side by side",
+            unsupported=_multi_token_unsupported,
+        ),
+        Rule("reference", _reference_why_not_chosen, "a few tokens, or dead ones among them"),
         Rule(
             "triton_chunks",
-            chunks_refuse,
+            chunks_why_not_chosen,
             "many tokens on a GPU: window and sum in one pass",
             built=True,
-            cannot=chunks_cannot,
+            unsupported=chunks_unsupported,
         ),
-        Rule("chunked", never, "many tokens: products of chunks"),
+        Rule("chunked", always, "many tokens: products of chunks"),
     ],
 )
 
 
 def choice(call: WindowCall) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.spec import WindowLinear, with_ones
-from linearize.ops.window_linear.update import take_slots
-from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
+from linearize.ops.window_linear.spec import WindowLinear, fold_boundary, most_leaving, ring_slots, with_ones
+from linearize.ops.window_linear.state import WindowBuffers, take_slots
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

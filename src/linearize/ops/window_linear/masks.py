@@ -13,24 +13,45 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.align import Alignment
-from linearize.ops.window_linear.head_block import Slab
-from linearize.ops.window_linear.spec import WindowLinear
-from linearize.ops.window_linear.update import Slots
-from linearize.ops.window_linear.window import in_window
+from linearize.ops.window_linear.slots import Alignment, Slots
+from linearize.ops.window_linear.spec import WindowLinear, in_window
 
 UNLIKE = 3  # chunks of a plain text that have no two chunks of tokens that can be folded before them
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMasks:
+    """What a chunk group's queries may see, and the options of the operation.
+
+    `bias`: [B or 1, N or 1, C, K], minus infinity at keys not seen by softmax, else 0 (None: no window part). `far`: [B
+    or 1, N or 1, C, 2 C], 1 at keys of the tile that are seen by features, else 0 (None: none is). `fold`: [B or 1, N,
+    C], 1 for each token of chunk n - 2 that the memory takes up before chunk n, else 0 (None: all). `keep`: [B or 1,
+    N], 0 where a document opens (None: nowhere).
+    """
+
+    bias: Tensor | None
+    far: Tensor | None
+    fold: Tensor | None
+    keep: Tensor | None
+    scaling: float
+    softcap: float | None
+    shared_shift: bool
+
+    def part(self, chunks: slice) -> GroupMasks:
+        """The masks of some of the chunks, where each has its own."""
+        names = ("bias", "far", "fold", "keep")
+        return replace(self, **{name: x[:, chunks] for name in names if (x := getattr(self, name)) is not None})
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
     """Those of the first chunks, and of each chunk after them (None: there is none)."""
 
-    first: Slab
+    first: GroupMasks
     chunks: int
-    others: Slab | None
+    others: GroupMasks | None
 
-    def part(self, start: int, stop: int) -> Slab:
+    def part(self, start: int, stop: int) -> GroupMasks:
         """The masks of some of the chunks, all of them among the first or none."""
         if start >= self.chunks:
             assert self.others is not None
@@ -53,7 +74,7 @@ class Masks:
 def masks_of(
     alignment: Alignment, slots: Slots, layout: Layout, chunk: int, step: int, spec: WindowLinear, dtype: torch.dtype
 ) -> Masks:
-    """The masks for slabs of `step` chunks; computed once for all layers that share layout and window."""
+    """The masks for chunk groups of `step` chunks; computed once for all layers that share layout and window."""
     memo = ("masks", chunk, step, spec.window, spec.shape, spec.num_sinks, spec.branch, spec.has_linear, dtype)
     if slots.num_past == 0 and memo in layout.memo:
         found: Masks = layout.memo[memo]
@@ -61,17 +82,17 @@ def masks_of(
     chunks = alignment.num_chunks
     if alignment.source_BA is None:
         chunks = min(chunks, -(-UNLIKE // step) * step)
-    first = _slab(alignment, slice(0, chunks), chunk, spec, dtype)
+    first = _group_masks(alignment, slice(0, chunks), chunk, spec, dtype)
     others = None
     if chunks < alignment.num_chunks:
-        others = replace(_slab(alignment, slice(chunks, chunks + 1), chunk, spec, dtype), fold=None, keep=None)
+        others = replace(_group_masks(alignment, slice(chunks, chunks + 1), chunk, spec, dtype), fold=None, keep=None)
     result = Masks(first, chunks, others)
     if slots.num_past == 0:
         layout.memo[memo] = result
     return result
 
 
-def _slab(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLinear, dtype: torch.dtype) -> Slab:
+def _group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLinear, dtype: torch.dtype) -> GroupMasks:
     """The masks of some chunks, each with its own."""
     c = torch.arange(-chunk, chunk, device=alignment.first_BN.device)
     first = alignment.first_BN[:, chunks, None]
@@ -97,7 +118,7 @@ def _slab(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLinear, d
         bias = torch.zeros(shown.shape, dtype=dtype, device=c.device).masked_fill_(~shown, -torch.inf)
     keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1)[:, chunks]
     fold = _foldable(alignment, held, chunk, spec)[:, chunks].to(dtype)
-    return Slab(
+    return GroupMasks(
         bias, far, fold, None if bool(keep.all()) else keep.to(dtype), spec.scaling, spec.softcap, spec.shared_shift
     )
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.buffers import WindowBuffers
-from linearize.ops.window_linear.maps import FeatureWeights, weights_of
-from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.spec import FeatureWeights, WindowLinear, weights_of
+from linearize.ops.window_linear.state import WindowBuffers
 
 WRITTEN = ("next_B", "begin_B", "k_BGCD", "v_BGCV", "sink_k_BGND", "sink_v_BGNV", "memory_BHFV")
 

@@ -4,7 +4,7 @@
           / [ the same with every v replaced by 1 ],           s_ni = q_n . k_i / sqrt(D),  c_n = max_{i in W(n)} s_ni
 
 As published m_n = c_n and r_n = 1; with a shared shift m_n = max(c_n, 0) and r_n = exp(-m_n).
-This form proves the others and is also the fast one for a few tokens (decode, verification of a draft).
+This backend proves the others and is also the fast one for a few tokens (decode, verification of a draft).
 
 Letters: B batch, G key/value heads, R query heads per key/value head, H = G R, T new tokens, S slots (sinks, ring,
 new), D, V, F.
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.spec import WindowLinear, divide, state_dtype, with_ones
+from linearize.ops.window_linear.slots import Slots, gather_slots
+from linearize.ops.window_linear.spec import WindowLinear, divide, in_window, most_leaving, state_dtype, with_ones
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.update import Slots, gather_slots, next_state
-from linearize.ops.window_linear.window import in_window, most_leaving
+from linearize.ops.window_linear.update import next_state
 
 
 def reference(

@@ -1,20 +1,104 @@
-"""What one window + linear attention computes: its options, in one frozen value that every form of the operation
-takes."""
+"""What one window + linear attention computes: its options in one frozen value that every backend takes, which tokens a
+window holds, and the feature maps that a kernel can compute by itself.
+
+| map | phi(x) of one head |
+|---|---|
+| `hedgehog` | [softmax(x W), softmax(-x W)], at least 1e-12 |
+| `t2r` | relu(x W + b) |
+| `elu` | elu(x) + 1 |
+| `exp` | [exp(x W - max), exp(min - x W)] |
+| `gain` | hedgehog's times exp(x u + c), the exponent from -15 to 15 |
+
+Letters: B batch, G key/value heads, H query heads, T tokens, D head dimension, F features, C columns of a map.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.window_linear.window import WindowShape
-
+WindowShape = Literal["terraced", "sliding"]
+Position = TypeVar("Position", int, Tensor)
+MOST_CHUNK = 128  # tokens of a chunk that a program of a kernel holds
+KNOWN_MAPS = ("hedgehog", "t2r", "elu", "exp", "gain")
+DOUBLED = {"hedgehog", "exp", "gain"}  # two features for each column
 Branch = Literal["both", "window", "linear"]
 FeatureMap = Callable[[Tensor], Tensor]
+
+
+def in_window(query: Tensor, key: Tensor, window: int, shape: WindowShape) -> Tensor:
+    """Whether `key` (a position, not after `query`) is inside the query's window; broadcasts.
+
+    Sliding: the last `window` tokens. Terraced: with b = floor(n / window), blocks b - 1 and b (LoLCATs, 2410.10254,
+    section 3.3).
+    """
+    if window == 0:
+        return torch.zeros_like(query - key, dtype=torch.bool)
+    if shape == "sliding":
+        return query - key < window
+    return query // window - key // window < 2
+
+
+def fold_boundary(next_position: Position, window: int, shape: WindowShape) -> Position:
+    """First position that is still in the window of a query at `next_position`; everything before it is in the
+    state."""
+    if window == 0:
+        return next_position
+    start = next_position - window + 1 if shape == "sliding" else (next_position // window - 1) * window
+    return max(start, 0) if isinstance(start, int) else start.clamp(min=0)
+
+
+def most_leaving(num_tokens: int, window: int, shape: WindowShape) -> int:
+    """The most positions that `fold_boundary` passes while so many tokens come."""
+    return window * -(-num_tokens // window) if window and shape == "terraced" else num_tokens
+
+
+def ring_slots(window: int, shape: WindowShape) -> int:
+    """The most tokens that can wait in the ring before they are folded."""
+    if window == 0:
+        return 0
+    return window - 1 if shape == "sliding" else 2 * window - 1
+
+
+def chunk_of(window: int, shape: WindowShape) -> int:
+    """Tokens of a kernel's chunk, a power of two: a terraced window's block, so that nothing of two chunks lies beyond
+    the window, or else at least the window's reach."""
+    block = 1 << max(0, window - 1).bit_length()
+    if shape == "terraced" and window >= 64 and block == window:
+        return window
+    reach = window if shape == "sliding" else 2 * window - 1
+    return max(64, 1 << max(0, reach - 1).bit_length())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeatureWeights:
+    """A known map's name and parameters: `weight_HDC` (W), `bias_HC` (b), `gain_HD` (u), `log_scale_H` (c)."""
+
+    name: str
+    weight_HDC: Tensor | None = None
+    bias_HC: Tensor | None = None
+    gain_HD: Tensor | None = None
+    log_scale_H: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The parameters in the order of the fields."""
+        return self.weight_HDC, self.bias_HC, self.gain_HD, self.log_scale_H
+
+
+def weights_of(feature_map: object) -> FeatureWeights | None:
+    """What a map says of itself in `feature_weights()`; None for one that a kernel does not know."""
+    tell = getattr(feature_map, "feature_weights", None)
+    if tell is None:
+        return None
+    found = tell()
+    assert isinstance(found, FeatureWeights) and found.name in KNOWN_MAPS
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

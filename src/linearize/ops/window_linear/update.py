@@ -1,6 +1,6 @@
 """The state after a call: what left the window is folded into the sum, what is still inside waits in the ring.
 
-Shared by every form of the operation, so that prefill, chunked prefill and decode keep one and the same state.
+Shared by every backend of the operation, so that prefill, chunked prefill and decode keep one and the same state.
 
 Letters: B batch, G key/value heads, H query heads, D head dimension, T new tokens, S slots (ring, then new tokens), R
 ring, N sinks.
@@ -9,98 +9,23 @@ ring, N sinks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.ring_buffer import Room
-from linearize.ops.window_linear.spec import WindowLinear, state_dtype, with_ones
-from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.window import fold_boundary, most_leaving, ring_slots
+from linearize.ops.window_linear.slots import Slots
+from linearize.ops.window_linear.spec import (
+    WindowLinear,
+    fold_boundary,
+    most_leaving,
+    ring_slots,
+    state_dtype,
+    with_ones,
+)
+from linearize.ops.window_linear.state import RingBuffer, WindowLinearState, pad_slots, take_slots
 
 Fold = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, WindowLinear], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """The ring and the new tokens side by side, with where each slot stands in which document.
-
-    `position`: [1 or B, S], -1 on dead tokens and dead ring slots. `origin`: [1 or B, S], slot minus position: one
-    value per document. `new_position`, `new_origin`: [1 or B, T], of the new tokens, in their order. `follow`: [1 or B,
-    1], the position that comes next in the document that the state belongs to; `carried_origin`: [1 or B, 1], its
-    origin; `begin`: [B, 1], the position of its first token (None: 0). `goes_on`: every row is one run of tokens from
-    position 0, of which the state has all before these. `num_past`: ring slots. They stand in front, unless the layout
-    has gaps: then dead tokens do, so that each row's ring and tokens are side by side.
-    """
-
-    k_BGSD: Tensor
-    v_BGSV: Tensor
-    position: Tensor
-    origin: Tensor
-    new_position: Tensor
-    new_origin: Tensor
-    follow: Tensor
-    carried_origin: Tensor
-    begin: Tensor | None
-    goes_on: bool
-    num_past: int
-
-    def unfolded(self, size: int, spec: WindowLinear) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v `[B, G, N, .]` and positions `[1 or B, N]` of the `size` tokens of the carried document that are to be
-        folded next; those that are not there yet are some other token's."""
-        first = fold_boundary(self.follow, spec.window, spec.shape)
-        position = first + torch.arange(min(size, self.k_BGSD.shape[2]), device=first.device)
-        index = (position + self.carried_origin).expand(self.k_BGSD.shape[0], -1)
-        if self.begin is not None:
-            position = position.masked_fill(position < self.begin, -1)
-        return take_slots(self.k_BGSD, index), take_slots(self.v_BGSV, index), position
-
-
-def gather_slots(
-    k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
-) -> Slots:
-    """Put the ring in front of the new keys and values."""
-    device, num_new = k_BGTD.device, k_BGTD.shape[2]
-    new = layout.positions(num_new, device)
-    past, k, v = 0, k_BGTD, v_BGTV
-    following: int | Tensor = 0
-    if state is not None:
-        past, following = state.k_BGRD.shape[2], state.next
-        k = torch.cat([state.k_BGRD.to(k.dtype), k], dim=2)
-        v = torch.cat([state.v_BGRV.to(v.dtype), v], dim=2)
-    follow = following[:, None] if isinstance(following, Tensor) else torch.full((1, 1), following, device=device)
-    ring = follow - past + torch.arange(past, device=device)
-    ring = ring.masked_fill(ring < fold_boundary(follow, spec.window, spec.shape), -1)
-    begin = None if state is None or state.begin is None else state.begin[:, None]
-    if begin is not None:
-        ring = ring.masked_fill(ring < begin, -1)
-    rows = max(new.shape[0], ring.shape[0])
-    position = torch.cat([ring.expand(rows, -1), new.expand(rows, -1)], dim=1)
-    slot = torch.arange(position.shape[1], device=device)
-    if layout.gaps():
-        return _close_gaps(k, v, position, follow, begin, past)
-    origin = slot - position
-    plain = layout.is_plain and not isinstance(following, Tensor) and following == layout.start
-    return Slots(
-        k, v, position, origin, position[:, past:], origin[:, past:], follow, past - follow, begin, plain, past
-    )
-
-
-def _close_gaps(
-    k_BGSD: Tensor, v_BGSV: Tensor, position_BS: Tensor, follow: Tensor, begin: Tensor | None, past: int
-) -> Slots:
-    """The slots with each row's dead new tokens in front of its ring."""
-    batch = k_BGSD.shape[0]
-    position_BS = position_BS.expand(batch, -1)
-    new = position_BS[:, past:]
-    order = torch.nn.functional.pad(new >= 0, (past, 0), value=True).long().argsort(dim=1, stable=True)
-    k, v, position = take_slots(k_BGSD, order), take_slots(v_BGSV, order), position_BS.gather(1, order)
-    slot = torch.arange(order.shape[1], device=order.device)
-    dead = (new < 0).sum(-1, keepdim=True)
-    new_origin = order.argsort(dim=1)[:, past:] - new
-    return Slots(k, v, position, slot - position, new, new_origin, follow, past + dead - follow, begin, False, past)
 
 
 def next_state(
@@ -124,13 +49,13 @@ def next_plain_state(
     state: WindowLinearState | None,
     spec: WindowLinear,
     fold: Fold | None = None,
-    room: Room | None = None,
+    ring_buffer: RingBuffer | None = None,
     folded_before: tuple[int, Tensor] | None = None,
 ) -> WindowLinearState:
     """`next_state` without padding or packing: `num_past` ring slots, then the tokens from position `start`.
 
-    `room`: where all these slots lie already, if anywhere, so that nothing is copied. `folded_before`: how many slots
-    were folded already, and the sum with them in it.
+    `ring_buffer`: where all these slots lie already, if anywhere, so that nothing is copied. `folded_before`: how many
+    slots were folded already, and the sum with them in it.
     """
     following = start + k_BGSD.shape[2] - num_past
     first = following - k_BGSD.shape[2]
@@ -144,8 +69,10 @@ def next_plain_state(
     if spec.feature_k is not None and (memory is None or leaving.stop > leaving.start):
         memory = (fold or folded)(k_BGSD[:, :, leaving], v_BGSV[:, :, leaving], None, memory, spec)
     sinks = plain_sinks(k_BGSD, v_BGSV, num_past, state, spec)
-    if room is not None:
-        return WindowLinearState(following, *room.shown(following - boundary), memory, *sinks, room=room)
+    if ring_buffer is not None:
+        return WindowLinearState(
+            following, *ring_buffer.shown(following - boundary), memory, *sinks, ring_buffer=ring_buffer
+        )
     keep = slice(boundary - first, None)
     return WindowLinearState(following, _owned(k_BGSD[:, :, keep]), _owned(v_BGSV[:, :, keep]), memory, *sinks)
 
@@ -290,14 +217,3 @@ def _ragged_sinks(
     return torch.where(old, pad_slots(state.sink_k_BGND, spec), k), torch.where(
         old, pad_slots(state.sink_v_BGNV, spec), v
     )
-
-
-def pad_slots(sink_BGNX: Tensor, spec: WindowLinear) -> Tensor:
-    """Sinks padded to their full number (a plain state that is still short of them has fewer)."""
-    return torch.nn.functional.pad(sink_BGNX, (0, 0, 0, spec.num_sinks - sink_BGNX.shape[2]))
-
-
-def take_slots(x_BGSD: Tensor, index_BN: Tensor) -> Tensor:
-    """x[b, :, index[b]] -> [B, G, N, D]; indices outside give some slot, which the caller masks."""
-    index = index_BN.clamp(0, max(x_BGSD.shape[2] - 1, 0))[:, None, :, None]
-    return x_BGSD.gather(2, index.expand(-1, x_BGSD.shape[1], -1, x_BGSD.shape[3]))

@@ -2,10 +2,10 @@
 
 One operation for SSD (Mamba-2: q = C, k = B, v = dt x, g = dt A), retention and gated linear attention.
 
-| form | file | time | for |
+| backend | file | time | for |
 |---|---|---|---|
 | reference | `reference.py` | T steps | proof; decode |
-| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
+| multi_token | `multi_token.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py` | linear in T, matrix products | training, prefill |
 | fla | `backends.py` | the same, in Triton | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
@@ -21,32 +21,31 @@ from torch import Tensor
 
 from linearize.ops.dispatch import Call, wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import in_parts
 from linearize.ops.recurrent.decay_linear.backends import DISPATCH, fla_decay_linear
 from linearize.ops.recurrent.decay_linear.chunked import chunked
-from linearize.ops.recurrent.decay_linear.multi_token import few
+from linearize.ops.recurrent.decay_linear.multi_token import multi_token
 from linearize.ops.recurrent.decay_linear.reference import reference
+from linearize.ops.recurrent.front_end import run_recurrence
 
-__all__ = ["FORMS", "decay_linear", "use_form"]
+__all__ = ["BACKENDS", "decay_linear", "use_backend"]
 
 
 def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other backends."""
     from linearize.ops.triton.recurrence import decay_linear_steps
 
     return decay_linear_steps(*inputs, **options)
 
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
-    "few": few,
+    "multi_token": multi_token,
     "chunked": chunked,
     "fla": fla_decay_linear,
     "triton": steps,
 }
-WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
-MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-use_form = DISPATCH.use
+WIDENING = {"chunked", "fla"}  # backends that take half precision and compute in fp32 themselves
+use_backend = DISPATCH.use
 
 
 def decay_linear(
@@ -66,22 +65,18 @@ def decay_linear(
     `commit`: S is that after the first `commit` tokens (None: after all). Nothing is scaled. Half precision is computed
     in fp32, and the state is fp32 (fp64 for fp64 inputs).
     """
-    dtype = v_BHTV.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    tokens, device = k_BHTK.shape[2], q_BHUK.device.type
-    gradients = wants_gradients(q_BHUK, k_BHTK, v_BHTV, log_decay, state)
-    with torch.autocast(device, enabled=False):
-        given = (q_BHUK, k_BHTK, v_BHTV, log_decay)
-        options: dict[str, Any] = {"layout": layout, "state": None if state is None else state.to(wide)}
+    given = (q_BHUK, k_BHTK, v_BHTV, log_decay)
+    call = Call(
+        device=q_BHUK.device.type,
+        dtype=torch.promote_types(v_BHTV.dtype, torch.float32),
+        tokens=k_BHTK.shape[2],
+        layout=layout,
+        gradients=wants_gradients(*given, state),
+    )
+    options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+    y, after = run_recurrence(DISPATCH, _invoke, q_BHUK, given[1:], call=call, widening=WIDENING, **options)
+    return y.to(v_BHTV.dtype), after
 
-        def run(name: str) -> tuple[Tensor, Tensor | None]:
-            queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
-            if name in MULTI_STEP:
-                return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
-            if commit is None and q_BHUK.shape[2] == tokens:
-                return FORMS[name](queries, *inputs, **options)
-            return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
 
-        call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
-        y, after = DISPATCH.run(call, run)
-    return y.to(dtype), after if need_state else None
+def _invoke(name: str, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    return BACKENDS[name](*inputs, **options)

@@ -1,7 +1,8 @@
-"""Which form of the recurrence runs a call, and the form by `fla` (flash-linear-attention, Triton), where installed.
+"""Which backend of the recurrence runs a call, and the backend by `fla` (flash-linear-attention, Triton), where
+installed.
 
 fla's layout is `[B, T, H, .]`; a decay per head is its `chunk_simple_gla`, one per key dimension its `chunk_gla`.
-Padding and documents become sequences (`../packed.py`). Arguments as in fla 0.6.0.
+Padding and documents become sequences (`ops/varlen.py`). Arguments as in fla 0.6.0.
 
 Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 """
@@ -13,26 +14,16 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops.dispatch import Call, Dispatcher
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY
+from linearize.ops.recurrent.front_end import FLA, recurrent_rules
 from linearize.ops.varlen import in_sequences
 
-DISPATCH = Dispatcher(
-    "decay_linear",
-    [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
-        Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True, cannot=kernels.fla_cannot),
-        Rule("chunked", never, "many tokens: products of chunks"),
-    ],
-)
+DISPATCH = Dispatcher("decay_linear", recurrent_rules(FLA, "many tokens: products of chunks"))
 
 
 def choice(call: Call) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)
 
 

@@ -1,6 +1,7 @@
-"""Which decays each slab of a call gets: factored where they are mild, otherwise those that take any strength.
+"""Which decays each chunk group of a call gets: factored where they are mild, otherwise those that take any strength.
 
-Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, K key dimension, P chunks of a slab times its rows.
+Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, K key dimension, P chunks of a chunk group times its
+rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from linearize.ops.recurrent.decay_linear.documents import Documents
 
 
 class CallDecays:
-    """Decays per head are made once for a call, those per key dimension slab by slab.
+    """Decays per head are made once for a call, those per key dimension group by group.
 
     Only on a processor is it known for nothing whether decays are mild; elsewhere any are taken.
     """
@@ -34,7 +35,7 @@ class CallDecays:
             self.factors = factors(self.total, dtype)
 
     def of(self, cutting: Cutting, rows: Rows, span: slice, log_decay: Tensor, docs: Documents | None) -> Decays:
-        """Those of a slab."""
+        """Those of a chunk group."""
         if self.per_key:
             return self._per_key(next(cutting.cut(rows, span, self.dtype, log_decay)), docs)
         at = (rows.batch, rows.heads, span)

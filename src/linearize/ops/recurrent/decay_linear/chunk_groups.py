@@ -1,9 +1,9 @@
-"""How the chunked form cuts its tensors, so that what is computed at a time stays in a processor's cache.
+"""How the chunked backend cuts its tensors, so that what is computed at a time stays in a processor's cache.
 
-A slab is some rows of the batch, some heads, some chunks. On a processor it is one head and as many chunks as fit, or
-all chunks of several heads where texts are short; elsewhere it is everything.
+A chunk group is some rows of the batch, some heads, some chunks. On a processor it is one head and as many chunks as
+fit, or all chunks of several heads where texts are short; elsewhere it is everything.
 
-Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, P chunks of a slab times its rows and heads.
+Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, P chunks of a chunk group times its rows and heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SLAB = 200_000  # numbers per matrix of a slab: under 1 MiB, from which allocators give fresh memory, which costs most
+GROUP_NUMBERS = 200_000  # per matrix of a chunk group: under 1 MiB, beyond which allocators give fresh memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Cutting:
-    """The slabs of a call: `rows` one after the other, in each `spans` of chunks in the text's order."""
+    """The chunk groups of a call: `rows` one after the other, in each `spans` of chunks in the text's order."""
 
     tokens: int
     chunk: int
@@ -46,13 +46,13 @@ class Cutting:
 
     @staticmethod
     def of(q_BHTK: Tensor, v_BHTV: Tensor, chunk: int) -> Cutting:
-        """The slabs for these sizes."""
+        """The chunk groups for these sizes."""
         batch, heads, tokens, key = q_BHTK.shape
         chunks = -(-tokens // chunk)
         every = Rows(batch=slice(0, batch), heads=slice(0, heads))
         if q_BHTK.device.type != "cpu" or torch.compiler.is_compiling():
             return Cutting(tokens=tokens, chunk=chunk, rows=(every,), spans=(slice(0, chunks),))
-        fit = max(1, SLAB // (chunk * max(chunk, key, v_BHTV.shape[-1])))
+        fit = max(1, GROUP_NUMBERS // (chunk * max(chunk, key, v_BHTV.shape[-1])))
         together = min(heads, max(1, fit // chunks))
         if together == heads:
             several = max(1, fit // (chunks * heads))

@@ -1,13 +1,13 @@
 """The recurrence in time linear in T: attention inside chunks, one state from chunk to chunk, a backward of its own.
 
-It goes slab by slab, so that what is quadratic in a chunk stays in a processor's cache; the backward keeps the state
-before each chunk and computes the rest again. Half precision is widened slab by slab. The gradient of the log decays
+It goes group by group, so that what is quadratic in a chunk stays in a processor's cache; the backward keeps the state
+before each chunk and computes the rest again. Half precision is widened group by group. The gradient of the log decays
 needs no decay matrices: what q_i gains from a log decay, k_j gains too, so d g_t is the sum over i >= t of
 q_i . dq_i - k_i . dk_i (2312.06635, appendix C), here summed within the chunk and closed by the state after it, which
 holds all the rest.
 
 Letters: B batch, H heads, T tokens, N chunks, C tokens of a chunk, K key dimension, V value dimension, P chunks of a
-slab times its rows and heads, J these alone.
+chunk group times its rows and heads, J these alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from linearize.ops.recurrent.decay_linear.call_decays import CallDecays
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Rows
 from linearize.ops.recurrent.decay_linear.decays import BLOCK
 from linearize.ops.recurrent.decay_linear.documents import Documents, documents, masked
+from linearize.ops.recurrent.pairs import like_decays
 
 CHUNKS = {32: 32}  # tokens of a chunk for heads up to a width; measured: docs/log.md
 CHUNK = 64  # for wider ones
@@ -38,9 +39,9 @@ def chunked(
     chunk = chunk_size(tokens, max(q_BHTK.shape[3], v_BHTV.shape[3]))
     if (live := layout.live()) is not None:
         k_BHTK = k_BHTK * live[:, None, :, None].to(k_BHTK.dtype)
-        log_decay = log_decay.masked_fill(_like(~live, log_decay), 0)
+        log_decay = log_decay.masked_fill(like_decays(~live, log_decay), 0)
     if (starts := layout.starts(tokens, device)) is not None:
-        log_decay = log_decay.masked_fill(_like(starts, log_decay), 0)
+        log_decay = log_decay.masked_fill(like_decays(starts, log_decay), 0)
     if state is None:
         state = q_BHTK.new_zeros(*q_BHTK.shape[:2], q_BHTK.shape[3], v_BHTV.shape[3], dtype=wide)
     docs = documents(layout, tokens, chunk, device, wide)
@@ -54,13 +55,9 @@ def chunk_size(tokens: int, width: int) -> int:
     return min(chunk, -(-tokens // BLOCK) * BLOCK)
 
 
-def _like(mask_BT: Tensor, x: Tensor) -> Tensor:
-    return mask_BT[:, None] if x.dim() == 3 else mask_BT[:, None, :, None]
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Call:
-    """What the slabs of a call share; `dtype`: of the computation."""
+    """What the chunk groups of a call share; `dtype`: of the computation."""
 
     cutting: Cutting
     docs: Documents | None
@@ -87,7 +84,7 @@ class _Chunked(torch.autograd.Function):
                     before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
                 else:
                     before_JNKV = state.new_empty(len(memory_JKV), span.stop - span.start, *state.shape[2:])
-                out, memory_JKV = _Slab(call, rows, span, q, k, v, log_decay).forward(memory_JKV, before_JNKV)
+                out, memory_JKV = _ChunkGroup(call, rows, span, q, k, v, log_decay).forward(memory_JKV, before_JNKV)
                 cutting.put(rows, span, y, out)
             rows.of(after).copy_(memory_JKV.view_as(rows.of(after)))
         ctx.save_for_backward(q, k, v, log_decay, kept, after)
@@ -108,15 +105,15 @@ class _Chunked(torch.autograd.Function):
             for span in reversed(cutting.spans):
                 (d_y_PCV,) = cutting.cut(rows, span, call.dtype, d_y)
                 before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
-                slab = _Slab(call, rows, span, *inputs)
-                parts, d_memory_JKV, closing = slab.backward(d_y_PCV, before_JNKV, d_memory_JKV, closing)
+                group = _ChunkGroup(call, rows, span, *inputs)
+                parts, d_memory_JKV, closing = group.backward(d_y_PCV, before_JNKV, d_memory_JKV, closing)
                 for whole, part in zip(grads, parts, strict=True):
                     cutting.put(rows, span, whole, part)
             rows.of(d_state).copy_(d_memory_JKV.view_as(rows.of(d_state)))
         return *grads, d_state, None, None
 
 
-class _Slab:
+class _ChunkGroup:
     """The chunks of some rows, in the dtype of the computation."""
 
     def __init__(
@@ -142,7 +139,8 @@ class _Slab:
     def backward(
         self, d_y: Tensor, before_JNKV: Tensor, d_memory_JKV: Tensor, closing: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Gradients of q, k, v and the log decays, of the state before the slab, and `_closing` of that state."""
+        """Gradients of q, k, v and the log decays, of the state before the chunk group, and `_closing` of that
+        state."""
         decays, docs, v = self.decays, self.docs, self.v
         d_read = d_y if docs is None else masked(d_y, docs.enters_BNC)
         added = torch.bmm(self.reader.mT, d_read)

@@ -1,6 +1,6 @@
 """Which tokens of a chunk may see each other, the state before the chunk and the state after it.
 
-Letters: B batch, N chunks, C tokens of a chunk, T tokens, J rows times heads of a slab.
+Letters: B batch, N chunks, C tokens of a chunk, T tokens, J rows times heads of a chunk group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Documents:
     passes_BN: Tensor
 
     def part(self, batch: slice, heads: int, span: slice) -> Documents:
-        """The masks of a slab's rows and chunks, each row for all its heads: `[J, N, ...]`, where J may be 1."""
+        """The masks of a chunk group's rows and chunks, each row for all its heads: `[J, N, ...]`, where J may be 1."""
         parts = []
         for mask in (self.pair_BNCC, self.enters_BNC, self.leaves_BNC, self.passes_BN):
             rows = (mask if mask.shape[0] == 1 else mask[batch])[:, span]

@@ -62,7 +62,7 @@ def gated_linear(
     )
     if DISPATCH.choice(call)[0] != "triton":
         return by_operations()
-    return DISPATCH.run(call, lambda form: by_kernel() if form == "triton" else by_operations())
+    return DISPATCH.run(call, lambda backend: by_kernel() if backend == "triton" else by_operations())
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.matmul import UNDERFLOW
-from linearize.ops.pairs import LOWEST, Pairs, pairs
+from linearize.ops.recurrent.pairs import LOWEST, Pairs, column, decay_factor, like_decays, pairs, state_after
 
 
-def few(
+def multi_token(
     q_BHUK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,
@@ -33,51 +32,27 @@ def few(
     where = pairs(layout, tokens, k_BHTK.device)
     if where.live_BT is not None:
         k_BHTK = k_BHTK * where.live_BT[:, None, :, None]
-        log_decay = log_decay.masked_fill(~_like(where.live_BT, log_decay), 0)
+        log_decay = log_decay.masked_fill(~like_decays(where.live_BT, log_decay), 0)
     total = log_decay.clamp(min=LOWEST).cumsum(2, dtype=torch.float64)
-    after = state if commit == 0 else _after(k_BHTK, v_BHTV, total, where, state, tokens if commit is None else commit)
+    after = (
+        state if commit == 0 else state_after(k_BHTK, v_BHTV, total, where, state, tokens if commit is None else commit)
+    )
     if asked == 0:
         return v_BHTV[:, :, :0], after
     late = total[:, :, tokens - asked :]
     y = _scores(q_BHUK, k_BHTK, late, total, where) @ v_BHTV
     if state is not None:
-        enter = _column(_factor(late, q_BHUK.dtype))
+        enter = column(decay_factor(late, q_BHUK.dtype))
         if where.document_BT is not None:
             enter = enter * (where.document_BT[:, None, tokens - asked :, None] == 0)
         y = y + (q_BHUK * enter) @ state
     return y, after
 
 
-def _factor(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp of an exponent that is at most 0 where it counts."""
-    return exponent.clamp(min=UNDERFLOW, max=0).to(dtype).exp()
-
-
-def _column(x: Tensor) -> Tensor:
-    """`[B, H, T]` as `[B, H, T, 1]`; with a dimension per key as it is."""
-    return x[..., None] if x.dim() == 3 else x
-
-
-def _like(mask_BT: Tensor, x: Tensor) -> Tensor:
-    return mask_BT[:, None] if x.dim() == 3 else mask_BT[:, None, :, None]
-
-
-def _after(k: Tensor, v: Tensor, total: Tensor, where: Pairs, state: Tensor | None, commit: int) -> Tensor:
-    """The state after the first `commit` tokens."""
-    total = total[:, :, :commit]
-    last = total[:, :, -1:]
-    leave, through = _column(_factor(last - total, k.dtype)), _column(_factor(last, k.dtype)).mT
-    if where.document_BT is not None:
-        document = where.document_BT[:, None, :commit, None]
-        leave, through = leave * (document == document[:, :, -1:]), through * (document[:, :, -1:] == 0)
-    added = (k[:, :, :commit] * leave).mT @ v[:, :, :commit]
-    return added if state is None else torch.addcmul(added, through, state)
-
-
 def _scores(q: Tensor, k: Tensor, late: Tensor, total: Tensor, where: Pairs) -> Tensor:
     """q_i . exp(G_i - G_j) k_j for j <= i of one document, else 0: `[B, H, U, T]`."""
     seen = where.seen_BTT[:, None, -q.shape[2] :]
     if total.dim() == 3:
-        return (q @ k.mT) * _factor(late[..., None] - total[:, :, None], q.dtype).masked_fill(~seen, 0)
-    between = _factor(late[:, :, :, None] - total[:, :, None], q.dtype)
+        return (q @ k.mT) * decay_factor(late[..., None] - total[:, :, None], q.dtype).masked_fill(~seen, 0)
+    between = decay_factor(late[:, :, :, None] - total[:, :, None], q.dtype)
     return torch.einsum("bhuk,bhutk,bhtk->bhut", q, between, k).masked_fill(~seen, 0)

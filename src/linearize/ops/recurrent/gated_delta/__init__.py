@@ -1,9 +1,9 @@
 """The gated delta rule (2412.06464): a state that decays per head and overwrites what a key already holds.
 
-| form | file | time and memory | for |
+| backend | file | time and memory | for |
 |---|---|---|---|
 | reference | `reference.py` | one product per token | proof; one token: decode |
-| few | `few.py` | T x T, the state once | a few tokens: verification of guesses |
+| multi_token | `multi_token.py` | T x T, the state once | a few tokens: verification of guesses |
 | chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
 | fla | `backends.py` | a Triton kernel | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
@@ -21,32 +21,31 @@ from torch import Tensor
 
 from linearize.ops.dispatch import Call, wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import in_parts
-from linearize.ops.recurrent.gated_delta.backends import DISPATCH, fla_form
+from linearize.ops.recurrent.front_end import run_recurrence
+from linearize.ops.recurrent.gated_delta.backends import DISPATCH, fla_gated_delta
 from linearize.ops.recurrent.gated_delta.chunked import chunked
-from linearize.ops.recurrent.gated_delta.multi_token import few
+from linearize.ops.recurrent.gated_delta.multi_token import multi_token
 from linearize.ops.recurrent.gated_delta.reference import reference
 
-__all__ = ["FORMS", "gated_delta", "use_form"]
+__all__ = ["BACKENDS", "gated_delta", "use_backend"]
 
 
 def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other backends."""
     from linearize.ops.triton.recurrence import gated_delta_steps
 
     return gated_delta_steps(*inputs, **options)
 
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
-    "few": few,
+    "multi_token": multi_token,
     "chunked": chunked,
-    "fla": fla_form,
+    "fla": fla_gated_delta,
     "triton": steps,
 }
-WIDENS = {"chunked", "fla"}  # forms that take half precision and compute in fp32 themselves
-MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-use_form = DISPATCH.use
+WIDENING = {"chunked", "fla"}  # backends that take half precision and compute in fp32 themselves
+use_backend = DISPATCH.use
 
 
 def gated_delta(
@@ -69,23 +68,18 @@ def gated_delta(
     Returns `y: [B, H, U, V]` in the dtype of v, and the state after the first `commit` tokens (None: after all; no
     state unless `need_state`). Half-precision inputs are computed in fp32.
     """
-    dtype = v_BHTV.dtype
-    wide = torch.promote_types(dtype, torch.float32)
     given = (q_BHUK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT)
-    tokens, device = k_BHTK.shape[2], v_BHTV.device.type
+    call = Call(
+        device=v_BHTV.device.type,
+        dtype=torch.promote_types(v_BHTV.dtype, torch.float32),
+        tokens=k_BHTK.shape[2],
+        layout=layout,
+        gradients=wants_gradients(*given, state),
+    )
+    options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+    y, after = run_recurrence(DISPATCH, _invoke, q_BHUK, given[1:], call=call, widening=WIDENING, **options)
+    return y.to(v_BHTV.dtype), after
 
-    def run(name: str) -> tuple[Tensor, Tensor | None]:
-        queries, *inputs = given if name in WIDENS else tuple(x.to(wide) for x in given)
-        options: dict[str, Any] = {"layout": layout, "state": state}
-        if name in MULTI_STEP:
-            options["state"] = None if state is None else state.to(wide)
-            return FORMS[name](queries, *inputs, commit=commit if need_state else 0, **options)
-        if commit is None and q_BHUK.shape[2] == tokens:
-            return FORMS[name](queries, *inputs, **options)
-        return in_parts(FORMS[name], queries, tuple(inputs), time_dim=2, commit=commit, **options)
 
-    gradients = wants_gradients(*given, state)
-    call = Call(device=device, dtype=wide, tokens=tokens, layout=layout, gradients=gradients)
-    with torch.autocast(device, enabled=False):
-        y, after = DISPATCH.run(call, run)
-    return y.to(dtype), after if need_state else None
+def _invoke(name: str, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    return BACKENDS[name](*inputs, **options)

@@ -1,5 +1,5 @@
-"""Which form of the gated delta rule runs a call, and the form by flash-linear-attention's Triton kernel, imported when
-it is first called for.
+"""Which backend of the gated delta rule runs a call, and the backend by flash-linear-attention's Triton kernel,
+imported when it is first called for.
 
 Letters: B batch, H heads, T tokens, K key dimension, V value dimension.
 """
@@ -9,30 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops.dispatch import Call, Dispatcher
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY
+from linearize.ops.recurrent.front_end import FLA, recurrent_rules
 from linearize.ops.varlen import in_sequences
 
-DISPATCH = Dispatcher(
-    "gated_delta",
-    [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
-        Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("fla", kernels.fla_refuses, "many tokens on a GPU: fla's chunks", built=True, cannot=kernels.fla_cannot),
-        Rule("chunked", never, "many tokens: products of chunks"),
-    ],
-)
+DISPATCH = Dispatcher("gated_delta", recurrent_rules(FLA, "many tokens: products of chunks"))
 
 
 def choice(call: Call) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)
 
 
-def fla_form(
+def fla_gated_delta(
     q_BHTK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,

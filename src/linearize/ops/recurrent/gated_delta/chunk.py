@@ -6,11 +6,11 @@ With S the state before a chunk, delta_i = beta_i (v_i - S_i^T k_i) what token i
     y = carried q S + P delta,               P_ij = pair_ij q_i . k_j         for j <= i,
     S <- kept S + (written k)^T delta.
 Only two products go from chunk to chunk: delta = U - W S with (1 + A) [U, W] = beta [v, carried k], and the last line.
-The backward pass runs these two in reverse and computes again what is quadratic in the chunk. All of it goes slab by
-slab, so that the matrices of a slab stay in the processor's cache.
+The backward pass runs these two in reverse and computes again what is quadratic in the chunk. All of it goes chunk
+group by chunk group, so that the matrices of a chunk group stay in the processor's cache.
 
 Letters: R rows (batch times heads), N chunks, C tokens of a chunk, K key dimension, V value dimension, P = chunks of a
-slab times R.
+chunk group times R.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from linearize.ops.matmul import decay_factors_
 
-SLAB = 200_000  # numbers per matrix of a slab: under 1 MiB, from which allocators give fresh memory, which costs most
+GROUP_NUMBERS = 200_000  # per matrix of a chunk group: under 1 MiB, beyond which allocators give fresh memory
 SOLVE = 16  # rows of the systems that are solved row by row
 
 
@@ -91,31 +91,31 @@ def unit_inverse(lower_PCC: Tensor, out: Tensor) -> None:
     out[:, :half, half:] = 0
 
 
-def _slabs(total_NRC: Tensor, width: int) -> list[slice]:
+def _groups(total_NRC: Tensor, width: int) -> list[slice]:
     """Which chunks are computed together."""
     chunks, rows, tokens = total_NRC.shape
-    step = max(1, SLAB // (rows * tokens * max(tokens, width)))
+    step = max(1, GROUP_NUMBERS // (rows * tokens * max(tokens, width)))
     return [slice(n, min(n + step, chunks)) for n in range(0, chunks, step)]
 
 
-def _parts(slab: slice, *tensors: Tensor | None) -> Iterator[Any]:
-    """The chunks of a slab, `[N, R, ...] -> [P, ...]`."""
-    return (None if x is None else x[slab].flatten(0, 1) for x in tensors)
+def _parts(group: slice, *tensors: Tensor | None) -> Iterator[Any]:
+    """The chunks of a chunk group, `[N, R, ...] -> [P, ...]`."""
+    return (None if x is None else x[group].flatten(0, 1) for x in tensors)
 
 
-def _cut(slab: slice, chunk: int, dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
-    """The chunks of a slab, `[B, H, T, ...] -> [P, C, ...]` in `dtype`; zeros after the last token."""
+def _cut(group: slice, chunk: int, dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+    """The chunks of a chunk group, `[B, H, T, ...] -> [P, C, ...]` in `dtype`; zeros after the last token."""
     for x in tensors:
-        part = x[:, :, slab.start * chunk : slab.stop * chunk]
-        if missing := (slab.stop - slab.start) * chunk - part.shape[2]:
+        part = x[:, :, group.start * chunk : group.stop * chunk]
+        if missing := (group.stop - group.start) * chunk - part.shape[2]:
             part = F.pad(part, (0, 0) * (part.dim() - 3) + (0, missing))
         yield part.to(dtype).unflatten(2, (-1, chunk)).movedim(2, 0).flatten(0, 2)
 
 
-def _put(slab: slice, out_BHT: Tensor, value_PC: Tensor) -> None:
-    """Write the chunks of a slab where `_cut` took them."""
+def _put(group: slice, out_BHT: Tensor, value_PC: Tensor) -> None:
+    """Write the chunks of a chunk group where `_cut` took them."""
     chunk = value_PC.shape[1]
-    place = out_BHT[:, :, slab.start * chunk : slab.stop * chunk]
+    place = out_BHT[:, :, group.start * chunk : group.stop * chunk]
     value = value_PC.unflatten(0, (-1, *place.shape[:2])).movedim(0, 2).flatten(2, 3)
     place.copy_(value[:, :, : place.shape[2]])
 
@@ -134,13 +134,15 @@ class _DeltaChunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         (chunks, rows, tokens), (key, value) = total_NRC.shape, memory.shape[1:]
         y, keep, wide = torch.empty_like(v_BHTV), any(ctx.needs_input_grad), memory.dtype
-        slabs = _slabs(total_NRC, max(key, value))
-        kept = [memory.new_empty(chunks if keep else slabs[0].stop, rows, *size) for size in _sizes(tokens, key, value)]
-        for slab in slabs:
-            q, k, v, beta = _cut(slab, tokens, wide, q_BHTK, k_BHTK, v_BHTV, beta_BHT)
-            total, document = _parts(slab, total_NRC, document_NRC)
+        groups = _groups(total_NRC, max(key, value))
+        kept = [
+            memory.new_empty(chunks if keep else groups[0].stop, rows, *size) for size in _sizes(tokens, key, value)
+        ]
+        for group in groups:
+            q, k, v, beta = _cut(group, tokens, wide, q_BHTK, k_BHTK, v_BHTV, beta_BHT)
+            total, document = _parts(group, total_NRC, document_NRC)
             here, strong = decays(total, document, wide), k * beta[..., None]
-            memories, deltas, reads, inverses = (x[slab] if keep else x[: slab.stop - slab.start] for x in kept)
+            memories, deltas, reads, inverses = (x[group] if keep else x[: group.stop - group.start] for x in kept)
             held, delta, read, inverse = (x.flatten(0, 1) for x in (memories, deltas, reads, inverses))
             unit_inverse((strong @ k.mT).mul_(here.pair), inverse)
             torch.bmm(inverse, v * beta[..., None], out=delta)
@@ -151,7 +153,7 @@ class _DeltaChunks(torch.autograd.Function):
                 written.baddbmm_(reads[n], memory, alpha=-1)
                 memory = torch.baddbmm(remaining[n] * memory, writing[n].mT, written)
             out = torch.bmm(q * here.carried, held).baddbmm_((q @ k.mT).mul_(here.pair), delta)
-            _put(slab, y, out)
+            _put(group, y, out)
         ctx.save_for_backward(q_BHTK, k_BHTK, v_BHTV, beta_BHT, total_NRC, document_NRC, *kept)
         return y, memory
 
@@ -161,13 +163,13 @@ class _DeltaChunks(torch.autograd.Function):
         *given, total, document, memories, deltas, reads, inverses = ctx.saved_tensors
         d_y, d_memory = grads
         outputs, d_total = [torch.empty_like(x) for x in given], torch.empty_like(total)
-        for slab in reversed(_slabs(total, max(memories.shape[2:]))):
-            inputs = _cut(slab, total.shape[2], memories.dtype, *given, d_y)
-            kept = _parts(slab, total, document, memories, deltas, reads, inverses)
-            *found, d_total_PC, d_memory = _backward_slab(total.shape[1], tuple(inputs), tuple(kept), d_memory)
+        for group in reversed(_groups(total, max(memories.shape[2:]))):
+            inputs = _cut(group, total.shape[2], memories.dtype, *given, d_y)
+            kept = _parts(group, total, document, memories, deltas, reads, inverses)
+            *found, d_total_PC, d_memory = _backward_group(total.shape[1], tuple(inputs), tuple(kept), d_memory)
             for out, value in zip(outputs, found, strict=True):
-                _put(slab, out, value)
-            next(_parts(slab, d_total)).copy_(d_total_PC)
+                _put(group, out, value)
+            next(_parts(group, d_total)).copy_(d_total_PC)
         return *outputs, d_total, None, d_memory
 
 
@@ -176,10 +178,11 @@ def _sizes(tokens: int, key: int, value: int) -> tuple[tuple[int, int], ...]:
     return (key, value), (tokens, value), (tokens, key), (tokens, tokens)
 
 
-def _backward_slab(
+def _backward_group(
     rows: int, inputs: tuple[Tensor, ...], kept: tuple[Any, ...], d_memory: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of a slab's q, k, v, beta and total, and that of the state before it from that of the state after it.
+    """Gradients of a chunk group's q, k, v, beta and total, and that of the state before it from that of the state
+    after it.
 
     `inputs`: q, k, v, beta and the gradient of y; `kept`: total, document and what the forward pass kept.
     """

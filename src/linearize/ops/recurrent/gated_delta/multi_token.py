@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.matmul import UNDERFLOW
-from linearize.ops.pairs import LOWEST, Pairs, pairs
+from linearize.ops.recurrent.pairs import LOWEST, decay_factor, pairs, state_after
 
 
-def few(
+def multi_token(
     q_BHUK: Tensor,
     k_BHTK: Tensor,
     v_BHTV: Tensor,
@@ -37,35 +36,20 @@ def few(
         log_decay, beta_BHT = (x.masked_fill(~where.live_BT[:, None], 0) for x in (log_decay, beta_BHT))
     total, beta = log_decay.cumsum(2, dtype=torch.float64), beta_BHT[..., None]
     both = torch.cat([k_BHTK, q_BHUK], dim=2)
-    pair = _factor(total[..., :, None] - total[..., None, :], k_BHTK.dtype) * where.seen_BTT[:, None]
+    pair = decay_factor(total[..., :, None] - total[..., None, :], k_BHTK.dtype) * where.seen_BTT[:, None]
     scores = both @ k_BHTK.mT
     written = beta * v_BHTV
     recalled = None
     if state is not None:
-        carried = _factor(total, k_BHTK.dtype)
+        carried = decay_factor(total, k_BHTK.dtype)
         if where.document_BT is not None:
             carried = carried * (where.document_BT[:, None] == 0)
         recalled = both @ state * torch.cat([carried, carried[:, :, first:]], dim=2)[..., None]
         written = written - beta * recalled[:, :, :tokens]
     system = scores[:, :, :tokens] * pair * beta
     delta = torch.linalg.solve_triangular(system, written, upper=False, unitriangular=True)
-    after = state if commit == 0 else _after(k_BHTK, delta, total, where, state, tokens if commit is None else commit)
+    after = (
+        state if commit == 0 else state_after(k_BHTK, delta, total, where, state, tokens if commit is None else commit)
+    )
     y = (scores[:, :, tokens:] * pair[:, :, first:]) @ delta
     return y if recalled is None else y + recalled[:, :, tokens:], after
-
-
-def _factor(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp of an exponent that is at most 0 where it counts."""
-    return exponent.clamp(min=UNDERFLOW, max=0).to(dtype).exp()
-
-
-def _after(k: Tensor, delta: Tensor, total: Tensor, where: Pairs, state: Tensor | None, commit: int) -> Tensor:
-    """The state after the first `commit` tokens."""
-    total = total[:, :, :commit]
-    last = total[:, :, -1:]
-    leave, through = _factor(last - total, k.dtype)[..., None], _factor(last, k.dtype)[..., None]
-    if where.document_BT is not None:
-        document = where.document_BT[:, None, :commit, None]
-        leave, through = leave * (document == document[:, :, -1:]), through * (document[:, :, -1:] == 0)
-    added = (k[:, :, :commit] * leave).mT @ delta[:, :, :commit]
-    return added if state is None else torch.addcmul(added, through, state)

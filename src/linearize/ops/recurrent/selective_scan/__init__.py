@@ -1,9 +1,9 @@
-"""The selective scan of Mamba: `selective_scan` picks the form, every form computes the same.
+"""The selective scan of Mamba: `selective_scan` picks the backend, every backend computes the same.
 
-| form | file | for |
+| backend | file | for |
 |---|---|---|
 | reference | `reference.py` | proof; decode |
-| few | `few.py` | a few tokens: verification of guesses |
+| multi_token | `multi_token.py` | a few tokens: verification of guesses |
 | chunked | `chunked.py` | training, prefill |
 | mamba_ssm | `backends.py` | CUDA tensors, where that package is installed and can do the call |
 | triton | `../triton/` | a few CUDA tokens without gradients: tail and guesses in one launch |
@@ -20,17 +20,17 @@ from torch import Tensor
 
 from linearize.ops.dispatch import wants_gradients
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import in_parts
+from linearize.ops.recurrent.front_end import run_recurrence
 from linearize.ops.recurrent.selective_scan.backends import DISPATCH, ScanCall, mamba_ssm
 from linearize.ops.recurrent.selective_scan.chunked import chunked
-from linearize.ops.recurrent.selective_scan.multi_token import few
+from linearize.ops.recurrent.selective_scan.multi_token import multi_token
 from linearize.ops.recurrent.selective_scan.reference import reference
 
-__all__ = ["FORMS", "selective_scan", "use_form"]
+__all__ = ["BACKENDS", "selective_scan", "use_backend"]
 
 
 def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other forms."""
+    """The multi-step kernel, which is imported when first asked for; its arguments are those of the other backends."""
     from linearize.ops.triton.channels import selective_scan_steps
 
     need_state = options.pop("need_state")
@@ -38,15 +38,14 @@ def steps(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
     return y, after if need_state else None
 
 
-FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "reference": reference,
-    "few": few,
+    "multi_token": multi_token,
     "chunked": chunked,
     "mamba_ssm": mamba_ssm,
     "triton": steps,
 }
-MULTI_STEP = {"reference", "few", "triton"}  # forms that know `commit` and fewer queries than tokens
-use_form = DISPATCH.use
+use_backend = DISPATCH.use
 
 
 def selective_scan(
@@ -73,36 +72,26 @@ def selective_scan(
     )
     given = (x_BTE, dt_BTE, A_EN, B_BTGN, C_BUGN)
     wide = reduce(torch.promote_types, (w.dtype for w in given), torch.float32)
-    device, gradients = x_BTE.device.type, wants_gradients(*given, state)
-    with torch.autocast(device, enabled=False):
-        x, dt, A, B, C = (w.to(wide) for w in given)
-        live_BT = layout.live()
-        if live_BT is not None:
-            dt = dt.masked_fill(~live_BT[..., None], 0)
-        state = None if state is None else state.to(wide)
-        whole = commit is None and C.shape[1] == x.shape[1]
-        options: dict[str, Any] = {"layout": layout, "state": state}
+    call = ScanCall(
+        device=x_BTE.device.type,
+        dtype=wide,
+        tokens=x_BTE.shape[1],
+        layout=layout,
+        whole=commit is None and C_BUGN.shape[1] == x_BTE.shape[1],
+        gradients=wants_gradients(*given, state),
+        state_dim=A_EN.shape[1],
+        has_state=state is not None,
+        need_state=need_state,
+    )
+    if (live_BT := layout.live()) is not None:
+        dt_BTE = dt_BTE.masked_fill(~live_BT[..., None], 0)
 
-        def run(name: str) -> tuple[Tensor, Tensor | None]:
-            def scan(C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
-                return FORMS[name](x, dt, A, B, C, **rest)
+    A, handed_on = A_EN.to(wide), need_state or not call.whole  # the parts of a call hand their state on
 
-            if name in MULTI_STEP:
-                return scan(C, x, dt, B, need_state=need_state, commit=commit, **options)
-            if whole:
-                return scan(C, x, dt, B, need_state=need_state, **options)
-            return in_parts(scan, C, (x, dt, B), time_dim=1, commit=commit, **options)
+    def invoke(name: str, C: Tensor, x: Tensor, dt: Tensor, B: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+        return BACKENDS[name](x, dt, A, B, C, need_state=handed_on, **rest)
 
-        call = ScanCall(
-            device=device,
-            dtype=wide,
-            tokens=x.shape[1],
-            layout=layout,
-            whole=whole,
-            gradients=gradients,
-            state_dim=A.shape[1],
-            has_state=state is not None,
-            need_state=need_state,
-        )
-        y, after = DISPATCH.run(call, run)
-    return y.to(x_BTE.dtype), after if need_state else None
+    options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
+    inputs = (x_BTE, dt_BTE, B_BTGN)
+    y, after = run_recurrence(DISPATCH, invoke, C_BUGN, inputs, call=call, time_dim=1, **options)
+    return y.to(x_BTE.dtype), after

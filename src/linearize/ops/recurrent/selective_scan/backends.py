@@ -1,4 +1,4 @@
-"""Which form of the selective scan runs a call, and the CUDA kernel of `mamba_ssm`, where that package is installed.
+"""Which backend of the selective scan runs a call, and the CUDA kernel of `mamba_ssm`, where that package is installed.
 
 Its `selective_scan_fn(u: [B, E, T], delta: [B, E, T], A: [E, N], B: [B, G, N, T], C: [B, G, N, T])` begins from a state
 of zeros, knows no documents, and gives no gradient through the last state (2.3.2, as since 1.0).
@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.ops import triton as kernels
-from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops.dispatch import Call, Dispatcher, Rule
 from linearize.ops.layout import Layout
-from linearize.ops.pairs import MANY
+from linearize.ops.recurrent.front_end import recurrent_rules
 
 MOST_STATE = 256
 FORGETS = 120.0
@@ -46,16 +45,16 @@ class ScanCall(Call):
     need_state: bool = True
 
 
-def refuses(call: ScanCall) -> str | None:
+def why_not_chosen(call: ScanCall) -> str | None:
     """Why `mamba_ssm` does not run a call; None: it does."""
     if call.device != "cuda":
         return f"the tensors are on {call.device}"
     if call.need_state and call.gradients:
         return "it has no gradient through the last state"
-    return cannot(call)
+    return unsupported(call)
 
 
-def cannot(call: ScanCall) -> str | None:
+def unsupported(call: ScanCall) -> str | None:
     """Why a call is beyond `mamba_ssm`."""
     if call.dtype != torch.float32 or call.state_dim > MOST_STATE:
         return f"it takes fp32 and a state of at most {MOST_STATE}"
@@ -64,20 +63,14 @@ def cannot(call: ScanCall) -> str | None:
     return None if kernel() is not None else "mamba_ssm is not installed, or without its CUDA kernel"
 
 
-DISPATCH = Dispatcher(
-    "selective_scan",
-    [
-        Rule("triton", kernels.refuses, "a few tokens on a GPU: one launch", built=True, cannot=kernels.cannot),
-        Rule("reference", more_than(1), "one token: the recurrence itself"),
-        Rule("few", more_than(MANY), "a few tokens: the state read once"),
-        Rule("mamba_ssm", refuses, "many tokens on a GPU: its CUDA kernel", built=True, cannot=cannot),
-        Rule("chunked", never, "many tokens: chunks"),
-    ],
+MAMBA_SSM = Rule(
+    "mamba_ssm", why_not_chosen, "many tokens on a GPU: its CUDA kernel", built=True, unsupported=unsupported
 )
+DISPATCH = Dispatcher("selective_scan", recurrent_rules(MAMBA_SSM, "many tokens: chunks"))
 
 
 def choice(call: ScanCall) -> tuple[str, str]:
-    """The form for a call and why."""
+    """The backend for a call and why."""
     return DISPATCH.choice(call)
 
 

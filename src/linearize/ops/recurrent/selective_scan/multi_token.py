@@ -11,7 +11,7 @@ from torch import Tensor
 from linearize.ops.layout import Layout
 
 
-def few(
+def multi_token(
     x_BTE: Tensor,
     dt_BTE: Tensor,
     A_EN: Tensor,

@@ -29,7 +29,7 @@ def reference(
     """Scan; returns `y: [B, U, E]` and the state `h: [B, E, N]` after the first `commit` tokens (None: after all; no
     state unless `need_state`).
 
-    A dt of 0 passes the state through unchanged: so padding is told to every form of the operation.
+    A dt of 0 passes the state through unchanged: so padding is told to every backend of the operation.
     """
     channels = x_BTE.shape[-1] // B_BTGN.shape[2]
     B_BTEN, C_BUEN = (w.repeat_interleave(channels, dim=2) for w in (B_BTGN, C_BUGN))

@@ -16,8 +16,7 @@ from linearize.ops.triton.launch import rows_of
 from linearize.ops.triton.window_chunks import carry
 from linearize.ops.triton.window_chunks.sizes import Sizes, Tables, block
 from linearize.ops.triton.window_chunks.tiles import GIVEN, HEDGEHOG, T2R
-from linearize.ops.window_linear.maps import weights_of
-from linearize.ops.window_linear.spec import FeatureMap, WindowLinear
+from linearize.ops.window_linear.spec import FeatureMap, WindowLinear, weights_of
 
 MAPS = {"hedgehog": HEDGEHOG, "t2r": T2R}
 JOIN_BLOCK = 1024

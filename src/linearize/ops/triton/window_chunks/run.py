@@ -29,10 +29,10 @@ from linearize.ops.triton.window_chunks.call import (
 )
 from linearize.ops.triton.window_chunks.sizes import Sizes, Tables, block
 from linearize.ops.window_linear.chunked import sinks_of
-from linearize.ops.window_linear.spec import WindowLinear
+from linearize.ops.window_linear.slots import gather_slots
+from linearize.ops.window_linear.spec import WindowLinear, chunk_of
 from linearize.ops.window_linear.state import WindowLinearState
-from linearize.ops.window_linear.update import gather_slots, next_state
-from linearize.ops.window_linear.window import chunk_of
+from linearize.ops.window_linear.update import next_state
 
 FOLD_CHUNK = 64
 

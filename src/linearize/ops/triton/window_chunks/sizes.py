@@ -12,9 +12,8 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.triton.launch import power_of_two
-from linearize.ops.window_linear.align import Alignment, align
+from linearize.ops.window_linear.slots import Alignment, Slots, align
 from linearize.ops.window_linear.spec import WindowLinear
-from linearize.ops.window_linear.update import Slots
 
 SMALLEST_DOT = 16
 CHUNKS_PER_RUN = 8

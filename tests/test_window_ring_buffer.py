@@ -10,8 +10,8 @@ import torch
 from test_window_linear import inputs, make_spec
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear import WindowLinearState, use_form, window_linear
-from linearize.ops.window_linear.ring_buffer import room_slots
+from linearize.ops.window_linear import WindowLinearState, use_backend, window_linear
+from linearize.ops.window_linear.state import ring_buffer_slots
 
 WINDOWS = [(7, "terraced"), (9, "sliding")]
 NAMES = ("k_BGRD", "v_BGRV", "memory_BHFV", "sink_k_BGND", "sink_v_BGNV")
@@ -52,11 +52,11 @@ def test_tokens_go_into_one_memory_until_it_is_full(window: int, shape: Any) -> 
     _, state = decode.step(decode.start(15))
     memories = []
     for _ in range(40):
-        assert state.room is not None and state.room.k_BGCD.shape[2] == room_slots(window, shape)
-        assert state.k_BGRD.untyped_storage().data_ptr() == state.room.k_BGCD.data_ptr()
-        memories.append(state.room)
+        assert state.ring_buffer is not None and state.ring_buffer.k_BGCD.shape[2] == ring_buffer_slots(window, shape)
+        assert state.k_BGRD.untyped_storage().data_ptr() == state.ring_buffer.k_BGCD.data_ptr()
+        memories.append(state.ring_buffer)
         _, state = decode.step(state)
-    new = len({id(room) for room in memories})
+    new = len({id(ring_buffer) for ring_buffer in memories})
     assert 1 < new <= (40 // window + 2 if shape == "terraced" else 40 // 16 + 1)
 
 
@@ -71,7 +71,7 @@ def test_states_given_out_never_change_and_may_be_gone_on_from_twice(window: int
         _, state_again = decode.step(state, other=True)
         y, state = decode.step(state)
         assert equal(side, values(state)) and not equal(state_again, values(state))
-        with use_form("reference"):
+        with use_backend("reference"):
             expected, _ = decode.step(given[-1][0])
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     assert all(equal(state, before) for state, before in given)
@@ -91,7 +91,7 @@ def test_a_state_made_from_another_one_leaves_its_memory_alone(how: str) -> None
         _, state = decode.step(state)
         at = made.next
         _, made = window_linear(*(x[:, :, at : at + 1] for x in text), spec=decode.spec, layout=Layout(at), state=made)
-    assert made.room is not state.room and len(before) == 5
+    assert made.ring_buffer is not state.ring_buffer and len(before) == 5
     expected = state.map_batch(change.get(how, lambda x: x.clone()))
     for name in NAMES:
         torch.testing.assert_close(getattr(made, name), getattr(expected, name), rtol=0, atol=1e-12)
@@ -101,16 +101,16 @@ def test_gradients_and_inference_mode_get_memory_of_their_own() -> None:
     decode = Decode(9, "sliding")
     with torch.inference_mode():
         _, state = decode.step(decode.start(12))
-    first = state.room
+    first = state.ring_buffer
     with torch.no_grad():
         _, state = decode.step(state)
-    assert first is not None and state.room is not None and state.room is not first
+    assert first is not None and state.ring_buffer is not None and state.ring_buffer is not first
     with torch.no_grad():
         _, state = decode.step(decode.start(12))
     decode.text = tuple(x.requires_grad_(True) for x in decode.text)
     y, after = decode.step(state)
-    assert state.room is not None and after.room is None
+    assert state.ring_buffer is not None and after.ring_buffer is None
     with torch.no_grad():
-        decode.step(state)  # goes into the room that the first output was computed beside
+        decode.step(state)  # goes into the ring buffer that the first output was computed beside
     y.sum().backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in decode.text)

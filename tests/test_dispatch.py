@@ -1,4 +1,4 @@
-"""Which form runs where, and why; what happens where a form does not build."""
+"""Which backend runs where, and why; what happens where a backend does not build."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
-from linearize.ops import dispatch as forms
-from linearize.ops import triton, window_linear
-from linearize.ops.dispatch import Call, Dispatcher, Rule, more_than, never
+from linearize.ops import dispatch, triton, window_linear
+from linearize.ops.dispatch import Call, Dispatcher, Rule, always, more_than
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent import decay_linear, gated_delta, layer_steps, selective_scan
 from linearize.ops.recurrent.decay_linear import backends as decay_backends
@@ -34,9 +33,9 @@ def choice(module: Any, **change: Any) -> str:
     kinds[layer_steps] = layer_steps.LayerCall
     window = {"spec": WINDOW, "cursor": "same"}
     extra = {scan_backends: {"state_dim": 16}, window_backends: window, layer_steps: {"taps": 4}}
-    form, why = module.choice(kinds.get(module, Call)(**{**extra.get(module, {}), **call}))
+    backend, why = module.choice(kinds.get(module, Call)(**{**extra.get(module, {}), **call}))
     assert why and "\n" not in why
-    return form
+    return backend
 
 
 @pytest.fixture
@@ -48,17 +47,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("module", "one", "few", "many", "elsewhere"),
+    ("module", "one", "some", "many", "elsewhere"),
     [
-        (decay_backends, "triton", "triton", "fla", ["reference", "few", "chunked"]),
-        (delta_backends, "triton", "triton", "fla", ["reference", "few", "chunked"]),
-        (scan_backends, "triton", "triton", "chunked", ["reference", "few", "chunked"]),
-        (window_backends, "triton", "triton", "triton_chunks", ["step", "few", "chunked"]),
+        (decay_backends, "triton", "triton", "fla", ["reference", "multi_token", "chunked"]),
+        (delta_backends, "triton", "triton", "fla", ["reference", "multi_token", "chunked"]),
+        (scan_backends, "triton", "triton", "chunked", ["reference", "multi_token", "chunked"]),
+        (window_backends, "triton", "triton", "triton_chunks", ["step", "multi_token", "chunked"]),
         (layer_steps, "triton", "triton", "operations", ["operations"] * 3),
     ],
 )
-def test_few_tokens_on_a_gpu_take_the_kernel(module: Any, one: str, few: str, many: str, elsewhere: list[str]) -> None:
-    assert [choice(module, tokens=n) for n in (1, 8, 33)] == [one, few, many]
+def test_few_tokens_on_a_gpu_take_the_kernel(module: Any, one: str, some: str, many: str, elsewhere: list[str]) -> None:
+    assert [choice(module, tokens=n) for n in (1, 8, 33)] == [one, some, many]
     assert [choice(module, tokens=n, device="cpu") for n in (1, 8, 33)] == elsewhere
     without = choice(module, device="cpu")
     for change in ({"gradients": True}, {"dtype": torch.float64}):
@@ -76,30 +75,30 @@ def test_what_each_operation_looks_at_besides() -> None:
     assert choice(window_backends, device="cpu", tokens=1, cursor="rows") == "reference"
     assert choice(window_backends, tokens=99, layout=GAPS) == "reference"
     known = FeatureMap("t2r", SHAPE, 3, "identity")
-    for feature, form in ((known, "triton"), (torch.exp, "reference")):
+    for feature, backend in ((known, "triton"), (torch.exp, "reference")):
         spec = WindowLinear(window=3, shape="sliding", scaling=1.0, feature_q=feature, feature_k=feature)
-        assert choice(window_backends, spec=spec, cursor="rows") == form
+        assert choice(window_backends, spec=spec, cursor="rows") == backend
 
 
 def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "has_triton", lambda: False)
-    form, why = decay_backends.choice(Call(device="cuda", dtype=torch.float32, tokens=3))
-    assert form == "few" and "not triton: triton is not installed" in why
-    with decay_linear.use_form("reference"):
+    backend, why = decay_backends.choice(Call(device="cuda", dtype=torch.float32, tokens=3))
+    assert backend == "multi_token" and "not triton: triton is not installed" in why
+    with decay_linear.use_backend("reference"):
         assert decay_backends.choice(Call(device="cpu", dtype=torch.float32, tokens=99)) == ("reference", "forced")
 
 
 def dispatcher() -> Dispatcher:
-    return Dispatcher("test", [Rule("fast", more_than(3), "fast", built=True), Rule("slow", never, "slow")])
+    return Dispatcher("test", [Rule("fast", more_than(3), "fast", built=True), Rule("slow", always, "slow")])
 
 
-def invoke(form: str) -> str:
-    if form == "fast":
+def invoke(backend: str) -> str:
+    if backend == "fast":
         raise RuntimeError("ptxas is missing\nno such file")
-    return form
+    return backend
 
 
-def test_a_form_that_does_not_build_gives_way_with_one_warning() -> None:
+def test_a_backend_that_does_not_build_gives_way_with_one_warning() -> None:
     made, call = dispatcher(), Call(device="cuda", dtype=torch.float32, tokens=2)
     assert made.choice(call)[0] == "fast"
     with pytest.warns(UserWarning, match=r"test: not fast: .*RuntimeError: no such file.*slow runs instead"):
@@ -107,15 +106,15 @@ def test_a_form_that_does_not_build_gives_way_with_one_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert made.run(call, invoke) == "slow"
-    form, why = made.choice(call)
-    assert form == "slow" and "does not build here" in why
+    backend, why = made.choice(call)
+    assert backend == "slow" and "does not build here" in why
 
 
 @pytest.mark.parametrize("error", [InputError("given"), AssertionError("ours"), torch.OutOfMemoryError("full")])
 def test_other_failures_are_not_taken_for_that(error: Exception) -> None:
     made = dispatcher()
 
-    def fail(form: str) -> str:
+    def fail(backend: str) -> str:
         raise error
 
     with pytest.raises(type(error)):
@@ -123,7 +122,7 @@ def test_other_failures_are_not_taken_for_that(error: Exception) -> None:
     assert not made.broken
 
 
-def test_a_forced_form_that_fails_says_so() -> None:
+def test_a_forced_backend_that_fails_says_so() -> None:
     made = dispatcher()
     with made.use("fast"), pytest.raises(RuntimeError, match="ptxas"):
         made.run(Call(device="cpu", dtype=torch.float32, tokens=9), invoke)
@@ -141,7 +140,7 @@ def test_a_mixer_goes_on_where_its_kernel_does_not_build(name: str, monkeypatch:
         raise OSError("no compiler")
 
     monkeypatch.setattr(type(mixer), "by_kernel", fails)
-    monkeypatch.setattr(layer_steps, "DISPATCH", Dispatcher("layer", [Rule("triton", never, "", built=True), *RULES]))
+    monkeypatch.setattr(layer_steps, "DISPATCH", Dispatcher("layer", [Rule("triton", always, "", built=True), *RULES]))
     with torch.no_grad(), pytest.warns(UserWarning, match="no compiler"):
         found, _ = mixer(hidden, layout=Layout())
     monkeypatch.undo()
@@ -150,12 +149,12 @@ def test_a_mixer_goes_on_where_its_kernel_does_not_build(name: str, monkeypatch:
     assert asked == [name] and torch.equal(found, expected)
 
 
-RULES = [Rule("operations", never, "")]
+RULES = [Rule("operations", always, "")]
 
 
-def test_every_operation_forces_forms_of_its_own() -> None:
+def test_every_operation_forces_backends_of_its_own() -> None:
     modules = [decay_linear, gated_delta, selective_scan, window_linear, layer_steps]
     assert len({m.DISPATCH.operation for m in modules}) == len(modules)
-    with decay_linear.use_form("few"):
-        assert [m.DISPATCH.forced for m in modules] == ["few", None, None, None, None]
-    assert isinstance(forms.wants_gradients(torch.ones(1)), bool)
+    with decay_linear.use_backend("multi_token"):
+        assert [m.DISPATCH.forced for m in modules] == ["multi_token", None, None, None, None]
+    assert isinstance(dispatch.wants_gradients(torch.ones(1)), bool)

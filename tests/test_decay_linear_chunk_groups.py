@@ -1,4 +1,5 @@
-"""The chunked recurrence cut into slabs, with mild and with strong decays, in half precision and without subnormals."""
+"""The chunked recurrence cut into chunk groups, with mild and with strong decays, in half precision and without
+subnormals."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.decay_linear import decay_linear, use_form
+from linearize.ops.recurrent.decay_linear import decay_linear, use_backend
 from linearize.ops.recurrent.decay_linear.call_decays import CallDecays
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting
 from linearize.ops.recurrent.decay_linear.chunked import chunk_size
 
-slabs = importlib.import_module("linearize.ops.recurrent.decay_linear.chunk_groups")
+chunk_groups = importlib.import_module("linearize.ops.recurrent.decay_linear.chunk_groups")
 B, H, T, K, V = 2, 3, 213, 5, 7
 per_kind = pytest.mark.parametrize("per_key", [False, True], ids=["head", "key"])
 
@@ -54,24 +55,24 @@ def everything(given: list[Tensor], layout: Layout) -> list[Tensor]:
 def test_any_cut_gives_the_same(
     per_key: bool, ragged: bool, numbers: int, rows: int, spans: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slabs, "SLAB", numbers)
+    monkeypatch.setattr(chunk_groups, "GROUP_NUMBERS", numbers)
     given, layout = inputs(per_key, 0.1), packed() if ragged else Layout(4)
     cutting = Cutting.of(given[0], given[2], chunk_size(T, V))
     assert (len(cutting.rows), len(cutting.spans)) == (rows, spans)
-    with use_form("reference"):
+    with use_backend("reference"):
         expected = everything(given, layout)
-    with use_form("chunked"):
+    with use_backend("chunked"):
         got = everything(given, layout)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
 @per_kind
-def test_mild_slabs_are_factored_and_strong_ones_are_not(per_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mild_chunk_groups_are_factored_and_strong_ones_are_not(per_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, of = [], CallDecays.of
-    monkeypatch.setattr(slabs, "SLAB", 32 * 32 * 7)
+    monkeypatch.setattr(chunk_groups, "GROUP_NUMBERS", 32 * 32 * 7)
     monkeypatch.setattr(CallDecays, "of", lambda *given: taken.append(of(*given)) or taken[-1])
-    with use_form("chunked"):
+    with use_backend("chunked"):
         decay_linear(*inputs(per_key, 0.1)[:4], layout=Layout(), need_state=False)
     names = [type(x).__name__ for x in taken]
     assert names == ["FactoredDecays"] * 5 + ["KeyDecays" if per_key else "HeadDecays"]
@@ -79,7 +80,7 @@ def test_mild_slabs_are_factored_and_strong_ones_are_not(per_key: bool, monkeypa
 
 @per_kind
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_half_precision_is_widened_slab_by_slab(per_key: bool, dtype: torch.dtype) -> None:
+def test_half_precision_is_widened_group_by_group(per_key: bool, dtype: torch.dtype) -> None:
     """The result is that of the same numbers in fp32, rounded once; gradients come in the dtypes of the inputs."""
     given = inputs(per_key, 0.1, torch.float32)
     half = [x.detach().to(dtype).requires_grad_() for x in given[:4]] + [given[4]]
@@ -107,13 +108,13 @@ class Subnormals(TorchDispatchMode):
 
 
 @per_kind
-@pytest.mark.parametrize("form", ["few", "chunked"])
+@pytest.mark.parametrize("backend", ["multi_token", "chunked"])
 @pytest.mark.parametrize("strength", [0.9, 5.0, 60.0])
-def test_fast_decay_makes_no_subnormal_numbers(per_key: bool, form: str, strength: float) -> None:
+def test_fast_decay_makes_no_subnormal_numbers(per_key: bool, backend: str, strength: float) -> None:
     """Products of subnormals are tens of times slower; a few come of small numbers times the smallest factors."""
     given = inputs(per_key, strength, torch.float32)
-    cut = 31 if form == "few" else T
-    with use_form(form), Subnormals() as seen:
+    cut = 31 if backend == "multi_token" else T
+    with use_backend(backend), Subnormals() as seen:
         y, after = decay_linear(*(x[:, :, :cut] for x in given[:4]), layout=Layout(4), state=given[4])
         torch.autograd.grad([y, after], given, [torch.ones_like(y), torch.ones_like(after)])
     assert seen.made > 10_000 and seen.subnormal <= 1e-3 * seen.made
