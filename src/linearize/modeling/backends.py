@@ -25,7 +25,7 @@ class Situation(NamedTuple):
 
 SITUATIONS = (
     Situation("decode", 1, True, False),
-    Situation("verify 8 guesses", 9, True, False),
+    Situation("verify 8 draft tokens", 9, True, False),
     Situation("prefill", 4096, False, False),
     Situation("training", 1024, False, True),
 )

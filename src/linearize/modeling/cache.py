@@ -24,7 +24,7 @@ from linearize.ops.layout import Layout
 if TYPE_CHECKING:
     from linearize.mixers.base import Mixer
 
-HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not guesses
+HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not a draft
 
 
 class Run(Protocol):
@@ -137,7 +137,7 @@ class MixerCacheLayer(CacheLayerMixin):
         """Run the mixer over the new tokens, whose raw inputs are `inputs`, and give their outputs.
 
         The same call takes the accepted tokens into the state, and the new ones too unless recording. While recording,
-        all but the last `HELD` tokens of a longer call are taken in as well: no guesses are as many.
+        all but the last `HELD` tokens of a longer call are taken in as well: no draft is as long.
         """
         self.is_initialized = True
         new = Pending(inputs, mixer.time_dim, layout)

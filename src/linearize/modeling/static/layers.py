@@ -17,7 +17,7 @@ from linearize.modeling.student import LinearizedForCausalLM
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape
 
-WIDEST = 32  # tokens of a step or a tail: beyond, operations take forms that look at values
+MAX_HELD = 32  # tokens of a step or a tail: beyond, operations take forms that look at values
 
 
 def static_layers(model: PreTrainedModel, tail: int, capacity: int | None, most: int = 1) -> list[Any]:
@@ -43,7 +43,7 @@ def _static(
     if isinstance(layer, MixerCacheLayer):
         return StaticMixerLayer(tail, most)
     if type(layer) is DynamicSlidingWindowLayer:
-        return StaticAttentionLayer(layer.sliding_window + 2 * WIDEST, layer.sliding_window)
+        return StaticAttentionLayer(layer.sliding_window + 2 * MAX_HELD, layer.sliding_window)
     if type(layer) is not DynamicLayer:
         raise InputError(f"layer {index} ({type(layer).__name__}) has no static cache: decode without")
     if capacity is None or capacity < 1:

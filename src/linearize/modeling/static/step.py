@@ -1,4 +1,4 @@
-"""One step of decoding, or of verifying guesses, in fixed shapes and memory, so that a GPU can replay it as a graph.
+"""One step of decoding, or of verifying a draft, in fixed shapes and memory, so that a GPU can replay it as a graph.
 
 A step reads T tokens in each row and gives the logits after each. With `rollback` the last tokens read wait in a tail
 until a later step is told how many of them each row keeps: that step takes those into the states and reads its own
@@ -24,7 +24,7 @@ from linearize.modeling.cache_argument import cache_argument, with_cache
 from linearize.modeling.static.attention import attending_static, softmax_configs
 from linearize.modeling.static.cache import Place, StepCache
 from linearize.modeling.static.graphs import Graphs, Recorder, recorder_for
-from linearize.modeling.static.layers import WIDEST, static_layers
+from linearize.modeling.static.layers import MAX_HELD, static_layers
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.ops.layout import Layout
 
@@ -56,8 +56,10 @@ class StaticStep:
         Raises:
             InputError: sizes out of range, or a model that cannot run so; says why.
         """
-        if batch < 1 or not 1 <= width <= WIDEST:
-            raise InputError(f"static step of {batch} rows, {width} tokens: give at least 1 row, 1 to {WIDEST} tokens")
+        if batch < 1 or not 1 <= width <= MAX_HELD:
+            raise InputError(
+                f"static step of {batch} rows, {width} tokens: give at least 1 row, 1 to {MAX_HELD} tokens"
+            )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise InputError(
                 "static step of a model whose weights are offloaded: its memory must not move; load it without offload"
@@ -174,9 +176,9 @@ class StaticStep:
             InputError: a width out of range.
         """
         if width is not None and width > self.width:
-            if width > WIDEST:
+            if width > MAX_HELD:
                 raise InputError(
-                    f"{width} tokens wait for a decision, a static step holds {WIDEST}: guess fewer tokens"
+                    f"{width} tokens wait for a decision, a static step holds {MAX_HELD}: draft fewer tokens"
                 )
             self.width = width
             for mixer_layer in self.cache.mixer_layers:
