@@ -35,7 +35,7 @@ from linearize.training.data.sampling import self_sampler
 from linearize.training.data.train_dataset import TrainingText
 from linearize.training.dataset_stage import OwnLoopConfig
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
-from linearize.training.stages.trainable import own
+from linearize.training.stages.trainable import unshare
 
 CALIBRATION_TOKENS = 16_384
 EVALUATION_BATCH = 8
@@ -146,7 +146,7 @@ def _draft_of_student(
             "set plan.mixer to null"
         )
     draft.config.teacher_name = name
-    own(draft, target, draft.mixer_parameters())
+    unshare(draft, target, draft.mixer_parameters())
     check_stages(recipe, draft, target, tokenizer, converted=False)
     check_saving(draft, tokenizer)
     text, heldout = read_text(target, tokenizer, recipe.data, specs)

@@ -30,24 +30,23 @@ READ_ELSEWHERE = frozenset(
 )
 COMMON = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "mixer_call", "linearize_probe_calls"}
 """Keywords that transformers hands through every forward, and ours."""
-Tap = Callable[..., Tensor]
+AttentionOverride = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class MixerCall:
-    """What one forward pass of the student tells all its mixers.
+    """The arguments of one forward pass that all mixers of the student read.
 
-    `tap`: stands in for the mixer in every converted layer: `tap(module, q, k, v, scaling=, softcap=,
-    sliding_window=, layout=)
-    -> y [B, H, T, V]`; attention transfer uses it to compute both attentions and pass the teacher's on.
-    `branch`: what every mixer runs, or by layer (those not named run both).
+    `attention_override`: called instead of the mixer in every converted layer, as `attention_override(module, q, k, v,
+    scaling=, softcap=, sliding_window=, layout=) -> y [B, H, T, V]`; attention transfer uses it to compute both
+    attentions and pass the teacher's on. `branch`: what every mixer runs, or by layer (layers not named run both).
     `place`: of the new tokens in a static cache; None everywhere else, and while such a cache reads its prompts.
     """
 
     layout: Layout
     cache: Cache | None = None
     branch: Branch | Mapping[int, Branch] = "both"
-    tap: Tap | None = None
+    attention_override: AttentionOverride | None = None
     place: Place | None = None
 
     def branch_of(self, layer_idx: int) -> Branch:
@@ -113,8 +112,10 @@ def mixer_attention(
     refuse_unread(module, others)
     scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
     layout = mixer_call.layout
-    if mixer_call.tap is not None:
-        y_BHTV = mixer_call.tap(module, query, key, value, layout=layout, sliding_window=sliding_window, **scores)
+    if mixer_call.attention_override is not None:
+        y_BHTV = mixer_call.attention_override(
+            module, query, key, value, layout=layout, sliding_window=sliding_window, **scores
+        )
         return y_BHTV.transpose(1, 2), None
     mixer: Any = module.mixer
     inputs: tuple[Tensor, ...] = (key, value)

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from linearize.errors import InputError, unknown
-from linearize.modeling.attention import COMMON, MixerCall, Tap, parameter_names
+from linearize.modeling.attention import COMMON, AttentionOverride, MixerCall, parameter_names
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import cache_argument, given_cache
 from linearize.modeling.ragged_cache import check_past_mask
@@ -53,7 +53,7 @@ def prepare_call(
     cache: Cache | None,
     use_cache: bool | None,
     branch: Branch | Mapping[int, Branch] = "both",
-    tap: Tap | None = None,
+    attention_override: AttentionOverride | None = None,
 ) -> ForwardCall:
     """Read documents and padding, and make the cache where one is wanted.
 
@@ -93,7 +93,11 @@ def prepare_call(
     if use_cache and cache is None:
         cache = DynamicCache(config=config)
     return ForwardCall(
-        attention_mask, position_ids, cache, use_cache, MixerCall(layout, cache if use_cache else None, branch, tap)
+        attention_mask,
+        position_ids,
+        cache,
+        use_cache,
+        MixerCall(layout, cache if use_cache else None, branch, attention_override),
     )
 
 

@@ -22,7 +22,7 @@ from linearize.errors import InputError
 from linearize.memory import MappedFiles
 
 
-class Slot(NamedTuple):
+class ParameterSlot(NamedTuple):
     """A place that holds a parameter."""
 
     module: nn.Module
@@ -40,12 +40,12 @@ class Slot(NamedTuple):
 
 
 @dataclass(eq=False)
-class Loan:
-    """Weights of `owner` that a module of another tree uses: whole while that module runs, without gradients."""
+class SharedShards:
+    """Sharded weights of `owner` that a module of another tree uses too: whole while it runs, without gradients."""
 
     owner: Any
     borrower: nn.Module
-    slots: list[tuple[Slot, Slot]]  # the borrower's, the owner's
+    slots: list[tuple[ParameterSlot, ParameterSlot]]  # the borrower's, the owner's
     handles: list[Any] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -86,7 +86,7 @@ class Shards:
 
         self.device = device
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self.loans: list[Loan] = []
+        self.shared: list[SharedShards] = []
 
     def place(self, trees: Sequence[nn.Module]) -> None:
         """Bring the weights of rank 0 to all ranks, of each unit only a part; one unit is whole at a time.
@@ -111,30 +111,29 @@ class Shards:
     def separate(self, changing: Iterable[nn.Parameter]) -> None:
         """Before these parameters change: sharded copies of their own for all that borrow from a unit with one."""
         ids = {id(parameter) for parameter in changing}
-        for loan in list(self.loans):
-            if any(id(theirs.get()) in ids for _, theirs in loan.slots):
-                self.loans.remove(loan)
-                loan.end()
-                self._shard(loan.borrower, [mine.get() for mine, _ in loan.slots])
+        for shared in list(self.shared):
+            if any(id(theirs.get()) in ids for _, theirs in shared.slots):
+                self.shared.remove(shared)
+                shared.end()
+                self._shard(shared.borrower, [mine.get() for mine, _ in shared.slots])
 
     def _take(
-        self, unit: nn.Module, trees: Sequence[nn.Module], places: Sequence[list[Slot]], files: MappedFiles
+        self, unit: nn.Module, trees: Sequence[nn.Module], places: Sequence[list[ParameterSlot]], files: MappedFiles
     ) -> None:
         """Fill and shard a unit, and lend to the units of other trees that hold the same parameters."""
         for shared in places:
             _fill(shared, self.device, files)
         inside = set(unit.modules())
         self._shard(unit, [shared[0].get() for shared in places])
-        borrowers: dict[nn.Module, list[tuple[Slot, Slot]]] = {}
+        borrowers: dict[nn.Module, list[tuple[ParameterSlot, ParameterSlot]]] = {}
         for shared in places:
             owner = next(slot for slot in shared if slot.module in inside)
             for slot in shared:
                 if slot.module not in inside:
                     borrowers.setdefault(_unit_with(slot.module, trees), []).append((slot, owner))
         for borrower, pairs in borrowers.items():
-            loan = Loan(unit, borrower, pairs)
-            loan.begin()
-            self.loans.append(loan)
+            self.shared.append(SharedShards(unit, borrower, pairs))
+            self.shared[-1].begin()
 
     def _shard(self, unit: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -197,7 +196,12 @@ def _is_sharding(hook: Any) -> bool:
 
 def gather_while_running(unit: nn.Module) -> None:
     """From now on a module's forward gathers its sharded parameters, and lets them go at its end; without gradients."""
-    places = [Slot(module, key) for module in unit.modules() for key, p in module._parameters.items() if p is not None]
+    places = [
+        ParameterSlot(module, key)
+        for module in unit.modules()
+        for key, p in module._parameters.items()
+        if p is not None
+    ]
     sharded = [(place, place.get()) for place in places if is_sharded(place.get())]
 
     def gather(*_: Any) -> None:
@@ -299,14 +303,14 @@ def decoder_layers(tree: nn.Module) -> list[nn.Module]:
     raise InputError(f"{config.model_type}: its {number} layers do not lie in one list, so no process can hold a part")
 
 
-def _slots(trees: Sequence[nn.Module]) -> dict[int, list[Slot]]:
+def _slots(trees: Sequence[nn.Module]) -> dict[int, list[ParameterSlot]]:
     """By parameter, every place that holds it."""
-    found: dict[int, list[Slot]] = {}
+    found: dict[int, list[ParameterSlot]] = {}
     for tree in trees:
         for module in tree.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    found.setdefault(id(parameter), []).append(Slot(module, key))
+                    found.setdefault(id(parameter), []).append(ParameterSlot(module, key))
     return found
 
 
@@ -314,7 +318,7 @@ def _unit_with(module: nn.Module, trees: Sequence[nn.Module]) -> nn.Module:
     return next(unit for tree in trees for unit in units_of(tree) if module in set(unit.modules()))
 
 
-def _fill(places: Sequence[Slot], device: torch.device, files: MappedFiles) -> None:
+def _fill(places: Sequence[ParameterSlot], device: torch.device, files: MappedFiles) -> None:
     """Rank 0's values on this device, in every place that holds the parameter; what was read from is let go."""
     old = places[0].get()
     value = torch.empty(old.shape, dtype=old.dtype, device=device)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError
-from linearize.modeling.attention import Tap
+from linearize.modeling.attention import AttentionOverride
 from linearize.modeling.cache_argument import given_cache, with_cache
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
@@ -121,12 +121,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         branch: Branch | Mapping[int, Branch] = "both",
-        tap: Tap | None = None,
+        attention_override: AttentionOverride | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the teacher's own forward; `branch` runs one branch of every mixer, or of some layers' (ablation: `{3:
-        "window"}`); `tap` see `MixerCall`.
+        "window"}`); `attention_override` see `MixerCall`.
 
         `input_ids: [B, T]`; `attention_mask: [B, past + T]` (padding on one side of the new tokens); packed rows carry
         restarting `position_ids: [B, T]`. `past_key_values` is the older name of `cache`. `kwargs`: what the teacher's
@@ -151,7 +151,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             cache=given_cache(cache, past_key_values),
             use_cache=use_cache,
             branch=branch,
-            tap=tap,
+            attention_override=attention_override,
         )
         return self.lm(
             input_ids=input_ids,

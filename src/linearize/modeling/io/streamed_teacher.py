@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.blocks import Block, Slot, make_block, reached, student_around
+from linearize.modeling.blocks import Block, HiddenInput, make_block, reached, student_around
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.io.checkpoint_keys import check_keys, check_numbers
 from linearize.modeling.io.model_source import find_model, read_config
@@ -135,7 +135,7 @@ class StreamedBlocks:
 
     def __init__(self, teacher: StreamedTeacher, config: LinearizeConfig, *, seed: int) -> None:
         """`config`: of the whole student. `seed`: drawn from it are the starts of all layers, one after the other."""
-        self.given, self.config, self.seed, self.slot = teacher, config, seed, Slot()
+        self.given, self.config, self.seed, self.hidden_input = teacher, config, seed, HiddenInput()
         self.layers, self.model_dim = len(teacher.sites), config.attention_shapes()[0].model_dim
         self.dtype, self.device = teacher.stored, teacher.device
 
@@ -147,7 +147,7 @@ class StreamedBlocks:
 
     def teacher(self, span: range) -> Block:
         """See `Blocks`."""
-        return make_block(self.given.block(span), span, self.given.layers, self.slot)
+        return make_block(self.given.block(span), span, self.given.layers, self.hidden_input)
 
     def pair(self, span: range) -> Block:
         """See `Blocks`."""
@@ -161,31 +161,31 @@ class StreamedBlocks:
                 if (mixer := plan[layer]) is not None:
                     mixer.build(shapes[layer])
             install(lm, [plan[i] for i in span], config.attention, [shapes[i] for i in span], start=True)
-        return make_block(teacher, span, self.given.layers, self.slot, student_around(lm, config))
+        return make_block(teacher, span, self.given.layers, self.hidden_input, student_around(lm, config))
 
-    def end(self, as_tuple: bool) -> Ending:
+    def head(self, as_tuple: bool) -> LMHead:
         """What turns the last layer's output into logits."""
-        return Ending(self.given, self.slot, as_tuple)
+        return LMHead(self.given, self.hidden_input, as_tuple)
 
 
-class Ending:
+class LMHead:
     """Final norm and head of a streamed teacher, run by the family's own forward; `vocabulary`: number of logits."""
 
-    def __init__(self, teacher: StreamedTeacher, slot: Slot, as_tuple: bool) -> None:
+    def __init__(self, teacher: StreamedTeacher, hidden_input: HiddenInput, as_tuple: bool) -> None:
         """`as_tuple`: whether layers of this family give their output in a tuple."""
         last = len(teacher.sites) - 1
         tree = teacher.tree(range(0), head=True)
         self.model: Any = cut_tree(tree, [site.name for site in teacher.sites], range(last, last + 1))
-        self.slot, self.device, self.dtype = slot, teacher.device, teacher.dtype
+        self.hidden_input, self.device, self.dtype = hidden_input, teacher.device, teacher.dtype
         self.vocabulary: int = teacher.config.get_text_config().vocab_size
         _blind_embedding(self.model, self.dtype, self.device)
         layers: Any = self.model.get_submodule(teacher.layers)
-        layers[0].forward = lambda *_args, **_kwargs: (slot.hidden,) if as_tuple else slot.hidden
+        layers[0].forward = lambda *_args, **_kwargs: (hidden_input.hidden,) if as_tuple else hidden_input.hidden
 
     def logits(self, batch: Mapping[str, Tensor], hidden_BTM: Tensor) -> Tensor:
         """`[B, T, V]` from the last layer's output."""
         inputs = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
-        with self.slot.holding(hidden_BTM.to(self.device, self.dtype)):
+        with self.hidden_input.holding(hidden_BTM.to(self.device, self.dtype)):
             found: Tensor = self.model(**inputs, use_cache=False).logits
         return found
 

@@ -188,7 +188,7 @@ class BlockRun:
         self.run.finish()
 
     def _with_hidden(self, work: Callable[[Batch], Any], batch: Batch) -> Any:
-        with self.block.slot.holding(self.block.placed(batch[HIDDEN])):
+        with self.block.hidden_input.holding(self.block.placed(batch[HIDDEN])):
             return work({name: value for name, value in batch.items() if name != HIDDEN})
 
 

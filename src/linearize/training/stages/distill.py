@@ -18,7 +18,7 @@ from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
 from linearize.training.stages.losses import Divergence
-from linearize.training.stages.trainable import mlp_parameters, own, recompute_blocks
+from linearize.training.stages.trainable import mlp_parameters, recompute_blocks, unshare
 
 
 class DistillConfig(StageConfig):
@@ -130,7 +130,7 @@ def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any)
     if config.train != "mixers":
         floating = {name for name, p in student.named_parameters() if p.is_floating_point()}
         old = floating - new - (mlp_parameters(student) if config.train == "no_mlp" else set())
-    parameters = own(student, teacher, sorted(new | old))
+    parameters = unshare(student, teacher, sorted(new | old))
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     chosen = ((new, 1.0), (old, config.old_lr_scale))

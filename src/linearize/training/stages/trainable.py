@@ -26,7 +26,7 @@ def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
     return found
 
 
-def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The student's parameters of these names, those that share memory with the teacher replaced by copies.
 
     A copy takes the place of its original wherever the student holds it, so tied weights stay tied. Sharded weights

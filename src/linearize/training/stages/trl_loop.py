@@ -23,7 +23,7 @@ from linearize.training.dataset_stage import DEFAULT_LENGTH, OwnLoopConfig, Stag
 from linearize.training.distributed import current
 from linearize.training.loop import Rows, StageResult, run_stage
 from linearize.training.progress import LineProgress
-from linearize.training.stages.trainable import own, recompute_blocks
+from linearize.training.stages.trainable import recompute_blocks, unshare
 from linearize.training.stages.trl_scores import scoring
 from linearize.training.stages.trl_trainer import metrics_of, stage_trainer
 
@@ -214,7 +214,7 @@ def _trained(config: OwnLoopConfig, job: StageJob) -> dict[str, nn.Parameter]:
     if config.train == "all":
         student.kept_adapters = None  # their product is in the weights, and those move now
     student.eval().requires_grad_(False)
-    trained = own(student, job.teacher, names)
+    trained = unshare(student, job.teacher, names)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
