@@ -18,8 +18,8 @@ from linearize.modeling.parallel import (
     add_part,
     decoder_layers,
     gathered,
-    hand_over,
     is_sharded,
+    set_shards,
     units_of,
     whole,
     whole_state,
@@ -60,7 +60,7 @@ def look(family: str, draft: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"meta": {p.device.type for p in student.parameters()}}
     shards = Shards(torch.device("cpu"))
     shards.place([student, base, teacher])
-    hand_over(student, shards)
+    set_shards(student, shards)
     named, before = dict(student.named_parameters()), dict(expected["student"].named_parameters())
     found["held"] = sum((p.to_local() if is_sharded(p) else p).numel() for p in named.values())
     found["whole"] = sum(p.numel() for p in before.values())

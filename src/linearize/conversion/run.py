@@ -35,7 +35,7 @@ from linearize.metrics.report import (
 )
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.attention_capture import calibrate
-from linearize.modeling.io.quantized import whole_student
+from linearize.modeling.io.assemble import whole_student
 from linearize.modeling.io.student_folder import save_student
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
 from linearize.recipes.schedule import share_of

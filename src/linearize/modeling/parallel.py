@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -150,15 +151,17 @@ class Shards:
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+_SHARDS: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()
+
+
 def shards_of(model: nn.Module) -> Shards | None:
-    """How the weights of a student (or another teacher) are shared out over processes; None: they are whole."""
-    found: Shards | None = getattr(model, "shards", None)
-    return found
+    """Return the sharded weights of a student (or another teacher); None: they are whole."""
+    return _SHARDS.get(model)
 
 
-def hand_over(model: Any, shards: Shards) -> None:
-    """From now on the model knows how its weights are shared out."""
-    model.shards = shards
+def set_shards(model: nn.Module, shards: Shards) -> None:
+    """Say that a model's weights are sharded. A copy of the model does not own them."""
+    _SHARDS[model] = shards
 
 
 def is_sharded(tensor: Tensor) -> bool:

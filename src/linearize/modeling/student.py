@@ -17,11 +17,11 @@ from linearize.modeling.attention import AttentionOverride
 from linearize.modeling.cache_argument import given_cache, with_cache
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
-from linearize.modeling.io.student_folder import apply_adapters, valid_generation_config
+from linearize.modeling.io.adapters import AdapterState, apply_adapters
+from linearize.modeling.io.student_folder import valid_generation_config
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
-    from linearize.modeling.io.quantized import LowRankChange
     from linearize.modeling.surgery import AttentionSite
     from linearize.ops.window_linear import Branch
 
@@ -30,6 +30,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM whose planned layers mix the sequence in linear time.
 
     `lm` is an instance of the teacher's class; layer i's mixer is the submodule `mixer` of its attention module.
+    `adapter_state`: what training with adapters left to save.
     """
 
     config_class = LinearizeConfig
@@ -57,7 +58,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             install(lm, config.mixers(), config.attention, config.attention_shapes(), start=False)
         self.lm = lm
         BackboneHook(config).install(self.base_model)
-        self.weight_changes: dict[str, list[LowRankChange]] = {}  # of layers whose base is quantized
+        self.adapter_state = AdapterState()
         self._keep_in_fp32_modules_strict = self._fp32_names()
         self.post_init()
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.io.adapters import kept_adapters
 from linearize.modeling.io.checksums import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
@@ -57,7 +58,7 @@ class DistillConfig(StageConfig):
         """
         if self.train == "mixers" and not student.mixer_parameters():
             raise InputError("distill has nothing to train: no mixer of the plan has parameters (set train to no_mlp)")
-        if getattr(student, "kept_adapters", None) is not None:
+        if kept_adapters(student) is not None:
             raise InputError("distill changes weights that adapters are kept beside: set merge of lowrank to true")
         if self.teacher is not None and self.kl:
             check_vocabulary(self.teacher, student)
