@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.modeling.attention import ATTENTION
+from linearize.modeling.library_internals import set_attention
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.modeling.surgery import attention_configs
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
@@ -154,7 +155,7 @@ def student_around(lm: PreTrainedModel, config: Any) -> LinearizedForCausalLM:
     """A student of layers that hold their mixers already."""
     if all(entry is not None for entry in config.plan):  # as `surgery.install`: no layer needs a T x T mask
         for own in attention_configs(lm):
-            own._attn_implementation = ATTENTION
+            set_attention(own, ATTENTION)
     with no_init_weights():
         return LinearizedForCausalLM(copy.deepcopy(config), lm=lm).eval()
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from linearize.errors import InputError
 from linearize.modeling.config import MIXER_LAYER
+from linearize.modeling.library_internals import register_cache_layer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
@@ -254,4 +255,4 @@ class MixerCacheLayer(CacheLayerMixin):
         return pending + (0 if self.state is None else int(self.state.num_bytes))
 
 
-STATIC_LAYER_TYPE_MAPPING[MIXER_LAYER] = MixerCacheLayer  # DynamicCache knows it by its `_layer_type`
+register_cache_layer(MIXER_LAYER, MixerCacheLayer)

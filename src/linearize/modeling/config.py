@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from linearize.errors import InputError, unknown
+from linearize.modeling.library_internals import run_config_checks
 
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape, MixerConfig
@@ -124,12 +125,9 @@ class LinearizeConfig(PreTrainedConfig):
         ]
 
     def validate(self) -> None:
-        """The parent's checks but those of what is the teacher's: its own config checks its rotary positions, and
-        `mixers` checks the plan, whose layer type is not on transformers' list."""
-        checks: Any = vars(PreTrainedConfig)["__class_validators__"]
-        for check in checks:
-            if check.__name__ not in ("validate_layer_type", "validate_rope"):
-                check(self)
+        """Run the parent's checks that apply: the teacher's own config checks its rotary positions, and `mixers` checks
+        the plan, whose layer type is not on transformers' list."""
+        run_config_checks(self, without=("validate_layer_type", "validate_rope"))
 
 
 def _renamed(model_type: str) -> dict[str, str]:

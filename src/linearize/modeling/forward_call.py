@@ -20,6 +20,7 @@ from linearize.errors import InputError, unknown
 from linearize.modeling.attention import COMMON, AttentionOverride, MixerCall, parameter_names
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import cache_argument, given_cache
+from linearize.modeling.library_internals import remove_pre_hooks
 from linearize.modeling.ragged_cache import check_past_mask
 from linearize.modeling.static.cache import StaticMixerLayer
 from linearize.ops.layout import Layout
@@ -192,10 +193,7 @@ class BackboneHook:
 
     def install(self, backbone: nn.Module) -> None:
         """Put the hook in, in the place of that of another student around the same modules."""
-        hooks = backbone._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, BackboneHook)]:
-            del hooks[key]
-            backbone._forward_pre_hooks_with_kwargs.pop(key, None)
+        remove_pre_hooks(backbone, BackboneHook)
         backbone.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(

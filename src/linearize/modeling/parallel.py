@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.memory import MappedFiles
+from linearize.modeling.library_internals import without_sharding
 
 
 class ParameterSlot(NamedTuple):
@@ -182,19 +183,11 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
 def plain_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a sharded unit as the module that it was, with parts as they lie in each process; see
     `gather_while_running`. `memo`: as of `copy.deepcopy`."""
-    kind: Any = type(unit).__mro__[2]  # after the class that fully_shard made, and its own
+    kind, held = without_sharding(unit)
     made: nn.Module = kind.__new__(kind)
     memo[id(unit)] = made
-    held = {key: value for key, value in vars(unit).items() if not key.startswith("__composable_api_")}
-    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-        theirs = {key: hook for key, hook in held[hooks].items() if not _is_sharding(hook)}
-        held[hooks] = type(held[hooks])(theirs)
     vars(made).update(copy.deepcopy(held, memo))
     return made
-
-
-def _is_sharding(hook: Any) -> bool:
-    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.")
 
 
 def gather_while_running(unit: nn.Module) -> None:

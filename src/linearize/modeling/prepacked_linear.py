@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import InputError
+from linearize.modeling.library_internals import can_pack_weights, packed_product, packed_weight
 
 LAID_OUT_FOR = 64  # tokens that oneDNN is told a call has; layouts made for fewer were no faster with fewer
 TRANSPOSED = ((8.0, 9), (0.0, 5))  # outputs per input from which W x^T is faster than x W^T, and up to how many tokens
@@ -79,7 +80,7 @@ class _Store:
 
     def __init__(self, weight: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LAID_OUT_FOR)
+            self.blocks: Tensor = packed_weight(weight.detach(), LAID_OUT_FOR)
         self._shape = weight.shape
         self._held: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
         self._again: dict[int, nn.Parameter] = {}
@@ -137,7 +138,7 @@ class _Pack:
 
 
 def _packable(model: nn.Module) -> list[nn.Linear]:
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not can_pack_weights():
         return []
     return [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
 
@@ -162,7 +163,7 @@ def _packed(linear: nn.Linear, blocks: Tensor, x: Tensor) -> Tensor:
             "the weights are packed for decoding: call the model within torch.no_grad() or after the block"
         )
     bias = None if linear.bias is None else linear.bias.detach()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.float32), blocks, bias, "none", [], "")
+    y: Tensor = packed_product(x.to(torch.float32), blocks, bias)
     return y
 
 

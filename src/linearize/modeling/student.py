@@ -19,6 +19,7 @@ from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
 from linearize.modeling.io.adapters import AdapterState, apply_adapters
 from linearize.modeling.io.student_folder import valid_generation_config
+from linearize.modeling.library_internals import attention_of
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
@@ -49,7 +50,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         if lm is None:
             from linearize.modeling.surgery import install
 
-            wanted = config._attn_implementation
+            wanted = attention_of(config)
             lm = AutoModelForCausalLM.from_config(
                 config.teacher_config(),
                 dtype=torch.get_default_dtype(),

@@ -16,6 +16,7 @@ from linearize.errors import InputError, one_line
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.modeling.attention import ATTENTION, parameter_names
 from linearize.modeling.io.nf4 import nf4_states
+from linearize.modeling.library_internals import attention_of, is_hooked, set_attention
 from linearize.modeling.mixer_layer import MixerLayer
 from linearize.modeling.parallel import is_unit, whole
 from linearize.modeling.projections import are_read_rightly, attention_weights, with_biases
@@ -88,7 +89,7 @@ def _inputs_noted(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
 
 def _check_not_offloaded(module: nn.Module) -> None:
     """Refuse weights that come for the call alone (accelerate's offload): no mixer could start from or beside them."""
-    hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
+    hooked = any(is_hooked(part) for part in module.modules())
     if hooked and any(parameter.is_meta for parameter in module.parameters()):
         raise InputError("its weights are offloaded, which can be run but not converted: load it without offload")
 
@@ -107,17 +108,17 @@ def _check_layer_types(model: PreTrainedModel) -> None:
 def routed(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """All attention of a model through this attention function inside the `with` block."""
     configs = attention_configs(model)
-    before = [config._attn_implementation for config in configs]
+    before = [attention_of(config) for config in configs]
     was_training = model.training
     try:
         for config in configs:
-            config._attn_implementation = implementation
+            set_attention(config, implementation)
         model.eval()
         yield
     finally:
         model.train(was_training)
         for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old
+            set_attention(config, old)
 
 
 def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -261,7 +262,7 @@ def install(
             _route(lm.get_submodule(names[i]), built, routed)
     if all(mixer is not None for mixer in plan):  # no layer needs a T x T mask
         for config in attention_configs(lm):
-            config._attn_implementation = ATTENTION
+            set_attention(config, ATTENTION)
 
 
 def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: bool) -> Mixer:
@@ -296,7 +297,7 @@ def _route(module: Any, mixer: Mixer, routed: dict[int, PreTrainedConfig]) -> No
     old = module.config
     if id(old) not in routed:
         routed[id(old)] = copy.copy(old)
-        routed[id(old)]._attn_implementation = ATTENTION
+        set_attention(routed[id(old)], ATTENTION)
     module.config = routed[id(old)]
     module.mixer = mixer
     if isinstance(mixer, AttentionMixer) and mixer.needs_keys:

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from linearize.errors import InputError, one_line
 from linearize.modeling.attention import ATTENTION
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.library_internals import set_attention
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.modeling.surgery import attention_configs, probe, share_weights
 
@@ -54,7 +55,7 @@ def _truncated_student(student: LinearizedForCausalLM, layers: Sequence[int]) ->
     config = cut_student_config(student.config, layers)
     if all(entry is not None for entry in config.plan):  # as `surgery.install`: no layer needs a T x T mask
         for own in attention_configs(lm):
-            own._attn_implementation = ATTENTION
+            set_attention(own, ATTENTION)
     with no_init_weights():
         result = LinearizedForCausalLM(config, lm=lm)
     result.generation_config = copy.deepcopy(student.generation_config)

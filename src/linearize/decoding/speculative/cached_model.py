@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import with_cache
+from linearize.modeling.library_internals import keeps_recurrent_state
 from linearize.modeling.ragged_cache import accept_rows, compact
 
 MAX_DEAD_COLUMNS = 64  # dead columns that a cache holds before they are taken out
@@ -133,7 +134,7 @@ class CachedModel:
 
 def check_rollback(model: PreTrainedModel, role: str) -> None:
     """Raise InputError for a model that cannot roll back."""
-    if getattr(model, "_is_stateful", False):
+    if keeps_recurrent_state(model):
         raise InputError(
             f"the {role} ({type(model).__name__}) keeps a recurrent state that cannot roll back: convert it with "
             "linearize, or decode without speculation"

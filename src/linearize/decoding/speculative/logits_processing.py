@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from linearize.errors import InputError
+from linearize.modeling.library_internals import filled_generation_config, logits_processors, prepare_special_tokens
 
 # Processors of transformers that look at the scores alone; all others may look at the text before.
 _TEXT_FREE = {
@@ -94,13 +95,12 @@ def logits_processing(
 
     `stop_tokens` None: the config's EOS tokens. Raises InputError for settings that the loop cannot follow.
     """
-    owner: Any = model
-    config = owner._prepare_generation_config(copy.deepcopy(generation_config))[0]
+    config = filled_generation_config(model, generation_config)
     _check_config(config)
     if stop_tokens is not None:
         config.eos_token_id = list(stop_tokens) or None
-    owner._prepare_special_tokens(config, True, device=model.device)
-    lists = [_processors(owner, copy.copy(config), len(prompt), max_new_tokens) for prompt in prompts]
+    prepare_special_tokens(model, config)
+    lists = [_processors(model, copy.copy(config), len(prompt), max_new_tokens) for prompt in prompts]
     return LogitsProcessing(
         sample=bool(config.do_sample),
         stop_tokens=frozenset(_token_list(config.eos_token_id)),
@@ -120,7 +120,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def _processors(model: Any, config: GenerationConfig, prompt: int, max_new_tokens: int) -> Any:
     config.max_length = prompt + max_new_tokens
-    return model._get_logits_processor(config, input_ids_seq_length=prompt, device=model.device)
+    return logits_processors(model, config, prompt)
 
 
 def _token_list(tokens: int | Sequence[int] | None) -> list[int]:

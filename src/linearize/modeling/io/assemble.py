@@ -15,6 +15,7 @@ from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWrit
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
 from linearize.modeling.io.student_folder import save_config
 from linearize.modeling.io.teacher import load_teacher
+from linearize.modeling.library_internals import fp32_names
 from linearize.modeling.student import LinearizedForCausalLM
 
 
@@ -55,7 +56,7 @@ def _planned(teacher: StreamedTeacher, student: LinearizedForCausalLM) -> tuple[
     """Dtype and shape of every tensor of the student's folder, tied ones once; and which of the checkpoint's tensors
     those are that are not new. What transformers renames or joins on loading keeps the checkpoint's name, as it has
     when transformers saves it."""
-    fp32 = tuple(f"lm.{kept}" for kept in student._keep_in_fp32_modules_strict or ())
+    fp32 = tuple(f"lm.{kept}" for kept in fp32_names(student))
     saved = student.state_dict()
     tensors: dict[str, Tensor] = dict(student.named_parameters())
     tensors |= {name: value for name, value in student.named_buffers() if name in saved}

@@ -26,6 +26,12 @@ from linearize.modeling.io.quantized_teacher import quantization_of
 from linearize.modeling.io.special_tokens import fit_pad_token
 from linearize.modeling.io.teacher import load_tokenizer
 from linearize.modeling.io.weight_files import WeightFiles
+from linearize.modeling.library_internals import (
+    checkpoint_renamer,
+    ignored_patterns,
+    load_converted,
+    use_batched_experts,
+)
 from linearize.modeling.surgery import AttentionSite, install, probe, share_weights
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
 
@@ -105,7 +111,8 @@ class StreamedTeacher:
                 _set(tree, name, self.files.read(key).to(self.dtype))
         keys = [key for name, group in self.converted.items() if needed(name) for key in group]
         if keys:
-            _convert(tree, {key: self.files.lazy(key) for key in keys}, self.dtype)
+            load_converted(tree, {key: self.files.lazy(key) for key in keys}, self.dtype)
+            tree.requires_grad_(False)
 
     def _tied(self) -> bool:
         """Whether the head is the input embedding, and the checkpoint holds one of them alone."""
@@ -195,7 +202,7 @@ def sites_on_meta(config: Any, **options: Any) -> list[AttentionSite]:
     own = copy.deepcopy(config)
     own.get_text_config().pad_token_id = None  # where there is one, some families look at the tokens' values
     for each in {id(each): each for each in (own, own.get_text_config())}.values():
-        each._experts_implementation = "batched_mm"  # the only one that runs on meta, whatever the sizes
+        use_batched_experts(each)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(own, **options)
     return probe(model)
@@ -222,19 +229,14 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
     """For each parameter the tensor of the checkpoint that it is; for the first parameter of each conversion (experts
     stacked) the tensors that it is made from; and the tensors that are neither, but for those that the family says it
     does without."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state: dict[str, Any] = model.state_dict()
+    rename = checkpoint_renamer(model, state)
     plain: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
     unread: list[str] = []
-    without = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    without = [re.compile(pattern) for pattern in ignored_patterns(model)]
     for key in files.places:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name, pattern = rename(key)
         if name not in state and key in state:
             name, pattern = key, None
         if name in state:
@@ -245,25 +247,6 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
         elif not any(pattern.search(key) for pattern in without):
             unread.append(key)
     return plain, converted, unread
-
-
-def _convert(tree: PreTrainedModel, state: dict[str, Any], dtype: torch.dtype) -> None:
-    """Load tensors that transformers joins or splits, by its own rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        rules: Any = get_model_conversion_mapping(tree)
-        load = LoadStateDictConfig(dtype=dtype, weight_mapping=rules)
-        convert_and_load_state_dict_in_model(tree, state, load)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    tree.requires_grad_(False)
 
 
 def _placed(tree: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.io.adapters import kept_adapters, save_adapters, without_product
 from linearize.modeling.io.nf4 import is_nf4
 from linearize.modeling.io.quantized import has_quantized
 from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
+from linearize.modeling.library_internals import saved_names, without_tied
 from linearize.modeling.parallel import shards_of, whole_state
 from linearize.storage.disk import writing
 
@@ -63,7 +63,7 @@ def check_saving(student: Any, tokenizer: Any) -> None:
         held, read = _own_parameters(student), _own_parameters(again)
         wrong = sorted(name for name in {*held, *read} if held.get(name) != read.get(name))
         if not wrong and not has_quantized(student) and not student.get_input_embeddings().weight.is_meta:
-            remove_tied_weights_from_state_dict(student.state_dict(), student)  # refuses memory shared otherwise
+            without_tied(student.state_dict(), student)  # refuses memory shared otherwise
     except Exception as error:  # whatever keeps it from being saved
         raise InputError(
             f"the student could not be saved after its training, so it is not begun: {one_line(error)} (its config, "
@@ -138,13 +138,11 @@ def _save_sharded(student: Any, folder: Path | None) -> None:
 
 def _entries(student: Any) -> dict[str, Entry] | None:
     """Dtype and shape of every tensor of a folder, tied ones once; None: transformers saves others than these."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     held: dict[str, Tensor] = student.state_dict(keep_vars=True)
     marks = {id(tensor): torch.empty(1) for tensor in held.values()}
-    names = remove_tied_weights_from_state_dict({name: marks[id(held[name])] for name in held}, student)
+    names = without_tied({name: marks[id(held[name])] for name in held}, student)
     shapes = {name: torch.empty(held[name].shape, dtype=held[name].dtype, device="meta") for name in names}
-    saved = revert_weight_conversion(student, dict(shapes))
+    saved = saved_names(student, shapes)
     if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in shapes.items()}:
         return None
     return {name: (x.dtype, tuple(x.shape)) for name, x in shapes.items()}

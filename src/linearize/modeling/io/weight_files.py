@@ -15,6 +15,7 @@ from linearize.errors import InputError
 from linearize.modeling.io.finite import is_finite, not_numbers
 from linearize.modeling.io.model_files import tensors_of
 from linearize.modeling.io.model_source import find_model
+from linearize.modeling.library_internals import find_hub_file
 from linearize.storage.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -144,13 +145,8 @@ def _located(name_or_path: str, file: str) -> Path | None:
     if folder.is_dir():
         path = folder / file
         return path if path.is_file() else None
-    from transformers.utils import cached_file
-
     try:
-        found = cached_file(
-            name_or_path, file, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+        found = find_hub_file(name_or_path, file)
     except OSError as error:
         raise InputError(f"cannot find {name_or_path} on the Hub: {error}") from error
     return None if found is None else Path(found)
