@@ -29,8 +29,8 @@ from linearize.modeling.attention_capture import attention_samples
 from linearize.modeling.blocks import Block
 from linearize.modeling.io.assemble import write_student_weights
 from linearize.modeling.io.streamed_teacher import StreamedBlocks
-from linearize.training.blockwise.block_result import Part, merge_results
-from linearize.training.blockwise.rows import HIDDEN, StageRows
+from linearize.training.blockwise.block_result import BlockResult, merge_results
+from linearize.training.blockwise.hidden_rows import HIDDEN, StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
 from linearize.training.config import Batch
 from linearize.training.distributed import Group
@@ -42,7 +42,7 @@ LOG = logging.getLogger("linearize")
 
 def train_parts(
     request: Request, group: Group, tracker: Tracker, progress: Progress
-) -> tuple[StreamedConversion, list[Part]]:
+) -> tuple[StreamedConversion, list[BlockResult]]:
     """Train the blocks that the request names, those of many processes shared out; returns their parts.
 
     Raises:
@@ -106,7 +106,7 @@ class StreamedConversion:
             )
         )  # fmt: skip
 
-    def measure(self, parts: Sequence[Part]) -> ConversionReport:
+    def measure(self, parts: Sequence[BlockResult]) -> ConversionReport:
         """Teacher, the student before training and after it, and its branches, on the held-out rows."""
         reach = window_reach(self.config.mixers())
         models = {
@@ -138,7 +138,7 @@ class StreamedConversion:
         forward.remove()
         return report
 
-    def write(self, folder: Path, report: ConversionReport, parts: Sequence[Part]) -> None:
+    def write(self, folder: Path, report: ConversionReport, parts: Sequence[BlockResult]) -> None:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
         by_layer = {layer: part for part in parts for layer in part.layers}
         prefix = f"lm.{self.given.teacher.layers}."
@@ -151,7 +151,7 @@ class StreamedConversion:
         self.given.teacher.tokenizer.save_pretrained(folder)
         write_papers(report, self.recipe, self.config.to_dict(), folder)
 
-    def _forward(self, forward: StreamedForward, parts: Sequence[Part]) -> dict[str, list[float]]:
+    def _forward(self, forward: StreamedForward, parts: Sequence[BlockResult]) -> dict[str, list[float]]:
         """All models through all blocks; returns the errors of layers before and after training."""
         errors: dict[str, list[float]] = {"swap": [], self.key: []}
         forward.enter(self.source.enter(), self.source.model_dim, self.given.teacher.dtype)
