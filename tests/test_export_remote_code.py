@@ -157,7 +157,7 @@ import math, json
 import torch
 from .linearize_ops_layout import Layout
 from . import linearize_ops_layout as where
-from . import linearize_ops_products as products
+from . import linearize_ops_matmul as products
 from .linearize_errors import (
     InputError,
     unknown,
@@ -189,7 +189,7 @@ def f():
 def test_imports_are_rewritten_and_nothing_else() -> None:
     assert remote_code._rewritten("example", SOURCE) == EXPECTED
     entry = remote_code._entry({"example": SOURCE})
-    assert "from .linearize_ops_products import __name__" in entry  # the loader overlooks `from . import`
+    assert "from .linearize_ops_matmul import __name__" in entry  # the loader overlooks `from . import`
 
 
 @pytest.mark.parametrize("line", ["import linearize.ops.layout", "from .base import Mixer"])
@@ -203,4 +203,4 @@ def test_names_known_to_transformers_are_those_of_the_copy() -> None:
     own = '_" + str(__package__).replace(".", "_")\n'
     assert f'ATTENTION = "linearize{own}' in made["linearize_modeling_attention"]
     assert f'MIXER_LAYER = "linearize_mixer{own}' in made["linearize_modeling_config"]
-    assert f'PROBE = "linearize_probe{own}' in made["linearize_modeling_surgery"]
+    assert f'PROBE = "linearize_probe{own}' in made["linearize_modeling_probe"]

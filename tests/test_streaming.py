@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.blocks import LoadedBlocks
 from linearize.modeling.io.streamed_teacher import StreamedBlocks, StreamedTeacher
-from linearize.modeling.surgery import probe
+from linearize.modeling.probe import probe
 
 CPU = torch.device("cpu")
 

@@ -18,13 +18,13 @@ from linearize.metrics.sensitivity import LayerScore, layer_sensitivity
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
-from linearize.modeling.document_probe import keeps_documents_apart
-from linearize.modeling.io.checksums import model_fingerprint
-from linearize.modeling.io.finite import check_finite_outputs, check_finite_weights
+from linearize.modeling.io.checkpoint_checks import check_finite_outputs, check_finite_weights
+from linearize.modeling.io.integrity import model_fingerprint
 from linearize.modeling.io.quantized import BaseWeights
 from linearize.modeling.io.student_folder import check_saving
 from linearize.modeling.io.teacher import load_teacher, load_tokenizer
-from linearize.modeling.surgery import AttentionSite, check_plan, probe
+from linearize.modeling.probe import AttentionSite, keeps_documents_apart, probe
+from linearize.modeling.surgery import check_plan
 from linearize.modeling.truncate import truncate
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe

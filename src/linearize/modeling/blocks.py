@@ -19,8 +19,8 @@ from transformers.initialization import no_init_weights
 
 from linearize.modeling.attention import ATTENTION
 from linearize.modeling.library_internals import set_attention
+from linearize.modeling.probe import attention_configs
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.surgery import attention_configs
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
 
 

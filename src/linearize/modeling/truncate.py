@@ -15,8 +15,9 @@ from linearize.errors import InputError, one_line
 from linearize.modeling.attention import ATTENTION
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.library_internals import set_attention
+from linearize.modeling.probe import attention_configs, probe
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.surgery import attention_configs, probe, share_weights
+from linearize.modeling.surgery import share_weights
 
 ENTRY_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 LAYER_NUMBERS = ("mlp_only_layers",)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
 from linearize.modeling.io.student_folder import save_config
 from linearize.modeling.io.teacher import load_teacher
+from linearize.modeling.io.weight_files import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.library_internals import fp32_names
 from linearize.modeling.student import LinearizedForCausalLM
 

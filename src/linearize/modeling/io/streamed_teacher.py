@@ -20,10 +20,9 @@ from transformers.initialization import no_init_weights
 from linearize.errors import InputError, one_line
 from linearize.modeling.blocks import Block, HiddenInput, make_block, reached, student_around
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.io.checkpoint_keys import check_keys, check_numbers
-from linearize.modeling.io.model_source import find_model, read_config
+from linearize.modeling.io.checkpoint_checks import check_keys, check_numbers
+from linearize.modeling.io.model_source import find_model, fit_pad_token, read_config
 from linearize.modeling.io.quantized_teacher import quantization_of
-from linearize.modeling.io.special_tokens import fit_pad_token
 from linearize.modeling.io.teacher import load_tokenizer
 from linearize.modeling.io.weight_files import WeightFiles
 from linearize.modeling.library_internals import (
@@ -32,7 +31,8 @@ from linearize.modeling.library_internals import (
     load_converted,
     use_batched_experts,
 )
-from linearize.modeling.surgery import AttentionSite, install, probe, share_weights
+from linearize.modeling.probe import AttentionSite, probe
+from linearize.modeling.surgery import install, share_weights
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
 
 

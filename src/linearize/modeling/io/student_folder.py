@@ -17,7 +17,7 @@ from linearize.errors import InputError, one_line
 from linearize.modeling.io.adapters import kept_adapters, save_adapters, without_product
 from linearize.modeling.io.nf4 import is_nf4
 from linearize.modeling.io.quantized import has_quantized
-from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
+from linearize.modeling.io.weight_files import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.library_internals import saved_names, without_tied
 from linearize.modeling.parallel import shards_of, whole_state
 from linearize.storage.disk import writing

@@ -12,12 +12,18 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.io.checkpoint_keys import check_keys, check_numbers
-from linearize.modeling.io.model_files import number_types
-from linearize.modeling.io.model_source import ModelSource, adapter_alone, find_model, read_config
+from linearize.modeling.io.checkpoint_checks import check_keys, check_numbers
+from linearize.modeling.io.integrity import number_types
+from linearize.modeling.io.model_source import (
+    ModelSource,
+    adapter_alone,
+    find_model,
+    fit_pad_token,
+    read_config,
+    take_special_tokens,
+)
 from linearize.modeling.io.quantized import BaseWeights, after_loading, freed_at_once, loading_options
 from linearize.modeling.io.quantized_teacher import check_readable, make_plain, reading_options
-from linearize.modeling.io.special_tokens import fit_pad_token, take_special_tokens
 from linearize.modeling.io.weight_files import WeightFiles
 from linearize.modeling.library_internals import holds_adapter
 

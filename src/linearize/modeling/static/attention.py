@@ -90,7 +90,7 @@ def _seen(layer: StaticAttentionLayer, layout: Layout, position_BT: Tensor) -> T
 
 def softmax_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs that say how the kept softmax layers of a model compute attention."""
-    from linearize.modeling.surgery import attention_configs
+    from linearize.modeling.probe import attention_configs
 
     return [config for config in attention_configs(model) if attention_of(config) != ATTENTION]
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.modeling.io.checksums import crc32
+from linearize.modeling.io.integrity import crc32
 from linearize.training.loop import History, StageResult
 
 FORMAT = 2

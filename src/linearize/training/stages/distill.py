@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.adapters import kept_adapters
-from linearize.modeling.io.checksums import model_fingerprint
+from linearize.modeling.io.integrity import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distillation_loss import distillation_loss
