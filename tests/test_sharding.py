@@ -13,17 +13,8 @@ from torch import Tensor, nn
 from linearize.errors import InputError
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.parallel import (
-    Shards,
-    add_part,
-    decoder_layers,
-    gathered,
-    is_sharded,
-    set_shards,
-    units_of,
-    whole,
-    whole_state,
-)  # fmt: skip
+from linearize.modeling.parallel import add_part, decoder_layers, gathered, is_sharded, units_of, whole, whole_state
+from linearize.modeling.sharding import Shards, set_shards
 from linearize.modeling.truncate import truncate
 from linearize.training.distributed import start
 

@@ -14,7 +14,7 @@ import torch
 from linearize.conversion.prepare import Prepared
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
-from linearize.modeling.parallel import Shards, set_shards
+from linearize.modeling.sharding import Shards, set_shards
 from linearize.recipes.recipe import Recipe
 from linearize.training.data.loading import PSEUDO
 from linearize.training.distributed import Group

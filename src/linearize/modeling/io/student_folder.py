@@ -19,7 +19,8 @@ from linearize.modeling.io.nf4 import is_nf4
 from linearize.modeling.io.quantized import has_quantized
 from linearize.modeling.io.weight_files import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.library_internals import saved_names, without_tied
-from linearize.modeling.parallel import shards_of, whole_state
+from linearize.modeling.parallel import whole_state
+from linearize.modeling.sharding import shards_of
 from linearize.storage.disk import writing
 
 LOG = logging.getLogger("linearize")

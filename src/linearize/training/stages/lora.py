@@ -13,7 +13,8 @@ from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.adapters import LowRankChange
 from linearize.modeling.io.quantized import is_quantized, whole_weight, with_weight
-from linearize.modeling.parallel import add_part, shards_of
+from linearize.modeling.parallel import add_part
+from linearize.modeling.sharding import shards_of
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.parallel import is_sharded, shards_of
+from linearize.modeling.parallel import is_sharded
+from linearize.modeling.sharding import shards_of
 from linearize.modeling.truncate import block_name
 
 
