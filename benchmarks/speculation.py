@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.timing import SEED, parser, publish
 from linearize.decoding.loading import load_any
 from linearize.decoding.speculative import LookupDrafter, SpeculationResult, SpeculationStats, speculate
-from linearize.decoding.speculative.acceptance_stats import Experience
-from linearize.decoding.speculative.sharing import share_equal_weights
+from linearize.decoding.speculative.draft_length import AcceptanceStats
+from linearize.decoding.speculative.weight_layout import share_equal_weights
 from linearize.errors import InputError
 from linearize.storage.files import read_text
 
@@ -70,7 +70,7 @@ def measure(
     compared with plain greedy decoding, token for token. Raises RuntimeError where one differs.
     """
     counts: list[int | str] = [*sizes, "auto", NEW]
-    known = {name: Experience() for name in drafts}
+    known = {name: AcceptanceStats() for name in drafts}
     ways = [(name, k) for name in drafts for k in counts]
     stats: dict[tuple[str, int | str], list[SpeculationStats]] = {way: [] for way in ways}
     plain_seconds, plain_tokens = 0.0, 0
@@ -79,7 +79,7 @@ def measure(
         expected, seconds = plain(target, ids, new_tokens)
         plain_seconds, plain_tokens = plain_seconds + seconds, plain_tokens + len(expected)
         for name, k in ways:
-            learned = Experience() if k == NEW else known[name]
+            learned = AcceptanceStats() if k == NEW else known[name]
             result = guessed(target, drafts[name], ids, k, new_tokens, learned)
             if result.tokens[0] != expected:
                 raise RuntimeError(f"{name}, {k} guesses: not what plain greedy decoding gives for one prompt")
@@ -102,11 +102,11 @@ def plain(target: PreTrainedModel, ids: Sequence[int], new_tokens: int) -> tuple
 
 
 def guessed(
-    target: PreTrainedModel, draft: Draft, ids: Sequence[int], k: int | str, new_tokens: int, known: Experience
+    target: PreTrainedModel, draft: Draft, ids: Sequence[int], k: int | str, new_tokens: int, known: AcceptanceStats
 ) -> SpeculationResult:
     """The same with guesses."""
     how: Any = LookupDrafter() if draft is None else draft
-    settings: Any = {"draft_tokens": "auto" if k == NEW else k, "experience": known}
+    settings: Any = {"draft_tokens": "auto" if k == NEW else k, "stats": known}
     return speculate(target, how, torch.tensor([list(ids)]), max_new_tokens=new_tokens, **settings)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from linearize.metrics.report import provenance
-from linearize.modeling.io.sharded_writer import ShardedWriter
+from linearize.modeling.io.weight_files import ShardedWriter
 from linearize.storage.files import atomic_write_text
 
 CGROUP = Path("/sys/fs/cgroup/memory")

@@ -10,7 +10,7 @@ from models import SLIDING, VOCABULARY, mixer, tiny
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.blocks import LoadedBlocks
-from linearize.training.blockwise.rows import StageRows
+from linearize.training.blockwise.hidden_rows import StageRows
 from linearize.training.blockwise.run import BlockJob
 from linearize.training.config import Batch
 from linearize.training.data.documents import Document

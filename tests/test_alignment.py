@@ -56,7 +56,9 @@ def straight_outputs(student: LinearizedForCausalLM, batch: Batch, output: str) 
         hidden = inputs[layer] + added
         return hidden + layers[layer].mlp(layers[layer].post_attention_layernorm(hidden))
 
-    def tap(module: Any, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any):
+    def attention_override(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any
+    ):
         target = softmax_attention(q, k, v, layout=layout, sliding_window=sliding_window, **scores)
         y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)
         found[module.layer_idx] = (finish(module.layer_idx, y), finish(module.layer_idx, target))
@@ -66,7 +68,12 @@ def straight_outputs(student: LinearizedForCausalLM, batch: Batch, output: str) 
         layer.register_forward_pre_hook(lambda _module, args, i=i: inputs.update({i: args[0]}))
         for i, layer in enumerate(layers)
     ]
-    student(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, tap=tap)
+    student(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        attention_override=attention_override,
+    )
     for hook in hooks:
         hook.remove()
     return found

@@ -158,9 +158,9 @@ def test_killed_in_a_block_and_after_them_the_same_command_goes_on(folder: Path,
     words = argv(folder, tmp_path / "out", "--stream")
     work = tmp_path / ".out.run"
     assert None in together(2, dies_in, "layers-002", words, tmp_path / "one")
-    assert not (work / "0-attention_transfer" / "parts" / "layers-002-003.safetensors").exists()
+    assert not (work / "0-attention_transfer" / "results" / "layers-002-003.safetensors").exists()
     assert None in together(2, dies_in, "1-lowrank", words, tmp_path / "two")
-    assert len(list((work / "0-attention_transfer" / "parts").iterdir())) == 3 and not (tmp_path / "out").exists()
+    assert len(list((work / "0-attention_transfer" / "results").iterdir())) == 3 and not (tmp_path / "out").exists()
     assert together(2, command, words, tmp_path / "three") == [0, 0]
     check_like_memory(folder, tmp_path / "out", joint=1e-5)
 

@@ -18,7 +18,7 @@ from linearize.errors import InputError
 from linearize.training.blockwise.block_result import merge_results
 from linearize.training.blockwise.budget import boundary_bytes
 from linearize.training.blockwise.hidden_store import DamagedShardError, HiddenStore
-from linearize.training.blockwise.leases import Claims
+from linearize.training.blockwise.leases import Leases
 from linearize.training.blockwise.run import BlockwiseStage
 from linearize.training.progress import LineProgress
 from linearize.training.stages.hidden_alignment import HiddenAlignmentConfig
@@ -85,7 +85,7 @@ def test_a_damaged_shard_is_written_anew_and_never_trained_on(tmp_path: Path) ->
     whole, _, expected = blockwise(stage(block=2), 2, tmp_path / "whole", student(its_teacher), its_teacher)
     broken = BlockwiseStage(job(student(its_teacher), its_teacher, stage(block=2), 2, tmp_path / "broken"))
     for boundary in range(3):
-        broken.filler.fill(boundary)
+        broken.writer.write(boundary)
     flipped, cut, lost = (tmp_path / "broken" / "hidden" / f"{b:03d}" / "train-00000.bin" for b in (0, 1, 2))
     data = bytearray(flipped.read_bytes())
     data[1000] ^= 1
@@ -122,12 +122,12 @@ def test_an_interrupted_block_goes_on_and_a_damaged_part_is_trained_again(tmp_pa
             BlockwiseStage(broken).run()
     work = BlockwiseStage(job(student(its_teacher), its_teacher, stage(block=2), 2, tmp_path / "broken"))
     work.run()
-    path = next((tmp_path / "broken" / "parts").glob("layers-002*"))
+    path = next((tmp_path / "broken" / "results").glob("layers-002*"))
     path.write_bytes(path.read_bytes()[:-7])
-    assert work.part(1) is None and not path.exists()
+    assert work.result(1) is None and not path.exists()
     parts = BlockwiseStage(job(student(its_teacher), its_teacher, stage(block=2), 2, tmp_path / "broken")).run()
     for part, other in zip(parts, expected, strict=True):
-        assert part.result.losses == other.result.losses
+        assert part.stage.losses == other.stage.losses
         assert all(torch.equal(part.final[name], value) for name, value in other.final.items())
 
 
@@ -151,12 +151,12 @@ def test_hidden_alignment_by_blocks_is_hidden_alignment(tmp_path: Path) -> None:
 
 
 def test_claims_belong_to_one_and_are_free_when_their_holder_is_gone(tmp_path: Path) -> None:
-    claims, others = Claims(tmp_path), Claims(tmp_path, stale_seconds=0.2)
-    with claims.take("block-0") as mine:
+    leases, others = Leases(tmp_path), Leases(tmp_path, stale_seconds=0.2)
+    with leases.take("block-0") as mine:
         assert mine is not None
-        with claims.take("block-0") as second, claims.take("block-1") as free:
+        with leases.take("block-0") as second, leases.take("block-1") as free:
             assert second is None and free is not None
-        assert "process" in (claims.holder("block-0") or "")
+        assert "process" in (leases.holder("block-0") or "")
         os.utime(mine.path, (1, 1))  # not heard of for long
         with others.take("block-0") as taken:
             assert taken is not None
@@ -165,10 +165,10 @@ def test_claims_belong_to_one_and_are_free_when_their_holder_is_gone(tmp_path: P
                 mine.check()
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     dead = {"host": socket.gethostname(), "pid": int(done.stdout), "born": "1", "token": "x"}
-    (tmp_path / "block-2.claim").write_text(json.dumps(dead))
-    with claims.take("block-2") as inherited:
+    (tmp_path / "block-2.lease").write_text(json.dumps(dead))
+    with leases.take("block-2") as inherited:
         assert inherited is not None
-    assert not list(tmp_path.glob("*.claim"))
+    assert not list(tmp_path.glob("*.lease"))
 
 
 def test_bf16_hidden_states_take_two_bytes(tmp_path: Path) -> None:

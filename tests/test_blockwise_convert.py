@@ -79,7 +79,7 @@ def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> 
     for blocks in ("2", "0-1"):
         linearize.convert(folder / "teacher", blocks=blocks, **arguments(folder, shared, block=2))
         assert not shared.exists()
-    parts = sorted(path.name for path in (tmp_path / ".shared.run" / "0-attention_transfer" / "parts").iterdir())
+    parts = sorted(path.name for path in (tmp_path / ".shared.run" / "0-attention_transfer" / "results").iterdir())
     assert parts == [f"layers-{a:03d}-{b:03d}.safetensors" for a, b in ((0, 1), (2, 3), (4, 4))]
     linearize.convert(folder / "teacher", **arguments(folder, shared, block=2))
     expected, found = weights(whole), weights(shared)

@@ -16,7 +16,7 @@ from test_evaluation_outputs import tiny_llama, tiny_tokenizer
 import linearize
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
-from linearize.modeling.io.model_files import INDEX, tensors_of
+from linearize.modeling.io.integrity import INDEX, tensors_of
 from linearize.modeling.io.teacher import load_teacher
 
 WEIGHTS = "model.safetensors"

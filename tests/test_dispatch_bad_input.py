@@ -15,7 +15,7 @@ from models import student_of, tiny
 from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, AttentionShape
-from linearize.modeling.backends import inspect_backends
+from linearize.modeling.inspect import inspect_backends
 from linearize.ops import triton, window_linear
 from linearize.ops.dispatch import Query
 from linearize.ops.layout import Layout

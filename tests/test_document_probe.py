@@ -20,8 +20,8 @@ from linearize.evaluation.run import EvaluationOptions, evaluate
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.evaluation.sections.language import Language
-from linearize.modeling.document_probe import keeps_documents_apart
 from linearize.modeling.io.teacher import load_teacher
+from linearize.modeling.probe import keeps_documents_apart
 from linearize.training.data.loading import DataConfig, Document, document_rows, load_documents, pack, split
 from linearize.training.stages.external_teacher import load_other_teacher
 

@@ -203,4 +203,4 @@ def test_names_known_to_transformers_are_those_of_the_copy() -> None:
     own = '_" + str(__package__).replace(".", "_")\n'
     assert f'ATTENTION = "linearize{own}' in made["linearize_modeling_attention"]
     assert f'MIXER_LAYER = "linearize_mixer{own}' in made["linearize_modeling_config"]
-    assert f'PROBE = "linearize_probe{own}' in made["linearize_modeling_surgery"]
+    assert f'PROBE = "linearize_probe{own}' in made["linearize_modeling_probe"]

@@ -17,18 +17,18 @@ from torch import nn
 from linearize.errors import InputError
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.io.checksums import model_fingerprint
+from linearize.modeling.io.assemble import whole_student
+from linearize.modeling.io.integrity import model_fingerprint
 from linearize.modeling.io.nf4 import nf4_config
 from linearize.modeling.io.quantized import (
     has_quantized,
     is_quantized,
     parts_of,
-    whole_student,
     whole_weight,
     with_weight,
 )
 from linearize.modeling.io.teacher import load_teacher
-from linearize.modeling.surgery import probe
+from linearize.modeling.probe import probe
 from linearize.training.blockwise.run import release_memory
 from linearize.training.memory_simulation import tensor_bytes
 from linearize.training.stages.lora import add_adapters

@@ -79,7 +79,7 @@ def test_greedy_streams_what_it_returns(folder: Path, capfd: pytest.CaptureFixtu
     assert "pad_token" not in err and "warn" not in err.lower()
 
 
-def test_guessing_ahead_changes_nothing(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_speculation_changes_nothing(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prompt = "the cat sat on the mat and the cat sat"
     tokenizer = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
     tiny_model(tokenizer, seed=4).save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_guessing_ahead_changes_nothing(folder: Path, capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out == plain + "\n"
 
 
-def test_a_student_guesses_for_its_teacher(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_student_drafts_for_its_teacher(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Self-speculation: the teacher's own text, fewer passes; what is told of it goes to stderr."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     teacher = LlamaForCausalLM.from_pretrained(folder)
@@ -101,13 +101,13 @@ def test_a_student_guesses_for_its_teacher(folder: Path, capfd: pytest.CaptureFi
     assert generate_text(folder, "the cat", **settings) == plain
     out, err = capfd.readouterr()
     assert out == plain + "\n"
-    passes, accepted = (int(n) for n in re.findall(r"in (\d+) passes.* (\d+) of \d+ guesses accepted", err)[0])
+    passes, accepted = (int(n) for n in re.findall(r"in (\d+) passes.* (\d+) of \d+ draft tokens accepted", err)[0])
     assert accepted > 0 and passes < 25
     assert continue_text(teacher, tokenizer, "the cat", max_new_tokens=25, draft=teacher) == plain
 
 
-def test_guesses_keep_the_distribution_cold(folder: Path) -> None:
-    """At a temperature near zero drawing is greedy, with guesses as without, and the seed alone decides above."""
+def test_drafts_keep_the_distribution_cold(folder: Path) -> None:
+    """At a temperature near zero drawing is greedy, with drafts as without, and the seed alone decides above."""
     common: dict = {"max_new_tokens": 20, "stream": False, "device": "cpu", "prompt_lookup": True, "draft_tokens": 3}
     assert generate_text(folder, "a red", temperature=1e-4, **common) == greedy_by_hand(folder, "a red", 20)
     drawn = [generate_text(folder, "a red", temperature=1.5, seed=seed, **common) for seed in (1, 1, 2)]
@@ -155,8 +155,8 @@ def test_empty_prompt(folder: Path) -> None:
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"prompt_lookup": True, "draft": "other"}, "choose one"),
         ({"draft_tokens": 0, "draft": "other"}, "draft_tokens is 0"),
-        ({"draft_tokens": 4}, "draft_tokens 4 without anything that guesses"),
-        ({"stats": True}, "stats without anything that guesses"),
+        ({"draft_tokens": 4}, "draft_tokens 4 without a draft"),
+        ({"stats": True}, "stats without a draft"),
         ({"device": "abacus"}, "device 'abacus'"),
     ],
 )

@@ -20,7 +20,7 @@ from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import inspect_model
-from linearize.modeling.surgery import probe
+from linearize.modeling.probe import probe
 
 PLAN = [LolcatsConfig(window=5, feature_dim=7), None, SlidingWindowConfig(window=11)]
 KV_BYTES = 3 * (10 + 10) * 4  # key/value heads, key and value dimensions, fp32

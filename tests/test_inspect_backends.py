@@ -13,7 +13,7 @@ from models import left_padded, mixer, student_of, text, tiny
 from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
-from linearize.modeling.backends import inspect_backends
+from linearize.modeling.inspect import inspect_backends
 from linearize.ops.dispatch import Call, Dispatcher
 
 

@@ -15,8 +15,8 @@ from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.mixers.layer_mixer import LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.attention import MixerLayer
 from linearize.modeling.attention_capture import attention_samples, calibrate
-from linearize.modeling.mixer_layer import MixerLayer
 from linearize.modeling.projections import attention_weights
 
 LAYER_MIXERS = sorted(name for name, config in MIXERS.items() if issubclass(config, LayerMixerConfig))

@@ -14,7 +14,7 @@ from torch import nn
 
 from linearize.errors import InputError
 from linearize.modeling import prepacked_linear as packed
-from linearize.modeling.prepacked_linear import can_pack, packed_projections, turned_projections
+from linearize.modeling.prepacked_linear import can_pack, packed_projections, transposed_projections
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_turned_products_are_the_same_and_may_be_differentiated(model: nn.Module
     expected = model(x)
     expected.sum().backward()
     gradient, model[0].weight.grad = model[0].weight.grad, None
-    with turned_projections(model) as count:
+    with transposed_projections(model) as count:
         assert count == 2 and not model[0].weight.is_meta
         with torch.no_grad():
             torch.testing.assert_close(model(x), expected)

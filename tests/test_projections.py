@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.probe import probe, routed
 from linearize.modeling.projections import attention_weights, key_projection
-from linearize.modeling.surgery import probe, routed
 from linearize.training.stages.lora import add_adapters
 
 CAPTURE = "tests_capture_qkv"

@@ -20,7 +20,8 @@ from linearize.conversion.base_weights import checked_base
 from linearize.conversion.run import convert
 from linearize.errors import InputError
 from linearize.metrics.report import ConversionReport, read_report
-from linearize.modeling.io.quantized import LowRankChange, loading_options, parts_of
+from linearize.modeling.io.adapters import LowRankChange
+from linearize.modeling.io.quantized import loading_options, parts_of
 from linearize.modeling.io.teacher import load_teacher
 from linearize.recipes.recipe import Recipe
 from linearize.training.memory_simulation import tensor_bytes

@@ -353,7 +353,8 @@ def test_lengths_beyond_the_context_are_cut_with_a_warning(
 
 def test_layers_that_stay_as_they_are_take_no_step() -> None:
     from linearize.conversion.prepare import _steps
-    from linearize.modeling.surgery import check_plan, probe
+    from linearize.modeling.probe import probe
+    from linearize.modeling.surgery import check_plan
 
     teacher = tiny("gemma3_text")  # layers 0 and 2 see 5 tokens
     wanted = plan(mixer={**LOLCATS, "window": 8}, schedule={"kind": "stepwise"})

@@ -152,9 +152,9 @@ def test_trl_knows_of_no_other_processes_and_leaves_no_trace(tmp_path: Path, mon
 def test_adapters_kept_beside_the_weights_are_merged_when_the_weights_move(tmp_path: Path) -> None:
     for train, kept in (("mixers", True), ("all", False)):
         work = job(tmp_path / train, tokenizer=byte_tokenizer(chat=CHAT))
-        work.student.kept_adapters = object()
+        work.student.adapter_state.kept = object()
         config(tmp_path, train=train, max_steps=1).run(work)
-        assert (work.student.kept_adapters is not None) is kept
+        assert (work.student.adapter_state.kept is not None) is kept
 
 
 def test_a_loss_that_is_not_finite_keeps_nothing_as_final(tmp_path: Path) -> None:

@@ -13,17 +13,8 @@ from torch import Tensor, nn
 from linearize.errors import InputError
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.parallel import (
-    Shards,
-    add_part,
-    decoder_layers,
-    gathered,
-    hand_over,
-    is_sharded,
-    units_of,
-    whole,
-    whole_state,
-)  # fmt: skip
+from linearize.modeling.parallel import add_part, decoder_layers, gathered, is_sharded, units_of, whole, whole_state
+from linearize.modeling.sharding import Shards, set_shards
 from linearize.modeling.truncate import truncate
 from linearize.training.distributed import start
 
@@ -60,11 +51,11 @@ def look(family: str, draft: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"meta": {p.device.type for p in student.parameters()}}
     shards = Shards(torch.device("cpu"))
     shards.place([student, base, teacher])
-    hand_over(student, shards)
+    set_shards(student, shards)
     named, before = dict(student.named_parameters()), dict(expected["student"].named_parameters())
     found["held"] = sum((p.to_local() if is_sharded(p) else p).numel() for p in named.values())
     found["whole"] = sum(p.numel() for p in before.values())
-    found["loans"] = len(shards.loans)
+    found["shared"] = len(shards.shared)
     with torch.no_grad():
         for name, model in given.items():
             found[name] = largest(model(IDS).logits, expected[name](IDS).logits)
@@ -109,7 +100,7 @@ def test_outputs_and_gradients_are_those_of_whole_weights(family: str, draft: bo
     for rank, found in enumerate(together(2, look, family, draft)):
         assert found is not None, "a rank died"
         assert found["meta"] == ({"cpu"} if rank == 0 else {"meta"})
-        assert found["held"] < 0.85 * found["whole"] and found["loans"] >= 4
+        assert found["held"] < 0.85 * found["whole"] and found["shared"] >= 4
         for key in EQUAL:
             assert found[key] < 1e-6, key
         assert found["here"] == (found["names"] if rank == 0 else 0)

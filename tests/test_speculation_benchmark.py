@@ -1,4 +1,4 @@
-"""The benchmark of speculation: prompts by seed, several seeds in one table, `auto` with and without experience."""
+"""The benchmark of speculation: prompts by seed, several seeds in one table, `auto` with and without measurements."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from models import VOCABULARY, left_padded, mixer, student_of, text, tiny
 from speculation_cases import NAMES, both_ways, endless, near, plain, target
 from transformers import GenerationConfig
 
-import linearize.decoding.speculative.cached_model as reader_module
+import linearize.decoding.speculative.cached_model as cached_model
 from linearize.decoding import LookupDrafter, speculate
 from linearize.decoding.speculative import ModelDrafter, SpeculationStats
 
@@ -55,15 +55,15 @@ def test_dead_columns_are_taken_out(models: dict, name: str, monkeypatch: pytest
     draft, expected = near(model, 0.05), [plain(model, ids[i : i + 1, 23 - n :], 30) for i, n in enumerate(LENGTHS)]
     widths = {}
     for most in (1, 10**6):
-        monkeypatch.setattr(reader_module, "MOST_DEAD", most)
-        drafter, keep, widest = ModelDrafter(draft), reader_module.Reader.keep, [0]
+        monkeypatch.setattr(cached_model, "MAX_DEAD_COLUMNS", most)
+        drafter, keep, widest = ModelDrafter(draft), cached_model.CachedModel.keep, [0]
 
         def watched(self: Any, counts: Any, keep: Any = keep, widest: list[int] = widest) -> None:
             keep(self, counts)
             widest[0] = max(widest[0], self.cache.get_seq_length() - max(self.lengths))
 
         with monkeypatch.context() as patch:
-            patch.setattr(reader_module.Reader, "keep", watched)
+            patch.setattr(cached_model.CachedModel, "keep", watched)
             assert speculate(model, drafter, ids, mask, max_new_tokens=30, draft_tokens=3).tokens == expected
         widths[most] = widest[0]
     assert widths[1] <= 1 and widths[10**6] > 3, "columns of no row stay in the cache"

@@ -12,11 +12,22 @@ from models import mixer, student_of, text, tiny
 from speculation_cases import Widths, near, target
 
 from linearize.decoding import LookupDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative.acceptance_stats import ALLOWANCE, Experience, remembered
-from linearize.decoding.speculative.adaptive_draft_length import FIRST, PLAIN, Auto
-from linearize.decoding.speculative.draft_length import MOST, Fixed, Round, choose, expected_tokens, seconds_at
-from linearize.decoding.speculative.ngrams import NgramIndex
-from linearize.decoding.speculative.rows import Rows
+from linearize.decoding.speculative.draft_length import (
+    ALLOWANCE,
+    FIRST_DRAFT,
+    MAX_DRAFT_TOKENS,
+    PLAIN_STEPS,
+    AcceptanceStats,
+    AdaptiveDraftLength,
+    FixedDraftLength,
+    Round,
+    acceptance_stats,
+    best_length,
+    expected_tokens,
+    seconds_at,
+)
+from linearize.decoding.speculative.drafters import NgramIndex
+from linearize.decoding.speculative.verify import GrowingTexts
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
 
@@ -44,10 +55,10 @@ def test_the_best_number_by_hand(draft: float, slope: float, rate: float, expect
     target = {width: 1 + slope * (width - 1) for width in range(1, 10)}
     drafting = {count: draft * count for count in range(1, 9)}
     rates = [expected_tokens([rate], k) / (target[k + 1] + draft * k) for k in range(9)]
-    assert choose(target, drafting, [rate], 8) == rates.index(max(rates))
+    assert best_length(target, drafting, [rate], 8) == rates.index(max(rates))
     assert abs(rates.index(max(rates)) - expected) <= 1
     sparse = {1: target[1], 5: target[5]}, {2: drafting[2], 4: drafting[4]}
-    assert choose(*sparse, [rate], 8) == choose(target, drafting, [rate], 8)
+    assert best_length(*sparse, [rate], 8) == best_length(target, drafting, [rate], 8)
 
 
 COSTS = {  # seconds of a pass over 1 to 9 tokens, in steps
@@ -58,7 +69,7 @@ COSTS = {  # seconds of a pass over 1 to 9 tokens, in steps
 
 
 def simulate(
-    pace: Any, tokens: int, *, costs: str, draft: float, rate: float, seed: int = 1
+    draft_length: Any, tokens: int, *, costs: str, draft: float, rate: float, seed: int = 1
 ) -> tuple[float, list[int]]:
     """A clock that is not real: a guess stays with probability `rate` and costs `draft`; times jitter, now and then a
     lot, and a plain step after guesses costs more. Seconds per token, and the numbers that were chosen."""
@@ -68,21 +79,21 @@ def simulate(
         return 1 + 0.05 * abs(draws.gauss(0, 1)) + (0.5 if draws.random() < 0.03 else 0)
 
     while done < tokens:
-        count = min(pace.next(), tokens - done - 1)
+        count = min(draft_length.next(), tokens - done - 1)
         kept = 0
         while kept < count and draws.random() < rate:
             kept += 1
         target = COSTS[costs][count] * jitter() + (0.15 if count == 0 and chosen and chosen[-1] else 0)
         guessing = draft * count * jitter()
-        pace.observe(Round(count, [kept], target, guessing))
+        draft_length.observe(Round(count, [kept], target, guessing))
         clock, done = clock + target + guessing, done + kept + 1
         chosen.append(count)
     return clock / done, chosen
 
 
-def average(pace: Any, seeds: int = 12, **setting: Any) -> float:
-    """Seconds per token over some texts of 200 tokens; `pace()` makes what chooses."""
-    return sum(simulate(pace(), 200, seed=seed, **setting)[0] for seed in range(seeds)) / seeds
+def average(draft_length: Any, seeds: int = 12, **setting: Any) -> float:
+    """Seconds per token over some texts of 200 tokens; `draft_length()` makes what chooses."""
+    return sum(simulate(draft_length(), 200, seed=seed, **setting)[0] for seed in range(seeds)) / seeds
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -92,33 +103,33 @@ def average(pace: Any, seeds: int = 12, **setting: Any) -> float:
 )
 def test_auto_is_near_the_best_number_and_never_far_below_none(costs: str, draft: float, rate: float) -> None:
     setting: dict[str, Any] = {"costs": costs, "draft": draft, "rate": rate}
-    plain = average(lambda: Fixed(0), **setting)
-    best = min(average(lambda k=k: Fixed(k), **setting) for k in range(1, MOST + 1))
-    known = Experience()
-    simulate(Auto(known), 200, seed=99, **setting)
-    for pace in (Auto, lambda: Auto(copy.deepcopy(known))):
-        seconds = average(pace, **setting)
+    plain = average(lambda: FixedDraftLength(0), **setting)
+    best = min(average(lambda k=k: FixedDraftLength(k), **setting) for k in range(1, MAX_DRAFT_TOKENS + 1))
+    known = AcceptanceStats()
+    simulate(AdaptiveDraftLength(known), 200, seed=99, **setting)
+    for draft_length in (AdaptiveDraftLength, lambda: AdaptiveDraftLength(copy.deepcopy(known))):
+        seconds = average(draft_length, **setting)
         assert plain / seconds > 0.965, "it loses against plain decoding"
         assert best / seconds > 0.93, "it misses what a fixed number gives"
 
 
 def test_auto_leaves_what_loses_tries_again_and_comes_back() -> None:
-    known = Experience()
+    known = AcceptanceStats()
     setting: dict[str, Any] = {"costs": "large", "draft": 0.05}
-    _, good = simulate(Auto(known), 400, rate=0.9, **setting)
-    assert good[:PLAIN] == [0] * PLAIN and good[PLAIN] == FIRST
-    assert sum(good[20:]) / len(good[20:]) > 4 and max(good) <= MOST
-    _, bad = simulate(Auto(known), 1200, rate=0.05, **setting)
+    _, good = simulate(AdaptiveDraftLength(known), 400, rate=0.9, **setting)
+    assert good[:PLAIN_STEPS] == [0] * PLAIN_STEPS and good[PLAIN_STEPS] == FIRST_DRAFT
+    assert sum(good[20:]) / len(good[20:]) > 4 and max(good) <= MAX_DRAFT_TOKENS
+    _, bad = simulate(AdaptiveDraftLength(known), 1200, rate=0.05, **setting)
     assert sum(count > 0 for count in bad[400:]) < 30, "it goes on guessing at a loss"
     assert any(bad[400:]), "it never tries again"
-    _, better = simulate(Auto(known), 1200, rate=0.9, **setting)
+    _, better = simulate(AdaptiveDraftLength(known), 1200, rate=0.9, **setting)
     assert sum(count > 0 for count in better[-60:]) > 50, "it does not come back"
 
 
 def test_what_guessing_may_lose_is_bounded() -> None:
     for costs, draft in (("steep", 0.5), ("large", 0.3), ("small", 2.0)):
-        seconds, chosen = simulate(Auto(), 2000, costs=costs, draft=draft, rate=0.02)
-        plain, _ = simulate(Fixed(0), 2000, costs=costs, draft=draft, rate=0.02)
+        seconds, chosen = simulate(AdaptiveDraftLength(), 2000, costs=costs, draft=draft, rate=0.02)
+        plain, _ = simulate(FixedDraftLength(0), 2000, costs=costs, draft=draft, rate=0.02)
         assert seconds / plain < 1.025
         assert sum(count > 0 for count in chosen) >= 2
 
@@ -127,30 +138,30 @@ def test_what_is_known_of_one_pair_stays_with_it() -> None:
     model, draft, other = target("softmax"), near(target("softmax")), near(target("softmax"), 0)
     ids = text(1, 9)
     speculate(model, draft, ids, max_new_tokens=12)
-    known = remembered(model, draft)
+    known = acceptance_stats(model, draft)
     seen = known.rounds
-    assert seen > 0 and len(known.target[1]) >= PLAIN
+    assert seen > 0 and len(known.target[1]) >= PLAIN_STEPS
     speculate(model, draft, ids, max_new_tokens=12)
-    assert remembered(model, draft) is known and known.rounds >= seen
-    assert remembered(model, other).rounds == 0 == remembered(draft, model).rounds
+    assert acceptance_stats(model, draft) is known and known.rounds >= seen
+    assert acceptance_stats(model, other).rounds == 0 == acceptance_stats(draft, model).rounds
     speculate(model, LookupDrafter(), ids, max_new_tokens=12)
-    assert len(remembered(model, LookupDrafter().source).target[1]) >= PLAIN
-    mine, before = Experience(), known.rounds
-    speculate(model, draft, ids, max_new_tokens=12, experience=mine)
+    assert len(acceptance_stats(model, LookupDrafter().source).target[1]) >= PLAIN_STEPS
+    mine, before = AcceptanceStats(), known.rounds
+    speculate(model, draft, ids, max_new_tokens=12, stats=mine)
     assert mine.rounds > 0 and known.rounds == before
-    speculate(model, draft, ids.expand(2, -1), max_new_tokens=12, experience=mine)
+    speculate(model, draft, ids.expand(2, -1), max_new_tokens=12, stats=mine)
     assert mine.rows == 2
 
 
-def test_experience_by_hand() -> None:
-    known = Experience()
+def test_acceptance_stats_by_hand() -> None:
+    known = AcceptanceStats()
     known.count(3, [0, 2])
     known.count(3, [3, 1])
     assert known.tried == pytest.approx([0.95 * 2 + 2, 0.95 + 2, 0.95 + 1])
     assert known.kept == pytest.approx([0.95 + 2, 0.95 + 1, 1])
     first = (2.95 + 0.5) / 4.9
     assert known.acceptance()[:2] == pytest.approx([first, (1.95 + first) / 3.95])
-    assert known.acceptance(hopeful=True)[0] == pytest.approx(3.95 / 4.9)
+    assert known.acceptance(optimistic=True)[0] == pytest.approx(3.95 / 4.9)
     known.allowance = -1.0
     known.begin(1)
     assert known.allowance == 1 and known.tried[0] == pytest.approx(3.9 / 2)
@@ -177,17 +188,17 @@ def test_where_the_last_tokens_stood_before() -> None:
 
 
 def test_rows_keep_what_they_may() -> None:
-    rows = Rows([[5], [6, 6], [7]], 4, frozenset({2}))
+    rows = GrowingTexts([[5], [6, 6], [7]], 4, frozenset({2}))
     new, kept = rows.extend([2, 0, 2], [9, 8, 9], [[3, 4, 4], [3, 4, 4], [3, 2, 4]], alike=False)
     assert (new, kept) == ([[3, 4, 9], [8], [3, 2]], [2, 0, 2])
-    assert rows.drop_ended() == [0, 1] and rows.texts == [[5, 3, 4, 9], [6, 6, 8]] and rows.room == 3
+    assert rows.drop_ended() == [0, 1] and rows.texts == [[5, 3, 4, 9], [6, 6, 8]] and rows.tokens_left == 3
     new, kept = rows.extend([1, 2], [9, 9], [[4, 4], [5, 5]], alike=False)
     assert (new, kept) == ([[4], [5, 5, 9]], [1, 2]), "four tokens are all there is room for"
     assert rows.drop_ended() == [] and rows.new == [[3, 4, 9, 4], [8, 5, 5, 9], [3, 2]]
 
 
 def test_rows_alike() -> None:
-    rows = Rows([[5], [6], [7]], 9, frozenset({2}))
+    rows = GrowingTexts([[5], [6], [7]], 9, frozenset({2}))
     new, kept = rows.extend([2, 1, 1], [9, 8, 2], [[3, 4], [3, 4], [2, 4]], alike=True)
     assert (new, kept) == ([[3, 4], [3, 8], [2]], [1, 1, 1])
     assert rows.drop_ended() == [0, 1]

@@ -106,7 +106,7 @@ def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: py
 
     model, (ids, mask) = models["lolcats"], left_padded(text(2, 23), [23, 6])
     expected = [plain(model, ids[i : i + 1, 23 - n :], 40) for i, n in enumerate([23, 6])]
-    monkeypatch.setattr("linearize.decoding.speculative.loop.pace_of", lambda *_: Now())
+    monkeypatch.setattr("linearize.decoding.speculative.loop.draft_length_for", lambda *_: Now())
     draft = near(model)
     widths = Widths(draft)
     result = speculate(model, draft, ids, mask, max_new_tokens=40)

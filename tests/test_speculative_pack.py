@@ -10,8 +10,8 @@ from models import left_padded, text
 from speculation_cases import both_ways, near, plain, target
 
 from linearize.decoding import LookupDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative import weight_layout as products_module
-from linearize.decoding.speculative.weight_layout import Products
+from linearize.decoding.speculative import weight_layout
+from linearize.decoding.speculative.weight_layout import WeightLayout
 from linearize.errors import InputError
 from linearize.modeling import prepacked_linear as packed
 
@@ -21,7 +21,7 @@ WORTH = 12
 @pytest.fixture(autouse=True)
 def _pack_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "SMALLEST", 100)
-    monkeypatch.setattr(products_module, "WORTH", WORTH)
+    monkeypatch.setattr(weight_layout, "MIN_TOKENS", WORTH)
 
 
 def packs(model: Any) -> list[bool]:
@@ -63,18 +63,18 @@ def test_it_packs_where_it_pays() -> None:
 def test_packing_waits_until_guessing_is_known_to_pay() -> None:
     model = target("lolcats")
     linear = next(m for m in model.modules() if type(m) is torch.nn.Linear)
-    with Products([model], "auto") as products:
+    with WeightLayout([model], "auto") as layout:
         assert not linear.weight.is_meta and "forward" in vars(linear), "turned meanwhile"
-        products.consider(pays=False, room=WORTH)
-        products.consider(pays=True, room=WORTH - 1)
+        layout.consider(pays=False, tokens_left=WORTH)
+        layout.consider(pays=True, tokens_left=WORTH - 1)
         assert not linear.weight.is_meta
-        products.consider(pays=True, room=WORTH)
+        layout.consider(pays=True, tokens_left=WORTH)
         assert linear.weight.is_meta
-        products.consider(pays=False, room=1)
+        layout.consider(pays=False, tokens_left=1)
         assert linear.weight.is_meta
     assert not linear.weight.is_meta and "forward" not in vars(linear)
-    with Products([model], False) as products:
-        products.consider(pays=True, room=WORTH)
+    with WeightLayout([model], False) as layout:
+        layout.consider(pays=True, tokens_left=WORTH)
         assert "forward" not in vars(linear)
 
 

@@ -100,13 +100,17 @@ def test_transfer_passes_the_teachers_hidden_states_on() -> None:
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     seen: dict[int, Tensor] = {}
 
-    def tap(module: Any, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any):
+    def attention_override(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any
+    ):
         seen[module.layer_idx] = module.mixer(q, k, v, layout=layout, **scores)[0]
         return softmax_attention(q, k, v, layout=layout, sliding_window=sliding_window, **scores)
 
     with torch.no_grad():
         expected = teacher(**inputs).logits
-        torch.testing.assert_close(student(tap=tap, **inputs).logits, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            student(attention_override=attention_override, **inputs).logits, expected, rtol=0, atol=2e-5
+        )
         assert (student(**inputs).logits - expected).abs().max() > 0.1
     assert sorted(seen) == list(range(LAYERS))
 
@@ -151,7 +155,9 @@ def straight_weights(student: LinearizedForCausalLM, batch: Batch, window: int |
     total = torch.zeros((), dtype=torch.float64)
     counted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
 
-    def tap(module: Any, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any):
+    def attention_override(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any
+    ):
         nonlocal total
         position, heads = batch["position_ids"], q.shape[1]
         phi_q, phi_k = module.mixer.feature_q(q), module.mixer.feature_k(k)
@@ -171,7 +177,12 @@ def straight_weights(student: LinearizedForCausalLM, batch: Batch, window: int |
         return softmax_attention(q, k, v, layout=layout, sliding_window=sliding_window, **scores)
 
     with torch.no_grad():
-        student(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, tap=tap)
+        student(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            attention_override=attention_override,
+        )
     return total
 
 

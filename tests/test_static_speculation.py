@@ -1,4 +1,4 @@
-"""The loop with static readers, as on a GPU: text, batches and drafts as with the others."""
+"""The loop with static steps, as on a GPU: text, batches and drafts as with the others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from speculation_cases import NAMES, Widths, both_ways, endless, near, plain, ta
 
 import linearize.decoding.speculative.graphed_model as graphs
 from linearize.decoding import LookupDrafter, speculate
-from linearize.decoding.speculative.cached_model import Reader
-from linearize.decoding.speculative.graphed_model import StaticReader, reader_for, static_reading
+from linearize.decoding.speculative.cached_model import CachedModel
+from linearize.decoding.speculative.graphed_model import GraphedModel, cached_model_for, force_graphed
 from linearize.errors import InputError
 from linearize.modeling.static.step import StaticStep
 
@@ -29,7 +29,7 @@ def models() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def static() -> Any:
-    with static_reading(True):
+    with force_graphed(True):
         yield
 
 
@@ -63,24 +63,24 @@ def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: py
 
     model, (ids, mask) = models["mixed"], left_padded(text(2, 23), [23, 6])
     expected = [plain(model, ids[i : i + 1, 23 - n :], 60) for i, n in enumerate([23, 6])]
-    monkeypatch.setattr("linearize.decoding.speculative.loop.pace_of", lambda *_: Now())
+    monkeypatch.setattr("linearize.decoding.speculative.loop.draft_length_for", lambda *_: Now())
     draft = near(model)
     widths = Widths(draft.lm)
     result = speculate(model, draft, ids, mask, max_new_tokens=60)
     assert result.tokens == expected
-    assert widths.seen.count(graphs.USUAL) == 2 and max(widths.seen[1:]) == graphs.USUAL
+    assert widths.seen.count(graphs.WIDTH) == 2 and max(widths.seen[1:]) == graphs.WIDTH
     both_ways(result.stats)
 
 
-def test_room_is_made_where_it_runs_out(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "ROOM", 3)
+def test_capacity_grows_where_it_runs_out(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "SPARE_CAPACITY", 3)
     model, ids = models["softmax"], text(1, 5)
     result = speculate(model, near(model), ids, max_new_tokens=40, draft_tokens=3)
     assert result.tokens == [plain(model, ids, 40)]
 
 
 def test_what_was_made_for_a_model_is_used_again(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the next call, unless the batch has another size, the weights lie elsewhere or another reader still reads."""
+    """By the next call, unless the batch has another size, the weights lie elsewhere or another model still reads."""
     made: list[int] = []
     build = StaticStep.__init__
 
@@ -116,7 +116,7 @@ def test_sampling_is_by_the_same_numbers(models: dict) -> None:
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=20)
     found = []
     for wanted in (True, False):
-        with static_reading(wanted):
+        with force_graphed(wanted):
             result = speculate(
                 model, near(model), ids, mask, max_new_tokens=20, draft_tokens=3, generation_config=config, seed=5
             )
@@ -128,23 +128,23 @@ def test_which_models_are_read_so(models: dict) -> None:
     """None on a CPU by itself; those without a static form not at all, and that is told."""
     latent = endless(tiny("deepseek_v3"))
     with pytest.raises(InputError, match="keeps something else than its keys and values"):
-        reader_for(latent, "target")
-    assert type(reader_for(models["gla"], "draft")) is StaticReader
-    assert reader_for(models["local"], "draft").by_row and not Reader(models["local"], "draft").by_row
-    with static_reading(False):
-        assert type(reader_for(models["gla"], "draft")) is Reader
+        cached_model_for(latent, "target")
+    assert type(cached_model_for(models["gla"], "draft")) is GraphedModel
+    assert cached_model_for(models["local"], "draft").by_row and not CachedModel(models["local"], "draft").by_row
+    with force_graphed(False):
+        assert type(cached_model_for(models["gla"], "draft")) is CachedModel
     graphs._Forced.static = None
-    assert type(reader_for(models["gla"], "draft")) is Reader
+    assert type(cached_model_for(models["gla"], "draft")) is CachedModel
     with warnings.catch_warnings(record=True) as told, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         patch.setattr(type(latent), "device", torch.device("cuda"))
         patch.setattr(graphs, "static_layers", lambda *_: (_ for _ in ()).throw(InputError("it has latents")))
-        assert type(reader_for(latent, "target")) is Reader
+        assert type(cached_model_for(latent, "target")) is CachedModel
     assert [str(x.message) for x in told] == ["no CUDA graphs for the target: it has latents"]
 
 
 def test_a_round_that_is_too_wide_is_told(models: dict) -> None:
-    with pytest.raises(InputError, match="34 tokens wait for a decision, a static step holds 32: guess fewer tokens"):
-        reader = reader_for(models["gla"], "target")
-        reader.read_prompt(text(1, 4), None)
-        reader.read(text(1, 34))
+    with pytest.raises(InputError, match="34 tokens wait for a decision, a static step holds 32: draft fewer tokens"):
+        cached = cached_model_for(models["gla"], "target")
+        cached.read_prompt(text(1, 4), None)
+        cached.read(text(1, 34))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.blocks import LoadedBlocks
 from linearize.modeling.io.streamed_teacher import StreamedBlocks, StreamedTeacher
-from linearize.modeling.surgery import probe
+from linearize.modeling.probe import probe
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_blocks_of_every_family_are_those_of_the_whole_model(family: str, tmp_pa
         inside = {name for name, p in one.teacher.get_submodule(given.layers).named_parameters() if p.is_meta}
         assert not inside
         hidden = teacher_out
-    logits = blocks.end(blocks.slot.as_tuple).logits(ids, hidden)
+    logits = blocks.head(blocks.hidden_input.as_tuple).logits(ids, hidden)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(**ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 

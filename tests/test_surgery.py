@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import linearize
 from linearize.errors import InputError
 from linearize.mixers import AttentionShape, MixerConfig
-from linearize.modeling import LinearizedForCausalLM, surgery
+from linearize.modeling import LinearizedForCausalLM, probe
 from linearize.modeling.attention import ATTENTION
 
 
 def implementations(model: torch.nn.Module) -> list[str]:
-    return [config._attn_implementation for config in surgery.attention_configs(model)]
+    return [config._attn_implementation for config in probe.attention_configs(model)]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -26,7 +26,7 @@ def implementations(model: torch.nn.Module) -> list[str]:
 def test_probing_changes_nothing_and_finds_the_sizes(family: str, training: bool) -> None:
     teacher = tiny(family, attention="sdpa").train(training)
     before, names = implementations(teacher), set(dict(teacher.named_modules()))
-    sites = surgery.probe(teacher)
+    sites = probe.probe(teacher)
     assert implementations(teacher) == before == ["sdpa"] * len(before)
     assert teacher.training == training and set(dict(teacher.named_modules())) == names
     sizes = {"deepseek_v3": (6, 6, 10, 5)}.get(family, (6, 3, 10, 10))

@@ -25,7 +25,7 @@ from linearize.errors import InputError
 from linearize.modeling.inspect import inspect_model
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
 from linearize.modeling.io.teacher import load_teacher
-from linearize.modeling.surgery import body_sizes, probe
+from linearize.modeling.probe import body_sizes, probe
 from linearize.planning.samples import build, read_config
 
 WEIGHTS = "model.safetensors"

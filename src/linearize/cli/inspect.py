@@ -34,7 +34,7 @@ def inspect(
     if backends:
         if sensitivity or given(data=data, recipe=recipe, tokens=tokens) or trust_remote_code:
             raise InputError("inspect --backends takes --device and --json alone")
-        from linearize.modeling.backends import inspect_backends
+        from linearize.modeling.inspect import inspect_backends
 
         show(inspect_backends(model, device=device), as_json=as_json)
         return

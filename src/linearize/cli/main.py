@@ -193,12 +193,12 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
-    draft: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses ahead.")] = None,
-    prompt_lookup: Annotated[bool, typer.Option("--prompt-lookup", help="Guess ahead from the text itself.")] = False,
+    draft: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model that drafts tokens.")] = None,
+    prompt_lookup: Annotated[bool, typer.Option("--prompt-lookup", help="Draft tokens from the text itself.")] = False,
     draft_tokens: Annotated[
-        str | None, typer.Option(metavar="K|auto", help="Guesses a round; auto (the default): as many as pay.")
+        str | None, typer.Option(metavar="K|auto", help="Draft tokens a round; auto (the default): as many as pay.")
     ] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Say on stderr what guessing gave.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print to stderr how many drafts were accepted.")] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Run torch.compile first: takes half a minute or more, for long texts.")
     ] = False,

@@ -14,7 +14,7 @@ import torch
 from linearize.conversion.prepare import Prepared
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
-from linearize.modeling.parallel import Shards, hand_over
+from linearize.modeling.sharding import Shards, set_shards
 from linearize.recipes.recipe import Recipe
 from linearize.training.data.loading import PSEUDO
 from linearize.training.distributed import Group
@@ -68,7 +68,7 @@ def share_out(prepared: Prepared, group: Group, device: str | None) -> Prepared:
     shards = Shards(where)
     models = (prepared.student, prepared.layer_teacher, prepared.teacher)
     shards.place([model for model in models if model is not None])
-    hand_over(prepared.student, shards)
+    set_shards(prepared.student, shards)
     heldout = [{name: x.to(where) for name, x in batch.items()} for batch in prepared.heldout]
     return replace(prepared, heldout=heldout)
 

@@ -12,8 +12,8 @@ from linearize.conversion.options import BlockOptions, parse_blocks
 from linearize.conversion.sizes import chosen_block
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.blocks import LoadedBlocks
-from linearize.training.blockwise.block_result import Part, merge_results
-from linearize.training.blockwise.rows import StageRows
+from linearize.training.blockwise.block_result import BlockResult, merge_results
+from linearize.training.blockwise.hidden_rows import StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage
 from linearize.training.config import BlockwiseConfig
 from linearize.training.loop import StageResult
@@ -37,7 +37,7 @@ def run_loaded(
     *,
     check_only: bool = False,
     **job: Any,
-) -> list[Part]:
+) -> list[BlockResult]:
     """Train the blocks of a stage (those of `options.only`); `check_only`: say whether it fits, and nothing else.
 
     `job`: what else `BlockJob` takes.
@@ -56,7 +56,7 @@ def run_loaded(
 
 
 @torch.no_grad()
-def take_parts(student: LinearizedForCausalLM, parts: Sequence[Part], name: str) -> StageResult:
+def take_parts(student: LinearizedForCausalLM, parts: Sequence[BlockResult], name: str) -> StageResult:
     """The trained tensors into the whole student; returns the stage's result. `parts` are those of all blocks."""
     trained = [layer for part in parts for layer in part.layers]
     assert trained == list(range(len(student.config.plan))), f"parts of layers {trained} alone make no student"

@@ -18,13 +18,13 @@ from linearize.metrics.sensitivity import LayerScore, layer_sensitivity
 from linearize.mixers import AttentionShape, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixer, LayerMixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
-from linearize.modeling.document_probe import keeps_documents_apart
-from linearize.modeling.io.checksums import model_fingerprint
-from linearize.modeling.io.finite import check_finite_outputs, check_finite_weights
+from linearize.modeling.io.checkpoint_checks import check_finite_outputs, check_finite_weights
+from linearize.modeling.io.integrity import model_fingerprint
 from linearize.modeling.io.quantized import BaseWeights
 from linearize.modeling.io.student_folder import check_saving
 from linearize.modeling.io.teacher import load_teacher, load_tokenizer
-from linearize.modeling.surgery import AttentionSite, check_plan, probe
+from linearize.modeling.probe import AttentionSite, keeps_documents_apart, probe
+from linearize.modeling.surgery import check_plan
 from linearize.modeling.truncate import truncate
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -35,7 +35,7 @@ from linearize.training.data.sampling import self_sampler
 from linearize.training.data.train_dataset import TrainingText
 from linearize.training.dataset_stage import OwnLoopConfig
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
-from linearize.training.stages.trainable import own
+from linearize.training.stages.trainable import unshare
 
 CALIBRATION_TOKENS = 16_384
 EVALUATION_BATCH = 8
@@ -146,7 +146,7 @@ def _draft_of_student(
             "set plan.mixer to null"
         )
     draft.config.teacher_name = name
-    own(draft, target, draft.mixer_parameters())
+    unshare(draft, target, draft.mixer_parameters())
     check_stages(recipe, draft, target, tokenizer, converted=False)
     check_saving(draft, tokenizer)
     text, heldout = read_text(target, tokenizer, recipe.data, specs)

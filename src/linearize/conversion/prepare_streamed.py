@@ -17,11 +17,11 @@ from linearize.conversion.prepare import check_rows, check_stages, context, fit_
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.document_probe import keeps_apart
+from linearize.modeling.config import student_config
 from linearize.modeling.io.assemble import student_on_meta
 from linearize.modeling.io.streamed_teacher import StreamedBlocks, StreamedTeacher
 from linearize.modeling.io.student_folder import check_saving, valid_generation_config
-from linearize.modeling.student import student_config
+from linearize.modeling.probe import keeps_apart
 from linearize.recipes.recipe import Recipe
 from linearize.training.config import Batch, BlockwiseConfig
 from linearize.training.data.loading import PSEUDO

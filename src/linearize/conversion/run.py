@@ -35,14 +35,14 @@ from linearize.metrics.report import (
 )
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.attention_capture import calibrate
-from linearize.modeling.io.quantized import whole_student
+from linearize.modeling.io.assemble import whole_student
 from linearize.modeling.io.student_folder import save_student
 from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe
 from linearize.recipes.schedule import share_of
 from linearize.storage.disk import writing
 from linearize.storage.files import atomic_folder, check_free, discard, output_lock
-from linearize.training.blockwise.block_result import Part
-from linearize.training.blockwise.rows import StageRows
+from linearize.training.blockwise.block_result import BlockResult
+from linearize.training.blockwise.hidden_rows import StageRows
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.loading import batches
@@ -138,7 +138,7 @@ def _is_done(request: Request) -> bool:
 
 
 def _load(
-    request: Request, group: Group, tracker: Tracker, progress: Progress, trained: Sequence[Part] = ()
+    request: Request, group: Group, tracker: Tracker, progress: Progress, trained: Sequence[BlockResult] = ()
 ) -> Conversion:
     """The conversion with its models in memory, checked, and its work folder. `trained`: see `Conversion`."""
     prepared = group.share(
@@ -166,7 +166,9 @@ def _finish_in_memory(conversion: Conversion, request: Request, group: Group) ->
     return student
 
 
-def _finish_on_disk(conversion: StreamedConversion, parts: Sequence[Part], request: Request, group: Group) -> None:
+def _finish_on_disk(
+    conversion: StreamedConversion, parts: Sequence[BlockResult], request: Request, group: Group
+) -> None:
     """The student's folder from trained blocks and the teacher's files, by the first process."""
     if group.leads:
         report = conversion.measure(parts)
@@ -202,7 +204,7 @@ class Conversion:
         progress: Progress,
         tracker: Tracker,
         blocks: BlockOptions | None = None,
-        trained: Sequence[Part] = (),
+        trained: Sequence[BlockResult] = (),
     ) -> None:
         """`trained`: the parts of the block-wise stage, where its blocks were read from the disk."""
         self.blocks, self.trained = blocks or BlockOptions(), trained
@@ -304,7 +306,7 @@ class Conversion:
         """What a stage depends on besides its own settings."""
         return {**self.identity, "plan": self.student.config.plan, "before": dict(self.before)}
 
-    def _blockwise(self, number: int, step: int, *, check_only: bool = False) -> list[Part]:
+    def _blockwise(self, number: int, step: int, *, check_only: bool = False) -> list[BlockResult]:
         """A stage block by block, on its part of the rows; `check_only`: whether it fits, and nothing else."""
         share, part = share_of(self.recipe.stages[number], step, len(self.steps))
         stage = self._on_this_device(number, share, step, tell=not check_only)

@@ -18,7 +18,7 @@ from linearize.modeling.blocks import Blocks
 from linearize.modeling.truncate import block_name
 from linearize.numbers import size_text
 from linearize.training.blockwise.budget import BlockSizes, check_block, choose_block
-from linearize.training.blockwise.rows import StageRows
+from linearize.training.blockwise.hidden_rows import StageRows
 from linearize.training.config import BlockwiseConfig
 
 PROCESS_BYTES = 500_000_000  # Python, torch, transformers and this package, as measured

@@ -23,14 +23,14 @@ from linearize.metrics.intervals import mean_over_documents
 from linearize.metrics.language_model import BranchAblation, ablation_of, report_of
 from linearize.metrics.layer_error import layer_errors
 from linearize.metrics.report import ConversionReport, build_report, provenance, stage_report
-from linearize.metrics.streamed import Walk, Walker, put
+from linearize.metrics.streamed import StreamedForward, StreamedModel, put
 from linearize.metrics.token_scores import score_batches
 from linearize.modeling.attention_capture import attention_samples
 from linearize.modeling.blocks import Block
 from linearize.modeling.io.assemble import write_student_weights
 from linearize.modeling.io.streamed_teacher import StreamedBlocks
-from linearize.training.blockwise.block_result import Part, merge_results
-from linearize.training.blockwise.rows import HIDDEN, StageRows
+from linearize.training.blockwise.block_result import BlockResult, merge_results
+from linearize.training.blockwise.hidden_rows import HIDDEN, StageRows
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory, whole_name
 from linearize.training.config import Batch
 from linearize.training.distributed import Group
@@ -42,7 +42,7 @@ LOG = logging.getLogger("linearize")
 
 def train_parts(
     request: Request, group: Group, tracker: Tracker, progress: Progress
-) -> tuple[StreamedConversion, list[Part]]:
+) -> tuple[StreamedConversion, list[BlockResult]]:
     """Train the blocks that the request names, those of many processes shared out; returns their parts.
 
     Raises:
@@ -106,18 +106,22 @@ class StreamedConversion:
             )
         )  # fmt: skip
 
-    def measure(self, parts: Sequence[Part]) -> ConversionReport:
+    def measure(self, parts: Sequence[BlockResult]) -> ConversionReport:
         """Teacher, the student before training and after it, and its branches, on the held-out rows."""
         reach = window_reach(self.config.mixers())
-        walkers = {"teacher": Walker(), "swap": Walker(mixers="start"), "student": Walker(mixers="final")}
+        models = {
+            "teacher": StreamedModel(),
+            "swap": StreamedModel(mixers="start"),
+            "student": StreamedModel(mixers="final"),
+        }
         if reach:
-            walkers |= {branch: Walker(mixers="final", branch=branch) for branch in ("window", "linear")}
-        walk = Walk(walkers=walkers, batches=self.given.heldout, folder=self.work / "walk")
-        errors = self._walk(walk, parts)
-        ending = self.source.end(self.source.slot.as_tuple)
-        batches = walk.numbered()
-        swap, student = (self._loss(walk, ending, batches, name) for name in ("swap", "student"))
-        scores = score_batches(batches, walk.views(ending, "teacher", "student"), reference="teacher", rows=1)
+            models |= {branch: StreamedModel(mixers="final", branch=branch) for branch in ("window", "linear")}
+        forward = StreamedForward(models=models, batches=self.given.heldout, folder=self.work / "forward")
+        errors = self._forward(forward, parts)
+        head = self.source.head(self.source.hidden_input.as_tuple)
+        batches = forward.numbered()
+        swap, student = (self._loss(forward, head, batches, name) for name in ("swap", "student"))
+        scores = score_batches(batches, forward.views(head, "teacher", "student"), reference="teacher", rows=1)
         result = merge_results(parts, self.key)
         report = build_report(
             teacher=self.given.name,
@@ -127,14 +131,14 @@ class StreamedConversion:
             swap_loss=swap,
             stages=[stage_report(self.given.stage, result, swap, student, [list(range(self.source.layers))], 0)],
             held_out=report_of(scores),
-            ablation=self._ablation(walk, ending, batches, reach),
+            ablation=self._ablation(forward, head, batches, reach),
             layer_error={moment: found for moment, found in errors.items() if found},
             provenance=provenance(seed=self.recipe.seed) | {"streamed": {"block": self.block}},
         )
-        walk.remove()
+        forward.remove()
         return report
 
-    def write(self, folder: Path, report: ConversionReport, parts: Sequence[Part]) -> None:
+    def write(self, folder: Path, report: ConversionReport, parts: Sequence[BlockResult]) -> None:
         """Weights, tokenizer, recipe, report, plots and model card into an empty folder."""
         by_layer = {layer: part for part in parts for layer in part.layers}
         prefix = f"lm.{self.given.teacher.layers}."
@@ -147,35 +151,37 @@ class StreamedConversion:
         self.given.teacher.tokenizer.save_pretrained(folder)
         write_papers(report, self.recipe, self.config.to_dict(), folder)
 
-    def _walk(self, walk: Walk, parts: Sequence[Part]) -> dict[str, list[float]]:
-        """All walkers through all blocks; returns the errors of layers before and after training."""
+    def _forward(self, forward: StreamedForward, parts: Sequence[BlockResult]) -> dict[str, list[float]]:
+        """All models through all blocks; returns the errors of layers before and after training."""
         errors: dict[str, list[float]] = {"swap": [], self.key: []}
-        walk.enter(self.source.enter(), self.source.model_dim, self.given.teacher.dtype)
+        forward.enter(self.source.enter(), self.source.model_dim, self.given.teacher.dtype)
         release_memory()
         for part in parts:
             block = self.source.pair(part.layers)
             mixers = {"start": _in_block(block, part.start), "final": _in_block(block, part.final)}
             for moment, which in (("swap", "start"), (self.key, "final")):
-                errors[moment] += self._layer_errors(block, mixers[which], walk)
-            walk.through(block, mixers)
+                errors[moment] += self._layer_errors(block, mixers[which], forward)
+            forward.through(block, mixers)
             del block
             release_memory()
         return errors
 
-    def _layer_errors(self, block: Block, mixers: Mapping[str, Tensor], walk: Walk) -> list[float]:
+    def _layer_errors(self, block: Block, mixers: Mapping[str, Tensor], forward: StreamedForward) -> list[float]:
         put(block, mixers)
         assert block.student is not None
-        with block.slot.holding(block.placed(walk.first("teacher"))):
+        with block.hidden_input.holding(block.placed(forward.first("teacher"))):
             return layer_errors(block.student, block.teacher, self.given.heldout[0])
 
-    def _loss(self, walk: Walk, ending: Any, batches: Sequence[Batch], name: str) -> float:
-        scores = score_batches(batches, walk.views(ending, name), rows=1)
+    def _loss(self, forward: StreamedForward, head: Any, batches: Sequence[Batch], name: str) -> float:
+        scores = score_batches(batches, forward.views(head, name), rows=1)
         return mean_over_documents(scores.loss[name], scores.documents).value
 
-    def _ablation(self, walk: Walk, ending: Any, batches: Sequence[Batch], reach: int | None) -> BranchAblation | None:
+    def _ablation(
+        self, forward: StreamedForward, head: Any, batches: Sequence[Batch], reach: int | None
+    ) -> BranchAblation | None:
         if not reach:
             return None
-        views = walk.views(ending, "student", "window", "linear", "teacher")
+        views = forward.views(head, "student", "window", "linear", "teacher")
         return ablation_of(score_batches(batches, views, rows=1), window=reach)
 
     def _sample(self) -> list[Batch]:
@@ -195,7 +201,7 @@ def calibrate_block(block: Block, batches: Sequence[Batch]) -> None:
         samples = []
         for batch in batches:
             placed = {name: value.to(block.device) for name, value in batch.items() if name != HIDDEN}
-            with block.slot.holding(block.placed(batch[HIDDEN])):
+            with block.hidden_input.holding(block.placed(batch[HIDDEN])):
                 sites = {layer: student.config.attention[layer]}
                 samples += attention_samples(block.teacher, [placed], [layer], sites)[layer]
         with torch.no_grad():

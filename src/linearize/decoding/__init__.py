@@ -1,4 +1,4 @@
-"""Generation for people: a prompt continued, a conversation held, by students and teachers alike; speculation."""
+"""Decoding with students and teachers alike: generation, conversation, speculative decoding."""
 
 from linearize.decoding.generate import chat, generate_text
 from linearize.decoding.speculative import LookupDrafter, share_equal_weights, speculate

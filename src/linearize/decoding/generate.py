@@ -1,12 +1,12 @@
-"""A prompt continued and a conversation held: students and teachers alike, with transformers' own `generate`, or where
-tokens are guessed ahead with `speculate`."""
+"""Continue a prompt and hold a conversation, with students and teachers alike: by transformers' own `generate`, or by
+`speculate` where there is a draft."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -15,12 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 from linearize.decoding.compiled import StepLoop, compiled_step
 from linearize.decoding.loading import load_any, pad_token
 from linearize.decoding.speculative import Drafter, LookupDrafter, ModelDrafter, share_equal_weights, speculate
-from linearize.decoding.speculative.checks import check_tokenizers
-from linearize.decoding.speculative.draft_length import check_draft_tokens
+from linearize.decoding.speculative.draft_length import DraftTokens, check_draft_tokens
+from linearize.decoding.speculative.drafters import check_tokenizers
 from linearize.errors import InputError
 from linearize.storage.files import well_formed
-
-DraftTokens = int | Literal["auto"]
 
 
 def generate_text(
@@ -40,23 +38,23 @@ def generate_text(
 ) -> str:
     """Continue a prompt with a student or any causal LM, and return prompt and continuation.
 
-    `stream` writes the text to stdout as it comes; temperature 0 is greedy. `prompt_lookup` guesses tokens from
-    repetitions in the text, `draft` from a second, smaller model with the same tokenizer (it shares the memory of
-    weights that are equal), `draft_tokens` at a time; what greedy decoding gives stays the same, and so does the
-    distribution that tokens are drawn from. `stats` tells on stderr what guessing gave. `compile` (True, or the name of
+    `stream` writes the text to stdout as it comes; temperature 0 is greedy. `prompt_lookup` drafts tokens from
+    repetitions in the text, `draft` with a second, smaller model that has the same tokenizer (it shares the memory of
+    weights that are equal), `draft_tokens` at a time; greedy text stays the same, and so does the distribution that
+    tokens are drawn from. `stats` prints to stderr how many draft tokens were accepted. `compile` (True, or the name of
     a backend of `torch.compile`) decodes by a compiled step: half a minute or more to begin with, for long texts.
-    Raises InputError for a setting out of range, an empty prompt without a BOS token, a path that is no model, or a
-    draft that cannot guess for this model.
+    Raises InputError for a setting out of range, an empty prompt without a BOS token, a path that is not a model, or a
+    draft that does not fit this model.
     """
     _check(max_new_tokens, temperature)
-    _check_guessing(prompt_lookup, draft, draft_tokens, stats)
+    _check_draft(prompt_lookup, draft, draft_tokens, stats)
     _check_compile(compile, prompt_lookup, draft)
     model, tokenizer = load_any(model_path, device=device)
-    guide = None
+    draft_model = None
     if draft is not None:
-        guide, its_tokenizer = load_any(draft, device=device)
-        check_tokenizers(tokenizer, its_tokenizer, str(model_path), str(draft))
-        share_equal_weights(guide, model)
+        draft_model, draft_tokenizer = load_any(draft, device=device)
+        check_tokenizers(tokenizer, draft_tokenizer, str(model_path), str(draft))
+        share_equal_weights(draft_model, model)
     return continue_text(
         model,
         tokenizer,
@@ -66,7 +64,7 @@ def generate_text(
         seed=seed,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
         prompt_lookup=prompt_lookup,
-        draft=guide,
+        draft=draft_model,
         draft_tokens=draft_tokens,
         stats=stats,
         compile=compile,
@@ -93,7 +91,7 @@ def continue_text(
     `draft`: a model with the same tokenizer. `compile`: what was compiled for a model serves its later texts too.
     """
     _check(max_new_tokens, temperature)
-    _check_guessing(prompt_lookup, draft, draft_tokens, stats)
+    _check_draft(prompt_lookup, draft, draft_tokens, stats)
     _check_compile(compile, prompt_lookup, draft)
     ids = list(tokenizer(well_formed(prompt))["input_ids"]) or [tokenizer.bos_token_id]
     if ids == [None]:
@@ -115,19 +113,19 @@ def _check(max_new_tokens: int, temperature: float) -> None:
         raise InputError(f"temperature is {temperature}: it must be 0 (greedy) or more")
 
 
-def _check_guessing(prompt_lookup: bool, draft: object, draft_tokens: DraftTokens, stats: bool) -> None:
+def _check_draft(prompt_lookup: bool, draft: object, draft_tokens: DraftTokens, stats: bool) -> None:
     if prompt_lookup and draft is not None:
-        raise InputError("prompt lookup and a draft model were both given: they are two ways of guessing, choose one")
+        raise InputError("prompt lookup and a draft model were both given: each drafts tokens, choose one")
     check_draft_tokens(draft_tokens)
     if not prompt_lookup and draft is None and (draft_tokens != "auto" or stats):
-        given = "stats" if stats else f"draft_tokens {draft_tokens}"
-        raise InputError(f"{given} without anything that guesses: give a draft model or prompt lookup too")
+        option = "stats" if stats else f"draft_tokens {draft_tokens}"
+        raise InputError(f"{option} without a draft: give a draft model or prompt lookup too")
 
 
 def _check_compile(compile: bool | str, prompt_lookup: bool, draft: object) -> None:
     if compile and (prompt_lookup or draft is not None):
         other = "prompt lookup" if prompt_lookup else "a draft model"
-        raise InputError(f"compile and {other} were both given: a compiled step guesses nothing, choose one")
+        raise InputError(f"compile and {other} were both given: a compiled step does not speculate, choose one")
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def _speculate(
     draft_tokens: DraftTokens,
     stats: bool,
 ) -> list[int]:
-    """The tokens of prompt and continuation, guessed ahead."""
+    """Return the tokens of prompt and continuation, decoded with a draft."""
     result = speculate(
         model,
         drafter,
@@ -173,7 +171,7 @@ def _generate(
     *,
     backend: str | None = None,
 ) -> list[int]:
-    """The tokens of prompt and continuation; the caller's random numbers are left as they were.
+    """Return the tokens of prompt and continuation; the caller's random numbers are left as they were.
 
     `backend`: of `torch.compile` (None: not compiled).
     """

@@ -103,7 +103,7 @@ def implied_weights(module: nn.Module, call: ModuleCall, layout: Layout) -> Tens
         return mixer.matrix(call.hidden, layout=layout)
     found: list[Tensor] = []
 
-    def tap(
+    def attention_override(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, sliding_window: Any, **scores: Any
     ) -> Tensor:
         one_hot = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
@@ -111,7 +111,7 @@ def implied_weights(module: nn.Module, call: ModuleCall, layout: Layout) -> Tens
         found.append(mixer(q, k, one_hot, *keys, layout=layout, need_state=False, **scores)[0])
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
-    module(*call.args, **{**call.kwargs, "mixer_call": MixerCall(layout, tap=tap)})
+    module(*call.args, **{**call.kwargs, "mixer_call": MixerCall(layout, attention_override=attention_override)})
     return found[0]
 
 

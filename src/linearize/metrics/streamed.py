@@ -1,5 +1,5 @@
-"""Teacher and students measured without any of them in memory: their hidden states on held-out rows walk through the
-layers side by side, a block at a time, and meet the head at the end.
+"""Measures teacher and students without any of them in memory: their hidden states on held-out rows pass through the
+layers side by side, a block at a time, and through the head at the end.
 
 Letters: B rows, T tokens a row, M model width, V vocabulary.
 """
@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from linearize.metrics.token_scores import View
 from linearize.modeling.blocks import Block
-from linearize.modeling.io.streamed_teacher import Ending
+from linearize.modeling.io.streamed_teacher import LMHead
 from linearize.training.config import Batch
 
 ROWS = "rows"  # the key of a batch's row numbers, [B]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walker:
-    """A model on its way through the layers: the teacher, or (`mixers`: which of a part's tensors) a student."""
+class StreamedModel:
+    """A model to run: the teacher, or a student (`mixers`: which of a block's trained tensors it has)."""
 
     mixers: str | None = None
     branch: str = "both"
 
 
-class WalkFile:
-    """The hidden states of one walker for all held-out rows, changed in place from block to block."""
+class HiddenFile:
+    """The hidden states of one model for all held-out rows, changed in place from block to block."""
 
     def __init__(self, path: Path, rows: int, length: int, model_dim: int, dtype: torch.dtype) -> None:
         self.path, self.shape, self.dtype = path, (length, model_dim), dtype
@@ -57,13 +57,13 @@ class WalkFile:
 
 
 @dataclass(kw_only=True, eq=False)
-class Walk:
-    """Walkers by name over held-out batches; `folder` holds their files until `remove`."""
+class StreamedForward:
+    """Models by name over held-out batches; `folder` holds their files until `remove`."""
 
-    walkers: Mapping[str, Walker]
+    models: Mapping[str, StreamedModel]
     batches: Sequence[Batch]
     folder: Path
-    files: dict[str, WalkFile] = field(default_factory=dict)
+    files: dict[str, HiddenFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ends = torch.tensor([len(batch["input_ids"]) for batch in self.batches]).cumsum(0).tolist()
@@ -74,33 +74,33 @@ class Walk:
         self.folder.mkdir(parents=True, exist_ok=True)
         length = self.batches[0]["input_ids"].shape[1]
         count = self.rows[-1].stop
-        self.files = {n: WalkFile(self.folder / f"{n}.bin", count, length, model_dim, dtype) for n in self.walkers}
+        self.files = {n: HiddenFile(self.folder / f"{n}.bin", count, length, model_dim, dtype) for n in self.models}
         for batch, rows in zip(self.batches, self.rows, strict=True):
             hidden = step(batch)
             for file in self.files.values():
                 file.write(rows, hidden)
 
     def through(self, block: Block, mixers: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """All of them through a block; `mixers`: tensors of the block's student by what `Walker.mixers` names."""
-        for name, walker in self.walkers.items():
-            if walker.mixers is not None:
-                put(block, mixers[walker.mixers])
+        """Run all through a block; `mixers`: tensors of the block's student by what `StreamedModel.mixers` names."""
+        for name, model in self.models.items():
+            if model.mixers is not None:
+                put(block, mixers[model.mixers])
             for batch, rows in zip(self.batches, self.rows, strict=True):
                 hidden = self.files[name].read(rows)
-                if walker.mixers is None:
+                if model.mixers is None:
                     after = block.outputs(batch, hidden)
                 else:
-                    branch = {} if walker.branch == "both" or not mixers[walker.mixers] else {"branch": walker.branch}
+                    branch = {} if model.branch == "both" or not mixers[model.mixers] else {"branch": model.branch}
                     after = block.student_outputs(batch, hidden, **branch)
                 self.files[name].write(rows, after)
 
     def first(self, name: str) -> Tensor:
-        """A walker's hidden states for the first batch."""
+        """A model's hidden states for the first batch."""
         return self.files[name].read(self.rows[0])
 
-    def views(self, ending: Ending, *names: str) -> dict[str, StoredView]:
-        """Walkers that have come to the end, as what `score_batches` measures."""
-        return {name: StoredView(model=ending.model, file=self.files[name], ending=ending) for name in names}
+    def views(self, head: LMHead, *names: str) -> dict[str, StoredView]:
+        """Models that have come to the end, as what `score_batches` measures."""
+        return {name: StoredView(model=head.model, file=self.files[name], head=head) for name in names}
 
     def numbered(self) -> list[Batch]:
         """The batches with the numbers of their rows, for views."""
@@ -119,18 +119,18 @@ class Walk:
 class StoredView(View):
     """A model whose last hidden states are stored."""
 
-    file: WalkFile
-    ending: Ending
+    file: HiddenFile
+    head: LMHead
 
     @property
     def vocabulary(self) -> int:
         """Number of logits per token."""
-        return self.ending.vocabulary
+        return self.head.vocabulary
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits `[B, T, V]` of rows that are numbered one after the other."""
         first = int(batch[ROWS][0])
-        return self.ending.logits(batch, self.file.read(range(first, first + len(batch[ROWS]))))
+        return self.head.logits(batch, self.file.read(range(first, first + len(batch[ROWS]))))
 
 
 @torch.no_grad()

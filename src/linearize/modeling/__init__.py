@@ -9,9 +9,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.backbone import LinearizedModel
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.student import LinearizedForCausalLM
+from linearize.modeling.student import LinearizedForCausalLM, LinearizedModel
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,4 @@
-"""The attention function of converted layers: transformers computes q, k, v and the output projection, a mixer what
-is between."""
+"""How transformers calls mixers: as the attention function between projections, or in place of the attention module."""
 
 from __future__ import annotations
 
@@ -20,8 +19,10 @@ from linearize.modeling.static.cache import Place, StaticMixerLayer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
+    from linearize.mixers import LayerMixer
     from linearize.mixers.base import Mixer
     from linearize.ops.window_linear import Branch
+
 
 ATTENTION = "linearize"
 # Tensors that every attention function is handed: the call's layout says what they say, or the loss reads them
@@ -30,24 +31,23 @@ READ_ELSEWHERE = frozenset(
 )
 COMMON = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "mixer_call", "linearize_probe_calls"}
 """Keywords that transformers hands through every forward, and ours."""
-Tap = Callable[..., Tensor]
+AttentionOverride = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class MixerCall:
-    """What one forward pass of the student tells all its mixers.
+    """The arguments of one forward pass that all mixers of the student read.
 
-    `tap`: stands in for the mixer in every converted layer: `tap(module, q, k, v, scaling=, softcap=,
-    sliding_window=, layout=)
-    -> y [B, H, T, V]`; attention transfer uses it to compute both attentions and pass the teacher's on.
-    `branch`: what every mixer runs, or by layer (those not named run both).
+    `attention_override`: called instead of the mixer in every converted layer, as `attention_override(module, q, k, v,
+    scaling=, softcap=, sliding_window=, layout=) -> y [B, H, T, V]`; attention transfer uses it to compute both
+    attentions and pass the teacher's on. `branch`: what every mixer runs, or by layer (layers not named run both).
     `place`: of the new tokens in a static cache; None everywhere else, and while such a cache reads its prompts.
     """
 
     layout: Layout
     cache: Cache | None = None
     branch: Branch | Mapping[int, Branch] = "both"
-    tap: Tap | None = None
+    attention_override: AttentionOverride | None = None
     place: Place | None = None
 
     def branch_of(self, layer_idx: int) -> Branch:
@@ -113,8 +113,10 @@ def mixer_attention(
     refuse_unread(module, others)
     scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
     layout = mixer_call.layout
-    if mixer_call.tap is not None:
-        y_BHTV = mixer_call.tap(module, query, key, value, layout=layout, sliding_window=sliding_window, **scores)
+    if mixer_call.attention_override is not None:
+        y_BHTV = mixer_call.attention_override(
+            module, query, key, value, layout=layout, sliding_window=sliding_window, **scores
+        )
         return y_BHTV.transpose(1, 2), None
     mixer: Any = module.mixer
     inputs: tuple[Tensor, ...] = (key, value)
@@ -147,3 +149,42 @@ def through_cache(call: MixerCall, layer_idx: int, mixer: Mixer, inputs: tuple[T
 
 
 AttentionInterface.register(ATTENTION, mixer_attention)
+
+
+class MixerLayer(nn.Module):
+    """A layer mixer in transformers' calling convention for attention modules.
+
+    `arguments`: what the forward of the module in whose place it is takes by name.
+    """
+
+    def __init__(self, mixer: LayerMixer, layer_idx: int, arguments: Collection[str]) -> None:
+        super().__init__()
+        self.mixer, self.layer_idx, self.arguments = mixer, layer_idx, frozenset(arguments)
+
+    def forward(
+        self, hidden_states: Tensor, *_args: Any, mixer_call: MixerCall | None = None, **others: Any
+    ) -> tuple[Tensor, None]:
+        """`hidden_states: [B, T, M]` -> `[B, T, M]`. Masks, caches and rotary positions that the teacher's module would
+        take are not used: documents, padding and state are in the call.
+
+        Raises:
+            InputError: a call that did not come through the backbone, an argument that the teacher's module would not
+                take, or one branch of a mixer that has only one.
+        """
+        mixer_call = require_call(mixer_call, self)
+        refuse_unread(self, others, self.arguments)
+        if (branch := mixer_call.branch_of(self.layer_idx)) != "both":
+            name = self.mixer.config.name  # type: ignore[attr-defined]
+            raise InputError(f"branch {branch!r}: layer {self.layer_idx} holds {name}, which has no branches")
+        mixer = self.mixer
+        if mixer_call.cache is None:
+            return mixer(hidden_states, layout=mixer_call.layout, need_state=False)[0], None
+
+        def run(raw: Pending, *, outputs: slice, **options: Any) -> tuple[Tensor, Any]:
+            asked = outputs.stop - outputs.start
+            return mixer.mix(*raw.inputs, layout=raw.layout, outputs=asked, **options)
+
+        def cached(projected: tuple[Tensor, ...]) -> Tensor:
+            return through_cache(mixer_call, self.layer_idx, mixer, projected, run)
+
+        return mixer(hidden_states, layout=mixer_call.layout, cached=cached)[0], None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from linearize.mixers.layer_mixer import AttentionSample
-from linearize.modeling.surgery import probe, routed
+from linearize.modeling.probe import probe, routed
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 

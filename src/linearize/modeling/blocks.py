@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.modeling.attention import ATTENTION
+from linearize.modeling.library_internals import set_attention
+from linearize.modeling.probe import attention_configs
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.surgery import attention_configs
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
 
 
-class Slot:
+class HiddenInput:
     """The hidden states `[B, T, M]` that blocks start from; None: what the model itself computes. Copies share it.
 
     `as_tuple`: whether layers give their output in a tuple, once one was seen.
@@ -32,7 +33,7 @@ class Slot:
     hidden: Tensor | None = None
     as_tuple: bool = False
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Slot:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> HiddenInput:
         return self
 
     @contextmanager
@@ -47,7 +48,7 @@ class Slot:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Block:
-    """Layers `span` of a teacher and, where they train, of its student; both start from what `slot` holds.
+    """Layers `span` of a teacher and, where they train, of its student; both start from what `hidden_input` holds.
 
     `layers`: the name of the list of layers in `teacher`, which holds those of the block alone.
     """
@@ -55,7 +56,7 @@ class Block:
     span: range
     teacher: Any
     layers: str
-    slot: Slot
+    hidden_input: HiddenInput
     dtype: torch.dtype
     device: torch.device
     student: LinearizedForCausalLM | None = None
@@ -77,8 +78,8 @@ class Block:
     def _pass(
         self, model: nn.Module, last: nn.Module, batch: Mapping[str, Tensor], hidden_BTM: Tensor, **options: Any
     ) -> Tensor:
-        with self.slot.holding(self.placed(hidden_BTM)):
-            return reached(model, last, batch, before=False, slot=self.slot, **options)
+        with self.hidden_input.holding(self.placed(hidden_BTM)):
+            return reached(model, last, batch, before=False, hidden_input=self.hidden_input, **options)
 
 
 class Blocks(Protocol):
@@ -112,7 +113,7 @@ class LoadedBlocks:
     """
 
     def __init__(self, teacher: Any, student: LinearizedForCausalLM, *, dtype: torch.dtype | None = None) -> None:
-        self._teacher, self._student, self._slot = teacher, student, Slot()
+        self._teacher, self._student, self._hidden_input = teacher, student, HiddenInput()
         self._sites = student.config.attention
         self.layers, self.model_dim = len(self._sites), student.config.attention_shapes()[0].model_dim
         self.dtype, self.device = dtype or teacher.dtype, teacher.device
@@ -125,28 +126,28 @@ class LoadedBlocks:
     def teacher(self, span: range) -> Block:
         """See `Blocks`."""
         teacher = cut_tree(self._teacher, self._sites, span)
-        return make_block(teacher, span, list_of_layers(self._sites), self._slot)
+        return make_block(teacher, span, list_of_layers(self._sites), self._hidden_input)
 
     def pair(self, span: range) -> Block:
         """See `Blocks`. The student's parameters are those of the whole student."""
         teacher = cut_tree(self._teacher, self._sites, span)
         lm = cut_tree(self._student.lm, self._sites, span)
         config = cut_student_config(self._student.config, span)
-        return make_block(teacher, span, list_of_layers(self._sites), self._slot, student_around(lm, config))
+        return make_block(teacher, span, list_of_layers(self._sites), self._hidden_input, student_around(lm, config))
 
 
 def make_block(
-    teacher: Any, span: range, layers: str, slot: Slot, student: LinearizedForCausalLM | None = None
+    teacher: Any, span: range, layers: str, hidden_input: HiddenInput, student: LinearizedForCausalLM | None = None
 ) -> Block:
-    """A block of trees that hold its layers alone: from now on both start from what `slot` holds."""
+    """A block of trees that hold its layers alone: from now on both start from what `hidden_input` holds."""
     trees = [teacher] if student is None else [teacher, student.lm]
     for tree in trees:
         first: Any = tree.get_submodule(layers)[0]
-        first.register_forward_pre_hook(_starting_from(slot), with_kwargs=True)
+        first.register_forward_pre_hook(_starting_from(hidden_input), with_kwargs=True)
     parameter = next(teacher.get_submodule(layers).parameters())
     return Block(
-        span=span, teacher=teacher, layers=layers, slot=slot, dtype=parameter.dtype, device=parameter.device,
-        student=student,
+        span=span, teacher=teacher, layers=layers, hidden_input=hidden_input, dtype=parameter.dtype,
+        device=parameter.device, student=student,
     )  # fmt: skip
 
 
@@ -154,20 +155,22 @@ def student_around(lm: PreTrainedModel, config: Any) -> LinearizedForCausalLM:
     """A student of layers that hold their mixers already."""
     if all(entry is not None for entry in config.plan):  # as `surgery.install`: no layer needs a T x T mask
         for own in attention_configs(lm):
-            own._attn_implementation = ATTENTION
+            set_attention(own, ATTENTION)
     with no_init_weights():
         return LinearizedForCausalLM(copy.deepcopy(config), lm=lm).eval()
 
 
-def _starting_from(slot: Slot) -> Callable[..., Any]:
+def _starting_from(hidden_input: HiddenInput) -> Callable[..., Any]:
     def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if slot.hidden is None:
+        if hidden_input.hidden is None:
             return args, kwargs
         arriving = args[0] if args else kwargs["hidden_states"]
-        assert arriving.shape == slot.hidden.shape, f"{tuple(slot.hidden.shape)} given for {tuple(arriving.shape)}"
+        assert arriving.shape == hidden_input.hidden.shape, (
+            f"{tuple(hidden_input.hidden.shape)} given for {tuple(arriving.shape)}"
+        )
         if args:
-            return (slot.hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": slot.hidden}
+            return (hidden_input.hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_input.hidden}
 
     return replace
 
@@ -187,7 +190,7 @@ def reached(
     batch: Mapping[str, Tensor],
     *,
     before: bool,
-    slot: Slot | None = None,
+    hidden_input: HiddenInput | None = None,
     **options: Any,
 ) -> Tensor:
     """The hidden states that a module of the model is given (`before`) or gives; nothing after it is computed."""

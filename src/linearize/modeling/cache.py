@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from linearize.errors import InputError
 from linearize.modeling.config import MIXER_LAYER
+from linearize.modeling.library_internals import register_cache_layer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
     from linearize.mixers.base import Mixer
 
-HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not guesses
+HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not a draft
 
 
 class Run(Protocol):
@@ -137,7 +138,7 @@ class MixerCacheLayer(CacheLayerMixin):
         """Run the mixer over the new tokens, whose raw inputs are `inputs`, and give their outputs.
 
         The same call takes the accepted tokens into the state, and the new ones too unless recording. While recording,
-        all but the last `HELD` tokens of a longer call are taken in as well: no guesses are as many.
+        all but the last `HELD` tokens of a longer call are taken in as well: no draft is as long.
         """
         self.is_initialized = True
         new = Pending(inputs, mixer.time_dim, layout)
@@ -254,4 +255,4 @@ class MixerCacheLayer(CacheLayerMixin):
         return pending + (0 if self.state is None else int(self.state.num_bytes))
 
 
-STATIC_LAYER_TYPE_MAPPING[MIXER_LAYER] = MixerCacheLayer  # DynamicCache knows it by its `_layer_type`
+register_cache_layer(MIXER_LAYER, MixerCacheLayer)

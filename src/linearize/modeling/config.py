@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from linearize.errors import InputError, unknown
+from linearize.modeling.library_internals import run_config_checks
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from linearize.mixers import AttentionShape, MixerConfig
+    from linearize.modeling.probe import AttentionSite
 
 MIXER_LAYER = "linearize_mixer"
 SHARED_FIELDS = (
@@ -124,12 +129,9 @@ class LinearizeConfig(PreTrainedConfig):
         ]
 
     def validate(self) -> None:
-        """The parent's checks but those of what is the teacher's: its own config checks its rotary positions, and
-        `mixers` checks the plan, whose layer type is not on transformers' list."""
-        checks: Any = vars(PreTrainedConfig)["__class_validators__"]
-        for check in checks:
-            if check.__name__ not in ("validate_layer_type", "validate_rope"):
-                check(self)
+        """Run the parent's checks that apply: the teacher's own config checks its rotary positions, and `mixers` checks
+        the plan, whose layer type is not on transformers' list."""
+        run_config_checks(self, without=("validate_layer_type", "validate_rope"))
 
 
 def _renamed(model_type: str) -> dict[str, str]:
@@ -150,3 +152,23 @@ def parse_mixer(entry: dict[str, Any]) -> MixerConfig:
     if name not in MIXERS:
         raise unknown("mixer", name, MIXERS)
     return MIXERS[name].model_validate(entry)
+
+
+def student_config(
+    teacher: PreTrainedModel, sites: Sequence[AttentionSite], plan: Sequence[MixerConfig | None], name: str | None
+) -> LinearizeConfig:
+    """Return the config of a student of this teacher, whose plan was checked (`surgery.check_plan`)."""
+    from linearize.version import __version__
+
+    fields = teacher.config.to_dict()
+    return LinearizeConfig(
+        teacher={
+            k: v for k, v in fields.items() if k not in ("architectures", "_name_or_path", "transformers_version")
+        },
+        plan=[None if mixer is None else mixer.model_dump() for mixer in plan],
+        attention=[site.name for site in sites],
+        shapes=[vars(site.shape) for site in sites],
+        teacher_name=name,
+        linearize_version=__version__,
+        dtype=teacher.dtype,
+    )

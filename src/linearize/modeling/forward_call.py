@@ -17,9 +17,10 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from linearize.errors import InputError, unknown
-from linearize.modeling.attention import COMMON, MixerCall, Tap, parameter_names
+from linearize.modeling.attention import COMMON, AttentionOverride, MixerCall, parameter_names
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import cache_argument, given_cache
+from linearize.modeling.library_internals import remove_pre_hooks
 from linearize.modeling.ragged_cache import check_past_mask
 from linearize.modeling.static.cache import StaticMixerLayer
 from linearize.ops.layout import Layout
@@ -53,7 +54,7 @@ def prepare_call(
     cache: Cache | None,
     use_cache: bool | None,
     branch: Branch | Mapping[int, Branch] = "both",
-    tap: Tap | None = None,
+    attention_override: AttentionOverride | None = None,
 ) -> ForwardCall:
     """Read documents and padding, and make the cache where one is wanted.
 
@@ -93,7 +94,11 @@ def prepare_call(
     if use_cache and cache is None:
         cache = DynamicCache(config=config)
     return ForwardCall(
-        attention_mask, position_ids, cache, use_cache, MixerCall(layout, cache if use_cache else None, branch, tap)
+        attention_mask,
+        position_ids,
+        cache,
+        use_cache,
+        MixerCall(layout, cache if use_cache else None, branch, attention_override),
     )
 
 
@@ -188,10 +193,7 @@ class BackboneHook:
 
     def install(self, backbone: nn.Module) -> None:
         """Put the hook in, in the place of that of another student around the same modules."""
-        hooks = backbone._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, BackboneHook)]:
-            del hooks[key]
-            backbone._forward_pre_hooks_with_kwargs.pop(key, None)
+        remove_pre_hooks(backbone, BackboneHook)
         backbone.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(

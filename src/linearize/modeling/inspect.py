@@ -1,22 +1,26 @@
-"""`linearize inspect`: what sits in each layer and what it costs, from the config alone (no weights are read)."""
+"""`linearize inspect`: the mixer of each layer, what it costs and which form of each operation runs, from the config.
+
+No weights are read.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
-from linearize.mixers import AttentionShape
+from linearize.mixers import AttentionShape, MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.io.model_source import find_model
 from linearize.modeling.io.model_source import read_config as read_source_config
+from linearize.modeling.probe import AttentionSite, body_sizes, probe
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.surgery import AttentionSite, body_sizes, probe
+from linearize.ops.dispatch import Query
 
 CONTEXTS = (1024, 16384, 65536)
 SOFTMAX = "softmax"
@@ -183,3 +187,60 @@ def _cache(
         )
         row |= {"student_bytes": own, "ratio": round(teacher / own, 3)}
     return row
+
+
+class Situation(NamedTuple):
+    """Calls of one kind: their tokens, whether there is a past, whether gradients are asked for."""
+
+    name: str
+    tokens: int
+    past: bool
+    gradients: bool
+
+
+SITUATIONS = (
+    Situation("decode", 1, True, False),
+    Situation("verify 8 draft tokens", 9, True, False),
+    Situation("prefill", 4096, False, False),
+    Situation("training", 1024, False, True),
+)
+
+
+def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None) -> dict[str, Any]:
+    """For each mixer of a student and each kind of call the backend of its operations, and why. JSON-able.
+
+    `device`: `cuda` or `cpu` (None: a GPU where there is one). Nothing is built: a backend that fails at its first use
+    gives way to the next with a warning then.
+
+    Raises:
+        InputError: no student at `path`, or another device.
+    """
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"device {where!r}: backends are chosen for cpu or cuda")
+    config = read_config(path)
+    if not isinstance(config, LinearizeConfig):
+        raise InputError(f"{path} is no student: --backends tells the backends of a student's mixers")
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    first: dict[str, tuple[MixerConfig, AttentionShape]] = {}
+    for mixer, shape in zip(config.mixers(), config.attention_shapes(), strict=True):
+        if mixer is not None:
+            first.setdefault(mixer.model_dump_json(), (mixer, shape))
+    rows = [row for mixer, shape in first.values() for row in _backends(mixer, shape, where.partition(":")[0], dtype)]
+    return {"model": str(path), "device": where, "dtype": str(dtype).removeprefix("torch."), "backends": rows}
+
+
+def _backends(config: MixerConfig, shape: AttentionShape, device: str, dtype: torch.dtype) -> list[dict[str, str]]:
+    """One row per kind of call and operation of a mixer."""
+    with torch.device("meta"):
+        mixer = config.build(shape)
+    rows = []
+    for name, tokens, past, gradients in SITUATIONS:
+        asked = Query(device=device, dtype=dtype, tokens=tokens, past=past, gradients=gradients)
+        for dispatcher, call in mixer.operations(asked):
+            backend, why = dispatcher.choice(call)
+            row = {"mixer": str(config.name), "call": name, "operation": dispatcher.operation}  # type: ignore[attr-defined]
+            rows.append(row | {"backend": backend, "why": why})
+            if dispatcher.operation == "layer" and backend != "operations":
+                break  # the kernel does what the operations would
+    return rows

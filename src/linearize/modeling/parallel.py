@@ -1,17 +1,10 @@
-"""Base weights shared out over processes: each holds a part of every matrix, whole ones exist while they are used.
-
-What is sharded is what fills a model: attention modules, MLPs and experts (FSDP2, `fully_shard`, each of them a unit of
-its own). Embeddings, head, norms and all new parameters are whole on every process. Student and teacher share one
-sharded copy as long as nothing trains it: the student's unit owns the weights, the teacher's borrows them while it
-runs.
-"""
+"""Tensors and modules whose weights are sharded over processes: told apart, gathered, added to, copied."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from linearize.errors import InputError
-from linearize.memory import MappedFiles
+from linearize.modeling.library_internals import without_sharding
 
 
-class Slot(NamedTuple):
+class ParameterSlot(NamedTuple):
     """A place that holds a parameter."""
 
     module: nn.Module
@@ -37,129 +30,6 @@ class Slot(NamedTuple):
     def put(self, value: nn.Parameter) -> None:
         """Another parameter in its place."""
         self.module._parameters[self.key] = value
-
-
-@dataclass(eq=False)
-class Loan:
-    """Weights of `owner` that a module of another tree uses: whole while that module runs, without gradients."""
-
-    owner: Any
-    borrower: nn.Module
-    slots: list[tuple[Slot, Slot]]  # the borrower's, the owner's
-    handles: list[Any] = field(default_factory=list)
-
-    def begin(self) -> None:
-        """From now on the borrower's forward gathers the owner's weights, and lets them go at its end."""
-
-        def gather(*_: Any) -> None:
-            self.owner.unshard()
-            self._follow()
-
-        def release(*_: Any) -> None:
-            self.owner.reshard()
-            self._follow()
-
-        self._follow()
-        self.handles = [
-            self.borrower.register_forward_pre_hook(gather, prepend=True),
-            self.borrower.register_forward_hook(release, always_call=True),
-        ]
-
-    def end(self) -> None:
-        """Copies of the borrower's own, whole."""
-        for handle in self.handles:
-            handle.remove()
-        with whole(self.owner):
-            for mine, theirs in self.slots:
-                mine.put(nn.Parameter(theirs.get().detach().clone(), requires_grad=False))
-
-    def _follow(self) -> None:
-        for mine, theirs in self.slots:
-            mine.put(theirs.get())
-
-
-class Shards:
-    """The sharded weights of several module trees."""
-
-    def __init__(self, device: torch.device) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        self.device = device
-        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self.loans: list[Loan] = []
-
-    def place(self, trees: Sequence[nn.Module]) -> None:
-        """Bring the weights of rank 0 to all ranks, of each unit only a part; one unit is whole at a time.
-
-        On rank 0 the trees hold values, on the others the same parameters may be on the meta device. Trees may share
-        parameters; the first of them owns what it shares.
-        """
-        trees = list({id(tree): tree for tree in trees}.values())
-        slots, files = _slots(trees), MappedFiles()
-        for tree in trees:
-            for unit in units_of(tree):
-                mine = [p for _, p in base_parameters(unit) if id(p) in slots]
-                if mine:
-                    self._take(unit, trees, [slots.pop(id(p)) for p in mine], files)
-        for places in list(slots.values()):
-            _fill(places, self.device, files)
-        for tree in trees:
-            for module in tree.modules():
-                for key, buffer in module._buffers.items():
-                    module._buffers[key] = None if buffer is None else buffer.to(self.device)
-
-    def separate(self, changing: Iterable[nn.Parameter]) -> None:
-        """Before these parameters change: sharded copies of their own for all that borrow from a unit with one."""
-        ids = {id(parameter) for parameter in changing}
-        for loan in list(self.loans):
-            if any(id(theirs.get()) in ids for _, theirs in loan.slots):
-                self.loans.remove(loan)
-                loan.end()
-                self._shard(loan.borrower, [mine.get() for mine, _ in loan.slots])
-
-    def _take(
-        self, unit: nn.Module, trees: Sequence[nn.Module], places: Sequence[list[Slot]], files: MappedFiles
-    ) -> None:
-        """Fill and shard a unit, and lend to the units of other trees that hold the same parameters."""
-        for shared in places:
-            _fill(shared, self.device, files)
-        inside = set(unit.modules())
-        self._shard(unit, [shared[0].get() for shared in places])
-        borrowers: dict[nn.Module, list[tuple[Slot, Slot]]] = {}
-        for shared in places:
-            owner = next(slot for slot in shared if slot.module in inside)
-            for slot in shared:
-                if slot.module not in inside:
-                    borrowers.setdefault(_unit_with(slot.module, trees), []).append((slot, owner))
-        for borrower, pairs in borrowers.items():
-            loan = Loan(unit, borrower, pairs)
-            loan.begin()
-            self.loans.append(loan)
-
-    def _shard(self, unit: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        taken = {id(p) for p in parameters}
-        sharded: Any = fully_shard(
-            unit,
-            mesh=self.mesh,
-            reshard_after_forward=True,
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
-            ignored_params={p for p in unit.parameters() if id(p) not in taken},
-        )
-        sharded.set_gradient_divide_factor(1.0)  # losses are sums, divided once by what all ranks counted
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-
-
-def shards_of(model: nn.Module) -> Shards | None:
-    """How the weights of a student (or another teacher) are shared out over processes; None: they are whole."""
-    found: Shards | None = getattr(model, "shards", None)
-    return found
-
-
-def hand_over(model: Any, shards: Shards) -> None:
-    """From now on the model knows how its weights are shared out."""
-    model.shards = shards
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -180,24 +50,21 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
 def plain_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a sharded unit as the module that it was, with parts as they lie in each process; see
     `gather_while_running`. `memo`: as of `copy.deepcopy`."""
-    kind: Any = type(unit).__mro__[2]  # after the class that fully_shard made, and its own
+    kind, held = without_sharding(unit)
     made: nn.Module = kind.__new__(kind)
     memo[id(unit)] = made
-    held = {key: value for key, value in vars(unit).items() if not key.startswith("__composable_api_")}
-    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-        theirs = {key: hook for key, hook in held[hooks].items() if not _is_sharding(hook)}
-        held[hooks] = type(held[hooks])(theirs)
     vars(made).update(copy.deepcopy(held, memo))
     return made
 
 
-def _is_sharding(hook: Any) -> bool:
-    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.")
-
-
 def gather_while_running(unit: nn.Module) -> None:
     """From now on a module's forward gathers its sharded parameters, and lets them go at its end; without gradients."""
-    places = [Slot(module, key) for module in unit.modules() for key, p in module._parameters.items() if p is not None]
+    places = [
+        ParameterSlot(module, key)
+        for module in unit.modules()
+        for key, p in module._parameters.items()
+        if p is not None
+    ]
     sharded = [(place, place.get()) for place in places if is_sharded(place.get())]
 
     def gather(*_: Any) -> None:
@@ -297,32 +164,3 @@ def decoder_layers(tree: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return list(module)
     raise InputError(f"{config.model_type}: its {number} layers do not lie in one list, so no process can hold a part")
-
-
-def _slots(trees: Sequence[nn.Module]) -> dict[int, list[Slot]]:
-    """By parameter, every place that holds it."""
-    found: dict[int, list[Slot]] = {}
-    for tree in trees:
-        for module in tree.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    found.setdefault(id(parameter), []).append(Slot(module, key))
-    return found
-
-
-def _unit_with(module: nn.Module, trees: Sequence[nn.Module]) -> nn.Module:
-    return next(unit for tree in trees for unit in units_of(tree) if module in set(unit.modules()))
-
-
-def _fill(places: Sequence[Slot], device: torch.device, files: MappedFiles) -> None:
-    """Rank 0's values on this device, in every place that holds the parameter; what was read from is let go."""
-    old = places[0].get()
-    value = torch.empty(old.shape, dtype=old.dtype, device=device)
-    if dist.get_rank() == 0:
-        value.copy_(old.detach())
-        files.let_go(old)
-    if value.numel():
-        dist.broadcast(value.view(-1).view(torch.uint8), src=0)
-    new = nn.Parameter(value, requires_grad=old.requires_grad)
-    for place in places:
-        place.put(new)

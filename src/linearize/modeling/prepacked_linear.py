@@ -1,10 +1,10 @@
-"""Projections for a few tokens at a time on a processor: weights laid out once, so that no call has to rearrange them.
+"""Projections for a few tokens at a time on a CPU: weights are packed once, so that no call has to rearrange them.
 
 A product of a weight with one token reads the weight once. With a few tokens torch first copies the weight into blocks,
-which takes longer than the product itself: verification of guesses would pay for it in every projection. oneDNN can
-keep the blocks. They serve any number of tokens, one included, so the plain weights are let go meanwhile and made again
-from the blocks, bit for bit, at the end: nothing is held twice. Weights that something else uses as well (an embedding
-that is the head too) stay plain, and multiply in the form that is quickest for a few tokens.
+which takes longer than the product itself: verification would pay for it in every projection. oneDNN can keep the
+blocks. They serve any number of tokens, one included, so the plain weights are freed meanwhile and made again from the
+blocks, bit for bit, at the end: nothing is held twice. Weights that something else uses as well (an embedding that is
+the head too) stay plain, and multiply in the form that is fastest for a few tokens.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import InputError
+from linearize.modeling.library_internals import can_pack_weights, packed_product, packed_weight
 
 LAID_OUT_FOR = 64  # tokens that oneDNN is told a call has; layouts made for fewer were no faster with fewer
-TURNED = ((8.0, 9), (0.0, 5))  # outputs per input from which W x^T is faster than x W^T, and up to how many tokens
+TRANSPOSED = ((8.0, 9), (0.0, 5))  # outputs per input from which W x^T is faster than x W^T, and up to how many tokens
 SMALLEST = 1 << 16  # numbers of a weight below which the call costs more than the copy
 
 
 @contextmanager
 def packed_projections(*models: nn.Module) -> Iterator[int]:
-    """Inside the block, projections use weights in blocks; gives how many projections do.
+    """Pack the weights of projections into blocks inside the `with` block; yield the number of packed projections.
 
-    Only fp32 weights on a CPU are packed; elsewhere everything is as it was. Memory: one weight more while packing, and
-    nothing more then, unless something outside of these models holds the weights too: give models that share weights (a
-    draft and its target) together. Inside the block `weight` of such a projection is on the meta device: it has a shape
-    and no numbers, and a call with gradients raises InputError. Afterwards all is as it was, gradients included.
+    Only fp32 weights on a CPU are packed. Memory: one weight more while packing, and nothing more afterwards, unless
+    something outside these models holds the weights too: give models that share weights (a draft and its target)
+    together. Inside the block `weight` of such a projection is on the meta device: it has a shape and no numbers, and a
+    call with gradients raises InputError. Afterwards everything is restored, gradients included.
     """
     linears = [linear for model in models for linear in _packable(model)]
     others = _used_elsewhere(models, linears)
@@ -43,7 +44,7 @@ def packed_projections(*models: nn.Module) -> Iterator[int]:
         for pack in packs:
             weight = pack.linear.weight
             if weight.data_ptr() in others:
-                pack.turn()
+                pack.transpose()
             else:
                 pack.enter(stores)
             del weight
@@ -54,13 +55,15 @@ def packed_projections(*models: nn.Module) -> Iterator[int]:
 
 
 @contextmanager
-def turned_projections(*models: nn.Module) -> Iterator[int]:
-    """Inside the block, projections of a few tokens use the product that is quickest without blocks: no memory, no time
-    to enter; gives how many projections do. Only fp32 weights on a CPU, and only where nothing is differentiated."""
+def transposed_projections(*models: nn.Module) -> Iterator[int]:
+    """Multiply a few tokens as W x^T inside the `with` block, which costs no memory and no time to enter.
+
+    Only with fp32 weights on a CPU, and only without gradients. Yields the number of such projections.
+    """
     packs = [_Pack(linear, id(linear.weight)) for model in models for linear in _packable(model)]
     try:
         for pack in packs:
-            pack.turn()
+            pack.transpose()
         yield len(packs)
     finally:
         for pack in packs:
@@ -77,7 +80,7 @@ class _Store:
 
     def __init__(self, weight: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self.blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LAID_OUT_FOR)
+            self.blocks: Tensor = packed_weight(weight.detach(), LAID_OUT_FOR)
         self._shape = weight.shape
         self._held: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
         self._again: dict[int, nn.Parameter] = {}
@@ -121,11 +124,11 @@ class _Pack:
         self.linear.forward = partial(_packed, self.linear, self.store.blocks)  # type: ignore[method-assign]
         self.linear._parameters["weight"] = self.store.take(self.name, weight)
 
-    def turn(self) -> None:
+    def transpose(self) -> None:
         """Keep the weight as it is, in the product that is quickest for a few tokens."""
         linear = self.linear
-        most = next(tokens for ratio, tokens in TURNED if linear.out_features >= ratio * linear.in_features)
-        linear.forward = partial(_turned, linear, most)  # type: ignore[method-assign]
+        most = next(tokens for ratio, tokens in TRANSPOSED if linear.out_features >= ratio * linear.in_features)
+        linear.forward = partial(_transposed_product, linear, most)  # type: ignore[method-assign]
 
     def leave(self) -> None:
         """As it was before."""
@@ -135,7 +138,7 @@ class _Pack:
 
 
 def _packable(model: nn.Module) -> list[nn.Linear]:
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not can_pack_weights():
         return []
     return [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
 
@@ -160,11 +163,11 @@ def _packed(linear: nn.Linear, blocks: Tensor, x: Tensor) -> Tensor:
             "the weights are packed for decoding: call the model within torch.no_grad() or after the block"
         )
     bias = None if linear.bias is None else linear.bias.detach()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.float32), blocks, bias, "none", [], "")
+    y: Tensor = packed_product(x.to(torch.float32), blocks, bias)
     return y
 
 
-def _turned(linear: nn.Linear, most: int, x: Tensor) -> Tensor:
+def _transposed_product(linear: nn.Linear, most: int, x: Tensor) -> Tensor:
     """W x^T: nothing is rearranged for up to four tokens, and less than in x W^T for a few more."""
     rows = x.flatten(0, -2)
     if torch.is_grad_enabled() or not 1 < rows.shape[0] <= most:

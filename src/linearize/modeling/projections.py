@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.io.quantized import is_quantized, whole_weight
+from linearize.modeling.library_internals import execution_device
 
 if TYPE_CHECKING:
     from linearize.mixers import AttentionShape
@@ -155,7 +156,7 @@ def _measured(layer: Any, inputs: int) -> tuple[Tensor, Tensor | None]:
     tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.is_floating_point() and x.itemsize > 1]
     like = {"device": tensors[0].device, "dtype": tensors[0].dtype} if tensors else {}
     if like and like["device"].type == "meta":
-        like["device"] = getattr(getattr(layer, "_hf_hook", None), "execution_device", None) or "cpu"
+        like["device"] = execution_device(layer) or "cpu"
     was_training = layer.training
     try:
         layer.eval()

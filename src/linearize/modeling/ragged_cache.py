@@ -1,4 +1,4 @@
-"""Batches whose rows keep different numbers of guessed tokens: what the cache's layers and the attention mask are told.
+"""Batches whose rows keep different numbers of draft tokens: what the cache's layers and the attention mask are told.
 
 A column of the cache is one token of each row. Where rows keep different counts, a row's rejected tokens stay behind as
 dead columns: mixers never see them, and kept softmax layers have them hidden by the attention mask until `compact`

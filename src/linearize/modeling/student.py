@@ -1,4 +1,4 @@
-"""The one model class of all students: the teacher's own module tree with a plan applied."""
+"""The model class of all students, the teacher's own module tree with a plan applied, and the same without a head."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError
-from linearize.modeling.attention import Tap
+from linearize.modeling.attention import AttentionOverride
 from linearize.modeling.cache_argument import given_cache, with_cache
-from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.config import LinearizeConfig, student_config
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
-from linearize.modeling.io.student_folder import apply_adapters, valid_generation_config
+from linearize.modeling.io.adapters import AdapterState, apply_adapters
+from linearize.modeling.io.student_folder import valid_generation_config
+from linearize.modeling.library_internals import attention_of
 
 if TYPE_CHECKING:
     from linearize.mixers import Mixer, MixerConfig
-    from linearize.modeling.io.quantized import LowRankChange
-    from linearize.modeling.surgery import AttentionSite
     from linearize.ops.window_linear import Branch
 
 
@@ -30,6 +30,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM whose planned layers mix the sequence in linear time.
 
     `lm` is an instance of the teacher's class; layer i's mixer is the submodule `mixer` of its attention module.
+    `adapter_state`: what training with adapters left to save.
     """
 
     config_class = LinearizeConfig
@@ -48,7 +49,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         if lm is None:
             from linearize.modeling.surgery import install
 
-            wanted = config._attn_implementation
+            wanted = attention_of(config)
             lm = AutoModelForCausalLM.from_config(
                 config.teacher_config(),
                 dtype=torch.get_default_dtype(),
@@ -57,7 +58,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             install(lm, config.mixers(), config.attention, config.attention_shapes(), start=False)
         self.lm = lm
         BackboneHook(config).install(self.base_model)
-        self.weight_changes: dict[str, list[LowRankChange]] = {}  # of layers whose base is quantized
+        self.adapter_state = AdapterState()
         self._keep_in_fp32_modules_strict = self._fp32_names()
         self.post_init()
 
@@ -71,7 +72,8 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: a family that cannot be converted, or a plan that does not fit; the teacher is unchanged then.
         """
-        from linearize.modeling.surgery import check_plan, install, probe, share_weights
+        from linearize.modeling.probe import probe
+        from linearize.modeling.surgery import check_plan, install, share_weights
 
         sites = probe(teacher)
         checked = check_plan(plan, sites, teacher.config.model_type)
@@ -121,12 +123,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         branch: Branch | Mapping[int, Branch] = "both",
-        tap: Tap | None = None,
+        attention_override: AttentionOverride | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the teacher's own forward; `branch` runs one branch of every mixer, or of some layers' (ablation: `{3:
-        "window"}`); `tap` see `MixerCall`.
+        "window"}`); `attention_override` see `MixerCall`.
 
         `input_ids: [B, T]`; `attention_mask: [B, past + T]` (padding on one side of the new tokens); packed rows carry
         restarting `position_ids: [B, T]`. `past_key_values` is the older name of `cache`. `kwargs`: what the teacher's
@@ -151,7 +153,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             cache=given_cache(cache, past_key_values),
             use_cache=use_cache,
             branch=branch,
-            tap=tap,
+            attention_override=attention_override,
         )
         return self.lm(
             input_ids=input_ids,
@@ -248,21 +250,36 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if wants_info else model
 
 
-def student_config(
-    teacher: PreTrainedModel, sites: Sequence[AttentionSite], plan: Sequence[MixerConfig | None], name: str | None
-) -> LinearizeConfig:
-    """The config of a student of this teacher, whose plan was checked (`surgery.check_plan`)."""
-    from linearize.version import __version__
+class LinearizedModel(LinearizedForCausalLM):
+    """The whole student, its head included (so that saving it loses nothing), whose forward ends before the head."""
 
-    fields = teacher.config.to_dict()
-    return LinearizeConfig(
-        teacher={
-            k: v for k, v in fields.items() if k not in ("architectures", "_name_or_path", "transformers_version")
-        },
-        plan=[None if mixer is None else mixer.model_dump() for mixer in plan],
-        attention=[site.name for site in sites],
-        shapes=[vars(site.shape) for site in sites],
-        teacher_name=name,
-        linearize_version=__version__,
-        dtype=teacher.dtype,
-    )
+    @classmethod
+    def can_generate(cls) -> bool:
+        """No: there are no logits."""
+        return False
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the teacher's own backbone; returns its output (`last_hidden_state: [B, T, M]`, and the cache).
+
+        Arguments as those of `LinearizedForCausalLM.forward`. Raises InputError: an argument that nothing would read.
+        """
+        backbone = self.base_model
+        return backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **with_cache(backbone, given_cache(cache, past_key_values)),
+            **kwargs,
+        )

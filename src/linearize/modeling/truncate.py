@@ -14,8 +14,10 @@ from transformers.initialization import no_init_weights
 from linearize.errors import InputError, one_line
 from linearize.modeling.attention import ATTENTION
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.library_internals import set_attention
+from linearize.modeling.probe import attention_configs, probe
 from linearize.modeling.student import LinearizedForCausalLM
-from linearize.modeling.surgery import attention_configs, probe, share_weights
+from linearize.modeling.surgery import share_weights
 
 ENTRY_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 LAYER_NUMBERS = ("mlp_only_layers",)
@@ -54,7 +56,7 @@ def _truncated_student(student: LinearizedForCausalLM, layers: Sequence[int]) ->
     config = cut_student_config(student.config, layers)
     if all(entry is not None for entry in config.plan):  # as `surgery.install`: no layer needs a T x T mask
         for own in attention_configs(lm):
-            own._attn_implementation = ATTENTION
+            set_attention(own, ATTENTION)
     with no_init_weights():
         result = LinearizedForCausalLM(config, lm=lm)
     result.generation_config = copy.deepcopy(student.generation_config)

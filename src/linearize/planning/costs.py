@@ -16,7 +16,7 @@ from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfi
 from linearize.training.dataset_stage import OwnLoopConfig
 from linearize.training.memory_simulation import tensor_bytes, weight_bytes
 from linearize.training.stages.dpo import DpoConfig
-from linearize.training.stages.trainable import own, recompute_blocks
+from linearize.training.stages.trainable import recompute_blocks, unshare
 from linearize.training.stages.trl_scores import score
 from linearize.training.step import Stepper
 
@@ -103,7 +103,7 @@ class _OwnLoop:
         self.stage, self.student = stage, sample.student.eval().requires_grad_(False)
         self.pairs = isinstance(stage, DpoConfig)
         names = self.student.mixer_parameters() if stage.train == "mixers" else dict(self.student.named_parameters())
-        self.parameters = own(self.student, sample.teacher, list(names))
+        self.parameters = unshare(self.student, sample.teacher, list(names))
         self.reference = [p.detach().clone() for p in self.parameters.values()] if self.pairs else []
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)

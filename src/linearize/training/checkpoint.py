@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.io.checksums import crc32
+from linearize.modeling.io.integrity import crc32
 from linearize.storage.disk import is_disk_full, sync, writing
 from linearize.version import __version__
 

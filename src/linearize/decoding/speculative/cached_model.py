@@ -1,4 +1,4 @@
-"""A model with its cache: reads tokens, and takes back those that are not to stay.
+"""A model with its cache: reads tokens, and rolls back those that are rejected.
 
 Letters: B batch, T tokens, S columns of the cache, V vocabulary.
 """
@@ -17,12 +17,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import with_cache
+from linearize.modeling.library_internals import keeps_recurrent_state
+from linearize.modeling.ragged_cache import accept_rows, compact
 
-MOST_DEAD = 64  # dead columns that a cache holds before they are taken out
+MAX_DEAD_COLUMNS = 64  # dead columns that a cache holds before they are taken out
 
 
-class Reader:
-    """Reads a batch of texts with one cache; `keep` says what stays of what was read since the last `keep`.
+class CachedModel:
+    """Reads a batch of texts with one cache; `keep` says how many of the tokens read since the last `keep` stay.
 
     `passes`: forward passes so far. `lengths`: tokens of each row in the cache. `by_row`: whether rows may keep
     different numbers of tokens.
@@ -41,7 +43,7 @@ class Reader:
         self._held = 0  # tokens read that `keep` has not decided on
 
     def read_prompt(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Read the prompts (padding on the left); gives the logits after them, `[B, 1, V]`."""
+        """Read the prompts (padding on the left); return the logits after them, `[B, 1, V]`."""
         self.lengths = [0] * input_ids_BT.shape[0]
         if mask_BT is not None and not bool(mask_BT.all()):
             self._mask_BS = mask_BT[:, :0].long()
@@ -53,10 +55,10 @@ class Reader:
         return logits_B1V
 
     def read(self, tokens_BT: Tensor, *, settled: bool = False) -> Tensor:
-        """Read tokens after those that were read; gives the logits after each, `[B, T, V]`.
+        """Read further tokens; return the logits after each, `[B, T, V]`.
 
-        `settled`: they are of the text, and the next `keep` keeps them all: mixers take them into their states at once,
-        as plain decoding does.
+        `settled`: they belong to the text, and the next `keep` keeps them all: mixers commit them to their states at
+        once, as plain decoding does.
         """
         new_BT = None if self._mask_BS is None else torch.ones_like(tokens_BT)
         mixers = [layer for layer in self.cache.layers if settled and isinstance(layer, MixerCacheLayer)]
@@ -90,7 +92,7 @@ class Reader:
         return logits
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Row b keeps the first `counts[b]` of the tokens read since the last call; rows alike unless `by_row`."""
+        """Keep the first `counts[b]` of row b's tokens since the last call; equal counts unless `by_row`."""
         held, self._held = self._held, 0
         self.lengths = [length - held + count for length, count in zip(self.lengths, counts, strict=True)]
         if min(counts) == max(counts):
@@ -103,9 +105,7 @@ class Reader:
             self._compact()
 
     def _keep_by_row(self, counts: Sequence[int], held: int) -> None:
-        """Columns that a row does not keep, and another one does, are dead: the mask hides them."""
-        from linearize.modeling.ragged_cache import accept_rows
-
+        """Mask out, as dead, the columns that one row does not keep and another one does."""
         if self._mask_BS is None:
             columns = self.cache.get_seq_length()
             self._mask_BS = torch.ones(len(counts), columns, dtype=torch.long, device=self.model.device)
@@ -123,20 +123,18 @@ class Reader:
             self._mask_BS = self._mask_BS[index]
 
     def _compact(self) -> None:
-        """Take columns that no row needs out of the cache once there are more than `MOST_DEAD`."""
+        """Remove columns that no row needs from the cache once there are more than `MAX_DEAD_COLUMNS`."""
         assert self._mask_BS is not None
-        if self._mask_BS.shape[1] - max(self.lengths) <= MOST_DEAD:
+        if self._mask_BS.shape[1] - max(self.lengths) <= MAX_DEAD_COLUMNS:
             return
-        from linearize.modeling.ragged_cache import compact
-
         self._mask_BS = compact(self.cache, self._mask_BS)
         if bool(self._mask_BS.all()):
             self._mask_BS = None
 
 
 def check_rollback(model: PreTrainedModel, role: str) -> None:
-    """Raises InputError for a model that cannot take tokens back."""
-    if getattr(model, "_is_stateful", False):
+    """Raise InputError for a model that cannot roll back."""
+    if keeps_recurrent_state(model):
         raise InputError(
             f"the {role} ({type(model).__name__}) keeps a recurrent state that cannot roll back: convert it with "
             "linearize, or decode without speculation"
@@ -146,7 +144,7 @@ def check_rollback(model: PreTrainedModel, role: str) -> None:
 
 
 def check_layers(cache: Any, role: str) -> None:
-    """Raises InputError, naming the layer, where one of the cache cannot roll back."""
+    """Raise InputError, naming the layer, where one of the cache cannot roll back."""
     for index, layer in enumerate(cache.layers):
         if not getattr(layer, "is_croppable", False):
             raise InputError(

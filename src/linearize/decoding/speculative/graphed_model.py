@@ -1,4 +1,4 @@
-"""The reader of a GPU: fixed shapes and memory, so that reading some tokens is the replay of one recorded graph.
+"""A cached model for a GPU: fixed shapes and memory, so that reading some tokens replays one recorded CUDA graph.
 
 Letters: B batch, b rows that still go on, T tokens, V vocabulary.
 """
@@ -15,83 +15,83 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.decoding.speculative.cached_model import Reader
-from linearize.decoding.speculative.draft_length import MOST
+from linearize.decoding.speculative.cached_model import CachedModel
+from linearize.decoding.speculative.draft_length import MAX_DRAFT_TOKENS
 from linearize.errors import InputError
 from linearize.modeling.static.graphs import weights_at
 from linearize.modeling.static.layers import static_layers
 from linearize.modeling.static.step import StaticStep
 from linearize.ops.dispatch import MAX_MULTI_TOKEN
 
-USUAL = MOST + 2  # tokens that wait for a decision: a draft reads up to two of the text, and its guesses
-ROOM = 512  # tokens of room beyond the prompts, doubled where it runs out
+WIDTH = MAX_DRAFT_TOKENS + 2  # tokens that wait for `keep`: a draft reads up to two of the text, and its own
+SPARE_CAPACITY = 512  # tokens beyond the prompts; the capacity is doubled where it runs out
 
 
 class _Forced:
-    """Whether readers are static; None: where the model is on a GPU."""
+    """Whether models are graphed; None: those on a GPU are."""
 
-    static: bool | None = None
+    graphed: bool | None = None
 
 
 @contextmanager
-def static_reading(wanted: bool) -> Iterator[None]:
-    """All readers made inside the `with` block are static, or none (tests, benchmarks)."""
-    before, _Forced.static = _Forced.static, wanted
+def force_graphed(wanted: bool) -> Iterator[None]:
+    """Make all models graphed that are wrapped inside the `with` block, or none (tests, benchmarks)."""
+    before, _Forced.graphed = _Forced.graphed, wanted
     try:
         yield
     finally:
-        _Forced.static = before
+        _Forced.graphed = before
 
 
-def reader_for(model: PreTrainedModel, role: str) -> Reader:
-    """A reader of this model: the static one on a GPU. Models that have no static form go without, after a warning.
+def cached_model_for(model: PreTrainedModel, role: str) -> CachedModel:
+    """Return this model with its cache, on a GPU with CUDA graphs unless it has no static form (after a warning).
 
     Raises:
-        InputError: a model whose cache cannot roll back; or, where `static_reading` asks for it, has no static form.
+        InputError: a model whose cache cannot roll back; or, under `force_graphed`, one without a static form.
     """
-    wanted = model.device.type == "cuda" if _Forced.static is None else _Forced.static
+    wanted = model.device.type == "cuda" if _Forced.graphed is None else _Forced.graphed
     if not wanted:
-        return Reader(model, role)
+        return CachedModel(model, role)
     try:
         static_layers(model, 1, 1)
     except InputError as error:
-        if _Forced.static:
+        if _Forced.graphed:
             raise
         warnings.warn(f"no CUDA graphs for the {role}: {error}", stacklevel=2)
-        return Reader(model, role)
-    return StaticReader(model, role)
+        return CachedModel(model, role)
+    return GraphedModel(model, role)
 
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """A step with its graphs, whose it was, and where the weights lay that its graphs read."""
+    """A step with its graphs, the last object that used it, and the addresses of the weights that its graphs read."""
 
     step: StaticStep
-    owner: weakref.ref[Reader]
+    owner: weakref.ref[CachedModel]
     weights: int
 
 
 _READY: weakref.WeakKeyDictionary[PreTrainedModel, _Ready] = weakref.WeakKeyDictionary()
 
 
-class StaticReader(Reader):
-    """See `Reader`. The batch keeps its size: rows that have ended read on, and keep nothing.
+class GraphedModel(CachedModel):
+    """A `CachedModel` of static steps. The batch keeps its size: rows that have ended read on, and keep nothing.
 
-    What was recorded for a model serves later readers of batches as large, as long as the model lives.
+    Graphs that were recorded for a model serve later batches of the same size, as long as the model lives.
     """
 
     _step: StaticStep
 
     def __init__(self, model: PreTrainedModel, role: str) -> None:
-        """See `Reader`; rows may always keep different numbers of tokens."""
+        """Raises InputError as `CachedModel`; rows may always keep different numbers of tokens."""
         super().__init__(model, role)
         self.by_row = True
 
     def read_prompt(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """See `Reader`."""
+        """See `CachedModel`."""
         rows, tokens = input_ids_BT.shape
         self.lengths = [tokens] * rows if mask_BT is None else mask_BT.sum(1).tolist()
-        self._step = self._take(rows, max(self.lengths) + ROOM)
+        self._step = self._take(rows, max(self.lengths) + SPARE_CAPACITY)
         self._rows, self._size = list(range(rows)), rows
         self._decided: list[int] | None = [0] * rows
         self._settled = 0  # tokens since the last `keep` that are decided on already
@@ -102,7 +102,7 @@ class StaticReader(Reader):
         weights = weights_at(self.model)
         ready = _READY.get(self.model)
         if ready is None or ready.step.batch != rows or ready.weights != weights or ready.owner() is not None:
-            step = StaticStep(self.model, batch=rows, width=USUAL, capacity=capacity)
+            step = StaticStep(self.model, batch=rows, width=WIDTH, capacity=capacity)
         else:
             step = ready.step
         if step.capacity is None or step.capacity < capacity:
@@ -111,7 +111,7 @@ class StaticReader(Reader):
         return step
 
     def read(self, tokens_BT: Tensor, *, settled: bool = False) -> Tensor:
-        """See `Reader`."""
+        """See `CachedModel`."""
         logits: list[Tensor] = []
         for part in tokens_BT.split(self._step.width if settled else tokens_BT.shape[1], dim=1):
             if logits:
@@ -138,7 +138,7 @@ class StaticReader(Reader):
         return logits_BTV.clone() if whole else logits_BTV[self._rows]
 
     def keep(self, counts: Sequence[int]) -> None:
-        """See `Reader`."""
+        """See `CachedModel`."""
         held, settled, self._settled = self._step.held + self._settled, self._settled, 0
         if min(counts) < settled:
             raise InputError(f"rows keep {list(counts)} tokens, {settled} were settled: read fewer tokens at a time")
@@ -146,13 +146,13 @@ class StaticReader(Reader):
         self._decided = self._of_all([count - settled for count in counts])
 
     def _of_all(self, counts: Sequence[int]) -> list[int]:
-        """Counts of all rows of the batch from those of the rows that go on."""
-        found = [0] * self._size
+        """Return counts of all rows of the batch from those of the rows that go on."""
+        all_counts = [0] * self._size
         for row, count in zip(self._rows, counts, strict=True):
-            found[row] = count
-        return found
+            all_counts[row] = count
+        return all_counts
 
     def select(self, rows: Sequence[int]) -> None:
-        """See `Reader`."""
+        """See `CachedModel`."""
         self._rows = [self._rows[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]

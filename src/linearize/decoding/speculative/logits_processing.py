@@ -1,4 +1,4 @@
-"""Logits as the generation config wants them: transformers' own processors, applied to target and draft alike.
+"""From logits to tokens as the generation config says: transformers' own processors, for target and draft alike.
 
 Letters: B batch, T positions, V vocabulary.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from linearize.errors import InputError
+from linearize.modeling.library_internals import filled_generation_config, logits_processors, prepare_special_tokens
 
 # Processors of transformers that look at the scores alone; all others may look at the text before.
 _TEXT_FREE = {
@@ -33,10 +34,10 @@ _TEXT_FREE = {
 
 
 @dataclass
-class ScoreRules:
-    """How logits become scores, and whether tokens are drawn or the best one taken.
+class LogitsProcessing:
+    """Turns logits into scores and scores into tokens, sampled or greedy.
 
-    `processors`: one list per row of the batch; `text_free`: whether none of them looks at the text. `vocabulary`: the
+    `processors`: one list per row of the batch; `text_free`: whether none of them reads the text. `vocabulary`: the
     width of the target's logits.
     """
 
@@ -47,8 +48,8 @@ class ScoreRules:
     vocabulary: int
     generator: torch.Generator | None = field(default=None)
 
-    def scores(self, logits_BTV: Tensor, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> Tensor:
-        """`[B, T, V]` in fp32. Row b's first position follows `texts[b]`, each further one a guess more of it."""
+    def scores(self, logits_BTV: Tensor, texts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Return scores `[B, T, V]` in fp32: position t of row b follows `texts[b]` and t tokens of `drafts[b]`."""
         scores_BTV = logits_BTV.float()
         if not self.processors[0]:
             return scores_BTV
@@ -59,29 +60,29 @@ class ScoreRules:
             return flat.view(rows, count, vocabulary)
         return torch.stack(
             [
-                torch.cat([self._one(row, [*texts[row], *guesses[row][:t]], scores_BTV[row, t]) for t in range(count)])
+                torch.cat([self._one(row, [*texts[row], *drafts[row][:t]], scores_BTV[row, t]) for t in range(count)])
                 for row in range(rows)
             ]
         )
 
     def _one(self, row: int, text: list[int], scores_V: Tensor) -> Tensor:
         ids = torch.tensor([text], device=scores_V.device)
-        found: Tensor = self.processors[row](ids, scores_V[None].clone())
-        return found
+        scores_1V: Tensor = self.processors[row](ids, scores_V[None].clone())
+        return scores_1V
 
     def choose(self, scores_BV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A token per row, `[B, 1]`, and the distribution `[B, V]` it was drawn from (None: the best one was taken)."""
+        """Return a token per row, `[B, 1]`, and the distribution `[B, V]` it was drawn from (None: greedy)."""
         if not self.sample:
             return scores_BV.argmax(-1, keepdim=True), None
         probabilities = scores_BV.softmax(-1)
         return torch.multinomial(probabilities, 1, generator=self.generator), probabilities
 
     def select(self, rows: Sequence[int]) -> None:
-        """Only these rows of the batch go on."""
+        """Go on with these rows of the batch alone."""
         self.processors = [self.processors[row] for row in rows]
 
 
-def score_rules(
+def logits_processing(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
@@ -89,19 +90,18 @@ def score_rules(
     max_new_tokens: int,
     stop_tokens: Sequence[int] | None,
     seed: int,
-) -> ScoreRules:
-    """The rules of a generation config (None: the model's own; what is unset is taken from there).
+) -> LogitsProcessing:
+    """Return the processing of a generation config (None: the model's own; unset values are taken from there).
 
     `stop_tokens` None: the config's EOS tokens. Raises InputError for settings that the loop cannot follow.
     """
-    owner: Any = model
-    config = owner._prepare_generation_config(copy.deepcopy(generation_config))[0]
+    config = filled_generation_config(model, generation_config)
     _check_config(config)
     if stop_tokens is not None:
         config.eos_token_id = list(stop_tokens) or None
-    owner._prepare_special_tokens(config, True, device=model.device)
-    lists = [_processors(owner, copy.copy(config), len(prompt), max_new_tokens) for prompt in prompts]
-    return ScoreRules(
+    prepare_special_tokens(model, config)
+    lists = [_processors(model, copy.copy(config), len(prompt), max_new_tokens) for prompt in prompts]
+    return LogitsProcessing(
         sample=bool(config.do_sample),
         stop_tokens=frozenset(_token_list(config.eos_token_id)),
         processors=lists,
@@ -112,7 +112,7 @@ def score_rules(
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """The width of a model's logits."""
+    """Return the width of a model's logits."""
     embeddings: Any = model.get_output_embeddings()
     size: int = model.config.get_text_config().vocab_size if embeddings is None else embeddings.weight.shape[0]
     return size
@@ -120,7 +120,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def _processors(model: Any, config: GenerationConfig, prompt: int, max_new_tokens: int) -> Any:
     config.max_length = prompt + max_new_tokens
-    return model._get_logits_processor(config, input_ids_seq_length=prompt, device=model.device)
+    return logits_processors(model, config, prompt)
 
 
 def _token_list(tokens: int | Sequence[int] | None) -> list[int]:

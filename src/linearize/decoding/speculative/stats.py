@@ -1,4 +1,4 @@
-"""What a speculative run gave and what it took."""
+"""The result of a speculative run: tokens, counts and seconds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 class SpeculationStats:
     """Counts over all rows of a run.
 
-    `target_passes`: forward passes of the target, the reading of the prompt included. `draft_passes`: of the draft.
-    `drafted`, `accepted`: guessed tokens, and those of them that stayed in the text. `tokens`: new tokens of all rows.
-    `lengths[n]`: how often a row kept n guesses of a round that had some. `draft_tokens[k]`: rounds with k guesses.
-    `seconds`: of the whole run, the reading of the prompt included; `prompt_seconds`: of that reading alone.
+    `target_passes`: forward passes of the target, prefill included. `draft_passes`: of the draft. `drafted`,
+    `accepted`: draft tokens, and those of them that the text kept. `tokens`: new tokens of all rows.
+    `lengths[n]`: how often a row kept n draft tokens of a round that had some. `draft_tokens[k]`: rounds with k draft
+    tokens. `seconds`: of the whole run, prefill included; `prompt_seconds`: of prefill alone.
     """
 
     target_passes: int = 0
@@ -28,28 +28,28 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted of drafted tokens (0 where none were drafted)."""
+        """Share of draft tokens that were accepted (0 where none were drafted)."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens per forward pass of the target: of all rows together; 1 per row is plain decoding."""
+        """New tokens of all rows per forward pass of the target; 1 per row is plain decoding."""
         return self.tokens / self.target_passes if self.target_passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows per second of decoding, without the reading of the prompt."""
+        """New tokens of all rows per second of decoding, without prefill."""
         return self.tokens / max(self.seconds - self.prompt_seconds, 1e-9)
 
     def count(self, drafted: int, accepted: int) -> None:
-        """One row's part in a round."""
+        """Add one row's round."""
         if drafted:
             self.drafted += drafted
             self.accepted += accepted
             self.lengths[accepted] = self.lengths.get(accepted, 0) + 1
 
     def summary(self) -> dict[str, Any]:
-        """All of it as plain numbers, for JSON."""
+        """Return everything as plain numbers, for JSON."""
         return {
             "tokens": self.tokens,
             "target_passes": self.target_passes,
@@ -66,16 +66,16 @@ class SpeculationStats:
         }
 
     def line(self) -> str:
-        """One line for people."""
+        """Return one line to print."""
         return (
             f"{self.tokens} tokens in {self.target_passes} passes of the target and {self.draft_passes} of the draft; "
-            f"{self.accepted} of {self.drafted} guesses accepted; {self.tokens_per_second:.1f} tokens per second"
+            f"{self.accepted} of {self.drafted} draft tokens accepted; {self.tokens_per_second:.1f} tokens per second"
         )
 
 
 @dataclass(frozen=True)
 class SpeculationResult:
-    """The new tokens of each row (a stop token included, where one ended the row) and what they took."""
+    """The new tokens of each row (a stop token included, where one ended the row) and the counts of the run."""
 
     tokens: list[list[int]]
     stats: SpeculationStats

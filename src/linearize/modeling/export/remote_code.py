@@ -27,12 +27,12 @@ CLASSES = {
 }
 ROOTS = {
     "LinearizeConfig": "linearize.modeling.config",
-    "LinearizedModel": "linearize.modeling.backbone",
+    "LinearizedModel": "linearize.modeling.student",
     "LinearizedForCausalLM": "linearize.modeling.student",
 }
 REQUIRED = frozenset({"torch", "transformers", "pydantic", "safetensors", "numpy"})
 GLOBAL_NAMES = {"linearize.modeling.attention": "ATTENTION", "linearize.modeling.config": "MIXER_LAYER",
-                "linearize.modeling.surgery": "PROBE"}  # fmt: skip
+                "linearize.modeling.probe": "PROBE"}  # fmt: skip
 
 
 @dataclass(frozen=True)

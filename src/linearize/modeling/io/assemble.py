@@ -1,17 +1,21 @@
-"""A student's folder from its teacher's files and its trained mixers, tensor by tensor: never the whole model."""
+"""A student from its teacher's files and its trained mixers: written tensor by tensor, or whole in memory where the
+teacher was trained on in fewer bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
 from linearize.modeling.io.student_folder import save_config
+from linearize.modeling.io.teacher import load_teacher
+from linearize.modeling.io.weight_files import SHARD_BYTES, Entry, ShardedWriter
+from linearize.modeling.library_internals import fp32_names
 from linearize.modeling.student import LinearizedForCausalLM
 
 
@@ -52,7 +56,7 @@ def _planned(teacher: StreamedTeacher, student: LinearizedForCausalLM) -> tuple[
     """Dtype and shape of every tensor of the student's folder, tied ones once; and which of the checkpoint's tensors
     those are that are not new. What transformers renames or joins on loading keeps the checkpoint's name, as it has
     when transformers saves it."""
-    fp32 = tuple(f"lm.{kept}" for kept in student._keep_in_fp32_modules_strict or ())
+    fp32 = tuple(f"lm.{kept}" for kept in fp32_names(student))
     saved = student.state_dict()
     tensors: dict[str, Tensor] = dict(student.named_parameters())
     tensors |= {name: value for name, value in student.named_buffers() if name in saved}
@@ -78,3 +82,29 @@ def _layer(name: str, teacher: StreamedTeacher) -> int:
     """The layer that a tensor of the student belongs to; -1: none."""
     prefix = f"lm.{teacher.layers}."
     return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else -1
+
+
+@torch.no_grad()
+def whole_student(student: LinearizedForCausalLM) -> LinearizedForCausalLM:
+    """Return a student over its teacher's own weights, read again on the CPU, with its mixers and adapters' changes.
+
+    Raises:
+        InputError: the teacher cannot be read any more.
+    """
+    teacher, _ = load_teacher(str(student.config.teacher_name))
+    whole = LinearizedForCausalLM.from_teacher(
+        teacher, student.config.mixers(), teacher_name=student.config.teacher_name
+    )
+    trained = student.mixer_parameters()
+    for name, parameter in whole.mixer_parameters().items():
+        parameter.data = trained[name].detach().cpu()
+    for name, changes in student.adapter_state.changes.items():
+        layer: Any = whole.get_submodule(name)
+        turned = type(layer).__name__ == "Conv1D"  # GPT-2's weights are [I, O]
+        weight_OI = layer.weight.data.T if turned else layer.weight.data
+        for change in changes:
+            weight_OI = change.added_to(weight_OI.float())
+        weight_OI = weight_OI.to(layer.weight.dtype)
+        layer.weight = nn.Parameter((weight_OI.T if turned else weight_OI).contiguous(), requires_grad=False)
+    whole.generation_config = student.generation_config
+    return whole

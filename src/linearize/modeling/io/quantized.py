@@ -1,10 +1,12 @@
-"""A teacher whose linear layers lie in memory in 8 or 4 bits while only new parameters train, and the whole student
-that is saved: the teacher's own weights from its folder, with what was trained."""
+"""A teacher whose linear layers are in memory in 8 or 4 bits while only new parameters train."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,23 +18,9 @@ from linearize.modeling.io.nf4 import is_nf4, linear_of, nf4_config, nf4_numbers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from linearize.modeling.student import LinearizedForCausalLM
-
 BaseWeights = Literal["full", "8bit", "4bit"]
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankChange:
-    """What a linear layer's weight gained: `scale * b_OR @ a_RI`."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
-
-    def added_to(self, weight_OI: Tensor) -> Tensor:
-        """A weight with the change."""
-        change_OI = self.scale * (self.b_OR.float() @ self.a_RI.float())
-        return weight_OI + change_OI.to(weight_OI.device, weight_OI.dtype)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_SMALL, _LARGEST = 2**20, 2**25  # bytes; glibc raises its threshold by itself up to the second
 
 
 def loading_options(base: BaseWeights, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -95,30 +83,20 @@ def has_quantized(model: nn.Module) -> bool:
     return any(is_quantized(parameter) for parameter in model.parameters())
 
 
-@torch.no_grad()
-def whole_student(student: LinearizedForCausalLM) -> LinearizedForCausalLM:
-    """A student over its teacher's own weights, read again on the CPU, with its mixers and what adapters changed.
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Return memory of a mebibyte and more to the system when it is freed, inside the `with` block.
 
-    Raises:
-        InputError: the teacher cannot be read any more.
+    Otherwise glibc puts the codes of a weight into the hole that the whole weight left, grows for the next one, and the
+    process holds all of the model in the end. Afterwards its thresholds are those that it reaches by itself.
     """
-    from linearize.modeling.io.teacher import load_teacher
-    from linearize.modeling.student import LinearizedForCausalLM
-
-    teacher, _ = load_teacher(str(student.config.teacher_name))
-    whole = LinearizedForCausalLM.from_teacher(
-        teacher, student.config.mixers(), teacher_name=student.config.teacher_name
-    )
-    trained = student.mixer_parameters()
-    for name, parameter in whole.mixer_parameters().items():
-        parameter.data = trained[name].detach().cpu()
-    for name, changes in student.weight_changes.items():
-        layer: Any = whole.get_submodule(name)
-        turned = type(layer).__name__ == "Conv1D"  # GPT-2's weights are [I, O]
-        weight_OI = layer.weight.data.T if turned else layer.weight.data
-        for change in changes:
-            weight_OI = change.added_to(weight_OI.float())
-        weight_OI = weight_OI.to(layer.weight.dtype)
-        layer.weight = nn.Parameter((weight_OI.T if turned else weight_OI).contiguous(), requires_grad=False)
-    whole.generation_config = student.generation_config
-    return whole
+    libc = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, _SMALL)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)

@@ -18,15 +18,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.blocks import Block, Slot, make_block, reached, student_around
+from linearize.modeling.blocks import Block, HiddenInput, make_block, reached, student_around
 from linearize.modeling.config import LinearizeConfig
-from linearize.modeling.io.checkpoint_keys import check_keys, check_numbers
-from linearize.modeling.io.model_source import find_model, read_config
+from linearize.modeling.io.checkpoint_checks import check_keys, check_numbers
+from linearize.modeling.io.model_source import find_model, fit_pad_token, read_config
 from linearize.modeling.io.quantized_teacher import quantization_of
-from linearize.modeling.io.special_tokens import fit_pad_token
 from linearize.modeling.io.teacher import load_tokenizer
 from linearize.modeling.io.weight_files import WeightFiles
-from linearize.modeling.surgery import AttentionSite, install, probe, share_weights
+from linearize.modeling.library_internals import (
+    checkpoint_renamer,
+    ignored_patterns,
+    load_converted,
+    use_batched_experts,
+)
+from linearize.modeling.probe import AttentionSite, probe
+from linearize.modeling.surgery import install, share_weights
 from linearize.modeling.truncate import cut_student_config, cut_tree, list_of_layers
 
 
@@ -105,7 +111,8 @@ class StreamedTeacher:
                 _set(tree, name, self.files.read(key).to(self.dtype))
         keys = [key for name, group in self.converted.items() if needed(name) for key in group]
         if keys:
-            _convert(tree, {key: self.files.lazy(key) for key in keys}, self.dtype)
+            load_converted(tree, {key: self.files.lazy(key) for key in keys}, self.dtype)
+            tree.requires_grad_(False)
 
     def _tied(self) -> bool:
         """Whether the head is the input embedding, and the checkpoint holds one of them alone."""
@@ -135,7 +142,7 @@ class StreamedBlocks:
 
     def __init__(self, teacher: StreamedTeacher, config: LinearizeConfig, *, seed: int) -> None:
         """`config`: of the whole student. `seed`: drawn from it are the starts of all layers, one after the other."""
-        self.given, self.config, self.seed, self.slot = teacher, config, seed, Slot()
+        self.given, self.config, self.seed, self.hidden_input = teacher, config, seed, HiddenInput()
         self.layers, self.model_dim = len(teacher.sites), config.attention_shapes()[0].model_dim
         self.dtype, self.device = teacher.stored, teacher.device
 
@@ -147,7 +154,7 @@ class StreamedBlocks:
 
     def teacher(self, span: range) -> Block:
         """See `Blocks`."""
-        return make_block(self.given.block(span), span, self.given.layers, self.slot)
+        return make_block(self.given.block(span), span, self.given.layers, self.hidden_input)
 
     def pair(self, span: range) -> Block:
         """See `Blocks`."""
@@ -161,31 +168,31 @@ class StreamedBlocks:
                 if (mixer := plan[layer]) is not None:
                     mixer.build(shapes[layer])
             install(lm, [plan[i] for i in span], config.attention, [shapes[i] for i in span], start=True)
-        return make_block(teacher, span, self.given.layers, self.slot, student_around(lm, config))
+        return make_block(teacher, span, self.given.layers, self.hidden_input, student_around(lm, config))
 
-    def end(self, as_tuple: bool) -> Ending:
+    def head(self, as_tuple: bool) -> LMHead:
         """What turns the last layer's output into logits."""
-        return Ending(self.given, self.slot, as_tuple)
+        return LMHead(self.given, self.hidden_input, as_tuple)
 
 
-class Ending:
+class LMHead:
     """Final norm and head of a streamed teacher, run by the family's own forward; `vocabulary`: number of logits."""
 
-    def __init__(self, teacher: StreamedTeacher, slot: Slot, as_tuple: bool) -> None:
+    def __init__(self, teacher: StreamedTeacher, hidden_input: HiddenInput, as_tuple: bool) -> None:
         """`as_tuple`: whether layers of this family give their output in a tuple."""
         last = len(teacher.sites) - 1
         tree = teacher.tree(range(0), head=True)
         self.model: Any = cut_tree(tree, [site.name for site in teacher.sites], range(last, last + 1))
-        self.slot, self.device, self.dtype = slot, teacher.device, teacher.dtype
+        self.hidden_input, self.device, self.dtype = hidden_input, teacher.device, teacher.dtype
         self.vocabulary: int = teacher.config.get_text_config().vocab_size
         _blind_embedding(self.model, self.dtype, self.device)
         layers: Any = self.model.get_submodule(teacher.layers)
-        layers[0].forward = lambda *_args, **_kwargs: (slot.hidden,) if as_tuple else slot.hidden
+        layers[0].forward = lambda *_args, **_kwargs: (hidden_input.hidden,) if as_tuple else hidden_input.hidden
 
     def logits(self, batch: Mapping[str, Tensor], hidden_BTM: Tensor) -> Tensor:
         """`[B, T, V]` from the last layer's output."""
         inputs = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
-        with self.slot.holding(hidden_BTM.to(self.device, self.dtype)):
+        with self.hidden_input.holding(hidden_BTM.to(self.device, self.dtype)):
             found: Tensor = self.model(**inputs, use_cache=False).logits
         return found
 
@@ -195,7 +202,7 @@ def sites_on_meta(config: Any, **options: Any) -> list[AttentionSite]:
     own = copy.deepcopy(config)
     own.get_text_config().pad_token_id = None  # where there is one, some families look at the tokens' values
     for each in {id(each): each for each in (own, own.get_text_config())}.values():
-        each._experts_implementation = "batched_mm"  # the only one that runs on meta, whatever the sizes
+        use_batched_experts(each)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(own, **options)
     return probe(model)
@@ -222,19 +229,14 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
     """For each parameter the tensor of the checkpoint that it is; for the first parameter of each conversion (experts
     stacked) the tensors that it is made from; and the tensors that are neither, but for those that the family says it
     does without."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state: dict[str, Any] = model.state_dict()
+    rename = checkpoint_renamer(model, state)
     plain: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
     unread: list[str] = []
-    without = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    without = [re.compile(pattern) for pattern in ignored_patterns(model)]
     for key in files.places:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name, pattern = rename(key)
         if name not in state and key in state:
             name, pattern = key, None
         if name in state:
@@ -245,25 +247,6 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
         elif not any(pattern.search(key) for pattern in without):
             unread.append(key)
     return plain, converted, unread
-
-
-def _convert(tree: PreTrainedModel, state: dict[str, Any], dtype: torch.dtype) -> None:
-    """Load tensors that transformers joins or splits, by its own rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        rules: Any = get_model_conversion_mapping(tree)
-        load = LoadStateDictConfig(dtype=dtype, weight_mapping=rules)
-        convert_and_load_state_dict_in_model(tree, state, load)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    tree.requires_grad_(False)
 
 
 def _placed(tree: PreTrainedModel, device: torch.device) -> PreTrainedModel:

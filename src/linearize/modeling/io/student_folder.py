@@ -1,43 +1,29 @@
-"""Writing a student's folder, and the LoRA adapters that a recipe may keep beside its weights."""
+"""Writing a student's folder: weights, config, generation config, tokenizer, and adapters that were not merged."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from linearize.errors import InputError, one_line
+from linearize.modeling.io.adapters import kept_adapters, save_adapters, without_product
 from linearize.modeling.io.nf4 import is_nf4
 from linearize.modeling.io.quantized import has_quantized
-from linearize.modeling.io.sharded_writer import SHARD_BYTES, Entry, ShardedWriter
-from linearize.modeling.parallel import shards_of, whole_state
+from linearize.modeling.io.weight_files import SHARD_BYTES, Entry, ShardedWriter
+from linearize.modeling.library_internals import saved_names, without_tied
+from linearize.modeling.parallel import whole_state
+from linearize.modeling.sharding import shards_of
 from linearize.storage.disk import writing
 
-ADAPTER = "adapter"
 LOG = logging.getLogger("linearize")
-
-
-@dataclass(frozen=True, eq=False)
-class KeptAdapters:
-    """Adapters whose product is in a student's weights in memory and shall be beside them on disk.
-
-    `config`: peft's `LoraConfig`. `state`: tensors as peft names them. `weights`: those of the adapted layers,
-    without the product.
-    """
-
-    config: Any
-    state: dict[str, Tensor]
-    weights: dict[str, nn.Parameter]
 
 
 def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
@@ -46,9 +32,9 @@ def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
 
     A sharded student is gathered and written tensor by tensor: all ranks call it, those that write nothing with None.
     """
-    kept: KeptAdapters | None = getattr(student, "kept_adapters", None)
+    kept = kept_adapters(student)
     size = sum(parameter.nbytes for parameter in student.parameters())
-    with _weights(student, kept.weights if kept else {}), writing("the student", folder or Path(), size):
+    with without_product(student, kept), writing("the student", folder or Path(), size):
         if shards_of(student) is not None:
             _save_sharded(student, folder)
         elif folder is not None:
@@ -58,12 +44,7 @@ def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
     with writing("the student's tokenizer and adapters", folder):
         tokenizer.save_pretrained(folder)
         if kept is not None:
-            from safetensors.torch import save_file
-
-            (folder / ADAPTER).mkdir()
-            kept.config.save_pretrained(folder / ADAPTER)
-            tensors = {k: v.cpu() for k, v in kept.state.items()}
-            save_file(tensors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+            save_adapters(kept, folder)
 
 
 def check_saving(student: Any, tokenizer: Any) -> None:
@@ -83,7 +64,7 @@ def check_saving(student: Any, tokenizer: Any) -> None:
         held, read = _own_parameters(student), _own_parameters(again)
         wrong = sorted(name for name in {*held, *read} if held.get(name) != read.get(name))
         if not wrong and not has_quantized(student) and not student.get_input_embeddings().weight.is_meta:
-            remove_tied_weights_from_state_dict(student.state_dict(), student)  # refuses memory shared otherwise
+            without_tied(student.state_dict(), student)  # refuses memory shared otherwise
     except Exception as error:  # whatever keeps it from being saved
         raise InputError(
             f"the student could not be saved after its training, so it is not begun: {one_line(error)} (its config, "
@@ -158,56 +139,11 @@ def _save_sharded(student: Any, folder: Path | None) -> None:
 
 def _entries(student: Any) -> dict[str, Entry] | None:
     """Dtype and shape of every tensor of a folder, tied ones once; None: transformers saves others than these."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     held: dict[str, Tensor] = student.state_dict(keep_vars=True)
     marks = {id(tensor): torch.empty(1) for tensor in held.values()}
-    names = remove_tied_weights_from_state_dict({name: marks[id(held[name])] for name in held}, student)
+    names = without_tied({name: marks[id(held[name])] for name in held}, student)
     shapes = {name: torch.empty(held[name].shape, dtype=held[name].dtype, device="meta") for name in names}
-    saved = revert_weight_conversion(student, dict(shapes))
+    saved = saved_names(student, shapes)
     if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in shapes.items()}:
         return None
     return {name: (x.dtype, tuple(x.shape)) for name, x in shapes.items()}
-
-
-@contextmanager
-def _weights(student: nn.Module, others: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Other weights in these layers inside the `with` block."""
-    merged: dict[str, Any] = {name: student.get_submodule(name).weight for name in others}
-    try:
-        for name, weight in others.items():
-            student.get_submodule(name).weight = weight
-        yield
-    finally:
-        for name, weight in merged.items():
-            student.get_submodule(name).weight = weight
-
-
-def apply_adapters(student: Any, path: Any) -> None:
-    """Add the product of the adapters in `path/adapter`, if there are any, to the student's weights in memory.
-
-    Raises:
-        InputError: adapters that do not fit the student, or weights that are offloaded.
-    """
-    folder = Path(str(path)) / ADAPTER
-    if not folder.is_dir():
-        return
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-
-    config = LoraConfig.from_pretrained(str(folder))
-    state = load_file(folder / "adapter_model.safetensors")
-    scale = config.lora_alpha / config.r
-    modules = dict(student.named_modules())
-    for name in sorted({key.rpartition(".lora_")[0] for key in state}):
-        module = modules.get(name.removeprefix("base_model.model."))
-        a, b = state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight")
-        if not isinstance(module, nn.Linear) or a is None or b is None:
-            raise InputError(f"the adapters in {folder} do not fit the student: {name} is no linear layer of it")
-        if module.weight.is_meta:
-            raise InputError(
-                f"the adapters in {folder} are added to weights in memory, and those of {name} are offloaded: load the "
-                "student without offload, save it, and load that"
-            )
-        with torch.no_grad():
-            module.weight += scale * (b.float() @ a.float()).to(module.weight.dtype).to(module.weight.device)

@@ -12,14 +12,20 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.io.allocation import freed_at_once
-from linearize.modeling.io.checkpoint_keys import check_keys, check_numbers
-from linearize.modeling.io.model_files import number_types
-from linearize.modeling.io.model_source import ModelSource, adapter_alone, find_model, read_config
-from linearize.modeling.io.quantized import BaseWeights, after_loading, loading_options
+from linearize.modeling.io.checkpoint_checks import check_keys, check_numbers
+from linearize.modeling.io.integrity import number_types
+from linearize.modeling.io.model_source import (
+    ModelSource,
+    adapter_alone,
+    find_model,
+    fit_pad_token,
+    read_config,
+    take_special_tokens,
+)
+from linearize.modeling.io.quantized import BaseWeights, after_loading, freed_at_once, loading_options
 from linearize.modeling.io.quantized_teacher import check_readable, make_plain, reading_options
-from linearize.modeling.io.special_tokens import fit_pad_token, take_special_tokens
 from linearize.modeling.io.weight_files import WeightFiles
+from linearize.modeling.library_internals import holds_adapter
 
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
@@ -62,7 +68,7 @@ def load_teacher(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load {source} as a causal language model: {one_line(error)}") from error
     model, info = loaded
-    if getattr(model, "_hf_peft_config_loaded", False):  # of the Hub: folders were looked at
+    if holds_adapter(model):  # of the Hub: folders were looked at
         raise adapter_alone(source.name)
     check_numbers(str(source), _types_on_hub(source), config)
     keys = {kind: info.get(f"{kind}_keys") or () for kind in ("missing", "unexpected")}

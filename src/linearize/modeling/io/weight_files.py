@@ -1,23 +1,30 @@
-"""The weights of a model as they lie in safetensors files, read one tensor at a time by offset: nothing is mapped into
-memory, so that memory holds what was asked for and no more."""
+"""Safetensors files read and written one tensor at a time, by offset: for models larger than memory.
+
+Nothing is mapped into memory, so that memory holds what was asked for and no more.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.modeling.io.finite import is_finite, not_numbers
-from linearize.modeling.io.model_files import tensors_of
+from linearize.modeling.io.checkpoint_checks import is_finite, not_numbers
+from linearize.modeling.io.integrity import tensors_of
 from linearize.modeling.io.model_source import find_model
+from linearize.modeling.library_internals import find_hub_file
 from linearize.storage.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+Entry: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -144,13 +151,8 @@ def _located(name_or_path: str, file: str) -> Path | None:
     if folder.is_dir():
         path = folder / file
         return path if path.is_file() else None
-    from transformers.utils import cached_file
-
     try:
-        found = cached_file(
-            name_or_path, file, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+        found = find_hub_file(name_or_path, file)
     except OSError as error:
         raise InputError(f"cannot find {name_or_path} on the Hub: {error}") from error
     return None if found is None else Path(found)
@@ -167,3 +169,81 @@ def _places(path: Path) -> dict[str, TensorPlace]:
         start, end = entry["data_offsets"]
         found[name] = TensorPlace(path, begin + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return found
+
+
+class ShardedWriter:
+    """Writes safetensors files tensor by tensor, in any order, and their index; never more than a tensor in memory."""
+
+    def __init__(
+        self, folder: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int
+    ) -> None:
+        """`entries`: dtype and shape of every tensor by name, in the order they will have; files hold at most
+        `shard_bytes`, or one tensor."""
+        self.folder, self.entries, self.written = folder, dict(entries), set[str]()
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name in entries:
+            size = self._size(name)
+            if shards[-1] and filled + size > shard_bytes:
+                shards, filled = [*shards, []], 0
+            shards[-1].append(name)
+            filled += size
+        count = len(shards)
+        self.files = {
+            (SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"): names
+            for i, names in enumerate(shards)
+        }
+        self._starts: dict[str, tuple[Path, int]] = {}
+        for file, names in self.files.items():
+            self._begin(folder / file, names)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One tensor, in the dtype that was announced."""
+        dtype, shape = self.entries[name]
+        assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} given, {shape} announced"
+        path, start = self._starts[name]
+        numbers: Any = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(numbers)
+        with path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            done = 0
+            while done < len(view):
+                done += file.write(view[done : done + 2**30])
+        self.written.add(name)
+
+    def close(self) -> None:
+        """Everything on the disk, and the index where there are several files."""
+        missing = sorted(set(self.entries) - self.written)
+        assert not missing, f"not written: {missing[:3]}"
+        for file in self.files:
+            descriptor = os.open(self.folder / file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if len(self.files) > 1:
+            total = sum(map(self._size, self.entries))
+            weight_map = {name: file for file, names in self.files.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _size(self, name: str) -> int:
+        dtype, shape = self.entries[name]
+        return torch.Size(shape).numel() * dtype.itemsize
+
+    def _begin(self, path: Path, names: list[str]) -> None:
+        """The file with its header, and its tensors as holes."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        codes = {dtype: code for code, dtype in DTYPES.items()}
+        place = 0
+        for name in names:
+            dtype, shape = self.entries[name]
+            end = place + self._size(name)
+            header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [place, end]}
+            place = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with path.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            file.truncate(8 + len(encoded) + place)
+        self._starts |= {name: (path, 8 + len(encoded) + header[name]["data_offsets"][0]) for name in names}

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling.attention import ATTENTION, MixerCall
+from linearize.modeling.library_internals import attention_of, set_attention
 from linearize.modeling.static.cache import StaticAttentionLayer
 from linearize.ops.layout import Layout
 
@@ -89,19 +90,19 @@ def _seen(layer: StaticAttentionLayer, layout: Layout, position_BT: Tensor) -> T
 
 def softmax_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs that say how the kept softmax layers of a model compute attention."""
-    from linearize.modeling.surgery import attention_configs
+    from linearize.modeling.probe import attention_configs
 
-    return [config for config in attention_configs(model) if config._attn_implementation != ATTENTION]
+    return [config for config in attention_configs(model) if attention_of(config) != ATTENTION]
 
 
 @contextmanager
 def attending_static(configs: list[PreTrainedConfig]) -> Iterator[None]:
     """Kept softmax layers through `static_attention` inside the `with` block."""
-    before = [config._attn_implementation for config in configs]
+    before = [attention_of(config) for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = STATIC_ATTENTION
+            set_attention(config, STATIC_ATTENTION)
         yield
     finally:
         for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old
+            set_attention(config, old)

@@ -68,6 +68,6 @@ def _shapes(model: PreTrainedModel) -> list[AttentionShape]:
     """Sizes of the attention in each layer. Raises InputError where transformers' attention interface is not used."""
     if isinstance(model, LinearizedForCausalLM):
         return model.config.attention_shapes()
-    from linearize.modeling.surgery import probe
+    from linearize.modeling.probe import probe
 
     return [site.shape for site in probe(model)]

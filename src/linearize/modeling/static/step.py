@@ -1,4 +1,4 @@
-"""One step of decoding, or of verifying guesses, in fixed shapes and memory, so that a GPU can replay it as a graph.
+"""One step of decoding, or of verifying a draft, in fixed shapes and memory, so that a GPU can replay it as a graph.
 
 A step reads T tokens in each row and gives the logits after each. With `rollback` the last tokens read wait in a tail
 until a later step is told how many of them each row keeps: that step takes those into the states and reads its own

@@ -1,5 +1,7 @@
-"""What training a block gave: its mixers' tensors as they started and as they ended, and the stage's result; one
-safetensors file a block, written whole or not at all."""
+"""The result of training a block: its mixers' tensors before and after, and the stage's result.
+
+It is one safetensors file a block, written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.modeling.io.checksums import crc32
+from linearize.modeling.io.integrity import crc32
 from linearize.training.loop import History, StageResult
 
 FORMAT = 2
@@ -24,33 +26,35 @@ LOG = logging.getLogger("linearize")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A trained block. `start`, `final`: tensors by their names in the whole student. `result`: None where nothing in
-    the block trains."""
+class BlockResult:
+    """A trained block.
+
+    `start`, `final`: its mixers' tensors by their names in the whole student. `stage`: None where nothing trains.
+    """
 
     layers: range
     start: dict[str, Tensor]
     final: dict[str, Tensor]
-    result: StageResult | None
+    stage: StageResult | None
 
 
-def part_path(folder: Path, layers: range) -> Path:
-    """Where the part of these layers lies."""
+def result_path(folder: Path, layers: range) -> Path:
+    """Return the file of the block with these layers."""
     return folder / f"layers-{layers[0]:03d}-{layers[-1]:03d}.safetensors"
 
 
-def save_part(folder: Path, part: Part, identity: Mapping[str, Any]) -> None:
-    """Write a part. Raises OSError where the disk is full."""
-    tensors = {f"start/{name}": value for name, value in part.start.items()}
-    tensors |= {f"final/{name}": value for name, value in part.final.items()}
+def save_result(folder: Path, block: BlockResult, identity: Mapping[str, Any]) -> None:
+    """Write a block's result. Raises OSError where the disk is full."""
+    tensors = {f"start/{name}": value for name, value in block.start.items()}
+    tensors |= {f"final/{name}": value for name, value in block.final.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {
         "identity": _canonical(identity),
-        "result": json.dumps(None if part.result is None else asdict(part.result)),
+        "result": json.dumps(None if block.stage is None else asdict(block.stage)),
         "crc32": crc32(tensors),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = part_path(folder, part.layers)
+    path = result_path(folder, block.layers)
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -63,13 +67,13 @@ def save_part(folder: Path, part: Part, identity: Mapping[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_part(folder: Path, layers: range, identity: Mapping[str, Any]) -> Part | None:
-    """The part of these layers, None where there is none; a damaged one is removed, with a warning.
+def load_result(folder: Path, layers: range, identity: Mapping[str, Any]) -> BlockResult | None:
+    """Return the result of these layers, None where there is none; remove a damaged one, with a warning.
 
     Raises:
-        InputError: a part of another run.
+        InputError: a result of another run.
     """
-    path = part_path(folder, layers)
+    path = result_path(folder, layers)
     if not path.is_file():
         return None
     try:
@@ -88,14 +92,17 @@ def load_part(folder: Path, layers: range, identity: Mapping[str, Any]) -> Part 
         raise InputError(
             f"{path} belongs to another run or version ({key}): run with the same settings to continue it, or delete it"
         )
-    parts = {which: _under(tensors, f"{which}/") for which in ("start", "final")}
-    return Part(layers=layers, start=parts["start"], final=parts["final"], result=_result(result))
+    trained = {which: _under(tensors, f"{which}/") for which in ("start", "final")}
+    return BlockResult(layers=layers, start=trained["start"], final=trained["final"], stage=_stage_result(result))
 
 
-def merge_results(parts: Sequence[Part], name: str) -> StageResult:
-    """One result of all blocks: losses are sums over the blocks as the joint stage has them, a block that stopped early
-    counting as it ended; tokens are those of the longest block, seconds and parameters add up."""
-    results = [part.result for part in parts if part.result is not None]
+def merge_results(blocks: Sequence[BlockResult], name: str) -> StageResult:
+    """Return one result of all blocks.
+
+    Losses are sums over the blocks, as the joint stage has them; a block that stopped early counts as it ended. Tokens
+    are those of the longest block; seconds and parameters add up.
+    """
+    results = [block.stage for block in blocks if block.stage is not None]
     assert results, "some block must train"
     longest = max(results, key=lambda result: result.steps)
     return StageResult(
@@ -109,15 +116,15 @@ def merge_results(parts: Sequence[Part], name: str) -> StageResult:
         best_step=max(result.best_step for result in results),
         stopped_early=any(result.stopped_early for result in results),
         metrics={
-            f"layers {part.layers[0]}-{part.layers[-1]}": part.result.heldout
-            for part in parts
-            if part.result is not None and len(results) > 1
+            f"layers {block.layers[0]}-{block.layers[-1]}": block.stage.heldout
+            for block in blocks
+            if block.stage is not None and len(results) > 1
         },
     )
 
 
 def _summed(histories: Sequence[History]) -> History:
-    """The sum at every step of the longest history; a shorter one goes on with its last value."""
+    """Return the sum at every step of the longest history; a shorter one goes on with its last value."""
     steps = [step for step, _ in max(histories, key=len, default=())]
     known = [dict(history) for history in histories if history]
     last = [0.0] * len(known)
@@ -128,7 +135,7 @@ def _summed(histories: Sequence[History]) -> History:
     return tuple(summed)
 
 
-def _result(data: dict[str, Any] | None) -> StageResult | None:
+def _stage_result(data: dict[str, Any] | None) -> StageResult | None:
     if data is None:
         return None
     histories = {key: tuple((int(step), loss) for step, loss in data[key]) for key in ("losses", "heldout")}
@@ -144,7 +151,7 @@ def _canonical(identity: Mapping[str, Any]) -> str:
 
 
 def _differing(old: Any, new: Any, where: str = "") -> str:
-    """The first key that differs, with both values."""
+    """Return the first key that differs, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):

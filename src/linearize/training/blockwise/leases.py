@@ -1,5 +1,7 @@
-"""Which process does which piece of work, where several share a folder: a claim is a small file that its holder keeps
-young. A holder that has died, or has not been heard of for long, loses it."""
+"""Which process does which work, where several share a folder: a lease is a small file whose holder keeps renewing it.
+
+A holder that has died, or has not renewed its lease for long, loses it.
+"""
 
 from __future__ import annotations
 
@@ -17,65 +19,65 @@ from typing import Any
 STALE_SECONDS = 120.0
 
 
-class Claim:
-    """One claim; `check` raises once it has been taken over."""
+class Lease:
+    """One lease; `check` raises once it has been taken over."""
 
     def __init__(self, path: Path, token: str) -> None:
         self.path, self.token, self.held = path, token, True
 
     def check(self) -> None:
-        """Raises RuntimeError: another process has taken the work over."""
+        """Raise RuntimeError if another process has taken the work over."""
         if not self.held:
             raise RuntimeError(f"{self.path.name} was taken over by another process while this one stood still")
 
     def renew(self) -> None:
-        """Make the claim young, unless it is another's by now."""
+        """Renew the lease, unless another process holds it by now."""
         if _read(self.path).get("token") != self.token:
             self.held = False
         else:
             os.utime(self.path)
 
 
-class Claims:
-    """Claims in one folder. `stale_seconds`: without a sign of life for so long a claim is free again."""
+class Leases:
+    """Leases in one folder. `stale_seconds`: a lease that was not renewed for so long is free again."""
 
     def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
         self.folder, self.stale_seconds = folder, stale_seconds
 
     @contextmanager
-    def take(self, name: str) -> Iterator[Claim | None]:
-        """The claim of this name, None where another process holds it; given back at the end of the block."""
-        claim = self._try(name)
-        if claim is None:
+    def take(self, name: str) -> Iterator[Lease | None]:
+        """Yield the lease of this name, None where another process holds it; release it at the end of the block."""
+        lease = self._try(name)
+        if lease is None:
             yield None
             return
         over = threading.Event()
-        beats = threading.Thread(target=self._beat, args=(claim, over), daemon=True)
+        beats = threading.Thread(target=self._beat, args=(lease, over), daemon=True)
         beats.start()
         try:
-            yield claim
+            yield lease
         finally:
             over.set()
             beats.join()
-            if _read(claim.path).get("token") == claim.token:
-                claim.path.unlink(missing_ok=True)
+            if _read(lease.path).get("token") == lease.token:
+                lease.path.unlink(missing_ok=True)
 
     def holder(self, name: str) -> str | None:
-        """Who holds a claim, for people."""
+        """Return who holds a lease, as text."""
         found = _read(self._path(name))
         return f"{found.get('host')} (process {found.get('pid')})" if found else None
 
-    def _beat(self, claim: Claim, over: threading.Event) -> None:
-        while not over.wait(self.stale_seconds / 6) and claim.held:
+    def _beat(self, lease: Lease, over: threading.Event) -> None:
+        while not over.wait(self.stale_seconds / 6) and lease.held:
             try:
-                claim.renew()
+                lease.renew()
             except OSError:
-                claim.held = False
+                lease.held = False
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.claim"
+        return self.folder / f"{name}.lease"
 
-    def _try(self, name: str) -> Claim | None:
+    def _try(self, name: str) -> Lease | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path, token = self._path(name), secrets.token_hex(8)
         with self._one_at_a_time() as now:
@@ -90,7 +92,7 @@ class Claims:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 holder = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
                 json.dump({**holder, "token": token}, file)
-        return Claim(path, token)
+        return Lease(path, token)
 
     def _is_stale(self, path: Path, now: float) -> bool:
         """Whether the holder is dead (where that can be told), or silent for too long."""
@@ -104,14 +106,14 @@ class Claims:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[float]:
-        """Of all processes one at a time; gives the time by the clock of the folder's file system."""
+        """Let one process in at a time; yield the time by the clock of the folder's file system."""
         guard = self.folder / "guard"
         with guard.open("w") as file:
             try:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except (ImportError, OSError):  # no such locks here: creation of the claim is atomic still
+            except (ImportError, OSError):  # no such locks here: creation of the lease is atomic still
                 pass
             os.utime(guard)
             yield guard.stat().st_mtime
@@ -126,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _born(pid: int) -> str | None:
-    """When a process of this machine was started, None for one that is not there: numbers of processes come again."""
+    """Return when a process of this machine was started, None if it does not run: process numbers are reused."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
         return None if state == "Z" else rest[18]
@@ -139,5 +141,5 @@ def _born(pid: int) -> str | None:
 
 
 def wait(seconds: float) -> None:
-    """Between two looks at what the others do."""
+    """Wait before looking again at what the others do."""
     time.sleep(seconds)

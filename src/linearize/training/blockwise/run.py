@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from linearize.modeling.blocks import Block, Blocks
-from linearize.training.blockwise.block_result import Part, load_part, save_part
+from linearize.training.blockwise.block_result import BlockResult, load_result, save_result
+from linearize.training.blockwise.hidden_rows import HELDOUT, HIDDEN, SAMPLE, HiddenWriter, StageRows, StoredBatches
 from linearize.training.blockwise.hidden_store import DamagedShardError, HiddenStore
-from linearize.training.blockwise.hidden_writer import Filler
-from linearize.training.blockwise.leases import Claim, Claims, wait
-from linearize.training.blockwise.rows import HELDOUT, HIDDEN, SAMPLE, StageRows, StoredBatches
+from linearize.training.blockwise.leases import Lease, Leases, wait
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.progress import Progress
@@ -38,7 +37,7 @@ def block_spans(layers: int, block: int) -> list[range]:
 class BlockJob:
     """A stage over blocks.
 
-    `folder`: holds hidden states, checkpoints, parts and claims; shared by all who work on it. `identity`: what the
+    `folder`: holds hidden states, checkpoints, results and leases; shared by all processes. `identity`: what the
     stage depends on besides its settings, as JSON. `only`: the blocks to train by number, None: all. `calibrate`: gives
     mixers of a block their start from batches of its teacher, where they ask for it.
     """
@@ -57,7 +56,7 @@ class BlockJob:
 
 
 class BlockwiseStage:
-    """A block-wise stage on its way."""
+    """A running block-wise stage."""
 
     def __init__(self, job: BlockJob) -> None:
         """Raises InputError: a folder of another run."""
@@ -73,77 +72,77 @@ class BlockwiseStage:
             job.folder / "hidden", job.rows.sizes(), boundaries=len(self.spans), model_dim=source.model_dim,
             dtype=source.dtype, identity={**job.identity, "block": job.block},
         )  # fmt: skip
-        self.claims = Claims(job.folder / "claims")
+        self.leases = Leases(job.folder / "leases")
         micro_batch = job.stage.micro_batch or job.stage.batch
-        self.filler = Filler(self.store, source, job.rows, self.spans, micro_batch)
+        self.writer = HiddenWriter(self.store, source, job.rows, self.spans, micro_batch)
 
-    def run(self) -> list[Part]:
-        """Train what no one has trained yet; returns the parts of the wanted blocks, in order.
+    def run(self) -> list[BlockResult]:
+        """Train what no one has trained yet; return the results of the wanted blocks, in order.
 
         Raises:
             RuntimeError: training diverged; OSError: the disk is full.
         """
-        told = False
-        while todo := [number for number in self.wanted if self.part(number) is None]:
-            if self._train_one(todo) or self._fill(todo):
+        warned = False
+        while todo := [number for number in self.wanted if self.result(number) is None]:
+            if self._train_one(todo) or self._write_inputs(todo):
                 continue
-            if not told:
+            if not warned:
                 LOG.warning("waiting for %s", " and ".join(self._others(todo)) or "another process")
-                told = True
+                warned = True
             wait(POLL_SECONDS)
-        parts = [self.part(number) for number in self.wanted]
-        return [part for part in parts if part is not None]
+        results = [self.result(number) for number in self.wanted]
+        return [result for result in results if result is not None]
 
-    def part(self, number: int) -> Part | None:
-        """The part of a block, None where it has not been trained."""
-        return load_part(self.job.folder / "parts", self.spans[number], self.identity)
+    def result(self, number: int) -> BlockResult | None:
+        """Return the result of a block, None where it has not been trained."""
+        return load_result(self.job.folder / "results", self.spans[number], self.identity)
 
     def _train_one(self, todo: Sequence[int]) -> bool:
         """Train a block whose input is there and that no one else trains."""
         for number in todo:
             if self.store.missing(number):
                 continue
-            with self.claims.take(f"block-{number}") as claim:
-                if claim is not None and self.part(number) is None:
-                    save_part(self.job.folder / "parts", self._train(number, claim), self.identity)
+            with self.leases.take(f"block-{number}") as lease:
+                if lease is not None and self.result(number) is None:
+                    save_result(self.job.folder / "results", self._train(number, lease), self.identity)
                     release_memory()
                     return True
         return False
 
-    def _fill(self, todo: Sequence[int]) -> bool:
-        """Write the inputs of blocks, unless another process does so."""
+    def _write_inputs(self, todo: Sequence[int]) -> bool:
+        """Write the hidden states at the inputs of blocks, unless another process does so."""
         if not any(self.store.missing(number) for number in todo):
             return False
-        with self.claims.take("hidden") as claim:
-            if claim is None:
+        with self.leases.take("hidden") as lease:
+            if lease is None:
                 return False
             for boundary in range(max(todo) + 1):
-                claim.check()
+                lease.check()
                 if boundary in todo or self.store.missing(boundary):
-                    self.filler.fill(boundary)
+                    self.writer.write(boundary)
                     release_memory()
             return True
 
-    def _train(self, number: int, claim: Claim) -> Part:
-        """One block from its checkpoint; what is damaged on the disk is written anew and read again."""
+    def _train(self, number: int, lease: Lease) -> BlockResult:
+        """Train one block from its checkpoint; write damaged shards again and read them again."""
         block = self.job.source.pair(self.spans[number])
         if self.job.calibrate is not None:
             self.job.calibrate(block, StoredBatches(self.store, number, SAMPLE, self.job.rows.sample))
         start = {name: value.clone() for name, value in mixer_tensors(block).items()}
         result = None
         while result is None:
-            _put(block, start)
+            _copy_into_mixers(block, start)
             try:
-                result = self._run_stage(number, block, claim) if list(block_parameters(block)) else None
+                result = self._run_stage(number, block, lease) if list(block_parameters(block)) else None
                 break
             except DamagedShardError as damaged:
-                self.filler.mend(damaged)
+                self.writer.repair(damaged)
         final = mixer_tensors(block)
-        return Part(layers=block.span, start=_whole(block, start), final=_whole(block, final), result=result)
+        return BlockResult(layers=block.span, start=_whole(block, start), final=_whole(block, final), stage=result)
 
-    def _run_stage(self, number: int, block: Block, claim: Claim) -> StageResult:
+    def _run_stage(self, number: int, block: Block, lease: Lease) -> StageResult:
         job, rows = self.job, self.job.rows
-        run = BlockRun(job.stage.build(block.student, block.teacher), block, claim)
+        run = BlockRun(job.stage.build(block.student, block.teacher), block, lease)
         run.calibrate(next(rows.stream(self.store, number, 0)))
         name = f"layers-{block.span[0]:03d}-{block.span[-1]:03d}"
         return run_stage(
@@ -154,15 +153,15 @@ class BlockwiseStage:
         )  # fmt: skip
 
     def _others(self, todo: Sequence[int]) -> list[str]:
-        holders = [self.claims.holder(name) for name in ("hidden", *(f"block-{number}" for number in todo))]
+        holders = [self.leases.holder(name) for name in ("hidden", *(f"block-{number}" for number in todo))]
         return list(dict.fromkeys(holder for holder in holders if holder is not None))
 
 
 class BlockRun:
     """A stage over a block: each batch brings the hidden states that the block starts from."""
 
-    def __init__(self, run: StageRun, block: Block, claim: Claim | None = None) -> None:
-        self.run, self.block, self.claim = run, block, claim
+    def __init__(self, run: StageRun, block: Block, lease: Lease | None = None) -> None:
+        self.run, self.block, self.lease = run, block, lease
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """As the stage's."""
@@ -170,8 +169,8 @@ class BlockRun:
 
     def loss(self, batch: Batch) -> LossSum:
         """As the stage's. Raises RuntimeError where another process has taken the block over."""
-        if self.claim is not None:
-            self.claim.check()
+        if self.lease is not None:
+            self.lease.check()
         return self._with_hidden(self.run.loss, batch)
 
     def heldout_loss(self, batch: Batch) -> LossSum:
@@ -188,7 +187,7 @@ class BlockRun:
         self.run.finish()
 
     def _with_hidden(self, work: Callable[[Batch], Any], batch: Batch) -> Any:
-        with self.block.slot.holding(self.block.placed(batch[HIDDEN])):
+        with self.block.hidden_input.holding(self.block.placed(batch[HIDDEN])):
             return work({name: value for name, value in batch.items() if name != HIDDEN})
 
 
@@ -218,13 +217,13 @@ def _whole(block: Block, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _put(block: Block, tensors: Mapping[str, Tensor]) -> None:
+def _copy_into_mixers(block: Block, tensors: Mapping[str, Tensor]) -> None:
     for name, value in mixer_tensors(block).items():
         value.copy_(tensors[name])
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, as far as it lets us."""
+    """Return freed memory to the system, as far as the C library allows."""
     gc.collect()
     try:
         import ctypes

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
-from linearize.modeling.io.checksums import model_fingerprint
+from linearize.modeling.io.integrity import model_fingerprint
 from linearize.storage.journal import Journal, default_cache, open_journal
 from linearize.training.data.chat import Chat, note_unread
 from linearize.training.data.documents import Document, end_token

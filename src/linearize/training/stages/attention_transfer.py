@@ -109,7 +109,7 @@ class AttentionTransfer:
         live = counted(batch["labels"])
         grad = torch.is_grad_enabled()
 
-        def tap(
+        def attention_override(
             module: nn.Module,
             q: Tensor,
             k: Tensor,
@@ -136,7 +136,7 @@ class AttentionTransfer:
                 position_ids=batch["position_ids"],
                 use_cache=False,
                 logits_to_keep=1,
-                tap=tap,
+                attention_override=attention_override,
             )
         return found
 

@@ -12,13 +12,14 @@ from pydantic import Field, model_validator
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.io.checksums import model_fingerprint
+from linearize.modeling.io.adapters import kept_adapters
+from linearize.modeling.io.integrity import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
 from linearize.training.stages.losses import Divergence
-from linearize.training.stages.trainable import mlp_parameters, own, recompute_blocks
+from linearize.training.stages.trainable import mlp_parameters, recompute_blocks, unshare
 
 
 class DistillConfig(StageConfig):
@@ -57,7 +58,7 @@ class DistillConfig(StageConfig):
         """
         if self.train == "mixers" and not student.mixer_parameters():
             raise InputError("distill has nothing to train: no mixer of the plan has parameters (set train to no_mlp)")
-        if getattr(student, "kept_adapters", None) is not None:
+        if kept_adapters(student) is not None:
             raise InputError("distill changes weights that adapters are kept beside: set merge of lowrank to true")
         if self.teacher is not None and self.kl:
             check_vocabulary(self.teacher, student)
@@ -130,7 +131,7 @@ def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any)
     if config.train != "mixers":
         floating = {name for name, p in student.named_parameters() if p.is_floating_point()}
         old = floating - new - (mlp_parameters(student) if config.train == "no_mlp" else set())
-    parameters = own(student, teacher, sorted(new | old))
+    parameters = unshare(student, teacher, sorted(new | old))
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     chosen = ((new, 1.0), (old, config.old_lr_scale))

@@ -9,12 +9,12 @@ import torch
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.document_probe import keeps_documents_apart
-from linearize.modeling.io.finite import check_finite_outputs, check_finite_weights
+from linearize.modeling.io.checkpoint_checks import check_finite_outputs, check_finite_weights
 from linearize.modeling.io.model_source import find_model, read_config
 from linearize.modeling.io.teacher import load_teacher, load_tokenizer
 from linearize.modeling.io.weight_files import WeightFiles
-from linearize.modeling.parallel import shards_of
+from linearize.modeling.probe import keeps_documents_apart
+from linearize.modeling.sharding import shards_of
 from linearize.training.distributed import current
 
 

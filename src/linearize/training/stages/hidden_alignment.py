@@ -19,7 +19,7 @@ from linearize.modeling.truncate import block_name
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
 from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
-from linearize.training.stages.trainable import own
+from linearize.training.stages.trainable import unshare
 
 
 class HiddenAlignmentConfig(BlockwiseConfig):
@@ -58,7 +58,7 @@ class HiddenAlignment:
         self.modules = {i: site if config.output == "mixer" else block_name(site) for i, site in sites.items()}
         self.power = dict.fromkeys(self.modules, 1.0)
         student.requires_grad_(False)
-        self.parameters = own(student, teacher, student.mixer_parameters())
+        self.parameters = unshare(student, teacher, student.mixer_parameters())
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 

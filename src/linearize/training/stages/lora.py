@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.io.quantized import LowRankChange, is_quantized, whole_weight, with_weight
-from linearize.modeling.parallel import add_part, shards_of
+from linearize.modeling.io.adapters import LowRankChange
+from linearize.modeling.io.quantized import is_quantized, whole_weight, with_weight
+from linearize.modeling.parallel import add_part
+from linearize.modeling.sharding import shards_of
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),
@@ -55,7 +57,7 @@ class Adapters:
                 before[name] = weight if shards is None else nn.Parameter(weight.detach().clone(), requires_grad=False)
             if shards is None:
                 if is_quantized(base.weight):
-                    self.student.weight_changes.setdefault(name, []).append(_change(layer))
+                    self.student.adapter_state.changes.setdefault(name, []).append(_change(layer))
                 whole = whole_weight(base.weight)
                 base = with_weight(base, whole + delta.to(whole.dtype))
             else:

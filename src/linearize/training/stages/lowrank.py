@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.io.student_folder import KeptAdapters
+from linearize.modeling.io.adapters import KeptAdapters
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distillation_loss import distillation_loss
@@ -93,7 +93,7 @@ class LowRank:
         state = self.adapters.state()
         before = self.adapters.remove(keep=not self.config.merge)
         if not self.config.merge:
-            self.student.kept_adapters = KeptAdapters(self.adapters.config, state, before)
+            self.student.adapter_state.kept = KeptAdapters(self.adapters.config, state, before)
         if self.config.gradient_checkpointing:
             recompute_blocks(self.student, False)
         self.student.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.losses import counted
-from linearize.training.stages.trainable import own
+from linearize.training.stages.trainable import unshare
 
 
 class MatrixAlignmentConfig(StageConfig):
@@ -54,7 +54,7 @@ class MatrixAlignment:
         self.config, self.student, self.teacher = config, student.eval(), teacher
         self.layers: list[int] = sorted(student.mixers())
         student.requires_grad_(False)
-        self.parameters = own(student, teacher, _in_matrices(student))
+        self.parameters = unshare(student, teacher, _in_matrices(student))
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 

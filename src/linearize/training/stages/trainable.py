@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.parallel import is_sharded, shards_of
+from linearize.modeling.parallel import is_sharded
+from linearize.modeling.sharding import shards_of
 from linearize.modeling.truncate import block_name
 
 
@@ -26,7 +27,7 @@ def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
     return found
 
 
-def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The student's parameters of these names, those that share memory with the teacher replaced by copies.
 
     A copy takes the place of its original wherever the student holds it, so tied weights stay tied. Sharded weights

@@ -16,14 +16,15 @@ import numpy as np
 from torch import nn
 
 from linearize.errors import InputError
-from linearize.modeling.parallel import gather_while_running, is_unit, plain_copy, shards_of
+from linearize.modeling.io.adapters import kept_adapters
+from linearize.modeling.parallel import gather_while_running, is_unit, plain_copy
 from linearize.training.config import Batch, LossSum, ParameterGroup
 from linearize.training.data.chat import template_text
 from linearize.training.dataset_stage import DEFAULT_LENGTH, OwnLoopConfig, StageJob
 from linearize.training.distributed import current
 from linearize.training.loop import Rows, StageResult, run_stage
 from linearize.training.progress import LineProgress
-from linearize.training.stages.trainable import own, recompute_blocks
+from linearize.training.stages.trainable import recompute_blocks, unshare
 from linearize.training.stages.trl_scores import scoring
 from linearize.training.stages.trl_trainer import metrics_of, stage_trainer
 
@@ -194,10 +195,8 @@ def frozen_copy(student: nn.Module, trained: Mapping[str, nn.Parameter]) -> Any:
     moving = {id(value): value for value in trained.values()}
     memo: dict[int, Any] = {id(t): t for t in (*student.parameters(), *student.buffers()) if id(t) not in moving}
     memo |= {key: nn.Parameter(value.detach().clone(), requires_grad=False) for key, value in moving.items()}
-    if (kept := getattr(student, "kept_adapters", None)) is not None:
+    if (kept := kept_adapters(student)) is not None:
         memo[id(kept)] = kept
-    if (shards := shards_of(student)) is not None:
-        memo[id(shards)] = None  # they are the student's
     units = [plain_copy(module, memo) for module in student.modules() if is_unit(module)]
     copied = copy.deepcopy(student, memo)
     for unit in units:
@@ -211,10 +210,10 @@ def _trained(config: OwnLoopConfig, job: StageJob) -> dict[str, nn.Parameter]:
     names = list(student.mixer_parameters() if config.train == "mixers" else dict(student.named_parameters()))
     if not names:
         raise InputError(f"stage {config.name!r}: the mixers of this student have no parameters; set train to all")
-    if config.train == "all":
-        student.kept_adapters = None  # their product is in the weights, and those move now
+    if config.train == "all" and kept_adapters(student) is not None:
+        student.adapter_state.kept = None  # their product is in the weights, and those move now
     student.eval().requires_grad_(False)
-    trained = own(student, job.teacher, names)
+    trained = unshare(student, job.teacher, names)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained

@@ -1,5 +1,7 @@
-"""Whether the tensors of a checkpoint are those of its model: none missing, none that nobody reads, and none of numbers
-that stand for others."""
+"""Whether a checkpoint is what its model needs: no tensor missing or unread, numbers of a known scale, no NaN.
+
+Faults of a teacher are found before anything is trained, and are not blamed on the training.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from linearize.errors import InputError
+from linearize.modeling.io.quantized import whole_weight
 
 _WHOLE_NUMBERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 _SCALES = re.compile(r"(_scale|_scales|_scale_inv|_scale_2|_zero_point|\.absmax|\.quant_map|\.SCB|\.scales|\.qzeros)$")
@@ -22,6 +27,7 @@ _HARMLESS = (
     re.compile(r"^(model\.)?(vision_\w+|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\."),
 )
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+PROBE_TOKENS = 32
 
 
 def check_numbers(name: str, types: Mapping[str, str], config: PreTrainedConfig) -> None:
@@ -104,3 +110,44 @@ def _inserted(missing: Iterable[str], unexpected: Iterable[str], prefix: str) ->
                 if ".".join(parts[:first] + parts[last:]) in wanted:
                     return ".".join(parts[first:last]) + "."
     return None
+
+
+def check_finite_weights(model: nn.Module, name: str) -> None:
+    """Look at every weight of a teacher. Raises InputError: one holds a value that is no number; names it."""
+    if wrong := [key for key, weight in model.named_parameters() if not is_finite(whole_weight(weight))]:
+        raise not_numbers(name, wrong[0], len(wrong))
+
+
+def not_numbers(name: str, weight: str, count: int = 1) -> InputError:
+    """The refusal of weights with NaN or infinity in them."""
+    return InputError(
+        f"the teacher {name} itself gives NaN: its weight {weight} holds values that are no numbers ({count} such "
+        "weights): its files are damaged, or it diverged in training; give another one"
+    )
+
+
+@torch.no_grad()
+def check_finite_outputs(model: Any, name: str, ids_BT: Tensor | None = None) -> None:
+    """Run a teacher on tokens (None: some from all over its vocabulary) and see that its logits are numbers.
+
+    Raises:
+        InputError: they are not, although its weights are; says in which type the numbers overflow.
+    """
+    if ids_BT is None:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS
+        ids_BT = torch.linspace(0, vocabulary - 1, min(PROBE_TOKENS, context)).long()[None]
+    logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+    if not (logits_BTV.isnan() | logits_BTV.isposinf()).any():  # -inf: a token that is ruled out
+        return
+    raise InputError(
+        f"the teacher {name} itself gives NaN, though all its weights are numbers: they overflow in "
+        f"{str(model.dtype).removeprefix('torch.')}; save it in float32 or bfloat16 (dtype in config.json) first"
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:  # those of 8 bits are codes that need a scale
+        return True
+    return bool(tensor.isfinite().all())
