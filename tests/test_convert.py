@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import linearize
 from linearize.errors import InputError
 from linearize.metrics.language_model import loss_only
-from linearize.recipes.recipe import Recipe, load_recipe
+from linearize.recipes.schema import Recipe, load_recipe
 from linearize.training.hardware import bf16_pays
 
 RECIPE: dict[str, Any] = {

@@ -64,8 +64,8 @@ PLACES = {
     "weights": "linearize.modeling.io.student_folder:writing",
     "the card": "linearize.conversion.outputs:model_card",
     "the last rename": "linearize.storage.files:_swap_in",
-    "loading the student": "linearize.conversion.run:load",
-    "clearing up": "linearize.conversion.run:discard",
+    "loading the student": "linearize.conversion.api:load",
+    "clearing up": "linearize.conversion.api:discard",
 }
 
 

@@ -214,7 +214,7 @@ def test_a_stepwise_conversion_is_reported_step_by_step(by_steps: Path) -> None:
 
 
 def test_each_step_trains_on_rows_of_its_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from linearize import conversion
+    from linearize.conversion import run as conversion
 
     seen: dict[str, set[tuple[int, ...]]] = {}
     real = conversion.run_stage

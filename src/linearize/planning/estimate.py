@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from linearize.conversion.base_weights import checked_base
+from linearize.conversion.checks import checked_base
 from linearize.errors import InputError
 from linearize.planning.advice import advice
 from linearize.planning.costs import error_costs, score_costs, stage_costs, text
@@ -19,7 +19,7 @@ from linearize.planning.devices import CPU, Device, fits, load_device, room
 from linearize.planning.report import BlockPlan, ConversionPlan, Memory, StagePlan
 from linearize.planning.rounded import rounding
 from linearize.planning.samples import Measured, Numbers, Whole, look_at, measured, on_sample, read_config
-from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_bytes, check_block, choose_block
 from linearize.training.blockwise.budget import fitting_blocks
 from linearize.training.config import BlockwiseConfig, StageConfig

@@ -21,7 +21,7 @@ from linearize.modeling.io.model_source import find_config
 from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.surgery import AttentionSite, check_plan, probe
 from linearize.modeling.truncate import SIMPLE, cut_tree, truncate
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.memory_simulation import Meter, no_contents, simulation, weight_bytes
 
 Numbers = Mapping[str, float]
