@@ -17,8 +17,9 @@ from linearize.conversion.streamed import StreamedConversion, train_streamed_blo
 from linearize.conversion.work_folder import is_written, log_folder, make_work
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe
+from linearize.storage.atomic import check_free, discard
 from linearize.storage.disk import writing
-from linearize.storage.files import check_free, discard, output_lock
+from linearize.storage.locks import output_lock
 from linearize.training.blockwise.block_result import Part
 from linearize.training.checkpoint import check_formats
 from linearize.training.distributed import Group, start

@@ -14,7 +14,7 @@ from linearize.metrics.card import model_card
 from linearize.metrics.plots import plot_layer_error, plot_stages
 from linearize.metrics.report import ConversionReport, write_report
 from linearize.recipes.schema import Recipe
-from linearize.storage.files import atomic_folder
+from linearize.storage.atomic import atomic_folder
 from linearize.training.distributed import Group
 
 

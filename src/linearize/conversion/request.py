@@ -119,7 +119,7 @@ def parse_blocks(text: str, count: int | None = None) -> list[int]:
             raise InputError(f"blocks {text!r}: write numbers and ranges of blocks, counted from 0, like 0-3,7, or all")
         numbers |= set(range(int(first), int(last or first) + 1))
     if count is not None and max(numbers) >= count:
-        raise InputError(f"blocks {text!r}: the model has blocks 0 to {count - 1}; name some of those")
+        raise InputError(f"blocks {text!r}: the model is trained in blocks 0 to {count - 1}; name some of those")
     return sorted(numbers)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from linearize.metrics.report import FILE_NAME as REPORT
+from linearize.storage.atomic import atomic_write_text, check_free, discard
 from linearize.storage.disk import not_created
-from linearize.storage.files import atomic_write_text, check_free, discard, read_json, read_text
+from linearize.storage.files import read_json, read_text
 from linearize.training.checkpoint import check_formats
 from linearize.training.distributed import Group
 

@@ -28,7 +28,8 @@ from linearize.modeling import load
 from linearize.modeling.io.teacher import load_teacher
 from linearize.ops.window_linear.window import ring_slots
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
-from linearize.storage.files import atomic_write_text, expand_home, resumable_folder
+from linearize.storage.atomic import atomic_write_text, resumable_folder
+from linearize.storage.files import expand_home
 from linearize.version import __version__
 
 TEACHER = Path(__file__).parent / "teacher"

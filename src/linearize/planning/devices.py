@@ -133,7 +133,7 @@ def _parse(text: str, where: str) -> dict[str, Device]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{where}: a table of devices maps names to {', '.join(Device.model_fields)}")
     devices = {}
