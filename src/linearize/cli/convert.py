@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, given, size
+from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, size, specified
 from linearize.cli.output import table
 
 
@@ -56,11 +56,11 @@ def convert(
         teacher,
         data=data,
         out=out,
-        overrides=parse_settings(settings or []) | given(base_weights=base),
+        overrides=parse_settings(settings or []) | specified(base_weights=base),
         overwrite=overwrite,
         stream=stream,
         trust_remote_code=trust_remote_code,
-        **given(recipe=recipe, device=device, track=track, blocks=blocks, memory=memory, disk=disk),
+        **specified(recipe=recipe, device=device, track=track, blocks=blocks, memory=memory, disk=disk),
     )
     if blocks is not None:
         print(f"blocks {blocks} are trained; the same command without --blocks makes the student")

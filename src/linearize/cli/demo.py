@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import given
+from linearize.cli.options import specified
 
 
 def demo(
@@ -21,4 +21,4 @@ def demo(
     """Convert the small teacher that comes with the package (under 3 minutes on 2 cores)."""
     from linearize.demo.run import run_demo
 
-    run_demo(**given(out=out))
+    run_demo(**specified(out=out))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.options import Data, Device, Json, Model, Teacher, count, counts, given, names
+from linearize.cli.options import Data, Device, Json, Model, Teacher, count, counts, names, specified
 from linearize.cli.output import json_only, show
 
 
@@ -70,14 +70,14 @@ def evaluate(
     options = EvaluationOptions(
         skip_missing=skip_missing,
         allow_code=allow_code,
-        **given(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
-        **given(include_path=include_path, judge_url=judge_url, judge_model=judge_model, device=device),
+        **specified(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
+        **specified(include_path=include_path, judge_url=judge_url, judge_model=judge_model, device=device),
     )
     with json_only(as_json):
         report = run_evaluate(
             model,
             options=options,
-            **given(compare=compare, teacher=teacher, data=data, suite=suite, tasks=names(tasks), out=out),
+            **specified(compare=compare, teacher=teacher, data=data, suite=suite, tasks=names(tasks), out=out),
         )
     _print(report, as_json)
 
@@ -110,9 +110,9 @@ def bench(
     with json_only(as_json):
         report = run_bench(
             model,
-            options=EvaluationOptions(**given(device=device)),
-            **given(teacher=teacher, contexts=counts(context), batches=counts(batch), new_tokens=new_tokens),
-            **given(repeats=repeats, memory_budget_bytes=memory, out=out),
+            options=EvaluationOptions(**specified(device=device)),
+            **specified(teacher=teacher, contexts=counts(context), batches=counts(batch), new_tokens=new_tokens),
+            **specified(repeats=repeats, memory_budget_bytes=memory, out=out),
         )
     _print(report, as_json)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Device, MaxNewTokens, Model, Seed, Temperature, count, given
+from linearize.cli.options import Device, MaxNewTokens, Model, Seed, Temperature, count, specified
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
     """Continue a prompt."""
     from linearize.decoding.generate import generate_text
 
-    chosen = given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
+    chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
     if draft_tokens is not None:
         chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
     generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, compile=compile, **chosen)
@@ -55,4 +55,4 @@ def chat(
     """Chat with a model on the terminal."""
     from linearize.decoding.generate import chat as run_chat
 
-    run_chat(model, **given(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device))
+    run_chat(model, **specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.options import Data, Device, Json, Model, Recipe, RemoteCode, count, given
+from linearize.cli.options import Data, Device, Json, Model, Recipe, RemoteCode, count, specified
 from linearize.cli.output import json_only, show
 from linearize.errors import InputError
 
@@ -29,7 +29,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print mixer, parameters and state bytes of each layer, and totals; or how sensitive each layer is."""
-    chosen = given(data=data, recipe=recipe, tokens=tokens)
+    chosen = specified(data=data, recipe=recipe, tokens=tokens)
     if backends:
         if sensitivity or chosen or trust_remote_code:
             raise InputError("inspect --backends takes --device and --json alone; leave the other options out")
@@ -37,7 +37,7 @@ def inspect(
 
         show(inspect_backends(model, device=device), as_json=as_json)
         return
-    chosen |= given(device=device)
+    chosen |= specified(device=device)
     if not sensitivity:
         if chosen or trust_remote_code:
             raise InputError(

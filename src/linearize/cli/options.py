@@ -105,6 +105,6 @@ def counts(value: str | None) -> tuple[int, ...] | None:
     return None if value is None else tuple(count(name) for name in names(value) or ())
 
 
-def given(**options: Any) -> dict[str, Any]:
+def specified(**options: Any) -> dict[str, Any]:
     """The options that were given; the function that does the work has the defaults of the others."""
     return {name: value for name, value in options.items() if value is not None}

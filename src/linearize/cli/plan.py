@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Base, Json, Recipe, Settings, count, given, size
+from linearize.cli.options import Base, Json, Recipe, Settings, count, size, specified
 from linearize.cli.output import json_only, show
 
 
@@ -42,12 +42,12 @@ def plan(
     from linearize.planning.show import plan_lines
     from linearize.recipes.overrides import parse_settings
 
-    chosen = given(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
+    chosen = specified(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
     if block is not None:
         chosen["block"] = block if block == "auto" else count(block)
     with json_only(as_json):
         estimate = plan_conversion(
-            teacher, overrides=parse_settings(settings or []) | given(base_weights=base), **chosen
+            teacher, overrides=parse_settings(settings or []) | specified(base_weights=base), **chosen
         )
     if as_json:
         show(estimate, as_json=True)

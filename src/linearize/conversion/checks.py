@@ -43,7 +43,7 @@ def checked_base(recipe: Recipe, devices: int = 1) -> BaseWeights:
             continue
         if stage.name not in FROZEN_BASE or (isinstance(stage, BlockwiseConfig) and stage.block is not None):
             raise InputError(
-                f"{prefix}stages.{number} ({stage.name}) cannot run on it, {' and '.join(FROZEN_BASE)} can, without "
+                f"{prefix}stages.{number} ({stage.name}) cannot run over it, {' and '.join(FROZEN_BASE)} can, without "
                 "blocks; set base_weights to full or the stage's tokens to 0"
             )
         if isinstance(stage, LowRankConfig) and not stage.merge:

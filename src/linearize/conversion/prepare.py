@@ -88,7 +88,7 @@ def prepare(
             score; the caller moves them to the device.
 
     Raises:
-        InputError: anything given that cannot be used.
+        InputError: an argument that cannot be used.
     """
     check_starts(recipe.plan)
     makes_draft = recipe.plan.depth is not None
@@ -141,7 +141,7 @@ def _draft_of_student(
     """Prepare a draft of a target that is a student: it keeps the mixers of the target's layers."""
     if (mixer := recipe.plan.mixer) is not None:
         raise InputError(
-            f"plan.mixer {mixer.name} given, but {name} is a student, and its draft keeps the mixers of its layers: "  # type: ignore[attr-defined]
+            f"plan.mixer {mixer.name} given, but {name} is a student, whose draft keeps the mixers of its layers: "  # type: ignore[attr-defined]
             "set plan.mixer to null"
         )
     draft.config.teacher_name = name
@@ -240,15 +240,15 @@ def _load_teacher(
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     target = str(pick_device(device))
-    where = "cpu" if on_cpu else target
+    placement = "cpu" if on_cpu else target
     if students and is_student(name):
-        teacher: Any = load(name, device=where)
+        teacher: Any = load(name, device=placement)
         teacher.requires_grad_(False)
         tokenizer = load_tokenizer(name)
     else:
         dtype = torch.float32 if base != "full" and target == "cpu" else None
         teacher, tokenizer = load_teacher(
-            name, dtype=dtype, device=where, trust_remote_code=trust_remote_code, base=base
+            name, dtype=dtype, device=placement, trust_remote_code=trust_remote_code, base=base
         )  # fmt: skip
     if target == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
         teacher = teacher.float()

@@ -62,7 +62,7 @@ def prepare_streamed(
     """Check everything; writes and trains nothing, and reads the weights of the embedding and the first layer alone.
 
     Raises:
-        InputError: anything given that cannot be used, or that needs the whole model in memory.
+        InputError: an argument that cannot be used, or one that needs the whole model in memory.
     """
     number = block_stage(recipe)
     _check_plan(recipe)
@@ -72,8 +72,8 @@ def prepare_streamed(
             "disk: give a file"
         )
     torch.set_flush_denormal(True)
-    where = pick_device(device)
-    teacher = StreamedTeacher(name, device=where, trust_remote_code=trust_remote_code)
+    target = pick_device(device)
+    teacher = StreamedTeacher(name, device=target, trust_remote_code=trust_remote_code)
     recipe, notices = fit_length(recipe, context_length(teacher), overridden)
     applied, _, untouched = resolve_plan(recipe.plan, teacher.sites, teacher.skeleton, [])
     config = student_config(teacher.skeleton, teacher.sites, applied, name)
@@ -85,13 +85,13 @@ def prepare_streamed(
     if not student.mixer_parameters():
         raise InputError("no mixer of this plan has parameters to train, so there is nothing to do block by block")
     packs = partial(_keeps_documents_apart, StreamedBlocks(teacher, config, seed=recipe.seed))
-    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, where, packs=packs)
+    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, target, packs=packs)
     check_rows(recipe, text, 1)
     for notice in notices + untouched:
         LOG.warning(notice)
     stage: Any = recipe.stages[number]
     return StreamedPrepared(
-        name=name, recipe=recipe, teacher=teacher, student=student, stage=computed_on(stage, where), number=number,
+        name=name, recipe=recipe, teacher=teacher, student=student, stage=computed_on(stage, target), number=number,
         text=text, heldout=heldout,
     )  # fmt: skip
 

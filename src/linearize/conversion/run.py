@@ -161,7 +161,7 @@ class Conversion:
     def _blockwise(self, number: int, step: int, *, check_only: bool = False) -> list[Part]:
         """A stage block by block, on its part of the rows; `check_only`: whether it fits, and nothing else."""
         share, part = share_of(self.recipe.stages[number], step, len(self.steps))
-        stage = self._on_this_device(number, share, step, tell=not check_only)
+        stage = self._on_this_device(number, share, step, announce=not check_only)
         assert isinstance(stage, BlockwiseConfig)
         rows, key = self.prepared.text.rows(stage.length or self.recipe.data.length, *part), self._key(number, step)
         return train_loaded_blocks(
@@ -189,10 +189,10 @@ class Conversion:
             identity={**identity, **more}, name=key, progress=self.progress, tracker=self.tracker,
         )  # fmt: skip
 
-    def _on_this_device(self, number: int, stage: Stage, step: int, *, tell: bool = True) -> Stage:
+    def _on_this_device(self, number: int, stage: Stage, step: int, *, announce: bool = True) -> Stage:
         """The stage, in fp32 where bf16 would be slower; said once."""
         computed = computed_on(stage, self.student.device)
-        if computed is not stage and tell and (step == 0 or stage.at == "last"):
+        if computed is not stage and announce and (step == 0 or stage.at == "last"):
             note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
         return computed
 
@@ -224,9 +224,9 @@ class Conversion:
         read from the disk, and those of a draft."""
         scores = [asdict(score) for score in self.prepared.scores]
         steps = [list(step) for step in self.steps]
-        found = ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
+        choices = ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
         streamed = {"streamed": {"block": len(self.trained[0].layers)}} if self.trained else {}
-        return found | streamed | self._draft()
+        return choices | streamed | self._draft()
 
     def _draft(self) -> dict[str, Any]:
         """Of a draft: its target's layers that it has, and how many the target has."""

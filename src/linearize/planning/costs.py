@@ -136,5 +136,5 @@ class _OwnLoop:
 
 
 def _scores(student: LinearizedForCausalLM, batch: Batch) -> torch.Tensor:
-    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    return score(lambda **more: student(**given, **more).logits, batch["labels"]).loss
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    return score(lambda **more: student(**inputs, **more).logits, batch["labels"]).loss

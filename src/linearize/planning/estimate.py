@@ -68,7 +68,7 @@ def plan_conversion(
         disk: bytes that hidden states may take.
 
     Raises:
-        InputError: anything given that cannot be used; a block that does not fit says which ones do.
+        InputError: an argument that cannot be used, or a block that does not fit.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     kind = load_device(device, table)
@@ -126,7 +126,7 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
     missing = None if blockwise else fits(kind, measuring)
     if request.devices > 1 and kind.link is None:
         notices = [*notices, f"{device} has no link in the table: what devices send each other takes no time here"]
-    told = [f"the measurements between the stages {missing}: convert by blocks (--stream)"] if missing else []
+    unfit = [f"the measurements between the stages {missing}: convert by blocks (--stream)"] if missing else []
     return ConversionPlan(
         teacher=teacher,
         recipe=request.recipe.name,
@@ -145,8 +145,8 @@ def _plan(request: Request, teacher: str, device: str, notices: list[str]) -> Co
         peak_bytes=peak,
         flops=sum(s.flops for s in stages),
         seconds=sum(s.seconds for s in stages),
-        fits=all(s.fits for s in stages) and not told,
-        notices=(*notices, *told),
+        fits=all(s.fits for s in stages) and not unfit,
+        notices=(*notices, *unfit),
     )
 
 
@@ -263,14 +263,14 @@ def _blocks(
     sizes = block_sizes(stage, request, rows, costs)
     bounds = {"memory_bytes": room(request.device), "disk_bytes": request.disk}
     cheapest = choose_block(sizes, **bounds) if fitting_blocks(sizes, **bounds) else None
-    asked = request.block or stage.block
-    if asked is not None:
-        asked = choose_block(sizes, **bounds) if asked == "auto" else asked
+    chosen = request.block or stage.block
+    if chosen is not None:
+        chosen = choose_block(sizes, **bounds) if chosen == "auto" else chosen
         try:
-            check_block(sizes, asked, **bounds)
+            check_block(sizes, chosen, **bounds)
         except InputError as error:
             raise InputError(f"stages.{number}: {error}") from error
-    return tuple(None if block is None else _block(sizes, block) for block in (cheapest, asked))  # type: ignore[return-value]
+    return tuple(None if block is None else _block(sizes, block) for block in (cheapest, chosen))  # type: ignore[return-value]
 
 
 def _block(sizes: BlockSizes, block: int) -> BlockPlan:

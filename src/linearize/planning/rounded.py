@@ -21,8 +21,8 @@ def rounding(whole: Whole, base: BaseWeights, stages: tuple[StageConfig, ...]) -
     if base == "full":
         return {"saved": 0.0, "adapted": 0.0, "product": 0.0}
     targets = {target for stage in stages if isinstance(stage, LowRankConfig) for target in stage.targets}
-    found: Measured = measured(whole, lambda sample: _of_sample(sample, base, sorted(targets)))
-    return {**found.total, "product": found.base["product"]}
+    bytes_of: Measured = measured(whole, lambda sample: _of_sample(sample, base, sorted(targets)))
+    return {**bytes_of.total, "product": bytes_of.base["product"]}
 
 
 def rounded_bytes(outputs: int, inputs: int, itemsize: int, base: BaseWeights) -> int:
