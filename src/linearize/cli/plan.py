@@ -39,7 +39,7 @@ def plan(
 ) -> None:
     """Estimate the memory, time and disk of a conversion from the config alone; no weights are read."""
     from linearize.planning import plan_conversion
-    from linearize.planning.show import plan_lines
+    from linearize.planning.report import plan_lines
     from linearize.recipes.overrides import parse_settings
 
     chosen = specified(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
