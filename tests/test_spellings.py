@@ -132,8 +132,8 @@ def test_names_that_are_no_places(place: Path) -> None:
         read_request(teacher, data=[f"pseudo:{text}", "self"], recipe=recipe(other), **rest)
         for teacher, text, other in zip(*(spellings(place, n) for n in ("teacher", "text.txt", "other")), strict=True)
     ]
-    assert all(request.wanted == asked[0].wanted for request in asked)
-    assert asked[0].wanted["data"] == [f"pseudo:{place / 'text.txt'}", "self"]
+    assert all(request.identity == asked[0].identity for request in asked)
+    assert asked[0].identity["data"] == [f"pseudo:{place / 'text.txt'}", "self"]
 
 
 def test_every_stage_that_names_a_place_says_so() -> None:

@@ -175,7 +175,9 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]], hidden: dict[nn.
                 layer=layer,
                 shape=with_biases(call["module"], shape),
                 sliding_window=call["window"],
-                readable=noted is None or noted.is_meta or are_read_rightly(call["module"], noted, (q, k, v), shape),
+                readable=noted is None
+                or _has_no_values(noted)
+                or are_read_rightly(call["module"], noted, (q, k, v), shape),
             )
         )
     sites.sort(key=lambda site: site.layer)
@@ -186,6 +188,13 @@ def _sites(model: PreTrainedModel, calls: list[dict[str, Any]], hidden: dict[nn.
             "all must, once per pass"
         )
     return sites
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor is a shape alone, whose values cannot be checked: meta, or fake in a simulation."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def check_plan(
