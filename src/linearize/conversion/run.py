@@ -46,7 +46,7 @@ LOG = logging.getLogger("linearize")
 
 
 class Conversion:
-    """A conversion on its way: each step of the plan's schedule, at each step the stages, everything measured."""
+    """A conversion of models in memory: for each step of the schedule the stages, with measurements between them."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Conversion:
         blocks: BlockOptions | None = None,
         trained: Sequence[Part] = (),
     ) -> None:
-        """`trained`: the parts of the block-wise stage, where its blocks were read from the disk."""
+        """`trained`: the results of the block-wise stage, where its blocks were read from disk."""
         self.blocks, self.trained = blocks or BlockOptions(), trained
         self.prepared, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
         self.recipe, self.student, self.teacher = prepared.recipe, prepared.student, prepared.teacher
@@ -76,7 +76,7 @@ class Conversion:
         self.stages: list[StageReport] = []
 
     def run(self) -> ConversionReport:
-        """All steps and their stages, measured before and after each; returns the report."""
+        """Run all steps and their stages, measure before and after each, and return the report."""
         for step in range(len(self.steps)):
             self._start_step(step)
             self._measure("swap", step)
@@ -107,20 +107,22 @@ class Conversion:
                 self._blockwise(number, 0, check_only=True)
 
     def train_blocks(self) -> None:
-        """The blocks of the first stage that `blocks.only` names, for a call without it to assemble."""
+        """Train the blocks of the first stage that `blocks.only` names; a call without it assembles the student."""
         self._start_step(0)
         self._blockwise(next(i for i, stage in enumerate(self.recipe.stages) if stage.tokens != 0), 0)
 
     def write(self, folder: Path | None, report: ConversionReport) -> None:
-        """Weights, tokenizer, recipe, report, plots and model card into an empty folder; None on ranks but the first,
-        which give their part of the weights."""
+        """Write weights, tokenizer, recipe, report, plots and model card into an empty folder.
+
+        `folder` is None on all ranks but the first; they contribute their shards of the weights.
+        """
         student = whole_student(self.student) if self.recipe.base_weights != "full" else self.student
         save_student(student, self.prepared.tokenizer, folder)
         if folder is not None:
             write_student_files(report, self.recipe, student.config.to_dict(), folder)
 
     def _start_step(self, step: int) -> None:
-        """Convert the layers of this step (those of the first are already), and calibrate what asks for it."""
+        """Convert the layers of this step (those of the first already are) and calibrate the mixers that need it."""
         torch.manual_seed(self.recipe.seed + step)
         before = self.steps[step - 1] if step else ()
         new = [layer for layer in self.steps[step] if layer not in before]
@@ -129,11 +131,11 @@ class Conversion:
             self.student.convert_layers({layer: mixer for layer, mixer in mixers if mixer is not None})
         text, length = self.prepared.text, self.recipe.data.length
         sample = text.sample(length, CALIBRATION_TOKENS, EVALUATION_BATCH, self.student.device)
-        for layer in new:  # one at a time: the samples of all layers may not fit into memory
+        for layer in new:  # one at a time: samples of all layers may not fit into memory
             calibrate(self.student, self.prepared.layer_teacher, sample, [layer])
 
     def _run_stage(self, number: int, step: int) -> None:
-        """One stage at one step of the schedule, from its checkpoint if there is one."""
+        """Run one stage at one step of the schedule, from its checkpoint if there is one."""
         stage, steps = self.recipe.stages[number], len(self.steps)
         share, part = share_of(stage, step, steps)
         key, identity = self._key(number, step), self._stage_identity()
@@ -159,7 +161,7 @@ class Conversion:
         return {**self.identity, "plan": self.student.config.plan, "before": dict(self.before)}
 
     def _blockwise(self, number: int, step: int, *, check_only: bool = False) -> list[Part]:
-        """A stage block by block, on its part of the rows; `check_only`: whether it fits, and nothing else."""
+        """Train a stage block by block on its part of the rows; with `check_only` check that it fits and stop there."""
         share, part = share_of(self.recipe.stages[number], step, len(self.steps))
         stage = self._on_this_device(number, share, step, announce=not check_only)
         assert isinstance(stage, BlockwiseConfig)
@@ -173,7 +175,7 @@ class Conversion:
     def _run_in_loop(
         self, stage: StageConfig, key: str, identity: Mapping[str, Any], part: tuple[int, int]
     ) -> StageResult:
-        """A stage in the common loop, on its part of the rows."""
+        """Run a stage in the common loop, on its part of the rows."""
         rows = self.prepared.text.rows(stage.length or self.recipe.data.length, *part)
         teacher = self.prepared.layer_teacher if stage.by_layer else self.teacher
         run, device, group = stage.build(self.student, teacher), self.student.device, current()
@@ -190,14 +192,14 @@ class Conversion:
         )  # fmt: skip
 
     def _on_this_device(self, number: int, stage: Stage, step: int, *, announce: bool = True) -> Stage:
-        """The stage, in fp32 where bf16 would be slower; said once."""
+        """The stage, in fp32 where bf16 would be slower, which is printed once."""
         computed = computed_on(stage, self.student.device)
         if computed is not stage and announce and (step == 0 or stage.at == "last"):
             note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
         return computed
 
     def _run_own_loop(self, stage: OwnLoopConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
-        """A stage with a loop and data of its own."""
+        """Run a stage that has its own loop and data."""
         return stage.run(
             StageJob(
                 student=self.student, teacher=self.teacher, tokenizer=self.prepared.tokenizer, folder=self.work / key,
@@ -206,7 +208,7 @@ class Conversion:
         )  # fmt: skip
 
     def _measure(self, moment: str, step: int) -> None:
-        """The held-out loss now, and the layers' errors once all layers are converted."""
+        """Record the held-out loss, and the error of each layer once all layers are converted."""
         self.losses.append(loss_only(self.student, self.heldout)[0])
         teacher = self.prepared.layer_teacher
         if step == len(self.steps) - 1 and teacher is not None:
@@ -220,8 +222,8 @@ class Conversion:
         return None
 
     def _choices(self) -> dict[str, Any]:
-        """For the report: which layers were chosen by what, the steps they were converted in, the layers of a block
-        read from the disk, and those of a draft."""
+        """For the report: the sensitivity of layers, the steps of the schedule, the layers per streamed block, and the
+        layers of a draft."""
         scores = [asdict(score) for score in self.prepared.scores]
         steps = [list(step) for step in self.steps]
         choices = ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
@@ -229,7 +231,7 @@ class Conversion:
         return choices | streamed | self._draft()
 
     def _draft(self) -> dict[str, Any]:
-        """Of a draft: its target's layers that it has, and how many the target has."""
+        """For the report of a draft: the target's layers that it has, and how many the target has."""
         depth = self.teacher.config.get_text_config().num_hidden_layers
         return {} if self.prepared.layers is None else {"draft": {"layers": list(self.prepared.layers), "of": depth}}
 
