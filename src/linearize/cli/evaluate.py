@@ -63,7 +63,10 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a student with its teacher on the same items: text, tasks, recall, branches, chat; one report."""
+    """Compare a student with its teacher on the same items.
+
+    Text, tasks, recall, branches and chat, in one report.
+    """
     from linearize.evaluation import EvaluationOptions
     from linearize.evaluation import evaluate as run_evaluate
 
@@ -103,7 +106,10 @@ def bench(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure prefill, time to first token, decode and memory by context and batch, next to the teacher."""
+    """Measure speed and memory next to the teacher.
+
+    Prefill, time to first token, decode and memory, by context and batch.
+    """
     from linearize.evaluation import EvaluationOptions
     from linearize.evaluation import bench as run_bench
 

@@ -28,7 +28,10 @@ def inspect(
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Print mixer, parameters and state bytes of each layer, and totals; or how sensitive each layer is."""
+    """Print mixer, parameters and state bytes of each layer.
+
+    Or how sensitive each layer is, or which backends run here.
+    """
     chosen = specified(data=data, recipe=recipe, tokens=tokens)
     if backends:
         if sensitivity or chosen or trust_remote_code:

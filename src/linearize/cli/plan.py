@@ -37,7 +37,10 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate the memory, time and disk of a conversion from the config alone; no weights are read."""
+    """Estimate memory, time and disk of a conversion.
+
+    The teacher's config is enough; no weights are read.
+    """
     from linearize.planning import plan_conversion
     from linearize.planning.report import plan_lines
     from linearize.recipes.overrides import parse_settings
