@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from linearize.metrics.report import provenance
-from linearize.storage.files import atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 from linearize.training.blockwise.budget import boundary_bytes
 from linearize.training.blockwise.hidden_store import HiddenStore
 

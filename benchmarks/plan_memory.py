@@ -33,7 +33,7 @@ def held(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 import datasets, matplotlib.pyplot, peft
-import linearize.conversion.run
+import linearize.conversion.api
 from linearize.cli.main import main
 baseline = held("VmRSS")
 code = main(sys.argv[1:])

@@ -26,7 +26,7 @@ import torch
 
 from linearize.metrics.report import provenance
 from linearize.modeling.io.weight_files import ShardedWriter
-from linearize.storage.files import atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 SHAPE = {"hidden_size": 1536, "intermediate_size": 3072, "num_attention_heads": 12, "num_key_value_heads": 6}

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from linearize.metrics.report import provenance
-from linearize.storage.files import atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 
 SEED = 0
 

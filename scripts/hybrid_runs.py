@@ -26,8 +26,8 @@ from linearize.demo.text import DemoText, write_text
 from linearize.evaluation.recall import recall_beyond_window
 from linearize.metrics.report import read_report
 from linearize.modeling.io.teacher import load_teacher
-from linearize.recipes.recipe import load_recipe
-from linearize.storage.files import atomic_write_text
+from linearize.recipes.schema import load_recipe
+from linearize.storage.atomic import atomic_write_text
 
 OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "hybrids"
 REACH = 32  # tokens: facts nearer than this are not counted in the recall of the embedded teacher

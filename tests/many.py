@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["linearize.cli.main", "linearize.conversion.run", "peft", "torch.distributed.fsdp"]
+PRELOADED = ["linearize.cli.main", "linearize.conversion.api", "peft", "torch.distributed.fsdp"]
 CONTEXT.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import linearize
 from linearize.conversion.sizes import PROCESS_BYTES
 from linearize.errors import InputError
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.blockwise.run import BlockwiseStage
 
 STAGE = {"tokens": 640, "batch": 4, "evaluate_every": 0.5, "precision": "fp32"}

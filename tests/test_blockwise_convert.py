@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from teacher_folder import write_teacher, write_text
 
 import linearize
-from linearize.conversion.options import parse_blocks
+from linearize.conversion.request import parse_blocks
 from linearize.errors import InputError
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 
 LAYERS = 5
 RECIPE: dict[str, Any] = {

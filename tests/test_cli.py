@@ -134,7 +134,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "linearize.conversion.run", "convert", Calls())
+    calls = stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls())
     assert main(CONVERT) == 0
     assert calls.arguments is not None
     assert calls.arguments["teacher"] == "teacher" and list(calls.arguments["data"]) == ["a.txt"]
@@ -225,7 +225,7 @@ def test_an_error_is_one_line_with_its_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stand_in(monkeypatch, "linearize.conversion.run", "convert", Calls(error=error))
+    stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls(error=error))
     found, message = failure(CONVERT, capsys)
     assert found == code
     assert all(word in message for word in words), message
@@ -235,7 +235,7 @@ def test_an_error_is_one_line_with_its_code(
 def test_debug_shows_the_traceback(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch, "linearize.conversion.run", "convert", Calls(error=InputError("no such window")))
+    stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls(error=InputError("no such window")))
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error and error.splitlines()[-1] == "linearize: no such window"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import linearize
 from linearize.errors import InputError
 from linearize.metrics.language_model import loss_only
-from linearize.recipes.recipe import Recipe, load_recipe
+from linearize.recipes.schema import Recipe, load_recipe
 from linearize.training.hardware import bf16_pays
 
 RECIPE: dict[str, Any] = {
@@ -163,7 +163,7 @@ def test_an_existing_folder_is_kept_unless_asked(student: Path, folder: Path, tm
 @pytest.mark.parametrize("out", ["teacher", "."])
 def test_what_is_read_is_not_replaced(folder: Path, tmp_path: Path, out: str) -> None:
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
-    with pytest.raises(InputError, match=r"is or holds .*teacher, which is read"):
+    with pytest.raises(InputError, match=r"is or contains .*teacher, which is an input"):
         convert(folder, tmp_path / out, teacher=tmp_path / "teacher", overwrite=True)
     assert (tmp_path / "teacher" / "config.json").is_file()
 
@@ -395,7 +395,7 @@ def broken_teacher(folder: Path, path: Path, how: str) -> Path:
         ("pickle", "pickle.*safetensors"),
         ("damaged", r"model\.safetensors is damaged"),
         ("no tokenizer", r"tokenizer\.json is missing"),
-        ("no json", r"config\.json: no valid JSON"),
+        ("no json", r"config\.json: not valid JSON"),
     ],
 )
 def test_a_folder_that_is_no_teacher_is_refused(folder: Path, tmp_path: Path, how: str, message: str) -> None:
@@ -476,5 +476,5 @@ def test_pickled_student_weights_are_refused(student: Path, tmp_path: Path) -> N
 def test_an_output_that_cannot_be_a_folder_is_refused_before_training(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "student"):
-        with pytest.raises(InputError, match=r"output folder|no folder"):
+        with pytest.raises(InputError, match=r"output folder|not a folder|no folder"):
             convert(folder, out, progress=KillAt("", 1))

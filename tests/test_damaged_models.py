@@ -74,20 +74,20 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "shard cut short": ("shards", lambda f: cut(shard(f)), r"model-00002-of-\d+.safetensors is cut short"),
     "shard gone": ("shards", lambda f: shard(f).unlink(), rf"{INDEX} names model-00002-of-.*not there \(1 of"),
     "shard lacks": ("shards", lambda f: without_a_tensor(shard(f)), r"model-00002-of-\S+ lacks the tensor .*"),
-    "index cut short": ("shards", lambda f: cut(f / INDEX), rf"{INDEX}: no valid JSON"),
+    "index cut short": ("shards", lambda f: cut(f / INDEX), rf"{INDEX}: not valid JSON"),
     "index empty": ("shards", lambda f: lost_map(f / INDEX), rf"{INDEX} is damaged: it has no weight_map"),
-    "config empty": ("whole", lambda f: cut(f / "config.json", 10**9), r"config.json: no valid JSON"),
-    "config cut short": ("whole", lambda f: cut(f / "config.json", 9), r"config.json: no valid JSON"),
+    "config empty": ("whole", lambda f: cut(f / "config.json", 10**9), r"config.json: not valid JSON"),
+    "config cut short": ("whole", lambda f: cut(f / "config.json", 9), r"config.json: not valid JSON"),
     "config is a list": ("whole", lambda f: (f / "config.json").write_text("[1]") and None, r"holds no JSON object"),
     "generation config": ("whole", lambda f: cut(f / "generation_config.json", 9), r"generation_config.json: no valid"),
-    "tokenizer cut short": ("whole", lambda f: cut(f / "tokenizer.json"), r"tokenizer.json: no valid JSON"),
+    "tokenizer cut short": ("whole", lambda f: cut(f / "tokenizer.json"), r"tokenizer.json: not valid JSON"),
     "tokenizer gone": ("whole", lambda f: (f / "tokenizer.json").unlink(), r"has no tokenizer: tokenizer.json is miss"),
     "tokenizer of another kind": (
         "whole", lambda f: (f / "tokenizer.json").write_text("{}") and None, r"cannot load the tokenizer of",
     ),
     "student cut short": ("student", lambda f: cut(f / WEIGHTS), rf"{WEIGHTS} is cut short"),
     "student lacks": ("student", lambda f: without_a_tensor(f / WEIGHTS), r"do not fit its plan \(missing"),
-    "student's tokenizer": ("student", lambda f: cut(f / "tokenizer.json"), r"tokenizer.json: no valid JSON"),
+    "student's tokenizer": ("student", lambda f: cut(f / "tokenizer.json"), r"tokenizer.json: not valid JSON"),
 }  # fmt: skip
 
 

@@ -15,9 +15,9 @@ import test_distributed
 from many import command, together
 from test_distributed import STAGE, WHOLE, argv, differences
 
-from linearize.conversion.distributed import check_together
+from linearize.conversion.distributed import check_processes
 from linearize.errors import InputError
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.distributed import Group
 
 folder = test_distributed.folder  # a fixture
@@ -128,12 +128,12 @@ def test_other_commands_are_for_one_process(folder: Path) -> None:
 def test_recipes_that_so_many_processes_cannot_run(change: dict[str, Any], expected: str) -> None:
     stage: dict[str, Any] = {"name": "hidden_alignment", "tokens": 64, "lr": 0.1, **change}
     recipe = Recipe.model_validate({"name": "own", **BASE, "stages": [stage]})
-    check_together(recipe, Group())
+    check_processes(recipe, Group())
     with pytest.raises(InputError, match="base_weights 8bit is for one process"):
-        check_together(recipe.model_copy(update={"base_weights": "8bit"}), Group(ranks=3))
+        check_processes(recipe.model_copy(update={"base_weights": "8bit"}), Group(ranks=3))
     with pytest.raises(InputError, match=expected):
-        check_together(recipe, Group(rank=1, ranks=3))
+        check_processes(recipe, Group(rank=1, ranks=3))
     blocks = recipe.override(
         {"stages.0": {"name": "hidden_alignment", "tokens": 64, "lr": 0.1, "batch": 4, "block": 1}}
     )
-    check_together(blocks, Group(rank=1, ranks=3))  # a block is trained by one process
+    check_processes(blocks, Group(rank=1, ranks=3))  # a block is trained by one process

@@ -177,7 +177,7 @@ def test_training_a_draft_leaves_its_target_alone(
     folder: Path, hybrid: Path, tmp_path: Path, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mixers too: draft and target share tensors until the draft trains."""
-    import linearize.conversion.run as conversion
+    import linearize.conversion.api as conversion
 
     targets: list[Any] = []
     prepare = conversion.prepare

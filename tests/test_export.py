@@ -185,7 +185,7 @@ def test_the_student_is_not_replaced_by_its_export(tmp_path: Path) -> None:
     built("granite-softmax").save_pretrained(tmp_path / "student")
     before = (tmp_path / "student" / "config.json").read_bytes()
     for out in (tmp_path / "student", tmp_path):
-        with pytest.raises(InputError, match=r"is or holds .*student, which is read"):
+        with pytest.raises(InputError, match=r"is or contains .*student, which is an input"):
             export_student(tmp_path / "student", "granite-hybrid", out, overwrite=True)
     assert (tmp_path / "student" / "config.json").read_bytes() == before
 

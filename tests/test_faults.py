@@ -63,9 +63,9 @@ PLACES = {
     "the report's numbers": "linearize.conversion.run:held_out_report",
     "weights": "linearize.modeling.io.student_folder:writing",
     "the card": "linearize.conversion.outputs:model_card",
-    "the last rename": "linearize.storage.files:_swap_in",
-    "loading the student": "linearize.conversion.run:load",
-    "clearing up": "linearize.conversion.run:discard",
+    "the last rename": "linearize.storage.atomic:_swap_in",
+    "loading the student": "linearize.conversion.api:load",
+    "clearing up": "linearize.conversion.api:discard",
 }
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from linearize.errors import InputError
-from linearize.storage.files import atomic_folder, atomic_write_text, discard, output_lock, read_json, read_text
+from linearize.storage.atomic import atomic_folder, atomic_write_text, discard
+from linearize.storage.files import read_json, read_text
+from linearize.storage.locks import output_lock
 
 
 def _names(folder: Path) -> list[str]:
@@ -107,7 +109,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
 
 def test_targets_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="no folder"), atomic_folder(tmp_path / "file", overwrite=True):
+    with pytest.raises(InputError, match="not a folder"), atomic_folder(tmp_path / "file", overwrite=True):
         pass
     with pytest.raises(InputError, match="cannot create"), atomic_folder(tmp_path / "file" / "student"):
         pass
@@ -156,7 +158,7 @@ def test_a_folder_is_discarded_in_one_step(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / ".student.run" / "deep").mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "linearize.storage.files.shutil.rmtree", lambda *_, **__: None
+            "linearize.storage.atomic.shutil.rmtree", lambda *_, **__: None
         )  # killed before anything was removed
         discard(tmp_path / ".student.run")
     assert not (tmp_path / ".student.run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from models import tiny
 
 import linearize.training.data.sampling as sampling
 from linearize.errors import InputError
-from linearize.storage.journal import open_journal
+from linearize.storage.journal import Journal, open_journal
 from linearize.training.data.documents import Document
 from linearize.training.data.sampling import FILE, sample_documents
 
@@ -146,3 +147,22 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         written(tmp_path / "file")
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_plain_lines_are_for_other_programs(tmp_path: Path) -> None:
+    """Without checksums rows are JSON lines; a line that was cut and stale rows leave the file, the others stay."""
+    path = tmp_path / "deep" / "answers.jsonl"
+    journal = Journal(path, checksums=False)
+    for row in ({"a": 1}, {"a": 2}, {"a": "\u2028ü"}):
+        assert journal.append(row) == row
+    assert [json.loads(line) for line in path.read_text("ascii").splitlines()] == journal.rows
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    path.write_bytes(lines[0] + b'{"a": \n' + lines[1] + lines[2] + b'{"a": 3')
+    again = Journal(path, checksums=False, stale=lambda row: row["a"] == 1)
+    assert again.rows == [{"a": 2}, {"a": "\u2028ü"}]
+    again.append({"a": (4,)})
+    assert Journal(path, checksums=False).rows == [{"a": 2}, {"a": "\u2028ü"}, {"a": [4]}]
+    memory = Journal(None)
+    memory.append("row")
+    assert memory.rows == ["row"]

@@ -16,7 +16,7 @@ import linearize
 from linearize.conversion.prepare import inspect_sensitivity
 from linearize.errors import InputError
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 
 WEIGHTS, UP = "model.safetensors", "model.layers.1.mlp.up_proj.weight"
 FEW: dict[str, Any] = {

@@ -130,7 +130,7 @@ def test_streamed_from_python_as_from_the_command(
     """Neither ever has the whole model in memory, and both write the same weights."""
     with monkeypatch.context() as patch:
         for name in ("prepare", "load"):
-            patch.setattr(f"linearize.conversion.run.{name}", lambda *_, **__: pytest.fail("the whole model is loaded"))
+            patch.setattr(f"linearize.conversion.api.{name}", lambda *_, **__: pytest.fail("the whole model is loaded"))
         assert command(folder, tmp_path / "command", "--stream") == 0
         assert python(folder, tmp_path / "python", stream=True) is None
     first, second = weights(tmp_path / "command"), weights(tmp_path / "python")

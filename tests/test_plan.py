@@ -21,7 +21,7 @@ from linearize.planning.costs import stage_costs, text
 from linearize.planning.devices import Device, load_device
 from linearize.planning.samples import look_at, measured, on_sample
 from linearize.recipes import load_recipe
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.config import StageConfig
 from linearize.training.dataset_stage import OwnLoopConfig
 from linearize.training.memory_simulation import Meter, Operation, simulation

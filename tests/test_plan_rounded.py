@@ -12,7 +12,7 @@ from test_plan import LLAMAS, SHORT, config_folder
 from linearize.errors import InputError
 from linearize.modeling.io.quantized import BaseWeights, parts_of
 from linearize.planning import ConversionPlan, plan_conversion
-from linearize.planning.rounded import rounded_bytes
+from linearize.planning.costs import quantized_weight_bytes
 
 LAYER_NUMBERS = 32 * (4096 * (4096 * 2 + 1024 * 2) + 3 * 4096 * 14336)  # of the linear layers of 8B
 ADAPTED = 32 * 4096 * (4096 * 2 + 1024 * 2)
@@ -66,4 +66,4 @@ def test_nf4_takes_what_is_counted() -> None:
         )
         parts = parts_of(layer.to("cpu").weight)
         held = sum(part.nbytes for name, part in parts.items() if name not in ("code", "nested_code", "offset"))
-        assert held == rounded_bytes(outputs, inputs, 4, "4bit")
+        assert held == quantized_weight_bytes(outputs, inputs, 4, "4bit")

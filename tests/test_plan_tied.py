@@ -14,9 +14,9 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import inspect_model
 from linearize.modeling.io.assemble import student_on_meta
 from linearize.planning import plan_conversion
+from linearize.planning.report import plan_lines
 from linearize.planning.samples import build, read_config
-from linearize.planning.show import plan_lines
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.memory_simulation import simulation, weight_bytes
 
 STAGE = {"name": "attention_transfer", "tokens": 160, "lr": 1e-2, "batch": 2}

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from linearize.conversion.base_weights import checked_base
-from linearize.conversion.run import convert
+from linearize.conversion.api import convert
+from linearize.conversion.checks import checked_base
 from linearize.errors import InputError
 from linearize.metrics.report import ConversionReport, read_report
 from linearize.modeling.io.adapters import LowRankChange
 from linearize.modeling.io.quantized import loading_options, parts_of
 from linearize.modeling.io.teacher import load_teacher
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.memory_simulation import tensor_bytes
 
 

@@ -354,7 +354,7 @@ def test_a_file_needs_no_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("plan: {mixer: [", ["no valid YAML", "line 1"]),
+        ("plan: {mixer: [", ["not valid YAML", "line 1"]),
         ("- plan\n", ["mapping", "list"]),
         ("", ["mapping"]),
         ("seed: 1\nseed: 2\n", ["'seed' is given twice", "line 2"]),

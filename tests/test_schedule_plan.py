@@ -214,7 +214,7 @@ def test_a_stepwise_conversion_is_reported_step_by_step(by_steps: Path) -> None:
 
 
 def test_each_step_trains_on_rows_of_its_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from linearize import conversion
+    from linearize.conversion import run as conversion
 
     seen: dict[str, set[tuple[int, ...]]] = {}
     real = conversion.run_stage
@@ -325,7 +325,7 @@ def test_the_teacher_writes_no_text_for_stages_that_cannot_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
 ) -> None:
     for name in ("self_sampler", "pseudo_labeller"):
-        monkeypatch.setattr(f"linearize.conversion.prepare.{name}", lambda *_, **__: _no_work)
+        monkeypatch.setattr(f"linearize.conversion.text.{name}", lambda *_, **__: _no_work)
     with pytest.raises(InputError, match="nowhere is not a model folder"):
         overrides = {"stages.1.teacher": str(folder / "nowhere")}
         convert(folder, tmp_path / "s", data=[data], recipe=Recipe.from_data(STEPWISE), overrides=overrides)

@@ -128,7 +128,7 @@ def test_what_is_missing_is_told(
 
 def test_a_conversion_chooses_by_the_same_scores(folder: Path) -> None:
     from linearize.conversion.prepare import inspect_sensitivity, prepare
-    from linearize.recipes.recipe import load_recipe
+    from linearize.recipes.schema import load_recipe
 
     recipe = load_recipe(folder / "tiny.yaml").override({"plan.layers": {"keep": 0.34, "select": "sensitivity"}})
     prepared = prepare(str(folder / "teacher"), recipe, [str(folder / "text.txt")], device="cpu")

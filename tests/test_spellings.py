@@ -12,7 +12,7 @@ from torch import equal
 
 import linearize
 from linearize.conversion.request import read_request
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.storage.files import real_name
 from linearize.training.stages import STAGES
 from linearize.training.step import Stepper
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_at_its_end(place: Path, monkeypatch: pytest.Monk
 
     teachers, others, texts = (spellings(place, name) for name in ("teacher", "other", "text.txt"))
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.conversion.run.discard", stop)
+        patch.setattr("linearize.conversion.api.discard", stop)
         with pytest.raises(Stopped):
             linearize.convert(teachers[0], data=[texts[0]], out="student", recipe=recipe(others[0]), device="cpu")
     with monkeypatch.context() as patch:
@@ -132,8 +132,8 @@ def test_names_that_are_no_places(place: Path) -> None:
         read_request(teacher, data=[f"pseudo:{text}", "self"], recipe=recipe(other), **rest)
         for teacher, text, other in zip(*(spellings(place, n) for n in ("teacher", "text.txt", "other")), strict=True)
     ]
-    assert all(request.wanted == asked[0].wanted for request in asked)
-    assert asked[0].wanted["data"] == [f"pseudo:{place / 'text.txt'}", "self"]
+    assert all(request.identity == asked[0].identity for request in asked)
+    assert asked[0].identity["data"] == [f"pseudo:{place / 'text.txt'}", "self"]
 
 
 def test_every_stage_that_names_a_place_says_so() -> None:

@@ -24,19 +24,19 @@ except KeyboardInterrupt:  # these imports are most of the time that the command
     os._exit(130)
 
 if TYPE_CHECKING:
-    from linearize.conversion.run import convert
-    from linearize.recipes.recipe import load_recipe
+    from linearize.conversion.api import convert
+    from linearize.recipes.schema import load_recipe
 
 __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert", "load", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "convert":
-        from linearize.conversion.run import convert
+        from linearize.conversion.api import convert
 
         return convert
     if name == "load_recipe":
-        from linearize.recipes.recipe import load_recipe
+        from linearize.recipes.schema import load_recipe
 
         return load_recipe
     raise AttributeError(f"module 'linearize' has no attribute {name!r}")

@@ -6,7 +6,7 @@ import sys
 
 
 def command() -> int:
-    """The command, with Ctrl-C while it starts told as later on; returns its exit code."""
+    """Run the command and return its exit code; Ctrl-C prints one line also while the imports run."""
     try:
         from linearize.cli.main import main
     except KeyboardInterrupt:

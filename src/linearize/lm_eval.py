@@ -2,8 +2,8 @@
 
     python -m linearize.lm_eval --model linearize --model_args pretrained=STUDENT --tasks piqa --batch_size 8
 
-lm-eval (0.4.13) looks for models nowhere but in its own table, and transformers knows students once linearize is
-imported. Here both happen first: the model `linearize` is lm-eval's `hf`, and `--model hf` takes students too.
+lm-eval (0.4.13) finds models in its own table alone, and transformers knows students once linearize is imported. This
+module does both first: the model `linearize` is lm-eval's `hf`, and `--model hf` takes students too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 
 import torch
 
-from linearize.cli.output import one_line
 from linearize.errors import InputError
 from linearize.evaluation.harness.runner import need_harness
 
@@ -34,12 +33,11 @@ def main() -> int:
     try:
         register()
     except InputError as error:
-        code, message = one_line(error)
-        print(f"linearize: {message}", file=sys.stderr)
-        return code
+        print(f"linearize: {error}", file=sys.stderr)
+        return 2
     from lm_eval.__main__ import cli_evaluate
 
-    torch.set_flush_denormal(True)  # as the command `linearize`: states that decay are slow without
+    torch.set_flush_denormal(True)  # as the command `linearize` does
     cli_evaluate()
     return 0
 

@@ -1,8 +1,8 @@
-"""The options that verbs share, and what their values mean."""
+"""The options that several verbs share, and the parsers of their values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,27 +12,30 @@ from linearize.numbers import parse_count, parse_number, parse_size
 
 
 def count(value: str) -> int:
-    try:
-        return parse_count(value)
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
+    """A number of things, like `4096`, `1e6` or `2M`."""
+    return int(_parsed(parse_count, value))
 
 
 def size(value: str) -> int:
-    try:
-        return parse_size(value)
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
+    """A size in bytes, like `24GB`."""
+    return int(_parsed(parse_size, value))
 
 
 def number(value: str) -> float:
+    """A number, like `0.7`."""
+    return float(_parsed(parse_number, value))
+
+
+def _parsed(parse: Callable[[str], int | float], value: str) -> int | float:
     try:
-        return float(parse_number(value))
+        return parse(value)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's folder, or any causal LM (path or Hub name).")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A student's folder, or any causal language model (folder or Hub name).")
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,30 +44,42 @@ Data = Annotated[
         help="A file (.txt, .jsonl, .json, .csv, .parquet; also .gz, .zst), or a Hub data set. May be repeated.",
     ),
 ]
-Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="Compare with this model.")]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="A recipe's name or a .yaml file; default: window-linear.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting of the recipe, like plan.mixer.window=16. May be repeated."
+    ),
+]
+Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="The model to compare with.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
 Base = Annotated[
     str | None,
     typer.Option(
-        metavar="8bit|4bit", help="Hold the frozen weights in 8 or 4 bits (transfer and LoRA; torchao or bitsandbytes)."
+        metavar="8bit|4bit",
+        help="Quantize the frozen weights to 8 or 4 bits (attention transfer and LoRA; torchao or bitsandbytes).",
     ),
 ]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", parser=count, help="Seed of the sampling.")]
-MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", parser=count, help="Longest continuation.")]
+MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", parser=count, help="Generate at most N tokens.")]
 Temperature = Annotated[
     float | None, typer.Option(metavar="X", parser=number, help="Sampling temperature; 0 is greedy.")
 ]
 
 
 def each_with_its_option(arguments: Sequence[str], option: str) -> list[str]:
-    """`--compare A B` as `--compare A --compare B`: all values up to the next option belong to it.
+    """Spell `--compare A B` as `--compare A --compare B`: all values up to the next option belong to it.
 
-    Raises InputError for the option without a value.
+    Raises:
+        InputError: the option without a value.
     """
     spread: list[str] = []
-    values: int | None = None  # how many the open option has had; None: it is not open
+    values: int | None = None  # of the option that is being read; None: of no such option
     for argument in (*arguments, "-"):
         if values is not None and argument.startswith("-"):
             if values == 0:
@@ -81,15 +96,15 @@ def each_with_its_option(arguments: Sequence[str], option: str) -> list[str]:
 
 
 def names(value: str | None) -> list[str] | None:
-    """`a,b` as a list."""
+    """Split `a,b` into a list."""
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
 
 
 def counts(value: str | None) -> tuple[int, ...] | None:
-    """`1k,4096` as numbers."""
+    """Split `1k,4096` into numbers."""
     return None if value is None else tuple(count(name) for name in names(value) or ())
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given; for the others the function that does the work has the default."""
+def specified(**options: Any) -> dict[str, Any]:
+    """The options that were given; the function that does the work has the defaults of the others."""
     return {name: value for name, value in options.items() if value is not None}

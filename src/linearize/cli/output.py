@@ -1,4 +1,4 @@
-"""What the command line prints: results for people or as one JSON document, and errors in one line."""
+"""How the command line prints results: as text and tables, or as one JSON document."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from pydantic import BaseModel
-
-from linearize.errors import InputError
-from linearize.storage.disk import DiskFullError, is_disk_full
-
-DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
-_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def plain(value: Any) -> Any:
-    """A result as JSON knows it: mappings, lists, text and numbers; what is not finite becomes None."""
+    """A result as JSON: mappings, lists, text and numbers; numbers that are not finite become None."""
     if isinstance(value, BaseModel):
         return plain(value.model_dump(mode="json"))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -37,12 +30,12 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"a result holds {type(value).__name__}, which JSON does not know")
+    raise TypeError(f"a result holds {type(value).__name__}, which JSON cannot represent")
 
 
 @contextlib.contextmanager
 def json_only(wanted: bool) -> Iterator[None]:
-    """While `wanted`, everything that is printed goes to stderr, so that stdout holds the document alone."""
+    """Where `wanted`, send everything that is printed inside to stderr, so that stdout holds the document alone."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 
@@ -76,7 +69,7 @@ def lines(data: Any, title: str = "") -> Iterator[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Mappings as the rows of a table; a column for each key that any of them has, numbers to the right."""
+    """Mappings as the rows of a table, with a column for every key; numbers are aligned to the right."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([text(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -88,23 +81,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "  ".join(padded).rstrip()
 
 
-def conversion_lines(folder: Path) -> Iterator[str]:
-    """The losses of a conversion, from the report in the student's folder, and where the student is."""
-    from linearize.metrics.report import read_report
-
-    report = read_report(folder)
-    if report is None:
-        return
-    losses = [("teacher", report.teacher_loss), ("bare swap", report.swap_loss)]
-    losses += [(f"after {name}", loss) for name, loss, stage in report.moments() if stage is not None]
-    yield f"held-out loss, nats per token ({report.heldout_tokens:,} tokens)"
-    yield from table([{"": name, "loss": loss, "above": loss - report.teacher_loss} for name, loss in losses])
-    yield f"KL(teacher||student) {report.student_kl:.4f}, same most likely token {report.student_top1:.1%}"
-    yield f"student written to {folder}"
-
-
 def text(value: Any) -> str:
-    """One value for people: four decimals, thousands separated, `-` for none."""
+    """One value as text: four decimals, thousands separated, `-` for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -116,23 +94,6 @@ def text(value: Any) -> str:
     if isinstance(value, (list, Mapping)):
         return json.dumps(value)
     return str(value)
-
-
-def one_line(error: BaseException) -> tuple[int, str]:
-    """The exit code and the one line for an error that ends a command."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, InputError):
-        return BAD_USAGE, message
-    if isinstance(error, typer.TyperException):
-        command = getattr(getattr(error, "ctx", None), "command_path", "linearize")
-        return error.exit_code, f"{' '.join(error.format_message().split())} (see {command} --help)"
-    if isinstance(error, DiskFullError):
-        return FAILED, message
-    if is_disk_full(error):
-        return FAILED, f"no space left on the device; free some or choose another folder ({message})"
-    if isinstance(error, _PATH_ERRORS) and error.filename is not None:
-        return BAD_USAGE, f"{error.filename}: {error.strerror}; check the path"
-    return FAILED, f"failed: {type(error).__name__}: {message}"
 
 
 def _is_nested(value: Any) -> bool:

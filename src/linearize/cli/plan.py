@@ -7,31 +7,29 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Base, Json, count, given, size
+from linearize.cli.options import Base, Json, Recipe, Settings, count, size, specified
 from linearize.cli.output import json_only, show
 
 
 def plan(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder with config.json, or a Hub name.")],
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A recipe's name or a .yaml file; default: window-linear.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: stages.0.micro_batch=2. May be repeated."),
-    ] = None,
+    recipe: Recipe = None,
+    settings: Settings = None,
     tokens: Annotated[
-        int | None, typer.Option(metavar="N", parser=count, help="Tokens of the text; default: what stages train on.")
+        int | None,
+        typer.Option(metavar="N", parser=count, help="Tokens of the text; default: what the stages train on."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="KIND", help="A100-40, A100-80, H100-80, H200, B200; default: this CPU.")
     ] = None,
-    devices: Annotated[int | None, typer.Option(metavar="N", parser=count, help="How many; default: 1.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", parser=count, help="Number of devices; default: 1.")
+    ] = None,
     block: Annotated[
-        str | None, typer.Option(metavar="K|auto", help="Train stages that can by blocks of K layers.")
+        str | None, typer.Option(metavar="K|auto", help="Train K layers at a time in the stages that can.")
     ] = None,
     disk: Annotated[
-        int | None, typer.Option(metavar="SIZE", parser=size, help="Room for hidden states, like 2TB.")
+        int | None, typer.Option(metavar="SIZE", parser=size, help="Disk that saved hidden states may use, like 2TB.")
     ] = None,
     base: Base = None,
     devices_file: Annotated[
@@ -39,18 +37,23 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory, time and disk of a conversion, stage by stage, from the config alone; nothing is read or trained."""
+    """Estimate memory, time and disk of a conversion.
+
+    The teacher's config is enough; no weights are read.
+    """
     from linearize.planning import plan_conversion
-    from linearize.planning.show import plan_lines
+    from linearize.planning.report import plan_lines
     from linearize.recipes.overrides import parse_settings
 
-    chosen = given(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
+    chosen = specified(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
     if block is not None:
         chosen["block"] = block if block == "auto" else count(block)
     with json_only(as_json):
-        found = plan_conversion(teacher, overrides=parse_settings(settings or []) | given(base_weights=base), **chosen)
+        estimate = plan_conversion(
+            teacher, overrides=parse_settings(settings or []) | specified(base_weights=base), **chosen
+        )
     if as_json:
-        show(found, as_json=True)
+        show(estimate, as_json=True)
         return
-    for line in plan_lines(found):
+    for line in plan_lines(estimate):
         print(line)

@@ -1,4 +1,4 @@
-"""A conversion by many processes: what cannot be done so, what all must know alike, and the models shared out."""
+"""A conversion by several processes: which recipes they can run, what must be the same for all, and sharded models."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from linearize.conversion.prepare import Prepared
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.modeling.sharding import Shards, set_shards
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.data.loading import PSEUDO
 from linearize.training.distributed import Group
 from linearize.version import __version__
 
 
-def check_together(recipe: Recipe, group: Group) -> None:
-    """Refuse a recipe that this many processes cannot run; a process alone can run any.
+def check_processes(recipe: Recipe, group: Group) -> None:
+    """Refuse a recipe that this many processes cannot run; a single process can run any.
 
     Raises:
-        InputError: base weights in 8 bits, a batch that does not divide.
+        InputError: quantized base weights, or a batch that does not divide by the number of processes.
     """
     if group.ranks == 1:
         return
     if recipe.base_weights != "full":
         raise InputError(
-            f"base_weights {recipe.base_weights} is for one process: set base_weights=full, torchrun's processes share "
-            "the weights out"
+            f"base_weights {recipe.base_weights} is for one process: set base_weights=full, the processes of torchrun "
+            "share the weights"
         )
     for number, stage in enumerate(recipe.stages):
         if stage.tokens == 0:
@@ -46,8 +46,8 @@ def check_together(recipe: Recipe, group: Group) -> None:
             )
 
 
-def facts(teacher: str, specs: Sequence[str], recipe: Recipe, out: Path) -> dict[str, str]:
-    """What must be the same for every process, in the words of a message: versions, recipe, teacher, data, folder."""
+def run_signature(teacher: str, specs: Sequence[str], recipe: Recipe, out: Path) -> dict[str, str]:
+    """What must be the same for every process, as texts for messages: versions, recipe, teacher, data, folder."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {
         "versions": ", ".join(f"{name} {number}" for name, number in {"linearize": __version__, **versions}.items()),
@@ -58,18 +58,18 @@ def facts(teacher: str, specs: Sequence[str], recipe: Recipe, out: Path) -> dict
     }
 
 
-def share_out(prepared: Prepared, group: Group, device: str | None) -> Prepared:
-    """The weights of teacher and student brought to all processes, sharded; as they are where there is one process."""
+def shard_models(prepared: Prepared, group: Group, device: str | None) -> Prepared:
+    """Shard the weights of teacher and student over all processes; a single process keeps them as they are."""
     if group.ranks == 1:
         return prepared
-    where = pick_device(device)
-    if where.type == "cuda":
-        where = torch.device("cuda", torch.cuda.current_device())
-    shards = Shards(where)
+    target = pick_device(device)
+    if target.type == "cuda":
+        target = torch.device("cuda", torch.cuda.current_device())
+    shards = Shards(target)
     models = (prepared.student, prepared.layer_teacher, prepared.teacher)
     shards.place([model for model in models if model is not None])
     set_shards(prepared.student, shards)
-    heldout = [{name: x.to(where) for name, x in batch.items()} for batch in prepared.heldout]
+    heldout = [{name: x.to(target) for name, x in batch.items()} for batch in prepared.heldout]
     return replace(prepared, heldout=heldout)
 
 

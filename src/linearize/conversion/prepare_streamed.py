@@ -1,4 +1,4 @@
-"""What a streamed conversion works on, checked before any work: a teacher of names and shapes, plan, stage, text."""
+"""Check what a streamed conversion works on, before any work: a teacher of names and shapes, plan, stage, text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from linearize.conversion.options import is_blockwise
-from linearize.conversion.prepare import check_rows, check_stages, context, fit_length, planned, read_text
+from linearize.conversion.checks import check_rows, check_stages, context_length, fit_length
+from linearize.conversion.prepare import resolve_plan
+from linearize.conversion.request import is_blockwise
+from linearize.conversion.text import read_text
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.config import student_config
 from linearize.modeling.io.assemble import student_on_meta
 from linearize.modeling.io.streamed_teacher import StreamedBlocks, StreamedTeacher
 from linearize.modeling.io.student_folder import check_saving, valid_generation_config
 from linearize.modeling.probe import keeps_apart
-from linearize.recipes.recipe import Recipe
+from linearize.modeling.student import student_config
+from linearize.recipes.schema import Recipe
 from linearize.training.config import Batch, BlockwiseConfig
 from linearize.training.data.loading import PSEUDO
 from linearize.training.data.train_dataset import TrainingText
@@ -32,8 +34,11 @@ LOG = logging.getLogger("linearize")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StreamPrepared:
-    """Everything checked. `student`: on meta. `stage`: the recipe's block-wise stage, its number `number`."""
+class StreamedPrepared:
+    """Everything that a streamed conversion works on, checked.
+
+    `student` is on the meta device. `stage` is the recipe's block-wise stage, and `number` its number.
+    """
 
     name: str
     recipe: Recipe
@@ -45,20 +50,19 @@ class StreamPrepared:
     heldout: Sequence[Batch]
 
 
-def prepare_stream(
+def prepare_streamed(
     name: str,
     recipe: Recipe,
     specs: Sequence[str],
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
-    asked: Container[str] = (),
-) -> StreamPrepared:
-    """Check everything; nothing has been written or trained when this returns, and no weights but the embedding's and
-    the first layer's were read.
+    overridden: Container[str] = (),
+) -> StreamedPrepared:
+    """Check everything; writes and trains nothing, and reads the weights of the embedding and the first layer alone.
 
     Raises:
-        InputError: anything given that cannot be used, or that needs the whole model in memory.
+        InputError: an argument that cannot be used, or one that needs the whole model in memory.
     """
     number = block_stage(recipe)
     _check_plan(recipe)
@@ -68,10 +72,10 @@ def prepare_stream(
             "disk: give a file"
         )
     torch.set_flush_denormal(True)
-    where = pick_device(device)
-    teacher = StreamedTeacher(name, device=where, trust_remote_code=trust_remote_code)
-    recipe, told = fit_length(recipe, context(teacher), asked)
-    applied, _, untouched = planned(recipe.plan, teacher.sites, teacher.skeleton, [])
+    target = pick_device(device)
+    teacher = StreamedTeacher(name, device=target, trust_remote_code=trust_remote_code)
+    recipe, notices = fit_length(recipe, context_length(teacher), overridden)
+    applied, _, untouched = resolve_plan(recipe.plan, teacher.sites, teacher.skeleton, [])
     config = student_config(teacher.skeleton, teacher.sites, applied, name)
     config.dtype = teacher.stored
     student = student_on_meta(config)
@@ -81,32 +85,32 @@ def prepare_stream(
     if not student.mixer_parameters():
         raise InputError("no mixer of this plan has parameters to train, so there is nothing to do block by block")
     packs = partial(_keeps_documents_apart, StreamedBlocks(teacher, config, seed=recipe.seed))
-    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, where, packs=packs)
+    text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, target, packs=packs)
     check_rows(recipe, text, 1)
-    for notice in told + untouched:
+    for notice in notices + untouched:
         LOG.warning(notice)
     stage: Any = recipe.stages[number]
-    return StreamPrepared(
-        name=name, recipe=recipe, teacher=teacher, student=student, stage=computed_on(stage, where), number=number,
+    return StreamedPrepared(
+        name=name, recipe=recipe, teacher=teacher, student=student, stage=computed_on(stage, target), number=number,
         text=text, heldout=heldout,
     )  # fmt: skip
 
 
 def block_stage(recipe: Recipe) -> int:
-    """The number of the block-wise stage, the first of those that run and the only one by blocks.
+    """The number of the block-wise stage: the first that runs, and the only one by blocks.
 
     Raises:
-        InputError: another stage comes first or is block-wise too; says which setting changes that.
+        InputError: another stage comes first or is block-wise too.
     """
     running = [(number, stage) for number, stage in enumerate(recipe.stages) if stage.tokens != 0]
     if not running:
         raise InputError("blocks read from the disk need a block-wise stage, and this recipe runs none: set tokens")
     first, stage = running[0]
     if not is_blockwise(stage):
-        way = f"set stages.{first}.tokens=0"
+        remedy = f"set stages.{first}.tokens=0"
         if isinstance(stage, BlockwiseConfig):
-            way = f"set stages.{first}.block=auto, or a number of layers"
-        raise InputError(f"stages.{first} ({stage.name}) needs the whole model in memory, without --stream: {way}")
+            remedy = f"set stages.{first}.block=auto, or a number of layers"
+        raise InputError(f"stages.{first} ({stage.name}) needs the whole model in memory, without --stream: {remedy}")
     for number, other in running[1:]:
         if is_blockwise(other):
             raise InputError(
@@ -129,14 +133,14 @@ def _keeps_documents_apart(blocks: StreamedBlocks) -> bool:
 
 def _check_plan(recipe: Recipe) -> None:
     plan = recipe.plan
-    wrong = {
+    unsupported = {
         "plan.depth (a draft)": plan.depth is not None,
         "plan.schedule": plan.schedule is not None,
         "layers chosen by sensitivity": plan.needs_scores,
     }
-    if found := [what for what, given in wrong.items() if given]:
+    if present := [name for name, is_set in unsupported.items() if is_set]:
         raise InputError(
-            f"{found[0]} needs the whole model in memory: leave it out, or convert in one process without --stream"
+            f"{present[0]} needs the whole model in memory: leave it out, or convert in one process without --stream"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a person asks of a conversion, checked as far as it can be before anything is read."""
+"""The arguments of `convert`, checked as far as they can be before anything is read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.conversion.base_weights import checked_base
-from linearize.conversion.options import BlockOptions, check_options, has_later
+from linearize.conversion.checks import checked_base
 from linearize.conversion.work_folder import work_folder
+from linearize.errors import InputError
 from linearize.numbers import parse_size
-from linearize.recipes.recipe import Recipe, load_recipe
+from linearize.recipes.schema import Recipe, load_recipe
 from linearize.storage.files import check_apart, expand_home, real_name
+from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.loading import PSEUDO, local_spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """`teacher`: folder or Hub name. `specs`: of the data. `asked`: the recipe keys that were overridden. `stream`: the
-    teacher's weights are read block by block. `final`: the student's folder, `work`: the one of the run."""
+class BlockOptions:
+    """How to train by blocks. `memory`: bytes that the process may use, `disk`: bytes that hidden states may use (None:
+    what is free). `only`: the blocks to train before stopping, as `0-3,7`, or `all`."""
+
+    memory: int | None = None
+    disk: int | None = None
+    only: str | None = None
+
+    @property
+    def any_set(self) -> bool:
+        """Whether any of them is set."""
+        return any(value is not None for value in (self.memory, self.disk, self.only))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """What to convert, how, and where to.
+
+    `teacher`: folder or Hub name. `specs`: the SPECs of the data. `overridden`: the recipe keys that the caller set.
+    `stream`: the teacher's weights are read block by block. `final`: the student's folder. `work`: that of the run.
+    """
 
     teacher: str
     specs: list[str]
     recipe: Recipe
-    asked: frozenset[str]
+    overridden: frozenset[str]
     options: BlockOptions
     stream: bool
     overwrite: bool
@@ -36,17 +55,17 @@ class Request:
 
     @property
     def only_blocks(self) -> bool:
-        """Whether some blocks are trained and no student is made."""
+        """Whether this call only trains blocks and makes no student."""
         return self.options.only is not None
 
     @property
     def needs_whole(self) -> bool:
-        """Whether a student is made in memory: where weights are read block by block, for later stages alone."""
+        """Whether the whole model is in memory; a streamed conversion needs that for later stages alone."""
         return not self.only_blocks and (not self.stream or has_later(self.recipe.stages))
 
     @property
-    def wanted(self) -> dict[str, Any]:
-        """What tells this conversion from others with the same folder, as JSON; places by their real paths."""
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes this conversion from others with the same folder, as JSON; paths are real paths."""
         recipe = self.recipe.model_dump(mode="json")
         for stage, fields in zip(self.recipe.stages, recipe["stages"], strict=True):
             fields |= {place: real_name(fields[place]) for place in stage.places if fields[place] is not None}
@@ -67,8 +86,8 @@ def read_request(
     overwrite: bool,
     device: str | None,
     trust_remote_code: bool,
-) -> Request:
-    """The arguments of `convert`, as far as they can be checked by themselves. Raises InputError."""
+) -> ConversionRequest:
+    """Check the arguments of `convert` as far as they can be checked by themselves. Raises InputError."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
     checked_base(chosen)
@@ -78,14 +97,71 @@ def read_request(
     final, teacher = Path(expand_home(out)).resolve(), expand_home(teacher)
     specs = [local_spec(str(spec)) for spec in ([data] if isinstance(data, str) else data)]
     check_apart(final, teacher, *(spec.removeprefix(PSEUDO) for spec in specs))
-    return Request(
-        teacher=teacher, specs=specs, recipe=chosen, asked=frozenset(overrides or ()), options=options,
+    return ConversionRequest(
+        teacher=teacher, specs=specs, recipe=chosen, overridden=frozenset(overrides or ()), options=options,
         stream=stream, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code, final=final,
         work=work_folder(final),
     )  # fmt: skip
 
 
+def parse_blocks(text: str, count: int | None = None) -> list[int]:
+    """The numbers that `0-3,7` names, of `count` blocks; `all` names all of them. Raises InputError."""
+    if not isinstance(text, str):
+        raise InputError(
+            f"blocks {text!r}: give a string of numbers and ranges, counted from 0, like '0-3,7', or 'all'"
+        )
+    if text.strip() == "all":
+        return list(range(count or 0))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (text.strip() for text in part.partition("-"))
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise InputError(f"blocks {text!r}: write numbers and ranges of blocks, counted from 0, like 0-3,7, or all")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if count is not None and max(numbers) >= count:
+        raise InputError(f"blocks {text!r}: the model is trained in blocks 0 to {count - 1}; name some of those")
+    return sorted(numbers)
+
+
+def is_blockwise(stage: StageConfig) -> bool:
+    """Whether a stage trains block by block."""
+    return isinstance(stage, BlockwiseConfig) and stage.block is not None and stage.tokens != 0
+
+
+def check_options(stages: Sequence[StageConfig], options: BlockOptions) -> None:
+    """Refuse block options that these stages cannot use.
+
+    Raises:
+        InputError: no block-wise stage, or one after a stage on the whole model.
+    """
+    running = [stage for stage in stages if stage.tokens != 0]
+    first_joint = next((number for number, stage in enumerate(running) if not is_blockwise(stage)), len(running))
+    late = [stage.name for stage in running[first_joint:] if is_blockwise(stage)]
+    if late:
+        raise InputError(
+            f"{late[0]} has block set, but {running[first_joint].name} runs before it on the whole model: block-wise "
+            "stages come first, set block of this one to null"
+        )
+    if options.any_set and first_joint == 0:
+        raise InputError(
+            "memory, disk and blocks are for block-wise stages, and this recipe has none: set stages.0.block=auto "
+            "(attention_transfer and hidden_alignment have it)"
+        )
+    if options.only is not None:
+        parse_blocks(options.only)
+        if first_joint > 1:
+            raise InputError(
+                "blocks were given, but this recipe has several block-wise stages: set block of all but one to null"
+            )
+
+
+def has_later(stages: Sequence[StageConfig]) -> bool:
+    """Whether stages on the whole model follow the block-wise ones."""
+    running = [is_blockwise(stage) for stage in stages if stage.tokens != 0]
+    return any(running) and not all(running)
+
+
 def _real_spec(spec: str) -> str:
-    """A SPEC of data by the real path of its file."""
+    """A SPEC with the real path of its file."""
     prefix = PSEUDO if spec.startswith(PSEUDO) else ""
     return prefix + real_name(spec.removeprefix(prefix))

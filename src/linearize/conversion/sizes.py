@@ -1,4 +1,4 @@
-"""What blocks of this model and this text cost, from shapes alone, and the number of layers that fits."""
+"""Memory and disk of block-wise training, from shapes alone, and the number of layers per block that fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize.conversion.options import BlockOptions
+from linearize.conversion.request import BlockOptions
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.blocks import Blocks
@@ -35,13 +35,13 @@ def chosen_block(
     folder: Path,
     resident: nn.Module | None = None,
 ) -> int:
-    """`stage.block`, or for `auto` the cheapest number of layers in the memory and disk given (else what is free).
+    """Layers per block: `stage.block`, or for `auto` the cheapest number that fits into `options` (else what is free).
 
-    `student`: shapes are read from it, its tensors may be on meta. `folder`: where hidden states will lie. `resident`:
-    a model that is in memory as a whole.
+    `student`: its shapes are read, its tensors may be on the meta device. `folder`: where hidden states are stored.
+    `resident`: a model that is in memory as a whole.
 
     Raises:
-        InputError: it does not fit; says what would.
+        InputError: it does not fit; the message names what does.
     """
     sizes = block_sizes(stage, student, source, rows, resident=resident)
     free = free_disk(folder)
@@ -63,8 +63,8 @@ def block_sizes(
     *,
     resident: nn.Module | None = None,
 ) -> BlockSizes:
-    """Sizes for the budget. What a layer keeps for its backward pass is estimated from the attention's shape: queries,
-    keys, values, features and outputs in fp32, each a few times over."""
+    """Sizes for the budget. What a layer saves for its backward pass is estimated from the attention's shape: queries,
+    keys, values, features and outputs in fp32, each a few times."""
     item = 2 if source.device.type != "cpu" and source.dtype.itemsize == 2 else 4
     blocks = [student.lm.get_submodule(block_name(site)) for site in student.config.attention]
     trained = [sum(p.numel() for name, p in b.named_parameters() if "mixer." in name) for b in blocks]
@@ -93,11 +93,10 @@ def block_sizes(
 def check_whole(
     student: LinearizedForCausalLM, device: torch.device, stages: Sequence[str], memory: int | None, processes: int
 ) -> None:
-    """Refuse stages on the whole model whose weights alone are more than the memory of a process; `memory`: the bound
-    that was given.
+    """Refuse stages on the whole model whose weights alone take more than `memory` bytes of a process (None: no bound).
 
     Raises:
-        InputError: says what is needed, and the ways out.
+        InputError: they do; the message names what is needed and what to do.
     """
     if memory is None:
         return
@@ -105,23 +104,23 @@ def check_whole(
     need = PROCESS_BYTES + _bytes(student.parameters(), item) // processes
     if need <= memory:
         return
-    where = "one process" if processes == 1 else f"each of {processes} processes"
+    holder = "one process" if processes == 1 else f"each of {processes} processes"
     raise InputError(
-        f"{', '.join(stages) or 'what is loaded at the end'} needs the whole model, of which {where} takes at least "
+        f"{', '.join(stages) or 'what is loaded at the end'} needs the whole model, of which {holder} takes at least "
         f"{size_text(need)} of memory, {size_text(memory)} given: share it among more processes (torchrun), give more, "
         "or set the tokens of the later stages to 0"
     )
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that hidden states in a folder may take: what is free, and what they take already."""
-    there = sum(path.stat().st_size for path in folder.glob("hidden/*/*.bin"))
+    """Bytes that hidden states in a folder may use: what is free, and what they use already."""
+    used = sum(path.stat().st_size for path in folder.glob("hidden/*/*.bin"))
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(existing).free + there
+    return shutil.disk_usage(existing).free + used
 
 
 def free_memory() -> int:
-    """Bytes that this machine could give: of its memory, and of a control group's bound where there is one."""
+    """Bytes of memory that are available: of the machine, or of the control group where that has a lower bound."""
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
@@ -138,6 +137,6 @@ def free_memory() -> int:
 
 
 def _bytes(parameters: Iterable[nn.Parameter], item: int | None) -> int:
-    """Of parameters as they compute, each once."""
+    """Bytes of parameters, each counted once, with `item` bytes per number where it is set."""
     seen = {id(parameter): parameter for parameter in parameters}
     return sum(p.numel() * (item if item and p.is_floating_point() else p.element_size()) for p in seen.values())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from linearize.conversion.run import convert
+from linearize.conversion.api import convert
 from linearize.decoding.generate import continue_text
 from linearize.demo.show import LineOrBar, show_demo
 from linearize.demo.text import KEPT, DemoText, write_text
@@ -26,9 +26,10 @@ from linearize.metrics.plots import plot_decode_cost, plot_loss_by_position, plo
 from linearize.metrics.report import ConversionReport, provenance, read_report
 from linearize.modeling import load
 from linearize.modeling.io.teacher import load_teacher
-from linearize.ops.window_linear.spec import ring_slots
-from linearize.recipes.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from linearize.storage.files import atomic_write_text, expand_home, resumable_folder
+from linearize.ops.window_linear.window import ring_slots
+from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.storage.atomic import atomic_write_text, resumable_folder
+from linearize.storage.files import expand_home
 from linearize.version import __version__
 
 TEACHER = Path(__file__).parent / "teacher"

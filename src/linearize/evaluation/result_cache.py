@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.storage.files import atomic_write_text, read_json
+from linearize.storage.atomic import atomic_write_text
+from linearize.storage.files import read_json
 
 
 @dataclass(frozen=True)

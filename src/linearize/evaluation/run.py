@@ -30,8 +30,10 @@ from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
 from linearize.evaluation.verdict import verdict
 from linearize.metrics.report import provenance
 from linearize.modeling.probe import keeps_documents_apart
+from linearize.storage.atomic import atomic_write_text
 from linearize.storage.disk import not_created, writing
-from linearize.storage.files import atomic_write_text, expand_home, output_lock
+from linearize.storage.files import expand_home
+from linearize.storage.locks import output_lock
 from linearize.training.data.documents import Document
 
 FORMAT = 1

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import InputError
 from linearize.metrics.language_model import BranchAblation, LanguageModelingReport
-from linearize.storage.files import atomic_write_text, read_json
+from linearize.storage.atomic import atomic_write_text
+from linearize.storage.files import read_json
 from linearize.training.config import StageConfig
 from linearize.training.dataset_stage import OwnLoopConfig
 from linearize.training.loop import StageResult

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from linearize.metrics.layer_error import layer_errors
 from linearize.metrics.token_scores import LOGITS_BYTES, View, score_rows
 from linearize.mixers import LayerMixer
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.io.quantized import BaseWeights
 from linearize.planning.devices import Device
-from linearize.planning.samples import Numbers, Sample
+from linearize.planning.samples import Measured, Numbers, Sample, Whole, measured
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig
 from linearize.training.dataset_stage import OwnLoopConfig
 from linearize.training.memory_simulation import tensor_bytes, weight_bytes
 from linearize.training.stages.dpo import DpoConfig
+from linearize.training.stages.lora import find_projections
+from linearize.training.stages.lowrank import LowRankConfig
 from linearize.training.stages.trainable import recompute_blocks, unshare
 from linearize.training.stages.trl_scores import score
 from linearize.training.step import Stepper
+
+GROUP, SCALES = 64, 256  # nf4: numbers that share a scale, and scales (8 bits each) that share one of their own
 
 
 def stage_costs(stage: StageConfig, sample: Sample, rows: int, length: int, heldout: Batch, device: Device) -> Numbers:
@@ -136,5 +143,45 @@ class _OwnLoop:
 
 
 def _scores(student: LinearizedForCausalLM, batch: Batch) -> torch.Tensor:
-    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    return score(lambda **more: student(**given, **more).logits, batch["labels"]).loss
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    return score(lambda **more: student(**inputs, **more).logits, batch["labels"]).loss
+
+
+def quantized_bytes(whole: Whole, base: BaseWeights, stages: tuple[StageConfig, ...]) -> Numbers:
+    """Bytes that depend on the base weights. `saved`: by quantizing the linear layers. `adapted`: of these, what the
+    layers that LoRA adapts take again when its stage ends. `product`: the largest weight, dequantized for a product."""
+    if base == "full":
+        return {"saved": 0.0, "adapted": 0.0, "product": 0.0}
+    targets = {target for stage in stages if isinstance(stage, LowRankConfig) for target in stage.targets}
+    bytes_of: Measured = measured(whole, lambda sample: _quantized_sample(sample, base, sorted(targets)))
+    return {**bytes_of.total, "product": bytes_of.base["product"]}
+
+
+def quantized_weight_bytes(outputs: int, inputs: int, itemsize: int, base: BaseWeights) -> int:
+    """Bytes of a weight `[outputs, inputs]`: int8 with a scale per output, or nf4 with 8-bit scales."""
+    count = outputs * inputs
+    if base == "8bit":
+        return count + outputs * itemsize
+    scales = math.ceil(count / GROUP)
+    return math.ceil(count / 2) + scales + 4 * math.ceil(scales / SCALES)
+
+
+def _quantized_sample(sample: Sample, base: BaseWeights, targets: list[str]) -> Numbers:
+    output = sample.teacher.get_output_embeddings()
+    less = {}
+    for name, layer in sample.teacher.named_modules():
+        if isinstance(layer, nn.Linear) and layer is not output:
+            weight = layer.weight
+            less[name] = weight.nbytes - quantized_weight_bytes(weight.shape[0], weight.shape[1], weight.itemsize, base)
+    adapted = find_projections(sample.student, targets) if targets else []
+    largest = max((sample.teacher.get_submodule(name).weight.nbytes for name in less), default=0)
+    return {
+        "saved": float(sum(less.values())),
+        "adapted": float(sum(less[name] for name in map(_in_teacher, adapted) if name in less)),
+        "product": float(largest),
+    }
+
+
+def _in_teacher(name: str) -> str:
+    """A student's module by its name in the teacher."""
+    return name.removeprefix("lm.")

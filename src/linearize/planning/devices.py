@@ -120,20 +120,20 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _memory() -> int:
     """Bytes of this machine, or of the control group that the process is in."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            found.append(int(Path(limit).read_text("ascii")))
+            bounds.append(int(Path(limit).read_text("ascii")))
         except (OSError, ValueError):
             continue
-    return min(found)
+    return min(bounds)
 
 
 def _parse(text: str, where: str) -> dict[str, Device]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{where}: a table of devices maps names to {', '.join(Device.model_fields)}")
     devices = {}
@@ -141,9 +141,11 @@ def _parse(text: str, where: str) -> dict[str, Device]:
         try:
             devices[str(name)] = Device.model_validate(fields)
         except (ValidationError, InputError) as error:
-            told = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            key = ".".join(map(str, (name, *told["loc"])))
-            raise InputError(f"{where}: {key}: {told['msg']}; a device has {', '.join(Device.model_fields)}") from error
+            fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            key = ".".join(map(str, (name, *fault["loc"])))
+            raise InputError(
+                f"{where}: {key}: {fault['msg']}; a device has {', '.join(Device.model_fields)}"
+            ) from error
     return devices
 
 

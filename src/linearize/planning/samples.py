@@ -22,7 +22,7 @@ from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.probe import AttentionSite, probe
 from linearize.modeling.surgery import check_plan
 from linearize.modeling.truncate import SIMPLE, cut_tree, truncate
-from linearize.recipes.recipe import Recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.memory_simulation import Meter, no_contents, simulation, weight_bytes
 
 Numbers = Mapping[str, float]
@@ -177,18 +177,18 @@ def _of_small(whole: Whole, layers: Sequence[int]) -> Any:
 
 def _groups(layers: Iterable[int], keys: Iterable[Any]) -> list[list[int]]:
     """The layers that have the same key together."""
-    found: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for layer, key in zip(layers, keys, strict=True):
-        found.setdefault(key, []).append(layer)
-    return list(found.values())
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
 
 
 def _sites(model: Any, names: Sequence[str], alike: Sequence[Sequence[int]]) -> list[AttentionSite]:
     """The attention of every layer, from running one of each that are alike."""
     first = sorted(group[0] for group in alike)
     probed = dict(zip(first, probe(cut_tree(model, names, first)), strict=True))
-    found = {layer: replace(probed[group[0]], layer=layer) for group in alike for layer in group}
-    return [found[layer] for layer in range(len(names))]
+    sites = {layer: replace(probed[group[0]], layer=layer) for group in alike for layer in group}
+    return [sites[layer] for layer in range(len(names))]
 
 
 def _described(block: nn.Module) -> str:

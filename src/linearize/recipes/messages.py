@@ -1,4 +1,4 @@
-"""Pydantic's findings about a recipe, told in one line: the key, what was given, what is allowed."""
+"""Pydantic's errors about a recipe as one line: the key, the value, what is allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAPPING_EXPECTED = ("model_type", "model_attributes_type", "dict_type")
 
 
 def explain(error: ValidationError, model: type[BaseModel], data: object, where: str = "") -> InputError:
-    """The findings as one `InputError`.
+    """The errors as one `InputError`.
 
     Args:
         error: what `model.model_validate(data)` raised.
@@ -25,20 +25,20 @@ def explain(error: ValidationError, model: type[BaseModel], data: object, where:
     by_key: dict[str, list[str]] = {}
     for finding in error.errors():
         key = _key(finding["loc"], data, finding["type"])
-        by_key.setdefault(key, []).append(_tell(key, dict(finding), model))
+        by_key.setdefault(key, []).append(_describe(key, dict(finding), model))
     lines = [_join(list(dict.fromkeys(texts))) for texts in by_key.values()]
     more = f"; and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
     return InputError((f"{where}: " if where else "") + "; ".join(lines[:_MOST_SHOWN]) + more)
 
 
 def _join(texts: list[str]) -> str:
-    """Several findings about one key (each member of a union has its own), with key and value said once."""
+    """Join several errors about one key (each member of a union has its own), with key and value written once."""
     head = texts[0].partition(_GIVEN)[0] + _GIVEN
     return " or ".join([texts[0], *(text.removeprefix(head) for text in texts[1:])])
 
 
 def _key(loc: Sequence[int | str], data: object, kind: str) -> str:
-    """The dotted key a finding is about: pydantic's path without the names of union members, which `data` lacks."""
+    """The dotted key of an error: pydantic's path without the names of union members, which `data` lacks."""
     parts: list[str] = []
     for position, part in enumerate(loc):
         if isinstance(data, Mapping) and str(part) in {str(key) for key in data}:
@@ -51,7 +51,7 @@ def _key(loc: Sequence[int | str], data: object, kind: str) -> str:
     return ".".join(parts)
 
 
-def _tell(key: str, finding: dict[str, Any], model: type[BaseModel]) -> str:
+def _describe(key: str, finding: dict[str, Any], model: type[BaseModel]) -> str:
     kind, context = finding["type"], finding.get("ctx", {})
     if kind == "extra_forbidden":
         parent = key.rpartition(".")[0]
@@ -68,10 +68,10 @@ def _tell(key: str, finding: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key} is missing"
     if kind == "value_error":
         return f"{key}: {context['error']}"
-    given = repr(finding["input"])
-    given = given if len(given) <= 60 else given[:57] + "..."
+    value = repr(finding["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
     message = "input should be a mapping" if kind in _MAPPING_EXPECTED else finding["msg"]
-    return f"{key or 'the recipe'}: {given}{_GIVEN}{message[:1].lower()}{message[1:]}"
+    return f"{key or 'the recipe'}: {value}{_GIVEN}{message[:1].lower()}{message[1:]}"
 
 
 def _tag(context: Mapping[str, Any]) -> str:
@@ -80,16 +80,16 @@ def _tag(context: Mapping[str, Any]) -> str:
 
 
 def _models(model: type[BaseModel], loc: Sequence[int | str]) -> list[type[BaseModel]]:
-    """The models that may stand at a place: fields are followed, a name picks its union member, an index passes."""
-    found = [model]
+    """The models that a path may lead to: a field is followed, a name picks its union member, an index is skipped."""
+    models = [model]
     for part in loc:
-        picked = [candidate for candidate in found if part in _names(candidate)]
-        followed = [_inside(m.model_fields[part].annotation) for m in found if part in m.model_fields]
+        picked = [candidate for candidate in models if part in _names(candidate)]
+        followed = [_inside(m.model_fields[part].annotation) for m in models if part in m.model_fields]
         if picked:
-            found = picked
+            models = picked
         elif followed:
-            found = [member for members in followed for member in members]
-    return found
+            models = [member for members in followed for member in members]
+    return models
 
 
 def _names(model: type[BaseModel]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`["plan.mixer.window=16", ...]` as a mapping; values are read as YAML.
 
     Raises:
-        InputError: a setting without `=` or value, one that is no YAML, or a key given twice.
+        InputError: a setting without `=` or value, one that is not YAML, or a key given twice.
     """
     result: dict[str, Any] = {}
     for setting in settings:
@@ -40,7 +40,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             result[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(
-                f"setting {setting!r}: the value is no YAML; give a number, a word, [..] or {{..}}"
+                f"setting {setting!r}: the value is not valid YAML; give a number, a word, [..] or {{..}}"
             ) from error
     return result
 

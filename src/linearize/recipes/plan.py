@@ -202,21 +202,21 @@ class PlanConfig(BaseModel):
         return [list(converted)] if self.schedule is None else self.schedule.steps(converted, num_layers)
 
 
-def layer_indices(given: tuple[int, ...], num_layers: int, key: str) -> list[int]:
-    """Layer indices as given, negative ones counted from the end.
+def layer_indices(indices: tuple[int, ...], num_layers: int, key: str) -> list[int]:
+    """Layer indices in their order, negative ones counted from the end.
 
     Raises:
         InputError: an index outside the model, or two that name the same layer.
     """
     result: list[int] = []
-    for index in given:
+    for index in indices:
         if not -num_layers <= index < num_layers:
             raise InputError(
                 f"{key}: layer {index} given, the model has {num_layers} layers: "
                 f"allowed are 0 to {num_layers - 1}, or -{num_layers} to -1 from the end"
             )
         if index % num_layers in result:
-            raise InputError(f"{key}: {list(given)} names layer {index % num_layers} twice; name it once")
+            raise InputError(f"{key}: {list(indices)} names layer {index % num_layers} twice; name it once")
         result.append(index % num_layers)
     return result
 

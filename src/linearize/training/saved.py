@@ -20,8 +20,8 @@ from torch import Tensor
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.io.integrity import file_crc32
+from linearize.storage.atomic import atomic_write_text
 from linearize.storage.disk import sync, writing
-from linearize.storage.files import atomic_write_text
 from linearize.training.checkpoint import (
     FILE,
     FORMAT,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from linearize.errors import InputError, unknown
-from linearize.storage.files import atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 
 LOG = "training.jsonl"
 

@@ -18,7 +18,7 @@ from linearize.evaluation.chat.data import Instruction
 from linearize.evaluation.chat.journal import Record, file_name
 from linearize.evaluation.chat.judge import Judge, Message
 from linearize.evaluation.context import Contestant
-from linearize.storage.files import atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 
 NAME = "alpaca_eval"
 JUDGE_TOKENS = 16  # one letter; some tokenizers and judges need a little room around it

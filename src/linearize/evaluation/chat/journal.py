@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.storage.files import atomic_write_text, read_text
+from linearize.storage.atomic import atomic_write_text
+from linearize.storage.files import read_text
 
 Record = dict[str, Any]
 

@@ -10,7 +10,7 @@ from linearize.evaluation.context import Section, Table
 from linearize.evaluation.report.parts import NOTHING, capital, facts_html, shown_html, table_html, text, tiles_html
 from linearize.evaluation.report.style import STYLE_SHEET
 from linearize.evaluation.verdict import known_sections
-from linearize.storage.files import atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 
 FILE_NAME = "report.html"
 MOST_NOTES = 5

@@ -12,7 +12,8 @@ from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import granite_hybrid, qwen3_5, remote_code
 from linearize.modeling.export.common import Source, logit_difference
 from linearize.modeling.export.readme import readme
-from linearize.storage.files import atomic_folder, check_apart, check_free, expand_home
+from linearize.storage.atomic import atomic_folder, check_free
+from linearize.storage.files import check_apart, expand_home
 
 __all__ = ["EXPORTS", "Export", "export_student"]
 

@@ -22,7 +22,8 @@ import xxhash
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.storage.files import atomic_write_text, read_json
+from linearize.storage.atomic import atomic_write_text
+from linearize.storage.files import read_json
 
 FORMAT = 2
 SHARD_BYTES = 64 * 2**20

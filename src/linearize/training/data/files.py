@@ -66,7 +66,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"data {str(path)!r}, line {number}: no valid JSON ({error.msg})") from error
+                raise InputError(f"data {str(path)!r}, line {number}: not valid JSON ({error.msg})") from error
 
 
 def _json_rows(path: Path) -> Numbered:
@@ -79,7 +79,7 @@ def _json_rows(path: Path) -> Numbered:
         if error.msg == "Extra data":  # JSON lines under the name .json, as many datasets have it
             return _jsonl_rows(path)
         where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"data {str(path)!r}: no valid JSON, {error.msg} ({where})") from error
+        raise InputError(f"data {str(path)!r}: not valid JSON, {error.msg} ({where})") from error
     rows = document.get("data", document) if isinstance(document, dict) else document
     if isinstance(rows, dict) and {type(cells) for cells in rows.values()} in ({list}, {dict}):
         rows = _from_columns(rows, path)

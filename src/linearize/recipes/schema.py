@@ -146,7 +146,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise InputError(f"{where}: no valid YAML: {getattr(error, 'problem', None) or error}{place}") from error
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}{place}") from error
     if not isinstance(data, dict):
         raise InputError(f"{where}: a recipe is a mapping with plan, data and stages; this is {type(data).__name__}")
     return data

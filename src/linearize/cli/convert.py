@@ -1,0 +1,84 @@
+"""The verb `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, size, specified
+from linearize.cli.output import table
+
+
+def convert(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A causal language model: a folder or a Hub name.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="SPEC",
+            help="A file (.txt, .jsonl, .json, .csv, .parquet; also .gz, .zst), a Hub data set, or `self` (text "
+            "that the teacher writes). May be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the student.")],
+    recipe: Recipe = None,
+    settings: Settings = None,
+    overwrite: Overwrite = False,
+    track: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
+    ] = None,
+    base: Base = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the teacher from disk block by block: it need not fit into memory.")
+    ] = False,
+    memory: Annotated[
+        int | None,
+        typer.Option(metavar="SIZE", parser=size, help="Memory that block-wise training may use, like 24GB."),
+    ] = None,
+    disk: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=size, help="Disk that saved hidden states may use, like 2TB.")
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(metavar="N-N,N", help="Train only these blocks of layers, counted from 0, and make no student."),
+    ] = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Convert a teacher into a student."""
+    from linearize.conversion.api import convert as run_convert
+    from linearize.recipes.overrides import parse_settings
+
+    run_convert(
+        teacher,
+        data=data,
+        out=out,
+        overrides=parse_settings(settings or []) | specified(base_weights=base),
+        overwrite=overwrite,
+        stream=stream,
+        trust_remote_code=trust_remote_code,
+        **specified(recipe=recipe, device=device, track=track, blocks=blocks, memory=memory, disk=disk),
+    )
+    if blocks is not None:
+        print(f"blocks {blocks} are trained; the same command without --blocks makes the student")
+        return
+    for line in conversion_lines(out):
+        print(line)
+
+
+def conversion_lines(folder: Path) -> Iterator[str]:
+    """The losses of a conversion, from the report in the student's folder, and where the student is."""
+    from linearize.metrics.report import read_report
+
+    report = read_report(folder)
+    if report is None:
+        return
+    losses = [("teacher", report.teacher_loss), ("bare swap", report.swap_loss)]
+    losses += [(f"after {name}", loss) for name, loss, stage in report.moments() if stage is not None]
+    yield f"held-out loss, nats per token ({report.heldout_tokens:,} tokens)"
+    yield from table([{"": name, "loss": loss, "above": loss - report.teacher_loss} for name, loss in losses])
+    yield f"KL(teacher||student) {report.student_kl:.4f}, same most likely token {report.student_top1:.1%}"
+    yield f"student written to {folder}"

@@ -1,0 +1,78 @@
+"""The text of a conversion: read, split into training and held-out documents, and packed into rows."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from linearize.modeling.probe import keeps_documents_apart
+from linearize.recipes.schema import Recipe
+from linearize.training.config import Batch
+from linearize.training.data.loading import DataConfig, document_rows, load_documents, split
+from linearize.training.data.pseudo_labels import pseudo_labeller
+from linearize.training.data.sampling import self_sampler
+from linearize.training.data.train_dataset import TrainingText
+
+CALIBRATION_TOKENS = 16_384
+EVALUATION_BATCH = 8
+SENSITIVITY_TOKENS = 16_384
+LOG = logging.getLogger("linearize")
+
+
+def read_text(
+    teacher: Any,
+    tokenizer: Any,
+    data: DataConfig,
+    specs: Sequence[str],
+    device: torch.device | None = None,
+    *,
+    packs: Callable[[], bool] | None = None,
+) -> tuple[TrainingText, list[Batch]]:
+    """The text to train on, and the held-out batches on `device` (None: the teacher's).
+
+    `packs` says whether the teacher keeps the documents of a packed row apart (None: try it); where it does not, each
+    row holds one document.
+    """
+    documents = load_documents(
+        specs,
+        tokenizer,
+        sample=self_sampler(teacher, tokenizer, data, progress=_printer("written {done:,} of {all:,} tokens")),
+        answer=pseudo_labeller(teacher, tokenizer, data, progress=_printer("answered {done:,} of {all:,} prompts")),
+        answer_only=data.answer_only,
+        say=lambda line: print(f"linearize: {line}", file=sys.stderr, flush=True),
+    )
+    parts = split(documents, data)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    alone = not (keeps_documents_apart(teacher) if packs is None else packs())
+    if alone:
+        LOG.warning(
+            f"{teacher.config.model_type} does not keep the documents of a packed row apart: each row holds one "
+            "document and padding, so that long documents or a smaller data.length train faster"
+        )
+    text = TrainingText(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
+    rows = document_rows(parts.heldout, data.length, pad_token_id=pad, one_per_row=alone)
+    return text, [
+        {k: x.to(device or teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)
+    ]
+
+
+def sample_batches(recipe: Recipe, text: TrainingText, teacher: Any, tokens: int) -> list[Batch]:
+    """Batches of about so many tokens of the training text, on the teacher's device."""
+    return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
+
+
+def _printer(line: str) -> Callable[[int, int], None]:
+    """Print a line on stderr for every tenth of what the teacher writes."""
+    printed = 0
+
+    def report(done: int, wanted: int) -> None:
+        nonlocal printed
+        if (tenth := done * 10 // max(wanted, 1)) > printed:
+            printed = tenth
+            print(f"linearize: the teacher has {line.format(done=done, all=wanted)}", file=sys.stderr, flush=True)
+
+    return report
