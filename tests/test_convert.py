@@ -282,7 +282,6 @@ def preferences(path: Path) -> Path:
 
 def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DPO after a stage of the common loop; killed in between, it ends with the same weights."""
-    pytest.importorskip("trl")
     dpo = {"name": "dpo", "data": str(preferences(tmp_path / "pairs.json")), "lr": 1e-2, "batch": 4, "epochs": 1,
            "beta": 0.5, "chat_template": "plain", "length": 100, "precision": "bf16"}  # fmt: skip
     recipe = Recipe.from_data(RECIPE | {"stages": [RECIPE["stages"][0], dpo]})
@@ -316,7 +315,6 @@ def test_a_conversion_on_the_teachers_own_answers(
 
 
 def test_preferences_that_cannot_be_used_are_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
     path = tmp_path / "pairs.json"
     path.write_text(
         json.dumps([{"prompt": "the cat", "chosen": "sat"}, {"prompt": "a", "chosen": "b", "rejected": "c"}])

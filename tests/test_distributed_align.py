@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import test_distributed
 import yaml
-from many import CONTEXT, PRELOADED, command, together
+from many import command, together
 from test_distributed import BETWEEN, STAGE, argv, differences
 from test_distributed_faults import broken, told
 
-pytest.importorskip("trl")
-CONTEXT.set_forkserver_preload([*PRELOADED, "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
 text = test_distributed.folder  # a fixture: a teacher and text
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "one", "more")

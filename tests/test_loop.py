@@ -275,7 +275,7 @@ def test_bf16_runs_the_forward_under_autocast_and_leaves_the_weights_fp32() -> N
 
 def test_gradient_checkpointing_is_asked_of_the_run_or_refused() -> None:
     class Able(ToyRun):
-        enabled = 0
+        checkpoints_gradients, enabled = True, 0
 
         def enable_gradient_checkpointing(self) -> None:
             assert self.forwards == 0

@@ -23,7 +23,7 @@ from linearize.planning.samples import look_at, measured, on_sample
 from linearize.recipes import load_recipe
 from linearize.recipes.recipe import Recipe
 from linearize.training.config import StageConfig
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.memory_simulation import Meter, Operation, simulation
 from linearize.training.stages import STAGES
 from linearize.training.step import Stepper
@@ -242,4 +242,4 @@ def test_simulation_leaves_nothing_behind() -> None:
 
 
 def test_own_loops_are_known() -> None:
-    assert {name for name, stage in STAGES.items() if issubclass(stage, OwnLoopConfig)} == {"sft", "dpo"}
+    assert {name for name, stage in STAGES.items() if issubclass(stage, DatasetStageConfig)} == {"sft", "dpo"}

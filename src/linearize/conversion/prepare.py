@@ -33,9 +33,9 @@ from linearize.training.data.loading import PSEUDO, DataConfig, document_rows, l
 from linearize.training.data.pseudo_labels import pseudo_labeller
 from linearize.training.data.sampling import self_sampler
 from linearize.training.data.train_dataset import TrainingText
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
-from linearize.training.stages.trainable import own
+from linearize.training.student_run import own
 
 CALIBRATION_TOKENS = 16_384
 EVALUATION_BATCH = 8
@@ -252,7 +252,7 @@ def check_stages(
         if stage.tokens == 0:
             continue
         with _told_of(number):
-            if isinstance(stage, OwnLoopConfig):
+            if isinstance(stage, DatasetStageConfig):
                 stage.check_data(tokenizer, context(teacher))
                 continue
             if stage.by_layer and not converted:
@@ -271,7 +271,7 @@ def check_stages(
 def check_rows(recipe: Recipe, text: TrainingText, steps: int) -> None:
     """Refuse text that is too short for a stage's rows. Raises InputError."""
     for number, stage in enumerate(recipe.stages):
-        if stage.tokens != 0 and not isinstance(stage, OwnLoopConfig):
+        if stage.tokens != 0 and not isinstance(stage, DatasetStageConfig):
             with _told_of(number):
                 text.rows(stage.length or recipe.data.length, parts=steps if stage.at == "each" else 1)
 

@@ -46,7 +46,7 @@ from linearize.training.blockwise.rows import StageRows
 from linearize.training.checkpoint import check_formats
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.loading import batches
-from linearize.training.dataset_stage import OwnLoopConfig, StageJob
+from linearize.training.dataset_stage import DatasetStageConfig, StageJob
 from linearize.training.distributed import Group, current, start
 from linearize.training.hardware import Stage, computed_on
 from linearize.training.loop import StageResult, run_stage
@@ -284,7 +284,7 @@ class Conversion:
         share, part = share_of(stage, step, steps)
         key, identity = self._key(number, step), self._stage_identity()
         torch.manual_seed(self.recipe.seed + stage.seed)
-        if isinstance(share, OwnLoopConfig):
+        if isinstance(share, DatasetStageConfig):
             result = self._run_own_loop(self._on_this_device(number, share, step), key, identity)
         elif is_blockwise(share):
             result = take_parts(self.student, self.trained or self._blockwise(number, step), key)
@@ -342,7 +342,7 @@ class Conversion:
             note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
         return computed
 
-    def _run_own_loop(self, stage: OwnLoopConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
+    def _run_own_loop(self, stage: DatasetStageConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
         """A stage with a loop and data of its own."""
         return stage.run(
             StageJob(

@@ -23,6 +23,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
+from linearize.training.student_run import StudentRun
 
 
 class AttentionTransferConfig(BlockwiseConfig):
@@ -53,21 +54,18 @@ class AttentionTransferConfig(BlockwiseConfig):
         return AttentionTransfer(self, student)
 
 
-class AttentionTransfer:
+class AttentionTransfer(StudentRun):
     """The running stage."""
 
     def __init__(self, config: AttentionTransferConfig, student: LinearizedForCausalLM) -> None:
-        self.config, self.student = config, student.eval()
+        self.config = config
         self.layers = sorted(_between_projections(student))
         self.power = {layer: 1.0 for layer in self.layers}
-        student.requires_grad_(False)
-        self.parameters = student.mixer_parameters()
-        if not self.parameters:
+        if not (parameters := student.mixer_parameters()):
             raise InputError(
                 "attention_transfer has nothing to train: no mixer of the plan has parameters (set its tokens to 0)"
             )
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        super().__init__(student, ParameterGroup(parameters))
 
     def calibrate(self, batch: Batch) -> None:
         """Measure each layer's teacher output power on a batch of training text."""
@@ -75,19 +73,11 @@ class AttentionTransfer:
             outputs = self._pass(batch, keep=True)
             self.power = {layer: float(outputs[layer][1].square().mean()) for layer in self.layers}
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The mixers' parameters and no others."""
-        return [ParameterGroup(self.parameters)]
-
     def loss(self, batch: Batch) -> LossSum:
         """Sum over layers of the transfer loss, as a sum over tokens that are no padding."""
         terms = self._pass(batch)
         total = sum((term for term, _ in terms.values()), torch.zeros((), device=batch["input_ids"].device))
         return LossSum(total, float(counted(batch["labels"]).sum()))
-
-    def heldout_loss(self, batch: Batch) -> LossSum:
-        """The stage's own objective."""
-        return self.loss(batch)
 
     def layer_errors(self, batch: Batch) -> list[float]:
         """Per layer: squared error of the attention outputs over the teacher's power (0 exact, 1 as bad as nothing)."""
@@ -98,10 +88,6 @@ class AttentionTransfer:
             float(((y - target) * live).square().sum() / (target * live).square().sum())
             for y, target in (outputs[layer] for layer in self.layers)
         ]
-
-    def finish(self) -> None:
-        """Freeze what was trained."""
-        self.student.requires_grad_(False)
 
     def _pass(self, batch: Batch, keep: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
         """One pass of the teacher's hidden states; per layer (loss, -), or with `keep` the two outputs."""

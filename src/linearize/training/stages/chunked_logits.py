@@ -16,9 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch
-from linearize.training.stages import losses
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
+SLICE_NUMBERS = 2**24
+"""Logits of at most so many numbers exist at a time (64 MiB in fp32), a few times over inside a loss."""
+
+
+def slice_tokens(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(1, SLICE_NUMBERS // vocabulary)
 
 
 class Readout:
@@ -118,12 +124,12 @@ class _Given(nn.Module):
 
 
 def sliced_loss(readout: Readout, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
-    """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `losses.slice_tokens`), fp32.
+    """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `slice_tokens`), fp32.
 
     Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
     product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
     """
-    size = tokens or losses.slice_tokens(readout.vocabulary)
+    size = tokens or slice_tokens(readout.vocabulary)
     parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
     parameters = readout.parameters() if torch.is_grad_enabled() else []
     total: Tensor = _Sliced.apply(readout, loss, parts, hidden_NM, *parameters)

@@ -19,7 +19,7 @@ from linearize.modeling.truncate import block_name
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
 from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
-from linearize.training.stages.trainable import own
+from linearize.training.student_run import StudentRun, own
 
 
 class HiddenAlignmentConfig(BlockwiseConfig):
@@ -48,19 +48,16 @@ class HiddenAlignmentConfig(BlockwiseConfig):
         return HiddenAlignment(self, student, teacher)
 
 
-class HiddenAlignment:
+class HiddenAlignment(StudentRun):
     """The running stage."""
 
     def __init__(self, config: HiddenAlignmentConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student, self.teacher = config, student.eval(), teacher
+        super().__init__(student, ParameterGroup(own(student, teacher, student.mixer_parameters())))
+        self.config, self.teacher = config, teacher
         learning = [layer for layer, mixer in sorted(student.mixers().items()) if list(mixer.parameters())]
         sites = {layer: student.config.attention[layer] for layer in learning}
         self.modules = {i: site if config.output == "mixer" else block_name(site) for i, site in sites.items()}
         self.power = dict.fromkeys(self.modules, 1.0)
-        student.requires_grad_(False)
-        self.parameters = own(student, teacher, student.mixer_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
 
     def calibrate(self, batch: Batch) -> None:
         """Measure on a batch of training text how much the teacher adds in each layer."""
@@ -69,10 +66,6 @@ class HiddenAlignment:
             calls = module_calls(self.teacher, batch, self.modules.values())
             for layer, name in self.modules.items():
                 self.power[layer] = float(self._added(calls[name])[live].float().square().mean())
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The mixers' parameters and no others."""
-        return [ParameterGroup(self.parameters)]
 
     def loss(self, batch: Batch) -> LossSum:
         """Sum over layers of the mean squared error over the width, as a sum over tokens whose next token counts."""
@@ -83,10 +76,6 @@ class HiddenAlignment:
             total = total + error_BT[live].sum() / self.power[layer]
         return LossSum(total, float(live.sum()))
 
-    def heldout_loss(self, batch: Batch) -> LossSum:
-        """The stage's own objective."""
-        return self.loss(batch)
-
     @torch.no_grad()
     def layer_errors(self, batch: Batch) -> list[float]:
         """Per layer: squared error of the output over the power of what the teacher adds (0 exact, 1 as bad as
@@ -96,10 +85,6 @@ class HiddenAlignment:
             float((output - call.output)[live].square().sum() / self._added(call)[live].square().sum())
             for output, call in self._outputs(batch).values()
         ]
-
-    def finish(self) -> None:
-        """Freeze what was trained."""
-        self.student.requires_grad_(False)
 
     def _outputs(self, batch: Batch) -> dict[int, tuple[Tensor, ModuleCall]]:
         """By layer: the student's output on the teacher's input, and the teacher's call."""

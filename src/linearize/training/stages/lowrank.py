@@ -13,9 +13,9 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.student_folder import KeptAdapters
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
-from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.lora import add_adapters
-from linearize.training.stages.trainable import recompute_blocks
+from linearize.training.stages.losses import distillation_loss
+from linearize.training.student_run import LogitsRun
 
 
 class LowRankConfig(StageConfig):
@@ -43,36 +43,21 @@ class LowRankConfig(StageConfig):
         return LowRank(self, student, teacher)
 
 
-class LowRank:
+class LowRank(LogitsRun):
     """The running stage."""
 
     def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student = config, student.eval()
+        self.config = config
         self.student_readout = Readout(student)
         self.teacher_readout = Readout(teacher) if config.loss == "kl" else None
-        student.requires_grad_(False)
         self.adapters = add_adapters(
             student, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets
         )
-        for layer in self.adapters.layers.values():
-            layer.train()
-        self.groups = [ParameterGroup(self.adapters.parameters())]
+        groups = [ParameterGroup(self.adapters.parameters())]
         if config.train_mixers and (mixers := student.mixer_parameters()):
-            self.groups.append(ParameterGroup(mixers, config.mixer_lr_scale))
-        for group in self.groups:
-            for parameter in group.parameters.values():
-                parameter.requires_grad_(True)
-
-    def calibrate(self, batch: Batch) -> None:
-        """Nothing to measure."""
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass."""
-        recompute_blocks(self.student, True)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The adapters, and the mixers if they train too."""
-        return self.groups
+            groups.append(ParameterGroup(mixers, config.mixer_lr_scale))
+        super().__init__(student, *groups)
+        self._train_adapters(True)
 
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
@@ -81,11 +66,9 @@ class LowRank:
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """Next-token loss of the student, adapters without dropout."""
-        for layer in self.adapters.layers.values():
-            layer.eval()
+        self._train_adapters(False)
         result = distillation_loss(self.student_readout, None, batch, kl=0.0, ce=1.0)
-        for layer in self.adapters.layers.values():
-            layer.train()
+        self._train_adapters(True)
         return result
 
     def finish(self) -> None:
@@ -94,6 +77,9 @@ class LowRank:
         before = self.adapters.remove(keep=not self.config.merge)
         if not self.config.merge:
             self.student.kept_adapters = KeptAdapters(self.adapters.config, state, before)
-        if self.config.gradient_checkpointing:
-            recompute_blocks(self.student, False)
-        self.student.eval().requires_grad_(False)
+        super().finish()
+
+    def _train_adapters(self, wanted: bool) -> None:
+        """Whether their dropout is on."""
+        for layer in self.adapters.layers.values():
+            layer.train(wanted)

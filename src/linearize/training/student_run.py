@@ -1,5 +1,5 @@
-"""Which parameters of a student train: the new ones, all, or all but the MLPs; a student's own copies of what it shares
-with its teacher; recomputation of blocks in the backward pass."""
+"""What the stages share that train a student: the parameters that train, in memory of their own, and the recomputation
+of blocks in the backward pass."""
 
 from __future__ import annotations
 
@@ -11,6 +11,44 @@ from torch import Tensor, nn
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.parallel import is_sharded, shards_of
 from linearize.modeling.truncate import block_name
+from linearize.training.config import ParameterGroup, StageRun
+
+
+class StudentRun(StageRun):
+    """A stage that trains exactly these parameters of a student, each by its name."""
+
+    def __init__(self, student: LinearizedForCausalLM, *groups: ParameterGroup) -> None:
+        self.student, self.groups = student.eval(), list(groups)
+        student.requires_grad_(False)
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What the stage was made with."""
+        return self.groups
+
+    def finish(self) -> None:
+        """Freeze what was trained."""
+        self.student.eval().requires_grad_(False)
+
+
+class LogitsRun(StudentRun):
+    """One whose loss is on the student's logits, so that its blocks can be recomputed in the backward pass."""
+
+    checkpoints_gradients = True
+    _recomputed = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        recompute_blocks(self.student, True)
+        self._recomputed = True
+
+    def finish(self) -> None:
+        """Freeze what was trained, and recompute nothing any more."""
+        if self._recomputed:
+            recompute_blocks(self.student, False)
+        super().finish()
 
 
 def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
