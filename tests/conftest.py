@@ -1,9 +1,10 @@
-"""What every test shares: one thread per worker, and the optional folder of shared models and text."""
+"""What every test shares: the helpers in `support/`, one thread per worker, the optional folder of models and text."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,8 @@ os.environ["LINEARIZE_CACHE"] = tempfile.mkdtemp(prefix="linearize-tests-")  # t
 
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # `from models import tiny`
 
 import pytest
 import torch

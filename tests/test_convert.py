@@ -216,10 +216,11 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
 
 
 def test_a_real_kill_leaves_nothing_and_the_same_command_goes_on(student: Path, folder: Path, tmp_path: Path) -> None:
-    out, script = tmp_path / "student", tmp_path / "run.py"
+    out, script, tests = tmp_path / "student", tmp_path / "run.py", Path(__file__).parent
     script.write_text(
         "import os, signal, sys\nfrom pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_convert import KillAt, convert\n"
+        f"sys.path[:0] = {[str(tests), str(tests / 'support')]!r}\n"
+        "from test_convert import KillAt, convert\n"
         "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"convert(Path({str(folder)!r}), Path({str(out)!r}), progress=KillAt('lowrank', 3, kill))\n"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import CHAT, byte_tokenizer
-from own_loop_jobs import Killed, Watcher, changed, job, step_by_hand, weights
+from dataset_stage_jobs import Killed, Watcher, changed, job, step_by_hand, weights
 from pydantic import ValidationError
 from torch import Tensor
 

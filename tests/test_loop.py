@@ -308,7 +308,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "support"), str(Path(__file__).parents[1] / "src")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)

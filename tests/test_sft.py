@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import CHAT, byte_tokenizer
+from dataset_stage_jobs import Killed, Watcher, changed, job, step_by_hand, weights
 from models import VOCABULARY, tiny
-from own_loop_jobs import Killed, Watcher, changed, job, step_by_hand, weights
 from torch.nn import functional as F
 
 from linearize.errors import InputError

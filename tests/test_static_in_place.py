@@ -20,7 +20,7 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float]]:
-    return json.loads(run(str(Path(__file__).with_name("triton_static_cases.py")), interpret=True))
+    return json.loads(run(str(Path(__file__).parent / "support" / "triton_static_cases.py"), interpret=True))
 
 
 @needs_triton
