@@ -23,7 +23,7 @@ import linearize
 from linearize.errors import InputError
 from linearize.metrics.language_model import loss_only
 from linearize.recipes.recipe import Recipe, load_recipe
-from linearize.training.hardware import bf16_pays
+from linearize.training.step import bf16_pays
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",

@@ -31,7 +31,7 @@ from linearize.modeling.io.teacher import load_teacher
 from linearize.modeling.surgery import probe
 from linearize.training.blockwise.run import release_memory
 from linearize.training.memory_simulation import tensor_bytes
-from linearize.training.stages.lora import add_adapters
+from linearize.training.stages.lowrank import add_adapters
 
 functional: Any = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 FAMILIES = ["llama", "qwen2", "gpt2"]  # without and with biases, and weights the other way round

@@ -16,7 +16,7 @@ import json, sys
 from pathlib import Path
 import linearize
 import linearize.conversion.outputs as papers
-from linearize.training.hardware import resident_bytes
+from linearize.memory import resident_bytes
 papers.plot_stages = papers.plot_layer_error = lambda *_: None
 import torch, transformers
 torch.nn.Linear(64, 64)(torch.randn(3, 64)).sum().backward()

@@ -26,7 +26,7 @@ from linearize.recipes.recipe import Recipe
 from linearize.training.config import Batch, BlockwiseConfig
 from linearize.training.data.loading import PSEUDO
 from linearize.training.data.train_dataset import TrainingText
-from linearize.training.hardware import computed_on
+from linearize.training.step import computed_on
 
 LOG = logging.getLogger("linearize")
 

@@ -48,10 +48,10 @@ from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.loading import batches
 from linearize.training.dataset_stage import DatasetStageConfig, StageJob
 from linearize.training.distributed import Group, current, start
-from linearize.training.hardware import Stage, computed_on
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.progress import Progress, make_progress
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
+from linearize.training.step import Stage, computed_on
 from linearize.training.tracking import Tracker, make_tracker
 
 LOG = logging.getLogger("linearize")

@@ -24,9 +24,9 @@ from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_
 from linearize.training.blockwise.budget import fitting_blocks
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.dataset_stage import DEFAULT_LENGTH, DatasetStageConfig
-from linearize.training.hardware import bf16_pays
 from linearize.training.schedule import as_steps, count_steps
 from linearize.training.stages.distill import DistillConfig
+from linearize.training.step import bf16_pays
 
 HELDOUT_ROWS = 8
 

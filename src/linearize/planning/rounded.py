@@ -9,8 +9,7 @@ from torch import nn
 from linearize.modeling.io.quantized import BaseWeights
 from linearize.planning.samples import Measured, Numbers, Sample, Whole, measured
 from linearize.training.config import StageConfig
-from linearize.training.stages.lora import find_projections
-from linearize.training.stages.lowrank import LowRankConfig
+from linearize.training.stages.lowrank import LowRankConfig, find_projections
 
 GROUP, SCALES = 64, 256  # nf4: numbers that share a scale, and scales (8 bits each) that share one of their own
 
