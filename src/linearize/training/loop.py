@@ -292,9 +292,9 @@ class _Loop:
         """What rank 0 wants, whose clock counts, where all ranks must act together."""
         if not self.stepper.sharded:
             return wanted
-        found = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
-        dist.broadcast(found, src=0)
-        return bool(found.item())
+        decision = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
+        dist.broadcast(decision, src=0)
+        return bool(decision.item())
 
     def _save(self, *, last: bool = False) -> None:
         """A checkpoint of everything that the next step depends on."""

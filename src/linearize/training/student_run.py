@@ -53,15 +53,15 @@ class LogitsRun(StudentRun):
 
 def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
     """Names of the parameters of all MLPs, experts and routers too: what blocks hold beside attention and norms."""
-    found: set[str] = set()
+    names: set[str] = set()
     for site in student.config.attention:
         attention, block = f"lm.{site}", f"lm.{block_name(site)}"
         for name, child in student.get_submodule(block).named_children():
             path = f"{block}.{name}"
             holds_attention = attention == path or attention.startswith(f"{path}.")
             if not holds_attention and any(parameter.dim() > 1 for parameter in child.parameters()):
-                found |= {f"{path}.{inner}" for inner, _ in child.named_parameters()}
-    return found
+                names |= {f"{path}.{inner}" for inner, _ in child.named_parameters()}
+    return names
 
 
 def own(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:

@@ -91,7 +91,7 @@ class AttentionTransfer(StudentRun):
 
     def _pass(self, batch: Batch, keep: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
         """One pass of the teacher's hidden states; per layer (loss, -), or with `keep` the two outputs."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        by_layer: dict[int, tuple[Tensor, Tensor]] = {}
         live = counted(batch["labels"])
         grad = torch.is_grad_enabled()
 
@@ -109,7 +109,7 @@ class AttentionTransfer(StudentRun):
             layer: Any = module.layer_idx
             with torch.set_grad_enabled(grad):
                 y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)  # type: ignore[operator]
-                found[layer] = (
+                by_layer[layer] = (
                     (y, target)
                     if keep
                     else (self._layer_loss(module, (q, k, v), y, target, live, layout, sliding_window, scores), y)
@@ -124,7 +124,7 @@ class AttentionTransfer(StudentRun):
                 logits_to_keep=1,
                 tap=tap,
             )
-        return found
+        return by_layer
 
     def _layer_loss(
         self,

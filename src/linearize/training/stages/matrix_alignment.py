@@ -89,7 +89,7 @@ def attention_matrix(sample: AttentionSample) -> Tensor:
 def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
     """Names of the mixers' parameters that move their matrices, found by running three tokens."""
     names = {id(parameter): name for name, parameter in student.mixer_parameters().items()}
-    found: list[str] = []
+    moving: list[str] = []
     for mixer in student.mixers().values():
         assert isinstance(mixer, LayerMixer)
         parameters: list[nn.Parameter] = [p for p in mixer.parameters() if p.is_floating_point()]
@@ -102,5 +102,5 @@ def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
         for parameter, grad, wanted in zip(parameters, grads, before, strict=True):
             parameter.requires_grad_(wanted)
             if grad is not None:
-                found.append(names[id(parameter)])
-    return found
+                moving.append(names[id(parameter)])
+    return moving
