@@ -79,6 +79,7 @@ def test_losses_and_margins_are_those_of_one_process(folder: Path) -> None:
     assert not any((folder / f"al2.{kind}.1").read_text() for kind in ("out", "err"))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(folder: Path) -> None:
     for out in ("kept", "again"):
         words = argv(folder, "preferred", out)

@@ -155,6 +155,7 @@ def test_a_device_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         nf4_config(torch.float32, CPU)
 
 
+@pytest.mark.slow
 def test_loading_never_holds_the_whole_model(folders: dict[str, Path], tmp_path: Path) -> None:
     """In a process of its own, whose heap no other test has used."""
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}

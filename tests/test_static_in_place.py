@@ -15,6 +15,8 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, window_linear
 from linearize.ops.window_linear.buffers import WindowBuffers
 
+pytestmark = pytest.mark.slow  # the cases run in Triton's interpreter
+
 LAYERS = 2
 
 
