@@ -64,7 +64,7 @@ def work(given: argparse.Namespace) -> None:
     for value in student.state_dict().values():
         digest.update(value.numpy().tobytes())
     found = {
-        "pairs": len(stage.pairs(tokenizer, job.context)), "steps": result.steps, "tokens": result.tokens,
+        "pairs": len(stage.rows(tokenizer, job.context)), "steps": result.steps, "tokens": result.tokens,
         "seconds": round(result.seconds, 1), "losses": dict(result.losses), "weights": digest.hexdigest(),
         **{name: dict(result.metrics[name]) for name in ("rewards/margins", "rewards/accuracies")},
     }  # fmt: skip

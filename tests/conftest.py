@@ -1,9 +1,10 @@
-"""What every test shares: one thread per worker, and the optional folder of shared models and text."""
+"""What every test shares: the helpers in `support/`, one thread per worker, the optional folder of models and text."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,10 +16,16 @@ os.environ["LINEARIZE_CACHE"] = tempfile.mkdtemp(prefix="linearize-tests-")  # t
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # `from models import tiny`
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes over 10 s on a shared CPU core (make test-slow runs these alone)")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from linearize.ops import matmul as products
 from linearize.ops.layout import Layout
 from linearize.ops.matmul import bf16_products, whole_products
 from linearize.ops.window_linear import use_backend, window_linear
-from linearize.training.hardware import bf16_pays
+from linearize.training.step import bf16_pays
 
 SETTING = getattr(torch.backends.mkldnn, "matmul", None)
 PRODUCTS = {torch.ops.aten.bmm.default: 0, torch.ops.aten.baddbmm.default: 1, torch.ops.aten.baddbmm.out: 1}

@@ -106,6 +106,7 @@ def test_streamed_blocks_and_a_stage_on_the_whole_model(folder: Path, tmp_path: 
     assert json.loads((tmp_path / "out" / "report.json").read_text())["provenance"]["streamed"] == {"block": 2}
 
 
+@pytest.mark.slow
 def test_torchrun_shares_out_blocks_and_then_the_model(folder: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LINEARIZE_CACHE": str(tmp_path / "cache")}
@@ -154,6 +155,7 @@ def dies_in(part: str, arguments: list[str], output: Path) -> int:
     return command(arguments, output)
 
 
+@pytest.mark.slow
 def test_killed_in_a_block_and_after_them_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
     words = argv(folder, tmp_path / "out", "--stream")
     work = tmp_path / ".out.run"

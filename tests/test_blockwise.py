@@ -179,6 +179,7 @@ def test_bf16_hidden_states_take_two_bytes(tmp_path: Path) -> None:
     assert torch.equal(store.read(0, "train", [4, 0]), values[[4, 0]])
 
 
+@pytest.mark.slow
 def test_a_block_of_one_layer_is_as_good_as_the_joint_stage(shared_dir: Path, tmp_path: Path) -> None:
     folder, text = shared_dir / "teachers" / "stories260k", shared_dir / "data" / "tinystories" / "train_b.txt"
     stories = tmp_path / "stories.txt"

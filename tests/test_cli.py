@@ -101,6 +101,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert DEFAULT_RECIPE in capsys.readouterr().out.replace("-\n" + " " * 23, "-")
 
 
+@pytest.mark.slow
 def test_the_command_itself_exits_with_the_code() -> None:
     command = [sys.executable, "-m", "linearize"]
     bad = subprocess.run([*command, "recipes", "lolcat"], capture_output=True, text=True)

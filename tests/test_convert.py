@@ -23,7 +23,7 @@ import linearize
 from linearize.errors import InputError
 from linearize.metrics.language_model import loss_only
 from linearize.recipes.schema import Recipe, load_recipe
-from linearize.training.hardware import bf16_pays
+from linearize.training.step import bf16_pays
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -216,10 +216,11 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
 
 
 def test_a_real_kill_leaves_nothing_and_the_same_command_goes_on(student: Path, folder: Path, tmp_path: Path) -> None:
-    out, script = tmp_path / "student", tmp_path / "run.py"
+    out, script, tests = tmp_path / "student", tmp_path / "run.py", Path(__file__).parent
     script.write_text(
         "import os, signal, sys\nfrom pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_convert import KillAt, convert\n"
+        f"sys.path[:0] = {[str(tests), str(tests / 'support')]!r}\n"
+        "from test_convert import KillAt, convert\n"
         "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"convert(Path({str(folder)!r}), Path({str(out)!r}), progress=KillAt('lowrank', 3, kill))\n"
     )
@@ -282,7 +283,6 @@ def preferences(path: Path) -> Path:
 
 def test_a_stage_with_its_own_loop_and_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DPO after a stage of the common loop; killed in between, it ends with the same weights."""
-    pytest.importorskip("trl")
     dpo = {"name": "dpo", "data": str(preferences(tmp_path / "pairs.json")), "lr": 1e-2, "batch": 4, "epochs": 1,
            "beta": 0.5, "chat_template": "plain", "length": 100, "precision": "bf16"}  # fmt: skip
     recipe = Recipe.from_data(RECIPE | {"stages": [RECIPE["stages"][0], dpo]})
@@ -316,7 +316,6 @@ def test_a_conversion_on_the_teachers_own_answers(
 
 
 def test_preferences_that_cannot_be_used_are_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
     path = tmp_path / "pairs.json"
     path.write_text(
         json.dumps([{"prompt": "the cat", "chosen": "sat"}, {"prompt": "a", "chosen": "b", "rejected": "c"}])

@@ -18,8 +18,7 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch, LossSum
 from linearize.training.stages.chunked_logits import Readout
 from linearize.training.stages.distill import Distill, DistillConfig
-from linearize.training.stages.distillation_loss import distillation_loss
-from linearize.training.stages.losses import divergence
+from linearize.training.stages.losses import distillation_loss, divergence
 from linearize.training.stages.lowrank import LowRankConfig
 
 PLAN = [mixer(window=3), None, mixer(window=3)]
@@ -112,7 +111,7 @@ def test_divergences_by_their_definitions(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["forward", "jsd"])
 def test_slices_give_the_whole_loss_and_its_gradients(family: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything trains, tied head and embedding (gemma2, cohere2) included; 5 tokens at a time."""
-    monkeypatch.setattr("linearize.training.stages.losses.SLICE_NUMBERS", 5 * VOCABULARY + 3)
+    monkeypatch.setattr("linearize.training.stages.chunked_logits.SLICE_NUMBERS", 5 * VOCABULARY + 3)
     batch, teacher = make_batch(), tiny(family, tie_word_embeddings=family in ("gemma2", "cohere2"))
     student = student_of(tiny(family, seed=8, tie_word_embeddings=family in ("gemma2", "cohere2")), PLAN)
     student.requires_grad_(True)

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import test_distributed
 import yaml
-from many import CONTEXT, PRELOADED, command, together
+from many import command, together
 from test_distributed import BETWEEN, STAGE, argv, differences
 from test_distributed_faults import broken, told
 
-pytest.importorskip("trl")
-CONTEXT.set_forkserver_preload([*PRELOADED, "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
 text = test_distributed.folder  # a fixture: a teacher and text
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "one", "more")
@@ -81,6 +79,7 @@ def test_losses_and_margins_are_those_of_one_process(folder: Path) -> None:
     assert not any((folder / f"al2.{kind}.1").read_text() for kind in ("out", "err"))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(folder: Path) -> None:
     for out in ("kept", "again"):
         words = argv(folder, "preferred", out)

@@ -80,6 +80,7 @@ def test_an_error_on_one_rank_ends_all_with_its_line(folder: Path) -> None:
     assert not (folder / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on_also_alone(folder: Path) -> None:
     (folder / "distill.yaml").write_text(json.dumps({**BASE, "stages": [DISTILL]}))
     for out in ("unbroken", "again", "alone"):
@@ -99,6 +100,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_also_alone(folder: 
         assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.slow
 def test_a_damaged_part_of_a_checkpoint_is_not_trained_on(folder: Path) -> None:
     (folder / "distill.yaml").write_text(json.dumps({**BASE, "stages": [DISTILL]}))
     words = argv(folder, "distill", "damaged")

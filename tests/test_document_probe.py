@@ -88,6 +88,7 @@ def alone(model: nn.Module, documents: list[list[int]]) -> float:
     return float(torch.cat(losses).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["memory", "blocks", "stream"])
 def test_a_conversion_and_its_losses_are_those_of_separate_documents(
     opt: Path, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

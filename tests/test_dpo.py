@@ -1,9 +1,8 @@
-"""DPO through trl: the published loss against the student as it was; killed and resumed without a trace."""
+"""DPO: the published loss against the student as it was; killed and resumed without a trace."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -12,17 +11,15 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import CHAT, byte_tokenizer
-from own_loop_jobs import Killed, Watcher, changed, job, step_by_hand, weights
+from dataset_stage_jobs import Killed, Watcher, changed, job, step_by_hand, weights
 from pydantic import ValidationError
 from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.training.data.documents import Document
 from linearize.training.data.preferences import preference_of
-from linearize.training.stages.dpo import DpoConfig
-from linearize.training.stages.trl_loop import frozen_copy, row_order
-
-pytest.importorskip("trl")
+from linearize.training.dataset_stage import row_order
+from linearize.training.stages.dpo import DpoConfig, frozen_copy
 
 ROWS = [
     {"prompt": f"Q{i}" + "?" * (i % 3), "chosen": " yes" * (1 + i % 4), "rejected": " no, never"[: 4 + i % 5]}
@@ -53,7 +50,7 @@ def dpo_by_hand(work: Any, settings: DpoConfig, steps: int) -> list[float]:
     for parameter in names.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(names.values(), betas=settings.betas, weight_decay=settings.weight_decay)
-    pairs, margins = settings.pairs(work.tokenizer, work.context), []
+    pairs, margins = settings.rows(work.tokenizer, work.context), []
     order = row_order(len(pairs), steps * settings.batch, work.seed + settings.seed)
     for step in range(steps):
         found = []
@@ -166,7 +163,7 @@ def test_all_ways_to_write_a_chat_mean_the_same(name: str) -> None:
 
 def test_plain_texts_are_joined_and_the_answers_alone_count(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
-    pairs = config(tmp_path, [{"prompt": "ab", "chosen": "cde", "rejected": "c"}]).pairs(tokenizer, None)
+    pairs = config(tmp_path, [{"prompt": "ab", "chosen": "cde", "rejected": "c"}]).rows(tokenizer, None)
     assert tokenizer.decode(pairs[0].chosen.tokens) == "<s>abcde</s>" and pairs[0].chosen.loss_mask == [0] * 3 + [1] * 4
     assert (
         tokenizer.decode(pairs[0].rejected.tokens) == "<s>abc</s>" and pairs[0].rejected.loss_mask == [0] * 3 + [1] * 2
@@ -175,11 +172,11 @@ def test_plain_texts_are_joined_and_the_answers_alone_count(tmp_path: Path) -> N
 
 def test_the_plain_template_is_used_when_asked_for(tmp_path: Path) -> None:
     row, tokenizer = {"chosen": [ASKED, A], "rejected": [ASKED, B]}, byte_tokenizer()
-    pair = config(tmp_path, [row], chat_template="plain").pairs(tokenizer, None)[0]
+    pair = config(tmp_path, [row], chat_template="plain").rows(tokenizer, None)[0]
     assert tokenizer.decode(pair.chosen.tokens) == "<s>User: Is it?\nAssistant: yes</s>"
     assert tokenizer.chat_template is None
     with pytest.raises(InputError, match=r"row 1: has messages, but the tokenizer has no chat template.*chat_template"):
-        config(tmp_path, [row]).pairs(tokenizer, None)
+        config(tmp_path, [row]).rows(tokenizer, None)
 
 
 BAD = {
@@ -213,11 +210,11 @@ def test_long_rows_lose_their_end_and_useless_ones_are_left_out(
         {"prompt": "abc", "chosen": "defg1", "rejected": "defg2"},  # equal as far as they fit
     ]
     with caplog.at_level(logging.WARNING, logger="linearize"):
-        pairs = config(tmp_path, rows, length=8).pairs(byte_tokenizer(), 96)
+        pairs = config(tmp_path, rows, length=8).rows(byte_tokenizer(), 96)
     assert len(pairs) == 1 and byte_tokenizer().decode(pairs[0].chosen.tokens) == "<s>abcdefg"
     assert "3 of 4 preferences are left out: 1 have prompts of 8 or more tokens, 2 have equal" in caplog.text
     with pytest.raises(InputError, match="no preference is left"):
-        config(tmp_path, rows[1:], length=8).pairs(byte_tokenizer(), 96)
+        config(tmp_path, rows[1:], length=8).rows(byte_tokenizer(), 96)
     with pytest.raises(InputError, match="length 97 is beyond the teacher's context 96"):
         config(tmp_path, rows, length=97).check_data(byte_tokenizer(), 96)
 
@@ -228,14 +225,7 @@ def test_settings_that_need_heldout_text_are_refused(tmp_path: Path) -> None:
             config(tmp_path, **given)
 
 
-def test_without_trl_one_line_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else find(name))
-    with pytest.raises(InputError, match=r"pip install linearize\[align\]"):
-        config(tmp_path).run(job(tmp_path / "run"))
-
-
 def test_the_shared_preferences_can_be_read(shared_dir: Path) -> None:
     spec = str(shared_dir / "data/preferences/dpo_en_demo.json")
     settings = DpoConfig(data=spec, length=20000, chat_template="plain")
-    assert len(settings.pairs(byte_tokenizer(), None)) == 299
+    assert len(settings.rows(byte_tokenizer(), None)) == 299

@@ -186,6 +186,7 @@ def test_an_interrupted_run_continues(folder: Path, tmp_path: Path, monkeypatch:
     assert resumed["sections"] == whole["sections"] and len(runs) == 3
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_report(folder: Path, tmp_path: Path) -> None:
     first, second = (evaluate(folder / "student", out=tmp_path / name, options=CPU) for name in ("a", "b"))
     same = {key: value for key, value in first.items() if key not in ("provenance", "seconds")}

@@ -260,6 +260,7 @@ def test_model_card() -> None:
         assert expected in card, expected
 
 
+@pytest.mark.slow
 def test_plots(tmp_path: Path) -> None:
     bins = [
         PositionBin(start=0, end=1, tokens=3, teacher_loss=3.0, student_loss=3.0, window_loss=3.0),

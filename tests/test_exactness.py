@@ -43,6 +43,7 @@ def test_no_backend_in_pytorch_is_less_exact_than_twice_sdpa(problem, dtype):
     check(compare(problem, dtype))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_no_kernel_is_less_exact_than_twice_sdpa(kernel_device):
     """In the interpreter in fp16: fp32 is held to fp64 by the kernels' own tests, and its products in bf16 are wrong.

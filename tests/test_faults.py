@@ -41,6 +41,7 @@ def killed(arguments: list[str], after: float) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_an_unbroken_run(folder: Path, tmp_path: Path) -> None:
     """Each kill falls anywhere in the time that an unbroken run takes from its start to the student."""
     out, generator, hits = tmp_path / "student", random.Random(3), 0
@@ -87,6 +88,7 @@ def stop_in(place: str, monkeypatch: pytest.MonkeyPatch, how: BaseException, cal
     monkeypatch.setattr(owner, name, stopping)
 
 
+@pytest.mark.slow
 def test_ctrl_c_anywhere_is_one_line_and_the_same_command_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +108,7 @@ def test_ctrl_c_anywhere_is_one_line_and_the_same_command_goes_on(
     assert_same(folder, out)
 
 
+@pytest.mark.slow
 def test_another_wish_replaces_a_student_whose_run_was_killed_at_its_end(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +164,7 @@ with open(sys.argv[1], "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_once_the_second_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

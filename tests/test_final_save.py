@@ -40,6 +40,7 @@ def sampling_without_sampling(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_invalid_generation_config_is_saved_without_what_is_wrong(
     folder: Path, tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch

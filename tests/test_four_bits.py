@@ -31,7 +31,7 @@ from linearize.modeling.io.teacher import load_teacher
 from linearize.modeling.probe import probe
 from linearize.training.blockwise.run import release_memory
 from linearize.training.memory_simulation import tensor_bytes
-from linearize.training.stages.lora import add_adapters
+from linearize.training.stages.lowrank import add_adapters
 
 functional: Any = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 FAMILIES = ["llama", "qwen2", "gpt2"]  # without and with biases, and weights the other way round
@@ -155,6 +155,7 @@ def test_a_device_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         nf4_config(torch.float32, CPU)
 
 
+@pytest.mark.slow
 def test_loading_never_holds_the_whole_model(folders: dict[str, Path], tmp_path: Path) -> None:
     """In a process of its own, whose heap no other test has used."""
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}

@@ -43,6 +43,7 @@ def leave(disk: Path, room: int | None) -> None:
         filling.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - room))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(
     folder: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def both(model: Any, prompt: str = SHORT, compile: str = "eager", **settings: An
     return plain, continue_text(model, TOKENIZER, prompt, max_new_tokens=21, compile=compile, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_the_same_text_from_one_graph(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Greedy and drawn, short prompts and long ones: compiled once, and said once."""
@@ -69,6 +70,7 @@ def test_the_same_text_from_one_graph(kind: str, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == (texts[1] + "\n", MESSAGE)
 
 
+@pytest.mark.slow
 def test_other_sizes_and_moved_weights_are_compiled_again() -> None:
     model = tiny("llama", attention="sdpa", num_hidden_layers=1)
     first = compiled_step(model, rows=1, tokens=40, backend="eager")
@@ -80,6 +82,7 @@ def test_other_sizes_and_moved_weights_are_compiled_again() -> None:
     assert compiled_step(model, rows=2, tokens=40, backend="eager") is not second
 
 
+@pytest.mark.slow
 def test_a_batch_behind_padding() -> None:
     """Through transformers' `generate`: rows of several lengths, one of which ends before the others."""
     model = student_of(tiny("llama", attention="sdpa", num_hidden_layers=2), [mixer("lolcats"), None])

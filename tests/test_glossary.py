@@ -72,7 +72,7 @@ NAMES = {
     # "Kept": "ResultCache",
     # "Loan": "SharedShards",
     # "MANY": "a name that says what is bounded",
-    # "OwnLoopConfig": "DatasetStageConfig",
+    # "DatasetStageConfig": "DatasetStageConfig",
     # "Part": "BlockResult",
     # "Piece": "HeadBlock",
     # "Reader": "CachedModel",

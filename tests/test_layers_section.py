@@ -16,8 +16,12 @@ from linearize.evaluation.attention_shape import implied_weights, shape_of, stud
 from linearize.evaluation.context import Contestant, Setting
 from linearize.evaluation.sections.layers import Layers
 from linearize.training.data.documents import Document
-from linearize.training.stages.hidden_alignment import HiddenAlignment, HiddenAlignmentConfig
-from linearize.training.stages.teacher_pass import batch_layout, module_calls
+from linearize.training.stages.hidden_alignment import (
+    HiddenAlignment,
+    HiddenAlignmentConfig,
+    batch_layout,
+    module_calls,
+)
 
 TOKENIZER: Any = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 T, FAR, FIRST = 31, 9, 13

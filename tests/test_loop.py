@@ -275,7 +275,7 @@ def test_bf16_runs_the_forward_under_autocast_and_leaves_the_weights_fp32() -> N
 
 def test_gradient_checkpointing_is_asked_of_the_run_or_refused() -> None:
     class Able(ToyRun):
-        enabled = 0
+        checkpoints_gradients, enabled = True, 0
 
         def enable_gradient_checkpointing(self) -> None:
             assert self.forwards == 0
@@ -308,7 +308,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path: Path) -> None:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "support"), str(Path(__file__).parents[1] / "src")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)

@@ -23,7 +23,7 @@ from linearize.planning.samples import look_at, measured, on_sample
 from linearize.recipes import load_recipe
 from linearize.recipes.schema import Recipe
 from linearize.training.config import StageConfig
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.memory_simulation import Meter, Operation, simulation
 from linearize.training.stages import STAGES
 from linearize.training.step import Stepper
@@ -141,6 +141,7 @@ def _recipe(mixer: str, layers: Any = (0, 1, 2, 4)) -> Recipe:
     return Recipe.from_data({"plan": {"mixer": {"name": mixer}, "layers": layers}, "stages": []})
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_the_way_out(tmp_path: Path) -> None:
     folder, table = tiny_folder(tmp_path / "m"), tmp_path / "mine.yaml"
     table.write_text("toaster: {memory: 4MB, reserve: 1MB, flops_bf16: 1e9, flops_fp32: 1e8, bandwidth: 1e9, share: 1}")
@@ -196,6 +197,7 @@ def test_gathering_within_a_node_and_between_nodes() -> None:
     assert slower.gather_seconds(56e9, 24) == pytest.approx(10 * across)
 
 
+@pytest.mark.slow
 def test_what_devices_send_counts_where_it_takes_longer(tmp_path: Path) -> None:
     folder, table = tiny_folder(tmp_path / "m"), tmp_path / "mine.yaml"
     common = "memory: 1GB, reserve: 1MB, flops_bf16: 1e9, flops_fp32: 1e8, bandwidth: 1e9, share: 1"
@@ -242,4 +244,4 @@ def test_simulation_leaves_nothing_behind() -> None:
 
 
 def test_own_loops_are_known() -> None:
-    assert {name for name, stage in STAGES.items() if issubclass(stage, OwnLoopConfig)} == {"sft", "dpo"}
+    assert {name for name, stage in STAGES.items() if issubclass(stage, DatasetStageConfig)} == {"sft", "dpo"}

@@ -15,7 +15,7 @@ from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.probe import probe, routed
 from linearize.modeling.projections import attention_weights, key_projection
-from linearize.training.stages.lora import add_adapters
+from linearize.training.stages.lowrank import add_adapters
 
 CAPTURE = "tests_capture_qkv"
 HEAD = {"head_dim": 10}

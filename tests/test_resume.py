@@ -155,7 +155,7 @@ test_resume.train(test_resume.new_run(), Path(sys.argv[1]))
 
 
 def test_a_real_sigkill_in_the_middle_of_a_checkpoint(tmp_path: Path, unbroken: tuple[ToyRun, StageResult]) -> None:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "support"), str(Path(__file__).parents[1] / "src")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], env=environment, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -1,29 +1,27 @@
-"""SFT through trl: next-token loss on answers alone, divided once a batch; killed and resumed without a trace."""
+"""SFT: next-token loss on answers alone, divided once a batch; killed and resumed without a trace."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from byte_tokenizer import CHAT, byte_tokenizer
-from own_loop_jobs import Killed, Watcher, changed, job, step_by_hand, weights
+from dataset_stage_jobs import Killed, Watcher, changed, job, step_by_hand, weights
+from models import VOCABULARY, tiny
 from torch.nn import functional as F
 
 from linearize.errors import InputError
 from linearize.training.checkpoint import FILE, PREVIOUS
 from linearize.training.data.documents import Document
+from linearize.training.dataset_stage import count_steps, row_order
 from linearize.training.stages import STAGES
+from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.losses import answer_log_probs, answer_loss
 from linearize.training.stages.sft import SftConfig
-from linearize.training.stages.trl_loop import TrlRun, count_steps, row_order
-from linearize.training.stages.trl_scores import score
-
-pytest.importorskip("trl")
 
 ROWS = [
     {"messages": [{"role": "user", "content": "a" * i}, {"role": "assistant", "content": "b" * (1 + 3 * i % 7)}]}
@@ -56,7 +54,7 @@ def sft_by_hand(work: Any, settings: SftConfig, steps: int) -> list[float]:
     """Losses of each step, row by row without padding; trains the job's student."""
     parameters = [parameter.requires_grad_(True) for parameter in work.student.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=settings.betas, weight_decay=settings.weight_decay)
-    documents, losses = settings.documents(work.tokenizer, work.context), []
+    documents, losses = settings.rows(work.tokenizer, work.context), []
     order = row_order(len(documents), steps * settings.batch, work.seed + settings.seed)
     for step in range(steps):
         rows = [documents[row] for row in order[step * settings.batch : (step + 1) * settings.batch]]
@@ -130,22 +128,10 @@ def test_experts_learn_from_the_answers_alone(tmp_path: Path) -> None:
     assert [loss for _, loss in result.losses] == pytest.approx(expected, rel=1e-4)
 
 
-def test_trl_knows_of_no_other_processes_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    before = dict(os.environ)
-    made: list[Any] = []
-    original = TrlRun.__init__
-
-    def kept(self: TrlRun, *args: Any) -> None:
-        original(self, *args)
-        made.append((self.trainer.accelerator.num_processes, self.trainer.accelerator.device.type))
-
-    monkeypatch.setattr(TrlRun, "__init__", kept)
+def test_the_callers_random_numbers_go_on_as_before(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3, generator=torch.Generator().manual_seed(5))
     config(tmp_path, max_steps=1).run(job(tmp_path / "run", tokenizer=byte_tokenizer(chat=CHAT)))
-    assert made == [(1, "cpu")] and dict(os.environ) == before and not PartialState._shared_state
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -176,7 +162,7 @@ ANSWERS = {
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_answers_alone_count(tmp_path: Path, name: str) -> None:
     row, expected = ANSWERS[name]
-    documents = config(tmp_path, [row]).documents(byte_tokenizer(chat=CHAT), None)
+    documents = config(tmp_path, [row]).rows(byte_tokenizer(chat=CHAT), None)
     assert counted(documents[0]) == expected
 
 
@@ -184,7 +170,7 @@ def test_the_template_that_was_trained_with_goes_with_the_tokenizer(tmp_path: Pa
     (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", encoding="utf-8")
     settings = config(tmp_path, [TALK], chat_template=str(tmp_path / "own.jinja"), max_steps=1)
     work = job(tmp_path / "run")
-    assert settings.documents(work.tokenizer, None)[0].tokens[1:6] == byte_tokenizer()("[one]")["input_ids"]
+    assert settings.rows(work.tokenizer, None)[0].tokens[1:6] == byte_tokenizer()("[one]")["input_ids"]
     settings.run(work)
     assert work.tokenizer.chat_template == (tmp_path / "own.jinja").read_text("utf-8")
 
@@ -205,7 +191,7 @@ def test_bad_data_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
         assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING, logger="linearize"):
         rows = [{"prompt": "a" * size, "completion": "bc"} for size in (4, 12)]
-        assert len(config(tmp_path, rows, length=9).documents(byte_tokenizer(), 20)) == 1
+        assert len(config(tmp_path, rows, length=9).rows(byte_tokenizer(), 20)) == 1
     assert "1 of 2 rows have no answer within 9 tokens" in caplog.text
 
 
@@ -221,25 +207,29 @@ def test_the_shortest_of_epochs_steps_and_tokens_decides(tmp_path: Path) -> None
     assert config(tmp_path, tokens=0).run(work).steps == 0 and not changed(before, weights(work.student))
 
 
-def test_scores_are_those_of_all_logits_where_labels_are() -> None:
+def test_losses_and_log_probabilities_are_those_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(3, 7, 11, generator=generator, requires_grad=True)
-    labels = torch.randint(11, (3, 7), generator=generator).masked_fill(
-        torch.rand(3, 7, generator=generator) < 0.6, -100
-    )
+    model = tiny("llama").requires_grad_(True)
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
+    labels = ids.masked_fill(torch.rand(3, 7, generator=generator) < 0.6, -100)
     labels[:, 4] = -100  # a column without a label
-    found = score(lambda logits_to_keep: logits[:, logits_to_keep], labels)
-    expected = logits[:, :-1].log_softmax(-1)
+    batch = {"input_ids": ids, "position_ids": torch.arange(7).repeat(3, 1), "labels": labels}
     mask = labels[:, 1:] != -100
-    picked = expected.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    torch.testing.assert_close(found.log_probs, picked * mask)
-    torch.testing.assert_close(found.entropy, -(expected.exp() * expected).sum(-1) * mask)
-    torch.testing.assert_close(found.mean_logits, logits[:, :-1].mean(-1) * mask)
-    assert torch.equal(found.is_top1, (logits[:, :-1].argmax(-1) == labels[:, 1:]) & mask)
-    assert torch.equal(found.label_mask, mask) and 0 < int(mask.sum()) < mask.numel()
-    torch.testing.assert_close(found.loss, F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:]))
-    empty = score(lambda logits_to_keep: logits[:, logits_to_keep], torch.full_like(labels, -100))
-    assert empty.loss == 0 and empty.loss.requires_grad
+    assert 0 < int(mask.sum()) < mask.numel()
+    logits = model(ids).logits[:, :-1]
+    picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * mask
+    weights = torch.tensor([0.3, -1.1, 2.0])
+    expected = torch.autograd.grad((picked.sum(1) * weights).sum(), list(model.parameters()))
+    monkeypatch.setattr("linearize.training.stages.chunked_logits.SLICE_NUMBERS", 2 * VOCABULARY)  # two tokens a slice
+    readout = Readout(model)
+    log_probs = answer_log_probs(readout, batch)
+    torch.testing.assert_close(log_probs, picked.sum(1))
+    measured = torch.autograd.grad((log_probs * weights).sum(), list(model.parameters()))
+    torch.testing.assert_close(measured, expected)
+    loss = answer_loss(readout, batch)
+    torch.testing.assert_close(loss.sum, -picked.sum())
+    assert loss.count == int(mask.sum())
+    assert loss.also["mean_token_accuracy"] == int(((logits.argmax(-1) == ids[:, 1:]) & mask).sum())
 
 
 def test_the_stages_are_in_the_table() -> None:

@@ -64,6 +64,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: list[int], most: int | No
     monkeypatch.setattr(Stepper, "step", counted)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers, others, texts = (spellings(place, name) for name in ("teacher", "other", "text.txt"))
     whole: list[int] = []

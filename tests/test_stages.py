@@ -227,7 +227,7 @@ def test_transfer_without_anything_to_train_is_refused() -> None:
 
 
 def test_losses_equal_full_computation_with_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linearize.training.stages.losses.SLICE_NUMBERS", 7 * 61)
+    monkeypatch.setattr("linearize.training.stages.chunked_logits.SLICE_NUMBERS", 7 * 61)
     batch, generator = make_batch(), torch.Generator().manual_seed(1)
     p, q = (torch.randn(3, T, 61, generator=generator) * 2 for _ in "pq")
     cross, divergence, count = 0.0, 0.0, 0

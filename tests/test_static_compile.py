@@ -16,6 +16,7 @@ ROWS = 3
 PLANS = [("softmax", "lolcats", "mamba2"), ("gla", "mamba", "gated_delta_net"), ("retention", "sliding_window")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", PLANS)
 def test_one_graph_whatever_is_kept(names: tuple[str, ...]) -> None:
     """`fullgraph=True` fails at any break, and a step that was compiled once is not compiled again."""
@@ -42,6 +43,7 @@ def test_one_graph_whatever_is_kept(names: tuple[str, ...]) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_one_token_compiles_through_aot_autograd() -> None:
     """Plain decoding, with what is written in place made explicit as compilers for a GPU want it."""
     model = student_of(tiny("llama", attention="sdpa", num_hidden_layers=1), [mixer("lolcats")])

@@ -15,12 +15,14 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear import WindowLinear, WindowLinearState, window_linear
 from linearize.ops.window_linear.state import WindowBuffers
 
+pytestmark = pytest.mark.slow  # the cases run in Triton's interpreter
+
 LAYERS = 2
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float]]:
-    return json.loads(run(str(Path(__file__).with_name("triton_static_cases.py")), interpret=True))
+    return json.loads(run(str(Path(__file__).parent / "support" / "triton_static_cases.py"), interpret=True))
 
 
 @needs_triton

@@ -16,7 +16,7 @@ import json, sys
 from pathlib import Path
 import linearize
 import linearize.conversion.outputs as papers
-from linearize.training.hardware import resident_bytes
+from linearize.memory import resident_bytes
 papers.plot_stages = papers.plot_layer_error = lambda *_: None
 import torch, transformers
 torch.nn.Linear(64, 64)(torch.randn(3, 64)).sum().backward()
@@ -31,6 +31,7 @@ print(json.dumps({"before": before, "peak": peak}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")
 def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}

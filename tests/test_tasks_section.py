@@ -113,6 +113,7 @@ def test_scores_against_plain_log_likelihoods(setting: Setting) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_answer_longer_than_the_models_rows_gets_longer_ones(setting: Setting) -> None:
     """lm-eval alone stops with an assertion there; with the rows of our command it gives the same numbers."""
     assert setting.data_root is not None and setting.out is not None
@@ -204,6 +205,7 @@ class Stop(KeyboardInterrupt):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(setting, "winogrande", "piqa")
     monkeypatch.setattr("linearize.evaluation.harness.answers.COMMIT_EVERY", 0.0)
@@ -240,6 +242,7 @@ def count_rows(contestants: Sequence[Contestant], monkeypatch: pytest.MonkeyPatc
     return rows
 
 
+@pytest.mark.slow
 def test_mmlu_is_a_group_of_all_subjects(contestants: tuple[Contestant, ...], tmp_path: Path) -> None:
     from linearize.evaluation.harness.local_files import subjects
 
@@ -269,6 +272,7 @@ def test_what_cannot_run_is_said_before(setting: Setting, monkeypatch: pytest.Mo
         Tasks(tasks=("piqa",)).check(setting)
 
 
+@pytest.mark.slow
 def test_humaneval_runs_where_it_may(setting: Setting) -> None:
     row = run(replace(setting, allow_code=True), "humaneval")["models"]["teacher"]["humaneval"]
     assert row["metrics"]["pass@1,create_test"] == 0.0 and row["n"] == 1

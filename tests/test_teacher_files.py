@@ -98,6 +98,7 @@ def test_tensors_that_nobody_reads_are_refused(folder: Path, case: str) -> None:
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_printed_program_takes_a_wrappers_name_out(folder: Path, tmp_path: Path) -> None:
     before = load_teacher(folder)[0].state_dict()
     change_tensors(folder, REFUSED["compiled layers"][0])
@@ -144,6 +145,7 @@ def add_adapter(folder: Path, base: Path) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_refused_alone_and_beside_weights(folder: Path, tmp_path: Path) -> None:
     add_adapter(tmp_path / "alone", folder)
     with pytest.raises(InputError, match=r"alone is an adapter, not a model: merge it first \(python -c") as caught:

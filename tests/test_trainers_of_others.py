@@ -117,5 +117,38 @@ def test_transformers_trainer(checkpointing: bool, tmp_path: Path) -> None:
     assert 0 < metrics["eval_loss"] < 20
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_peft(name: str, tmp_path: Path) -> None:
+    """Adapters train under transformers' Trainer, are merged, and the student loads with them from its folder."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    import linearize
+
+    model, _ = saved_student(name, tmp_path / "student")
+    tokenizer = byte_tokenizer(pad_token="</s>")
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    before = state(adapted)
+    trainer = Trainer(
+        model=adapted,
+        args=TrainingArguments(output_dir=str(tmp_path / "out"), **SETTINGS),
+        train_dataset=[tokenizer(text) for text in TEXTS],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+    moved = changed(before, adapted)
+    assert moved and all(".lora_" in key for key in moved)
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    with torch.no_grad():
+        logits = linearize.load(tmp_path / "tuned", device="cpu")(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_config_names_no_code_of_its_own() -> None:
     assert student_of(tiny("llama"), MIXERS["mamba2"]()).config.auto_map == {}

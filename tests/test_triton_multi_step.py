@@ -37,7 +37,7 @@ def run(*command: str, interpret: bool, device: str = "cpu") -> str:
 
 def run_cases(script: str, device: str, *arguments: str) -> dict[str, Any]:
     """What the cases of a script found: in the interpreter, or on a GPU."""
-    path = str(Path(__file__).with_name(script))
+    path = str(Path(__file__).parent / "support" / script)
     found: dict[str, Any] = json.loads(run(path, *arguments, interpret=device == "cpu", device=device))
     return found | {"half dtype": "fp16" if device == "cpu" else "bf16"}
 

@@ -49,3 +49,12 @@ def _spans() -> Iterator[tuple[int, int]]:
             if line.endswith(".safetensors"):
                 low, _, high = line.split()[0].partition("-")
                 yield int(low, 16), int(high, 16)
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)

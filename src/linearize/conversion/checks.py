@@ -17,7 +17,7 @@ from linearize.recipes.plan import PlanConfig
 from linearize.recipes.schema import Recipe
 from linearize.training.config import BlockwiseConfig
 from linearize.training.data.train_dataset import TrainingText
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.stages.lowrank import LowRankConfig
 
@@ -82,7 +82,7 @@ def check_stages(
         if stage.tokens == 0:
             continue
         with _naming_stage(number):
-            if isinstance(stage, OwnLoopConfig):
+            if isinstance(stage, DatasetStageConfig):
                 stage.check_data(tokenizer, context_length(teacher))
                 continue
             if stage.by_layer and not converted:
@@ -101,7 +101,7 @@ def check_stages(
 def check_rows(recipe: Recipe, text: TrainingText, steps: int) -> None:
     """Refuse text that is too short for a stage's rows. Raises InputError."""
     for number, stage in enumerate(recipe.stages):
-        if stage.tokens != 0 and not isinstance(stage, OwnLoopConfig):
+        if stage.tokens != 0 and not isinstance(stage, DatasetStageConfig):
             with _naming_stage(number):
                 text.rows(stage.length or recipe.data.length, parts=steps if stage.at == "each" else 1)
 

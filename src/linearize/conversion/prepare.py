@@ -36,7 +36,7 @@ from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
 from linearize.training.data.loading import PSEUDO
 from linearize.training.data.train_dataset import TrainingText
-from linearize.training.stages.trainable import unshare
+from linearize.training.student_run import unshare
 
 LOG = logging.getLogger("linearize")
 

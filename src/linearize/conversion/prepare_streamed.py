@@ -28,7 +28,7 @@ from linearize.recipes.schema import Recipe
 from linearize.training.config import Batch, BlockwiseConfig
 from linearize.training.data.loading import PSEUDO
 from linearize.training.data.train_dataset import TrainingText
-from linearize.training.hardware import computed_on
+from linearize.training.step import computed_on
 
 LOG = logging.getLogger("linearize")
 

@@ -34,12 +34,12 @@ from linearize.training.blockwise.block_result import BlockResult
 from linearize.training.blockwise.hidden_rows import StageRows
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.loading import batches
-from linearize.training.dataset_stage import OwnLoopConfig, StageJob
+from linearize.training.dataset_stage import DatasetStageConfig, StageJob
 from linearize.training.distributed import current
-from linearize.training.hardware import Stage, computed_on
 from linearize.training.loop import StageResult, run_stage
 from linearize.training.progress import Progress
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
+from linearize.training.step import Stage, computed_on
 from linearize.training.tracking import Tracker
 
 LOG = logging.getLogger("linearize")
@@ -140,7 +140,7 @@ class Conversion:
         share, part = share_of(stage, step, steps)
         key, identity = self._key(number, step), self._stage_identity()
         torch.manual_seed(self.recipe.seed + stage.seed)
-        if isinstance(share, OwnLoopConfig):
+        if isinstance(share, DatasetStageConfig):
             result = self._run_own_loop(self._on_this_device(number, share, step), key, identity)
         elif is_blockwise(share):
             result = load_trained_blocks(self.student, self.trained or self._blockwise(number, step), key)
@@ -198,7 +198,7 @@ class Conversion:
             note(f"stage {number}: this CPU has no bf16 units, so bf16 would be slower: computing in fp32")
         return computed
 
-    def _run_own_loop(self, stage: OwnLoopConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
+    def _run_own_loop(self, stage: DatasetStageConfig, key: str, identity: Mapping[str, Any]) -> StageResult:
         """Run a stage that has its own loop and data."""
         return stage.run(
             StageJob(

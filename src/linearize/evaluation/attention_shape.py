@@ -24,8 +24,8 @@ from linearize.modeling.attention_capture import attention_samples
 from linearize.modeling.projections import key_projection
 from linearize.ops.layout import Layout
 from linearize.training.config import Batch
+from linearize.training.stages.hidden_alignment import ModuleCall, batch_layout, module_calls
 from linearize.training.stages.matrix_alignment import attention_matrix
-from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
 
 MEASURES = ("entropy", "effective", "distance", "far")
 

@@ -21,7 +21,7 @@ from linearize.metrics.language_model import BranchAblation, LanguageModelingRep
 from linearize.storage.atomic import atomic_write_text
 from linearize.storage.files import read_json
 from linearize.training.config import StageConfig
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.loop import StageResult
 
 FILE_NAME = "report.json"
@@ -152,7 +152,7 @@ def stage_report(
         "losses": [list(x) for x in result.losses[::every]],
         "heldout": [list(x) for x in result.heldout],
         **({"metrics": {k: [list(x) for x in v] for k, v in result.metrics.items()}} if result.metrics else {}),
-        **({"data": stage.data} if isinstance(stage, OwnLoopConfig) else {}),
+        **({"data": stage.data} if isinstance(stage, DatasetStageConfig) else {}),
     }
     scheduled = len(steps) > 1
     return StageReport(

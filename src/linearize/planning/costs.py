@@ -11,18 +11,14 @@ from torch import nn
 from linearize.metrics.layer_error import layer_errors
 from linearize.metrics.token_scores import LOGITS_BYTES, View, score_rows
 from linearize.mixers import LayerMixer
-from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.quantized import BaseWeights
 from linearize.planning.devices import Device
 from linearize.planning.samples import Measured, Numbers, Sample, Whole, measured
-from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.config import Batch, StageConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.memory_simulation import tensor_bytes, weight_bytes
-from linearize.training.stages.dpo import DpoConfig
-from linearize.training.stages.lora import find_projections
-from linearize.training.stages.lowrank import LowRankConfig
-from linearize.training.stages.trainable import recompute_blocks, unshare
-from linearize.training.stages.trl_scores import score
+from linearize.training.stages.dpo import Dpo
+from linearize.training.stages.lowrank import LowRankConfig, find_projections
 from linearize.training.step import Stepper
 
 GROUP, SCALES = 64, 256  # nf4: numbers that share a scale, and scales (8 bits each) that share one of their own
@@ -35,17 +31,20 @@ def stage_costs(stage: StageConfig, sample: Sample, rows: int, length: int, held
     AdamW's moments, `optimizer`) while a step runs, while the loss is scaled, while held-out text is measured.
     """
     meter, student = sample.meter, sample.student
-    run: Any = _OwnLoop(stage, sample) if isinstance(stage, OwnLoopConfig) else stage.build(student, sample.teacher)
+    run, models = stage.build(student, sample.teacher), [sample.teacher, student]
     batch = text(rows, length, student.config.get_text_config().vocab_size)
+    if isinstance(run, Dpo):
+        batch = {name: torch.stack([tensor, tensor], 1) for name, tensor in batch.items()}
+        models.append(run.reference.model)
     calibrate = _peak(sample, lambda: run.calibrate(batch))
-    if stage.gradient_checkpointing and hasattr(run, "enable_gradient_checkpointing"):
+    if stage.gradient_checkpointing and run.checkpoints_gradients:
         run.enable_gradient_checkpointing()
     stepper = Stepper(run, stage.model_copy(update={"batch": rows, "micro_batch": None}))
-    weights = weight_bytes(sample.teacher, student, *getattr(run, "models", ()))
+    weights = weight_bytes(*models)
     _make_moments(stepper)
     step = _peak(sample, lambda: stepper.step(batch, number=0, lr=stage.lr))
     done = list(meter.operations)
-    held = 0 if isinstance(stage, OwnLoopConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
+    held = 0 if isinstance(stage, DatasetStageConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
     parameters = stepper.parameters.values()
     return {
         "weights": weights,
@@ -101,50 +100,6 @@ def _make_moments(stepper: Stepper) -> None:
         parameter.grad = torch.zeros_like(parameter)
     stepper.optimizer.step()
     stepper.optimizer.zero_grad(set_to_none=True)
-
-
-class _OwnLoop:
-    """A stage with trl's loop, as far as memory and work go: the scores of answers, for `dpo` beside a reference's."""
-
-    def __init__(self, stage: OwnLoopConfig, sample: Sample) -> None:
-        self.stage, self.student = stage, sample.student.eval().requires_grad_(False)
-        self.pairs = isinstance(stage, DpoConfig)
-        names = self.student.mixer_parameters() if stage.train == "mixers" else dict(self.student.named_parameters())
-        self.parameters = unshare(self.student, sample.teacher, list(names))
-        self.reference = [p.detach().clone() for p in self.parameters.values()] if self.pairs else []
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
-
-    @property
-    def models(self) -> list[torch.nn.ParameterList]:
-        """What is in memory beside teacher and student."""
-        return [torch.nn.ParameterList(torch.nn.Parameter(p, requires_grad=False) for p in self.reference)]
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass."""
-        recompute_blocks(self.student, True)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """What the stage trains."""
-        return [ParameterGroup(self.parameters)]
-
-    def calibrate(self, batch: Batch) -> None:
-        """Nothing to measure."""
-
-    def loss(self, batch: Batch) -> LossSum:
-        """The labels' log-probabilities; of a pair two rows, and the reference's too."""
-        if self.pairs:
-            batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
-            with torch.no_grad():
-                _scores(self.student, batch)
-        return LossSum(_scores(self.student, batch), 1.0)
-
-    heldout_loss = loss
-
-
-def _scores(student: LinearizedForCausalLM, batch: Batch) -> torch.Tensor:
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    return score(lambda **more: student(**inputs, **more).logits, batch["labels"]).loss
 
 
 def quantized_bytes(whole: Whole, base: BaseWeights, stages: tuple[StageConfig, ...]) -> Numbers:

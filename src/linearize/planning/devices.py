@@ -14,10 +14,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from linearize.errors import InputError, unknown
+from linearize.memory import resident_bytes
 from linearize.numbers import Number, parse_size, size_text
 from linearize.storage.files import read_text
-from linearize.training.hardware import bf16_pays, resident_bytes
 from linearize.training.memory_simulation import Operation
+from linearize.training.step import bf16_pays
 
 CPU = "cpu"
 CPU_SHARE = 0.6

@@ -17,7 +17,7 @@ from linearize.planning.report import ConversionPlan
 from linearize.planning.samples import look_at, measured, on_sample, read_config
 from linearize.planning.stages import HELDOUT_ROWS, PlanRequest, plan_stage, vocabulary
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
-from linearize.training.hardware import bf16_pays
+from linearize.training.step import bf16_pays
 
 
 def plan_conversion(

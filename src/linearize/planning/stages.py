@@ -17,7 +17,7 @@ from linearize.recipes.schema import Recipe
 from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_bytes, check_block, choose_block
 from linearize.training.blockwise.budget import fitting_blocks
 from linearize.training.config import BlockwiseConfig, StageConfig
-from linearize.training.dataset_stage import DEFAULT_LENGTH, OwnLoopConfig
+from linearize.training.dataset_stage import DEFAULT_LENGTH, DatasetStageConfig
 from linearize.training.schedule import as_steps, count_steps
 from linearize.training.stages.distill import DistillConfig
 
@@ -44,7 +44,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     whole, device = request.whole, request.device
     share = math.ceil(stage.batch / request.devices)
     rows = min(stage.micro_batch or share, share)
-    length = stage.length or (DEFAULT_LENGTH if isinstance(stage, OwnLoopConfig) else request.recipe.data.length)
+    length = stage.length or (DEFAULT_LENGTH if isinstance(stage, DatasetStageConfig) else request.recipe.data.length)
     heldout = text(HELDOUT_ROWS, request.recipe.data.length, vocabulary(whole))
     costs = measured(whole, lambda sample: stage_costs(stage, sample, rows, length, heldout, device))
     tokens = stage.tokens if stage.tokens is not None else request.tokens
@@ -57,7 +57,9 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     peak = runs.peak_bytes if runs else memory.peak
     checkpointed = _checkpointed(stage, request, costs, memory, rows * length)
     missing = fits(device, peak)
-    evaluations = 0 if isinstance(stage, OwnLoopConfig) else 1 + steps // max(1, as_steps(stage.evaluate_every, steps))
+    evaluations = (
+        0 if isinstance(stage, DatasetStageConfig) else 1 + steps // max(1, as_steps(stage.evaluate_every, steps))
+    )
     batches = request.recipe.data.max_heldout_tokens / (HELDOUT_ROWS * request.recipe.data.length)
     heldout_seconds = evaluations * batches * costs.total["heldout_seconds"] / request.devices
     micro_batches = math.ceil(share / rows)
@@ -117,7 +119,7 @@ def _memory(stage: StageConfig, request: PlanRequest, total: Mapping[str, float]
     beside = 2 * request.whole.layer_bytes if shards > 1 else 0
     activations = max(total["step"] - gradients, total["calibrate"] - gradients, total["heldout"] - gradients, 0)
     activations += request.quantized["product"]
-    keeps_best = stage.keep_best and not isinstance(stage, OwnLoopConfig)
+    keeps_best = stage.keep_best and not isinstance(stage, DatasetStageConfig)
     return Memory(
         weights=math.ceil((total["weights"] - request.quantized["saved"]) / shards) + beside,
         gradients=math.ceil(gradients / shards),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from linearize.errors import InputError
 from linearize.training.config import StageConfig
-from linearize.training.dataset_stage import OwnLoopConfig
+from linearize.training.dataset_stage import DatasetStageConfig
 
 
 class Progressive(BaseModel):
@@ -76,7 +76,7 @@ def rounded(count: float) -> int:
 
 def share_of(stage: StageConfig, step: int, steps: int) -> tuple[StageConfig, tuple[int, int]]:
     """A stage as it runs at one step of a schedule, and its part of the rows: tokens and rows are shared out evenly."""
-    if stage.at == "last" or steps == 1 or isinstance(stage, OwnLoopConfig):
+    if stage.at == "last" or steps == 1 or isinstance(stage, DatasetStageConfig):
         return stage, (0, 1)
     tokens = stage.tokens * (step + 1) // steps - stage.tokens * step // steps
     return stage.model_copy(update={"tokens": max(1, tokens)}), (step, steps)

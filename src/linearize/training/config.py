@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -103,30 +103,36 @@ class ParameterGroup(NamedTuple):
     lr_scale: float = 1.0
 
 
-class StageRun(Protocol):
+class StageRun:
     """A stage over a student and a teacher: exactly what trains, and by which loss.
 
     Random numbers, if any, come from torch's global generator, which the loop seeds anew for every step.
-    A run may have `enable_gradient_checkpointing() -> None`, called once before the first step if the config asks, and
-    `identity() -> dict` (JSON): what its checkpoints depend on besides the config and the student's start.
     """
+
+    checkpoints_gradients: ClassVar[bool] = False
+    """Whether `enable_gradient_checkpointing` does anything; a config that asks for it is refused otherwise."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Exactly what the stage trains; names unique over all groups, every parameter with `requires_grad`."""
-        ...
+        raise NotImplementedError
 
     def loss(self, batch: Batch) -> LossSum:
         """The training loss of one micro-batch (tensors [B, T] on the parameters' device)."""
-        ...
+        raise NotImplementedError
 
     def heldout_loss(self, batch: Batch) -> LossSum:
-        """What early stopping watches; the loop calls it without gradients."""
-        ...
+        """What early stopping watches, by default the training loss; the loop calls it without gradients."""
+        return self.loss(batch)
 
     def calibrate(self, batch: Batch) -> None:
-        """Called once before the loop with the first training batch: scales that the loss needs are measured here."""
-        ...
+        """Measure scales that the loss needs; called once before the loop with the first training batch."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Called once before the first step if the config asks for it."""
+
+    def identity(self) -> dict[str, str]:
+        """What checkpoints depend on besides the config and the student's start, as JSON."""
+        return {}
 
     def finish(self) -> None:
         """Called once at the end, with the final weights in place (merge adapters, drop hooks)."""
-        ...

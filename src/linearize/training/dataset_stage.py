@@ -1,29 +1,40 @@
-"""Stages on rows of their own (`sft`, `dpo`): their settings, and what they are given."""
+"""Stages on rows of their own (`sft`, `dpo`): their settings, what they work on, and the order of their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
+import torch
 from pydantic import Field, model_validator
+from torch import nn
 
 from linearize.errors import InputError
+from linearize.modeling.io.adapters import kept_adapters
 from linearize.numbers import Count
-from linearize.training.config import StageConfig, StageRun
-
-if TYPE_CHECKING:
-    from linearize.training.loop import StageResult
-    from linearize.training.progress import Progress
-    from linearize.training.tracking import Tracker
+from linearize.training.config import Batch, ParameterGroup, StageConfig
+from linearize.training.data.chat import template_text
+from linearize.training.data.documents import Document
+from linearize.training.data.packing import IGNORED
+from linearize.training.distributed import current
+from linearize.training.loop import Rows, StageResult, run_stage
+from linearize.training.progress import LineProgress, Progress
+from linearize.training.student_run import unshare
+from linearize.training.tracking import Tracker
 
 DEFAULT_LENGTH = 1024
 _NO_HELDOUT = {"schedule": "plateau", "keep_best": True}
 
 
-class OwnLoopConfig(StageConfig):
-    """Settings of a stage that reads its own data and is run as a whole, without held-out text of its own.
+class DatasetStageConfig(StageConfig):
+    """Settings of a stage that reads its own data and has no held-out text of its own.
 
     The length of the stage is the shortest of `epochs`, `max_steps` and `tokens` as far as they are given; `tokens: 0`
     skips it. `batch` counts rows of the data (a preference pair is one row); the last step of an epoch goes on with the
@@ -54,23 +65,86 @@ class OwnLoopConfig(StageConfig):
             raise ValueError(f"{', '.join(wrong)} needs a held-out loss, which stage {self.name!r} does not measure")
         return self
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
-        """Not this one: a stage of this kind is run whole, by `run`."""
-        raise InputError(f"stage {self.name!r} reads rows of its own: call run(job), not build")
-
     def check_data(self, tokenizer: Any, context: int | None = None) -> None:
         """Read the data and refuse early, and in one line, what the stage could not use; changes nothing.
 
         Args:
             context: the teacher's longest context in tokens, None if it has no limit.
         Raises:
-            InputError: a missing package, data that cannot be read, a row that does not fit, no chat template.
+            InputError: data that cannot be read, a row that does not fit, no chat template.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no check_data")
+        self.rows(tokenizer, context)
+
+    def rows(self, tokenizer: Any, context: int | None) -> Sequence[Any]:
+        """The data as tokens; the length of a row is its tokens. Raises InputError for data that cannot be used."""
+        raise NotImplementedError
+
+    def collate(self, rows: Sequence[Any], pad: int) -> Batch:
+        """A batch of some of these rows, filled up with the token `pad`: each tensor has one entry per row."""
+        raise NotImplementedError
+
+    def row_length(self, context: int | None) -> int:
+        """Tokens that a row may have. Raises InputError for a length beyond the context."""
+        if self.length is None:
+            return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+        if context is not None and self.length > context:
+            raise InputError(
+                f"stage {self.name!r}: length {self.length} is beyond the teacher's context {context}: lower it"
+            )
+        return self.length
+
+    def trained_parameters(self, student: Any, teacher: Any) -> ParameterGroup:
+        """What trains, in tensors that the teacher has no part in. Raises InputError if there is nothing."""
+        names = list(student.mixer_parameters() if self.train == "mixers" else dict(student.named_parameters()))
+        if not names:
+            raise InputError(f"stage {self.name!r}: the mixers of this student have no parameters; set train to all")
+        if self.train == "all" and kept_adapters(student) is not None:
+            student.adapter_state.kept = None  # their product is in the weights, and those move now
+        return ParameterGroup(unshare(student, teacher, names))
 
     def run(self, job: StageJob) -> StageResult:
-        """Train the student in place; continue where a killed run of the same job stopped; do nothing twice."""
-        raise NotImplementedError(f"{type(self).__name__} has no run")
+        """Train the student in place, from where a killed run of the same job stopped; a finished one is only read.
+
+        On one device in fp32 the weights are then bit-equal to those of an unbroken run. Under torch.distributed every
+        rank calls this and trains on its share of each batch.
+
+        Raises:
+            InputError: nothing to train, or a folder of another run; RuntimeError: the loss is not finite.
+        """
+        rows: Sequence[Any] = current().share(lambda: self.rows(job.tokenizer, job.context))
+        student, name = job.student, job.name or self.name
+        if self.chat_template is not None:
+            job.tokenizer.chat_template = template_text(self.chat_template)
+        if self.tokens == 0:
+            student.eval().requires_grad_(False)
+            return StageResult.skipped(name)
+        sizes = [len(row) for row in rows]
+        steps = count_steps(self, len(rows), sum(sizes))
+        order = row_order(len(rows), steps * self.batch, job.seed + self.seed)
+        pad = job.tokenizer.eos_token_id if job.tokenizer.pad_token_id is None else job.tokenizer.pad_token_id
+        ends = np.cumsum([0, *(sizes[row] for row in order)])
+
+        def batches(start: int) -> Iterator[Batch]:
+            group = current()
+            share = self.batch // group.ranks
+            for step in itertools.count(start):
+                first = step * self.batch + group.rank * share
+                yield self.collate([rows[row] for row in order[first : first + share]], int(pad))
+
+        with without_dropout(student):
+            return run_stage(
+                self.build(student, job.teacher),
+                self,
+                batches,
+                (),
+                length=self.row_length(job.context),
+                rows=Rows(steps=steps, tokens=lambda step: int(ends[step * self.batch])),
+                checkpoint_dir=job.folder,
+                identity={"data": _digest(rows), "seed": job.seed, **job.identity},
+                progress=job.progress or LineProgress(),
+                tracker=job.tracker,
+                name=name,
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,5 +171,63 @@ class StageJob:
     def context(self) -> int | None:
         """The teacher's longest context in tokens; None: no limit is known."""
         config = self.teacher.config.get_text_config()
-        found: int | None = getattr(config, "max_position_embeddings", None)
-        return found
+        longest: int | None = getattr(config, "max_position_embeddings", None)
+        return longest
+
+
+def count_steps(config: DatasetStageConfig, num_rows: int, num_tokens: int) -> int:
+    """Optimiser steps: the least that `epochs`, `max_steps` and `tokens` allow, as far as they are set."""
+    counts = [math.ceil(config.epochs * num_rows / config.batch)]
+    if config.max_steps is not None:
+        counts.append(config.max_steps)
+    if config.tokens is not None:
+        counts.append(math.ceil(config.tokens * num_rows / (num_tokens * config.batch)))
+    return min(counts)
+
+
+def row_order(num_rows: int, needed: int, seed: int) -> list[int]:
+    """The first `needed` rows of an endless stream of epochs, each in an order of its own."""
+    epochs = [np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in range(-(-needed // num_rows))]
+    return [int(row) for row in np.concatenate(epochs)[:needed]]
+
+
+def padded(documents: Sequence[Document], pad: int) -> Batch:
+    """One document a row, `[B, T]`, in the form of packed rows (`PackedRows`): padding is a document of its own."""
+    ids_BT = torch.full((len(documents), max(map(len, documents))), pad)
+    labels_BT = torch.full_like(ids_BT, IGNORED)
+    position_BT = torch.arange(ids_BT.shape[1]).repeat(len(documents), 1)
+    for row, document in enumerate(documents):
+        size, tokens = len(document), torch.tensor(document.tokens)
+        ids_BT[row, :size] = tokens
+        labels_BT[row, :size] = tokens.masked_fill(torch.tensor(document.loss_mask) == 0, IGNORED)
+        position_BT[row, size:] -= size
+    return {"input_ids": ids_BT, "position_ids": position_BT, "labels": labels_BT}
+
+
+def until_last_label(batch: Batch) -> Batch:
+    """Without the columns at the end that no label of any row comes after."""
+    labelled = (batch["labels"] != IGNORED).flatten(0, -2).any(0)
+    width = int(labelled.nonzero().max()) + 1
+    return {name: tensor[..., :width] for name, tensor in batch.items()}
+
+
+@contextlib.contextmanager
+def without_dropout(student: nn.Module) -> Iterator[None]:
+    """Inside the `with` block no dropout, also in training mode."""
+    rates = [
+        (module, key, rate)
+        for module in student.modules()
+        for key in (("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",))
+        if isinstance(rate := getattr(module, key, None), float)
+    ]
+    for module, key, _ in rates:
+        setattr(module, key, 0.0)
+    try:
+        yield
+    finally:
+        for module, key, rate in rates:
+            setattr(module, key, rate)
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]

@@ -44,6 +44,14 @@ class StageResult:
     stopped_early: bool
     metrics: Mapping[str, History] = field(default_factory=dict)
 
+    @classmethod
+    def skipped(cls, name: str) -> StageResult:
+        """Of a stage that was not run."""
+        return cls(
+            name=name, steps=0, tokens=0, seconds=0.0, trainable_parameters=0, losses=(), heldout=(), best_step=0,
+            stopped_early=False,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -145,7 +153,9 @@ class _Loop:
         self.progress: Progress | None = None
         self.tracker: Tracker | None = None
         if config.gradient_checkpointing:
-            _enable_gradient_checkpointing(run, name)
+            if not run.checkpoints_gradients:
+                raise InputError(f"stage {name!r} cannot checkpoint gradients: set its gradient_checkpointing to false")
+            run.enable_gradient_checkpointing()
 
     def attach(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Saves to this folder from now on, and continues from the checkpoint in it, if any."""
@@ -282,9 +292,9 @@ class _Loop:
         """What rank 0 wants, whose clock counts, where all ranks must act together."""
         if not self.stepper.sharded:
             return wanted
-        found = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
-        dist.broadcast(found, src=0)
-        return bool(found.item())
+        decision = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
+        dist.broadcast(decision, src=0)
+        return bool(decision.item())
 
     def _save(self, *, last: bool = False) -> None:
         """A checkpoint of everything that the next step depends on."""
@@ -308,10 +318,3 @@ class _Loop:
 def _history(values: Iterable[Sequence[Any]]) -> list[tuple[int, float]]:
     """As it was before it went through JSON."""
     return [(step, value) for step, value in values]
-
-
-def _enable_gradient_checkpointing(run: StageRun, name: str) -> None:
-    enable = getattr(run, "enable_gradient_checkpointing", None)
-    if enable is None:
-        raise InputError(f"stage {name!r} cannot checkpoint gradients: set its gradient_checkpointing to false")
-    enable()

@@ -68,10 +68,12 @@ class Meter(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
-        given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
+        tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
         count = flop_registry.get(func._overloadpacket)
         flops = int(count(*args, **kwargs, out_val=result)) if count else 0
-        moved = sum(min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()) for tensor in given + made)
+        moved = sum(
+            min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()) for tensor in tensors + made
+        )
         self.operations.append(Operation(flops, moved, made[0].itemsize if made else 4))
 
     def _hold(self, tensor: Tensor) -> bool:
@@ -129,18 +131,18 @@ def _swap(old: Tensor, new: Tensor) -> None:
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation: on contents where it has them, else on shapes alone."""
-    given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
-    if not any(isinstance(tensor, FakeTensor) for tensor in given):
+    tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
+    if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return _on_contents(func, args, kwargs)
     if func is _ATEN._local_scalar_dense.default:
-        dtype = given[0].dtype
+        dtype = tensors[0].dtype
         return 1.0 if dtype.is_floating_point else 0 if dtype == torch.bool else 1
     if func in _SAME:
-        return given[0].shape == given[1].shape
+        return tensors[0].shape == tensors[1].shape
     if func is _ATEN.nonzero.default:  # as if nothing were zero
-        return _all_indices(given[0])
+        return _all_indices(tensors[0])
     if func is _ATEN.index.Tensor:
-        args = (args[0], [index for given in args[1] for index in _as_numbers(given)])
+        args = (args[0], [index for tensor in args[1] for index in _as_numbers(tensor)])
     return func(*args, **kwargs)
 
 

@@ -81,11 +81,11 @@ def load_stage(
     Raises:
         InputError: it has another format, belongs to another run than `identity`, or does not fit the parameters.
     """
-    found: tuple[Path, dict[str, Any]] | None = group.share(lambda: _newest(folder))
-    if found is None:
+    newest: tuple[Path, dict[str, Any]] | None = group.share(lambda: _newest(folder))
+    if newest is None:
         shapes = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
         return load_checkpoint(folder, identity=identity, shapes=shapes)
-    path, state = found
+    path, state = newest
     check_identity(path, state["identity"], json.loads(json.dumps(dict(identity))))
     return Checkpoint(tensors=_read(path, group, parameters), scalars=state["scalars"], identity=state["identity"])
 
@@ -126,8 +126,8 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _numbers(folder: Path) -> list[int]:
     """Of the folders that were written to their end."""
-    found = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*"))
-    return [int(name) for name in found if name.isdigit()]
+    numbers = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*"))
+    return [int(name) for name in numbers if name.isdigit()]
 
 
 def _remove(folder: Path, keep: int) -> None:

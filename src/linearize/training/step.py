@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.modeling.parallel import gathered, is_sharded, spread, sync_gradients
+from linearize.ops.matmul import has_bf16_units
 from linearize.training.checkpoint import PARAMETER
 from linearize.training.config import NOTHING, Batch, LossSum, StageConfig, StageRun
 from linearize.training.distributed import Group, current
 
+Stage = TypeVar("Stage", bound=StageConfig)
 BUCKET_NUMBERS = 2**24
 """Gradients are summed over the ranks so many numbers at a time (64 MiB in fp32)."""
 
@@ -242,3 +244,17 @@ def check_finite(value: float, what: str, *, trained: bool = True) -> None:
     if not math.isfinite(value):
         untrained = "no step was taken, so training is not to blame: look at the model and the text that it starts from"
         raise RuntimeError(f"{what} is {value}: {'lower lr, lengthen warmup or lower clip' if trained else untrained}")
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones: any accelerator, and CPUs with AVX512-BF16 or AMX."""
+    if device.type != "cpu":
+        return True
+    return has_bf16_units()
+
+
+def computed_on(stage: Stage, device: torch.device) -> Stage:
+    """The stage as it is computed on a device: in fp32 where bf16 would be slower."""
+    if stage.precision == "fp32" or bf16_pays(device):
+        return stage
+    return stage.model_copy(update={"precision": "fp32"})

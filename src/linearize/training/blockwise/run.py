@@ -157,7 +157,7 @@ class BlockwiseStage:
         return list(dict.fromkeys(holder for holder in holders if holder is not None))
 
 
-class BlockRun:
+class BlockRun(StageRun):
     """A stage over a block: each batch brings the hidden states that the block starts from."""
 
     def __init__(self, run: StageRun, block: Block, lease: Lease | None = None) -> None:

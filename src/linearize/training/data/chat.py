@@ -40,30 +40,30 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transform
 _MARK = "\ue000"  # stands for a content that is looked for: no text begins or ends with it
 
 
-def with_template(tokenizer: Any, given: str | None) -> Any:
+def with_template(tokenizer: Any, template: str | None) -> Any:
     """The tokenizer, or with a template given (a name, a file, or the text) a copy that has it.
 
     Raises:
         InputError: neither a known name, nor a file, nor a Jinja text (which has a brace somewhere).
     """
-    if given is None:
+    if template is None:
         return tokenizer
     made = copy.deepcopy(tokenizer)
-    made.chat_template = template_text(given)
+    made.chat_template = template_text(template)
     return made
 
 
-def template_text(given: str) -> str:
+def template_text(template: str) -> str:
     """The Jinja text that a setting means."""
-    if given in TEMPLATES:
-        return TEMPLATES[given]
-    return given if "{" in given else _from_file(given)
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    return template if "{" in template else _from_file(template)
 
 
-def _from_file(given: str) -> str:
-    if not Path(expand_home(given)).is_file():
-        raise InputError(f"{unknown('chat_template', given, TEMPLATES)} (or give a Jinja file, or the template's text)")
-    return read_text(given)
+def _from_file(path: str) -> str:
+    if not Path(expand_home(path)).is_file():
+        raise InputError(f"{unknown('chat_template', path, TEMPLATES)} (or give a Jinja file, or the template's text)")
+    return read_text(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +150,10 @@ def _variables(row: Row, tokenizer: PreTrainedTokenizerBase, note: Note) -> dict
 
 def _objects(value: object, name: str) -> list[Any]:
     """The objects that a column for the template must hold, each perhaps as JSON text."""
-    found = [from_json_text(entry) for entry in value] if isinstance(value, list) else []
-    if not found or not all(isinstance(entry, Mapping) for entry in found):
+    entries = [from_json_text(entry) for entry in value] if isinstance(value, list) else []
+    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise InputError(f"field {name!r} must be a list of objects, or JSON text of one")
-    return found
+    return entries
 
 
 @lru_cache(maxsize=16)

@@ -84,10 +84,10 @@ def _json_rows(path: Path) -> Numbered:
     if isinstance(rows, dict) and {type(cells) for cells in rows.values()} in ({list}, {dict}):
         rows = _from_columns(rows, path)
     if not isinstance(rows, list):
-        found = ", ".join(sorted(rows)) if isinstance(rows, dict) else type(rows).__name__
+        kind = ", ".join(sorted(rows)) if isinstance(rows, dict) else type(rows).__name__
         raise InputError(
             f"data {str(path)!r}: must hold a list of rows or lists by column, or either under the key 'data'; "
-            f"found: {found}"
+            f"found: {kind}"
         )
     return enumerate(rows, 1)
 

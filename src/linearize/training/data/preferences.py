@@ -53,10 +53,10 @@ def read_preferences(spec: str, tokenizer: PreTrainedTokenizerBase) -> list[Pref
         InputError: data that cannot be read, or a row without both answers, with an empty one, in none of the formats,
             or with a chat that the tokenizer has no template for; names the row.
     """
-    found = read_as(spec, lambda row, note: preference_of(row, tokenizer, note))
-    if not found:
+    preferences = read_as(spec, lambda row, note: preference_of(row, tokenizer, note))
+    if not preferences:
         raise InputError(f"data {spec!r}: is empty, it holds no preferences; give rows with {FORMATS}")
-    return found
+    return preferences
 
 
 def preference_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = ignore) -> Preference:

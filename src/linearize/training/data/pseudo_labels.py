@@ -125,10 +125,10 @@ def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = igno
     """The text that the teacher is to continue. Raises InputError for a row without a prompt."""
     if not isinstance(row, Mapping):
         raise InputError(f"is a {type(row).__name__}, a row must be an object with one of: {FORMATS}")
-    found = [name for name in (*CHAT_FIELDS, "prompt", "instruction") if name in row]
-    field = next((name for name in found if holds(row, name)), None)
-    if field is None and found:
-        raise NullError(found[0])
+    named = [name for name in (*CHAT_FIELDS, "prompt", "instruction") if name in row]
+    field = next((name for name in named if holds(row, name)), None)
+    if field is None and named:
+        raise NullError(named[0])
     if field is None:
         raise InputError(f"wrong fields, found: {', '.join(map(str, row)) or 'none'}; needed is one of: {FORMATS}")
     if field == "instruction":

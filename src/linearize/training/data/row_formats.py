@@ -35,12 +35,12 @@ def example_of(row: object, tokenizer: PreTrainedTokenizerBase, answer_only: boo
     if not isinstance(row, Mapping):
         raise InputError(f"is a {type(row).__name__}, a row must be an object with one of: {_formats()}")
     order = sorted(_FORMATS, key=lambda fields: (fields == ("text",)) == answer_only)
-    found = [fields for fields in order if all(field in row for field in fields)]
-    for fields in found:
+    matching = [fields for fields in order if all(field in row for field in fields)]
+    for fields in matching:
         if holds(row, *fields):
             return _FORMATS[fields](row, tokenizer, answer_only, note)
-    if found:
-        raise NullError(next(field for field in found[0] if is_null(row[field])))
+    if matching:
+        raise NullError(next(field for field in matching[0] if is_null(row[field])))
     named = ", ".join(map(str, row)) or "none"
     raise InputError(f"wrong fields, found: {named}; needed is one of: {_formats()}")
 
@@ -68,8 +68,8 @@ def _from_alpaca(row: Row, _tokenizer: PreTrainedTokenizerBase, _answer_only: bo
 
 def alpaca_prompt(row: Row) -> str:
     """Alpaca's prompt for a row with `instruction` and perhaps `input`."""
-    given = string(row, "input") if row.get("input") is not None else ""
-    return (_ALPACA_INPUT if given else _ALPACA).format(instruction=string(row, "instruction"), input=given)
+    text = string(row, "input") if row.get("input") is not None else ""
+    return (_ALPACA_INPUT if text else _ALPACA).format(instruction=string(row, "instruction"), input=text)
 
 
 def _from_completion(row: Row, tokenizer: PreTrainedTokenizerBase, answer_only: bool, note: Note) -> Example:

@@ -148,8 +148,8 @@ def _set_random_state(model: PreTrainedModel, text: str) -> None:
 
 def _key(model: PreTrainedModel, config: GenerationConfig, inputs_BT: Tensor, seed: int) -> str:
     """A hash of all that the text depends on."""
-    told = [config.to_json_string(), inputs_BT.tolist(), seed, model.device.type, model_fingerprint(model)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    inputs = [config.to_json_string(), inputs_BT.tolist(), seed, model.device.type, model_fingerprint(model)]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
 
 
 def write(

@@ -23,6 +23,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
+from linearize.training.student_run import StudentRun
 
 
 class AttentionTransferConfig(BlockwiseConfig):
@@ -53,21 +54,18 @@ class AttentionTransferConfig(BlockwiseConfig):
         return AttentionTransfer(self, student)
 
 
-class AttentionTransfer:
+class AttentionTransfer(StudentRun):
     """The running stage."""
 
     def __init__(self, config: AttentionTransferConfig, student: LinearizedForCausalLM) -> None:
-        self.config, self.student = config, student.eval()
+        self.config = config
         self.layers = sorted(_between_projections(student))
         self.power = {layer: 1.0 for layer in self.layers}
-        student.requires_grad_(False)
-        self.parameters = student.mixer_parameters()
-        if not self.parameters:
+        if not (parameters := student.mixer_parameters()):
             raise InputError(
                 "attention_transfer has nothing to train: no mixer of the plan has parameters (set its tokens to 0)"
             )
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        super().__init__(student, ParameterGroup(parameters))
 
     def calibrate(self, batch: Batch) -> None:
         """Measure each layer's teacher output power on a batch of training text."""
@@ -75,19 +73,11 @@ class AttentionTransfer:
             outputs = self._pass(batch, keep=True)
             self.power = {layer: float(outputs[layer][1].square().mean()) for layer in self.layers}
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The mixers' parameters and no others."""
-        return [ParameterGroup(self.parameters)]
-
     def loss(self, batch: Batch) -> LossSum:
         """Sum over layers of the transfer loss, as a sum over tokens that are no padding."""
         terms = self._pass(batch)
         total = sum((term for term, _ in terms.values()), torch.zeros((), device=batch["input_ids"].device))
         return LossSum(total, float(counted(batch["labels"]).sum()))
-
-    def heldout_loss(self, batch: Batch) -> LossSum:
-        """The stage's own objective."""
-        return self.loss(batch)
 
     def layer_errors(self, batch: Batch) -> list[float]:
         """Per layer: squared error of the attention outputs over the teacher's power (0 exact, 1 as bad as nothing)."""
@@ -99,13 +89,9 @@ class AttentionTransfer:
             for y, target in (outputs[layer] for layer in self.layers)
         ]
 
-    def finish(self) -> None:
-        """Freeze what was trained."""
-        self.student.requires_grad_(False)
-
     def _pass(self, batch: Batch, keep: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
         """One pass of the teacher's hidden states; per layer (loss, -), or with `keep` the two outputs."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        by_layer: dict[int, tuple[Tensor, Tensor]] = {}
         live = counted(batch["labels"])
         grad = torch.is_grad_enabled()
 
@@ -123,7 +109,7 @@ class AttentionTransfer:
             layer: Any = module.layer_idx
             with torch.set_grad_enabled(grad):
                 y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)  # type: ignore[operator]
-                found[layer] = (
+                by_layer[layer] = (
                     (y, target)
                     if keep
                     else (self._layer_loss(module, (q, k, v), y, target, live, layout, sliding_window, scores), y)
@@ -138,7 +124,7 @@ class AttentionTransfer:
                 logits_to_keep=1,
                 attention_override=attention_override,
             )
-        return found
+        return by_layer
 
     def _layer_loss(
         self,

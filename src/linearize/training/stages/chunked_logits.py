@@ -16,9 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch
-from linearize.training.stages import losses
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
+SLICE_NUMBERS = 2**24
+"""Logits of at most so many numbers exist at a time (64 MiB in fp32), a few times over inside a loss."""
+
+
+def slice_tokens(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(1, SLICE_NUMBERS // vocabulary)
 
 
 class Readout:
@@ -68,15 +74,15 @@ class Readout:
     def _pass(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         """One run with the decoder's output written down: final hidden states, and the run's logits."""
         assert self.decoder is not None
-        found: list[Any] = []
+        outputs: list[Any] = []
         decoder = self.lm.get_submodule(self.decoder)
-        hook = decoder.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+        hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
             logits = self._run(batch, **options).logits
         finally:
             hook.remove()
-        self.output = type(found[-1])
-        return found[-1].last_hidden_state, logits
+        self.output = type(outputs[-1])
+        return outputs[-1].last_hidden_state, logits
 
     def _find_decoder(self) -> str | None:
         decoder = self.lm.get_decoder() if hasattr(self.lm, "get_decoder") else None
@@ -100,10 +106,10 @@ class Readout:
         ids = torch.arange(3, device=self.lm.device)[None]
         try:
             hidden, expected = self._pass({"input_ids": ids % self.vocabulary, "position_ids": ids})
-            found = self.logits(hidden[0])
+            logits = self.logits(hidden[0])
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             return False
-        return found.shape == expected[0].shape and torch.allclose(found.float(), expected[0].float(), 1e-2, 1e-3)
+        return logits.shape == expected[0].shape and torch.allclose(logits.float(), expected[0].float(), 1e-2, 1e-3)
 
 
 class _Given(nn.Module):
@@ -118,12 +124,12 @@ class _Given(nn.Module):
 
 
 def sliced_loss(readout: Readout, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
-    """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `losses.slice_tokens`), fp32.
+    """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `slice_tokens`), fp32.
 
     Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
     product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
     """
-    size = tokens or losses.slice_tokens(readout.vocabulary)
+    size = tokens or slice_tokens(readout.vocabulary)
     parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
     parameters = readout.parameters() if torch.is_grad_enabled() else []
     total: Tensor = _Sliced.apply(readout, loss, parts, hidden_NM, *parameters)
@@ -147,8 +153,8 @@ class _Sliced(torch.autograd.Function):
             total += value.detach()
             if wanted:
                 with torch.autocast(hidden_NM.device.type, enabled=False):
-                    found = torch.autograd.grad(value, (hidden_nM, *parameters), allow_unused=True)
-                for whole, new in zip((grads[0][part], *grads[1:]), found, strict=True):
+                    slice_grads = torch.autograd.grad(value, (hidden_nM, *parameters), allow_unused=True)
+                for whole, new in zip((grads[0][part], *grads[1:]), slice_grads, strict=True):
                     if new is not None:
                         whole += new
         ctx.grads = [grad.to(x.dtype) for grad, x in zip(grads, (hidden_NM, *parameters), strict=False)]

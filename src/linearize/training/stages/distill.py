@@ -16,10 +16,9 @@ from linearize.modeling.io.adapters import kept_adapters
 from linearize.modeling.io.integrity import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
-from linearize.training.stages.distillation_loss import distillation_loss
 from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
-from linearize.training.stages.losses import Divergence
-from linearize.training.stages.trainable import mlp_parameters, recompute_blocks, unshare
+from linearize.training.stages.losses import Divergence, distillation_loss
+from linearize.training.student_run import LogitsRun, mlp_parameters, unshare
 
 
 class DistillConfig(StageConfig):
@@ -69,12 +68,12 @@ class DistillConfig(StageConfig):
         return Distill(self, student, teacher)
 
 
-class Distill:
+class Distill(LogitsRun):
     """The running stage."""
 
     def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student = config, student.eval()
-        self.groups = _groups(config, student, teacher)
+        super().__init__(student, *_groups(config, student, teacher))
+        self.config = config
         self.student_readout = Readout(student)
         self.teacher_readout: Readout | None = None
         if config.kl:
@@ -86,17 +85,6 @@ class Distill:
         if self.config.teacher is None or self.teacher_readout is None:
             return {}
         return {"other_teacher": model_fingerprint(self.teacher_readout.model)}
-
-    def calibrate(self, batch: Batch) -> None:
-        """Nothing to measure."""
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass."""
-        recompute_blocks(self.student, True)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The mixers' parameters, and the teacher's that train too."""
-        return self.groups
 
     def loss(self, batch: Batch) -> LossSum:
         """Weighted divergence and cross-entropy, summed over the tokens whose next token counts."""
@@ -111,28 +99,19 @@ class Distill:
             temperature=config.temperature,
         )
 
-    def heldout_loss(self, batch: Batch) -> LossSum:
-        """The stage's own objective."""
-        return self.loss(batch)
-
     def finish(self) -> None:
-        """Freeze what was trained and let go of the other teacher."""
-        if self.config.gradient_checkpointing:
-            recompute_blocks(self.student, False)
-        self.student.eval().requires_grad_(False)
+        """Let go of the other teacher too."""
+        super().finish()
         self.teacher_readout = None
 
 
 def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:
-    """What trains, with gradients on, in memory that the teacher has no part in."""
-    student.requires_grad_(False)
+    """What trains, in memory that the teacher has no part in."""
     new = set(student.mixer_parameters())
     old: set[str] = set()
     if config.train != "mixers":
         floating = {name for name, p in student.named_parameters() if p.is_floating_point()}
         old = floating - new - (mlp_parameters(student) if config.train == "no_mlp" else set())
     parameters = unshare(student, teacher, sorted(new | old))
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
     chosen = ((new, 1.0), (old, config.old_lr_scale))
     return [ParameterGroup({n: parameters[n] for n in sorted(names)}, scale) for names, scale in chosen if names]

@@ -8,6 +8,8 @@ Letters: B batch, T tokens, M model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.attention import MixerCall
 from linearize.modeling.truncate import block_name
+from linearize.ops.layout import Layout
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
 from linearize.training.stages.losses import counted
-from linearize.training.stages.teacher_pass import ModuleCall, batch_layout, module_calls
-from linearize.training.stages.trainable import unshare
+from linearize.training.student_run import StudentRun, unshare
 
 
 class HiddenAlignmentConfig(BlockwiseConfig):
@@ -48,19 +51,16 @@ class HiddenAlignmentConfig(BlockwiseConfig):
         return HiddenAlignment(self, student, teacher)
 
 
-class HiddenAlignment:
+class HiddenAlignment(StudentRun):
     """The running stage."""
 
     def __init__(self, config: HiddenAlignmentConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student, self.teacher = config, student.eval(), teacher
+        super().__init__(student, ParameterGroup(unshare(student, teacher, student.mixer_parameters())))
+        self.config, self.teacher = config, teacher
         learning = [layer for layer, mixer in sorted(student.mixers().items()) if list(mixer.parameters())]
         sites = {layer: student.config.attention[layer] for layer in learning}
         self.modules = {i: site if config.output == "mixer" else block_name(site) for i, site in sites.items()}
         self.power = dict.fromkeys(self.modules, 1.0)
-        student.requires_grad_(False)
-        self.parameters = unshare(student, teacher, student.mixer_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
 
     def calibrate(self, batch: Batch) -> None:
         """Measure on a batch of training text how much the teacher adds in each layer."""
@@ -69,10 +69,6 @@ class HiddenAlignment:
             calls = module_calls(self.teacher, batch, self.modules.values())
             for layer, name in self.modules.items():
                 self.power[layer] = float(self._added(calls[name])[live].float().square().mean())
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The mixers' parameters and no others."""
-        return [ParameterGroup(self.parameters)]
 
     def loss(self, batch: Batch) -> LossSum:
         """Sum over layers of the mean squared error over the width, as a sum over tokens whose next token counts."""
@@ -83,10 +79,6 @@ class HiddenAlignment:
             total = total + error_BT[live].sum() / self.power[layer]
         return LossSum(total, float(live.sum()))
 
-    def heldout_loss(self, batch: Batch) -> LossSum:
-        """The stage's own objective."""
-        return self.loss(batch)
-
     @torch.no_grad()
     def layer_errors(self, batch: Batch) -> list[float]:
         """Per layer: squared error of the output over the power of what the teacher adds (0 exact, 1 as bad as
@@ -96,10 +88,6 @@ class HiddenAlignment:
             float((output - call.output)[live].square().sum() / self._added(call)[live].square().sum())
             for output, call in self._outputs(batch).values()
         ]
-
-    def finish(self) -> None:
-        """Freeze what was trained."""
-        self.student.requires_grad_(False)
 
     def _outputs(self, batch: Batch) -> dict[int, tuple[Tensor, ModuleCall]]:
         """By layer: the student's output on the teacher's input, and the teacher's call."""
@@ -113,3 +101,53 @@ class HiddenAlignment:
     def _added(self, call: ModuleCall) -> Tensor:
         """What the teacher's module adds to the hidden states; a block's output holds its input."""
         return call.output - call.hidden if self.config.output == "block" else call.output
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """Inputs and output of a module of the teacher, without a cache; `hidden`, `output`: `[B, T, M]`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states among the inputs."""
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    def repeat(self, module: nn.Module, layout: Layout) -> Tensor:
+        """The output of a student's module of the same name on the same input."""
+        return _tensor(module(*self.args, **{**self.kwargs, "mixer_call": MixerCall(layout)}))
+
+
+@torch.no_grad()
+def module_calls(teacher: nn.Module, batch: Batch, names: Iterable[str]) -> dict[str, ModuleCall]:
+    """Run a teacher over a batch; the calls of its modules of these names. The teacher is unchanged."""
+    calls: dict[str, ModuleCall] = {}
+
+    def writer(name: str) -> Any:
+        def write(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls[name] = ModuleCall(args, kwargs, _tensor(output))
+
+        return write
+
+    hooks = [teacher.get_submodule(name).register_forward_hook(writer(name), with_kwargs=True) for name in names]
+    try:
+        teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def batch_layout(batch: Batch) -> Layout:
+    """Where the documents of a batch are."""
+    tokens = batch["input_ids"].shape[1]
+    return Layout.from_inputs(num_tokens=tokens, past=0, position_ids=batch["position_ids"])
+
+
+def _tensor(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

@@ -1,6 +1,7 @@
-"""Losses on logits, as sums over the tokens that count.
+"""Losses on logits, as sums over the tokens that count; those of training hold the logits of a slice of tokens at a
+time.
 
-Letters: B batch, T tokens, V vocabulary, N tokens that count.
+Letters: B batch, T tokens, V vocabulary, M model width, N tokens that count, n tokens of a slice.
 """
 
 from __future__ import annotations
@@ -11,17 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from linearize.training.config import LossSum
+from linearize.training.config import Batch, LossSum
+from linearize.training.stages.chunked_logits import Readout, slice_tokens, sliced_loss
 
 Divergence = Literal["forward", "reverse", "jsd"]
-SLICE_NUMBERS = 2**24
-"""Logits of at most so many numbers exist at a time (64 MiB in fp32), a few times over inside a loss."""
-
-
-def slice_tokens(vocabulary: int) -> int:
-    """Tokens whose logits exist at a time."""
-    return max(1, SLICE_NUMBERS // vocabulary)
 
 
 def counted(labels_BT: Tensor) -> Tensor:
@@ -29,25 +25,81 @@ def counted(labels_BT: Tensor) -> Tensor:
     return F.pad(labels_BT[:, 1:], (0, 1), value=-100) != -100
 
 
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> LossSum:
-    """Cross-entropy of the next token, nats, summed over labels that are not -100."""
-    wanted = labels_BT[:, 1:]
-    total = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return LossSum(total, float((wanted != -100).sum()))
+def answer_loss(readout: Readout, batch: Batch) -> LossSum:
+    """Cross-entropy of the labels, nats, summed over those that are not -100, with the number of them that are the
+    model's first choice (`mean_token_accuracy` once divided)."""
+    live_BT = counted(batch["labels"])
+    labels_N = batch["labels"].roll(-1, 1)[live_BT]
+    correct = torch.zeros((), device=labels_N.device)
+
+    def cross_entropy(logits_nV: Tensor, part: slice) -> Tensor:
+        correct.add_((logits_nV.detach().argmax(-1) == labels_N[part]).sum())
+        return F.cross_entropy(logits_nV.float(), labels_N[part], reduction="sum")
+
+    total = sliced_loss(readout, readout.hidden(batch)[live_BT], cross_entropy)
+    return LossSum(total, float(live_BT.sum()), {"mean_token_accuracy": float(correct)})
 
 
-def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> LossSum:
-    """KL(teacher||student), nats, summed over the tokens whose next token counts; softmaxes exist for a slice of
-    tokens at a time."""
-    live = counted(labels_BT)
-    teacher_NV, student_NV = teacher_BTV[live], student_BTV[live]
-    size = slice_tokens(student_NV.shape[1])
-    total = student_BTV.new_zeros((), dtype=torch.float32)
-    for p, q in zip(teacher_NV.split(size), student_NV.split(size), strict=True):
-        total = total + divergence(p, q)
-    return LossSum(total, float(live.sum()))
+def answer_log_probs(readout: Readout, batch: Batch) -> Tensor:
+    """The log-probability of each row's labels that are not -100, nats, summed over the row: `[B]`.
+
+    With gradients the logits of a slice are made once more in the backward pass, so that one slice of them exists.
+    """
+    live_BT = counted(batch["labels"])
+    labels_N = batch["labels"].roll(-1, 1)[live_BT]
+    hidden_NM = readout.hidden(batch)[live_BT]
+
+    def log_probs(hidden_nM: Tensor, labels_n: Tensor) -> Tensor:
+        return -F.cross_entropy(readout.logits(hidden_nM).float(), labels_n, reduction="none")
+
+    size = slice_tokens(readout.vocabulary)
+    parts = [
+        checkpoint(log_probs, hidden_nM, labels_n, use_reentrant=False, preserve_rng_state=False)
+        for hidden_nM, labels_n in zip(hidden_NM.split(size), labels_N.split(size), strict=True)
+    ]
+    log_probs_N = torch.cat(parts)
+    return log_probs_N.new_zeros(live_BT.shape).masked_scatter(live_BT, log_probs_N).sum(1)
+
+
+def distillation_loss(
+    student: Readout,
+    teacher: Readout | None,
+    batch: Batch,
+    *,
+    kl: float,
+    ce: float,
+    kind: Divergence = "forward",
+    temperature: float = 1.0,
+) -> LossSum:
+    """`kl` times the divergence (see `divergence`) plus `ce` times the next token's cross-entropy, nats, summed over
+    the tokens whose next token counts.
+
+    `teacher`: None only with `kl` 0. Where the two pad their vocabulary to unequal sizes, the divergence is over the
+    tokens that both have.
+    """
+    live = counted(batch["labels"])
+    labels_N = batch["labels"].roll(-1, 1)[live]
+    teacher_NM = _teacher_hidden(teacher, batch, live) if kl else None
+    student_NM = student.hidden(batch)[live]
+
+    def loss(logits_nV: Tensor, part: slice) -> Tensor:
+        total = logits_nV.new_zeros((), dtype=torch.float32)
+        if ce:
+            total = total + ce * F.cross_entropy(logits_nV.float(), labels_N[part], reduction="sum")
+        if teacher is not None and teacher_NM is not None:
+            with torch.no_grad():
+                target_nV = teacher.logits(teacher_NM[part])
+            shared = min(target_nV.shape[-1], logits_nV.shape[-1])
+            total = total + kl * divergence(target_nV[:, :shared], logits_nV[:, :shared], kind, temperature=temperature)
+        return total
+
+    return LossSum(sliced_loss(student, student_NM, loss), float(live.sum()))
+
+
+@torch.no_grad()
+def _teacher_hidden(teacher: Readout | None, batch: Batch, live_BT: Tensor) -> Tensor:
+    assert teacher is not None, "a divergence needs a teacher"
+    return teacher.hidden(batch)[live_BT]
 
 
 def divergence(
@@ -73,3 +125,24 @@ def divergence(
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     """KL(p||q) of log-probabilities."""
     return F.kl_div(q_NV, p_NV, log_target=True, reduction="sum")
+
+
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> LossSum:
+    """Cross-entropy of the next token, nats, summed over labels that are not -100."""
+    wanted = labels_BT[:, 1:]
+    total = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return LossSum(total, float((wanted != -100).sum()))
+
+
+def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> LossSum:
+    """KL(teacher||student), nats, summed over the tokens whose next token counts; softmaxes exist for a slice of
+    tokens at a time."""
+    live = counted(labels_BT)
+    teacher_NV, student_NV = teacher_BTV[live], student_BTV[live]
+    size = slice_tokens(student_NV.shape[1])
+    total = student_BTV.new_zeros((), dtype=torch.float32)
+    for p, q in zip(teacher_NV.split(size), student_NV.split(size), strict=True):
+        total = total + divergence(p, q)
+    return LossSum(total, float(live.sum()))

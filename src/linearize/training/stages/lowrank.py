@@ -1,21 +1,36 @@
 """Low-rank linearizing: with the mixers in place, LoRA repairs what is left (LoLCATs, 2410.10254, section 3.2).
 
-The loss is next-token cross-entropy (published) or KL to the teacher on the same text.
+The loss is next-token cross-entropy (published) or KL to the teacher on the same text. LoRA comes from peft. Teacher
+and student share weights, so merging makes new tensors and never touches the teacher's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor, nn
 
+from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.io.adapters import KeptAdapters
+from linearize.modeling.io.adapters import KeptAdapters, LowRankChange
+from linearize.modeling.io.quantized import is_quantized, whole_weight, with_weight
+from linearize.modeling.parallel import add_part
+from linearize.modeling.sharding import shards_of
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import Readout
-from linearize.training.stages.distillation_loss import distillation_loss
-from linearize.training.stages.lora import add_adapters
-from linearize.training.stages.trainable import recompute_blocks
+from linearize.training.stages.losses import distillation_loss
+from linearize.training.student_run import LogitsRun
+
+PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),
+    "k": ("k_proj", "key", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),
+    "v": ("v_proj", "value", "query_key_value", "qkv_proj", "Wqkv", "c_attn"),
+    "o": ("o_proj", "dense", "out_proj", "c_proj"),
+}
+"""Short names of projections, and what families call them."""
 
 
 class LowRankConfig(StageConfig):
@@ -43,36 +58,21 @@ class LowRankConfig(StageConfig):
         return LowRank(self, student, teacher)
 
 
-class LowRank:
+class LowRank(LogitsRun):
     """The running stage."""
 
     def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student = config, student.eval()
+        self.config = config
         self.student_readout = Readout(student)
         self.teacher_readout = Readout(teacher) if config.loss == "kl" else None
-        student.requires_grad_(False)
         self.adapters = add_adapters(
             student, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets
         )
-        for layer in self.adapters.layers.values():
-            layer.train()
-        self.groups = [ParameterGroup(self.adapters.parameters())]
+        groups = [ParameterGroup(self.adapters.parameters())]
         if config.train_mixers and (mixers := student.mixer_parameters()):
-            self.groups.append(ParameterGroup(mixers, config.mixer_lr_scale))
-        for group in self.groups:
-            for parameter in group.parameters.values():
-                parameter.requires_grad_(True)
-
-    def calibrate(self, batch: Batch) -> None:
-        """Nothing to measure."""
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass."""
-        recompute_blocks(self.student, True)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The adapters, and the mixers if they train too."""
-        return self.groups
+            groups.append(ParameterGroup(mixers, config.mixer_lr_scale))
+        super().__init__(student, *groups)
+        self._train_adapters(True)
 
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
@@ -81,11 +81,9 @@ class LowRank:
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """Next-token loss of the student, adapters without dropout."""
-        for layer in self.adapters.layers.values():
-            layer.eval()
+        self._train_adapters(False)
         result = distillation_loss(self.student_readout, None, batch, kl=0.0, ce=1.0)
-        for layer in self.adapters.layers.values():
-            layer.train()
+        self._train_adapters(True)
         return result
 
     def finish(self) -> None:
@@ -94,6 +92,98 @@ class LowRank:
         before = self.adapters.remove(keep=not self.config.merge)
         if not self.config.merge:
             self.student.adapter_state.kept = KeptAdapters(self.adapters.config, state, before)
-        if self.config.gradient_checkpointing:
-            recompute_blocks(self.student, False)
-        self.student.eval().requires_grad_(False)
+        super().finish()
+
+    def _train_adapters(self, wanted: bool) -> None:
+        """Whether their dropout is on."""
+        for layer in self.adapters.layers.values():
+            layer.train(wanted)
+
+
+@dataclass(eq=False)
+class Adapters:
+    """LoRA layers injected into a student."""
+
+    student: LinearizedForCausalLM
+    config: Any
+    layers: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapters' parameters by name."""
+        return {name: p for name, p in self.student.named_parameters() if ".lora_" in name}
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' tensors as peft names them."""
+        from peft import get_peft_model_state_dict
+
+        return {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(self.student).items()}
+
+    def remove(self, *, keep: bool) -> dict[str, nn.Parameter]:
+        """Take the LoRA layers out again, their product in new weight tensors; returns the weights from before if they
+        are to be kept."""
+        before: dict[str, nn.Parameter] = {}
+        if (shards := shards_of(self.student)) is not None:
+            shards.separate(layer.base_layer.weight for layer in self.layers.values())
+        for name, layer in self.layers.items():
+            base = layer.base_layer
+            delta = layer.get_delta_weight("default")
+            if keep:
+                weight = base.weight
+                before[name] = weight if shards is None else nn.Parameter(weight.detach().clone(), requires_grad=False)
+            if shards is None:
+                if is_quantized(base.weight):
+                    self.student.adapter_state.changes.setdefault(name, []).append(_change(layer))
+                whole = whole_weight(base.weight)
+                base = with_weight(base, whole + delta.to(whole.dtype))
+            else:
+                add_part(base.weight, delta)
+            parent, _, child = name.rpartition(".")
+            setattr(self.student.get_submodule(parent), child, base)
+        return before
+
+
+def _change(layer: Any) -> LowRankChange:
+    """What an adapter adds, to be added again to the weight that the layer had before it was quantized."""
+    a_RI, b_OR = (part["default"].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+    return LowRankChange(a_RI, b_OR, float(layer.scaling["default"]))
+
+
+def find_projections(student: LinearizedForCausalLM, targets: Sequence[str]) -> list[str]:
+    """Full names of the linear layers that `targets` mean: q, k, v, o, `all` (every linear layer of the blocks), or a
+    layer's own name.
+
+    Raises:
+        InputError: a target that names nothing in this family; lists what there is.
+    """
+    linear = {n: m for n, m in student.named_modules() if isinstance(m, nn.Linear) and ".mixer." not in n}
+    blocks = {n for n in linear if any(part.isdigit() for part in n.split("."))}
+    attention = {n for n in blocks if any(n.startswith(f"lm.{site}.") for site in student.config.attention)}
+    chosen: set[str] = set()
+    for target in targets:
+        if target == "all":
+            named = set(blocks)
+        elif target in PROJECTIONS:
+            named = {n for n in attention if n.rpartition(".")[2] in PROJECTIONS[target]}
+        else:
+            named = {n for n in blocks if n.rpartition(".")[2] == target}
+        if not named:
+            names = sorted({n.rpartition(".")[2] for n in blocks})
+            raise InputError(
+                f"target {target!r} names no projection: known are q, k, v, o, all, and here {', '.join(names)}"
+            )
+        chosen |= named
+    return sorted(chosen)
+
+
+def add_adapters(
+    student: LinearizedForCausalLM, *, rank: int, alpha: int, dropout: float, targets: Sequence[str]
+) -> Adapters:
+    """Inject LoRA layers; A random (from torch's generator), B zero, so that nothing changes yet."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    names = find_projections(student, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+    inject_adapter_in_model(config, student)
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, LoraLayer)}
+    return Adapters(student, config, layers)

@@ -21,7 +21,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.losses import counted
-from linearize.training.stages.trainable import unshare
+from linearize.training.student_run import StudentRun, unshare
 
 
 class MatrixAlignmentConfig(StageConfig):
@@ -47,23 +47,13 @@ class MatrixAlignmentConfig(StageConfig):
         return MatrixAlignment(self, student, teacher)
 
 
-class MatrixAlignment:
+class MatrixAlignment(StudentRun):
     """The running stage."""
 
     def __init__(self, config: MatrixAlignmentConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
-        self.config, self.student, self.teacher = config, student.eval(), teacher
+        super().__init__(student, ParameterGroup(unshare(student, teacher, _in_matrices(student))))
+        self.config, self.teacher = config, teacher
         self.layers: list[int] = sorted(student.mixers())
-        student.requires_grad_(False)
-        self.parameters = unshare(student, teacher, _in_matrices(student))
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
-
-    def calibrate(self, batch: Batch) -> None:
-        """Nothing to measure: rows of attention sum to one in every layer."""
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The parameters of the mixers that their matrices depend on, and no others."""
-        return [ParameterGroup(self.parameters)]
 
     def loss(self, batch: Batch) -> LossSum:
         """Sum over layers of the squared Frobenius distance, mean over heads, as a sum over rows whose next token
@@ -73,14 +63,6 @@ class MatrixAlignment:
         for error_BT in self._row_errors(batch):
             total = total + error_BT[live].sum()
         return LossSum(total, float(live.sum()))
-
-    def heldout_loss(self, batch: Batch) -> LossSum:
-        """The stage's own objective."""
-        return self.loss(batch)
-
-    def finish(self) -> None:
-        """Freeze what was trained."""
-        self.student.requires_grad_(False)
 
     def _row_errors(self, batch: Batch) -> list[Tensor]:
         """By layer, `[B, T]`."""
@@ -107,7 +89,7 @@ def attention_matrix(sample: AttentionSample) -> Tensor:
 def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
     """Names of the mixers' parameters that move their matrices, found by running three tokens."""
     names = {id(parameter): name for name, parameter in student.mixer_parameters().items()}
-    found: list[str] = []
+    moving: list[str] = []
     for mixer in student.mixers().values():
         assert isinstance(mixer, LayerMixer)
         parameters: list[nn.Parameter] = [p for p in mixer.parameters() if p.is_floating_point()]
@@ -120,5 +102,5 @@ def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
         for parameter, grad, wanted in zip(parameters, grads, before, strict=True):
             parameter.requires_grad_(wanted)
             if grad is not None:
-                found.append(names[id(parameter)])
-    return found
+                moving.append(names[id(parameter)])
+    return moving

@@ -1,32 +1,29 @@
-"""Supervised fine-tuning through trl: next-token loss on the answers of chats, prompt/completion or Alpaca rows."""
+"""Supervised fine-tuning: next-token loss on the answers of chats, prompt/completion or Alpaca rows."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from linearize.errors import InputError
+from linearize.modeling import LinearizedForCausalLM
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageRun
 from linearize.training.data.chat import with_template
 from linearize.training.data.documents import Document, tokenize
 from linearize.training.data.preferences import cut
 from linearize.training.data.sources import read_examples
-from linearize.training.dataset_stage import OwnLoopConfig, StageJob
-from linearize.training.distributed import current
-from linearize.training.loop import StageResult
-from linearize.training.stages.trl_loop import TrlTask, pad_token, require_trl, row_length, run_with_trl
+from linearize.training.dataset_stage import DatasetStageConfig, padded, until_last_label
+from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.losses import answer_loss
+from linearize.training.student_run import LogitsRun
 
 LOG = logging.getLogger("linearize")
-IGNORED = -100
 
 
-class SftConfig(OwnLoopConfig):
+class SftConfig(DatasetStageConfig):
     """Settings of the stage. The loss is the mean over the answers' tokens of the whole batch.
 
     A row longer than `length` loses its end; one of whose answers nothing is left is not used. Rows of plain `text`
@@ -36,14 +33,9 @@ class SftConfig(OwnLoopConfig):
     name: Literal["sft"] = "sft"
     lr: float = Field(2e-5, gt=0)
 
-    def check_data(self, tokenizer: Any, context: int | None = None) -> None:
-        """See `OwnLoopConfig.check_data`."""
-        require_trl(self.name)
-        self.documents(tokenizer, context)
-
-    def documents(self, tokenizer: Any, context: int | None) -> list[Document]:
+    def rows(self, tokenizer: Any, context: int | None) -> list[Document]:
         """The rows as tokens, `loss_mask` 1 on answers. Raises InputError for data that cannot be used."""
-        tokenizer, length = with_template(tokenizer, self.chat_template), row_length(self, context)
+        tokenizer, length = with_template(tokenizer, self.chat_template), self.row_length(context)
         examples = read_examples(self.data, tokenizer, answer_only=True)
         documents = [cut(document, length) for document in tokenize(examples, tokenizer, answer_only=True)]
         answered = [document for document in documents if any(document.loss_mask[1:])]
@@ -56,45 +48,22 @@ class SftConfig(OwnLoopConfig):
                         len(documents) - len(answered), len(documents), length)  # fmt: skip
         return answered
 
-    def run(self, job: StageJob) -> StageResult:
-        """See `OwnLoopConfig.run`."""
-        require_trl(self.name)
-        documents: list[Document] = current().share(lambda: self.documents(job.tokenizer, job.context))
-        rows = [
-            {
-                "input_ids": document.tokens,
-                "labels": [
-                    t if counts else IGNORED for t, counts in zip(document.tokens, document.loss_mask, strict=True)
-                ],
-            }
-            for document in documents
-        ]
-        task = TrlTask(
-            rows=rows,
-            lengths=[len(document) for document in documents],
-            digest=hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
-            collate=partial(collate, pad=pad_token(job.tokenizer)),
-            inputs=dict,
-            count=lambda batch: int((batch["labels"][:, 1:] != IGNORED).sum()),
-            trainer="SFTTrainer",
-            arguments="SFTConfig",
-            settings={"packing": False, "loss_type": "nll"},
-            metrics=("mean_token_accuracy",),
-            needs_reference=False,
-        )
-        return run_with_trl(self, job, task)
+    def collate(self, rows: Sequence[Document], pad: int) -> Batch:
+        """One document a row."""
+        return padded(rows, pad)
+
+    def build(self, student: Any, teacher: Any) -> StageRun:
+        """The stage over a student; of the teacher only the tensors that both share matter."""
+        return Sft(student, self.trained_parameters(student, teacher))
 
 
-def collate(rows: Sequence[dict[str, Any]], *, pad: int) -> dict[str, Tensor]:
-    """Rows padded on the right: `input_ids`, `attention_mask`, `labels`, all `[B, T]`."""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": padded(ids, pad),
-        "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
-        "labels": padded([torch.tensor(row["labels"]) for row in rows], IGNORED),
-    }
+class Sft(LogitsRun):
+    """The running stage."""
 
+    def __init__(self, student: LinearizedForCausalLM, trained: ParameterGroup) -> None:
+        super().__init__(student, trained)
+        self.readout = Readout(student)
 
-def padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    """One tensor of rows of unequal length, filled up on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    def loss(self, batch: Batch) -> LossSum:
+        """Next-token cross-entropy, summed over the answers' tokens."""
+        return answer_loss(self.readout, until_last_label(batch))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig
+from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 11, 7, 5, 8
 ROWS = 29
@@ -32,7 +32,7 @@ class ToyModel(nn.Module):
         return self.head(F.dropout(hidden, self.dropout, training=dropout))
 
 
-class ToyRun:
+class ToyRun(StageRun):
     """Trains `hidden` and `head`, the head at a third of the learning rate; the embedding stays."""
 
     def __init__(self, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:

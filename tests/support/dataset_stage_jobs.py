@@ -11,7 +11,7 @@ from byte_tokenizer import SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
 from torch import Tensor, nn
 
-from linearize.training.dataset_stage import OwnLoopConfig, StageJob
+from linearize.training.dataset_stage import DatasetStageConfig, StageJob
 from linearize.training.schedule import Plateau, lr_factor
 
 
@@ -67,7 +67,9 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[st
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-def step_by_hand(parameters: list[nn.Parameter], optimizer: Any, config: OwnLoopConfig, step: int, steps: int) -> None:
+def step_by_hand(
+    parameters: list[nn.Parameter], optimizer: Any, config: DatasetStageConfig, step: int, steps: int
+) -> None:
     """One optimiser step with the gradients in place: clip, learning rate, AdamW."""
     assert config.clip is not None
     torch.nn.utils.clip_grad_norm_(parameters, config.clip)

@@ -1,5 +1,5 @@
-"""Which parameters of a student train: the new ones, all, or all but the MLPs; a student's own copies of what it shares
-with its teacher; recomputation of blocks in the backward pass."""
+"""What the stages share that train a student: the parameters that train, in memory of their own, and the recomputation
+of blocks in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,19 +12,57 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.parallel import is_sharded
 from linearize.modeling.sharding import shards_of
 from linearize.modeling.truncate import block_name
+from linearize.training.config import ParameterGroup, StageRun
+
+
+class StudentRun(StageRun):
+    """A stage that trains exactly these parameters of a student, each by its name."""
+
+    def __init__(self, student: LinearizedForCausalLM, *groups: ParameterGroup) -> None:
+        self.student, self.groups = student.eval(), list(groups)
+        student.requires_grad_(False)
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What the stage was made with."""
+        return self.groups
+
+    def finish(self) -> None:
+        """Freeze what was trained."""
+        self.student.eval().requires_grad_(False)
+
+
+class LogitsRun(StudentRun):
+    """One whose loss is on the student's logits, so that its blocks can be recomputed in the backward pass."""
+
+    checkpoints_gradients = True
+    _recomputed = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass."""
+        recompute_blocks(self.student, True)
+        self._recomputed = True
+
+    def finish(self) -> None:
+        """Freeze what was trained, and recompute nothing any more."""
+        if self._recomputed:
+            recompute_blocks(self.student, False)
+        super().finish()
 
 
 def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
     """Names of the parameters of all MLPs, experts and routers too: what blocks hold beside attention and norms."""
-    found: set[str] = set()
+    names: set[str] = set()
     for site in student.config.attention:
         attention, block = f"lm.{site}", f"lm.{block_name(site)}"
         for name, child in student.get_submodule(block).named_children():
             path = f"{block}.{name}"
             holds_attention = attention == path or attention.startswith(f"{path}.")
             if not holds_attention and any(parameter.dim() > 1 for parameter in child.parameters()):
-                found |= {f"{path}.{inner}" for inner, _ in child.named_parameters()}
-    return found
+                names |= {f"{path}.{inner}" for inner, _ in child.named_parameters()}
+    return names
 
 
 def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
