@@ -14,7 +14,7 @@ import torch
 
 from linearize.cli.output import one_line
 from linearize.errors import InputError
-from linearize.evaluation.harness.runner import need_harness
+from linearize.evaluation.harness.definitions import need_harness
 
 MODEL = "linearize"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from linearize.evaluation.context import Contestant
 from linearize.evaluation.harness.answers import Answers
-from linearize.evaluation.harness.runner import quiet
+from linearize.evaluation.harness.definitions import quiet
 
 Pair = tuple[list[int], list[int]]
 

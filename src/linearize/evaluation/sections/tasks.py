@@ -12,12 +12,12 @@ from linearize.errors import InputError
 from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
 from linearize.evaluation.harness.catalogue import Entry, entries
 from linearize.evaluation.harness.contrast import summary
+from linearize.evaluation.harness.definitions import need_harness
 from linearize.evaluation.harness.folder import write_definitions
 from linearize.evaluation.harness.local_files import missing, refuse
 from linearize.evaluation.harness.model import Pairs
 from linearize.evaluation.harness.outcome import Outcome
 from linearize.evaluation.harness.run import Run
-from linearize.evaluation.harness.runner import need_harness
 from linearize.evaluation.harness.showing import show_tasks, task_tiles
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
