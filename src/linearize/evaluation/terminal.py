@@ -23,11 +23,11 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         console.print(escape(str(student["headline"])), style="bold")
     for name, numbers in report["sections"].items():
         section = SECTIONS[name]
-        shown = section.show(numbers)
-        console.print(f"\n[bold]{escape(section.TITLE)}[/]  {escape(shown.summary)}")
-        for finding in shown.findings:
+        view = section.present(numbers)
+        console.print(f"\n[bold]{escape(section.TITLE)}[/]  {escape(view.summary)}")
+        for finding in view.findings:
             console.print(_finding(finding))
-        for table in shown.tables:
+        for table in view.tables:
             console.print(_table(table))
     for note in report["notes"]:
         console.print(f"note: {escape(note)}")

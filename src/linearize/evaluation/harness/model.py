@@ -1,6 +1,6 @@
-"""A contestant as lm-eval's `HFLM`: the same requests, batches and answers, with progress and answers kept.
+"""A model as lm-eval's `HFLM`: the same requests, batches and answers, with progress and answers kept.
 
-What it adds changes no number: a prompt that several choices share is tokenized once (and once for all contestants),
+What it adds changes no number: a prompt that several choices share is tokenized once (and once for all models),
 requests answered before an interruption are not asked again.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from linearize.evaluation.context import Contestant
+from linearize.evaluation.context import EvalModel
 from linearize.evaluation.harness.answers import Answers
 from linearize.evaluation.harness.definitions import quiet
 
@@ -31,7 +31,7 @@ TOKENIZE_AT_ONCE = 512  # texts
 
 @dataclass
 class Pairs:
-    """Tokens of contexts and continuations by their texts; all contestants have one tokenizer."""
+    """Tokens of contexts and continuations by their texts; all models have one tokenizer."""
 
     found: dict[tuple[str, str], Pair] = field(default_factory=dict)
 
@@ -56,8 +56,8 @@ class Pairs:
                 self.found[context, continuation] = head, whole[len(head) :]
 
 
-def harness_model(contestant: Contestant, *, batch: int, max_length: int, pairs: Pairs) -> Any:
-    """The contestant as an lm-eval model that can be given `answers` (an `Answers`) before each task."""
+def harness_model(eval_model: EvalModel, *, batch: int, max_length: int, pairs: Pairs) -> Any:
+    """The model as an lm-eval model that can be given `answers` (an `Answers`) before each task."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import has_bos_prefix
 
@@ -108,8 +108,8 @@ def harness_model(contestant: Contestant, *, batch: int, max_length: int, pairs:
 
     with quiet():
         return Harnessed(
-            pretrained=contestant.model,
-            tokenizer=copy.deepcopy(contestant.tokenizer),  # lm-eval gives it a padding token
+            pretrained=eval_model.model,
+            tokenizer=copy.deepcopy(eval_model.tokenizer),  # lm-eval gives it a padding token
             batch_size=batch,
             max_length=max_length,
         )

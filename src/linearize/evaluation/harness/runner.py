@@ -1,4 +1,4 @@
-"""One task measured on one contestant by lm-eval's own runner."""
+"""One task measured on one model by lm-eval's own runner."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from linearize.evaluation.cache_checks import CacheProbe, check
-from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
 from linearize.evaluation.context_loss import ContextText
 from linearize.evaluation.sections import branches_shown
 from linearize.metrics.branches import (
@@ -59,28 +59,28 @@ class Branches(Section):
             raise ValueError(f"contexts {list(contexts)}: each must be even and at least 4 tokens")
         return tuple(sorted(set(contexts)))
 
-    def run(self, setting: Setting) -> Numbers:
-        """Ablation for students with two branches, loss against context for every contestant."""
-        work = _Work(self, setting)
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Ablation for students with two branches, loss against context for every model."""
+        work = _Work(self, ctx)
         models: Numbers = {}
-        for done, contestant in enumerate(setting.contestants):
-            setting.progress(f"branches of {contestant.name}", done, len(setting.contestants))
-            models[contestant.name] = {
-                "role": contestant.role,
-                "mixers": contestant.mixer_names,
-                "ablation": work.ablation(contestant),
-                "layers": work.layers(contestant) if self.per_layer else [],
-                "context": work.context(contestant),
+        for done, eval_model in enumerate(ctx.models):
+            ctx.progress(f"branches of {eval_model.name}", done, len(ctx.models))
+            models[eval_model.name] = {
+                "role": eval_model.role,
+                "mixers": eval_model.mixer_names,
+                "ablation": work.ablation(eval_model),
+                "layers": work.layers(eval_model) if self.per_layer else [],
+                "context": work.context(eval_model),
             }
         return {"models": models}
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """Findings, tables and plots: see `branches_shown`."""
-        return branches_shown.shown(numbers)
+        return branches_shown.present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """The share of what the window loses that the linear branch wins back, or what the context beyond is worth."""
         return branches_shown.headline(numbers)
 
@@ -88,31 +88,31 @@ class Branches(Section):
 class _Work:
     """One run: the texts, the teacher's losses, and what is kept."""
 
-    def __init__(self, section: Branches, setting: Setting) -> None:
-        self.section, self.setting = section, setting
-        self.reach = max((longest_reach(c.plan) or 0 for c in setting.contestants), default=0)
+    def __init__(self, section: Branches, ctx: EvalContext) -> None:
+        self.section, self.ctx = section, ctx
+        self.reach = max((longest_reach(c.plan) or 0 for c in ctx.models), default=0)
 
-    def kept(self, contestant: Contestant, part: str, measure: Callable[[], Any]) -> Any:
+    def kept(self, eval_model: EvalModel, part: str, measure: Callable[[], Any]) -> Any:
         """A part's numbers, measured unless an earlier run did."""
-        setting, teacher = self.setting, self.setting.teacher
+        ctx, teacher = self.ctx, self.ctx.teacher
         key = {
             "section": self.section.NAME,
             "part": part,
             "config": self.section.model_dump(mode="json"),
-            "contestants": [(c.name, c.fingerprint) for c in (contestant, teacher) if c is not None],
-            "setting": [setting.length, setting.seed, self.reach, sum(map(len, setting.documents))],
+            "models": [(c.name, c.fingerprint) for c in (eval_model, teacher) if c is not None],
+            "setting": [ctx.length, ctx.seed, self.reach, sum(map(len, ctx.documents))],
         }
-        return setting.kept.result(key, measure)
+        return ctx.results.result(key, measure)
 
     def text(self, tokens: int) -> PackedRows:
         """Rows of about so many tokens, documents that are longer than every window first."""
-        setting = self.setting
-        longer = [d for d in setting.documents if len(d) > self.reach + 1]
-        shorter = [d for d in setting.documents if len(d) <= self.reach + 1]
-        return setting.rows_of(_first([*longer, *shorter], tokens))
+        ctx = self.ctx
+        longer = [d for d in ctx.documents if len(d) > self.reach + 1]
+        shorter = [d for d in ctx.documents if len(d) <= self.reach + 1]
+        return ctx.rows_of(_first([*longer, *shorter], tokens))
 
     def scores(self, views: Mapping[str, View], rows: PackedRows) -> TokenScores:
-        return score_batches(rows.in_order(self.setting.batch), views)
+        return score_batches(rows.in_order(self.ctx.batch), views)
 
     @cached_property
     def rows(self) -> PackedRows:
@@ -125,19 +125,19 @@ class _Work:
     @cached_property
     def teacher_loss(self) -> Tensor | None:
         """The teacher's losses [N] on `rows`."""
-        teacher = self.setting.teacher
+        teacher = self.ctx.teacher
         return None if teacher is None else self.scores({"t": View(model=teacher.model)}, self.rows).loss["t"]
 
-    def ablation(self, contestant: Contestant) -> Numbers | None:
+    def ablation(self, eval_model: EvalModel) -> Numbers | None:
         """Both branches, each alone, and the loss through the cache; None without two branches in one layer."""
         return (
-            self.kept(contestant, "ablation", lambda: self._ablation(contestant))
-            if two_branch_layers(contestant.plan)
+            self.kept(eval_model, "ablation", lambda: self._ablation(eval_model))
+            if two_branch_layers(eval_model.plan)
             else None
         )
 
-    def _ablation(self, contestant: Contestant) -> Numbers:
-        model, found, own_reach = contestant.model, two_branch_layers(contestant.plan), longest_reach(contestant.plan)
+    def _ablation(self, eval_model: EvalModel) -> Numbers:
+        model, found, own_reach = eval_model.model, two_branch_layers(eval_model.plan), longest_reach(eval_model.plan)
         assert own_reach is not None
         views = {
             "both": View(model=model),
@@ -146,8 +146,8 @@ class _Work:
         }
         scores = self.scores(views, self.rows)
         losses = dict(scores.loss)
-        teacher = self.setting.teacher
-        if self.teacher_loss is not None and teacher is not None and teacher.name != contestant.name:
+        teacher = self.ctx.teacher
+        if self.teacher_loss is not None and teacher is not None and teacher.name != eval_model.name:
             losses["teacher"] = self.teacher_loss
         beyond_N = scores.positions >= own_reach
         return {
@@ -157,38 +157,38 @@ class _Work:
             "beyond": _losses({n: x[beyond_N] for n, x in losses.items()}, scores.documents[beyond_N])
             if beyond_N.any()
             else None,
-            "decoded": self._decoded(contestant, own_reach),
+            "decoded": self._decoded(eval_model, own_reach),
         }
 
-    def _decoded(self, contestant: Contestant, own_reach: int) -> Numbers | None:
+    def _decoded(self, eval_model: EvalModel, own_reach: int) -> Numbers | None:
         """The loss with both branches where the last tokens of a text come one by one through the cache."""
         wanted = max(self.section.decode_tokens, 2 * own_reach + 9)
-        document = max(self.setting.documents, key=lambda d: min(len(d), wanted))
-        row = torch.tensor(document.tokens[: min(wanted, self.setting.length)])
+        document = max(self.ctx.documents, key=lambda d: min(len(d), wanted))
+        row = torch.tensor(document.tokens[: min(wanted, self.ctx.length)])
         if len(row) < 8:
             return None
-        found = check("decode", CacheProbe(contestant.model.eval(), [row], len(row) // 2))
-        return {**asdict(found), "dtype": str(contestant.model.dtype).removeprefix("torch.")}
+        found = check("decode", CacheProbe(eval_model.model.eval(), [row], len(row) // 2))
+        return {**asdict(found), "dtype": str(eval_model.model.dtype).removeprefix("torch.")}
 
-    def layers(self, contestant: Contestant) -> list[Numbers]:
+    def layers(self, eval_model: EvalModel) -> list[Numbers]:
         """What turning off one branch of one layer costs, on tokens beyond the window where there are any."""
         found: list[Numbers] = []
         base: list[TokenScores] = []
-        for done, layer in enumerate(two_branch_layers(contestant.plan)):
-            self.setting.progress(f"layers of {contestant.name}", done, len(two_branch_layers(contestant.plan)))
-            found.append(self.kept(contestant, f"layer {layer}", lambda i=layer: self._layer(contestant, i, base)))  # type: ignore[misc]
+        for done, layer in enumerate(two_branch_layers(eval_model.plan)):
+            self.ctx.progress(f"layers of {eval_model.name}", done, len(two_branch_layers(eval_model.plan)))
+            found.append(self.kept(eval_model, f"layer {layer}", lambda i=layer: self._layer(eval_model, i, base)))  # type: ignore[misc]
         return found
 
-    def _layer(self, contestant: Contestant, layer: int, base: list[TokenScores]) -> Numbers:
+    def _layer(self, eval_model: EvalModel, layer: int, base: list[TokenScores]) -> Numbers:
         """`base` keeps the scores of the whole student from layer to layer."""
         if not base:
-            base.append(self.scores({"both": View(model=contestant.model)}, self.layer_rows))
-        whole, own_reach = base[0], longest_reach(contestant.plan) or 0
+            base.append(self.scores({"both": View(model=eval_model.model)}, self.layer_rows))
+        whole, own_reach = base[0], longest_reach(eval_model.plan) or 0
         beyond_N = whole.positions >= own_reach
         beyond_N = beyond_N if beyond_N.any() else ~beyond_N
         branches: tuple[Without, ...] = ("linear", "window")
         views: dict[str, View] = {
-            name: AblatedView(model=contestant.model, only=without(name, [layer])) for name in branches
+            name: AblatedView(model=eval_model.model, only=without(name, [layer])) for name in branches
         }
         scores = self.scores(views, self.layer_rows)
         costs = {
@@ -201,35 +201,35 @@ class _Work:
 
     @cached_property
     def context_text(self) -> ContextText | None:
-        section, setting = self.section, self.setting
-        bos = setting.tokenizer.bos_token_id
+        section, ctx = self.section, self.ctx
+        bos = ctx.tokenizer.bos_token_id
         return ContextText.choose(
-            setting.documents, section.contexts, length=setting.length, tokens=section.context_tokens,
-            bos=bos if isinstance(bos, int) else None, one_per_row=setting.one_per_row,
+            ctx.documents, section.contexts, length=ctx.length, tokens=section.context_tokens,
+            bos=bos if isinstance(bos, int) else None, one_per_row=ctx.one_per_row,
         )  # fmt: skip
 
     @cached_property
     def teacher_contexts(self) -> list[Tensor]:
         """The teacher's losses [N] with each context, the whole document last."""
-        assert self.setting.teacher is not None
-        return self._contexts(self.setting.teacher)
+        assert self.ctx.teacher is not None
+        return self._contexts(self.ctx.teacher)
 
-    def _contexts(self, contestant: Contestant) -> list[Tensor]:
+    def _contexts(self, eval_model: EvalModel) -> list[Tensor]:
         assert self.context_text is not None
-        view, sizes = View(model=contestant.model), [*self.context_text.sizes, None]
-        return [self.context_text.losses(view, size, rows=self.setting.batch) for size in sizes]
+        view, sizes = View(model=eval_model.model), [*self.context_text.sizes, None]
+        return [self.context_text.losses(view, size, rows=self.ctx.batch) for size in sizes]
 
-    def context(self, contestant: Contestant) -> Numbers | None:
+    def context(self, eval_model: EvalModel) -> Numbers | None:
         """Loss against context; None where the text is too short for two contexts."""
         if self.context_text is None:
             return None
-        return self.kept(contestant, "context", lambda: self._context(contestant))
+        return self.kept(eval_model, "context", lambda: self._context(eval_model))
 
-    def _context(self, contestant: Contestant) -> Numbers:
-        text, teacher = self.context_text, self.setting.teacher
+    def _context(self, eval_model: EvalModel) -> Numbers:
+        text, teacher = self.context_text, self.ctx.teacher
         assert text is not None
-        is_teacher = teacher is not None and teacher.name == contestant.name
-        own = self.teacher_contexts if is_teacher else self._contexts(contestant)
+        is_teacher = teacher is not None and teacher.name == eval_model.name
+        own = self.teacher_contexts if is_teacher else self._contexts(eval_model)
         document_N = text.token_documents
         means = [mean_over_documents(x_N, document_N).to_dict() for x_N in own]
         share = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.cache_checks import Deviation, tolerance
-from linearize.evaluation.context import Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.evaluation.context import Finding, Numbers, Plot, SectionView, Stat, Table
 from linearize.metrics.intervals import interval, plus_minus
 from linearize.metrics.theme import colours, count_label, legend_below, plain_label
 
@@ -18,7 +18,7 @@ LEAST_SHARE = 0.1  # of what the window alone loses: below it a linear branch co
 Model = Mapping[str, Any]
 
 
-def shown(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """Summary, findings, tables, plots."""
     models: Mapping[str, Model] = numbers["models"]
     found = [finding for name, model in models.items() for finding in findings(name, model)]
@@ -29,23 +29,23 @@ def shown(numbers: Numbers) -> Shown:
         "how much of that the linear branch wins back on tokens beyond the window's reach. Every model is also given "
         "less and less context: one whose state does nothing stays flat where the teacher falls."
     )
-    return Shown(summary=summary, findings=found, tables=[table for table in tables if table.rows], plots=plots)
+    return SectionView(summary=summary, findings=found, tables=[table for table in tables if table.rows], plots=plots)
 
 
-def headline(numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
-    """At most one tile per student."""
-    tiles: dict[str, Sequence[Tile]] = {}
+def headline(numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
+    """At most one stat per student."""
+    stats: dict[str, Sequence[Stat]] = {}
     for name, model in numbers["models"].items():
         if model["role"] != "student":
             continue
         losses, context = _beyond(model), model["context"]
         if losses and losses.get("share"):
             detail = "of what the window alone loses beyond its reach is won back"
-            tiles[name] = [Tile(label="linear branch", value=_percent(losses["share"]), detail=detail)]
+            stats[name] = [Stat(label="linear branch", value=_percent(losses["share"]), detail=detail)]
         elif not losses and context and context["share_of_gain"]:
             detail = f"of what the teacher gains from more than {_least(context)} tokens of context"
-            tiles[name] = [Tile(label="memory", value=_percent(context["share_of_gain"]), detail=detail)]
-    return tiles
+            stats[name] = [Stat(label="memory", value=_percent(context["share_of_gain"]), detail=detail)]
+    return stats
 
 
 def findings(name: str, model: Model) -> Iterator[Finding]:

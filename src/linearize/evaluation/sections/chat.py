@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from linearize.errors import InputError
-from linearize.evaluation.chat import alpaca, data, mt_bench, show
+from linearize.evaluation.chat import alpaca, data, mt_bench, present
 from linearize.evaluation.chat.answering import own_template
 from linearize.evaluation.chat.answers import Answers
 from linearize.evaluation.chat.data import Instruction, Question
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.judge import Judge, JudgeConfig
 from linearize.evaluation.chat.judging import judge_alpaca, judge_mt_bench
-from linearize.evaluation.chat.show import TITLES
+from linearize.evaluation.chat.present import TITLES
 from linearize.evaluation.chat.summary import answers_summary, repeated_by_category
-from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
 
 NO_ALPACA = f"AlpacaEval: no instructions; put alpaca_eval.json from {data.ALPACA} into DATA_ROOT/chat/alpaca_eval"
 NO_PROMPT = (
@@ -68,100 +68,96 @@ class Chat(Section):
         """No: it has its own questions."""
         return False
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raise InputError for a missing file (and where to get it), or a judge that cannot be asked."""
-        self._judge_config(setting)
-        questions, instructions, _ = self._items(setting)
+        self._judge_config(ctx)
+        questions, instructions, _ = self._items(ctx)
         if not questions and not instructions:
             raise InputError(f"chat has no questions: put those of MT-Bench from {data.FASTCHAT} into DATA_ROOT/chat")
-        if setting.judge_url is not None and questions:
-            data.judge_prompts(_root(setting))
+        if ctx.judge_url is not None and questions:
+            data.judge_prompts(_root(ctx))
             lacking = [q.id for q in questions if q.needs_reference and len(q.reference) < min(2, len(q.turns))]
             if lacking:
                 raise InputError(
                     f"chat: no reference answers to questions {', '.join(map(str, lacking))}, which the judge needs; "
                     f"get mt_bench/reference_answer/gpt-4.jsonl from {data.FASTCHAT}"
                 )
-        if setting.judge_url is not None and instructions:
-            data.alpaca_prompt(setting.data_root)
+        if ctx.judge_url is not None and instructions:
+            data.alpaca_prompt(ctx.data_root)
 
-    def _items(self, setting: Setting) -> tuple[list[Question], list[Instruction], list[str]]:
+    def _items(self, ctx: EvalContext) -> tuple[list[Question], list[Instruction], list[str]]:
         """Questions, instructions, and a line on each that is left out."""
         notes, questions, instructions = [], [], []
         if "mt_bench" in self.benchmarks:
             try:
-                questions = data.mt_bench_questions(_root(setting), self.questions or setting.limit)
+                questions = data.mt_bench_questions(_root(ctx), self.questions or ctx.limit)
             except InputError as error:
-                if not setting.skip_missing:
+                if not ctx.skip_missing:
                     raise
                 notes.append(f"MT-Bench: left out ({error})")
         if "alpaca_eval" in self.benchmarks:
-            path = data.instructions_file(setting.data_root, self.alpaca_file)
+            path = data.instructions_file(ctx.data_root, self.alpaca_file)
             if path is None:
                 notes.append(NO_ALPACA)
             else:
-                instructions = data.instructions(path, self.instructions or setting.limit)
+                instructions = data.instructions(path, self.instructions or ctx.limit)
         return questions, instructions, notes
 
-    def _judge_config(self, setting: Setting) -> JudgeConfig | None:
-        if (setting.judge_url is None) != (setting.judge_model is None):
+    def _judge_config(self, ctx: EvalContext) -> JudgeConfig | None:
+        if (ctx.judge_url is None) != (ctx.judge_model is None):
             raise InputError("a judge needs both --judge-url and --judge-model")
-        if setting.judge_url is None or setting.judge_model is None:
+        if ctx.judge_url is None or ctx.judge_model is None:
             return None
         return JudgeConfig(
-            url=setting.judge_url,
-            model=setting.judge_model,
+            url=ctx.judge_url,
+            model=ctx.judge_model,
             tries=self.judge_tries,
             wait=self.judge_wait,
             timeout=self.judge_timeout,
             asks=self.judge_asks,
         )
 
-    def run(self, setting: Setting) -> Numbers:
+    def run(self, ctx: EvalContext) -> Numbers:
         """All answers first, model by model, then all judgments."""
-        questions, instructions, notes = self._items(setting)
-        has_teacher = setting.teacher is not None
-        root = setting.out or setting.kept.path("chat")
-        held = self._answer(setting, questions, instructions, root)
-        models: dict[str, dict[str, Any]] = {c.name: {} for c in setting.contestants}
+        questions, instructions, notes = self._items(ctx)
+        has_teacher = ctx.teacher is not None
+        root = ctx.out or ctx.results.path("chat")
+        held = self._answer(ctx, questions, instructions, root)
+        models: dict[str, dict[str, Any]] = {c.name: {} for c in ctx.models}
         for benchmark, answers in held.items():
             for own in answers:
                 found = {"answers": answers_summary(own, answers[0] if has_teacher else None)}
                 if benchmark == mt_bench.NAME:
                     found["repeated"] = repeated_by_category(own, questions)
-                models[own.contestant][benchmark] = found
-        config = self._judge_config(setting)
-        told = (
-            None if config is None else self._judge(setting, config, questions, instructions, held, root, models, notes)
-        )
+                models[own.eval_model][benchmark] = found
+        config = self._judge_config(ctx)
+        told = None if config is None else self._judge(ctx, config, questions, instructions, held, root, models, notes)
         return {
             "models": models,
-            "students": [c.name for c in setting.students],
+            "students": [c.name for c in ctx.students],
             "judge": told,
             "notes": notes,
             "max_new_tokens": self.max_new_tokens,
-            "template": own_template(setting.tokenizer),
+            "template": own_template(ctx.tokenizer),
             "questions": len(questions),
             "instructions": len(instructions),
         }
 
     def _answer(
-        self, setting: Setting, questions: list[Question], instructions: list[Instruction], root: Path | None
+        self, ctx: EvalContext, questions: list[Question], instructions: list[Instruction], root: Path | None
     ) -> dict[str, list[Answers]]:
         held: dict[str, list[Answers]] = {}
-        for contestant in setting.contestants:
+        for eval_model in ctx.models:
             for benchmark in [
                 name for name, items in ((mt_bench.NAME, questions), (alpaca.NAME, instructions)) if items
             ]:
-                progress = partial(setting.progress, f"{TITLES[benchmark]} answers: {contestant.name}")
-                size = {"max_new_tokens": self.max_new_tokens, "batch": setting.batch}
+                progress = partial(ctx.progress, f"{TITLES[benchmark]} answers: {eval_model.name}")
+                size = {"max_new_tokens": self.max_new_tokens, "batch": ctx.batch}
                 if benchmark == mt_bench.NAME:
-                    own = mt_bench.answer(
-                        contestant, questions, seed=setting.seed, root=root, progress=progress, **size
-                    )
+                    own = mt_bench.answer(eval_model, questions, seed=ctx.seed, root=root, progress=progress, **size)
                 else:
                     own = alpaca.answer(
-                        contestant, instructions, seed=setting.seed, temperature=self.alpaca_temperature, root=root,
+                        eval_model, instructions, seed=ctx.seed, temperature=self.alpaca_temperature, root=root,
                         progress=progress, **size,
                     )  # fmt: skip
                 held.setdefault(benchmark, []).append(own)
@@ -169,7 +165,7 @@ class Chat(Section):
 
     def _judge(
         self,
-        setting: Setting,
+        ctx: EvalContext,
         config: JudgeConfig,
         questions: list[Question],
         instructions: list[Instruction],
@@ -181,22 +177,22 @@ class Chat(Section):
         """Adds what the judge says to `models`; returns what it took."""
         path = None if root is None else root / "chat" / f"judge-{file_name(config.model)}.jsonl"
         judge = Judge(config, Journal(path))
-        has_teacher = setting.teacher is not None
+        has_teacher = ctx.teacher is not None
         said: list[tuple[str, dict[str, dict[str, Any]]]] = []
         if questions:
-            prompts = data.judge_prompts(_root(setting))
+            prompts = data.judge_prompts(_root(ctx))
             found = judge_mt_bench(
                 questions, held[mt_bench.NAME], judge, prompts, root=root, workers=self.judge_parallel,
-                pairwise=self.pairwise, has_teacher=has_teacher, progress=setting.progress,
+                pairwise=self.pairwise, has_teacher=has_teacher, progress=ctx.progress,
             )  # fmt: skip
             said.append((mt_bench.NAME, found))
-        prompt = data.alpaca_prompt(setting.data_root) if instructions else None
+        prompt = data.alpaca_prompt(ctx.data_root) if instructions else None
         if instructions and prompt is None:
             notes.append(NO_PROMPT)
         if prompt is not None:
             found = judge_alpaca(
                 instructions, held[alpaca.NAME], judge, prompt, root=root, workers=self.judge_parallel,
-                seed=setting.seed, has_teacher=has_teacher, progress=setting.progress,
+                seed=ctx.seed, has_teacher=has_teacher, progress=ctx.progress,
             )  # fmt: skip
             if not found:
                 notes.append(NO_BASELINE)
@@ -213,20 +209,20 @@ class Chat(Section):
         }
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """Tables by category and of pairs, and of how the answers look."""
-        return show.shown(numbers)
+        return present.present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """The rating, or without a judge how many answers loop."""
-        return show.headline(numbers)
+        return present.headline(numbers)
 
 
-def _root(setting: Setting) -> Path:
-    if setting.data_root is None:
+def _root(ctx: EvalContext) -> Path:
+    if ctx.data_root is None:
         raise InputError(
             f"chat needs a folder of questions: put those of MT-Bench from {data.FASTCHAT} into DIR/chat and give "
             "--data-root DIR"
         )
-    return setting.data_root
+    return ctx.data_root

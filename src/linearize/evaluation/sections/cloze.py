@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.evaluation.cloze_answers import SPARE_TOKENS, word_answers
 from linearize.evaluation.cloze_items import ClozeItem, cut_items
-from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
 from linearize.evaluation.sections import cloze_shown
 from linearize.metrics.intervals import Proportion, paired_difference
 
@@ -29,7 +29,7 @@ EXAMPLES = 6
 class Cloze(Section):
     """Last words of sentences, scored against `choices` - 1 other words and generated.
 
-    `items`: how many at most; `min_words`, `max_words`: of the text before the word; texts are those of the setting.
+    `items`: how many at most; `min_words`, `max_words`: of the text before the word; texts are those of the context.
     """
 
     NAME: ClassVar[str] = "cloze"
@@ -40,80 +40,80 @@ class Cloze(Section):
     min_words: int = Field(default=24, ge=1)
     max_words: int = Field(default=256, ge=1)
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raises InputError where the text has too few sentences to cut items from."""
         if self.max_words < self.min_words:
             raise InputError(f"cloze: max_words {self.max_words} is below min_words {self.min_words}")
-        if len(found := self._cut(setting)) < FEWEST:
+        if len(found := self._cut(ctx)) < FEWEST:
             raise InputError(
                 f"cloze: {len(found)} items in the text, at least {FEWEST} are needed (a sentence that ends in a word "
                 f"after {self.min_words} words or more of the same document); give more or longer text"
             )
 
-    def _cut(self, setting: Setting) -> list[ClozeItem]:
-        room = min([setting.length, *filter(None, (_context(c.model) for c in setting.contestants))])
+    def _cut(self, ctx: EvalContext) -> list[ClozeItem]:
+        room = min([ctx.length, *filter(None, (_context(c.model) for c in ctx.models))])
         return cut_items(
-            setting.texts, setting.tokenizer, items=self.items, choices=self.choices, min_words=self.min_words,
-            max_words=self.max_words, max_tokens=room - SPARE_TOKENS, seed=setting.seed,
+            ctx.texts, ctx.tokenizer, items=self.items, choices=self.choices, min_words=self.min_words,
+            max_words=self.max_words, max_tokens=room - SPARE_TOKENS, seed=ctx.seed,
         )  # fmt: skip
 
-    def run(self, setting: Setting) -> Numbers:
-        """Both ways, contestant by contestant."""
-        items = self._cut(setting)
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Both ways, model by model."""
+        items = self._cut(ctx)
         digest = hashlib.sha256(repr(items).encode()).hexdigest()
         answers: dict[str, dict[str, Any]] = {}
-        for contestant in setting.contestants:
+        for eval_model in ctx.models:
             key: dict[str, Any] = {
                 "section": self.NAME,
-                "contestant": contestant.fingerprint,
-                "name": contestant.name,
+                "model": eval_model.fingerprint,
+                "name": eval_model.name,
                 "items": digest,
             }
-            key |= {"batch": setting.batch}
-            answers[contestant.name] = setting.kept.result(key, partial(_answers, contestant, items, setting))
+            key |= {"batch": ctx.batch}
+            answers[eval_model.name] = ctx.results.result(key, partial(_answers, eval_model, items, ctx))
         return {
             "items": len(items),
             "choices": self.choices,
             "tokens": sum(len(item.choice_ids[0]) for item in items) / max(len(items), 1),
-            "models": {c.name: _numbers(c, answers, setting.teacher) for c in setting.contestants},
+            "models": {c.name: _numbers(c, answers, ctx.teacher) for c in ctx.models},
             "examples": _examples(items, answers),
         }
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """A table, a plot, findings, some items."""
-        return cloze_shown.show(numbers)
+        return cloze_shown.present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, list[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, list[Stat]]:
         """The share of words that a student writes, beside the teacher's."""
         return cloze_shown.headline(numbers)
 
 
-def _answers(contestant: Contestant, items: Sequence[ClozeItem], setting: Setting) -> dict[str, Any]:
+def _answers(eval_model: EvalModel, items: Sequence[ClozeItem], ctx: EvalContext) -> dict[str, Any]:
     return word_answers(
-        contestant.model,
-        contestant.tokenizer,
+        eval_model.model,
+        eval_model.tokenizer,
         items,
-        batch=setting.batch,
-        told=partial(setting.progress, f"cloze: {contestant.name}"),
+        batch=ctx.batch,
+        told=partial(ctx.progress, f"cloze: {eval_model.name}"),
     )
 
 
 def _numbers(
-    contestant: Contestant, answers: Mapping[str, Mapping[str, Any]], teacher: Contestant | None
+    eval_model: EvalModel, answers: Mapping[str, Mapping[str, Any]], teacher: EvalModel | None
 ) -> dict[str, Any]:
     """Shares of one model; for a student what it lost of the teacher's, and the gap between both losses."""
-    own = answers[contestant.name]
+    own = answers[eval_model.name]
     differ = [a != b for a, b in zip(own["same_tokens"], own["greedy"], strict=True)]
     ties = [d and margin < own["tie"] for d, margin in zip(differ, own["margin"], strict=True)]
     found: dict[str, Any] = {
-        "role": contestant.role,
+        "role": eval_model.role,
         **{way: Proportion.of(own[way]).to_dict() for way in ("scored", "greedy", "generated")},
         "cache_differs": sum(differ) - sum(ties),
         "ties": sum(ties),
     }
-    if teacher is None or teacher.name == contestant.name:
+    if teacher is None or teacher.name == eval_model.name:
         return found
     first = answers[teacher.name]
     for way in ("scored", "generated"):

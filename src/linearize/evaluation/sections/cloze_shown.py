@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.context import Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.evaluation.context import Finding, Numbers, Plot, SectionView, Stat, Table
 from linearize.metrics.intervals import share_text
 from linearize.metrics.theme import colours, legend_below, percent_label
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 WAYS = {"scored": "scored", "generated": "generated"}
 
 
-def show(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """The section as people read it."""
     students = [name for name, model in numbers["models"].items() if "gap" in model]
     findings = [f for name in students for f in _gap_findings(numbers, name)] + _cache_findings(numbers)
-    return Shown(
+    return SectionView(
         summary=(
             f"The last word of {numbers['items']:,} sentences: chosen among {numbers['choices']} by log-likelihood, "
             "and written freely, on the same items."
@@ -30,13 +30,13 @@ def show(numbers: Numbers) -> Shown:
     )
 
 
-def headline(numbers: Numbers) -> Mapping[str, list[Tile]]:
-    """Tiles of the verdict, by student."""
+def headline(numbers: Numbers) -> Mapping[str, list[Stat]]:
+    """Stats of the verdict, by student."""
     models = numbers["models"]
     teacher = next((m for m in models.values() if m["role"] == "teacher"), None)
     detail = f"teacher {_percent(teacher['generated'])}" if teacher else "last words written freely"
     return {
-        name: [Tile(label="last words written", value=_percent(model["generated"]), detail=detail)]
+        name: [Stat(label="last words written", value=_percent(model["generated"]), detail=detail)]
         for name, model in models.items()
         if model["role"] == "student"
     }

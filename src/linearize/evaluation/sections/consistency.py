@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linearize.errors import InputError, one_line
 from linearize.evaluation.cache_checks import CHECKS, PADDED_STEPS, CacheProbe, Deviation, check, tolerance
-from linearize.evaluation.context import Contestant, Finding, Numbers, Section, Setting, Shown, Table, Tile
+from linearize.evaluation.context import EvalContext, EvalModel, Finding, Numbers, Section, SectionView, Stat, Table
 from linearize.metrics.branches import longest_reach
 from linearize.modeling import LinearizedForCausalLM
 
@@ -41,37 +41,37 @@ class Consistency(Section):
     steps: int = Field(48, ge=8)
     prefill: int = Field(69, ge=3)
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raises: InputError: too little text."""
-        if (tokens := sum(map(len, setting.documents))) < LEAST_TOKENS:
+        if (tokens := sum(map(len, ctx.documents))) < LEAST_TOKENS:
             raise InputError(f"the text has {tokens} tokens: checking the cache needs at least {LEAST_TOKENS}")
 
-    def run(self, setting: Setting) -> Numbers:
-        """Every check that applies to a model, for every contestant, on the same tokens."""
-        reach = max((longest_reach(c.plan) or 0 for c in setting.contestants), default=0)
-        rows, prefill = self._rows(setting, reach)
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Every check that applies to a model, for every model, on the same tokens."""
+        reach = max((longest_reach(c.plan) or 0 for c in ctx.models), default=0)
+        rows, prefill = self._rows(ctx, reach)
         models: Numbers = {}
-        for done, contestant in enumerate(setting.contestants):
-            setting.progress(f"cache of {contestant.name}", done, len(setting.contestants))
+        for done, eval_model in enumerate(ctx.models):
+            ctx.progress(f"cache of {eval_model.name}", done, len(ctx.models))
             key = {
                 "section": self.NAME,
                 "config": self.model_dump(),
-                "contestant": [contestant.name, contestant.fingerprint],
+                "model": [eval_model.name, eval_model.fingerprint],
                 "rows": [row.tolist() for row in rows],
                 "prefill": prefill,
-                "seed": setting.seed,
+                "seed": ctx.seed,
             }
-            models[contestant.name] = setting.kept.result(
+            models[eval_model.name] = ctx.results.result(
                 key,
-                lambda c=contestant: _measured(c, rows, prefill, setting.seed, setting.one_per_row),  # type: ignore[misc]
+                lambda c=eval_model: _measured(c, rows, prefill, ctx.seed, ctx.one_per_row),  # type: ignore[misc]
             )
         return {"tokens": [len(row) for row in rows], "prefill": prefill, "models": models}
 
-    def _rows(self, setting: Setting, reach: int) -> tuple[list[Tensor], int]:
+    def _rows(self, ctx: EvalContext, reach: int) -> tuple[list[Tensor], int]:
         """Texts of unequal odd lengths from the held-out text, end to end, and where decoding begins in the first."""
-        stream = [token for document in setting.documents for token in document.tokens]
+        stream = [token for document in ctx.documents for token in document.tokens]
         wanted = reach + self.prefill + max(self.steps, reach + 5)
-        longest = min([wanted, setting.length, len(stream), *map(_positions, setting.contestants)])
+        longest = min([wanted, ctx.length, len(stream), *map(_positions, ctx.models)])
         prefill = reach + self.prefill if longest == wanted else longest // 2
         lengths = [longest - (longest % 2 == 0), int(longest * 0.61) | 1, max(longest // 4, PADDED_STEPS + 1) | 1]
         rows, at = [], 0
@@ -82,24 +82,24 @@ class Consistency(Section):
         return rows, prefill | 1
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """A finding per model that fails, a row per model and check."""
-        return Shown(
+        return SectionView(
             summary=_summary(numbers),
             findings=[finding for name in numbers["models"] for finding in _findings(numbers, name)],
             tables=[_table(numbers)],
         )
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """Whether the student's cache is right."""
-        tiles = {}
+        stats = {}
         for name, model in numbers["models"].items():
             if model["role"] == "student":
                 failed = [way for way in model["checks"] if not passed(model, way)]
                 told = f"fails: {', '.join(failed)}" if failed else f"{len(model['checks'])} ways, the same logits"
-                tiles[name] = [Tile(label="cache", value="faulty" if failed else "right", detail=told)]
-        return tiles
+                stats[name] = [Stat(label="cache", value="faulty" if failed else "right", detail=told)]
+        return stats
 
 
 def passed(model: Numbers, name: str) -> bool:
@@ -110,21 +110,21 @@ def passed(model: Numbers, name: str) -> bool:
     return Deviation(**found).within(tolerance(model["dtype"]))
 
 
-def _positions(contestant: Contestant) -> int:
+def _positions(eval_model: EvalModel) -> int:
     """Tokens that a model has positions for."""
-    most = getattr(contestant.model.config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(eval_model.model.config.get_text_config(), "max_position_embeddings", None)
     return int(most) if most else 2**31
 
 
-def _measured(contestant: Contestant, rows: Sequence[Tensor], prefill: int, seed: int, one_per_row: bool) -> Numbers:
-    probe = CacheProbe(contestant.model.eval(), rows, prefill, seed=seed)
-    left = {"static"} if isinstance(contestant.model, LinearizedForCausalLM) else set()
+def _measured(eval_model: EvalModel, rows: Sequence[Tensor], prefill: int, seed: int, one_per_row: bool) -> Numbers:
+    probe = CacheProbe(eval_model.model.eval(), rows, prefill, seed=seed)
+    left = {"static"} if isinstance(eval_model.model, LinearizedForCausalLM) else set()
     left |= {"packing"} if one_per_row else set()  # the family cannot, and is never asked to
     names = [name for name in CHECKS if name not in left]
     return {
-        "role": contestant.role,
-        "reach": longest_reach(contestant.plan) or 0,
-        "dtype": str(contestant.model.dtype).removeprefix("torch."),
+        "role": eval_model.role,
+        "reach": longest_reach(eval_model.plan) or 0,
+        "dtype": str(eval_model.model.dtype).removeprefix("torch."),
         "checks": {name: _checked(name, probe) for name in names},
     }
 

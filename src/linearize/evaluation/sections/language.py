@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
 from linearize.evaluation.evidence import evidence_classes, evidence_distance
 from linearize.evaluation.sections import language_shown
 from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
@@ -53,59 +53,59 @@ class Language(Section):
     default_reach: int = Field(default=64, ge=1)
     ablate: bool = True
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raises InputError where there is no text."""
-        if not any(len(document) > 1 for document in setting.documents):
+        if not any(len(document) > 1 for document in ctx.documents):
             raise InputError("language modelling needs text: name some with --data, a .txt or .jsonl file for one")
 
-    def run(self, setting: Setting) -> Numbers:
-        """All contestants in one pass over the rows."""
-        rows = setting.rows()
+    def run(self, ctx: EvalContext) -> Numbers:
+        """All models in one pass over the rows."""
+        rows = ctx.rows()
         key = {
             "section": self.NAME,
             "config": self.model_dump(),
-            "contestants": [[c.name, c.role, c.fingerprint] for c in setting.contestants],
+            "models": [[c.name, c.role, c.fingerprint] for c in ctx.models],
             "rows": hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.labels.numpy().tobytes()).hexdigest(),
         }
-        numbers: Numbers = setting.kept.result(key, lambda: self._measure(setting, rows))
+        numbers: Numbers = ctx.results.result(key, lambda: self._measure(ctx, rows))
         return numbers
 
-    def _measure(self, setting: Setting, rows: PackedRows) -> Numbers:
-        teacher = setting.teacher.name if setting.teacher else None
-        views = {c.name: View(model=c.model) for c in setting.contestants}
+    def _measure(self, ctx: EvalContext, rows: PackedRows) -> Numbers:
+        teacher = ctx.teacher.name if ctx.teacher else None
+        views = {c.name: View(model=c.model) for c in ctx.models}
         if self.ablate:
             views |= {
                 _alone(c.name): View(model=c.model, branch="window")
-                for c in setting.students
+                for c in ctx.students
                 if window_reach(c.plan) is not None
             }
-        batches = _told(rows, setting.batch, setting.progress)
-        scores = score_batches(batches, views, reference=teacher, rows=setting.batch)
+        batches = _told(rows, ctx.batch, ctx.progress)
+        scores = score_batches(batches, views, reference=teacher, rows=ctx.batch)
         text = _Text(scores, rows, teacher)
-        bytes_N, text_N = _bytes_of_targets(setting, rows, scores)
-        students = [c.name for c in setting.students]
+        bytes_N, text_N = _bytes_of_targets(ctx, rows, scores)
+        students = [c.name for c in ctx.students]
         return {
             "tokens": scores.positions.numel(),
             "documents": scores.documents.unique().numel(),
             "bytes": int(bytes_N.sum()),
             "length": rows.length,
-            "models": {c.name: {"role": c.role, **_model(text, c.name, bytes_N, text_N)} for c in setting.contestants},
-            "positions": text.bins(scores.positions, self.first_bin, [c.name for c in setting.contestants]),
-            "lengths": text.bins(text.lengths, self.first_bin, [c.name for c in setting.contestants]),
+            "models": {c.name: {"role": c.role, **_model(text, c.name, bytes_N, text_N)} for c in ctx.models},
+            "positions": text.bins(scores.positions, self.first_bin, [c.name for c in ctx.models]),
+            "lengths": text.bins(text.lengths, self.first_bin, [c.name for c in ctx.models]),
             "growth": _growth(text, students),
-            "evidence": self._evidence(text, setting, rows),
+            "evidence": self._evidence(text, ctx, rows),
         }
 
-    def _evidence(self, text: _Text, setting: Setting, rows: PackedRows) -> list[dict[str, Any]]:
+    def _evidence(self, text: _Text, ctx: EvalContext, rows: PackedRows) -> list[dict[str, Any]]:
         """Losses by where the evidence is, for each reach of a window that a student (or the default) has."""
         distance_N = evidence_distance(rows)
         reaches: dict[int, list[str]] = {}
-        for contestant in setting.students or setting.contestants:
-            reaches.setdefault(longest_reach(contestant.plan) or self.default_reach, []).append(contestant.name)
+        for eval_model in ctx.students or ctx.models:
+            reaches.setdefault(longest_reach(eval_model.plan) or self.default_reach, []).append(eval_model.name)
         found = []
         for reach, names in sorted(reaches.items()):
             masks = evidence_classes(distance_N, reach)
-            shown = [c.name for c in setting.contestants if c.role == "teacher" or c.name in names]
+            shown = [c.name for c in ctx.models if c.role == "teacher" or c.name in names]
             found.append(
                 {
                     "reach": reach,
@@ -117,12 +117,12 @@ class Language(Section):
         return found
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """Tables, plots and findings."""
-        return language_shown.show(numbers)
+        return language_shown.present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, list[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, list[Stat]]:
         """Perplexity, how much of the teacher's probability is kept, how often both would say the same."""
         return language_shown.headline(numbers)
 
@@ -213,16 +213,16 @@ def _model(text: _Text, name: str, bytes_N: Tensor, text_N: Tensor) -> dict[str,
     return found
 
 
-def _bytes_of_targets(setting: Setting, rows: PackedRows, scores: TokenScores) -> tuple[Tensor, Tensor]:
+def _bytes_of_targets(ctx: EvalContext, rows: PackedRows, scores: TokenScores) -> tuple[Tensor, Tensor]:
     """Bytes [N] of the text that each counted token stands for, and whether [N] it is text, which no EOS is.
 
     The space that some tokenizers put before a text is no part of it, so it is taken from a document's first token.
     """
-    vocabulary = max(View(model=c.model).vocabulary for c in setting.contestants)
-    bytes_N = bytes_of_tokens(setting.tokenizer, vocabulary)[scores.targets]
-    begins_BT = (rows.position_ids == 0) & (rows.input_ids == setting.tokenizer.bos_token_id)
+    vocabulary = max(View(model=c.model).vocabulary for c in ctx.models)
+    bytes_N = bytes_of_tokens(ctx.tokenizer, vocabulary)[scores.targets]
+    begins_BT = (rows.position_ids == 0) & (rows.input_ids == ctx.tokenizer.bos_token_id)
     first_N = begins_BT[:, :-1][rows.labels[:, 1:] != IGNORED]
-    return (bytes_N - prefix_bytes(setting.tokenizer) * first_N).clamp(min=0), bytes_N > 0
+    return (bytes_N - prefix_bytes(ctx.tokenizer) * first_N).clamp(min=0), bytes_N > 0
 
 
 def _growth(text: _Text, students: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.context import Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.evaluation.context import Finding, Numbers, Plot, SectionView, Stat, Table
 from linearize.metrics.intervals import interval, plus_minus
 from linearize.metrics.theme import COLOURS, colours, count_label, legend_below
 
@@ -21,13 +21,13 @@ CLASSES = {"beyond": "beyond the window", "inside": "inside the window", "none":
 _ERRORS = "± is one standard error, over documents."
 
 
-def show(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """The section as people read it."""
     models = numbers["models"]
     plots = [_position_plot(numbers)] + ([_evidence_plot(numbers)] if _compared(numbers) else [])
     tables = [_loss_table(numbers), _agreement_table(numbers), *_part_tables(numbers), *_evidence_tables(numbers)]
     text = f"{numbers['tokens']:,} tokens of {numbers['documents']:,} documents, in rows of up to {numbers['length']:,}"
-    return Shown(
+    return SectionView(
         summary=f"Held-out text: {text} tokens; {'all models' if len(models) > 1 else 'the model'} on the same tokens.",
         findings=[f for name in _compared(numbers) for f in _findings(numbers, name)],
         tables=[table for table in tables if table.rows],
@@ -35,8 +35,8 @@ def show(numbers: Numbers) -> Shown:
     )
 
 
-def headline(numbers: Numbers) -> Mapping[str, list[Tile]]:
-    """Tiles of the verdict, by student."""
+def headline(numbers: Numbers) -> Mapping[str, list[Stat]]:
+    """Stats of the verdict, by student."""
     models = numbers["models"]
     teacher = next((m for m in models.values() if m["role"] == "teacher"), None)
     found = {}
@@ -44,13 +44,13 @@ def headline(numbers: Numbers) -> Mapping[str, list[Tile]]:
         if model["role"] != "student":
             continue
         detail = f"teacher {teacher['perplexity']['value']:.3g}" if teacher else "on held-out text"
-        tiles = [Tile(label="perplexity", value=f"{model['perplexity']['value']:.3g}", detail=detail)]
+        stats = [Stat(label="perplexity", value=f"{model['perplexity']['value']:.3g}", detail=detail)]
         if "kept" in model:
             kept = _percent(model["kept"]["value"])
-            tiles.append(Tile(label="probability kept", value=kept, detail="of what the teacher gives the true token"))
+            stats.append(Stat(label="probability kept", value=kept, detail="of what the teacher gives the true token"))
             same = _percent(model["top1"]["value"])
-            tiles.append(Tile(label="same next token", value=same, detail="most likely token as the teacher's"))
-        found[name] = tiles
+            stats.append(Stat(label="same next token", value=same, detail="most likely token as the teacher's"))
+        found[name] = stats
     return found
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from linearize.errors import InputError
 from linearize.evaluation.attention_shape import MEASURES, AttentionShape, student_shapes, teacher_shapes
-from linearize.evaluation.context import Contestant, Finding, Numbers, Plot, Section, Setting, Shown, Table
+from linearize.evaluation.context import EvalContext, EvalModel, Finding, Numbers, Plot, Section, SectionView, Table
 from linearize.metrics.branches import longest_reach
 from linearize.metrics.intervals import plus_minus, ratio_over_documents
 from linearize.metrics.theme import colours, legend_below, plain_label
@@ -40,45 +40,41 @@ class Layers(Section):
     tokens: int = Field(384, ge=16)
     far: int | None = Field(None, ge=1)
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raises: InputError: no document is long enough."""
-        if max(map(len, setting.documents), default=0) < LEAST_TOKENS:
+        if max(map(len, ctx.documents), default=0) < LEAST_TOKENS:
             raise InputError(f"no document has {LEAST_TOKENS} tokens: attention cannot be measured on less; give text")
 
-    def run(self, setting: Setting) -> Numbers:
-        """Every contestant, on the same texts; queries of the second half of a text count."""
-        batches = self._batches(setting)
-        far = (
-            self.far
-            or max(longest_reach(c.plan) or 0 for c in setting.contestants)
-            or batches[0]["input_ids"].shape[1] // 4
-        )
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Every model, on the same texts; queries of the second half of a text count."""
+        batches = self._batches(ctx)
+        far = self.far or max(longest_reach(c.plan) or 0 for c in ctx.models) or batches[0]["input_ids"].shape[1] // 4
         models: Numbers = {}
-        for done, contestant in enumerate(setting.contestants):
-            setting.progress(f"layers of {contestant.name}", done, len(setting.contestants))
-            source = _source(contestant, setting.teacher)
+        for done, eval_model in enumerate(ctx.models):
+            ctx.progress(f"layers of {eval_model.name}", done, len(ctx.models))
+            source = _source(eval_model, ctx.teacher)
             key = {
                 "section": self.NAME,
                 "config": self.model_dump(),
-                "contestants": [(c.name, c.fingerprint) for c in (contestant, setting.teacher) if c is not None],
+                "models": [(c.name, c.fingerprint) for c in (eval_model, ctx.teacher) if c is not None],
                 "texts": [batch["input_ids"][0].tolist() for batch in batches],
                 "far": far,
             }
-            models[contestant.name] = setting.kept.result(
+            models[eval_model.name] = ctx.results.result(
                 key,
-                lambda c=contestant, s=source: _measured(c, s, batches, far),  # type: ignore[misc]
+                lambda c=eval_model, s=source: _measured(c, s, batches, far),  # type: ignore[misc]
             )
         return {"tokens": [batch["input_ids"].shape[1] for batch in batches], "far": far, "models": models}
 
-    def _batches(self, setting: Setting) -> list[Batch]:
+    def _batches(self, ctx: EvalContext) -> list[Batch]:
         """One text each, the longest first."""
-        documents = sorted(setting.documents, key=len, reverse=True)
-        most = min(self.tokens, setting.length)
+        documents = sorted(ctx.documents, key=len, reverse=True)
+        most = min(self.tokens, ctx.length)
         chosen = [d.tokens[:most] for d in documents[: self.texts] if len(d) >= LEAST_TOKENS]
         return [{"input_ids": torch.tensor([x]), "position_ids": torch.arange(len(x))[None]} for x in chosen]
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """A table per student, error and entropy as plots."""
         models: Mapping[str, Any] = numbers["models"]
         lengths = numbers["tokens"]
@@ -89,27 +85,27 @@ class Layers(Section):
         )
         tables = [_table(name, numbers) for name, model in models.items() if model["layers"]]
         findings = [finding for name in models for finding in _findings(name, numbers)]
-        return Shown(summary=summary, findings=findings, tables=tables, plots=_plots(numbers))
+        return SectionView(summary=summary, findings=findings, tables=tables, plots=_plots(numbers))
 
 
-def _source(contestant: Contestant, teacher: Contestant | None) -> Contestant | None:
+def _source(eval_model: EvalModel, teacher: EvalModel | None) -> EvalModel | None:
     """Whose hidden states the layers are given: the teacher's where it is of the student's own family and sizes."""
-    model = contestant.model
+    model = eval_model.model
     if not isinstance(model, LinearizedForCausalLM):
         return None
-    if teacher is None or teacher.name == contestant.name or isinstance(teacher.model, LinearizedForCausalLM):
-        return contestant
+    if teacher is None or teacher.name == eval_model.name or isinstance(teacher.model, LinearizedForCausalLM):
+        return eval_model
     own, other = model.config.teacher_config(), teacher.model.config
     same = own.model_type == other.model_type and all(
         getattr(own.get_text_config(), name) == getattr(other.get_text_config(), name)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
     )
-    return teacher if same else contestant
+    return teacher if same else eval_model
 
 
-def _measured(contestant: Contestant, source: Contestant | None, batches: Sequence[Batch], far: int) -> Numbers:
-    model = contestant.model.eval()
-    found: Numbers = {"role": contestant.role, "given": None if source is None else source.name, "layers": []}
+def _measured(eval_model: EvalModel, source: EvalModel | None, batches: Sequence[Batch], far: int) -> Numbers:
+    model = eval_model.model.eval()
+    found: Numbers = {"role": eval_model.role, "given": None if source is None else source.name, "layers": []}
     by_text: list[dict[int, AttentionShape]] = []
     for batch in batches:
         where = {"far": far, "first": batch["input_ids"].shape[1] // 2}
@@ -120,7 +116,7 @@ def _measured(contestant: Contestant, source: Contestant | None, batches: Sequen
             by_text.append(teacher_shapes(model, batch, **where))
         except InputError as error:  # a family that cannot be converted has no weights to look at
             return {**found, "error": str(error)}
-    names = contestant.mixer_names
+    names = eval_model.mixer_names
     for layer in by_text[0]:
         name = names[layer] if names else "softmax"
         found["layers"].append({"layer": layer, "mixer": name, **_joined([shapes[layer] for shapes in by_text])})

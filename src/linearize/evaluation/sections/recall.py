@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
 from linearize.evaluation.haystack import (
     CITY,
     CODE,
@@ -73,7 +73,7 @@ class Recall(Section):
         """As hay, where none is named."""
         return self.hay is None
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Lengths and depths in range, a needle that can be told and asked, hay that can be read."""
         if not self.lengths or min(self.lengths) < 1:
             raise InputError(f"recall: lengths are {list(self.lengths)}: give at least one, in tokens above 0")
@@ -83,54 +83,54 @@ class Recall(Section):
         most = len(self._keys_form().things)
         if not self.keys or not all(1 <= keys <= most for keys in self.keys):
             raise InputError(f"recall: keys are {list(self.keys)}: allowed are 1 to {most} facts in a document")
-        Hay(self._texts(setting), form)
-        for contestant in setting.contestants:
-            _check_positions(contestant, max(self.lengths))
+        Hay(self._texts(ctx), form)
+        for eval_model in ctx.models:
+            _check_positions(eval_model, max(self.lengths))
 
-    def run(self, setting: Setting) -> Numbers:
-        """Every contestant answers every item; shares, intervals, and each student against the teacher."""
-        tests = self.questions(setting)
-        total = sum(map(len, tests.values())) * len(setting.contestants)
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Every model answers every item; shares, intervals, and each student against the teacher."""
+        tests = self.questions(ctx)
+        total = sum(map(len, tests.values())) * len(ctx.models)
         answers: dict[str, dict[str, list[Answer]]] = {}
         done = 0
-        for contestant in setting.contestants:
-            own = answers.setdefault(contestant.name, {})
+        for eval_model in ctx.models:
+            own = answers.setdefault(eval_model.name, {})
             for test, questions in tests.items():
                 own[test] = []
                 for group in sorted({question.group for question in questions}):
                     part = [question for question in questions if question.group == group]
-                    own[test] += _kept_answers(setting, contestant, test, part)
+                    own[test] += _kept_answers(ctx, eval_model, test, part)
                     done += len(part)
-                    setting.progress(f"recall: {contestant.name}", done, total)
-        teacher = answers.get(setting.teacher.name) if setting.teacher else None
+                    ctx.progress(f"recall: {eval_model.name}", done, total)
+        teacher = answers.get(ctx.teacher.name) if ctx.teacher else None
         return {
             "tests": {test: [described(question) for question in found] for test, found in tests.items()},
-            "models": {c.name: measured(c, tests, answers[c.name], teacher) for c in setting.contestants},
+            "models": {c.name: measured(c, tests, answers[c.name], teacher) for c in ctx.models},
         }
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """Heat maps beside the teacher's, shares by length and by number of facts, and what they mean."""
-        from linearize.evaluation.sections.recall_shown import shown
+        from linearize.evaluation.sections.recall_shown import present
 
-        return shown(numbers)
+        return present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """How much of what the teacher recalls the student recalls too."""
-        from linearize.evaluation.sections.recall_shown import tiles
+        from linearize.evaluation.sections.recall_shown import headline
 
-        return tiles(numbers)
+        return headline(numbers)
 
-    def questions(self, setting: Setting) -> dict[str, list[HiddenFact]]:
+    def questions(self, ctx: EvalContext) -> dict[str, list[HiddenFact]]:
         """The items of each test, by group; each is drawn from the seed and its own place alone."""
-        ruler, form = Ruler(setting.tokenizer), self._form()
-        needle_hay, hay = Hay(self._texts(setting), form), Hay(self._texts(setting), self._keys_form())
+        ruler, form = Ruler(ctx.tokenizer), self._form()
+        needle_hay, hay = Hay(self._texts(ctx), form), Hay(self._texts(ctx), self._keys_form())
 
         passkey = PASS_KEY if self.passkey == "passkey" else form
 
         def rng(*place: object) -> random.Random:
-            return random.Random(f"{setting.seed} {place}")
+            return random.Random(f"{ctx.seed} {place}")
 
         return {
             "needle": [
@@ -143,7 +143,7 @@ class Recall(Section):
             ],
             "keys": [
                 question
-                for keys in sorted(set(self.keys)) for question in self._associations(setting.seed, ruler, hay, keys)
+                for keys in sorted(set(self.keys)) for question in self._associations(ctx.seed, ruler, hay, keys)
             ],
         }  # fmt: skip
 
@@ -176,12 +176,12 @@ class Recall(Section):
     def _keys_form(self) -> Form:
         return CITY if self.needle == "city" else CODE
 
-    def _texts(self, setting: Setting) -> Sequence[str]:
+    def _texts(self, ctx: EvalContext) -> Sequence[str]:
         """The texts to hide facts in."""
         if self.hay is None:
-            if not setting.texts:
+            if not ctx.texts:
                 raise InputError("recall: there is no held-out text to hide facts in; set `hay` to a file or folder")
-            return setting.texts
+            return ctx.texts
         path = Path(expand_home(self.hay))
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
@@ -189,19 +189,19 @@ class Recall(Section):
         return [file.read_text("utf-8", errors="replace") for file in files]
 
 
-def _kept_answers(setting: Setting, contestant: Contestant, test: str, questions: Sequence[HiddenFact]) -> list[Answer]:
+def _kept_answers(ctx: EvalContext, eval_model: EvalModel, test: str, questions: Sequence[HiddenFact]) -> list[Answer]:
     """The answers to one group of items, measured once: the key holds the very prompts."""
     prompts = hashlib.sha256("\0".join(f"{q.prompt}\0{q.answer}" for q in questions).encode()).hexdigest()
-    rows = max(1, min(setting.batch, setting.batch * setting.length // max(question.tokens for question in questions)))
+    rows = max(1, min(ctx.batch, ctx.batch * ctx.length // max(question.tokens for question in questions)))
     key = {
         "section": Recall.NAME, "test": test, "group": questions[0].group, "prompts": prompts, "batch": rows,
-        "model": contestant.fingerprint, "name": contestant.name,
+        "model": eval_model.fingerprint, "name": eval_model.name,
     }  # fmt: skip
-    return list(setting.kept.result(key, partial(_answers, contestant, questions, rows)))
+    return list(ctx.results.result(key, partial(_answers, eval_model, questions, rows)))
 
 
-def _answers(contestant: Contestant, questions: Sequence[HiddenFact], rows: int) -> list[Answer]:
-    model, tokenizer = contestant.model, contestant.tokenizer
+def _answers(eval_model: EvalModel, questions: Sequence[HiddenFact], rows: int) -> list[Answer]:
+    model, tokenizer = eval_model.model, eval_model.tokenizer
     found: list[Answer] = []
     for start in range(0, len(questions), rows):
         part = questions[start : start + rows]
@@ -211,13 +211,13 @@ def _answers(contestant: Contestant, questions: Sequence[HiddenFact], rows: int)
     return found
 
 
-def _check_positions(contestant: Contestant, longest: int) -> None:
+def _check_positions(eval_model: EvalModel, longest: int) -> None:
     """Raise InputError for lengths that a table of learned positions does not have."""
-    model: PreTrainedModel = contestant.model
+    model: PreTrainedModel = eval_model.model
     for name, module in model.named_modules():
         learned = isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("wpe", "embed_positions")
         if learned and longest > module.num_embeddings:
             raise InputError(
-                f"recall: lengths go up to {longest} tokens and {contestant.name} has a table of "
+                f"recall: lengths go up to {longest} tokens and {eval_model.name} has a table of "
                 f"{module.num_embeddings} positions; give shorter lengths"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.evaluation.context import Contestant, Numbers
+from linearize.evaluation.context import EvalModel, Numbers
 from linearize.evaluation.haystack import HiddenFact
 from linearize.metrics.branches import window_reach
 from linearize.metrics.intervals import Proportion
@@ -26,18 +26,18 @@ def described(question: HiddenFact) -> Numbers:
 
 
 def measured(
-    contestant: Contestant,
+    eval_model: EvalModel,
     tests: Mapping[str, Sequence[HiddenFact]],
     answers: Mapping[str, Sequence[Answer]],
     teacher: Mapping[str, Sequence[Answer]] | None,
 ) -> Numbers:
-    """All that is known of one contestant."""
-    config = contestant.model.config
+    """All that is known of one model."""
+    config = eval_model.model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    reach = window_reach(contestant.plan)
+    reach = window_reach(eval_model.plan)
     agree = [answer[3] for found in answers.values() for answer in found]
     numbers: Numbers = {
-        "role": contestant.role, "context": context, "window_reach": reach,
+        "role": eval_model.role, "context": context, "window_reach": reach,
         "cache": {"items": len(agree), "differ": agree.count("no"), "ties": agree.count("tie")},
     }  # fmt: skip
     for test, questions in tests.items():
@@ -47,7 +47,7 @@ def measured(
             "cells": _cells(test, questions, own, context),
             "given": [answer[0] for answer in own],
         }
-        if teacher is not None and contestant.role == "student":
+        if teacher is not None and eval_model.role == "student":
             numbers[test]["against_teacher"] = _against(test, questions, own, teacher[test], reach)
     return numbers
 

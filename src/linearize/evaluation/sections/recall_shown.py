@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.context import Cell, Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.evaluation.context import Cell, Finding, Numbers, Plot, SectionView, Stat, Table
 from linearize.metrics.intervals import share_text
 from linearize.metrics.theme import HEAT, colours, count_label, legend_below, percent_label
 
@@ -24,7 +24,7 @@ Compared = tuple[Numbers, str]
 """Student, teacher and kept on the items that count, and which those are."""
 
 
-def shown(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """Sentence, findings, tables, plots."""
     models: Mapping[str, Numbers] = numbers["models"]
     lengths = sorted({cell["length"] for cell in _any(models)["needle"]["cells"]})
@@ -35,23 +35,23 @@ def shown(numbers: Numbers) -> Shown:
         "answer counts, generated greedily through the model's own cache; all models get the same items."
     )
     plots = [*_heat_plots(models), *(_line_plot(models, test) for test in ("passkey", "keys"))]
-    return Shown(summary=summary, findings=_findings(models), tables=_tables(models), plots=plots)
+    return SectionView(summary=summary, findings=_findings(models), tables=_tables(models), plots=plots)
 
 
-def tiles(numbers: Numbers) -> dict[str, list[Tile]]:
+def headline(numbers: Numbers) -> dict[str, list[Stat]]:
     """One per student with a teacher beside it: the first test that the teacher can do."""
-    found: dict[str, list[Tile]] = {}
+    found: dict[str, list[Stat]] = {}
     for name, model in numbers["models"].items():
         if "against_teacher" not in model["needle"]:
             continue
         test = next((test for test in TESTS if model[test]["against_teacher"]["groups"]), None)
-        tile = Tile(label="Recall kept", value="-", detail="the teacher itself recalls too little here")
+        stat = Stat(label="Recall kept", value="-", detail="the teacher itself recalls too little here")
         if test is not None:
             stats, where = _counted(model, test)
             detail = f"{_of(stats['kept'])} answers of the teacher{where}: {TESTS[test]}"
             value = f"{stats['kept']['value']:.0%}" if stats["kept"]["n"] else "-"
-            tile = Tile(label="Recall kept", value=value, detail=detail)
-        found[name] = [tile]
+            stat = Stat(label="Recall kept", value=value, detail=detail)
+        found[name] = [stat]
     return found
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant, Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
 from linearize.evaluation.speed.largest_batch import largest_batch, peak_of_rows
 from linearize.evaluation.speed.memory import weight_bytes
-from linearize.evaluation.speed.points import Checked, Protocol, hopeless_ways, measure_point
-from linearize.evaluation.speed.ways import CacheKind, Way
+from linearize.evaluation.speed.points import Checked, Protocol, measure_point, pruned_configs
+from linearize.evaluation.speed.run_config import CacheKind, RunConfig
 
-SHARED_ROWS = 8  # where no memory budget is given: as much as this many rows of the first contestant take
+SHARED_ROWS = 8  # where no memory budget is given: as much as this many rows of the first model take
 
 
 class Speed(Section):
@@ -21,7 +21,7 @@ class Speed(Section):
     `contexts`, `batches`: all pairs are measured; contexts beyond what a model was trained on are allowed. `chunk`:
     tokens of one forward in a prefill. `new_tokens`: tokens of one repeat of decode, `repeats` repeats after `warmup`
     untimed ones; `prefill_repeats` of the prefill. `memory_budget_bytes`: for the largest batch, caches and activations
-    without the weights; None: what eight rows of the first contestant take at the longest context. `most_rows`: the
+    without the weights; None: what eight rows of the first model take at the longest context. `most_rows`: the
     largest batch that is tried (0: none is looked for). `check_tokens`: length of the check that comes before the
     speeds. `caches`, `attentions`: what a teacher is tried with, the usual one first.
     """
@@ -47,7 +47,7 @@ class Speed(Section):
         """No: it brings its own items."""
         return False
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raises InputError for sizes below what can be measured."""
         for name, least in LEAST.items():
             value = getattr(self, name)
@@ -60,75 +60,75 @@ class Speed(Section):
             if not getattr(self, name):
                 raise InputError(f"speed: {name} is empty: give at least one")
 
-    def run(self, setting: Setting) -> Numbers:
+    def run(self, ctx: EvalContext) -> Numbers:
         """`models`, `points`, `checks`, `largest_batch`."""
-        self.check(setting)
+        self.check(ctx)
         contexts, batches = sorted(set(self.contexts)), sorted(set(self.batches))
-        steps = len(contexts) * len(batches) + len(setting.contestants)
+        steps = len(contexts) * len(batches) + len(ctx.models)
         points: list[dict[str, Any]] = []
         checks: list[dict[str, Any]] = []
         checked: Checked = {}
         for batch in batches:
-            hopeless: dict[str, set[str]] = {}
+            pruned: dict[str, set[str]] = {}
             for context in contexts:
-                done = len(points) // len(setting.contestants)
-                setting.progress(f"speed at {context:,} tokens, batch {batch}", done, steps)
-                found = self._point(setting, context, batch, hopeless, checked)
+                done = len(points) // len(ctx.models)
+                ctx.progress(f"speed at {context:,} tokens, batch {batch}", done, steps)
+                found = self._point(ctx, context, batch, pruned, checked)
                 points += found["points"]
                 checks += [check for check in found["checks"] if check not in checks]
-                hopeless = {
-                    row["model"]: hopeless.get(row["model"], set()) | hopeless_ways(row) for row in found["points"]
+                pruned = {
+                    row["model"]: pruned.get(row["model"], set()) | pruned_configs(row) for row in found["points"]
                 }
         return {
-            "models": {c.name: _model(c.model, c.role) for c in setting.contestants},
+            "models": {c.name: _model(c.model, c.role) for c in ctx.models},
             "settings": self.model_dump(mode="json"),
             "points": points,
             "checks": checks,
-            "largest_batch": self._largest(setting, points, steps),
+            "largest_batch": self._largest(ctx, points, steps),
         }
 
     def _point(
-        self, setting: Setting, context: int, batch: int, hopeless: Mapping[str, set[str]], checked: Checked
+        self, ctx: EvalContext, context: int, batch: int, pruned: Mapping[str, set[str]], checked: Checked
     ) -> dict[str, Any]:
         protocol = Protocol(
-            **{name: getattr(self, name) for name in Protocol.__dataclass_fields__ if name != "seed"}, seed=setting.seed
+            **{name: getattr(self, name) for name in Protocol.__dataclass_fields__ if name != "seed"}, seed=ctx.seed
         )
-        models = {c.name: c.model for c in setting.contestants}
-        key = self._key(setting, "point") | {"context": context, "batch": batch}
-        key["models"] = [[c.name, c.fingerprint] for c in setting.contestants]
-        found: dict[str, Any] = setting.kept.result(
+        models = {c.name: c.model for c in ctx.models}
+        key = self._key(ctx, "point") | {"context": context, "batch": batch}
+        key["models"] = [[c.name, c.fingerprint] for c in ctx.models]
+        found: dict[str, Any] = ctx.results.result(
             key,
-            lambda: measure_point(models, protocol, context=context, batch=batch, hopeless=hopeless, checked=checked),
+            lambda: measure_point(models, protocol, context=context, batch=batch, pruned=pruned, checked=checked),
         )
         return found
 
-    def _key(self, setting: Setting, what: str) -> dict[str, Any]:
+    def _key(self, ctx: EvalContext, what: str) -> dict[str, Any]:
         """All settings but which contexts and batches; where it ran, since speeds do not travel."""
-        device = str(setting.contestants[0].model.device)
+        device = str(ctx.models[0].model.device)
         sizes = self.model_dump(mode="json", exclude={"contexts", "batches", "memory_budget_bytes", "most_rows"})
-        return {"section": self.NAME, "what": what, **sizes, "seed": setting.seed, "device": device}
+        return {"section": self.NAME, "what": what, **sizes, "seed": ctx.seed, "device": device}
 
-    def _largest(self, setting: Setting, points: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-        """The largest batch of each contestant that has speeds, at the longest context."""
+    def _largest(self, ctx: EvalContext, points: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+        """The largest batch of each model that has speeds, at the longest context."""
         context, few = max(self.contexts), min(self.batches)
         at_longest = [row for row in points if row["context"] == context and row["batch"] == few and not row["reason"]]
-        ways = {row["model"]: Way(row["cache"], row["attention"]) for row in at_longest}
-        able = [c for c in setting.contestants if c.name in ways and self.most_rows > 0]
-        sizes = {"context": context, "chunk": self.chunk, "seed": setting.seed}
+        configs = {row["model"]: RunConfig(row["cache"], row["attention"]) for row in at_longest}
+        able = [c for c in ctx.models if c.name in configs and self.most_rows > 0]
+        sizes = {"context": context, "chunk": self.chunk, "seed": ctx.seed}
 
-        def kept(contestant: Contestant, measure: Callable[..., Any], **more: Any) -> Any:
-            way = ways[contestant.name]
-            key = self._key(setting, measure.__name__) | sizes | more | {"way": str(way), "name": contestant.name}
-            key["model"] = contestant.fingerprint
-            return setting.kept.result(key, lambda: measure(contestant.model, way, **sizes, **more))
+        def kept(eval_model: EvalModel, measure: Callable[..., Any], **more: Any) -> Any:
+            config = configs[eval_model.name]
+            key = self._key(ctx, measure.__name__) | sizes | more | {"way": str(config), "name": eval_model.name}
+            key["model"] = eval_model.fingerprint
+            return ctx.results.result(key, lambda: measure(eval_model.model, config, **sizes, **more))
 
         budget = self.memory_budget_bytes
         if budget is None and able:
             budget = kept(able[0], peak_of_rows, rows=SHARED_ROWS)
         models: dict[str, Any] = {}
-        for done, contestant in enumerate(able):
-            setting.progress("speed: the largest batch", steps - len(able) + done, steps)
-            models[contestant.name] = kept(contestant, largest_batch, budget=budget, most=self.most_rows)
+        for done, eval_model in enumerate(able):
+            ctx.progress("speed: the largest batch", steps - len(able) + done, steps)
+            models[eval_model.name] = kept(eval_model, largest_batch, budget=budget, most=self.most_rows)
         given = self.memory_budget_bytes is not None
         return {
             "context": context,
@@ -138,16 +138,16 @@ class Speed(Section):
         }
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """Tables, plots of time and memory against context, crossovers."""
-        from linearize.evaluation.speed.shown import show
+        from linearize.evaluation.speed.present import present
 
-        return show(numbers)
+        return present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """Decode, prefill and cache at the longest context."""
-        from linearize.evaluation.speed.shown import headline
+        from linearize.evaluation.speed.present import headline
 
         return headline(numbers)
 

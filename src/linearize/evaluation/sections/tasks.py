@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Numbers, Section, Setting, Shown, Tile
+from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
 from linearize.evaluation.harness.catalogue import Entry, entries
 from linearize.evaluation.harness.contrast import summary
 from linearize.evaluation.harness.definitions import need_harness
@@ -17,15 +17,15 @@ from linearize.evaluation.harness.folder import write_definitions
 from linearize.evaluation.harness.local_files import missing, refuse
 from linearize.evaluation.harness.model import Pairs
 from linearize.evaluation.harness.outcome import Outcome
+from linearize.evaluation.harness.present import headline, present
 from linearize.evaluation.harness.run import Run
-from linearize.evaluation.harness.showing import show_tasks, task_tiles
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 
 
 class Tasks(Section):
     """`tasks`: names, with the shots behind a colon where they are not the usual ones (`mmlu:5`). `limit`: items per
-    task (of each subject for MMLU), where the setting names none."""
+    task (of each subject for MMLU), where the context names none."""
 
     NAME: ClassVar[str] = "tasks"
     TITLE: ClassVar[str] = "Tasks"
@@ -38,63 +38,63 @@ class Tasks(Section):
         """Tasks bring their own text."""
         return False
 
-    def check(self, setting: Setting) -> None:
+    def check(self, ctx: EvalContext) -> None:
         """Raise InputError for an unknown task, a missing local file, code that may not run, or lm-eval missing."""
         need_harness()
-        chosen = self._chosen(setting)
+        chosen = self._chosen(ctx)
         if not chosen:
             raise InputError("no task is left: the files of all of them are missing; name others, or give their files")
         running = [entry.task for entry in chosen if entry.known and entry.known.executes]
-        if running and not setting.allow_code:
+        if running and not ctx.allow_code:
             raise InputError(
                 f"{', '.join(running)}: runs what the model writes; allow it with --allow-code-execution "
                 "(in a container), or leave it out"
             )
 
-    def run(self, setting: Setting) -> Numbers:
-        """Every task on every contestant, results kept one by one."""
-        chosen = self._chosen(setting)
-        limit = setting.limit if setting.limit is not None else self.limit
-        with _folder(setting) as folder:
-            write_definitions(chosen, setting.data_root, folder)
-            run = Run.prepare(setting, folder, limit)
-            found: dict[str, dict[str, Outcome]] = {contestant.name: {} for contestant in setting.contestants}
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Every task on every model, results kept one by one."""
+        chosen = self._chosen(ctx)
+        limit = ctx.limit if ctx.limit is not None else self.limit
+        with _folder(ctx) as folder:
+            write_definitions(chosen, ctx.data_root, folder)
+            run = Run.prepare(ctx, folder, limit)
+            found: dict[str, dict[str, Outcome]] = {eval_model.name: {} for eval_model in ctx.models}
             for number, entry in enumerate(chosen):
                 pairs = Pairs()
-                for contestant in setting.contestants:
-                    setting.progress(f"{entry.task}, {contestant.name}", number, len(chosen))
-                    found[contestant.name] |= run.outcomes(entry, contestant, pairs)
+                for eval_model in ctx.models:
+                    ctx.progress(f"{entry.task}, {eval_model.name}", number, len(chosen))
+                    found[eval_model.name] |= run.outcomes(entry, eval_model, pairs)
             facts = run.facts(chosen)
-        asked = entries(self.tasks, setting.include_path)
-        lacking = missing(asked, setting.data_root) if setting.data_root else {}
-        return {**facts, "missing": lacking, **summary(found, setting.teacher.name if setting.teacher else None)}
+        asked = entries(self.tasks, ctx.include_path)
+        lacking = missing(asked, ctx.data_root) if ctx.data_root else {}
+        return {**facts, "missing": lacking, **summary(found, ctx.teacher.name if ctx.teacher else None)}
 
-    def _chosen(self, setting: Setting) -> tuple[Entry, ...]:
+    def _chosen(self, ctx: EvalContext) -> tuple[Entry, ...]:
         """What is measured: all, or without the missing ones."""
-        found = entries(self.tasks, setting.include_path)
-        if setting.data_root is None:
+        found = entries(self.tasks, ctx.include_path)
+        if ctx.data_root is None:
             return found
-        lacking = missing(found, setting.data_root)
-        if lacking and not setting.skip_missing:
-            raise refuse(lacking, setting.data_root)
+        lacking = missing(found, ctx.data_root)
+        if lacking and not ctx.skip_missing:
+            raise refuse(lacking, ctx.data_root)
         return tuple(entry for entry in found if entry.task not in lacking)
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """Table, differences, plot and judgements."""
-        return show_tasks(numbers)
+        return present(numbers)
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """The share of the teacher's score above chance, and MMLU beside it."""
-        return task_tiles(numbers)
+        return headline(numbers)
 
 
 @contextmanager
-def _folder(setting: Setting) -> Iterator[Path]:
+def _folder(ctx: EvalContext) -> Iterator[Path]:
     """Where the definitions lie: beside the report, so that lm-eval's own command can read them."""
-    if setting.out is not None:
-        yield setting.out / "tasks"
+    if ctx.out is not None:
+        yield ctx.out / "tasks"
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / "tasks"

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.evaluation.speed.memory import cache_bytes
 from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
+from linearize.evaluation.speed.run_config import RunConfig, new_cache
 from linearize.evaluation.speed.timing import Timing, interleaved
-from linearize.evaluation.speed.ways import Way, new_cache
 from linearize.metrics.plots import figure_files, new_figure
 from linearize.metrics.theme import COLOURS, bytes_label, legend_below, log_log, plain_label
 
@@ -68,7 +68,7 @@ def decode_cost(
             if model is not None:
                 room = context + warmup + repeats * tokens
                 ids_BT = random_text([model], batch, room, seed)
-                cache = new_cache(Way("static" if name == "teacher" else "own", ""), model, room)
+                cache = new_cache(RunConfig("static" if name == "teacher" else "own", ""), model, room)
                 with measuring([model]):
                     _, cache = prefill(model, cache, ids_BT[:, :context], chunk)
                     cache = decode(model, cache, ids_BT[:, context : context + warmup])

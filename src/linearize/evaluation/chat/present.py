@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.context import Cell, Finding, Numbers, Plot, Shown, Table, Tile
+from linearize.evaluation.context import Cell, Finding, Numbers, Plot, SectionView, Stat, Table
 from linearize.metrics.intervals import Z95, plus_minus, share_text
 from linearize.metrics.theme import colours, percent_label
 
@@ -25,11 +25,11 @@ LENGTH_NOTE = (
 Models = Mapping[str, Mapping[str, Any]]
 
 
-def shown(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """Summary, findings, tables, plot."""
     models: Models = numbers["models"]
     tables = [*_ratings(models), *_pairs(models), *_wins(models), *_looks(models), *_judge(numbers["judge"])]
-    return Shown(
+    return SectionView(
         summary=_summary(numbers),
         findings=tuple(_findings(numbers)),
         tables=tuple(tables),
@@ -242,27 +242,27 @@ def _legend(figure: Figure, models: int) -> None:
         legend_below(figure)
 
 
-def headline(numbers: Numbers) -> dict[str, Sequence[Tile]]:
+def headline(numbers: Numbers) -> dict[str, Sequence[Stat]]:
     """For each student: its rating beside the teacher's and its win rate; without a judge how many answers loop."""
     models: Models = numbers["models"]
     return {student: tuple(_tiles(student, models))[:3] for student in numbers["students"]}
 
 
-def _tiles(student: str, models: Models) -> Iterator[Tile]:
+def _tiles(student: str, models: Models) -> Iterator[Stat]:
     own, first = models[student], next(iter(models.values()))
     bench = own.get("mt_bench", {})
     if (scores := bench.get("scores")) and scores["overall"]:
         teacher = first["mt_bench"]["scores"]["overall"] if "score_difference" in bench else None
         detail = f"of 10; the teacher {teacher['mean']:.2f}" if teacher else "of 10"
-        yield Tile(label="MT-Bench rating", value=f"{scores['overall']['mean']:.2f}", detail=detail)
+        yield Stat(label="MT-Bench rating", value=f"{scores['overall']['mean']:.2f}", detail=detail)
     if (pair := bench.get("against_teacher")) and pair["win_rate"]:
-        yield Tile(
+        yield Stat(
             label="MT-Bench wins", value=f"{pair['win_rate']['value']:.0%}", detail="against the teacher; 50% is par"
         )
     won = own.get("alpaca_eval", {}).get("judged")
     if won and won["win_rate"]:
-        yield Tile(label="AlpacaEval wins", value=f"{won['win_rate']['value']:.0%}", detail=f"against {won['against']}")
+        yield Stat(label="AlpacaEval wins", value=f"{won['win_rate']['value']:.0%}", detail=f"against {won['against']}")
     if bench and "scores" not in bench:
         more = bench["answers"].get("looping_more")
         detail = f"{more['value']:+.0%} of questions beside the teacher" if more else "of MT-Bench answers"
-        yield Tile(label="Looping answers", value=f"{bench['answers']['looping']['value']:.0%}", detail=detail)
+        yield Stat(label="Looping answers", value=f"{bench['answers']['looping']['value']:.0%}", detail=detail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.context import Finding, Plot, Shown, Table, Tile
+from linearize.evaluation.context import Finding, Plot, SectionView, Stat, Table
 from linearize.evaluation.harness.contrast import CLEAR
 from linearize.metrics import theme
 from linearize.metrics.intervals import Z95
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Numbers = Mapping[str, Any]
 
 
-def show_tasks(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """From the section's JSON numbers alone."""
     names = list(numbers["models"])
     tasks = list(numbers["models"][names[0]])
@@ -31,22 +31,22 @@ def show_tasks(numbers: Numbers) -> Shown:
         tables.append(_differences(numbers, tasks))
     tables.append(_reproduce(numbers))
     findings = [*_missing(numbers), *_chance(numbers, names, tasks), *_students(numbers)]
-    return Shown(summary=summary, findings=findings, tables=tables, plots=[_plot(numbers, names, tasks)])
+    return SectionView(summary=summary, findings=findings, tables=tables, plots=[_plot(numbers, names, tasks)])
 
 
-def task_tiles(numbers: Numbers) -> dict[str, Sequence[Tile]]:
+def headline(numbers: Numbers) -> dict[str, Sequence[Stat]]:
     """The share of the teacher's score above chance, and MMLU's beside it."""
-    found: dict[str, Sequence[Tile]] = {}
+    found: dict[str, Sequence[Stat]] = {}
     for name, kept in numbers["kept"].items():
-        tiles = []
+        stats = []
         if kept is not None:
             count = len(kept["tasks"])
-            tiles.append(Tile(label="task score kept", value=_percent(kept), detail=f"above chance, {_tasks(count)}"))
+            stats.append(Stat(label="task score kept", value=_percent(kept), detail=f"above chance, {_tasks(count)}"))
         mmlu = numbers["against_teacher"][name].get("mmlu")
         if mmlu is not None and mmlu["share"] is not None:
             shots = numbers["models"][name]["mmlu"]["shots"]
-            tiles.append(Tile(label="MMLU kept", value=_percent(mmlu["share"]), detail=f"above chance, {shots}-shot"))
-        found[name] = tiles
+            stats.append(Stat(label="MMLU kept", value=_percent(mmlu["share"]), detail=f"above chance, {shots}-shot"))
+        found[name] = stats
     return found
 
 

@@ -1,10 +1,10 @@
-"""Speeds as people read them, from the JSON numbers: findings, tables, plots, tiles."""
+"""Speeds as people read them, from the JSON numbers: findings, tables, plots, stats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from linearize.evaluation.context import Cell, Numbers, Shown, Table, Tile
+from linearize.evaluation.context import Cell, Numbers, SectionView, Stat, Table
 from linearize.evaluation.speed.curves import speed_plots
 from linearize.evaluation.speed.judged import (
     CACHE,
@@ -22,14 +22,14 @@ from linearize.evaluation.speed.judged import (
 )
 
 
-def show(numbers: Numbers) -> Shown:
+def present(numbers: Numbers) -> SectionView:
     """All of the section."""
     teacher, students = roles(numbers)
     findings = [found for name in numbers["models"] for found in checked(numbers, name)]
     if teacher is not None:
         findings += [found for name in students for found in against(numbers, name, teacher)]
     points = [row for row in numbers["points"] if not row["reason"]]
-    return Shown(
+    return SectionView(
         summary=_summary(numbers),
         findings=findings,
         tables=_tables(numbers),
@@ -37,26 +37,26 @@ def show(numbers: Numbers) -> Shown:
     )
 
 
-def headline(numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+def headline(numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
     """Decode speed, prefill speed and cache memory beside the teacher's, at the longest context."""
     teacher, students = roles(numbers)
-    tiles: dict[str, list[Tile]] = {}
+    stats: dict[str, list[Stat]] = {}
     for name in students if teacher is not None else ():
         pairs = pairs_of(numbers, name, str(teacher))
         if not pairs:
             continue
         own, other = pairs[-1]
         at = f"at {tokens_told(own['context'])} of context"
-        tiles[name] = [
-            Tile(label="Decode speed", value=times_told(other[MS] / own[MS]), detail=f"the teacher's, {at}"),
-            Tile(label="Prefill speed", value=times_told(other[FIRST] / own[FIRST]), detail=f"the teacher's, {at}"),
-            Tile(
+        stats[name] = [
+            Stat(label="Decode speed", value=times_told(other[MS] / own[MS]), detail=f"the teacher's, {at}"),
+            Stat(label="Prefill speed", value=times_told(other[FIRST] / own[FIRST]), detail=f"the teacher's, {at}"),
+            Stat(
                 label="Cache memory",
                 value=size_told(own[CACHE]),
                 detail=f"a row {at}; the teacher's takes {size_told(other[CACHE])}",
             ),
         ]
-    return tiles
+    return stats
 
 
 def _summary(numbers: Numbers) -> str:

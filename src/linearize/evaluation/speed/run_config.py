@@ -1,4 +1,4 @@
-"""The ways in which a model can be run: which cache, which attention. A teacher runs in its best one."""
+"""How a model is run for timing: which cache, which attention. A teacher runs in its best configuration."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from linearize.modeling import LinearizedForCausalLM
 CacheKind = Literal["static", "dynamic", "own"]
 CLEARLY = 1.2  # times as fast as the usual way: then another one is taken
 EAGER_BYTES = 2**30  # scores of one layer beyond which a prefill with eager attention is not tried
-HOPELESS = 2.0  # times as slow at one context: then not tried at longer ones
+PRUNED_BEYOND = 2.0  # times as slow at one context: then not tried at longer ones
 
 
 @dataclass(frozen=True)
-class Way:
+class RunConfig:
     """`cache`: preallocated, growing, or the student's own; `attention`: transformers' name of softmax attention."""
 
     cache: CacheKind
@@ -28,13 +28,15 @@ class Way:
         return f"{self.cache} cache, {self.attention}"
 
 
-def ways_of(model: PreTrainedModel, caches: Sequence[CacheKind], attentions: Sequence[str]) -> tuple[Way, ...]:
+def run_configs(
+    model: PreTrainedModel, caches: Sequence[CacheKind], attentions: Sequence[str]
+) -> tuple[RunConfig, ...]:
     """What to try: a student has its own cache and its attention as loaded, any other model each cache with each
     attention; flash attention joins where it is installed, on a GPU in half precision."""
     if isinstance(model, LinearizedForCausalLM):
-        return (Way("own", str(model.config._attn_implementation or "eager")),)
+        return (RunConfig("own", str(model.config._attn_implementation or "eager")),)
     names = list(dict.fromkeys([*attentions, *(["flash_attention_2"] if _has_flash(model) else [])]))
-    return tuple(Way(cache, name) for name in names for cache in caches)
+    return tuple(RunConfig(cache, name) for name in names for cache in caches)
 
 
 def _has_flash(model: PreTrainedModel) -> bool:
@@ -49,17 +51,17 @@ def eager_bytes(model: PreTrainedModel, batch: int, context: int, chunk: int) ->
     return 4 * batch * heads * context * min(chunk, context)
 
 
-def fastest(seconds: Mapping[Way, float]) -> Way:
+def fastest(seconds: Mapping[RunConfig, float]) -> RunConfig:
     """The first way that no other is clearly faster than, so that noise does not change the choice."""
     best = min(seconds.values())
-    return next(way for way, taken in seconds.items() if taken <= CLEARLY * best)
+    return next(config for config, taken in seconds.items() if taken <= CLEARLY * best)
 
 
-def new_cache(way: Way, model: PreTrainedModel, room: int) -> Any:
+def new_cache(config: RunConfig, model: PreTrainedModel, room: int) -> Any:
     """An empty cache for `room` tokens; None where the model makes its own."""
-    if way.cache == "static":
+    if config.cache == "static":
         return StaticCache(config=model.config, max_cache_len=room)
-    return DynamicCache(config=model.config) if way.cache == "dynamic" else None
+    return DynamicCache(config=model.config) if config.cache == "dynamic" else None
 
 
 @contextmanager
