@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.context_loss import ContextText
 from linearize.evaluation.sections.branches import Branches
+from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.metrics.branches import longest_reach, share_won, two_branch_layers, window_reach
 from linearize.metrics.token_scores import View
 from linearize.training.data.documents import Document

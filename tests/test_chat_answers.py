@@ -274,7 +274,7 @@ def numbers_of_loops(more: dict[str, float]) -> Numbers:
     ],
 )
 def test_loops_are_found(more: dict[str, float], levels: set[str]) -> None:
-    from linearize.evaluation.chat.present import _findings
+    from linearize.evaluation.sections.chat.present import _findings
 
     assert {finding.level for finding in _findings(numbers_of_loops(more))} == levels
 

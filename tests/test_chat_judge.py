@@ -35,7 +35,8 @@ from linearize.evaluation.chat.answers import Answers
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.judge import Judge, JudgeConfig, Usage
 from linearize.evaluation.context import EvalModel
-from linearize.evaluation.sections.chat import NO_PROMPT, Chat
+from linearize.evaluation.sections.chat import Chat
+from linearize.evaluation.sections.chat.measure import NO_PROMPT
 
 STUDENT = "org/student"
 CHAT_ONLY = Chat(max_new_tokens=5, benchmarks=("mt_bench",), judge_wait=0.0, judge_parallel=3)

@@ -14,7 +14,7 @@ import torch
 from models import mixer, student_of, text, tiny
 from torch.nn import functional as F
 
-import linearize.evaluation.sections.consistency as consistency
+import linearize.evaluation.sections.consistency.measure as consistency
 from linearize.errors import InputError
 from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _Total, check
 from linearize.evaluation.context import EvalContext, EvalModel

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
-from linearize.evaluation.evidence import evidence_classes, evidence_distance
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.language import Language
-from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
+from linearize.evaluation.sections.language.evidence import evidence_classes, evidence_distance
+from linearize.evaluation.sections.language.token_bytes import bytes_of_tokens, prefix_bytes
 from linearize.metrics.branches import longest_reach
 from linearize.metrics.theme import styled
 from linearize.training.data.documents import Document, Example, tokenize

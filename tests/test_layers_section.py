@@ -12,9 +12,14 @@ import torch
 from models import mixer, student_of, text, tiny
 
 from linearize.errors import InputError
-from linearize.evaluation.attention_shape import implied_weights, shape_of, student_shapes, teacher_shapes
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.sections.layers import Layers
+from linearize.evaluation.sections.layers.attention_shape import (
+    implied_weights,
+    shape_of,
+    student_shapes,
+    teacher_shapes,
+)
 from linearize.training.data.documents import Document
 from linearize.training.stages.hidden_alignment import HiddenAlignment, HiddenAlignmentConfig
 from linearize.training.stages.teacher_pass import batch_layout, module_calls

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.result_cache import ResultCache
-from linearize.evaluation.sections import speed as section
 from linearize.evaluation.sections.speed import Speed
+from linearize.evaluation.sections.speed import measure as section
 from linearize.evaluation.speed import cache_bytes, peak_bytes, points, run_config, weight_bytes
 from linearize.evaluation.speed import largest_batch as largest_batch_module
 from linearize.evaluation.speed.equality import check_config, reference, row_difference

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.sections import language_shown
-from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
+from linearize.evaluation.sections.language import present
+from linearize.evaluation.sections.language.evidence import evidence_classes, evidence_distance
+from linearize.evaluation.sections.language.token_bytes import bytes_of_tokens, prefix_bytes
 from linearize.metrics.branches import longest_reach, window_reach
 from linearize.metrics.intervals import (
     Mean,
@@ -119,12 +119,12 @@ class Language(Section):
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
         """Tables, plots and findings."""
-        return language_shown.present(numbers)
+        return present.present(numbers)
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, list[Stat]]:
         """Perplexity, how much of the teacher's probability is kept, how often both would say the same."""
-        return language_shown.headline(numbers)
+        return present.headline(numbers)
 
 
 @dataclass(frozen=True)

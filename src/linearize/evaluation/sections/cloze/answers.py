@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
-from linearize.evaluation.cloze_items import ClozeItem
 from linearize.evaluation.recall import matches
+from linearize.evaluation.sections.cloze.items import ClozeItem
 from linearize.metrics.token_scores import LOGITS_BYTES, View
 from linearize.training.data.pseudo_labels import left_padded
 

@@ -16,10 +16,10 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.cloze_answers import SPARE_TOKENS, word_answers
-from linearize.evaluation.cloze_items import ClozeItem, cut_items
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
-from linearize.evaluation.sections import cloze_shown
+from linearize.evaluation.sections.cloze import present
+from linearize.evaluation.sections.cloze.answers import SPARE_TOKENS, word_answers
+from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items
 from linearize.metrics.intervals import Proportion, paired_difference
 
 FEWEST = 8
@@ -82,12 +82,12 @@ class Cloze(Section):
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
         """A table, a plot, findings, some items."""
-        return cloze_shown.present(numbers)
+        return present.present(numbers)
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, list[Stat]]:
         """The share of words that a student writes, beside the teacher's."""
-        return cloze_shown.headline(numbers)
+        return present.headline(numbers)
 
 
 def _answers(eval_model: EvalModel, items: Sequence[ClozeItem], ctx: EvalContext) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from linearize.evaluation.harness.folder import write_definitions
 from linearize.evaluation.harness.local_files import missing, refuse
 from linearize.evaluation.harness.model import Pairs
 from linearize.evaluation.harness.outcome import Outcome
-from linearize.evaluation.harness.present import headline, present
 from linearize.evaluation.harness.run import Run
+from linearize.evaluation.sections.tasks.present import headline, present
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from linearize.evaluation.context import Cell, Numbers, SectionView, Stat, Table
-from linearize.evaluation.speed.curves import speed_plots
-from linearize.evaluation.speed.judged import (
+from linearize.evaluation.sections.speed.findings import (
     CACHE,
     FIRST,
     MS,
@@ -20,6 +19,7 @@ from linearize.evaluation.speed.judged import (
     times_told,
     tokens_told,
 )
+from linearize.evaluation.sections.speed.plots import speed_plots
 
 
 def present(numbers: Numbers) -> SectionView:

@@ -32,7 +32,7 @@ from linearize.evaluation.haystack import (
     passkey_question,
 )
 from linearize.evaluation.recall import answer_greedily, full_forward
-from linearize.evaluation.sections.recall_counts import Answer, described, measured
+from linearize.evaluation.sections.recall.numbers import Answer, described, measured
 from linearize.storage.files import expand_home
 
 MORE = 3
@@ -111,14 +111,14 @@ class Recall(Section):
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
         """Heat maps beside the teacher's, shares by length and by number of facts, and what they mean."""
-        from linearize.evaluation.sections.recall_shown import present
+        from linearize.evaluation.sections.recall.present import present
 
         return present(numbers)
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """How much of what the teacher recalls the student recalls too."""
-        from linearize.evaluation.sections.recall_shown import headline
+        from linearize.evaluation.sections.recall.present import headline
 
         return headline(numbers)
 

@@ -11,8 +11,13 @@ import torch
 from pydantic import Field
 
 from linearize.errors import InputError
-from linearize.evaluation.attention_shape import MEASURES, AttentionShape, student_shapes, teacher_shapes
 from linearize.evaluation.context import EvalContext, EvalModel, Finding, Numbers, Plot, Section, SectionView, Table
+from linearize.evaluation.sections.layers.attention_shape import (
+    MEASURES,
+    AttentionShape,
+    student_shapes,
+    teacher_shapes,
+)
 from linearize.metrics.branches import longest_reach
 from linearize.metrics.intervals import plus_minus, ratio_over_documents
 from linearize.metrics.theme import colours, legend_below, plain_label

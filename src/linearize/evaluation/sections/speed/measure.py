@@ -140,14 +140,14 @@ class Speed(Section):
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
         """Tables, plots of time and memory against context, crossovers."""
-        from linearize.evaluation.speed.present import present
+        from linearize.evaluation.sections.speed.present import present
 
         return present(numbers)
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """Decode, prefill and cache at the longest context."""
-        from linearize.evaluation.speed.present import headline
+        from linearize.evaluation.sections.speed.present import headline
 
         return headline(numbers)
 

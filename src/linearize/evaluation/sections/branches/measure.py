@@ -16,8 +16,8 @@ from torch import Tensor
 
 from linearize.evaluation.cache_checks import CacheProbe, check
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
-from linearize.evaluation.context_loss import ContextText
-from linearize.evaluation.sections import branches_shown
+from linearize.evaluation.sections.branches import present
+from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.metrics.branches import (
     AblatedView,
     Without,
@@ -76,13 +76,13 @@ class Branches(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Findings, tables and plots: see `branches_shown`."""
-        return branches_shown.present(numbers)
+        """Findings, tables and plots: see `present.py`."""
+        return present.present(numbers)
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         """The share of what the window loses that the linear branch wins back, or what the context beyond is worth."""
-        return branches_shown.headline(numbers)
+        return present.headline(numbers)
 
 
 class _Work:

@@ -16,16 +16,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from linearize.errors import InputError
-from linearize.evaluation.chat import alpaca, data, mt_bench, present
+from linearize.evaluation.chat import alpaca, data, mt_bench
 from linearize.evaluation.chat.answering import own_template
 from linearize.evaluation.chat.answers import Answers
 from linearize.evaluation.chat.data import Instruction, Question
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.judge import Judge, JudgeConfig
 from linearize.evaluation.chat.judging import judge_alpaca, judge_mt_bench
-from linearize.evaluation.chat.present import TITLES
 from linearize.evaluation.chat.summary import answers_summary, repeated_by_category
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
+from linearize.evaluation.sections.chat import present
+from linearize.evaluation.sections.chat.present import TITLES
 
 NO_ALPACA = f"AlpacaEval: no instructions; put alpaca_eval.json from {data.ALPACA} into DATA_ROOT/chat/alpaca_eval"
 NO_PROMPT = (
