@@ -20,6 +20,7 @@ from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _To
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.consistency import Consistency
+from linearize.evaluation.sections.consistency.numbers import ModelChecks
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.layout import Layout
 from linearize.training.data.documents import Document
@@ -153,7 +154,7 @@ def test_each_fault_fails_its_own_checks(teacher: Any, monkeypatch: pytest.Monke
     plant(monkeypatch)
     numbers = run(SMALL, given)
     student = numbers["models"]["student1"]
-    assert {way for way in student["checks"] if not consistency.passed(student, way)} == expected
+    assert set(ModelChecks.model_validate(student).failed) == expected
     shown = Consistency.present(numbers)
     assert [finding.level for finding in shown.findings] == ["bad"] * len(expected)
     assert all(finding.student == "student1" for finding in shown.findings)
