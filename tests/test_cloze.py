@@ -241,8 +241,9 @@ def shown_with(drops: dict[str, tuple[float, float, float]]) -> list[str]:
     """Levels of the student's findings for drops given as (value, low, high)."""
     share = {"value": 0.5, "low": 0.4, "high": 0.6, "successes": 50, "n": 100}
     model = {"role": "student", "scored": share, "greedy": share, "generated": share, "cache_differs": 0, "ties": 1}
-    model |= {name: dict(zip(("value", "low", "high"), given, strict=True)) for name, given in drops.items()}
-    numbers = {"items": 100, "choices": 4, "models": {"s": model}, "examples": []}
+    keys = ("value", "low", "high")
+    model |= {name: {**dict(zip(keys, given, strict=True)), "n": 100} for name, given in drops.items()}
+    numbers = {"items": 100, "choices": 4, "tokens": 1.5, "models": {"s": model}, "examples": []}
     return [finding.level for finding in Cloze.present(numbers).findings]
 
 

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
+from linearize.evaluation.numbers import DifferenceNumbers, ShareNumbers
 from linearize.evaluation.sections.cloze import present
 from linearize.evaluation.sections.cloze.answers import SPARE_TOKENS, word_answers
 from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items
+from linearize.evaluation.sections.cloze.numbers import ClozeExample, ClozeNumbers, ExampleAnswer, ModelCloze
 from linearize.metrics.intervals import Proportion, paired_difference
 
 FEWEST = 8
@@ -71,23 +73,23 @@ class Cloze(Section):
             }
             key |= {"batch": ctx.batch}
             answers[eval_model.name] = ctx.results.result(key, partial(_answers, eval_model, items, ctx))
-        return {
-            "items": len(items),
-            "choices": self.choices,
-            "tokens": sum(len(item.choice_ids[0]) for item in items) / max(len(items), 1),
-            "models": {c.name: _numbers(c, answers, ctx.teacher) for c in ctx.models},
-            "examples": _examples(items, answers),
-        }
+        return ClozeNumbers(
+            items=len(items),
+            choices=self.choices,
+            tokens=sum(len(item.choice_ids[0]) for item in items) / max(len(items), 1),
+            models={c.name: _numbers(c, answers, ctx.teacher) for c in ctx.models},
+            examples=_examples(items, answers),
+        ).to_json()
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """A table, a plot, findings, some items."""
-        return present.present(numbers)
+        """Return a table, a plot, findings, and some items."""
+        return present.present(ClozeNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, list[Stat]]:
-        """The share of words that a student writes, beside the teacher's."""
-        return present.headline(numbers)
+        """Return the share of words that each student writes, next to the teacher's."""
+        return present.headline(ClozeNumbers.model_validate(numbers))
 
 
 def _answers(eval_model: EvalModel, items: Sequence[ClozeItem], ctx: EvalContext) -> dict[str, Any]:
@@ -100,27 +102,35 @@ def _answers(eval_model: EvalModel, items: Sequence[ClozeItem], ctx: EvalContext
     )
 
 
-def _numbers(
-    eval_model: EvalModel, answers: Mapping[str, Mapping[str, Any]], teacher: EvalModel | None
-) -> dict[str, Any]:
-    """Shares of one model; for a student what it lost of the teacher's, and the gap between both losses."""
+def _numbers(eval_model: EvalModel, answers: Mapping[str, Mapping[str, Any]], teacher: EvalModel | None) -> ModelCloze:
+    """Return the shares of one model; for a student what it lost of the teacher's, and the gap between both losses."""
     own = answers[eval_model.name]
     differ = [a != b for a, b in zip(own["same_tokens"], own["greedy"], strict=True)]
     ties = [d and margin < own["tie"] for d, margin in zip(differ, own["margin"], strict=True)]
-    found: dict[str, Any] = {
-        "role": eval_model.role,
-        **{way: Proportion.of(own[way]).to_dict() for way in ("scored", "greedy", "generated")},
-        "cache_differs": sum(differ) - sum(ties),
-        "ties": sum(ties),
-    }
-    if teacher is None or teacher.name == eval_model.name:
-        return found
-    first = answers[teacher.name]
-    for way in ("scored", "generated"):
-        found[f"{way}_drop"] = paired_difference(first[way], own[way]).to_dict()
-    lost = {way: [a - b for a, b in zip(first[way], own[way], strict=True)] for way in ("scored", "generated")}
-    found["gap"] = paired_difference(lost["generated"], lost["scored"]).to_dict()
-    return found
+    lost: dict[str, DifferenceNumbers] = {}
+    if teacher is not None and teacher.name != eval_model.name:
+        first = answers[teacher.name]
+        ways = ("scored", "generated")
+        by_item = {way: [a - b for a, b in zip(first[way], own[way], strict=True)] for way in ways}
+        lost = {f"{way}_drop": _difference(first[way], own[way]) for way in ways}
+        lost["gap"] = _difference(by_item["generated"], by_item["scored"])
+    return ModelCloze(
+        role=eval_model.role,
+        scored=_share(own["scored"]),
+        greedy=_share(own["greedy"]),
+        generated=_share(own["generated"]),
+        cache_differs=sum(differ) - sum(ties),
+        ties=sum(ties),
+        **lost,
+    )
+
+
+def _share(hits: Sequence[bool]) -> ShareNumbers:
+    return ShareNumbers.model_validate(Proportion.of(hits).to_dict())
+
+
+def _difference(first: Sequence[float], second: Sequence[float]) -> DifferenceNumbers:
+    return DifferenceNumbers.model_validate(paired_difference(first, second).to_dict())
 
 
 def _context(model: PreTrainedModel) -> int | None:
@@ -129,16 +139,16 @@ def _context(model: PreTrainedModel) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _examples(items: Sequence[ClozeItem], answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The first items with what each model chose and wrote."""
+def _examples(items: Sequence[ClozeItem], answers: Mapping[str, Mapping[str, Any]]) -> list[ClozeExample]:
+    """Return the first items with what each model chose and wrote."""
     return [
-        {
-            "context": " ".join(item.context.split()[-12:]),
-            "word": item.word,
-            "models": {
-                name: {"chose": item.choices[given["choice"][i]], "wrote": given["given"][i].strip()}
-                for name, given in answers.items()
+        ClozeExample(
+            context=" ".join(item.context.split()[-12:]),
+            word=item.word,
+            models={
+                name: ExampleAnswer(chose=item.choices[own["choice"][i]], wrote=own["given"][i].strip())
+                for name, own in answers.items()
             },
-        }
+        )
         for i, item in enumerate(items[:EXAMPLES])
     ]

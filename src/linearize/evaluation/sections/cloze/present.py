@@ -3,70 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from linearize.evaluation.context import Finding, Numbers, Plot, SectionView, Stat, Table
-from linearize.metrics.intervals import share_text
+from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
+from linearize.evaluation.sections.cloze.numbers import ClozeNumbers, LostShares
 from linearize.metrics.theme import colours, legend_below, percent_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WAYS = {"scored": "scored", "generated": "generated"}
+WAYS = ("scored", "generated")
 
 
-def present(numbers: Numbers) -> SectionView:
+def present(numbers: ClozeNumbers) -> SectionView:
     """The section as people read it."""
-    students = [name for name, model in numbers["models"].items() if "gap" in model]
-    findings = [f for name in students for f in _gap_findings(numbers, name)] + _cache_findings(numbers)
+    lost = {name: model.lost for name, model in numbers.models.items() if model.lost is not None}
+    findings = [_gap_finding(name, shares) for name, shares in lost.items()] + _cache_findings(numbers)
     return SectionView(
         summary=(
-            f"The last word of {numbers['items']:,} sentences: chosen among {numbers['choices']} by log-likelihood, "
+            f"The last word of {numbers.items:,} sentences: chosen among {numbers.choices} by log-likelihood, "
             "and written freely, on the same items."
         ),
         findings=findings,
-        tables=[table for table in (_table(numbers), _drop_table(numbers, students), _examples(numbers)) if table.rows],
+        tables=[table for table in (_table(numbers), _drop_table(lost), _examples(numbers)) if table.rows],
         plots=[_plot(numbers)],
     )
 
 
-def headline(numbers: Numbers) -> Mapping[str, list[Stat]]:
+def headline(numbers: ClozeNumbers) -> Mapping[str, list[Stat]]:
     """Stats of the verdict, by student."""
-    models = numbers["models"]
-    teacher = next((m for m in models.values() if m["role"] == "teacher"), None)
-    detail = f"teacher {_percent(teacher['generated'])}" if teacher else "last words written freely"
+    models = numbers.models
+    teacher = next((m for m in models.values() if m.role == "teacher"), None)
+    detail = f"teacher {teacher.generated.percent}" if teacher else "last words written freely"
     return {
-        name: [Stat(label="last words written", value=_percent(model["generated"]), detail=detail)]
+        name: [Stat(label="last words written", value=model.generated.percent, detail=detail)]
         for name, model in models.items()
-        if model["role"] == "student"
+        if model.role == "student"
     }
 
 
-def _percent(share: Mapping[str, Any]) -> str:
-    return f"{100 * share['value']:.1f}%"
-
-
-def _interval(share: Mapping[str, Any]) -> str:
-    return share_text(share["value"], share["low"], share["high"])
-
-
-def _points(share: Mapping[str, Any]) -> str:
-    return f"{100 * share['value']:.1f} points ({100 * share['low']:.1f} to {100 * share['high']:.1f})"
-
-
-def _table(numbers: Numbers) -> Table:
-    rows = [
+def _table(numbers: ClozeNumbers) -> Table:
+    rows: list[dict[str, Cell]] = [
         {
             "model": name,
-            "scored": _interval(model["scored"]),
-            "generated": _interval(model["generated"]),
-            "word is argmax": _percent(model["greedy"]),
-            "cache differs": model["cache_differs"],
+            "scored": model.scored.text,
+            "generated": model.generated.text,
+            "word is argmax": model.greedy.percent,
+            "cache differs": model.cache_differs,
         }
-        for name, model in numbers["models"].items()
+        for name, model in numbers.models.items()
     ]
     note = (
-        f"Right words, with 95% intervals; chance is {1 / numbers['choices']:.0%} when scored, next to nothing when "
+        f"Right words, with 95% intervals; chance is {1 / numbers.choices:.0%} when scored, next to nothing when "
         "generating. Word is argmax: every token of the word is the most likely one in a full forward pass. Cache "
         "differs: items where greedy generation wrote those tokens and the full forward pass would not, or the reverse "
         "(0 for a faultless cache)."
@@ -74,62 +62,62 @@ def _table(numbers: Numbers) -> Table:
     return Table(title="Last words", rows=rows, note=note)
 
 
-def _drop_table(numbers: Numbers, students: list[str]) -> Table:
-    rows = []
-    for name in students:
-        model = numbers["models"][name]
-        row = {"student": name, "lost when scored": _interval(model["scored_drop"])}
-        rows.append(
-            row | {"lost when generating": _interval(model["generated_drop"]), "difference": _interval(model["gap"])}
-        )
+def _drop_table(lost: Mapping[str, LostShares]) -> Table:
+    rows = [
+        {
+            "student": name,
+            "lost when scored": shares.scored_drop.text,
+            "lost when generating": shares.generated_drop.text,
+            "difference": shares.gap.text,
+        }
+        for name, shares in lost.items()
+    ]
     note = "Teacher less student on the same items, in points, with 95% intervals of paired differences."
     return Table(title="What the student lost, by way of asking", rows=rows, note=note)
 
 
-def _examples(numbers: Numbers) -> Table:
+def _examples(numbers: ClozeNumbers) -> Table:
     rows = [
-        {"text": f"... {item['context']}", "word": item["word"]}
-        | {name: f"chose {given['chose']}; wrote {given['wrote']}" for name, given in item["models"].items()}
-        for item in numbers["examples"]
+        {"text": f"... {item.context}", "word": item.word}
+        | {name: f"chose {answer.chose}; wrote {answer.wrote}" for name, answer in item.models.items()}
+        for item in numbers.examples
     ]
     return Table(title="The first items", rows=rows)
 
 
-def _gap_findings(numbers: Numbers, name: str) -> list[Finding]:
-    model = numbers["models"][name]
-    scored, generated, gap = model["scored_drop"], model["generated_drop"], model["gap"]
-    told = f"behind the teacher by {_points(scored)} when scored, by {_points(generated)} when generating"
-    if gap["low"] > 0:
-        level, text = "bad", f"scores hide what is lost when it writes: {told}; the difference is {_points(gap)}"
-    elif generated["low"] > 0 or scored["low"] > 0:
-        level, text = "note", f"{told}; scoring and generating agree within noise"
+def _gap_finding(name: str, lost: LostShares) -> Finding:
+    scored, generated, gap = lost.scored_drop, lost.generated_drop, lost.gap
+    behind = f"behind the teacher by {scored.points} when scored, by {generated.points} when generating"
+    level: Literal["good", "note", "bad"]
+    if gap.low > 0:
+        level, text = "bad", f"scores hide what is lost when it writes: {behind}; the difference is {gap.points}"
+    elif generated.low > 0 or scored.low > 0:
+        level, text = "note", f"{behind}; scoring and generating agree within noise"
     else:
-        level, text = "good", f"no loss beyond noise either way: {told}"
-    return [Finding(level=level, text=f"{name}: {text}.", student=name)]  # type: ignore[arg-type]
+        level, text = "good", f"no loss beyond noise either way: {behind}"
+    return Finding(level=level, text=f"{name}: {text}.", student=name)
 
 
-def _cache_findings(numbers: Numbers) -> list[Finding]:
+def _cache_findings(numbers: ClozeNumbers) -> list[Finding]:
     found = []
-    for name, model in numbers["models"].items():
-        student = name if model["role"] == "student" else None
-        count, ties = model["cache_differs"], model["ties"]
+    for name, model in numbers.models.items():
+        student = name if model.role == "student" else None
+        count, ties = model.cache_differs, model.ties
         if count:
             text = (
                 f"{name}: decoding through the cache does not do what the full forward does: {count} of "
-                f"{numbers['items']} words differ."
+                f"{numbers.items} words differ."
             )
             found.append(Finding(level="bad", text=text, student=student))
         elif student is not None:
             few = f" ({ties} ties within the precision)" if ties else ""
-            text = (
-                f"{name}: writes through its cache what the full forward pass predicts, on all {numbers['items']} words"
-            )
+            text = f"{name}: writes through its cache what the full forward pass predicts, on all {numbers.items} words"
             found.append(Finding(level="good", text=f"{text}{few}.", student=student))
     return found
 
 
-def _plot(numbers: Numbers) -> Plot:
-    models = numbers["models"]
+def _plot(numbers: ClozeNumbers) -> Plot:
+    models = numbers.models
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
@@ -137,13 +125,14 @@ def _plot(numbers: Numbers) -> Plot:
         width = 0.8 / len(models)
         for i, (name, model) in enumerate(models.items()):
             at = [k + (i - (len(models) - 1) / 2) * width for k in range(len(WAYS))]
-            values = [model[way]["value"] for way in WAYS]
-            below = [max(model[way]["value"] - model[way]["low"], 0.0) for way in WAYS]
-            above = [max(model[way]["high"] - model[way]["value"], 0.0) for way in WAYS]
+            shares = [model.scored, model.generated]
+            values = [share.value for share in shares]
+            below = [max(share.value - share.low, 0.0) for share in shares]
+            above = [max(share.high - share.value, 0.0) for share in shares]
             bar: dict[str, Any] = {"color": palette[name], "label": name, "capsize": 3}
             axis.bar(at, values, width=width * 0.92, yerr=[below, above], **bar)
-        axis.axhline(1 / numbers["choices"], xmax=0.5, color="gray", linestyle="--", linewidth=1)
-        axis.set_xticks(range(len(WAYS)), [f"{text}" for text in WAYS.values()])
+        axis.axhline(1 / numbers.choices, xmax=0.5, color="gray", linestyle="--", linewidth=1)
+        axis.set_xticks(range(len(WAYS)), WAYS)
         axis.yaxis.set_major_formatter(percent_label)
         axis.set(title="Right last words", ylim=(0, 1))
         legend_below(figure)
