@@ -32,7 +32,9 @@ from linearize.evaluation.haystack import (
     passkey_question,
 )
 from linearize.evaluation.recall import answer_greedily, full_forward
-from linearize.evaluation.sections.recall.numbers import Answer, described, measured
+from linearize.evaluation.sections.recall.counts import Answer, described, measured
+from linearize.evaluation.sections.recall.numbers import RecallNumbers, TestName
+from linearize.evaluation.sections.recall.present import headline, present
 from linearize.storage.files import expand_home
 
 MORE = 3
@@ -91,7 +93,7 @@ class Recall(Section):
         """Every model answers every item; shares, intervals, and each student against the teacher."""
         tests = self.questions(ctx)
         total = sum(map(len, tests.values())) * len(ctx.models)
-        answers: dict[str, dict[str, list[Answer]]] = {}
+        answers: dict[str, dict[TestName, list[Answer]]] = {}
         done = 0
         for eval_model in ctx.models:
             own = answers.setdefault(eval_model.name, {})
@@ -103,26 +105,22 @@ class Recall(Section):
                     done += len(part)
                     ctx.progress(f"recall: {eval_model.name}", done, total)
         teacher = answers.get(ctx.teacher.name) if ctx.teacher else None
-        return {
-            "tests": {test: [described(question) for question in found] for test, found in tests.items()},
-            "models": {c.name: measured(c, tests, answers[c.name], teacher) for c in ctx.models},
-        }
+        return RecallNumbers(
+            tests={test: [described(question) for question in found] for test, found in tests.items()},
+            models={c.name: measured(c, tests, answers[c.name], teacher) for c in ctx.models},
+        ).to_json()
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Heat maps beside the teacher's, shares by length and by number of facts, and what they mean."""
-        from linearize.evaluation.sections.recall.present import present
-
-        return present(numbers)
+        """Return heat maps next to the teacher's, shares by length and by number of facts, and what they mean."""
+        return present(RecallNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """How much of what the teacher recalls the student recalls too."""
-        from linearize.evaluation.sections.recall.present import headline
+        """Return how much of what the teacher recalls the student recalls too."""
+        return headline(RecallNumbers.model_validate(numbers))
 
-        return headline(numbers)
-
-    def questions(self, ctx: EvalContext) -> dict[str, list[HiddenFact]]:
+    def questions(self, ctx: EvalContext) -> dict[TestName, list[HiddenFact]]:
         """The items of each test, by group; each is drawn from the seed and its own place alone."""
         ruler, form = Ruler(ctx.tokenizer), self._form()
         needle_hay, hay = Hay(self._texts(ctx), form), Hay(self._texts(ctx), self._keys_form())

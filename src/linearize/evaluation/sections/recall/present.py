@@ -6,138 +6,145 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.evaluation.context import Cell, Finding, Numbers, Plot, SectionView, Stat, Table
-from linearize.metrics.intervals import share_text
+from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
+from linearize.evaluation.sections.recall.numbers import (
+    TEST_NAMES,
+    CellNumbers,
+    ComparedNumbers,
+    ModelRecall,
+    RecallNumbers,
+    TestName,
+)
 from linearize.metrics.theme import HEAT, colours, count_label, legend_below, percent_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TESTS = {"needle": "needle in a haystack", "passkey": "pass key in noise", "keys": "several facts, asked in turn"}
+TESTS: dict[TestName, str] = {
+    "needle": "needle in a haystack",
+    "passkey": "pass key in noise",
+    "keys": "several facts, asked in turn",
+}
 KEPT, NOTHING = 0.9, 0.2
 """Of the teacher's answers: kept well from here on; nothing recalled below."""
 SPELLED_OUT = 6
 """Columns of a heat map whose cells still have room for their number."""
 
-Compared = tuple[Numbers, str]
-"""Student, teacher and kept on the items that count, and which those are."""
 
-
-def present(numbers: Numbers) -> SectionView:
+def present(numbers: RecallNumbers) -> SectionView:
     """Sentence, findings, tables, plots."""
-    models: Mapping[str, Numbers] = numbers["models"]
-    lengths = sorted({cell["length"] for cell in _any(models)["needle"]["cells"]})
-    items = {test: _any(models)[test]["n"] for test in TESTS}
+    models = numbers.models
+    first = _any(models)
+    lengths = sorted({cell.group for cell in first.needle.cells})
     summary = (
-        f"Facts hidden in {lengths[0]} to {lengths[-1]} tokens of text and asked for at its end: {items['needle']} "
-        f"needles, {items['passkey']} in repeated noise, {items['keys']} questions among several facts. Only the exact "
+        f"Facts hidden in {lengths[0]} to {lengths[-1]} tokens of text and asked for at its end: {first.needle.n} "
+        f"needles, {first.passkey.n} in repeated noise, {first.keys.n} questions among several facts. Only the exact "
         "answer counts, generated greedily through the model's own cache; all models get the same items."
     )
-    plots = [*_heat_plots(models), *(_line_plot(models, test) for test in ("passkey", "keys"))]
+    plots = [*_heat_plots(models), _line_plot(models, "passkey"), _line_plot(models, "keys")]
     return SectionView(summary=summary, findings=_findings(models), tables=_tables(models), plots=plots)
 
 
-def headline(numbers: Numbers) -> dict[str, list[Stat]]:
+def headline(numbers: RecallNumbers) -> dict[str, list[Stat]]:
     """One per student with a teacher beside it: the first test that the teacher can do."""
     found: dict[str, list[Stat]] = {}
-    for name, model in numbers["models"].items():
-        if "against_teacher" not in model["needle"]:
+    for name, model in numbers.models.items():
+        if model.needle.against_teacher is None:
             continue
-        test = next((test for test in TESTS if model[test]["against_teacher"]["groups"]), None)
+        test = next((test for test in TEST_NAMES if _groups(model, test)), None)
         stat = Stat(label="Recall kept", value="-", detail="the teacher itself recalls too little here")
         if test is not None:
-            stats, where = _counted(model, test)
-            detail = f"{_of(stats['kept'])} answers of the teacher{where}: {TESTS[test]}"
-            value = f"{stats['kept']['value']:.0%}" if stats["kept"]["n"] else "-"
+            compared, where = _counted(model, test)
+            detail = f"{compared.kept.count} answers of the teacher{where}: {TESTS[test]}"
+            value = f"{compared.kept.value:.0%}" if compared.kept.n else "-"
             stat = Stat(label="Recall kept", value=value, detail=detail)
         found[name] = [stat]
     return found
 
 
-def _any(models: Mapping[str, Numbers]) -> Numbers:
+def _any(models: Mapping[str, ModelRecall]) -> ModelRecall:
     return next(iter(models.values()))
 
 
-def _counted(model: Numbers, test: str) -> Compared:
-    """The items beyond the student's window, where it has one and there are such items; else all."""
-    against = model[test]["against_teacher"]
-    beyond = against["beyond_window"]
-    if beyond is None or not beyond["student"]["n"]:
-        return against["all"], ""
-    return beyond, f" beyond the window of {model['window_reach']} tokens"
+def _groups(model: ModelRecall, test: TestName) -> list[int]:
+    """Return the lengths, or numbers of facts, that the teacher can do."""
+    against = model.test(test).against_teacher
+    return against.groups if against is not None else []
 
 
-def _of(share: Numbers) -> str:
-    return f"{share['successes']} of {share['n']}"
+def _counted(model: ModelRecall, test: TestName) -> tuple[ComparedNumbers, str]:
+    """Return the items beyond the student's window, where it has one and there are such items, else all; and which."""
+    against = model.test(test).against_teacher
+    assert against is not None
+    beyond = against.beyond_window
+    if beyond is None or not beyond.student.n:
+        return against.all, ""
+    return beyond, f" beyond the window of {model.window_reach} tokens"
 
 
-def _percent(share: Numbers) -> str:
-    return share_text(share["value"], share["low"], share["high"]) if share["n"] else "-"
-
-
-def _findings(models: Mapping[str, Numbers]) -> list[Finding]:
-    found: list[Finding] = []
+def _findings(models: Mapping[str, ModelRecall]) -> list[Finding]:
+    findings: list[Finding] = []
     for test, title in TESTS.items():
-        students = {name: model for name, model in models.items() if "against_teacher" in model[test]}
+        students = {name: model for name, model in models.items() if model.test(test).against_teacher is not None}
         if not students:
             continue
-        teacher = next(model[test] for model in models.values() if model["role"] == "teacher")
-        if next(iter(students.values()))[test]["against_teacher"]["groups"]:
-            found += [_judged(name, title, model, test) for name, model in students.items()]
+        teacher = next(model.test(test) for model in models.values() if model.role == "teacher")
+        if _groups(_any(students), test):
+            findings += [_judged(name, title, model, test) for name, model in students.items()]
         else:
-            told = f"The teacher itself answers {_of(teacher)} ({title})"
-            found.append(Finding(level="note", text=f"{told}: this test says nothing about its students."))
-    return [*found, *(_cache_finding(name, model) for name, model in models.items())]
+            text = f"The teacher itself answers {teacher.count} ({title}): this test says nothing about its students."
+            findings.append(Finding(level="note", text=text))
+    return [*findings, *(_cache_finding(name, model) for name, model in models.items())]
 
 
-def _judged(name: str, title: str, model: Numbers, test: str) -> Finding:
-    """Student against teacher on the items that count."""
-    stats, where = _counted(model, test)
-    student, teacher, kept = stats["student"], stats["teacher"], stats["kept"]
-    told = f"{name}, {title}: {_of(student)} facts{where} recalled, the teacher {_of(teacher)}{_only(model, test)}"
-    share = f"of the teacher's answers {_of(kept)} are kept, {_percent(kept)}"
-    apart = student["high"] < teacher["low"]
-    if apart and student["value"] < NOTHING * teacher["value"]:
-        return Finding(level="bad", text=f"{told}: next to nothing comes back from there.", student=name)
-    if kept["value"] >= KEPT:
-        return Finding(level="good", text=f"{told}; {share}.", student=name)
-    if apart or kept["high"] < KEPT:
-        return Finding(level="note", text=f"{told}, clearly less; {share}.", student=name)
-    return Finding(level="note", text=f"{told}; {share}: too few items to tell whether it lags.", student=name)
+def _judged(name: str, title: str, model: ModelRecall, test: TestName) -> Finding:
+    """Return the judgement on a student against its teacher, on the items that count."""
+    compared, where = _counted(model, test)
+    student, teacher, kept = compared.student, compared.teacher, compared.kept
+    facts = f"{name}, {title}: {student.count} facts{where} recalled, the teacher {teacher.count}{_only(model, test)}"
+    share = f"of the teacher's answers {kept.count} are kept, {kept.text}"
+    apart = student.high < teacher.low
+    if apart and student.value < NOTHING * teacher.value:
+        return Finding(level="bad", text=f"{facts}: next to nothing comes back from there.", student=name)
+    if kept.value >= KEPT:
+        return Finding(level="good", text=f"{facts}; {share}.", student=name)
+    if apart or kept.high < KEPT:
+        return Finding(level="note", text=f"{facts}, clearly less; {share}.", student=name)
+    return Finding(level="note", text=f"{facts}; {share}: too few items to tell whether it lags.", student=name)
 
 
-def _only(model: Numbers, test: str) -> str:
+def _only(model: ModelRecall, test: TestName) -> str:
     """Which lengths or numbers of facts count, where the teacher cannot do all of them."""
-    groups = model[test]["against_teacher"]["groups"]
-    if len(groups) == len({cell.get("length", cell.get("keys")) for cell in model[test]["cells"]}):
+    groups = _groups(model, test)
+    if len(groups) == len({cell.group for cell in model.test(test).cells}):
         return ""
     kind = "numbers of facts" if test == "keys" else "lengths"
     return f" (counted at {kind} {', '.join(map(str, groups))}: elsewhere the teacher itself answers too little)"
 
 
-def _cache_finding(name: str, model: Numbers) -> Finding:
-    cache, student = model["cache"], name if model["role"] == "student" else None
-    ties = f" ({cache['ties']} near ties apart)" if cache["ties"] else ""
-    if cache["differ"]:
+def _cache_finding(name: str, model: ModelRecall) -> Finding:
+    cache, student = model.cache, name if model.role == "student" else None
+    ties = f" ({cache.ties} near ties apart)" if cache.ties else ""
+    if cache.differ:
         told = "decoding through the cache, in padded batches, does not do what the full forward does"
-        counted = f"{cache['differ']} of {cache['items']} items"
+        counted = f"{cache.differ} of {cache.items} items"
         return Finding(level="bad", text=f"{name}: {told}: {counted} differ{ties}.", student=student)
     told = "greedy decoding through the cache, in padded batches, gives what the full forward gives"
-    return Finding(level="good", text=f"{name}: {told}, on all {cache['items']} items{ties}.", student=student)
+    return Finding(level="good", text=f"{name}: {told}, on all {cache.items} items{ties}.", student=student)
 
 
-def _tables(models: Mapping[str, Numbers]) -> list[Table]:
+def _tables(models: Mapping[str, ModelRecall]) -> list[Table]:
     rows: list[dict[str, Cell]] = []
     for test, title in TESTS.items():
         for name, model in models.items():
-            row: dict[str, Cell] = {"test": title, "model": name, "right": _of(model[test])}
-            row["share"] = _percent(model[test])
-            if any("against_teacher" in m[test] for m in models.values()):
-                against = model[test].get("against_teacher")
-                row["of the teacher's answers"] = _percent(against["all"]["kept"]) if against else ""
-                beyond = against["beyond_window"] if against else None
-                row["of those beyond the window"] = _percent(beyond["kept"]) if beyond else ""
+            row: dict[str, Cell] = {"test": title, "model": name, "right": model.test(test).count}
+            row["share"] = model.test(test).text
+            if any(m.test(test).against_teacher for m in models.values()):
+                against = model.test(test).against_teacher
+                row["of the teacher's answers"] = against.all.kept.text if against else ""
+                beyond = against.beyond_window if against else None
+                row["of those beyond the window"] = beyond.kept.text if beyond else ""
             rows.append(row)
     note = (
         "Exact answers, with 95% intervals. Questions about one document count as independent items. The teacher's "
@@ -151,45 +158,45 @@ def _tables(models: Mapping[str, Numbers]) -> list[Table]:
     ]
 
 
-def _cell_table(models: Mapping[str, Numbers], test: str, title: str) -> Table:
+def _cell_table(models: Mapping[str, ModelRecall], test: TestName, title: str) -> Table:
     """A row per cell, a column per model."""
     rows: list[dict[str, Cell]] = []
-    for index, cell in enumerate(_any(models)[test]["cells"]):
-        row: dict[str, Cell] = {"facts": cell["keys"]} if test == "keys" else {"length": cell["length"]}
-        row |= {"depth": f"{cell['depth']:.0%}"} if test == "needle" else {}
-        row |= {"tokens": f"{cell['tokens']:.0f}", "tokens back": f"{cell['distance']:.0f}"}
-        row |= {name: _of(model[test]["cells"][index]) for name, model in models.items()}
-        rows.append(row | ({"guessing": f"{cell['chance']:.0%}"} if test == "keys" else {}))
+    for index, cell in enumerate(_any(models).test(test).cells):
+        row: dict[str, Cell] = {"facts" if test == "keys" else "length": cell.group}
+        row |= {"depth": f"{cell.depth:.0%}"} if cell.depth is not None else {}
+        row |= {"tokens": f"{cell.tokens:.0f}", "tokens back": f"{cell.distance:.0f}"}
+        row |= {name: model.test(test).cells[index].count for name, model in models.items()}
+        rows.append(row | ({"guessing": f"{cell.chance:.0%}"} if cell.chance is not None else {}))
     return Table(title=title, rows=rows, note=_beyond_context(models, test))
 
 
-def _beyond_context(models: Mapping[str, Numbers], test: str) -> str:
+def _beyond_context(models: Mapping[str, ModelRecall], test: TestName) -> str:
     notes = []
     for name, model in models.items():
-        far = [cell.get("length", cell.get("keys")) for cell in model[test]["cells"] if cell["beyond_context"]]
+        far = [cell.group for cell in model.test(test).cells if cell.beyond_context]
         if far:
             kind = "facts" if test == "keys" else "tokens"
-            notes.append(f"From {min(far)} {kind} on, texts are longer than {name}'s context of {model['context']}.")
+            notes.append(f"From {min(far)} {kind} on, texts are longer than {name}'s context of {model.context}.")
     return " ".join(notes)
 
 
-def _heat_plots(models: Mapping[str, Numbers]) -> list[Plot]:
+def _heat_plots(models: Mapping[str, ModelRecall]) -> list[Plot]:
     """The teacher beside each student, a plot each; a model alone by itself."""
-    teacher = next((name for name, model in models.items() if model["role"] == "teacher"), None)
+    teacher = next((name for name, model in models.items() if model.role == "teacher"), None)
     students = [name for name in models if name != teacher]
     pairs = [[teacher, name] if teacher else [name] for name in students] or [list(models)]
     return [_heat_plot({name: models[name] for name in pair}) for pair in pairs]
 
 
-def _heat_plot(pair: Mapping[str, Numbers]) -> Plot:
+def _heat_plot(pair: Mapping[str, ModelRecall]) -> Plot:
     names = list(pair)
-    shares = " and ".join(f"{name} {_percent(pair[name]['needle'])}" for name in names)
-    depths = len({cell["depth"] for cell in pair[names[0]]["needle"]["cells"]})
+    shares = " and ".join(f"{name} {pair[name].needle.text}" for name in names)
+    depths = len({cell.depth for cell in pair[names[0]].needle.cells})
 
     def draw(figure: Figure) -> None:
         panels = list(figure.subplots(1, len(names), squeeze=False, sharey=True)[0])
         for axis, name in zip(panels, names, strict=True):
-            image = _heat(axis, pair[name]["needle"]["cells"], name)
+            image = _heat(axis, pair[name].needle.cells, name)
         panels[0].set_ylabel("depth of the needle")
         if len(panels[0].get_xticks()) > SPELLED_OUT:
             figure.colorbar(image, ax=panels, format=percent_label, location="bottom", label="exact answers")
@@ -202,11 +209,11 @@ def _heat_plot(pair: Mapping[str, Numbers]) -> Plot:
     )
 
 
-def _heat(axis: Axes, cells: Sequence[Numbers], name: str) -> Any:
+def _heat(axis: Axes, cells: Sequence[CellNumbers], name: str) -> Any:
     """One model's grid, the start of the text on top; every cell says its share where there is room."""
-    lengths = sorted({cell["length"] for cell in cells})
-    depths = sorted({cell["depth"] for cell in cells})
-    share = {(cell["length"], cell["depth"]): cell["value"] for cell in cells}
+    lengths = sorted({cell.group for cell in cells})
+    depths = sorted({cell.depth for cell in cells if cell.depth is not None})
+    share = {(cell.group, cell.depth): cell.value for cell in cells}
     grid = [[share[length, depth] for length in lengths] for depth in depths]
     image = axis.imshow(grid, vmin=0, vmax=1, cmap=HEAT, aspect="auto", interpolation="nearest")
     axis.grid(False)
@@ -224,24 +231,24 @@ def _heat(axis: Axes, cells: Sequence[Numbers], name: str) -> Any:
     return image
 
 
-def _line_plot(models: Mapping[str, Numbers], test: str) -> Plot:
+def _line_plot(models: Mapping[str, ModelRecall], test: TestName) -> Plot:
     """Share by number of facts or by length, with intervals; models stand side by side at each."""
-    of, label = ("keys", "facts in the document") if test == "keys" else ("length", "tokens of text")
+    label = "facts in the document" if test == "keys" else "tokens of text"
     title = "Answers among several facts" if test == "keys" else "Pass key found"
-    shares = ", ".join(f"{name} {_of(model[test])}" for name, model in models.items())
+    shares = ", ".join(f"{name} {model.test(test).count}" for name, model in models.items())
     guessing = " The dashed line is a guess among the document's answers." if test == "keys" else ""
 
     def draw(figure: Figure) -> None:
         axis: Axes = figure.subplots()
         palette = colours(models)
-        cells = _any(models)[test]["cells"]
+        cells = _any(models).test(test).cells
         for number, (name, model) in enumerate(models.items()):
             shift = 0.08 * (number - (len(models) - 1) / 2)
-            _line(axis, model[test]["cells"], shift, name, palette[name])
+            _line(axis, model.test(test).cells, shift, name, palette[name])
         if test == "keys":
-            at, chance = range(len(cells)), [cell["chance"] for cell in cells]
+            at, chance = range(len(cells)), [cell.chance or 0.0 for cell in cells]
             axis.plot(at, chance, color="#8a8a8a", linestyle="--", linewidth=1.2, label="guessing")
-        axis.set_xticks(range(len(cells)), [count_label(cell[of]) for cell in cells])
+        axis.set_xticks(range(len(cells)), [count_label(cell.group) for cell in cells])
         axis.yaxis.set_major_formatter(percent_label)
         axis.set(title=title, xlabel=label, ylabel="exact answers", ylim=(-0.03, 1.03))
         axis.margins(x=0.1)
@@ -250,8 +257,8 @@ def _line_plot(models: Mapping[str, Numbers], test: str) -> Plot:
     return Plot(name=f"recall_{test}", caption=f"{title}, with 95% intervals: {shares}.{guessing}", draw=draw)
 
 
-def _line(axis: Axes, cells: Sequence[Numbers], shift: float, name: str, colour: str) -> None:
-    values = [cell["value"] for cell in cells]
-    errors = [[cell["value"] - cell["low"] for cell in cells], [cell["high"] - cell["value"] for cell in cells]]
+def _line(axis: Axes, cells: Sequence[CellNumbers], shift: float, name: str, colour: str) -> None:
+    values = [cell.value for cell in cells]
+    errors = [[cell.value - cell.low for cell in cells], [cell.high - cell.value for cell in cells]]
     at = [x + shift for x in range(len(cells))]
     axis.errorbar(at, values, yerr=errors, marker="o", color=colour, capsize=3, label=name, clip_on=False)
