@@ -207,7 +207,7 @@ class Stop(KeyboardInterrupt):
 def test_an_interrupted_run_continues(ctx: EvalContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(ctx, "winogrande", "piqa")
     monkeypatch.setattr("linearize.evaluation.harness.answers.COMMIT_EVERY", 0.0)
-    monkeypatch.setattr("linearize.evaluation.harness.batches.CPU_ROWS", 2)
+    monkeypatch.setattr("linearize.evaluation.harness.model.CPU_ROWS", 2)
 
     def stop(what: str, done: int, total: int) -> None:
         if what == "piqa, student: requests" and done == 8:

@@ -1,7 +1,7 @@
 """A part of an evaluation: measured on the models of one context, stored as JSON, presented from that JSON.
 
-A section is a frozen config (the entry of a suite) that measures and a function that shows. What it shows is made from
-the JSON numbers alone, so that a report can be drawn again from its `report.json`.
+A section is a frozen config (the entry of a suite) that measures, and a function that presents the JSON numbers
+alone, so that a report can be drawn again from its `report.json`.
 """
 
 from __future__ import annotations
@@ -188,11 +188,11 @@ class Section(BaseModel, ABC):
         return True
 
     def check(self, ctx: EvalContext) -> None:
-        """Raise InputError, before anything is measured, for what the section cannot do with this context."""
+        """Raise InputError, before anything is measured, for what the section cannot do in this context."""
 
     @abstractmethod
     def run(self, ctx: EvalContext) -> Numbers:
-        """Measure. The same context and seed give the same numbers (times apart, which stand under keys `*_seconds`,
+        """Measure. The same context and seed give the same numbers (times apart, which are under keys `*_seconds`,
         `*_per_second` or `ms_*`)."""
 
     @classmethod

@@ -19,7 +19,6 @@ from linearize.errors import InputError, unknown
 from linearize.evaluation.context import EvalContext, EvalModel, Section
 from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
 from linearize.evaluation.models import load_models
-from linearize.evaluation.progress import SectionProgress
 from linearize.evaluation.report.html import write_report_page
 from linearize.evaluation.report.svg import save_plot
 from linearize.evaluation.result_cache import ResultCache
@@ -27,6 +26,7 @@ from linearize.evaluation.sections import SECTIONS
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
+from linearize.evaluation.terminal import SectionProgress
 from linearize.evaluation.verdict import verdict
 from linearize.metrics.report import provenance
 from linearize.modeling.document_probe import keeps_documents_apart

@@ -11,10 +11,9 @@ from typing import Any
 
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.harness.answers import Answers
-from linearize.evaluation.harness.batches import choose_batch
 from linearize.evaluation.harness.catalogue import Entry
 from linearize.evaluation.harness.folder import DATA, FUNCTIONS
-from linearize.evaluation.harness.model import Pairs, TooLongError, harness_model
+from linearize.evaluation.harness.model import Pairs, TooLongError, choose_batch, harness_model
 from linearize.evaluation.harness.outcome import Outcome, outcomes, write_samples
 from linearize.evaluation.harness.runner import command, manager_for, measure
 from linearize.evaluation.result_cache import ResultCache
