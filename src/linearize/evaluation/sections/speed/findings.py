@@ -46,12 +46,12 @@ def against(numbers: Numbers, name: str, teacher: str) -> list[Finding]:
         return []
     own, other = pairs[-1]
     ratio, prefill = other[MS] / own[MS], other[FIRST] / own[FIRST]
-    at = f"at {tokens_told(own['context'])} of context"
-    memory = f"cache {size_told(own[CACHE])} against {size_told(other[CACHE])}"
+    at = f"at {tokens_text(own['context'])} of context"
+    memory = f"cache {binary_size(own[CACHE])} against {binary_size(other[CACHE])}"
     faster = _faster_from(pairs)
     if faster is not None:
-        where = "at every context measured" if faster == pairs[0][0]["context"] else f"from {tokens_told(faster)} on"
-        told = f"decodes faster than the teacher {where}; {at} {times_told(ratio)} as fast"
+        where = "at every context measured" if faster == pairs[0][0]["context"] else f"from {tokens_text(faster)} on"
+        told = f"decodes faster than the teacher {where}; {at} {times_text(ratio)} as fast"
     elif own["ms_spread"][0] > other["ms_spread"][1]:
         slower = all(one[MS] > two[MS] for one, two in pairs)
         told = f"decodes slower than the teacher {'at every context measured; ' if slower else ''}{at}: "
@@ -59,7 +59,7 @@ def against(numbers: Numbers, name: str, teacher: str) -> list[Finding]:
     else:
         told = f"decodes as fast as the teacher {at}, within the spread of repeats: {own[MS]:.3g} ms a token against "
         told += f"{other[MS]:.3g}"
-    text = f"{name} {told}; prefill {times_told(prefill)} as fast; {memory}"
+    text = f"{name} {told}; prefill {times_text(prefill)} as fast; {memory}"
     findings = [Finding(level="note" if faster is None else "good", student=name, text=text)]
     rows = numbers["largest_batch"]["models"]
     if rows.get(name, {}).get("batch") and rows.get(teacher, {}).get("batch"):
@@ -71,13 +71,13 @@ def _batch_finding(numbers: Numbers, name: str, own: Row, other: Row) -> Finding
     budget = numbers["largest_batch"]["budget_bytes"]
     if own["reason"]:
         return Finding(level="bad", student=name, text=f"{name}: no speed at its largest batch: {own['reason']}")
-    speeds = "" if other["reason"] else f" ({rate_told(own)} against {rate_told(other)} tokens/s)"
+    speeds = "" if other["reason"] else f" ({rate_text(own)} against {rate_text(other)} tokens/s)"
     more = "at least " if own["capped"] else ""
     text = f"{name}: {more}{own['batch']:,} rows of {numbers['largest_batch']['context']:,} tokens decode at once in "
     return Finding(
         level="good" if own["batch"] > other["batch"] else "note",
         student=name,
-        text=f"{text}{size_told(budget)}, the teacher's {other['batch']:,}{speeds}",
+        text=f"{text}{binary_size(budget)}, the teacher's {other['batch']:,}{speeds}",
     )
 
 
@@ -102,22 +102,22 @@ def _faster_from(pairs: Sequence[tuple[Row, Row]]) -> int | None:
     return int(start)
 
 
-def tokens_told(count: int) -> str:
+def tokens_text(count: int) -> str:
     """4096 as `4,096 tokens`."""
     return f"{count:,} tokens"
 
 
-def rate_told(row: Row) -> str:
+def rate_text(row: Row) -> str:
     """Decoded tokens per second."""
     return f"{row['decode_tokens_per_second']:,.0f}"
 
 
-def times_told(ratio: float) -> str:
+def times_text(ratio: float) -> str:
     """Two digits, as `3.1x`."""
     return f"{ratio:.2g}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
-def size_told(count: float) -> str:
+def binary_size(count: float) -> str:
     """Bytes with three digits: 3,145,728 as `3 MiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1000:

@@ -11,13 +11,13 @@ from linearize.evaluation.sections.speed.findings import (
     MS,
     Row,
     against,
+    binary_size,
     checked,
     pairs_of,
-    rate_told,
+    rate_text,
     roles,
-    size_told,
-    times_told,
-    tokens_told,
+    times_text,
+    tokens_text,
 )
 from linearize.evaluation.sections.speed.plots import speed_plots
 
@@ -46,14 +46,14 @@ def headline(numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         if not pairs:
             continue
         own, other = pairs[-1]
-        at = f"at {tokens_told(own['context'])} of context"
+        at = f"at {tokens_text(own['context'])} of context"
         stats[name] = [
-            Stat(label="Decode speed", value=times_told(other[MS] / own[MS]), detail=f"the teacher's, {at}"),
-            Stat(label="Prefill speed", value=times_told(other[FIRST] / own[FIRST]), detail=f"the teacher's, {at}"),
+            Stat(label="Decode speed", value=times_text(other[MS] / own[MS]), detail=f"the teacher's, {at}"),
+            Stat(label="Prefill speed", value=times_text(other[FIRST] / own[FIRST]), detail=f"the teacher's, {at}"),
             Stat(
                 label="Cache memory",
-                value=size_told(own[CACHE]),
-                detail=f"a row {at}; the teacher's takes {size_told(other[CACHE])}",
+                value=binary_size(own[CACHE]),
+                detail=f"a row {at}; the teacher's takes {binary_size(other[CACHE])}",
             ),
         ]
     return stats
@@ -83,7 +83,7 @@ def _tables(numbers: Numbers) -> list[Table]:
             rows=[_memory_cells(row) for row in numbers["points"] if not row["reason"]],
             note="Cache: after the prefill (a static one has room for the new tokens). Peak: cache and activations in "
             "the last piece of the prefill and a token after it, without the weights. Weights: "
-            + ", ".join(f"{name} {size_told(model['weight_bytes'])}" for name, model in numbers["models"].items())
+            + ", ".join(f"{name} {binary_size(model['weight_bytes'])}" for name, model in numbers["models"].items())
             + ".",
         ),
     ]
@@ -96,7 +96,7 @@ def _tables(numbers: Numbers) -> list[Table]:
 
 def _batch_table(largest: Row) -> Table:
     source = "" if largest["budget_from"] == "given" else f" The budget is what {largest['budget_from']} take."
-    place = f"at {tokens_told(largest['context'])} of context in {size_told(largest['budget_bytes'])}"
+    place = f"at {tokens_text(largest['context'])} of context in {binary_size(largest['budget_bytes'])}"
     return Table(
         title=f"Largest batch {place}",
         rows=[_batch_cells(name, row) for name, row in largest["models"].items()],
@@ -112,7 +112,7 @@ def _speed_cells(row: Row) -> dict[str, Cell]:
     return cells | {
         "prefill tokens/s": f"{row['prefill_tokens_per_second']:,.0f}",
         "first token": f"{row[FIRST]:,.4g} ms",
-        "decode tokens/s": rate_told(row),
+        "decode tokens/s": rate_text(row),
         "a token": f"{row[MS]:.3g} ms ({low:.3g} to {high:.3g})",
         "how": _how(row),
     }
@@ -129,8 +129,8 @@ def _memory_cells(row: Row) -> dict[str, Cell]:
         "model": row["model"],
         "context": f"{row['context']:,}",
         "batch": row["batch"],
-        "cache": size_told(row[CACHE]),
-        "peak": size_told(row["peak_bytes"]),
+        "cache": binary_size(row[CACHE]),
+        "peak": binary_size(row["peak_bytes"]),
     }
 
 
@@ -139,8 +139,8 @@ def _batch_cells(name: str, row: Row) -> dict[str, Cell]:
     return {
         "model": name,
         "rows": f"{row['batch']:,}{' (not more tried)' if row.get('capped') else ''}",
-        "memory": size_told(row["peak_bytes"]) if "peak_bytes" in row else None,
-        "decode tokens/s": rate_told(row) if timed else row["reason"],
+        "memory": binary_size(row["peak_bytes"]) if "peak_bytes" in row else None,
+        "decode tokens/s": rate_text(row) if timed else row["reason"],
         "a step": f"{row[MS]:.3g} ms ({row['ms_spread'][0]:.3g} to {row['ms_spread'][1]:.3g})" if timed else None,
     }
 
