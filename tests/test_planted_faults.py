@@ -88,7 +88,7 @@ def judged(section: Section, made: SimpleNamespace, student: LinearizedForCausal
     """What a section finds about the student."""
     models = {"teacher": made.teacher, "student": student}
     ctx = EvalContext(
-        eval_models=tuple(
+        models=tuple(
             EvalModel(name=name, role=name, path=name, model=model, tokenizer=made.tokenizer)  # type: ignore[arg-type]
             for name, model in models.items()
         ),
