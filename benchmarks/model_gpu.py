@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.on_gpu import Clock, arguments, device_for, facts, ratio, told
 from benchmarks.throughput import plan_of
 from benchmarks.timing import SEED, parser, publish
-from linearize.evaluation.speed.throughput import Writing, throughput
+from linearize.evaluation.speed.throughput import GenerationWorkload, throughput
 from linearize.evaluation.speed.timing import Timing
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.static.step import StaticStep
@@ -145,9 +145,11 @@ def largest(model: PreTrainedModel, name: str, chosen: Any, device: torch.device
     """Largest batch and tokens per second in the device's memory, `evaluation.speed.throughput`."""
     budget = chosen.budget_bytes or int(0.95 * torch.cuda.get_device_properties(device).total_memory)
     span = 4 if chosen.interpret else STEPS
-    writing = Writing(generated=chosen.generated, fills=tuple(chosen.fills), span=span, budget=budget, most=chosen.most)
+    workload = GenerationWorkload(
+        generated=chosen.generated, fills=tuple(chosen.fills), span=span, budget=budget, most=chosen.most
+    )
     prepared(model, False)
-    row = throughput(model, writing, name=name)
+    row = throughput(model, workload, name=name)
     row.pop("ways", None)
     free(device)
     return {"what": "largest batch", **row}

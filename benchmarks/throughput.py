@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from benchmarks.op_speed import OURS
 from benchmarks.timing import parser, publish, random_llama
 from linearize.errors import InputError, unknown
-from linearize.evaluation.speed.throughput import Writing, throughput
+from linearize.evaluation.speed.throughput import GenerationWorkload, throughput
 from linearize.mixers import MIXERS, MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.numbers import parse_size, size_text
@@ -45,16 +45,16 @@ def plan_of(student: str, layers: int) -> list[MixerConfig | None]:
 
 
 def compare(
-    teacher: PreTrainedModel, students: Mapping[str, Sequence[MixerConfig | None]], writing: Writing
+    teacher: PreTrainedModel, students: Mapping[str, Sequence[MixerConfig | None]], workload: GenerationWorkload
 ) -> list[dict[str, Any]]:
     """The teacher's row first, then the students' with `speedup` (`_cpu`): tokens per second over the teacher's.
 
     A student is made from the teacher's own weights and let go before the next one.
     """
-    rows = [throughput(teacher, writing, name="teacher")]
+    rows = [throughput(teacher, workload, name="teacher")]
     for name, plan in students.items():
         student = LinearizedForCausalLM.from_teacher(teacher, plan).eval()
-        row = throughput(student, writing, name=name)
+        row = throughput(student, workload, name=name)
         row["kept_layers"] = [layer for layer, mixer in enumerate(plan) if mixer is None]
         for kind in ("", "_cpu"):
             own, other = row.get(f"tokens_per_second{kind}"), rows[0].get(f"tokens_per_second{kind}")
@@ -66,7 +66,7 @@ def compare(
     return rows
 
 
-def summary(rows: Sequence[Mapping[str, Any]], writing: Writing) -> str:
+def summary(rows: Sequence[Mapping[str, Any]], workload: GenerationWorkload) -> str:
     """One line for people."""
     told = []
     for row in rows:
@@ -76,12 +76,12 @@ def summary(rows: Sequence[Mapping[str, Any]], writing: Writing) -> str:
             continue
         times = f", {row['speedup']:.1f}x" if row.get("speedup") else ""
         told.append(f"{row['model']} {speed:.0f} tokens/s (batch {row['batch']}{times})")
-    return f"{writing.generated} tokens in {size_text(writing.budget)}: " + "; ".join(told)
+    return f"{workload.generated} tokens in {size_text(workload.budget)}: " + "; ".join(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and publish."""
-    usual = Writing()
+    usual = GenerationWorkload()
     options = parser(__doc__)
     options.set_defaults(repeats=usual.span)  # steps timed at each fill
     options.add_argument("--generated", type=int, default=usual.generated, help="tokens that each row writes")
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)
-    writing = Writing(
+    workload = GenerationWorkload(
         generated=chosen.generated,
         fills=tuple(chosen.fills),
         span=chosen.repeats,
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plans = {name: plan_of(name, chosen.layers) for name in chosen.student}
     size = {name: getattr(chosen, name) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "vocab")}
     teacher: Any = random_llama(**size, context=chosen.generated + 2)
-    rows = compare(teacher.to(device=chosen.device, dtype=getattr(torch, chosen.dtype)), plans, writing)
+    rows = compare(teacher.to(device=chosen.device, dtype=getattr(torch, chosen.dtype)), plans, workload)
     setting = {
         "device": chosen.device,
         "dtype": chosen.dtype,
@@ -120,10 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
         "model": size,
         "mixers": {name: OURS[name] for name in chosen.student if name in OURS},
-        "writing": {**vars(writing), "fills_measured": writing.stops},
+        "writing": {**vars(workload), "fills_measured": workload.stops},
     }
     asked = "whole-model throughput of the student at least 3 times the teacher's, aim 10 times"
-    publish(asked, setting, rows, chosen.out, line=summary(rows, writing))
+    publish(asked, setting, rows, chosen.out, line=summary(rows, workload))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant, Setting
-from linearize.evaluation.context_loss import ContextText
+from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.sections.branches import Branches
+from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.metrics.branches import longest_reach, share_won, two_branch_layers, window_reach
 from linearize.metrics.token_scores import View
 from linearize.training.data.documents import Document
@@ -40,18 +40,18 @@ def documents() -> list[Document]:
     return found
 
 
-def setting(*models: Any, **changes: Any) -> Setting:
-    contestants = tuple(
-        Contestant(
+def eval_context(*models: Any, **changes: Any) -> EvalContext:
+    eval_models = tuple(
+        EvalModel(
             name="teacher" if not i else f"student{i}", role="student" if i else "teacher", path="", model=model,
             tokenizer=TOKENIZER, fingerprint=str(i),
         )
         for i, model in enumerate(models)
     )  # fmt: skip
-    return Setting(**{"contestants": contestants, "documents": documents(), "length": 64, "batch": 3, **changes})
+    return EvalContext(**{"models": eval_models, "documents": documents(), "length": 64, "batch": 3, **changes})
 
 
-def measured(section: Branches, given: Setting) -> Any:
+def measured(section: Branches, given: EvalContext) -> Any:
     return json.loads(json.dumps(section.run(given), allow_nan=False))
 
 
@@ -148,7 +148,7 @@ def test_sizes_go_as_far_as_the_text() -> None:
 
 def test_numbers_are_those_of_documents_alone(teacher: Any) -> None:
     student = student_of(teacher, [mixer(), None, mixer("gla", window=3)])
-    given = setting(teacher, student)
+    given = eval_context(teacher, student)
     numbers = measured(SMALL, given)
     assert measured(SMALL, given) == numbers
     ablation = numbers["models"]["student1"]["ablation"]
@@ -189,8 +189,8 @@ def test_every_contestant_has_a_place_and_a_plot(teacher: Any) -> None:
 
     long = [Document(d.tokens * 2, d.loss_mask * 2) for d in documents()]
     students = [student_of(teacher, plan) for plan in (mixer(), mixer("mamba2"), [None, mixer("sliding_window"), None])]
-    numbers = measured(SMALL, setting(teacher, *students, documents=long, length=96))
-    shown = Branches.show(numbers)
+    numbers = measured(SMALL, eval_context(teacher, *students, documents=long, length=96))
+    shown = Branches.present(numbers)
     assert {finding.student for finding in shown.findings} == {"student1", "student2", "student3"}
     assert [table.title for table in shown.tables] == [
         "One branch at a time", "One branch of one layer off", "Loss against the context given",
@@ -201,8 +201,8 @@ def test_every_contestant_has_a_place_and_a_plot(teacher: Any) -> None:
         figure = Figure(figsize=(plot.width, plot.height), layout="constrained")
         plot.draw(figure)
         assert figure.axes[0].has_data() and plot.caption
-    alone = measured(SMALL, setting(teacher, documents=long, length=96))
-    assert not Branches.show(alone).findings and len(Branches.show(alone).plots) == 1
+    alone = measured(SMALL, eval_context(teacher, documents=long, length=96))
+    assert not Branches.present(alone).findings and len(Branches.present(alone).plots) == 1
 
 
 def mean(value: float, error: float | None = 0.01) -> dict[str, float | None]:
@@ -224,7 +224,7 @@ def student_numbers(**beyond: Any) -> dict[str, Any]:
 
 
 def levels(numbers: Any) -> list[str]:
-    return [finding.level for finding in Branches.show(numbers).findings]
+    return [finding.level for finding in Branches.present(numbers).findings]
 
 
 def test_judgements_on_branches() -> None:
@@ -233,7 +233,7 @@ def test_judgements_on_branches() -> None:
     for share in (mean(0.05, 0.01), mean(0.3, 0.2), mean(-0.2, 0.05), mean(0.7, None)):
         numbers = student_numbers(share=share)
         assert levels(numbers) == ["bad", "good", "good"], share
-        assert "bypassed (2510.05901)" in Branches.show(numbers).findings[0].text
+        assert "bypassed (2510.05901)" in Branches.present(numbers).findings[0].text
     assert levels(student_numbers(share=None)) == ["note", "good", "good"]
     assert levels(student_numbers(window_brings=mean(0.001, 0.01))) == ["good", "bad", "good"]
     unjudged = student_numbers()
@@ -253,7 +253,7 @@ def test_judgements_on_branches() -> None:
     idle["models"]["mine"]["layers"] = [
         {"layer": i, "tokens": 99, "without_linear": mean(0.1 * i), "without_window": mean(1.0)} for i in (0, 1)
     ]
-    assert "in layer 0 (of 2)" in Branches.show(idle).findings[-1].text
+    assert "in layer 0 (of 2)" in Branches.present(idle).findings[-1].text
 
 
 def test_judgements_on_a_state() -> None:

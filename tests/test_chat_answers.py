@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import CHAT, byte_tokenizer
-from chat_stand_in import ALPACA, QUESTIONS, contestants, data_root, lines, read_lines, setting
+from chat_stand_in import ALPACA, QUESTIONS, data_root, eval_context, eval_models, lines, read_lines
 
 from linearize.errors import InputError
 from linearize.evaluation.chat import answering, data
@@ -17,7 +17,7 @@ from linearize.evaluation.chat import answers as answers_module
 from linearize.evaluation.chat.answering import Ask, Draws, Turn, answer_batch, hold, prompt_tokens
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.texts import described, loops, repeated
-from linearize.evaluation.context import Contestant, Numbers
+from linearize.evaluation.context import EvalModel, Numbers
 from linearize.evaluation.sections.chat import Chat
 
 CHAT_ONLY = Chat(max_new_tokens=9, benchmarks=("mt_bench",))
@@ -25,8 +25,8 @@ ANSWERS = ("mt_bench/model_answer/teacher.jsonl", f"mt_bench/model_answer/{file_
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Contestant, Contestant]:
-    return contestants()
+def models() -> tuple[EvalModel, EvalModel]:
+    return eval_models()
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_draws_follow_the_softmax() -> None:
     assert ((counts - expected).square() / expected).sum() < 16.3  # chi-square with 3 degrees: one in a thousand
 
 
-def test_a_draw_depends_on_its_own_seed_alone(models: tuple[Contestant, Contestant]) -> None:
+def test_a_draw_depends_on_its_own_seed_alone(models: tuple[EvalModel, EvalModel]) -> None:
     model, tokenizer = models[1].model, models[1].tokenizer
     first, second = (Ask(turns=(f"word {i}",), temperature=1.0, seed=f"s{i}") for i in range(2))
     together = hold(model, tokenizer, [first, second], 11)
@@ -74,7 +74,7 @@ def test_each_turn_has_a_draw_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len({name for draws in seen for _, name in draws}) == 3
 
 
-def test_greedy_is_the_argmax_of_the_full_forward(models: tuple[Contestant, Contestant]) -> None:
+def test_greedy_is_the_argmax_of_the_full_forward(models: tuple[EvalModel, EvalModel]) -> None:
     model, tokenizer = models[1].model, models[1].tokenizer
     prompts = [list(tokenizer(text)["input_ids"]) for text in ("a short one", "and one that is a good deal longer")]
     found = answer_batch(model, tokenizer, prompts, [(0.0, ""), (0.0, "")], 6)
@@ -95,7 +95,7 @@ def test_prompts_with_and_without_a_template() -> None:
     assert plain.decode(tokens[1:]) == "User: one\nAssistant: first</s>\nUser: two\nAssistant:"
 
 
-def test_a_prompt_that_does_not_fit_loses_its_beginning(models: tuple[Contestant, Contestant]) -> None:
+def test_a_prompt_that_does_not_fit_loses_its_beginning(models: tuple[EvalModel, EvalModel]) -> None:
     model, tokenizer = models[0].model, models[0].tokenizer
     prompt = [5 + i % 200 for i in range(600)]
     long, short = answer_batch(model, tokenizer, [prompt, prompt[-256:]], [(0.0, ""), (0.0, "")], 900)
@@ -113,8 +113,8 @@ def test_without_a_template_the_users_part_is_cut() -> None:
     assert answering._turn(own, ended, {1}, 3) == Turn(text="Yes.", tokens=5, ended=True, cut=3)
 
 
-def test_official_answers_and_numbers(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
-    numbers = CHAT_ONLY.run(setting(root, tmp_path / "out", models))
+def test_official_answers_and_numbers(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
+    numbers = CHAT_ONLY.run(eval_context(root, tmp_path / "out", models))
     for name, file in zip(("teacher", "org/student"), ANSWERS, strict=True):
         rows = read_lines(tmp_path / "out" / file)
         assert [row["question_id"] for row in rows] == [q["question_id"] for q in QUESTIONS]
@@ -130,13 +130,13 @@ def test_official_answers_and_numbers(tmp_path: Path, root: Path, models: tuple[
     assert numbers["judge"] is None
     assert "looping_more" in numbers["models"]["org/student"]["mt_bench"]["answers"]
     assert "looping_more" not in numbers["models"]["teacher"]["mt_bench"]["answers"]
-    shown = Chat.show(json.loads(json.dumps(numbers)))
+    shown = Chat.present(json.loads(json.dumps(numbers)))
     assert "not judged" in shown.summary and shown.plots[0].name == "chat_repetition"
 
 
-def test_a_model_alone(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
-    numbers = CHAT_ONLY.run(setting(root, None, models[:1]))
-    assert Chat.show(numbers).tables and Chat.headline(numbers) == {}
+def test_a_model_alone(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
+    numbers = CHAT_ONLY.run(eval_context(root, None, models[:1]))
+    assert Chat.present(numbers).tables and Chat.headline(numbers) == {}
 
 
 class Counting:
@@ -156,9 +156,9 @@ class Counting:
 
 
 def test_an_interrupted_run_goes_on(
-    tmp_path: Path, root: Path, models: tuple[Contestant, Contestant], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = setting(root, tmp_path / "whole", models), setting(root, tmp_path / "broken", models)
+    whole, broken = eval_context(root, tmp_path / "whole", models), eval_context(root, tmp_path / "broken", models)
     numbers = CHAT_ONLY.run(whole)
     Counting(monkeypatch, stop=3)
     with pytest.raises(KeyboardInterrupt):
@@ -176,21 +176,21 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_answers_of_another_model_or_seed_are_not_taken(
-    tmp_path: Path, root: Path, models: tuple[Contestant, Contestant], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    CHAT_ONLY.run(setting(root, tmp_path, models[:1]))
+    CHAT_ONLY.run(eval_context(root, tmp_path, models[:1]))
     before = texts(tmp_path, ANSWERS[0])
     counting = Counting(monkeypatch)
-    CHAT_ONLY.run(setting(root, tmp_path, models[:1], seed=4))
+    CHAT_ONLY.run(eval_context(root, tmp_path, models[:1], seed=4))
     after = texts(tmp_path, ANSWERS[0])
     assert counting.calls == 2 and len(read_lines(tmp_path / ANSWERS[0])) == 3  # the old ones have left the file
     assert after[7] != before[7] and after[8] == before[8]  # writing is sampled, maths is greedy
 
 
-def test_alpaca_outputs(tmp_path: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_alpaca_outputs(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
     root = data_root(tmp_path / "data", alpaca=True)
     section = Chat(max_new_tokens=6, benchmarks=("alpaca_eval",))
-    numbers = section.run(setting(root, tmp_path / "out", models))
+    numbers = section.run(eval_context(root, tmp_path / "out", models))
     path = tmp_path / "out" / "alpaca_eval" / file_name("org/student") / "model_outputs.json"
     found = json.loads(path.read_text("utf-8"))
     assert [set(row) for row in found] == [{"instruction", "output", "generator", "dataset"}] * 3
@@ -213,20 +213,20 @@ def test_a_limit_takes_all_groups_in_turn() -> None:
     assert data.in_turn("aaabbc", str, None) == list("aaabbc")
 
 
-def test_missing_files_are_told(tmp_path: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_missing_files_are_told(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
     with pytest.raises(InputError, match="--data-root DIR"):
-        Chat().check(setting(tmp_path, None, models).__class__(contestants=models))
+        Chat().check(eval_context(tmp_path, None, models).__class__(models=models))
     with pytest.raises(InputError, match=r"question\.jsonl: no such file; get it from https://github"):
-        Chat().check(setting(tmp_path, None, models))
+        Chat().check(eval_context(tmp_path, None, models))
     root = data_root(tmp_path / "data", reference=False)
-    assert "alpaca_eval.json from" in Chat()._items(setting(root, None, models))[2][0]
+    assert "alpaca_eval.json from" in Chat()._items(eval_context(root, None, models))[2][0]
     judged = {"judge_url": "http://127.0.0.1:1", "judge_model": "j"}
     with pytest.raises(InputError, match="no reference answers to questions 8"):
-        Chat().check(setting(root, None, models, **judged))
+        Chat().check(eval_context(root, None, models, **judged))
     with pytest.raises(InputError, match="must begin with http"):
-        Chat().check(setting(root, None, models, judge_url="file:///etc", judge_model="j"))
+        Chat().check(eval_context(root, None, models, judge_url="file:///etc", judge_model="j"))
     with pytest.raises(InputError, match="both"):
-        Chat().check(setting(root, None, models, judge_url="http://x"))
+        Chat().check(eval_context(root, None, models, judge_url="http://x"))
 
 
 def test_the_journal_drops_a_cut_line_and_stale_ones(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def numbers_of_loops(more: dict[str, float]) -> Numbers:
     ],
 )
 def test_loops_are_found(more: dict[str, float], levels: set[str]) -> None:
-    from linearize.evaluation.chat.show import _findings
+    from linearize.evaluation.sections.chat.present import _findings
 
     assert {finding.level for finding in _findings(numbers_of_loops(more))} == levels
 

@@ -19,12 +19,12 @@ from chat_stand_in import (
     Request,
     StandIn,
     completion,
-    contestants,
     data_root,
+    eval_context,
+    eval_models,
     lines,
     read_lines,
     serving,
-    setting,
 )  # fmt: skip
 
 from linearize.errors import InputError
@@ -34,8 +34,9 @@ from linearize.evaluation.chat.answering import Turn
 from linearize.evaluation.chat.answers import Answers
 from linearize.evaluation.chat.journal import Journal, file_name
 from linearize.evaluation.chat.judge import Judge, JudgeConfig, Usage
-from linearize.evaluation.context import Contestant
-from linearize.evaluation.sections.chat import NO_PROMPT, Chat
+from linearize.evaluation.context import EvalModel
+from linearize.evaluation.sections.chat import Chat
+from linearize.evaluation.sections.chat.measure import NO_PROMPT
 
 STUDENT = "org/student"
 CHAT_ONLY = Chat(max_new_tokens=5, benchmarks=("mt_bench",), judge_wait=0.0, judge_parallel=3)
@@ -43,8 +44,8 @@ SINGLES, PAIRS = 2 * 2 * 3, 2 * 3  # models x turns x questions; a pair is asked
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Contestant, Contestant]:
-    return contestants()
+def models() -> tuple[EvalModel, EvalModel]:
+    return eval_models()
 
 
 @pytest.fixture
@@ -116,9 +117,9 @@ def test_verdicts_are_read_as_officially() -> None:
     assert {reply: mt_bench.winner(reply) for reply in replies} == replies
 
 
-def test_what_is_asked(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_what_is_asked(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
     with serving(good) as server:
-        CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server)))
+        CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server)))
     assert len(server.requests) == SINGLES + 2 * PAIRS and set(server.paths) == {"/v1/chat/completions"}
     for request in server.requests:
         assert {name: request[name] for name in ("model", "temperature", "max_tokens", "n")} == {
@@ -143,9 +144,9 @@ def test_what_is_asked(tmp_path: Path, root: Path, models: tuple[Contestant, Con
     assert Counter(server.prompts()) == expected
 
 
-def test_official_judgments(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_official_judgments(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
     with serving(good) as server:
-        numbers = CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server)))
+        numbers = CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server)))
     folder = tmp_path / "mt_bench" / "model_judgment"
     single = read_lines(folder / f"{file_name('j/udge')}_single.jsonl")
     fields = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
@@ -173,16 +174,16 @@ def test_official_judgments(tmp_path: Path, root: Path, models: tuple[Contestant
     replies = SINGLES + 2 * PAIRS
     assert numbers["judge"]["requests"] == replies and numbers["judge"]["cost"] is None
     assert numbers["judge"]["prompt_tokens"] == replies * PROMPT_TOKENS
-    shown = Chat.show(json.loads(json.dumps(numbers)))
+    shown = Chat.present(json.loads(json.dumps(numbers)))
     assert shown.plots[0].name == "chat_ratings"
     assert [table.title for table in shown.tables][:2] == [
         "MT-Bench ratings, 1 to 10", "MT-Bench, each answer beside the teacher's",
     ]  # fmt: skip
-    assert [tile.label for tile in Chat.headline(numbers)[STUDENT]] == ["MT-Bench rating", "MT-Bench wins"]
+    assert [stat.label for stat in Chat.headline(numbers)[STUDENT]] == ["MT-Bench rating", "MT-Bench wins"]
 
 
 def test_a_better_student_wins(
-    tmp_path: Path, root: Path, models: tuple[Contestant, Contestant], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A judge that prefers the student's answers in either place."""
     chat = Chat(**{**CHAT_ONLY.model_dump(), "price_in": 2.0, "price_out": 10.0})
@@ -199,7 +200,7 @@ def test_a_better_student_wins(
         return ("[[9]]" if own else "[[3]]") if single else ("[[A]]" if own else "[[B]]")
 
     with serving(fan) as server:
-        numbers = chat.run(setting(root, tmp_path, models, **judged(server)))
+        numbers = chat.run(eval_context(root, tmp_path, models, **judged(server)))
     own = numbers["models"][STUDENT]["mt_bench"]
     assert own["against_teacher"]["wins"] == 6 and own["against_teacher"]["win_rate"]["value"] == 1.0
     assert 0.4 < own["against_teacher"]["win_rate"]["low"] < 1.0  # three questions are no certainty
@@ -208,15 +209,15 @@ def test_a_better_student_wins(
     assert numbers["judge"]["cost"] == pytest.approx(replies * (PROMPT_TOKENS * 2 + COMPLETION_TOKENS * 10) / 1e6)
 
 
-def test_nonsense_is_asked_again_and_counted(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_nonsense_is_asked_again_and_counted(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
     def nonsense(request: Request, number: int) -> Reply:
         return "I like turtles" if "fox" in request["messages"][-1]["content"] else good(request, number)
 
     with serving(nonsense) as server:
-        numbers = CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server)))
+        numbers = CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server)))
         asked = Counter(server.prompts())
         first = len(server.requests)
-        again = CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server)))
+        again = CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server)))
     assert set(asked.values()) == {1, 3} and {n for text, n in asked.items() if "fox" in text} == {3}
     scores = numbers["models"][STUDENT]["mt_bench"]["scores"]
     assert scores["unrated"] == 2 and scores["overall"]["count"] == 4
@@ -225,12 +226,12 @@ def test_nonsense_is_asked_again_and_counted(tmp_path: Path, root: Path, models:
     single = read_lines(tmp_path / "mt_bench" / "model_judgment" / f"{file_name('j/udge')}_single.jsonl")
     assert {row["score"] for row in single if row["question_id"] == 7} == {-1}
     assert again == numbers and len(server.requests) == first
-    assert any("no rating to 2 of 6" in finding.text for finding in Chat.show(numbers).findings)
+    assert any("no rating to 2 of 6" in finding.text for finding in Chat.present(numbers).findings)
 
 
-def test_a_judge_that_dies_is_resumed(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_a_judge_that_dies_is_resumed(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
     with serving(good) as server:
-        whole = CHAT_ONLY.run(setting(root, tmp_path / "whole", models, **judged(server)))
+        whole = CHAT_ONLY.run(eval_context(root, tmp_path / "whole", models, **judged(server)))
 
     def dies(request: Request, number: int) -> Reply:
         return good(request, number) if number < 15 else (503, "gone\nhome")
@@ -241,14 +242,14 @@ def test_a_judge_that_dies_is_resumed(tmp_path: Path, root: Path, models: tuple[
         serving(dies) as server,
         pytest.raises(InputError, match=r"stopped answering \(HTTP 503: gone home, 2") as told,
     ):
-        slow.run(setting(root, out, models, **judged(server)))
+        slow.run(eval_context(root, out, models, **judged(server)))
     assert "15 replies are kept" in str(told.value) and "\n" not in str(told.value)
     assert len(server.requests) == 17
     before = server.prompts()[:15]
     pairs = out / "mt_bench" / "model_judgment" / f"{file_name('j/udge')}_pair.jsonl"
     assert len(read_lines(pairs)) == 1  # 12 ratings, a pair, and half of the next, whose reply is kept too
     with serving(good) as server:
-        numbers = CHAT_ONLY.run(setting(root, out, models, **judged(server)))
+        numbers = CHAT_ONLY.run(eval_context(root, out, models, **judged(server)))
     assert numbers == whole
     assert len(server.requests) == SINGLES + 2 * PAIRS - 15
     asked = Counter(before) + Counter(server.prompts())
@@ -259,27 +260,27 @@ def test_a_judge_that_dies_is_resumed(tmp_path: Path, root: Path, models: tuple[
     )
 
 
-def test_a_truncated_judgment_file(tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_a_truncated_judgment_file(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
     with serving(good) as server:
-        whole = CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server)))
+        whole = CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server)))
         first = len(server.requests)
         replies = tmp_path / "chat" / f"judge-{file_name('j/udge')}.jsonl"
         single = tmp_path / "mt_bench" / "model_judgment" / f"{file_name('j/udge')}_single.jsonl"
         for path in (replies, single):
             path.write_bytes(path.read_bytes()[:-9])
-        assert CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server))) == whole
+        assert CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server))) == whole
     assert len(server.requests) == first + 1 and len(read_lines(single)) == SINGLES
 
 
 def test_judgments_of_other_answers_leave_the_file(
-    tmp_path: Path, root: Path, models: tuple[Contestant, Contestant]
+    tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]
 ) -> None:
     single = tmp_path / "mt_bench" / "model_judgment" / f"{file_name('j/udge')}_single.jsonl"
     with serving(good) as server:
-        CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server)))
+        CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server)))
         first = len(server.requests)
         old = {(row["model"], row["question_id"], row["turn"]): row["user_prompt"] for row in read_lines(single)}
-        CHAT_ONLY.run(setting(root, tmp_path, models, **judged(server, seed=3)))
+        CHAT_ONLY.run(eval_context(root, tmp_path, models, **judged(server, seed=3)))
     rows = read_lines(single)
     assert len(rows) == SINGLES and 0 < len(server.requests) - first < SINGLES + 2 * PAIRS
     changed = [row for row in rows if row["user_prompt"] != old[row["model"], row["question_id"], row["turn"]]]
@@ -355,7 +356,7 @@ def test_tokens_that_are_not_told_make_the_cost_unknown() -> None:
     assert judge.usage.unreported == 1 and judge.usage.cost(1.0, 1.0) is None
 
 
-def test_alpaca_is_judged_against_the_reference(tmp_path: Path, models: tuple[Contestant, Contestant]) -> None:
+def test_alpaca_is_judged_against_the_reference(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
     root = data_root(tmp_path / "data", alpaca=True)
     section = Chat(max_new_tokens=4, benchmarks=("alpaca_eval",), judge_wait=0.0)
 
@@ -367,7 +368,7 @@ def test_alpaca_is_judged_against_the_reference(tmp_path: Path, models: tuple[Co
         return ' "m".' if shown["m"] in [row["output"] for row in ALPACA] else "M"
 
     with serving(prefers_the_reference) as server:
-        numbers = section.run(setting(root, tmp_path / "out", models, **judged(server)))
+        numbers = section.run(eval_context(root, tmp_path / "out", models, **judged(server)))
     assert len(server.requests) == 2 * (1 + 1 + 3)  # nonsense three times
     for name in ("teacher", STUDENT):
         found = numbers["models"][name]["alpaca_eval"]["judged"]
@@ -386,7 +387,7 @@ def test_alpaca_is_judged_against_the_reference(tmp_path: Path, models: tuple[Co
             "instruction", "output_1", "generator_1", "dataset", "output_2", "generator_2", "annotator", "preference",
             "raw_completion",
         }  # fmt: skip
-    assert Chat.show(numbers).tables[0].title == "AlpacaEval win rate"
+    assert Chat.present(numbers).tables[0].title == "AlpacaEval win rate"
 
 
 def test_both_orders_of_alpaca_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +408,7 @@ def test_both_orders_of_alpaca_are_read(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_a_reference_alpaca_is_judged_against_the_teacher() -> None:
     records = [{"question": text, "turns": [{"text": text.upper()}]} for text in ("a", "b")]
-    teacher = Answers(contestant="teacher", records=records)
+    teacher = Answers(eval_model="teacher", records=records)
     plain = [data.Instruction(text=text, dataset="d") for text in ("a", "b")]
     assert alpaca.baseline(plain, teacher) == ("teacher", {"a": "A", "b": "B"})
     assert alpaca.baseline(plain, None) is None
@@ -415,14 +416,12 @@ def test_without_a_reference_alpaca_is_judged_against_the_teacher() -> None:
     assert alpaca.baseline(half, teacher) == ("teacher", {"a": "A", "b": "B"})
 
 
-def test_without_the_official_prompt_alpaca_is_not_judged(
-    tmp_path: Path, models: tuple[Contestant, Contestant]
-) -> None:
+def test_without_the_official_prompt_alpaca_is_not_judged(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
     root = data_root(tmp_path / "data", alpaca=True)
     (root / "chat" / "alpaca_eval" / "prompt.txt").unlink()
     section = Chat(max_new_tokens=3, benchmarks=("alpaca_eval",))
     with serving(good) as server:
-        numbers = section.run(setting(root, None, models, **judged(server)))
+        numbers = section.run(eval_context(root, None, models, **judged(server)))
     assert not server.requests and numbers["notes"] == [NO_PROMPT]
 
 
@@ -431,7 +430,7 @@ def test_all_official_prompts_are_filled(shared_dir: Path) -> None:
     questions, prompts = data.mt_bench_questions(root, None), data.judge_prompts(root)
     answers = [
         Answers(
-            contestant=name,
+            eval_model=name,
             records=[{"question": q.id, "turns": [{"text": f"{name}1 {{}}"}, {"text": f"{name}2"}]} for q in questions],
         )
         for name in ("TTT", "SSS")

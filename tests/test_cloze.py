@@ -13,11 +13,11 @@ from models import mixer, student_of, tiny
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
-from linearize.evaluation.cloze_answers import score_words, word_answers, write_words
-from linearize.evaluation.cloze_items import ClozeItem, cut_items
-from linearize.evaluation.context import Contestant, Setting
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.context import EvalContext, EvalModel
+from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.cloze import Cloze
+from linearize.evaluation.sections.cloze.answers import score_words, word_answers, write_words
+from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items
 from linearize.metrics.theme import styled
 
 NOUNS = ("ball", "balloon", "cat", "hill", "well-being", "pond", "ice", "mother's", "tree", "sun", "bee", "fox")
@@ -41,15 +41,15 @@ def models() -> dict[str, PreTrainedModel]:
     return {"teacher": teacher, "student": student_of(teacher, mixer("lolcats", window=4))}
 
 
-def setting_of(models: dict[str, PreTrainedModel], **changes: Any) -> Setting:
-    contestants = tuple(
-        Contestant(
+def context_of(models: dict[str, PreTrainedModel], **changes: Any) -> EvalContext:
+    eval_models = tuple(
+        EvalModel(
             name=name, role="teacher" if name == "teacher" else "student", path=name, model=model,
             tokenizer=TOKENIZER, fingerprint=name,
         )
         for name, model in models.items()
     )  # fmt: skip
-    return Setting(**{"contestants": contestants, "texts": TEXTS, "length": 160, "batch": 4, "seed": 3, **changes})
+    return EvalContext(**{"models": eval_models, "texts": TEXTS, "length": 160, "batch": 4, "seed": 3, **changes})
 
 
 def test_where_items_are_cut() -> None:
@@ -208,25 +208,25 @@ class Forgetful:
 
 def test_a_faulty_cache_is_found(models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     items = greedy_items(models["student"], cut(items=7, max_words=6), own=3)
-    monkeypatch.setattr(Cloze, "_cut", lambda self, setting: items)
-    healthy = Cloze().run(setting_of(models))
-    levels = {f.student: f.level for f in Cloze.show(healthy).findings if "cache" in f.text}
+    monkeypatch.setattr(Cloze, "_cut", lambda self, ctx: items)
+    healthy = Cloze().run(context_of(models))
+    levels = {f.student: f.level for f in Cloze.present(healthy).findings if "cache" in f.text}
     assert healthy["models"]["student"]["cache_differs"] == 0 and levels == {"student": "good"}
     Forgetful(monkeypatch, models["student"])
-    faulty = Cloze().run(setting_of(models))
+    faulty = Cloze().run(context_of(models))
     assert faulty["models"]["student"]["cache_differs"] > 1
     assert faulty["models"]["student"]["greedy"] == healthy["models"]["student"]["greedy"]
-    found = [f for f in Cloze.show(faulty).findings if "cache" in f.text]
+    found = [f for f in Cloze.present(faulty).findings if "cache" in f.text]
     assert [f.level for f in found] == ["bad"] and "does not do what the full forward does" in found[0].text
 
 
 def test_numbers_of_the_section(models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
     section = Cloze(items=8, choices=3, min_words=5, max_words=7)
-    setting = setting_of(models, kept=Kept(tmp_path))
-    section.check(setting)
-    numbers = section.run(setting)
-    assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers == section.run(setting_of(models))
-    items = section._cut(setting)
+    ctx = context_of(models, results=ResultCache(tmp_path))
+    section.check(ctx)
+    numbers = section.run(ctx)
+    assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers == section.run(context_of(models))
+    items = section._cut(ctx)
     t, s = (word_answers(models[who], TOKENIZER, items, batch=4) for who in ("teacher", "student"))
     own = numbers["models"]["student"]
     assert numbers["items"] == 8 and own["scored"]["value"] == pytest.approx(sum(s["scored"]) / 8)
@@ -234,16 +234,17 @@ def test_numbers_of_the_section(models: dict[str, PreTrainedModel], tmp_path: Pa
     assert own["scored_drop"]["value"] == pytest.approx(drops["scored"])
     assert own["gap"]["value"] == pytest.approx(drops["generated"] - drops["scored"])
     assert own["gap"]["low"] < own["gap"]["value"] < own["gap"]["high"]
-    assert len(list(tmp_path.iterdir())) == 2 and section.run(setting) == numbers
+    assert len(list(tmp_path.iterdir())) == 2 and section.run(ctx) == numbers
 
 
 def shown_with(drops: dict[str, tuple[float, float, float]]) -> list[str]:
     """Levels of the student's findings for drops given as (value, low, high)."""
     share = {"value": 0.5, "low": 0.4, "high": 0.6, "successes": 50, "n": 100}
     model = {"role": "student", "scored": share, "greedy": share, "generated": share, "cache_differs": 0, "ties": 1}
-    model |= {name: dict(zip(("value", "low", "high"), given, strict=True)) for name, given in drops.items()}
-    numbers = {"items": 100, "choices": 4, "models": {"s": model}, "examples": []}
-    return [finding.level for finding in Cloze.show(numbers).findings]
+    keys = ("value", "low", "high")
+    model |= {name: {**dict(zip(keys, given, strict=True)), "n": 100} for name, given in drops.items()}
+    numbers = {"items": 100, "choices": 4, "tokens": 1.5, "models": {"s": model}, "examples": []}
+    return [finding.level for finding in Cloze.present(numbers).findings]
 
 
 def test_findings() -> None:
@@ -258,8 +259,8 @@ def test_shown_for_any_number_of_models(models: dict[str, PreTrainedModel]) -> N
 
     section = Cloze(items=8, choices=2, min_words=5, max_words=6)
     for names in (["teacher"], ["student"], ["teacher", "student"]):
-        numbers = section.run(setting_of({name: models[name] for name in names}))
-        shown = section.show(json.loads(json.dumps(numbers)))
+        numbers = section.run(context_of({name: models[name] for name in names}))
+        shown = section.present(json.loads(json.dumps(numbers)))
         assert shown.tables and all(len({tuple(row) for row in table.rows}) == 1 for table in shown.tables)
         assert list(section.headline(numbers)) == [name for name in names if name == "student"]
         with styled():
@@ -270,6 +271,6 @@ def test_shown_for_any_number_of_models(models: dict[str, PreTrainedModel]) -> N
 
 def test_text_without_items(models: dict[str, PreTrainedModel]) -> None:
     with pytest.raises(InputError, match=r"0 items in the text, at least 8.*after 24 words"):
-        Cloze().check(setting_of(models))
+        Cloze().check(context_of(models))
     with pytest.raises(InputError, match="max_words 3 is below min_words 4"):
-        Cloze(min_words=4, max_words=3).check(setting_of(models))
+        Cloze(min_words=4, max_words=3).check(context_of(models))

@@ -14,13 +14,13 @@ import torch
 from models import mixer, student_of, text, tiny
 from torch.nn import functional as F
 
-import linearize.evaluation.sections.consistency as consistency
-import linearize.modeling.forward_call as forward_call_module
+import linearize.evaluation.sections.consistency.measure as consistency
 from linearize.errors import InputError
 from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _Total, check
-from linearize.evaluation.context import Contestant, Setting
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.context import EvalContext, EvalModel
+from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.consistency import Consistency
+from linearize.evaluation.sections.consistency.numbers import ModelChecks
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.layout import Layout
 from linearize.training.data.documents import Document
@@ -41,10 +41,10 @@ def teacher() -> Any:
     return tiny("llama", attention="sdpa", head_dim=6)
 
 
-def setting(*models: Any, tokens: int = 61, **changes: Any) -> Setting:
+def eval_context(*models: Any, tokens: int = 61, **changes: Any) -> EvalContext:
     """The first model is the teacher."""
-    contestants = tuple(
-        Contestant(
+    eval_models = tuple(
+        EvalModel(
             name="teacher" if not i else f"student{i}", role="student" if i else "teacher", path="", model=model,
             tokenizer=TOKENIZER, fingerprint=str(i),
         )
@@ -52,23 +52,23 @@ def setting(*models: Any, tokens: int = 61, **changes: Any) -> Setting:
     )  # fmt: skip
     rows = [text(1, tokens, seed=seed)[0].tolist() for seed in (1, 2, 3)]
     documents = [Document(row, [1] * len(row)) for row in rows]
-    return Setting(contestants=contestants, documents=documents, length=128, **changes)
+    return EvalContext(models=eval_models, documents=documents, length=128, **changes)
 
 
-def run(section: Consistency, given: Setting) -> Any:
+def run(section: Consistency, given: EvalContext) -> Any:
     return json.loads(json.dumps(section.run(given), allow_nan=False))
 
 
 def test_every_kind_of_student_and_its_teacher_pass(teacher: Any) -> None:
-    given = setting(teacher, *(student_of(teacher, plan) for plan in PLANS.values()))
+    given = eval_context(teacher, *(student_of(teacher, plan) for plan in PLANS.values()))
     numbers = run(SMALL, given)
     assert [len(model["checks"]) for model in numbers["models"].values()] == [7, *[6] * len(PLANS)]
     assert len({len(set(numbers["tokens"])), 3}) == 1 and all(n % 2 for n in numbers["tokens"])
     assert numbers["tokens"][0] > max(model["reach"] for model in numbers["models"].values())
-    shown = Consistency.show(numbers)
+    shown = Consistency.present(numbers)
     assert [finding.level for finding in shown.findings] == ["good"] * len(PLANS)
     assert len(shown.tables[0].rows) == 7 + 6 * len(PLANS)
-    assert {tiles[0].value for tiles in Consistency.headline(numbers).values()} == {"right"}
+    assert {stats[0].value for stats in Consistency.headline(numbers).values()} == {"right"}
     for model in numbers["models"].values():
         for found in model["checks"].values():
             assert 0 <= found["rms"] <= found["largest"] < 1e-4 and found["expected_loss"] > 1
@@ -107,7 +107,7 @@ def _plain(patch: pytest.MonkeyPatch) -> None:
     """Padding and packing are not seen."""
     original = Layout.from_inputs
     hidden = {"attention_mask": None, "position_ids": None}
-    patch.setattr(forward_call_module.Layout, "from_inputs", lambda **given: original(**{**given, **hidden}))
+    patch.setattr(Layout, "from_inputs", lambda **given: original(**{**given, **hidden}))
 
 
 def _no_crop(patch: pytest.MonkeyPatch) -> None:
@@ -150,12 +150,12 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_fails_its_own_checks(teacher: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     plant, expected = FAULTS[fault]
-    given = setting(teacher, student_of(teacher, PLANS["lolcats"]))
+    given = eval_context(teacher, student_of(teacher, PLANS["lolcats"]))
     plant(monkeypatch)
     numbers = run(SMALL, given)
     student = numbers["models"]["student1"]
-    assert {way for way in student["checks"] if not consistency.passed(student, way)} == expected
-    shown = Consistency.show(numbers)
+    assert set(ModelChecks.model_validate(student).failed) == expected
+    shown = Consistency.present(numbers)
     assert [finding.level for finding in shown.findings] == ["bad"] * len(expected)
     assert all(finding.student == "student1" for finding in shown.findings)
     assert Consistency.headline(numbers)["student1"][0].value == "faulty"
@@ -164,39 +164,42 @@ def test_each_fault_fails_its_own_checks(teacher: Any, monkeypatch: pytest.Monke
 
 
 def test_a_fault_of_the_teacher_is_a_note(teacher: Any) -> None:
-    numbers = run(SMALL, setting(teacher, student_of(teacher, PLANS["gla"])))
+    numbers = run(SMALL, eval_context(teacher, student_of(teacher, PLANS["gla"])))
     numbers["models"]["teacher"]["checks"]["static"]["largest"] = 0.4
-    assert [(f.level, f.student) for f in Consistency.show(numbers).findings] == [("note", None), ("good", "student1")]
+    assert [(f.level, f.student) for f in Consistency.present(numbers).findings] == [
+        ("note", None),
+        ("good", "student1"),
+    ]
 
 
 def test_half_precision_is_allowed_its_rounding_and_no_more(teacher: Any) -> None:
     own = tiny("llama", attention="sdpa", head_dim=6)  # a student's weights are its teacher's
     student = student_of(own, PLANS["deltas"]).to(torch.bfloat16)
-    numbers = run(SMALL, setting(teacher, student))
+    numbers = run(SMALL, eval_context(teacher, student))
     model = numbers["models"]["student1"]
-    assert model["dtype"] == "bfloat16" and [f.level for f in Consistency.show(numbers).findings] == ["good"]
+    assert model["dtype"] == "bfloat16" and [f.level for f in Consistency.present(numbers).findings] == ["good"]
     assert max(found["largest"] for found in model["checks"].values()) > 1e-3, "nothing was rounded"
     assert not Deviation(tokens=9, largest=0.1, rms=0.1, flips=0, loss=1, expected_loss=1).within((0.6, 0.06, 0.03))
     assert not Deviation(tokens=9, largest=0.1, rms=0.01, flips=0, loss=1.1, expected_loss=1).within((0.6, 0.06, 0.03))
 
 
 def test_the_same_again_and_kept(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = setting(teacher, student_of(teacher, PLANS["gla"]), kept=Kept(tmp_path))
+    given = eval_context(teacher, student_of(teacher, PLANS["gla"]), results=ResultCache(tmp_path))
     first = run(SMALL, given)
     monkeypatch.setattr(consistency, "_measured", lambda *_: pytest.fail("measured again"))
     assert run(SMALL, given) == first
     monkeypatch.undo()
-    assert run(SMALL, replace(given, kept=Kept())) == first
+    assert run(SMALL, replace(given, results=ResultCache())) == first
 
 
 def test_short_text_is_told_and_a_model_alone_is_enough(teacher: Any) -> None:
-    given = setting(teacher, tokens=7)
+    given = eval_context(teacher, tokens=7)
     with pytest.raises(InputError, match="the text has 21 tokens"):
         SMALL.check(given)
     student = student_of(teacher, mixer("lolcats", window=16))
-    numbers = run(SMALL, setting(teacher, student, tokens=9))
-    assert [(f.level, "reaches 32" in f.text) for f in Consistency.show(numbers).findings] == [
+    numbers = run(SMALL, eval_context(teacher, student, tokens=9))
+    assert [(f.level, "reaches 32" in f.text) for f in Consistency.present(numbers).findings] == [
         ("good", False), ("note", True),
     ]  # fmt: skip
-    alone = run(SMALL, setting(teacher))
-    assert set(alone["models"]["teacher"]["checks"]) == set(CHECKS) and not Consistency.show(alone).findings
+    alone = run(SMALL, eval_context(teacher))
+    assert set(alone["models"]["teacher"]["checks"]) == set(CHECKS) and not Consistency.present(alone).findings

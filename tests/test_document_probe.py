@@ -15,9 +15,9 @@ from torch import nn
 
 import linearize
 from linearize.errors import InputError
-from linearize.evaluation.context_loss import ContextText
 from linearize.evaluation.run import EvaluationOptions, evaluate
 from linearize.evaluation.sections.branches import Branches
+from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.evaluation.sections.language import Language
 from linearize.modeling.io.teacher import load_teacher

@@ -1,4 +1,4 @@
-"""`evaluate`: contestants, text that training never saw, sections, the report on disk, an interruption."""
+"""`evaluate`: models, text that training never saw, sections, the report on disk, an interruption."""
 
 from __future__ import annotations
 
@@ -164,11 +164,11 @@ def test_an_interrupted_run_continues(folder: Path, tmp_path: Path, monkeypatch:
     out, runs = tmp_path / "out", []
     measure, ablate = Language.run, Branches.run
 
-    def counted(self: Language, setting: Any) -> Any:
+    def counted(self: Language, ctx: Any) -> Any:
         runs.append("language")
-        return measure(self, setting)
+        return measure(self, ctx)
 
-    def stopped(self: Branches, setting: Any) -> Any:
+    def stopped(self: Branches, ctx: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Language, "run", counted)

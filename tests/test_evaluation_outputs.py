@@ -30,14 +30,13 @@ from linearize.evaluation import (
     recall_beyond_window,
     write_report,
 )
-from linearize.evaluation.recall import fact_distance, matches
+from linearize.evaluation.recall import fact_distance, matches, plot_recall
+from linearize.evaluation.speed.decode_cost import plot_decode_cost
 from linearize.metrics.card import model_card
 from linearize.metrics.language_model import PositionBin
 from linearize.metrics.plots import (
-    plot_decode_cost,
     plot_layer_error,
     plot_loss_by_position,
-    plot_recall,
     plot_stages,
 )
 from linearize.mixers.lolcats import LolcatsConfig

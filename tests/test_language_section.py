@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant, Numbers, Setting
-from linearize.evaluation.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers
+from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.language import Language
-from linearize.evaluation.token_bytes import bytes_of_tokens, prefix_bytes
+from linearize.evaluation.sections.language.evidence import evidence_classes, evidence_distance
+from linearize.evaluation.sections.language.token_bytes import bytes_of_tokens, prefix_bytes
 from linearize.metrics.branches import longest_reach
 from linearize.metrics.theme import styled
 from linearize.training.data.documents import Document, Example, tokenize
@@ -44,21 +44,21 @@ def models() -> dict[str, PreTrainedModel]:
     }
 
 
-def setting_of(models: dict[str, PreTrainedModel], **changes: Any) -> Setting:
-    contestants = tuple(
-        Contestant(
+def context_of(models: dict[str, PreTrainedModel], **changes: Any) -> EvalContext:
+    eval_models = tuple(
+        EvalModel(
             name=name, role="teacher" if name == "teacher" else "student", path=name, model=model,
             tokenizer=TOKENIZER, fingerprint=name,
         )
         for name, model in models.items()
     )  # fmt: skip
     documents = tokenize([Example(text) for text in TEXTS], TOKENIZER)
-    return Setting(contestants=contestants, documents=documents, texts=TEXTS, length=LENGTH, batch=3, **changes)
+    return EvalContext(models=eval_models, documents=documents, texts=TEXTS, length=LENGTH, batch=3, **changes)
 
 
 @pytest.fixture(scope="module")
 def numbers(models: dict[str, PreTrainedModel]) -> Numbers:
-    return json.loads(json.dumps(Language(first_bin=5).run(setting_of(models)), allow_nan=False))
+    return json.loads(json.dumps(Language(first_bin=5).run(context_of(models)), allow_nan=False))
 
 
 def pieces() -> list[list[int]]:
@@ -143,7 +143,7 @@ def evidence_by_hand(ids: list[int]) -> list[int]:
 def test_evidence(numbers: Numbers, models: dict[str, PreTrainedModel]) -> None:
     distance = torch.cat([torch.tensor(evidence_by_hand(ids)) for ids in pieces()])
     reach = longest_reach(
-        Contestant(name="s", role="student", path="", model=models["window"], tokenizer=TOKENIZER).plan
+        EvalModel(name="s", role="student", path="", model=models["window"], tokenizer=TOKENIZER).plan
     )
     assert reach == 8 and [e["reach"] for e in numbers["evidence"]] == [8, 64]
     assert [e["students"] for e in numbers["evidence"]] == [["window"], ["recurrent"]]
@@ -165,8 +165,8 @@ def test_evidence(numbers: Numbers, models: dict[str, PreTrainedModel]) -> None:
 
 def test_evidence_does_not_cross_documents_and_knows_the_edge() -> None:
     documents = [Document(ids, [1] * len(ids)) for ids in ([5, 6, 7], [9, 5, 6, 8, 8, 8], [4, 3, 0, 4, 3])]
-    setting = Setting(contestants=setting_of({"teacher": tiny()}).contestants, documents=documents, length=16)
-    rows = setting.rows()
+    ctx = EvalContext(models=context_of({"teacher": tiny()}).models, documents=documents, length=16)
+    rows = ctx.rows()
     distance = evidence_distance(rows)
     order = [[int(x) for x in ids] for ids in ([9, 5, 6, 8, 8, 8], [4, 3, 0, 4, 3], [5, 6, 7])]
     assert distance.tolist() == [d for ids in order for d in evidence_by_hand(ids)]
@@ -206,7 +206,7 @@ def faulty(models: dict[str, PreTrainedModel], numbers: Numbers, **gaps: float) 
             changed["models"]["window"]["gap"] = {"value": value, "error": 0.001}
     for kind in changed["evidence"][0]["classes"].values():
         kind["tokens"] += 1000
-    found = [f for f in Language.show(changed).findings if f.student == "window"]
+    found = [f for f in Language.present(changed).findings if f.student == "window"]
     return {name: f.level for name, f in zip(("loss", "growth", "evidence"), found, strict=False)}
 
 
@@ -223,12 +223,12 @@ def test_findings(models: dict[str, PreTrainedModel], numbers: Numbers) -> None:
 def test_shown_for_any_number_of_models(models: dict[str, PreTrainedModel], numbers: Numbers) -> None:
     from matplotlib.figure import Figure
 
-    lone = Language().run(setting_of({"teacher": models["teacher"]}))
-    orphan = Language().run(setting_of({"window": models["window"]}))
-    many = Language().run(setting_of({"teacher": models["teacher"], **{f"s{i}": models["window"] for i in range(5)}}))
+    lone = Language().run(context_of({"teacher": models["teacher"]}))
+    orphan = Language().run(context_of({"window": models["window"]}))
+    many = Language().run(context_of({"teacher": models["teacher"], **{f"s{i}": models["window"] for i in range(5)}}))
     for found in (numbers, lone, orphan, many):
         found = json.loads(json.dumps(found, allow_nan=False))
-        shown = Language.show(found)
+        shown = Language.present(found)
         assert shown.tables and all(len({tuple(row) for row in table.rows}) == 1 for table in shown.tables)
         assert all(f.student in found["models"] for f in shown.findings)
         for plot in shown.plots:
@@ -236,25 +236,27 @@ def test_shown_for_any_number_of_models(models: dict[str, PreTrainedModel], numb
                 figure = Figure(figsize=(plot.width, plot.height), layout="constrained")
                 plot.draw(figure)
                 figure.canvas.draw()
-    assert not Language.show(lone).findings and not Language.headline(lone)
+    assert not Language.present(lone).findings and not Language.headline(lone)
     assert list(Language.headline(orphan)) == ["window"] and len(Language.headline(numbers)["window"]) == 3
-    assert len(Language.show(many).findings) >= 10
+    assert len(Language.present(many).findings) >= 10
 
 
 def test_the_same_again_and_kept(models: dict[str, PreTrainedModel], numbers: Numbers, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    setting = setting_of(models, kept=Kept(tmp_path), progress=lambda what, done, total: steps.append((done, total)))
-    first = Language(first_bin=5).run(setting)
+    ctx = context_of(
+        models, results=ResultCache(tmp_path), progress=lambda what, done, total: steps.append((done, total))
+    )
+    first = Language(first_bin=5).run(ctx)
     assert first == numbers
     assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] and len(list(tmp_path.iterdir())) == 1
     seen = len(steps)
-    assert Language(first_bin=5).run(setting) == first and len(steps) == seen
-    Language(first_bin=6).run(setting)
+    assert Language(first_bin=5).run(ctx) == first and len(steps) == seen
+    Language(first_bin=6).run(ctx)
     assert len(steps) > seen
 
 
 def test_without_text(models: dict[str, PreTrainedModel]) -> None:
-    setting = setting_of(models)
+    ctx = context_of(models)
     with pytest.raises(InputError, match="needs text"):
-        Language().check(Setting(contestants=setting.contestants))
-    Language().check(setting)
+        Language().check(EvalContext(models=ctx.models))
+    Language().check(ctx)

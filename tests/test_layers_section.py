@@ -12,9 +12,14 @@ import torch
 from models import mixer, student_of, text, tiny
 
 from linearize.errors import InputError
-from linearize.evaluation.attention_shape import implied_weights, shape_of, student_shapes, teacher_shapes
-from linearize.evaluation.context import Contestant, Setting
+from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.sections.layers import Layers
+from linearize.evaluation.sections.layers.attention_shape import (
+    implied_weights,
+    shape_of,
+    student_shapes,
+    teacher_shapes,
+)
 from linearize.training.data.documents import Document
 from linearize.training.stages.hidden_alignment import (
     HiddenAlignment,
@@ -38,19 +43,19 @@ def batch(tokens: int = T, seed: int = 4) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "labels": ids}
 
 
-def setting(*models: Any) -> Setting:
-    contestants = tuple(
-        Contestant(
+def eval_context(*models: Any) -> EvalContext:
+    eval_models = tuple(
+        EvalModel(
             name="teacher" if not i else f"student{i}", role="student" if i else "teacher", path="", model=model,
             tokenizer=TOKENIZER, fingerprint=str(i),
         )
         for i, model in enumerate(models)
     )  # fmt: skip
     rows = [text(1, n, seed=n)[0].tolist() for n in (5, 37, 23, 29)]
-    return Setting(contestants=contestants, documents=[Document(row, [1] * len(row)) for row in rows], length=64)
+    return EvalContext(models=eval_models, documents=[Document(row, [1] * len(row)) for row in rows], length=64)
 
 
-def measured(section: Layers, given: Setting) -> Any:
+def measured(section: Layers, given: EvalContext) -> Any:
     return json.loads(json.dumps(section.run(given), allow_nan=False))
 
 
@@ -116,7 +121,7 @@ def test_the_section_measures_all_layers_of_all_contestants(teacher: Any) -> Non
     from matplotlib.figure import Figure
 
     students = [student_of(teacher, plan) for plan in (PLAN, [None, mixer("sliding_window"), None])]
-    given, section = setting(teacher, *students), Layers(texts=3, tokens=33)
+    given, section = eval_context(teacher, *students), Layers(texts=3, tokens=33)
     numbers = measured(section, given)
     assert measured(section, given) == numbers and numbers["tokens"] == [33, 29, 23] and numbers["far"] == 8
     models = numbers["models"]
@@ -134,7 +139,7 @@ def test_the_section_measures_all_layers_of_all_contestants(teacher: Any) -> Non
         assert layer["entropy"]["error"] == pytest.approx(float(found.std() / 3**0.5))
         errors = [s[layer["layer"]] for s in shapes]
         assert layer["error"]["value"] == pytest.approx(sum(e.error for e in errors) / sum(e.power for e in errors))
-    shown = Layers.show(numbers)
+    shown = Layers.present(numbers)
     assert [len(table.rows) for table in shown.tables] == [3, 3, 1]
     assert [(finding.level, finding.student) for finding in shown.findings] == [
         ("note", "student1"),
@@ -150,13 +155,13 @@ def test_the_section_measures_all_layers_of_all_contestants(teacher: Any) -> Non
 def test_without_a_teacher_of_its_kind_a_student_is_given_its_own_states(teacher: Any) -> None:
     student, other = student_of(teacher, PLAN), tiny("qwen3")
     section = Layers(texts=2, tokens=24)
-    for given, name in ((setting(other, student), "student1"), (setting(student), "teacher")):
+    for given, name in ((eval_context(other, student), "student1"), (eval_context(student), "teacher")):
         numbers = measured(section, given)
         model = numbers["models"][name]
         assert model["given"] == name and [layer["error"] for layer in model["layers"]] == [None] * 3
         assert all(layer["entropy"]["value"] > 0 for layer in model["layers"])
-        assert not Layers.show(numbers).findings and len(Layers.show(numbers).plots) == 2
-    ids = torch.tensor([setting(student).documents[1].tokens[:24]])
+        assert not Layers.present(numbers).findings and len(Layers.present(numbers).plots) == 2
+    ids = torch.tensor([eval_context(student).documents[1].tokens[:24]])
     names = [f"lm.{name}" for name in student.config.attention]
     calls = module_calls(student, {"input_ids": ids, "position_ids": torch.arange(24)[None]}, names)
     assert not torch.allclose(calls[names[2]].hidden, module_calls_of(teacher, ids, student.config.attention[2]))
@@ -167,6 +172,6 @@ def module_calls_of(teacher: Any, ids: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def test_text_without_a_document_to_look_at(teacher: Any) -> None:
-    given = setting(teacher)
+    given = eval_context(teacher)
     with pytest.raises(InputError, match="no document has 8 tokens"):
-        Layers().check(Setting(contestants=given.contestants, documents=[Document([1, 5, 2], [1, 1, 1])]))
+        Layers().check(EvalContext(models=given.models, documents=[Document([1, 5, 2], [1, 1, 1])]))

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
-from report_samples import SECTIONS, Losses, contestants, losses
+from report_samples import SECTIONS, Losses, eval_models, losses
 
 from linearize.evaluation.context import Plot, Table
 from linearize.evaluation.report import inline_svg, page, save_plot, write_report_page
@@ -68,7 +68,7 @@ def report_of(students: int = 1, **more: Any) -> dict[str, Any]:
     report = {
         "format": 1,
         "suite": "quick",
-        "contestants": contestants(names),
+        "contestants": eval_models(names),
         "sections": sections,
         "notes": ["few <documents>"],
         "seconds": {"language": 12.34, "recall": 0.5},
@@ -79,7 +79,7 @@ def report_of(students: int = 1, **more: Any) -> dict[str, Any]:
             "libraries": {"a": "1"},
         },
     }
-    return {**report, "verdict": verdict(contestants(names), sections, SECTIONS), **more}
+    return {**report, "verdict": verdict(eval_models(names), sections, SECTIONS), **more}
 
 
 @pytest.mark.parametrize("students", [0, 1, 5])
@@ -162,7 +162,7 @@ def test_sections_that_are_missing_or_unknown() -> None:
     parsed(html)
     assert "cannot show the section &#x27;old section&#x27;" in html
     assert 'id="language"' not in html
-    bare = page({"contestants": contestants(("teacher",)), "sections": {}, "verdict": {}}, SECTIONS)
+    bare = page({"contestants": eval_models(("teacher",)), "sections": {}, "verdict": {}}, SECTIONS)
     parsed(bare)
     assert "measured alone" in bare
 
@@ -198,7 +198,7 @@ def test_svg_takes_the_colours_of_the_page() -> None:
 
 
 def test_saved_plots_stand_alone(tmp_path: Path) -> None:
-    plot = Losses.show(losses(("teacher", *STUDENT_NAMES))).plots[0]
+    plot = Losses.present(losses(("teacher", *STUDENT_NAMES))).plots[0]
     svg, png = save_plot(plot, tmp_path / "plots")
     assert (svg.name, png.name) == ("loss.svg", "loss.png")
     assert ElementTree.parse(svg).getroot().get("width")

@@ -18,7 +18,7 @@ import torch
 
 import linearize.demo
 from linearize.decoding.loading import load_any
-from linearize.evaluation.context import Contestant, Finding, Section, Setting
+from linearize.evaluation.context import EvalContext, EvalModel, Finding, Section
 from linearize.evaluation.needles import recall_document
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.consistency import Consistency
@@ -87,15 +87,15 @@ def trained(student: LinearizedForCausalLM, teacher: Any, documents: Sequence[Do
 def judged(section: Section, made: SimpleNamespace, student: LinearizedForCausalLM) -> list[Finding]:
     """What a section finds about the student."""
     models = {"teacher": made.teacher, "student": student}
-    setting = Setting(
-        contestants=tuple(
-            Contestant(name=name, role=name, path=name, model=model, tokenizer=made.tokenizer)  # type: ignore[arg-type]
+    ctx = EvalContext(
+        models=tuple(
+            EvalModel(name=name, role=name, path=name, model=model, tokenizer=made.tokenizer)  # type: ignore[arg-type]
             for name, model in models.items()
         ),
         documents=made.documents, texts=made.texts, length=224,
     )  # fmt: skip
-    numbers = json.loads(json.dumps(section.run(setting), allow_nan=False))
-    return [finding for finding in section.show(numbers).findings if finding.student == "student"]
+    numbers = json.loads(json.dumps(section.run(ctx), allow_nan=False))
+    return [finding for finding in section.present(numbers).findings if finding.student == "student"]
 
 
 def bad(findings: Sequence[Finding]) -> str:

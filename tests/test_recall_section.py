@@ -22,10 +22,10 @@ from torch import Tensor
 import linearize.demo
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant, Numbers, Setting
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers
 from linearize.evaluation.haystack import CODE, NOISE, Hay, Ruler, association_questions, needle_question
 from linearize.evaluation.recall import Given, answer_greedily, full_forward
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.recall import Recall
 from linearize.metrics.intervals import wilson
 from linearize.metrics.theme import styled
@@ -76,18 +76,18 @@ class Reader(torch.nn.Module):
         return SimpleNamespace(logits=9 * torch.nn.functional.one_hot(torch.tensor([ids]), len(TOKENIZER)).float())
 
 
-def setting(*models: Any, **changes: Any) -> Setting:
+def eval_context(*models: Any, **changes: Any) -> EvalContext:
     names = ["teacher", "student", "other", "third"]
-    contestants = [
-        Contestant(name=n, role="student" if i else "teacher", path=n, model=m, tokenizer=TOKENIZER, fingerprint=n)
+    eval_models = [
+        EvalModel(name=n, role="student" if i else "teacher", path=n, model=m, tokenizer=TOKENIZER, fingerprint=n)
         for i, (n, m) in enumerate(zip(names, models, strict=False))
     ]
-    return Setting(**{"contestants": tuple(contestants), "texts": STORIES, "batch": 5, "seed": 3, **changes})
+    return EvalContext(**{"models": tuple(eval_models), "texts": STORIES, "batch": 5, "seed": 3, **changes})
 
 
 def measured(*models: Any, **changes: Any) -> Numbers:
     section = Recall(**{**SMALL, **changes})
-    chosen = setting(*models)
+    chosen = eval_context(*models)
     section.check(chosen)
     found: Numbers = json.loads(json.dumps(section.run(chosen)))
     return found
@@ -99,7 +99,7 @@ def back(prompt: str, answer: str) -> int:
 
 
 def test_needles_stand_at_their_depth_in_texts_of_their_length() -> None:
-    questions = Recall(**SMALL).questions(setting(Reader(9)))["needle"]
+    questions = Recall(**SMALL).questions(eval_context(Reader(9)))["needle"]
     assert len(questions) == 2 * 3 * 3
     for question in questions:
         assert question.group - 40 < question.tokens + len(" 1234") + 2 <= question.group
@@ -118,7 +118,7 @@ def test_needles_stand_at_their_depth_in_texts_of_their_length() -> None:
 
 
 def test_pass_keys_hide_in_noise_alone() -> None:
-    for question in Recall(**SMALL | {"passkey": "passkey", "lengths": (399, 500)}).questions(setting(Reader(9)))[
+    for question in Recall(**SMALL | {"passkey": "passkey", "lengths": (399, 500)}).questions(eval_context(Reader(9)))[
         "passkey"
     ]:
         text = question.prompt
@@ -151,17 +151,17 @@ def test_queries_follow_each_other_and_the_earlier_ones_stand_answered() -> None
 
 
 def test_the_seed_decides_and_other_cells_change_nothing() -> None:
-    few = Recall(**SMALL | {"lengths": (410,), "depths": (0.6,)}).questions(setting(Reader(9)))
-    many = Recall(**SMALL).questions(setting(Reader(9)))
+    few = Recall(**SMALL | {"lengths": (410,), "depths": (0.6,)}).questions(eval_context(Reader(9)))
+    many = Recall(**SMALL).questions(eval_context(Reader(9)))
     assert few["needle"] == [q for q in many["needle"] if q.group == 410 and q.depth == 0.6]
-    assert many["keys"] == Recall(**SMALL).questions(setting(Reader(9)))["keys"]
-    other = Recall(**SMALL).questions(setting(Reader(9), seed=4))
+    assert many["keys"] == Recall(**SMALL).questions(eval_context(Reader(9)))["keys"]
+    other = Recall(**SMALL).questions(eval_context(Reader(9), seed=4))
     assert all(a.prompt != b.prompt for test in many for a, b in zip(many[test], other[test], strict=True))
 
 
 def test_numbers_count_what_each_reader_can_see() -> None:
     numbers = measured(Reader(10_000), Reader(250))
-    questions = Recall(**SMALL).questions(setting(Reader(9)))
+    questions = Recall(**SMALL).questions(eval_context(Reader(9)))
     teacher, student = numbers["models"]["teacher"], numbers["models"]["student"]
     for test, items in questions.items():
         sees = [len(f"The code of the {_thing(q.prompt)} is 1234.") + q.distance <= 250 for q in items]
@@ -189,7 +189,7 @@ def test_only_facts_beyond_the_window_count_where_there_is_one() -> None:
     plan = mixer("lolcats", window=101, window_shape="sliding")
     numbers = measured(Reader(10_000), Reader(102, plan=plan))["models"]["student"]
     assert numbers["window_reach"] in (101, 102)
-    items = Recall(**SMALL).questions(setting(Reader(9)))["needle"]
+    items = Recall(**SMALL).questions(eval_context(Reader(9)))["needle"]
     beyond = [q for q in items if q.distance >= numbers["window_reach"]]
     assert 0 < len(beyond) < len(items)
     against = numbers["needle"]["against_teacher"]
@@ -200,7 +200,7 @@ def test_only_facts_beyond_the_window_count_where_there_is_one() -> None:
 
 
 def _levels(numbers: Numbers, title: str) -> list[str]:
-    return [f.level for f in Recall.show(numbers).findings if title in f.text]
+    return [f.level for f in Recall.present(numbers).findings if title in f.text]
 
 
 def test_findings_say_what_the_numbers_allow() -> None:
@@ -208,13 +208,13 @@ def test_findings_say_what_the_numbers_allow() -> None:
     sighted = Reader(10_000)
     found = measured(sighted, Reader(60, plan=plan), sighted, Reader(260))
     assert _levels(found, "needle") == ["bad", "good", "note"]
-    bad = next(f for f in Recall.show(found).findings if f.level == "bad")
+    bad = next(f for f in Recall.present(found).findings if f.level == "bad")
     assert bad.student == "student" and "0 of" in bad.text and "beyond the window" in bad.text
-    tiles = Recall.headline(found)
-    assert tiles["student"][0].value == "0%" and tiles["other"][0].value == "100%" and "teacher" not in tiles
+    stats = Recall.headline(found)
+    assert stats["student"][0].value == "0%" and stats["other"][0].value == "100%" and "teacher" not in stats
     blind = measured(Reader(3), sighted)
     assert _levels(blind, "says nothing") == ["note"] * 3
-    assert not [f for f in Recall.show(blind).findings if "kept" in f.text]
+    assert not [f for f in Recall.present(blind).findings if "kept" in f.text]
     assert Recall.headline(blind)["student"][0].value == "-"
 
 
@@ -222,7 +222,7 @@ def test_lengths_that_the_teacher_cannot_do_do_not_count() -> None:
     found = measured(Reader(300), Reader(300), lengths=(260, 900), depths=(0.0,), items=5)
     against = found["models"]["student"]["needle"]["against_teacher"]
     assert against["groups"] == [260] and against["all"]["kept"]["n"] == 5
-    (told,) = (f.text for f in Recall.show(found).findings if "needle" in f.text)
+    (told,) = (f.text for f in Recall.present(found).findings if "needle" in f.text)
     assert "counted at lengths 260" in told
 
 
@@ -239,7 +239,7 @@ def test_a_cache_that_reads_otherwise_than_the_full_forward_is_found() -> None:
     wrong = sum(teacher[test]["n"] - teacher[test]["successes"] for test in ("needle", "passkey", "keys"))
     assert 0 < wrong == teacher["cache"]["differ"]
     assert teacher["needle"]["full_forward"]["value"] == 1
-    cache = [(f.level, f.student) for f in Recall.show(numbers).findings if "full forward" in f.text]
+    cache = [(f.level, f.student) for f in Recall.present(numbers).findings if "full forward" in f.text]
     assert cache == [("bad", None), ("good", "student")]
 
 
@@ -252,7 +252,7 @@ def test_near_ties_are_no_fault() -> None:
             logits[..., TOKENIZER("x")["input_ids"][0]] = 9 + self.gap
             return SimpleNamespace(logits=logits)
 
-    item = Recall(**SMALL).questions(setting(Reader(9)))["needle"][0]
+    item = Recall(**SMALL).questions(eval_context(Reader(9)))["needle"][0]
     for gap, agrees in ((1e-5, "tie"), (0.1, "no"), (-0.1, "yes")):
         model = Tied(10_000)
         model.gap = gap
@@ -289,7 +289,7 @@ def test_a_healthy_student_decodes_what_its_full_forward_says(monkeypatch: pytes
 
 def test_generation_settings_of_the_model_do_not_answer() -> None:
     model = tiny(vocab_size=258, bos_token_id=0, eos_token_id=1)
-    items = Recall(**SMALL).questions(setting(Reader(9)))["needle"][:3]
+    items = Recall(**SMALL).questions(eval_context(Reader(9)))["needle"][:3]
     plain = answer_greedily(model, TOKENIZER, items)
     model.generation_config.repetition_penalty = 9.0
     model.generation_config.no_repeat_ngram_size = 1
@@ -299,7 +299,7 @@ def test_generation_settings_of_the_model_do_not_answer() -> None:
 
 def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     def run(model: Reader, seed: int = 3) -> Numbers:
-        return Recall(**SMALL).run(setting(model, kept=Kept(tmp_path), seed=seed))
+        return Recall(**SMALL).run(eval_context(model, results=ResultCache(tmp_path), seed=seed))
 
     first = Reader(250)
     numbers = run(first)
@@ -312,7 +312,7 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
 def test_everything_is_shown_for_any_number_of_models(count: int) -> None:
     from matplotlib.figure import Figure
 
-    shown = Recall.show(measured(*[Reader(reach) for reach in (10_000, 250, 90, 400)][:count]))
+    shown = Recall.present(measured(*[Reader(reach) for reach in (10_000, 250, 90, 400)][:count]))
     assert len([plot for plot in shown.plots if "needle" in plot.name]) == max(1, count - 1)
     assert len({plot.name for plot in shown.plots}) == len(shown.plots)
     with styled():
@@ -344,18 +344,18 @@ def test_everything_is_shown_for_any_number_of_models(count: int) -> None:
 )
 def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=re.escape(told)):
-        Recall(**settings).check(setting(Reader(9)))
+        Recall(**settings).check(eval_context(Reader(9)))
 
 
 def test_lengths_and_texts_too_short_are_refused() -> None:
     with pytest.raises(InputError, match="40 tokens are too few"):
-        Recall(lengths=(40,)).questions(setting(Reader(9)))
+        Recall(lengths=(40,)).questions(eval_context(Reader(9)))
     with pytest.raises(InputError, match="no held-out text"):
-        Recall().check(setting(Reader(9), texts=()))
+        Recall().check(eval_context(Reader(9), texts=()))
     with pytest.raises(InputError, match="no sentence to use"):
-        Recall().check(setting(Reader(9), texts=["The code of the red hat is 1111."]))
+        Recall().check(eval_context(Reader(9), texts=["The code of the red hat is 1111."]))
     with pytest.raises(InputError, match="table of 256 positions"):
-        Recall(lengths=(300,)).check(setting(tiny("gpt2")))
+        Recall(lengths=(300,)).check(eval_context(tiny("gpt2")))
 
 
 def test_own_needles_and_own_hay(tmp_path: Path) -> None:
@@ -367,8 +367,8 @@ def test_own_needles_and_own_hay(tmp_path: Path) -> None:
         "answer": "oolong",
     }
     section = Recall(needle="custom", hay=str(tmp_path), **own, lengths=(300,), depths=(0.5,), items=2)
-    section.check(setting(Reader(9), texts=()))
-    for question in section.questions(setting(Reader(9), texts=()))["needle"]:
+    section.check(eval_context(Reader(9), texts=()))
+    for question in section.questions(eval_context(Reader(9), texts=()))["needle"]:
         assert question.answer == "oolong" and question.prompt.count("The best tea is oolong.") == 1
         assert "One a sentence." in question.prompt or "One b sentence." in question.prompt
     city = needle_question(
@@ -379,9 +379,9 @@ def test_own_needles_and_own_hay(tmp_path: Path) -> None:
 
 def test_the_embedded_teacher_finds_its_needles() -> None:
     model, tokenizer = load_any(Path(linearize.demo.__file__).parent / "teacher", device="cpu")
-    contestant = Contestant(name="teacher", role="teacher", path="", model=model, tokenizer=tokenizer)
+    eval_model = EvalModel(name="teacher", role="teacher", path="", model=model, tokenizer=tokenizer)
     stories = [story for story in STORIES if "code" not in story]
     section = Recall(lengths=(150, 260), depths=(0.2, 0.7), items=2, keys=(1,), passkey="needle")
-    numbers = section.run(Setting(contestants=(contestant,), texts=stories))["models"]["teacher"]
+    numbers = section.run(EvalContext(models=(eval_model,), texts=stories))["models"]["teacher"]
     assert numbers["needle"]["successes"] >= 7 and numbers["needle"]["n"] == 8
     assert numbers["cache"]["differ"] == 0

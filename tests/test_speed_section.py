@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant, Setting
-from linearize.evaluation.result_cache import Kept
-from linearize.evaluation.sections import speed as section
+from linearize.evaluation.context import EvalContext, EvalModel
+from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.speed import Speed
-from linearize.evaluation.speed import cache_bytes, peak_bytes, points, ways, weight_bytes
+from linearize.evaluation.sections.speed import measure as section
+from linearize.evaluation.speed import cache_bytes, peak_bytes, points, run_config, weight_bytes
 from linearize.evaluation.speed import largest_batch as largest_batch_module
-from linearize.evaluation.speed.equality import check_way, reference, row_difference
+from linearize.evaluation.speed.equality import check_config, reference, row_difference
 from linearize.evaluation.speed.largest_batch import PROBES, Rows, largest_batch, peak_of_rows, search
-from linearize.evaluation.speed.points import hopeless_ways
+from linearize.evaluation.speed.points import pruned_configs
 from linearize.evaluation.speed.reading import decode, feed, measuring, prefill, random_text, repeated
+from linearize.evaluation.speed.run_config import RunConfig, fastest, run_configs
 from linearize.evaluation.speed.timing import interleaved
-from linearize.evaluation.speed.ways import Way, fastest, ways_of
 from linearize.modeling.cache import MixerCacheLayer
 
 SMALL = {
@@ -36,15 +36,15 @@ ONE_WAY: dict[str, Any] = {"caches": ("static",), "attentions": ("sdpa",)}
 TIMES = ("points", "largest_batch")
 
 
-def contestant(name: str, model: PreTrainedModel, fingerprint: str = "a") -> Contestant:
+def eval_model(name: str, model: PreTrainedModel, fingerprint: str = "a") -> EvalModel:
     role: Any = "teacher" if name == "teacher" else "student"
-    return Contestant(name=name, role=role, path=name, model=model, tokenizer=None, fingerprint=fingerprint)  # type: ignore[arg-type]
+    return EvalModel(name=name, role=role, path=name, model=model, tokenizer=None, fingerprint=fingerprint)  # type: ignore[arg-type]
 
 
-def both(seed: int = 5, **more: Any) -> Setting:
+def both(seed: int = 5, **more: Any) -> EvalContext:
     teacher = tiny(seed=seed)
     student = student_of(teacher, mixer("lolcats"))
-    return Setting(contestants=(contestant("teacher", teacher), contestant("student", student)), **more)
+    return EvalContext(models=(eval_model("teacher", teacher), eval_model("student", student)), **more)
 
 
 def speed(**changes: Any) -> Speed:
@@ -123,17 +123,17 @@ def test_a_wrong_cache_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong output" in student["reason"]
     assert not [key for key in student if "per_second" in key or key.startswith("ms_")]
     assert set(found["largest_batch"]["models"]) == {"teacher"}
-    bad = [finding for finding in Speed.show(found).findings if finding.level == "bad"]
+    bad = [finding for finding in Speed.present(found).findings if finding.level == "bad"]
     assert [finding.student for finding in bad] == ["student"] and "wrong output" in bad[0].text
     assert Speed.headline(found) == {}
 
 
 def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(ways.StaticCache):
+    class Broken(run_config.StaticCache):
         def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
             return super().update(keys, 1.1 * values, *args, **kwargs)
 
-    monkeypatch.setattr(ways, "StaticCache", Broken)
+    monkeypatch.setattr(run_config, "StaticCache", Broken)
     found = speed(contexts=(20,), batches=(1,)).run(both())
     row = found["points"][0]
     assert (row["reason"], row["cache"], row["prefill_cache"]) == ("", "dynamic", "dynamic")
@@ -141,17 +141,17 @@ def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.Monk
     assert wrong == ["static cache, sdpa", "static cache, eager"]
     only = speed(contexts=(20,), batches=(1,), caches=("static",)).run(both())
     assert "wrong output" in only["points"][0]["reason"]
-    teachers = [f for f in Speed.show(only).findings if f.level == "bad"]
+    teachers = [f for f in Speed.present(only).findings if f.level == "bad"]
     assert len(teachers) == 1 and teachers[0].student is None
 
 
 @pytest.mark.parametrize("fault", ["position", "pieces", "decode", "nan", "crash"])
 def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny()
-    way = Way("dynamic", "sdpa")
+    config = RunConfig("dynamic", "sdpa")
     with measuring([teacher]):
         expected = reference(teacher, text(2, 19), 4)
-        assert check_way("teacher", teacher, way, expected).equal
+        assert check_config("teacher", teacher, config, expected).equal
         right = teacher.forward
 
         def wrong(**given: Any) -> Any:
@@ -167,7 +167,7 @@ def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.
             return out
 
         monkeypatch.setattr(teacher, "forward", wrong)
-        check = check_way("teacher", teacher, way, expected)
+        check = check_config("teacher", teacher, config, expected)
     assert not check.equal
     assert check.reason.startswith("does not run: no such kernel" if fault == "crash" else "wrong output")
     json.dumps(check.to_dict(), allow_nan=False)
@@ -183,20 +183,20 @@ def test_the_reference_is_greedy_and_without_a_cache() -> None:
 
 
 def test_models_take_turns_and_are_left_as_they_were() -> None:
-    setting = both()
+    ctx = both()
     calls: list[str] = []
-    for one in setting.contestants:
+    for one in ctx.models:
         one.model.register_forward_hook(lambda *_, name=one.name: calls.append(name))
         one.model.train()
-    before = [one.model.config._attn_implementation for one in setting.contestants]
+    before = [one.model.config._attn_implementation for one in ctx.models]
     speed(
         contexts=(13,),
         batches=(1,),
-    ).run(setting)
+    ).run(ctx)
     runs = "".join(name[0] for name in calls)  # t and s: the decode repeats are the last before the largest batches
     assert "tsts" + "tttttsssss" * 3 in runs  # two prefills each, then warm-up and two repeats of five tokens
-    assert all(one.model.training for one in setting.contestants)
-    assert [one.model.config._attn_implementation for one in setting.contestants] == before
+    assert all(one.model.training for one in ctx.models)
+    assert [one.model.config._attn_implementation for one in ctx.models] == before
 
 
 def test_timing_keeps_what_comes_before_out_of_the_clock() -> None:
@@ -233,7 +233,7 @@ def test_a_repeated_row_reads_on_as_it_did_alone(kind: Any) -> None:
     model = student_of(teacher, mixer("lolcats")) if kind == "own" else teacher
     ids = random_text([model], 1, 23, 3)
     with measuring([model]):
-        _, cache = prefill(model, ways.new_cache(Way(kind, "eager"), model, 23), ids[:, :20], 7)
+        _, cache = prefill(model, run_config.new_cache(RunConfig(kind, "eager"), model, 23), ids[:, :20], 7)
         many, _ = feed(model, repeated(cache, 4), ids[:, 20:21].expand(4, -1))
         alone = model(input_ids=ids[:, :21], use_cache=False).logits[:, -1]
         difference, allowed = row_difference(alone, many)
@@ -259,15 +259,15 @@ def test_the_search_finds_the_last_that_fits(most: int) -> None:
 def test_the_largest_batch_uses_the_budget_and_stays_within(kind: Any) -> None:
     teacher = tiny()
     model = student_of(teacher, mixer("lolcats")) if kind == "own" else teacher
-    way, sizes = Way(kind, "sdpa"), {"context": 40, "chunk": 16, "seed": 0}
-    budget = peak_of_rows(model, way, rows=20, **sizes) + 100
-    found = largest_batch(model, way, budget=budget, most=500, **sizes)
+    config, sizes = RunConfig(kind, "sdpa"), {"context": 40, "chunk": 16, "seed": 0}
+    budget = peak_of_rows(model, config, rows=20, **sizes) + 100
+    found = largest_batch(model, config, budget=budget, most=500, **sizes)
     assert 18 <= found["batch"] <= 20 and not found["capped"]
-    assert 0 < found["peak_bytes"] <= budget < peak_of_rows(model, way, rows=found["batch"] + 3, **sizes)
+    assert 0 < found["peak_bytes"] <= budget < peak_of_rows(model, config, rows=found["batch"] + 3, **sizes)
     assert found["decode_tokens_per_second"] == pytest.approx(1000 * found["batch"] / found["ms_per_token"])
-    capped = largest_batch(model, way, budget=budget, most=max(PROBES), **sizes)
+    capped = largest_batch(model, config, budget=budget, most=max(PROBES), **sizes)
     assert (capped["batch"], capped["capped"]) == (max(PROBES), True)
-    none = largest_batch(model, way, budget=1000, most=500, **sizes)
+    none = largest_batch(model, config, budget=1000, most=500, **sizes)
     assert none["batch"] == 0 and none["reason"] == "one row does not fit" and none["peak_bytes"] > 1000
 
 
@@ -286,7 +286,7 @@ def test_more_than_a_straight_line_is_found_by_the_run_that_verifies() -> None:
 def test_rows_that_disturb_each_other_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     with torch.inference_mode():
-        rows = Rows(model, Way("dynamic", "sdpa"), context=12, chunk=8, seed=0)
+        rows = Rows(model, RunConfig("dynamic", "sdpa"), context=12, chunk=8, seed=0)
     right = model.forward
 
     def wrong(**given: Any) -> Any:
@@ -311,7 +311,7 @@ def test_the_budget_is_given_or_eight_rows_of_the_first(numbers: dict[str, Any])
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small, setting = speed(contexts=(13, 20), batches=(1,), most_rows=12, **ONE_WAY), both(kept=Kept(tmp_path))
+    small, ctx = speed(contexts=(13, 20), batches=(1,), most_rows=12, **ONE_WAY), both(results=ResultCache(tmp_path))
     measure, seen = section.measure_point, []
 
     def once(*args: Any, **kwargs: Any) -> Any:
@@ -322,21 +322,21 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(section, "measure_point", once)
     with pytest.raises(KeyboardInterrupt):
-        small.run(setting)
-    first = small.run(setting)
+        small.run(ctx)
+    first = small.run(ctx)
     assert seen == [13, 20, 20]
-    assert small.run(setting) == first and len(seen) == 3
-    other = Setting(contestants=(contestant("teacher", tiny(), "b"),), kept=Kept(tmp_path))
+    assert small.run(ctx) == first and len(seen) == 3
+    other = EvalContext(models=(eval_model("teacher", tiny(), "b"),), results=ResultCache(tmp_path))
     small.run(other)
     assert seen[3:] == [13, 20]
 
 
 def test_a_context_that_a_model_cannot_read_is_told() -> None:
     model = tiny("gpt2", attention="sdpa", max_position_embeddings=64)
-    found = speed(contexts=(40, 90), batches=(1,), **ONE_WAY).run(Setting(contestants=(contestant("teacher", model),)))
+    found = speed(contexts=(40, 90), batches=(1,), **ONE_WAY).run(EvalContext(models=(eval_model("teacher", model),)))
     assert found["points"][0]["reason"] == ""
     assert "does not run at a context of 90" in found["points"][1]["reason"]
-    shown = Speed.show(json.loads(json.dumps(found)))
+    shown = Speed.present(json.loads(json.dumps(found)))
     assert [finding.level for finding in shown.findings] == ["bad"]
     assert "Contexts beyond 64 tokens" in shown.summary
 
@@ -357,23 +357,23 @@ def test_sizes_that_cannot_be_measured_are_refused(changes: dict[str, Any], told
 
 
 def test_the_usual_way_stays_unless_another_is_clearly_faster() -> None:
-    static, growing = Way("static", "sdpa"), Way("dynamic", "sdpa")
+    static, growing = RunConfig("static", "sdpa"), RunConfig("dynamic", "sdpa")
     assert fastest({static: 1.15, growing: 1.0}) == static
     assert fastest({static: 1.3, growing: 1.0}) == growing
     trials = {"static cache, sdpa": 10.0, "static cache, eager": 21.0, "dynamic cache, sdpa": 40.0}
-    assert hopeless_ways({"ms_trials": {"prefill": trials}}) == {"static cache, eager"}
-    assert hopeless_ways({"reason": "none"}) == set()
+    assert pruned_configs({"ms_trials": {"prefill": trials}}) == {"static cache, eager"}
+    assert pruned_configs({"reason": "none"}) == set()
     student = student_of(tiny(), mixer("lolcats"))
-    assert [way.cache for way in ways_of(student, ("static", "dynamic"), ("sdpa", "eager"))] == ["own"]
+    assert [config.cache for config in run_configs(student, ("static", "dynamic"), ("sdpa", "eager"))] == ["own"]
 
 
 def test_eager_scores_that_would_fill_the_memory_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ways.eager_bytes(tiny(), 3, 70, 31) == 4 * 3 * 6 * 70 * 31
+    assert run_config.eager_bytes(tiny(), 3, 70, 31) == 4 * 3 * 6 * 70 * 31
     monkeypatch.setattr(points, "EAGER_BYTES", 4 * 6 * 20 * 19)
     found = speed(contexts=(14, 20), batches=(1,)).run(both())["points"]
     tried = [set(row["ms_trials"]["prefill"]) for row in found if row["model"] == "teacher"]
-    assert "static cache, sdpa" in tried[1] and not any("eager" in way for way in tried[1])
-    assert any("eager" in way for way in tried[0]) and len(found[2]["ms_trials"]["token"]) == 4
+    assert "static cache, sdpa" in tried[1] and not any("eager" in config for config in tried[1])
+    assert any("eager" in config for config in tried[0]) and len(found[2]["ms_trials"]["token"]) == 4
 
 
 def crafted(found: dict[str, Any], own: list[tuple[float, float]], other: list[tuple[float, float]]) -> dict[str, Any]:
@@ -401,7 +401,7 @@ def test_the_crossover_is_judged_beyond_noise(
     own: list[tuple[float, float]], level: str, told: str, numbers: dict[str, Any]
 ) -> None:
     found = crafted(numbers, own, [(1, 0.1), (3, 0.1), (4, 0.2)])
-    finding = Speed.show(found).findings[-1]
+    finding = Speed.present(found).findings[-1]
     assert (finding.level, finding.student) == (level, "student") and told in finding.text
     assert Speed.headline(found)["student"][0].value == f"{4 / own[-1][0]:.2g}x"
 
@@ -417,7 +417,7 @@ def test_what_is_shown_for_one_and_for_many(names: tuple[str, ...], numbers: dic
     many["largest_batch"] = numbers["largest_batch"] | {
         "models": {name: numbers["largest_batch"]["models"][as_] for name, as_ in source.items()}
     }
-    shown = Speed.show(many)
+    shown = Speed.present(many)
     assert [table.title.split(" at ")[0] for table in shown.tables] == [
         "Prefill and decode", "Memory of a run", "Largest batch", "Outputs checked before timing",
     ]  # fmt: skip
@@ -434,4 +434,4 @@ def test_what_is_shown_for_one_and_for_many(names: tuple[str, ...], numbers: dic
 
 def test_cache_bytes_of_a_fresh_cache_is_nothing() -> None:
     model = tiny()
-    assert cache_bytes(ways.new_cache(Way("dynamic", "sdpa"), model, 9)) == 0
+    assert cache_bytes(run_config.new_cache(RunConfig("dynamic", "sdpa"), model, 9)) == 0

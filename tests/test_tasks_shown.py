@@ -64,7 +64,7 @@ def test_what_is_shown(students: int) -> None:
     from matplotlib.figure import Figure
 
     numbers = shown_numbers(students)
-    shown = Tasks.show(numbers)
+    shown = Tasks.present(numbers)
     assert [row["task"] for row in shown.tables[0].rows] == ["piqa", "mmlu", "race", "average", "average without MMLU"]
     assert shown.tables[0].rows[0]["teacher"] == "80.0 ± 4.0%"
     for plot in shown.plots:
@@ -74,10 +74,10 @@ def test_what_is_shown(students: int) -> None:
     levels = {finding.student: finding.level for finding in shown.findings if finding.student}
     assert levels == {name: level for name, level in [("s0", "good"), ("s1", "bad"), ("s2", "bad")][:students]}
     assert any("noise of chance on race" in finding.text for finding in shown.findings)
-    tiles = Tasks.headline(numbers)
-    assert list(tiles) == [f"s{i}" for i in range(students)]
+    stats = Tasks.headline(numbers)
+    assert list(stats) == [f"s{i}" for i in range(students)]
     if students:
-        assert [tile.value for tile in tiles["s0"]] == ["100.0 ± 0.0%", "100.0 ± 0.0%"]
+        assert [stat.value for stat in stats["s0"]] == ["100.0 ± 0.0%", "100.0 ± 0.0%"]
         assert shown.tables[1].rows[2]["s0: kept"] == "teacher at chance"
         assert numbers["kept"]["s0"]["tasks"] == ["piqa", "mmlu"]
     if students > 1:  # 25 of 80 hits are gone: (0.55 - 0.25) / (0.80 - 0.25)

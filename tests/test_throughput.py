@@ -14,7 +14,7 @@ from models import mixer, student_of, tiny
 from linearize.errors import InputError
 from linearize.evaluation.speed import throughput as module
 from linearize.evaluation.speed import weight_bytes
-from linearize.evaluation.speed.throughput import Writing, throughput, whole_text
+from linearize.evaluation.speed.throughput import GenerationWorkload, throughput, whole_text
 
 SMALL: dict[str, Any] = {"generated": 71, "fills": (9, 33, 71), "span": 3, "chunk": 16}
 
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"generated": 71, "fills": (9, 33, 71), "span": 3, "chun
 def written(model: Any, rows_of: int = 7, **changes: Any) -> dict[str, Any]:
     """What a model gives in a budget of its weights and some memory for caches."""
     budget = weight_bytes(model) + rows_of * 40_000
-    return throughput(model, Writing(budget=budget, **{**SMALL, **changes}))
+    return throughput(model, GenerationWorkload(budget=budget, **{**SMALL, **changes}))
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "hybrid"])
@@ -34,10 +34,10 @@ def test_the_batch_fits_with_the_weights_and_a_larger_one_does_not(kind: str) ->
     found = written(model)
     assert found["reason"] == "" and found["tokens_per_second"] > 0 and found["tokens_per_second_cpu"] > 0
     assert weight_bytes(model) < found["peak_bytes"] <= budget and not found["capped"]
-    way = found["ways"][found["way"]]
-    assert len(found["ways"]) == (4 if kind == "teacher" else 1) and way["batch"] == found["batch"] > 1
+    config = found["ways"][found["way"]]
+    assert len(found["ways"]) == (4 if kind == "teacher" else 1) and config["batch"] == found["batch"] > 1
     assert [step["fill"] for step in found["steps"]] == [9, 36, 66]
-    tight = throughput(model, Writing(budget=found["peak_bytes"] - 1, **SMALL))
+    tight = throughput(model, GenerationWorkload(budget=found["peak_bytes"] - 1, **SMALL))
     assert 0 < tight["batch"] <= found["batch"]
     if kind != "teacher":
         assert tight["batch"] < found["batch"]
@@ -46,7 +46,7 @@ def test_the_batch_fits_with_the_weights_and_a_larger_one_does_not(kind: str) ->
 
 def test_a_memory_of_less_than_one_row_says_so() -> None:
     model = tiny()
-    found = throughput(model, Writing(budget=weight_bytes(model) + 10, **SMALL))
+    found = throughput(model, GenerationWorkload(budget=weight_bytes(model) + 10, **SMALL))
     assert found["batch"] == 0 and found["reason"] == "one row does not fit" and "tokens_per_second" not in found
 
 
@@ -58,15 +58,15 @@ def test_costs_are_added_up_between_the_fills_and_level_outside() -> None:
 
 
 def test_the_fills_meet_all_parts_of_a_block_and_stay_in_the_text() -> None:
-    stops = Writing().stops
-    assert [stop % 64 for stop in stops[:4]] == [0, 16, 32, 48] and stops[-1] + Writing().span + 2 == 4096
-    assert Writing(generated=20, fills=(5, 500, 900), span=4).stops == [5, 14]
+    stops = GenerationWorkload().stops
+    assert [stop % 64 for stop in stops[:4]] == [0, 16, 32, 48] and stops[-1] + GenerationWorkload().span + 2 == 4096
+    assert GenerationWorkload(generated=20, fills=(5, 500, 900), span=4).stops == [5, 14]
 
 
 @pytest.mark.parametrize("wrong", [{"span": 0}, {"fills": ()}, {"fills": (0, 4)}, {"generated": 4}, {"budget": 0}])
 def test_sizes_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="throughput"):
-        Writing(**{**SMALL, **wrong})
+        GenerationWorkload(**{**SMALL, **wrong})
 
 
 @pytest.mark.parametrize("rows", ["all", "others"])
@@ -87,17 +87,17 @@ def test_wrong_outputs_have_no_speed(rows: str, monkeypatch: pytest.MonkeyPatch)
     assert "tokens_per_second" not in found and "wrong output" in found["reason"]
 
 
-def test_a_hopeless_way_is_not_measured_further(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_configuration_is_not_measured_further(monkeypatch: pytest.MonkeyPatch) -> None:
     model, real = tiny(), module.Filled.step_seconds
 
     def slow(self: Any, rows: int, span: int) -> dict[str, Any]:
         found = real(self, rows, span)
-        return found | {"seconds": rows * (50.0 if self.way.attention == "eager" else 1.0)}
+        return found | {"seconds": rows * (50.0 if self.config.attention == "eager" else 1.0)}
 
     monkeypatch.setattr(module.Filled, "step_seconds", slow)
     found = written(model)
-    told = {name: "not measured further" in way["reason"] for name, way in found["ways"].items()}
-    assert {name for name, hopeless in told.items() if hopeless} == {name for name in told if "eager" in name}
+    told = {name: "not measured further" in config["reason"] for name, config in found["ways"].items()}
+    assert {name for name, pruned in told.items() if pruned} == {name for name in told if "eager" in name}
     assert found["reason"] == "" and "sdpa" in found["way"]
 
 

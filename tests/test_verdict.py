@@ -1,11 +1,11 @@
-"""The verdict: what students keep, tiles and faults, from what sections say of themselves."""
+"""The verdict: what students keep, stats and faults, from what sections say of themselves."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from report_samples import SECTIONS, contestants, losses
+from report_samples import SECTIONS, eval_models, losses
 
 from linearize.evaluation.verdict import headline, kept_shares, verdict
 
@@ -16,14 +16,14 @@ def test_each_student_has_its_own_tiles_findings_and_share() -> None:
     numbers = losses(NAMES, kept=0.93)
     numbers["models"]["b"]["loss"] = 2.25
     numbers["models"]["b"]["kept"]["value"] = 0.5
-    found = verdict(contestants(NAMES), {"language": numbers}, SECTIONS)
+    found = verdict(eval_models(NAMES), {"language": numbers}, SECTIONS)
     a, b = found["students"]["a"], found["students"]["b"]
     assert (a["faults"], b["faults"], found["faults"]) == (False, True, True)
     assert (a["checked"], b["checked"]) == (1, 0)
     assert b["bad"] == [{"section": "language", "text": "b: loss 2.25"}]
     assert a["bad"] == []
     assert a["tiles"] == [{"section": "language", "label": "Loss gap", "value": "1.60", "detail": "nats > teacher"}]
-    assert [tile["value"] for tile in b["tiles"]] == ["2.25"]
+    assert [stat["value"] for stat in b["tiles"]] == ["2.25"]
     assert (a["kept"][0]["value"], b["kept"][0]["value"]) == (0.93, 0.5)
     assert "93.0%" in a["headline"]
     assert "No fault" in a["headline"]
@@ -33,23 +33,23 @@ def test_each_student_has_its_own_tiles_findings_and_share() -> None:
 
 
 def test_a_share_says_what_it_is() -> None:
-    share = verdict(contestants(NAMES), {"language": losses(NAMES, kept=0.9)}, SECTIONS)["students"]["a"]["kept"][0]
+    share = verdict(eval_models(NAMES), {"language": losses(NAMES, kept=0.9)}, SECTIONS)["students"]["a"]["kept"][0]
     assert "exp(-loss gap)" in share["definition"]
     assert share["measure"] in share["text"]
     assert (share["low"], share["high"]) == (pytest.approx(0.89), pytest.approx(0.91))
 
 
 def test_sections_that_are_missing_or_unknown_are_left_out() -> None:
-    empty = verdict(contestants(NAMES), {}, SECTIONS)
+    empty = verdict(eval_models(NAMES), {}, SECTIONS)
     assert list(empty["students"]) == ["a", "b"]
     assert empty["students"]["a"]["kept"] == empty["students"]["a"]["tiles"] == []
     assert empty["faults"] is False
-    other = verdict(contestants(NAMES), {"of another version": {"models": {}}}, SECTIONS)
+    other = verdict(eval_models(NAMES), {"of another version": {"models": {}}}, SECTIONS)
     assert other == empty
 
 
 def test_a_model_alone_has_no_students() -> None:
-    found = verdict(contestants(NAMES[:1]), {"language": losses(NAMES[:1])}, SECTIONS)
+    found = verdict(eval_models(NAMES[:1]), {"language": losses(NAMES[:1])}, SECTIONS)
     assert found["students"] == {}
     assert found["faults"] is False
 
@@ -57,7 +57,7 @@ def test_a_model_alone_has_no_students() -> None:
 def test_a_fault_that_names_no_student_is_a_fault_of_the_report() -> None:
     numbers = losses(("teacher", "a", "gone"))
     numbers["models"]["gone"]["loss"] = 3
-    found = verdict(contestants(("teacher", "a")), {"language": numbers}, SECTIONS)
+    found = verdict(eval_models(("teacher", "a")), {"language": numbers}, SECTIONS)
     assert found["bad"] == [{"section": "language", "text": "gone: loss 3"}]
     assert found["faults"]
     assert not found["students"]["a"]["faults"]

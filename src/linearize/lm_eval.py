@@ -13,7 +13,7 @@ import sys
 import torch
 
 from linearize.errors import InputError
-from linearize.evaluation.harness.runner import need_harness
+from linearize.evaluation.harness.definitions import need_harness
 
 MODEL = "linearize"
 

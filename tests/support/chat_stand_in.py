@@ -13,7 +13,7 @@ from typing import Any
 from byte_tokenizer import CHAT, SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
 
-from linearize.evaluation.context import Contestant, Setting
+from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.modeling import LinearizedForCausalLM
 
 Request = dict[str, Any]
@@ -136,17 +136,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
-def contestants(chat: str | None = CHAT) -> tuple[Contestant, Contestant]:
+def eval_models(chat: str | None = CHAT) -> tuple[EvalModel, EvalModel]:
     """A teacher and a student with random weights that write bytes."""
     sizes = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 512}
     teacher = tiny("llama", vocab_size=SIZE, **sizes)
     student: LinearizedForCausalLM = student_of(teacher, mixer())
     tokenizer = byte_tokenizer(chat=chat)
     return (
-        Contestant(name="teacher", role="teacher", path="t", model=teacher, tokenizer=tokenizer, fingerprint="1"),
-        Contestant(name="org/student", role="student", path="s", model=student, tokenizer=tokenizer, fingerprint="2"),
+        EvalModel(name="teacher", role="teacher", path="t", model=teacher, tokenizer=tokenizer, fingerprint="1"),
+        EvalModel(name="org/student", role="student", path="s", model=student, tokenizer=tokenizer, fingerprint="2"),
     )
 
 
-def setting(root: Path, out: Path | None, models: tuple[Contestant, ...], **changes: Any) -> Setting:
-    return Setting(contestants=models, data_root=root, out=out, batch=2, **changes)
+def eval_context(root: Path, out: Path | None, models: tuple[EvalModel, ...], **changes: Any) -> EvalContext:
+    return EvalContext(models=models, data_root=root, out=out, batch=2, **changes)

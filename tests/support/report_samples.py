@@ -7,21 +7,21 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from linearize.evaluation.context import Finding, Numbers, Plot, Section, Setting, Shown, Table, Tile
+from linearize.evaluation.context import EvalContext, Finding, Numbers, Plot, Section, SectionView, Stat, Table
 from linearize.metrics.theme import colours, legend_below
 
 
 class Losses(Section):
-    """A table, a line for each model, a tile and, for a student whose loss is above 2, a fault."""
+    """A table, a line for each model, a stat and, for a student whose loss is above 2, a fault."""
 
     NAME: ClassVar[str] = "language"
     TITLE: ClassVar[str] = "Language <modelling>"
 
-    def run(self, setting: Setting) -> Numbers:
+    def run(self, ctx: EvalContext) -> Numbers:
         raise NotImplementedError
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         models = numbers["models"]
 
         def draw(figure: Figure) -> None:
@@ -35,7 +35,7 @@ class Losses(Section):
             for name, found in models.items()
             if name != "teacher"
         ]
-        return Shown(
+        return SectionView(
             summary=f"{len(models)} models, {numbers.get('remark', '')}",
             findings=[*findings, Finding(level="note", text="few documents")],
             tables=[
@@ -49,9 +49,9 @@ class Losses(Section):
         )
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         return {
-            name: [Tile(label="Loss gap", value=f"{found['loss']:.2f}", detail="nats > teacher")]
+            name: [Stat(label="Loss gap", value=f"{found['loss']:.2f}", detail="nats > teacher")]
             for name, found in numbers["models"].items()
             if name != "teacher"
         }
@@ -63,11 +63,11 @@ class Memory(Section):
     NAME: ClassVar[str] = "recall"
     TITLE: ClassVar[str] = "Recall"
 
-    def run(self, setting: Setting) -> Numbers:
+    def run(self, ctx: EvalContext) -> Numbers:
         raise NotImplementedError
 
     @classmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         def heat(figure: Figure) -> None:
             axis = figure.subplots()
             axis.imshow([[0.1, 0.9], [0.4, 1.0]], vmin=0, vmax=1)
@@ -77,7 +77,7 @@ class Memory(Section):
             figure.subplots().plot([0, 1], [0, 1], marker="s")
 
         plots = [Plot(name="loss", caption="Heat.", draw=heat), Plot(name="line", caption="A line.", draw=line)]
-        return Shown(summary="Facts in text.", tables=[Table(title="Nothing", rows=[])], plots=plots)
+        return SectionView(summary="Facts in text.", tables=[Table(title="Nothing", rows=[])], plots=plots)
 
 
 SECTIONS: dict[str, type[Section]] = {"language": Losses, "recall": Memory}
@@ -92,7 +92,7 @@ def losses(names: Sequence[str], kept: float | None = None) -> Numbers:
     return {"models": models}
 
 
-def contestants(names: Sequence[str]) -> list[dict[str, Any]]:
+def eval_models(names: Sequence[str]) -> list[dict[str, Any]]:
     """The first one is the teacher."""
     return [
         {

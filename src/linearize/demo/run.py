@@ -19,10 +19,11 @@ from linearize.decoding.generate import continue_text
 from linearize.demo.show import LineOrBar, show_demo
 from linearize.demo.text import KEPT, DemoText, write_text
 from linearize.errors import InputError
-from linearize.evaluation.recall import RecallReport, recall_beyond_window
+from linearize.evaluation.recall import RecallReport, plot_recall, recall_beyond_window
 from linearize.evaluation.speed import DecodeCost, decode_cost
+from linearize.evaluation.speed.decode_cost import plot_decode_cost
 from linearize.metrics.language_model import PositionBin
-from linearize.metrics.plots import plot_decode_cost, plot_loss_by_position, plot_recall, plot_stages
+from linearize.metrics.plots import plot_loss_by_position, plot_stages
 from linearize.metrics.report import ConversionReport, provenance, read_report
 from linearize.modeling import load
 from linearize.modeling.io.teacher import load_teacher

@@ -1,7 +1,7 @@
-"""A part of an evaluation: measured on contestants in one setting, kept as JSON, shown to people from that JSON.
+"""A part of an evaluation: measured on the models of one context, stored as JSON, presented from that JSON.
 
-A section is a frozen config (the entry of a suite) that measures and a function that shows. What it shows is made from
-the JSON numbers alone, so that a report can be drawn again from its `report.json`.
+A section is a frozen config (the entry of a suite) that measures, and a function that presents the JSON numbers
+alone, so that a report can be drawn again from its `report.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.result_cache import ResultCache
 from linearize.mixers import MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.training.data.documents import Document
@@ -29,7 +29,7 @@ Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class EvalModel:
     """A model that is measured. `name` is unique in a report; the teacher's is `teacher`.
 
     `fingerprint` changes with the files that the model was loaded from; `path` is as the user gave it.
@@ -55,18 +55,18 @@ class Contestant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class EvalContext:
     """What all sections of one evaluation share.
 
-    `contestants`: the teacher first, where there is one, then the students (a model alone counts as the teacher); all
+    `models`: the teacher first, where there is one, then the students (a model alone counts as the teacher); all
     have one tokenizer. `documents`: held-out text, tokenised; `texts`: the same as strings. `length`: the longest row
     in tokens. `batch`: rows at a time. `seed`: every draw of a section comes from it. `limit`: items per task (None:
     all). `data_root`: the folder of local task files (None: tasks come from the Hub); `include_path`: one of task
     definitions of one's own. `chat`, `judge_*`: for the chat section. `kept`: results of an interrupted run.
-    `one_per_row`: the first contestant does not keep the documents of a row apart, so that each has a row to itself.
+    `one_per_row`: the first model does not keep the documents of a row apart, so that each has a row to itself.
     """
 
-    contestants: tuple[Contestant, ...]
+    models: tuple[EvalModel, ...]
     documents: Sequence[Document] = ()
     texts: Sequence[str] = ()
     length: int = 1024
@@ -80,25 +80,25 @@ class Setting:
     judge_url: str | None = None
     judge_model: str | None = None
     out: Path | None = None
-    kept: Kept = field(default_factory=Kept)
+    results: ResultCache = field(default_factory=ResultCache)
     one_per_row: bool = False
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     @property
-    def teacher(self) -> Contestant | None:
+    def teacher(self) -> EvalModel | None:
         """The teacher; None where there is none."""
-        first = self.contestants[0]
+        first = self.models[0]
         return first if first.role == "teacher" else None
 
     @property
-    def students(self) -> tuple[Contestant, ...]:
+    def students(self) -> tuple[EvalModel, ...]:
         """All others."""
-        return tuple(c for c in self.contestants if c.role == "student")
+        return tuple(c for c in self.models if c.role == "student")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one of all contestants."""
-        return self.contestants[0].tokenizer
+        """The tokenizer that all models share."""
+        return self.models[0].tokenizer
 
     def rows(self) -> PackedRows:
         """The documents as rows of at most `length` tokens, whole documents where they fit."""
@@ -153,7 +153,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class SectionView:
     """A section as people read it: a sentence, findings, tables, plots."""
 
     summary: str
@@ -163,7 +163,7 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
+class Stat:
     """One number of the verdict: a short label, the value as text, a few words on what it is."""
 
     label: str
@@ -184,23 +184,23 @@ class Section(BaseModel, ABC):
 
     @property
     def needs_text(self) -> bool:
-        """Whether it measures on the setting's documents; else it also runs where there are none."""
+        """Whether it measures on the context's documents; else it also runs where there are none."""
         return True
 
-    def check(self, setting: Setting) -> None:
-        """Raise InputError, before anything is measured, for what the section cannot do with this setting."""
+    def check(self, ctx: EvalContext) -> None:
+        """Raise InputError, before anything is measured, for what the section cannot do in this context."""
 
     @abstractmethod
-    def run(self, setting: Setting) -> Numbers:
-        """Measure. The same setting and seed give the same numbers (times apart, which stand under keys `*_seconds`,
+    def run(self, ctx: EvalContext) -> Numbers:
+        """Measure. The same context and seed give the same numbers (times apart, which are under keys `*_seconds`,
         `*_per_second` or `ms_*`)."""
 
     @classmethod
     @abstractmethod
-    def show(cls, numbers: Numbers) -> Shown:
+    def present(cls, numbers: Numbers) -> SectionView:
         """What people read, from what `run` returned (after a round trip through JSON)."""
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Tile]]:
-        """What the verdict says of each student, by name: at most three tiles. Nothing by default."""
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
+        """What the verdict says of each student, by name: at most three stats. Nothing by default."""
         return {}

@@ -9,7 +9,7 @@ from typing import Literal
 
 from linearize.decoding.loading import is_student, load_any
 from linearize.errors import InputError
-from linearize.evaluation.context import Contestant
+from linearize.evaluation.context import EvalModel
 from linearize.evaluation.held_out import Origin
 from linearize.modeling.io.model_source import find_model
 from linearize.storage.files import expand_home
@@ -18,9 +18,9 @@ TEACHER = "teacher"
 _WEIGHTS = ("*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model")
 
 
-def load_contestants(
+def load_models(
     models: Sequence[str], teacher: str | None, origins: Sequence[Origin], device: str | None, notes: list[str]
-) -> tuple[Contestant, ...]:
+) -> tuple[EvalModel, ...]:
     """Teacher and students; a plain model without a teacher is measured alone, as the teacher.
 
     `teacher` None: the one that the students' reports name; a note says so where it cannot be loaded.
@@ -64,9 +64,9 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _load(path: str, name: str, role: Literal["teacher", "student"], device: str | None) -> Contestant:
+def _load(path: str, name: str, role: Literal["teacher", "student"], device: str | None) -> EvalModel:
     model, tokenizer = load_any(path, device=device)
-    return Contestant(
+    return EvalModel(
         name=name, role=role, path=path, model=model, tokenizer=tokenizer, fingerprint=_fingerprint(path, model.config)
     )
 
@@ -81,9 +81,9 @@ def _fingerprint(path: str, config: object) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()[:20]
 
 
-def _check_tokenizers(contestants: Sequence[Contestant]) -> None:
-    first = contestants[0]
-    for other in contestants[1:]:
+def _check_tokenizers(eval_models: Sequence[EvalModel]) -> None:
+    first = eval_models[0]
+    for other in eval_models[1:]:
         if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise InputError(
                 f"{other.path}: its vocabulary is not that of {first.path}, so they cannot be compared on the same "

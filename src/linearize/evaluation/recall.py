@@ -6,9 +6,10 @@ Letters: B prompts, T tokens, N tokens of an answer, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
 from linearize.errors import InputError
+from linearize.metrics.plots import figure_files, new_figure
+from linearize.metrics.theme import COLOURS, legend_below, percent_label
 from linearize.training.data.pseudo_labels import left_padded
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, so that a longer wrong answer shows
@@ -234,3 +237,23 @@ def _by_distance(answers: Sequence[RecallAnswer], edges: Sequence[int]) -> tuple
         if inside:
             bins.append(RecallBin(start=start, end=end, items=len(inside), accuracy=_accuracy(inside)))
     return tuple(bins)
+
+
+def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list[Path]:
+    """Share of exact answers by the distance to the fact, a line per model; files `recall.svg` and `.png`.
+
+    `reports` maps `teacher` and `student` (or names of your own) to what `recall_beyond_window` gave.
+    """
+    with new_figure(Path(folder) / "recall") as (figure, (axis,)):
+        for name, report in reports.items():
+            shares = [b.accuracy for b in report.by_distance]
+            style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(name), "clip_on": False}
+            axis.plot(range(len(shares)), shares, **style, label=f"{name} {report.accuracy:.0%}")
+            names = [f"{b.start}-{b.end - 1}" for b in report.by_distance]
+            axis.set_xticks(range(len(names)), names)
+        axis.yaxis.set_major_formatter(percent_label)
+        axis.set(title="Recall beyond the window", xlabel="tokens back to the fact", ylabel="exact answers")
+        axis.set_ylim(0, 1)
+        axis.margins(x=0.15)
+        legend_below(figure)
+    return figure_files(folder, "recall")

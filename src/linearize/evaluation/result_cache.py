@@ -15,7 +15,7 @@ from linearize.storage.files import read_json
 
 
 @dataclass(frozen=True)
-class Kept:
+class ResultCache:
     """A folder of results by key; without a folder nothing is kept."""
 
     folder: Path | None = None
@@ -23,7 +23,7 @@ class Kept:
     def result(self, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What was measured under this key before, else `measure()`, which is then kept. Both come back through JSON.
 
-        The key must hold everything that the result depends on, the contestant's fingerprint and the seed included.
+        The key must hold everything that the result depends on, the model's fingerprint and the seed included.
         """
         if self.folder is None:
             return json.loads(json.dumps(measure()))

@@ -16,17 +16,17 @@ from pydantic import ValidationError
 
 from linearize.decoding.loading import is_student
 from linearize.errors import InputError, unknown
-from linearize.evaluation.context import Contestant, Section, Setting
+from linearize.evaluation.context import EvalContext, EvalModel, Section
 from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
-from linearize.evaluation.models import load_contestants
-from linearize.evaluation.progress import SectionProgress
+from linearize.evaluation.models import load_models
 from linearize.evaluation.report.html import write_report_page
 from linearize.evaluation.report.svg import save_plot
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections import SECTIONS
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
+from linearize.evaluation.terminal import SectionProgress
 from linearize.evaluation.verdict import verdict
 from linearize.metrics.report import provenance
 from linearize.modeling.probe import keeps_documents_apart
@@ -132,19 +132,19 @@ def _evaluated(
     if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
         notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
     origins = [Origin.read(path) for path in models]
-    contestants = load_contestants(models, teacher, origins, chosen.device, notes)
+    eval_models = load_models(models, teacher, origins, chosen.device, notes)
     wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time
-    documents = _documents(list(data or ()), origins, contestants, chosen, notes) if wanted else []
+    documents = _documents(list(data or ()), origins, eval_models, chosen, notes) if wanted else []
     planned = _with_text(planned, bool(documents), models, notes)
-    setting = _setting(contestants, documents, origins, chosen, final)
-    if setting.one_per_row:
-        notes.append(f"{contestants[0].name} does not keep the documents of a packed row apart: each has its own row")
+    ctx = _context(eval_models, documents, origins, chosen, final)
+    if ctx.one_per_row:
+        notes.append(f"{eval_models[0].name} does not keep the documents of a packed row apart: each has its own row")
     for section in planned:
-        section.check(setting)
-    numbers, seconds = _run(planned, setting)
-    report = _report(name, setting, numbers, seconds, notes)
+        section.check(ctx)
+    numbers, seconds = _run(planned, ctx)
+    report = _report(name, ctx, numbers, seconds, notes)
     if final is not None:
-        _write(report, final, setting.kept)
+        _write(report, final, ctx.results)
     return report
 
 
@@ -210,7 +210,7 @@ def _make(final: Path) -> None:
 def _documents(
     specs: list[str],
     origins: Sequence[Origin],
-    contestants: Sequence[Contestant],
+    eval_models: Sequence[EvalModel],
     options: EvaluationOptions,
     notes: list[str],
 ) -> list[Document]:
@@ -218,7 +218,7 @@ def _documents(
     specs = specs or next((list(origin.report.data) for origin in origins if origin.report is not None), [])
     if not specs:
         return []
-    first = contestants[0]
+    first = eval_models[0]
     teacher = first.model if first.role == "teacher" else None
     documents = held_out_documents(specs, origins, first.tokenizer, teacher, notes)
     return first_documents(documents, tokens=options.tokens, limit=options.limit, notes=notes)
@@ -235,19 +235,19 @@ def _with_text(planned: Sequence[Section], text: bool, models: Sequence[str], no
     return able
 
 
-def _setting(
-    contestants: tuple[Contestant, ...],
+def _context(
+    eval_models: tuple[EvalModel, ...],
     documents: list[Document],
     origins: Sequence[Origin],
     options: EvaluationOptions,
     out: Path | None,
-) -> Setting:
-    tokenizer = contestants[0].tokenizer
-    setting = Setting(
-        contestants=contestants,
+) -> EvalContext:
+    tokenizer = eval_models[0].tokenizer
+    ctx = EvalContext(
+        models=eval_models,
         documents=documents,
         texts=[str(tokenizer.decode(document.tokens, skip_special_tokens=True)) for document in documents],
-        length=options.length or _length(origins, contestants[0]),
+        length=options.length or _length(origins, eval_models[0]),
         batch=options.batch,
         seed=options.seed,
         limit=options.limit,
@@ -258,12 +258,12 @@ def _setting(
         judge_url=options.judge_url,
         judge_model=options.judge_model,
         out=out,
-        one_per_row=bool(documents) and not keeps_documents_apart(contestants[0].model),
+        one_per_row=bool(documents) and not keeps_documents_apart(eval_models[0].model),
     )
-    return setting if out is None else replace(setting, kept=Kept(_work(out) / _identity(setting)))
+    return ctx if out is None else replace(ctx, results=ResultCache(_work(out) / _identity(ctx)))
 
 
-def _length(origins: Sequence[Origin], first: Contestant) -> int:
+def _length(origins: Sequence[Origin], first: EvalModel) -> int:
     """Tokens per row: what the first student was trained with, else what its model can take."""
     trained = next((origin.data.length for origin in origins if origin.data is not None), None)
     longest = getattr(first.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -275,20 +275,20 @@ def _work(out: Path) -> Path:
     return out.parent / f".{out.name}.run"
 
 
-def _identity(setting: Setting) -> str:
+def _identity(ctx: EvalContext) -> str:
     """Changes with everything that every result depends on."""
     told = {
-        "contestants": [(c.name, c.role, c.fingerprint) for c in setting.contestants],
-        "documents": [document.tokens for document in setting.documents],
-        "options": [setting.length, setting.batch, setting.seed, setting.limit, str(setting.data_root)],
-        "include_path": str(setting.include_path),
-        "judge": [setting.judge_url, setting.judge_model],
+        "models": [(c.name, c.role, c.fingerprint) for c in ctx.models],
+        "documents": [document.tokens for document in ctx.documents],
+        "options": [ctx.length, ctx.batch, ctx.seed, ctx.limit, str(ctx.data_root)],
+        "include_path": str(ctx.include_path),
+        "judge": [ctx.judge_url, ctx.judge_model],
         "package": provenance()["package_version"],
     }
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
 
 
-def _run(planned: Sequence[Section], setting: Setting) -> tuple[dict[str, Any], dict[str, float]]:
+def _run(planned: Sequence[Section], ctx: EvalContext) -> tuple[dict[str, Any], dict[str, float]]:
     """Numbers and seconds of each section; a section that an earlier run finished is not run again."""
     numbers: dict[str, Any] = {}
     seconds: dict[str, float] = {}
@@ -296,65 +296,65 @@ def _run(planned: Sequence[Section], setting: Setting) -> tuple[dict[str, Any], 
         for section in planned:
             progress.begin(section.TITLE)
             began = time.monotonic()
-            watched = replace(setting, progress=progress.step)
+            watched = replace(ctx, progress=progress.step)
             key = {"section": section.NAME, "config": section.model_dump(mode="json")}
-            numbers[section.NAME] = setting.kept.result(key, lambda s=section, w=watched: s.run(w))  # type: ignore[misc]
+            numbers[section.NAME] = ctx.results.result(key, lambda s=section, w=watched: s.run(w))  # type: ignore[misc]
             seconds[section.NAME] = round(time.monotonic() - began, 1)
     return numbers, seconds
 
 
 def _report(
-    suite: str, setting: Setting, numbers: dict[str, Any], seconds: Mapping[str, float], notes: list[str]
+    suite: str, ctx: EvalContext, numbers: dict[str, Any], seconds: Mapping[str, float], notes: list[str]
 ) -> dict[str, Any]:
-    contestants = [_described(c) for c in setting.contestants]
+    eval_models = [_described(c) for c in ctx.models]
     return {
         "format": FORMAT,
         "suite": suite,
-        "contestants": contestants,
-        **_as_after_convert(numbers.get("language", {}), setting),
-        "verdict": verdict(contestants, numbers),
+        "contestants": eval_models,
+        **_as_after_convert(numbers.get("language", {}), ctx),
+        "verdict": verdict(eval_models, numbers),
         "sections": numbers,
-        "length": setting.length,
-        "documents": len(setting.documents),
+        "length": ctx.length,
+        "documents": len(ctx.documents),
         "notes": notes,
         "seconds": dict(seconds),
-        "provenance": provenance(seed=setting.seed),
+        "provenance": provenance(seed=ctx.seed),
     }
 
 
-def _as_after_convert(language: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+def _as_after_convert(language: Mapping[str, Any], ctx: EvalContext) -> dict[str, Any]:
     """Losses and agreement of the teacher and the first student, under the names that a conversion's report has."""
     if not language:
         return {}
     told: dict[str, Any] = {"tokens": language["tokens"]}
-    if setting.teacher is not None:
-        told["teacher_loss"] = language["models"][setting.teacher.name]["loss"]["value"]
-    if setting.students:
-        first = language["models"][setting.students[0].name]
+    if ctx.teacher is not None:
+        told["teacher_loss"] = language["models"][ctx.teacher.name]["loss"]["value"]
+    if ctx.students:
+        first = language["models"][ctx.students[0].name]
         told["student_loss"] = first["loss"]["value"]
         named = {"gap": "gap", "student_kl": "kl", "student_top1": "top1"}
         told |= {name: first[key]["value"] for name, key in named.items() if key in first}
     return told
 
 
-def _described(contestant: Contestant) -> dict[str, Any]:
-    model = contestant.model
+def _described(eval_model: EvalModel) -> dict[str, Any]:
+    model = eval_model.model
     return {
-        "name": contestant.name,
-        "role": contestant.role,
-        "path": contestant.path,
-        "student": is_student(contestant.path),
+        "name": eval_model.name,
+        "role": eval_model.role,
+        "path": eval_model.path,
+        "student": is_student(eval_model.path),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "mixers": contestant.mixer_names,
+        "mixers": eval_model.mixer_names,
     }
 
 
-def _write(report: dict[str, Any], out: Path, kept: Kept) -> None:
+def _write(report: dict[str, Any], out: Path, results: ResultCache) -> None:
     """`report.json`, `report.html`, the plots as files; then what was kept for an interruption goes."""
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_report_page(report, out)
     for name, numbers in report["sections"].items():
-        for plot in SECTIONS[name].show(numbers).plots:
+        for plot in SECTIONS[name].present(numbers).plots:
             save_plot(plot, out / "plots")
     shutil.rmtree(_work(out), ignore_errors=True)

@@ -1,7 +1,7 @@
 """The verdict of a report: what a student keeps of its teacher, what that buys, and every fault that was found.
 
-It knows sections by what they say of themselves (the findings of `show`, the tiles of `headline`); of their numbers it
-reads only `models.STUDENT.{kept,gap}` of the language section and `kept.STUDENT` of the tasks'.
+It knows sections by what they say of themselves (the findings of `present`, the stats of `headline`); of their numbers
+it reads only `models.STUDENT.{kept,gap}` of the language section and `kept.STUDENT` of the tasks'.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from linearize.evaluation.context import Numbers, Section
 from linearize.metrics.intervals import plus_minus, share_text
 
 ORDER = ("language", "tasks", "recall", "speed", "cloze", "branches", "consistency", "layers", "chat")
-"""Which sections' tiles come first."""
+"""Which sections' stats come first."""
 
 KEPT = {
     "text": (
@@ -33,7 +33,7 @@ Table = Mapping[str, type[Section]]
 
 
 def verdict(
-    contestants: Sequence[Mapping[str, Any]], sections: Mapping[str, Numbers], table: Table | None = None
+    models: Sequence[Mapping[str, Any]], sections: Mapping[str, Numbers], table: Table | None = None
 ) -> dict[str, Any]:
     """What a report says first, JSON-able.
 
@@ -42,28 +42,28 @@ def verdict(
     `notes` (section, text); `checked` (how many findings were good); `faults`. Findings that name no student stand
     under `bad` and `notes` beside `students`. `faults`: whether there is any.
 
-    `contestants`: name and role of each, as in the report. `table`: what knows the sections (default: SECTIONS); one
+    `models`: name and role of each, as in the report. `table`: what knows the sections (default: SECTIONS); one
     that it does not know is left out.
     """
     known = known_sections(table)
-    present = {name: sections[name] for name in ordered(sections) if name in known}
-    findings = [(name, found) for name, numbers in present.items() for found in known[name].show(numbers).findings]
-    students = [str(one["name"]) for one in contestants if one["role"] == "student"]
+    available = {name: sections[name] for name in ordered(sections) if name in known}
+    findings = [(name, found) for name, numbers in available.items() for found in known[name].present(numbers).findings]
+    students = [str(one["name"]) for one in models if one["role"] == "student"]
     result: dict[str, Any] = {"students": {}}
     for student in students:
-        tiles = [
-            {"section": name, "label": tile.label, "value": tile.value, "detail": tile.detail}
-            for name, numbers in present.items()
-            for tile in known[name].headline(numbers).get(student, ())
+        stats = [
+            {"section": name, "label": stat.label, "value": stat.value, "detail": stat.detail}
+            for name, numbers in available.items()
+            for stat in known[name].headline(numbers).get(student, ())
         ]
         own = [(name, found) for name, found in findings if found.student == student]
         bad = [{"section": name, "text": found.text} for name, found in own if found.level == "bad"]
         checked = sum(found.level == "good" for _, found in own)
-        kept = [share for name, numbers in present.items() for share in kept_shares(name, numbers, student)]
+        kept = [share for name, numbers in available.items() for share in kept_shares(name, numbers, student)]
         result["students"][student] = {
             "headline": headline(kept, bad=len(bad), checked=checked),
             "kept": kept,
-            "tiles": tiles,
+            "tiles": stats,
             "bad": bad,
             "notes": [{"section": name, "text": found.text} for name, found in own if found.level == "note"],
             "checked": checked,

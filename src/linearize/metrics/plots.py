@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.metrics.theme import (
     COLOURS,
-    bytes_label,
     count_label,
     legend_below,
-    log_log,
-    percent_label,
-    plain_label,
     styled,
 )
 
@@ -22,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from linearize.evaluation.recall import RecallReport
-    from linearize.evaluation.speed import DecodeCost
     from linearize.metrics.language_model import PositionBin
     from linearize.metrics.report import ConversionReport, Moment
 
@@ -106,48 +100,6 @@ def plot_loss_by_position(bins: Sequence[PositionBin], folder: Path | str) -> li
 def _tokens_seen(b: PositionBin) -> float:
     """The middle of a bin on a logarithmic axis; a token at position p has seen p + 1 tokens."""
     return float(((b.start + 1) * b.end) ** 0.5)
-
-
-def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Path]:
-    """Time per token and cache bytes against context, log-log; files `decode_cost.svg` and `.png`."""
-    with new_figure(Path(folder) / "decode_cost", panels=2, width=8.6) as (figure, (left, right)):
-        for name in ("teacher", "student"):
-            found = [cost for cost in costs if cost.model == name]
-            contexts = [cost.context for cost in found]
-            label = "teacher, preallocated cache" if name == "teacher" else "student"
-            style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
-            low, high = zip(*(cost.ms_spread for cost in found), strict=True) if found else ((), ())
-            left.fill_between(contexts, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
-            left.plot(contexts, [cost.ms_per_token for cost in found], **style, label=label)
-            right.plot(contexts, [cost.cache_bytes for cost in found], **style)
-        for axis, title, formatter in (
-            (left, "Decode time (ms per token)", plain_label),
-            (right, "Cache memory", bytes_label),
-        ):
-            log_log(axis, formatter)
-            axis.set(title=title, xlabel="context (tokens)")
-        legend_below(figure)
-    return figure_files(folder, "decode_cost")
-
-
-def plot_recall(reports: Mapping[str, RecallReport], folder: Path | str) -> list[Path]:
-    """Share of exact answers by the distance to the fact, a line per model; files `recall.svg` and `.png`.
-
-    `reports` maps `teacher` and `student` (or names of your own) to what `recall_beyond_window` gave.
-    """
-    with new_figure(Path(folder) / "recall") as (figure, (axis,)):
-        for name, report in reports.items():
-            shares = [b.accuracy for b in report.by_distance]
-            style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(name), "clip_on": False}
-            axis.plot(range(len(shares)), shares, **style, label=f"{name} {report.accuracy:.0%}")
-            names = [f"{b.start}-{b.end - 1}" for b in report.by_distance]
-            axis.set_xticks(range(len(names)), names)
-        axis.yaxis.set_major_formatter(percent_label)
-        axis.set(title="Recall beyond the window", xlabel="tokens back to the fact", ylabel="exact answers")
-        axis.set_ylim(0, 1)
-        axis.margins(x=0.15)
-        legend_below(figure)
-    return figure_files(folder, "recall")
 
 
 def plot_layer_error(

@@ -40,7 +40,7 @@ STYLE: Any = {
 
 
 def colours(names: Iterable[str]) -> Mapping[str, str]:
-    """A colour for each contestant of a report, in order: the teacher's is always the same."""
+    """A colour for each model of a report, in order: the teacher's is always the same."""
     students = iter(STUDENTS * 20)
     return {name: TEACHER if name == "teacher" else next(students) for name in names}
 

@@ -17,7 +17,7 @@ from linearize.evaluation.chat.answers import Answers, answer_all
 from linearize.evaluation.chat.data import Instruction
 from linearize.evaluation.chat.journal import Record, file_name
 from linearize.evaluation.chat.judge import Judge, Message
-from linearize.evaluation.context import Contestant
+from linearize.evaluation.context import EvalModel
 from linearize.storage.atomic import atomic_write_text
 
 NAME = "alpaca_eval"
@@ -25,7 +25,7 @@ JUDGE_TOKENS = 16  # one letter; some tokenizers and judges need a little room a
 
 
 def answer(
-    contestant: Contestant,
+    eval_model: EvalModel,
     found: Sequence[Instruction],
     *,
     seed: int,
@@ -42,15 +42,15 @@ def answer(
 
     def done(record: Record) -> None:
         text = record["question"]
-        outputs.append(official_output(text, record["turns"][0]["text"], contestant.name, datasets[text]))
+        outputs.append(official_output(text, record["turns"][0]["text"], eval_model.name, datasets[text]))
 
     try:
         return answer_all(
-            contestant, asks, benchmark=NAME, max_new_tokens=max_new_tokens, batch=batch, root=root, done=done,
+            eval_model, asks, benchmark=NAME, max_new_tokens=max_new_tokens, batch=batch, root=root, done=done,
             progress=progress,
         )  # fmt: skip
     finally:
-        write_list(root, (file_name(contestant.name), "model_outputs.json"), outputs)
+        write_list(root, (file_name(eval_model.name), "model_outputs.json"), outputs)
 
 
 def official_output(instruction: str, output: str, generator: str, dataset: str) -> Record:
@@ -75,7 +75,7 @@ def baseline(found: Sequence[Instruction], teacher: Answers | None) -> tuple[str
         return str(generators.pop()), {i.text: str(i.output) for i in found}
     if teacher is None:
         return None
-    return teacher.contestant, {r["question"]: r["turns"][0]["text"] for r in teacher.records}
+    return teacher.eval_model, {r["question"]: r["turns"][0]["text"] for r in teacher.records}
 
 
 def letter(reply: str) -> str | None:

@@ -52,12 +52,12 @@ def judge_mt_bench(
     pairs = list(mt_bench.matches(questions, answers, pairs=True)) if pairwise and has_teacher else []
     rated = _judged("MT-Bench ratings", singles, judge, prompts, root, workers, progress)
     compared = _judged("MT-Bench pairs", pairs, judge, prompts, root, workers, progress)
-    by_model = {a.contestant: [r for r in rated if r["model"] == a.contestant] for a in answers}
+    by_model = {a.eval_model: [r for r in rated if r["model"] == a.eval_model] for a in answers}
     found: dict[str, dict[str, Any]] = {}
     for name, own in by_model.items():
         found[name] = {"scores": scores_summary(own, questions)}
-        if has_teacher and name != answers[0].contestant:
-            found[name]["score_difference"] = score_difference(own, by_model[answers[0].contestant])
+        if has_teacher and name != answers[0].eval_model:
+            found[name]["score_difference"] = score_difference(own, by_model[answers[0].eval_model])
             if pairs:
                 found[name]["against_teacher"] = pair_summary(r for r in compared if r["model_1"] == name)
     return found
@@ -96,15 +96,15 @@ def judge_alpaca(
         return {}
     generator, outputs = against
     numbers: dict[str, dict[str, Any]] = {}
-    for own in (a for a in answers if a.contestant != generator):
+    for own in (a for a in answers if a.eval_model != generator):
         texts = {record["question"]: record["turns"][0]["text"] for record in own.records}
-        names = (generator, own.contestant)
+        names = (generator, own.eval_model)
 
         def do(i: Instruction, texts: dict[str, str] = texts, names: tuple[str, str] = names) -> Record:
             return alpaca.annotate(i, (outputs[i.text], texts[i.text]), names, judge, prompt, seed)
 
-        annotations = each(found, do, workers, partial(progress, f"AlpacaEval: {own.contestant}"))
-        where = (file_name(own.contestant), file_name(judge.config.model), "annotations.json")
+        annotations = each(found, do, workers, partial(progress, f"AlpacaEval: {own.eval_model}"))
+        where = (file_name(own.eval_model), file_name(judge.config.model), "annotations.json")
         alpaca.write_list(root, where, annotations)
-        numbers[own.contestant] = {"judged": alpaca_summary(annotations, generator)}
+        numbers[own.eval_model] = {"judged": alpaca_summary(annotations, generator)}
     return numbers

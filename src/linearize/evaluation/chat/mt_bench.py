@@ -14,7 +14,7 @@ from linearize.evaluation.chat.answers import Answers, answer_all, answer_ids
 from linearize.evaluation.chat.data import TEMPERATURES, Question
 from linearize.evaluation.chat.journal import Journal, Record, file_name
 from linearize.evaluation.chat.judge import Judge
-from linearize.evaluation.context import Contestant
+from linearize.evaluation.context import EvalModel
 
 NAME = "mt_bench"
 JUDGE_TOKENS = 2048
@@ -38,7 +38,7 @@ def winner(reply: str) -> str | None:
 
 
 def answer(
-    contestant: Contestant,
+    eval_model: EvalModel,
     questions: Sequence[Question],
     *,
     seed: int,
@@ -52,17 +52,17 @@ def answer(
         q.id: Ask(turns=q.turns, temperature=TEMPERATURES.get(q.category, 0.7), seed=f"{seed}/{NAME}/{q.id}")
         for q in questions
     }
-    ids = answer_ids(contestant, NAME, asks, max_new_tokens)
-    path = None if root is None else root / NAME / "model_answer" / f"{file_name(contestant.name)}.jsonl"
+    ids = answer_ids(eval_model, NAME, asks, max_new_tokens)
+    path = None if root is None else root / NAME / "model_answer" / f"{file_name(eval_model.name)}.jsonl"
     official = Journal(path, stale=lambda r: ids.get(r.get("question_id"), r.get("answer_id")) != r.get("answer_id"))
     written = {record["answer_id"] for record in official.records}
 
     def done(record: Record) -> None:
         if record["id"] not in written:
-            official.append(official_answer(record, contestant.name))
+            official.append(official_answer(record, eval_model.name))
 
     return answer_all(
-        contestant, asks, benchmark=NAME, max_new_tokens=max_new_tokens, batch=batch, root=root, done=done,
+        eval_model, asks, benchmark=NAME, max_new_tokens=max_new_tokens, batch=batch, root=root, done=done,
         progress=progress,
     )  # fmt: skip
 
@@ -123,9 +123,9 @@ def matches(questions: Sequence[Question], answers: Sequence[Answers], pairs: bo
     The first of `answers` is the teacher's; the second turn is judged where there are exactly two, as FastChat does.
     """
     texts = {
-        a.contestant: {r["question"]: tuple(turn["text"] for turn in r["turns"]) for r in a.records} for a in answers
+        a.eval_model: {r["question"]: tuple(turn["text"] for turn in r["turns"]) for r in a.records} for a in answers
     }
-    names = [a.contestant for a in answers]
+    names = [a.eval_model for a in answers]
     fields = [(name, names[0]) for name in names[1:]] if pairs else [(name,) for name in names]
     for models in fields:
         for question in questions:

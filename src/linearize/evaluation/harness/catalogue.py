@@ -13,6 +13,7 @@ from typing import Any
 
 from linearize.errors import InputError, unknown
 from linearize.evaluation.harness import originals
+from linearize.evaluation.harness.definitions import own_names, task_manager
 
 CHOICES = ("query", "choices", "gold")
 
@@ -154,8 +155,6 @@ def entries(tasks: tuple[str, ...], include_path: Path | None = None) -> tuple[E
 
     Raises InputError for none, for the same task twice, and for a name that nobody knows.
     """
-    from linearize.evaluation.harness.runner import own_names
-
     own = own_names(include_path) if include_path is not None else frozenset[str]()
     parsed = [Entry.parse(text) for text in tasks]
     found = tuple(replace(entry, own=include_path) if entry.task in own else entry for entry in parsed)
@@ -173,8 +172,6 @@ def entries(tasks: tuple[str, ...], include_path: Path | None = None) -> tuple[E
 
 def _check_name(name: str, own: Set[str]) -> None:
     import difflib
-
-    from linearize.evaluation.harness.runner import task_manager
 
     others = task_manager().all_tasks
     if name not in others:

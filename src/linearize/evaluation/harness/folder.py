@@ -15,6 +15,7 @@ import yaml
 
 from linearize.evaluation.harness import local_files, task_functions
 from linearize.evaluation.harness.catalogue import KNOWN, Entry, Known
+from linearize.evaluation.harness.definitions import definitions
 
 FUNCTIONS = "task_functions"
 DATA = "data"
@@ -86,16 +87,12 @@ def _local(files: dict[str, str]) -> dict[str, Any]:
 
 
 def _included(definition: str) -> dict[str, Any]:
-    from linearize.evaluation.harness.runner import definitions
-
     return {"include": str(definitions() / definition)}
 
 
 def _humaneval() -> dict[str, Any]:
     """lm-eval's definition with functions that need no network (its own fetch a metric from the Hub on import)."""
     from lm_eval.tasks._yaml_loader import load_yaml
-
-    from linearize.evaluation.harness.runner import definitions
 
     found = load_yaml(definitions() / KNOWN["humaneval"].definition, resolve_func=False)
     found["metric_list"][0]["metric"] = Function("pass_at_k")

@@ -11,6 +11,7 @@ from typing import Any
 
 from linearize.errors import InputError
 from linearize.evaluation.harness.catalogue import KNOWN, Entry, Known
+from linearize.evaluation.harness.definitions import definitions
 from linearize.storage.files import read_text, well_formed
 
 Rows = list[dict[str, Any]]
@@ -48,8 +49,6 @@ def files(task: str, known: Known, root: Path) -> list[Path]:
 
 def subjects() -> list[str]:
     """MMLU's, by lm-eval's own definitions."""
-    from linearize.evaluation.harness.runner import definitions
-
     return sorted(path.stem.removeprefix("mmlu_") for path in (definitions() / "mmlu" / "default").glob("mmlu_*.yaml"))
 
 

@@ -1,19 +1,21 @@
-"""A contestant as lm-eval's `HFLM`: the same requests, batches and answers, with progress and answers kept.
+"""A model as lm-eval's `HFLM`: the same requests, batches and answers, with progress and answers kept, and its batch.
 
-What it adds changes no number: a prompt that several choices share is tokenized once (and once for all contestants),
+What it adds changes no number: a prompt that several choices share is tokenized once (and once for all models),
 requests answered before an interruption are not asked again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from linearize.evaluation.context import Contestant
+from linearize.evaluation.context import EvalModel
 from linearize.evaluation.harness.answers import Answers
-from linearize.evaluation.harness.runner import quiet
+from linearize.evaluation.harness.definitions import quiet
 
 Pair = tuple[list[int], list[int]]
 
@@ -27,11 +29,14 @@ class TooLongError(Exception):
 
 
 TOKENIZE_AT_ONCE = 512  # texts
+CPU_BYTES = 1 << 29  # for the logits of a batch and what is computed from them
+CPU_ROWS = 16  # more rows bring nothing there: they only add padding
+LONGEST = 4096  # tokens: prompts of tasks are not longer, even where the model's rows could be
 
 
 @dataclass
 class Pairs:
-    """Tokens of contexts and continuations by their texts; all contestants have one tokenizer."""
+    """Tokens of contexts and continuations by their texts; all models have one tokenizer."""
 
     found: dict[tuple[str, str], Pair] = field(default_factory=dict)
 
@@ -56,8 +61,8 @@ class Pairs:
                 self.found[context, continuation] = head, whole[len(head) :]
 
 
-def harness_model(contestant: Contestant, *, batch: int, max_length: int, pairs: Pairs) -> Any:
-    """The contestant as an lm-eval model that can be given `answers` (an `Answers`) before each task."""
+def harness_model(eval_model: EvalModel, *, batch: int, max_length: int, pairs: Pairs) -> Any:
+    """The model as an lm-eval model that can be given `answers` (an `Answers`) before each task."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import has_bos_prefix
 
@@ -108,8 +113,8 @@ def harness_model(contestant: Contestant, *, batch: int, max_length: int, pairs:
 
     with quiet():
         return Harnessed(
-            pretrained=contestant.model,
-            tokenizer=copy.deepcopy(contestant.tokenizer),  # lm-eval gives it a padding token
+            pretrained=eval_model.model,
+            tokenizer=copy.deepcopy(eval_model.tokenizer),  # lm-eval gives it a padding token
             batch_size=batch,
             max_length=max_length,
         )
@@ -118,3 +123,24 @@ def harness_model(contestant: Contestant, *, batch: int, max_length: int, pairs:
 def _sampled(request: Any) -> bool:
     given = request.args[1] if len(request.args) > 1 else None
     return isinstance(given, dict) and bool(given.get("do_sample", False))
+
+
+def choose_batch(eval_models: tuple[EvalModel, ...], max_length: int) -> int:
+    """Rows of `max_length` tokens (4,096 at most) that every model can take; the same number for all."""
+    return min(_batch(eval_model, min(max_length, LONGEST)) for eval_model in eval_models)
+
+
+def _batch(eval_model: EvalModel, max_length: int) -> int:
+    if eval_model.model.device.type != "cpu":
+        return _by_trial(eval_model, max_length)
+    config: Any = eval_model.model.config.get_text_config()
+    row = 4 * max_length * (3 * config.vocab_size + 16 * config.hidden_size)
+    rows = max(1, min(CPU_ROWS, CPU_BYTES // row))
+    return 1 << (rows.bit_length() - 1)
+
+
+def _by_trial(eval_model: EvalModel, max_length: int) -> int:
+    """lm-eval's own search for the largest batch."""
+    model = harness_model(eval_model, batch=1, max_length=max_length, pairs=Pairs())
+    with contextlib.redirect_stdout(io.StringIO()):
+        return int(model._detect_batch_size())

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from linearize.evaluation.context import Contestant, Setting
+from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.harness.answers import Answers
-from linearize.evaluation.harness.batches import choose_batch
 from linearize.evaluation.harness.catalogue import Entry
 from linearize.evaluation.harness.folder import DATA, FUNCTIONS
-from linearize.evaluation.harness.model import Pairs, TooLongError, harness_model
+from linearize.evaluation.harness.model import Pairs, TooLongError, choose_batch, harness_model
 from linearize.evaluation.harness.outcome import Outcome, outcomes, write_samples
 from linearize.evaluation.harness.runner import command, manager_for, measure
-from linearize.evaluation.result_cache import Kept
+from linearize.evaluation.result_cache import ResultCache
 
 ROUND = 64  # tokens
 NO_TRAINING = "few-shot examples come from the measured file (the measured item left out): there is no training split"
@@ -28,7 +27,7 @@ class Run:
     """`length`: the longest row in tokens; `batch`: rows at a time; `limit`: items per task; `longer`: the rows of
     tasks with an answer longer than that."""
 
-    setting: Setting
+    ctx: EvalContext
     folder: Path
     length: int
     batch: int
@@ -36,27 +35,27 @@ class Run:
     longer: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, setting: Setting, folder: Path, limit: int | None) -> Run:
-        """Choose the length and the batch, the same for all contestants."""
-        length = longest_row(setting.contestants)
-        models = [[c.fingerprint, c.model.device.type, str(c.model.dtype)] for c in setting.contestants]
+    def prepare(cls, ctx: EvalContext, folder: Path, limit: int | None) -> Run:
+        """Choose the length and the batch, the same for all models."""
+        length = longest_row(ctx.models)
+        models = [[c.fingerprint, c.model.device.type, str(c.model.dtype)] for c in ctx.models]
         key = {"section": "tasks-batch", "models": models, "length": length}
-        kept = setting.kept if all(c.fingerprint for c in setting.contestants) else Kept()
-        batch = kept.result(key, lambda: choose_batch(setting.contestants, length))
-        return cls(setting=setting, folder=folder, length=length, batch=batch, limit=limit)
+        kept = ctx.results if all(c.fingerprint for c in ctx.models) else ResultCache()
+        batch = kept.result(key, lambda: choose_batch(ctx.models, length))
+        return cls(ctx=ctx, folder=folder, length=length, batch=batch, limit=limit)
 
-    def outcomes(self, entry: Entry, contestant: Contestant, pairs: Pairs) -> dict[str, Outcome]:
-        """One task on one contestant; what was kept of it is taken up."""
-        key = self._key(entry, contestant)
-        kept = self.setting.kept if contestant.fingerprint else Kept()
+    def outcomes(self, entry: Entry, eval_model: EvalModel, pairs: Pairs) -> dict[str, Outcome]:
+        """One task on one model; what was kept of it is taken up."""
+        key = self._key(entry, eval_model)
+        kept = self.ctx.results if eval_model.fingerprint else ResultCache()
 
         def measured() -> dict[str, Any]:
             path, length = kept.path(f"answers-{_digest(key)}.db"), self.length
             try:
-                found = self._measured(entry, contestant, pairs, path, length)
+                found = self._measured(entry, eval_model, pairs, path, length)
             except TooLongError as error:  # only longer rows can score such an answer whole
                 length = -(-error.tokens // ROUND) * ROUND
-                found = self._measured(entry, contestant, pairs, path, length)
+                found = self._measured(entry, eval_model, pairs, path, length)
             if path is not None:
                 path.unlink(missing_ok=True)
             return {"length": length, "outcomes": found}
@@ -68,20 +67,20 @@ class Run:
         return found
 
     def _measured(
-        self, entry: Entry, contestant: Contestant, pairs: Pairs, path: Path | None, length: int
+        self, entry: Entry, eval_model: EvalModel, pairs: Pairs, path: Path | None, length: int
     ) -> dict[str, Outcome]:
-        what = f"{entry.task}, {contestant.name}: requests"
-        model = harness_model(contestant, batch=self.batch, max_length=length, pairs=pairs)
-        model.answers = Answers(path, lambda done, asked: self.setting.progress(what, done, asked))
+        what = f"{entry.task}, {eval_model.name}: requests"
+        model = harness_model(eval_model, batch=self.batch, max_length=length, pairs=pairs)
+        model.answers = Answers(path, lambda done, asked: self.ctx.progress(what, done, asked))
         try:
             found = measure(
-                entry, model, manager_for(entry, self.folder), limit=self.limit, seed=self.setting.seed,
-                allow_code=self.setting.allow_code, tokens=self._tokens(entry),
+                entry, model, manager_for(entry, self.folder), limit=self.limit, seed=self.ctx.seed,
+                allow_code=self.ctx.allow_code, tokens=self._tokens(entry),
             )  # fmt: skip
         finally:
             model.answers.close()
-        if self.setting.out is not None:
-            write_samples(self.setting.out / "samples" / f"{entry.task}.{contestant.name}.jsonl", found)
+        if self.ctx.out is not None:
+            write_samples(self.ctx.out / "samples" / f"{entry.task}.{eval_model.name}.jsonl", found)
         choices = {task: config["output_type"] == "multiple_choice" for task, config in found["configs"].items()}
         return outcomes(entry, found, choices)
 
@@ -89,10 +88,10 @@ class Run:
         """How the numbers came about."""
         import lm_eval
 
-        first = self.setting.contestants[0]
+        first = self.ctx.models[0]
         return {
             "lm_eval": lm_eval.__version__,
-            "source": str(self.setting.data_root) if self.setting.data_root is not None else "Hugging Face Hub",
+            "source": str(self.ctx.data_root) if self.ctx.data_root is not None else "Hugging Face Hub",
             "batch": self.batch,
             "max_length": self.length,
             "limit": self.limit,
@@ -110,7 +109,7 @@ class Run:
             )
         if known is None:
             return "; ".join(notes)
-        local = self.setting.data_root is not None
+        local = self.ctx.data_root is not None
         notes += [note for note in (known.note, known.local_note if local else "") if note]
         if local and not known.own_shots and entry.shots:
             notes.append(NO_TRAINING)
@@ -123,19 +122,19 @@ class Run:
         half = self.length // 2
         return half if entry.known is not None and entry.known.generates > half else None
 
-    def _command(self, entry: Entry, contestant: Contestant) -> str:
-        model = contestant.model
+    def _command(self, entry: Entry, eval_model: EvalModel) -> str:
+        model = eval_model.model
         settings = {
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
             "max_length": self.longer.get(entry.task, self.length),
         }
         return command(
-            entry, path=contestant.path, settings=settings, batch=self.batch, limit=self.limit,
-            seed=self.setting.seed, tokens=self._tokens(entry), folder=self.folder, device=model.device.type,
+            entry, path=eval_model.path, settings=settings, batch=self.batch, limit=self.limit,
+            seed=self.ctx.seed, tokens=self._tokens(entry), folder=self.folder, device=model.device.type,
         )  # fmt: skip
 
-    def _key(self, entry: Entry, contestant: Contestant) -> dict[str, Any]:
+    def _key(self, entry: Entry, eval_model: EvalModel) -> dict[str, Any]:
         """Everything that an outcome depends on."""
         import lm_eval
 
@@ -144,12 +143,12 @@ class Run:
             "task": entry.task,
             "shots": entry.shots,
             "limit": self.limit,
-            "model": contestant.fingerprint,
-            "dtype": str(contestant.model.dtype),
-            "device": contestant.model.device.type,
+            "model": eval_model.fingerprint,
+            "dtype": str(eval_model.model.dtype),
+            "device": eval_model.model.device.type,
             "batch": self.batch,
             "max_length": self.length,
-            "seed": self.setting.seed,
+            "seed": self.ctx.seed,
             "lm_eval": lm_eval.__version__,
             "definition": self._definition(entry),
         }
@@ -170,11 +169,11 @@ class Run:
         return found.hexdigest()[:20]
 
 
-def longest_row(contestants: Sequence[Contestant]) -> int:
-    """The tokens that every contestant can take, found as lm-eval does for a model alone."""
+def longest_row(eval_models: Sequence[EvalModel]) -> int:
+    """The tokens that every model can take, found as lm-eval does for a model alone."""
     from lm_eval.models.utils import resolve_max_length
 
-    return int(min(resolve_max_length(c.model.config, c.tokenizer, default=2048) for c in contestants))
+    return int(min(resolve_max_length(c.model.config, c.tokenizer, default=2048) for c in eval_models))
 
 
 def _digest(key: Mapping[str, Any]) -> str:

@@ -42,10 +42,10 @@ def page(report: Mapping[str, Any], sections: Mapping[str, type[Section]] | None
     know is named as left out.
     """
     known = known_sections(sections)
-    present = [name for name in report["sections"] if name in known]
+    available = [name for name in report["sections"] if name in known]
     unknown = [name for name in report["sections"] if name not in known]
     notes = [*report.get("notes", ()), *(f"this version cannot show the section {name!r}" for name in unknown)]
-    headings = {"verdict": "Verdict", **{name: known[name].TITLE for name in present}}
+    headings = {"verdict": "Verdict", **{name: known[name].TITLE for name in available}}
     headings |= {"reading": "How to read this", "provenance": "How this came about"}
     body = [
         _header(report),
@@ -53,8 +53,8 @@ def page(report: Mapping[str, Any], sections: Mapping[str, type[Section]] | None
         "<main>",
         _section("verdict", "Verdict", _verdict(report, notes, headings)),
         *(
-            _section(name, known[name].TITLE, shown_html(known[name].show(report["sections"][name]), name))
-            for name in present
+            _section(name, known[name].TITLE, shown_html(known[name].present(report["sections"][name]), name))
+            for name in available
         ),
         _section("reading", headings["reading"], "".join(f"<p>{text(line)}</p>" for line in HOW_TO_READ)),
         _section("provenance", headings["provenance"], _provenance(report, headings)),
@@ -114,7 +114,7 @@ def _verdict(report: Mapping[str, Any], notes: Sequence[str], headings: Mapping[
     definitions = {share["measure"]: share["definition"] for one in students.values() for share in one.get("kept", ())}
     pieces += [f'<p class="under">{text(told_of)}</p>' for told_of in definitions.values()]
     pieces.append(_notes(told, notes, headings))
-    pieces.append(table_html(_contestants(report)))
+    pieces.append(table_html(_models_table(report)))
     return "\n".join(filter(None, pieces))
 
 
@@ -158,8 +158,8 @@ def _linked(found: Mapping[str, str], headings: Mapping[str, str]) -> str:
 
 
 def _tile_table(students: Mapping[str, Any]) -> str:
-    """The tiles of several students as a table: a row for each number, a column for each student."""
-    labels = list(dict.fromkeys(str(tile["label"]) for one in students.values() for tile in one.get("tiles", ())))
+    """The stats of several students as a table: a row for each number, a column for each student."""
+    labels = list(dict.fromkeys(str(stat["label"]) for one in students.values() for stat in one.get("tiles", ())))
     if not labels:
         return ""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in students)
@@ -167,9 +167,9 @@ def _tile_table(students: Mapping[str, Any]) -> str:
     for label in labels:
         cells = []
         for one in students.values():
-            tile = next((tile for tile in one.get("tiles", ()) if tile["label"] == label), None)
-            detail = f'<span class="detail">{text(tile["detail"])}</span>' if tile and tile.get("detail") else ""
-            cells.append(f"<td>{text(tile['value']) if tile else NOTHING}{detail}</td>")
+            stat = next((stat for stat in one.get("tiles", ()) if stat["label"] == label), None)
+            detail = f'<span class="detail">{text(stat["detail"])}</span>' if stat and stat.get("detail") else ""
+            cells.append(f"<td>{text(stat['value']) if stat else NOTHING}{detail}</td>")
         rows.append(f'<tr><th scope="row">{text(capital(label))}</th>{"".join(cells)}</tr>')
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="The students side by side">'
@@ -178,7 +178,7 @@ def _tile_table(students: Mapping[str, Any]) -> str:
     )
 
 
-def _contestants(report: Mapping[str, Any]) -> Table:
+def _models_table(report: Mapping[str, Any]) -> Table:
     """Who took part."""
     rows = [
         {

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from linearize.evaluation.context import Cell, Finding, Plot, Shown, Table
+from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Table
 from linearize.evaluation.report.svg import PIXELS_PER_INCH, inline_svg
 
 LEVELS = {"bad": "Fault", "note": "Note", "good": "Checked"}
@@ -113,24 +113,24 @@ def figure_html(plot: Plot, prefix: str) -> str:
     )
 
 
-def shown_html(shown: Shown, prefix: str) -> str:
+def shown_html(view: SectionView, prefix: str) -> str:
     """The whole of a section below its heading; of its tables the first one lies open."""
-    plots = "".join(figure_html(plot, prefix) for plot in shown.plots)
+    plots = "".join(figure_html(plot, prefix) for plot in view.plots)
     return (
-        f"<p>{text(shown.summary)}</p>"
-        + findings_html(shown.findings)
+        f"<p>{text(view.summary)}</p>"
+        + findings_html(view.findings)
         + (f'<div class="plots">{plots}</div>' if plots else "")
-        + "".join(table_html(table, fold=i > 0) for i, table in enumerate(shown.tables))
+        + "".join(table_html(table, fold=i > 0) for i, table in enumerate(view.tables))
     )
 
 
-def tiles_html(tiles: Sequence[Mapping[str, str]]) -> str:
+def tiles_html(stats: Sequence[Mapping[str, str]]) -> str:
     """The numbers of a verdict as boxes."""
     boxes = "".join(
-        f'<div class="tile"><dt>{text(capital(tile["label"]))}</dt><dd class="value">{text(tile["value"])}</dd>'
-        + (f'<dd class="detail">{text(tile["detail"])}</dd>' if tile.get("detail") else "")
+        f'<div class="tile"><dt>{text(capital(stat["label"]))}</dt><dd class="value">{text(stat["value"])}</dd>'
+        + (f'<dd class="detail">{text(stat["detail"])}</dd>' if stat.get("detail") else "")
         + "</div>"
-        for tile in tiles
+        for stat in stats
     )
     return f'<dl class="tiles">{boxes}</dl>' if boxes else ""
 

@@ -30,13 +30,13 @@ nav ul{display:flex;flex-wrap:wrap;gap:.15rem 1.1rem;list-style:none;margin:.75r
 nav a{display:inline-block;padding:.25rem 0}
 #verdict h2{margin-top:1rem}
 .headline{font-size:1.1rem;line-height:1.45}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.6rem;margin:.9rem 0}
-.tile{background:var(--box);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .7rem;display:flex;
+.stats{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.6rem;margin:.9rem 0}
+.stat{background:var(--box);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .7rem;display:flex;
 flex-direction:column}
-.tile dt{color:var(--muted);font-size:.8125rem;line-height:1.3}
-.tile dd{margin:0}
-.tile .value{font-size:1.2rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums;padding:.1rem 0}
-.tile .detail{font-size:.8125rem;line-height:1.35}
+.stat dt{color:var(--muted);font-size:.8125rem;line-height:1.3}
+.stat dd{margin:0}
+.stat .value{font-size:1.2rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums;padding:.1rem 0}
+.stat .detail{font-size:.8125rem;line-height:1.35}
 .findings{list-style:none;margin:.6rem 0;padding:0;max-width:52rem}
 .findings li{padding:.15rem 0 .15rem .7rem;border-left:3px solid var(--line);margin:.4rem 0}
 .findings .bad{border-color:var(--bad)}
@@ -85,7 +85,7 @@ font-size:.875rem;margin:.75rem 0}
 @media print{details::details-content{content-visibility:visible;block-size:auto}
 html{font-size:11px}body{max-width:none;padding:0;font-size:11px}table{width:auto}td.number{white-space:normal}
 nav{display:none}h2,h3,caption{break-after:avoid}
-figure,.tile,tr{break-inside:avoid}.scroll{overflow:visible}a{color:inherit;text-decoration:none}}
+figure,.stat,tr{break-inside:avoid}.scroll{overflow:visible}a{color:inherit;text-decoration:none}}
 """
 
 STYLE_SHEET = f":root{{{LIGHT}}}@media screen and (prefers-color-scheme:dark){{:root{{{DARK}}}}}{RULES}".replace(

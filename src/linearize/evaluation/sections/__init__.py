@@ -1,4 +1,4 @@
-"""The parts of an evaluation, one file each, and the one literal table of them, in the order of a report."""
+"""The parts of an evaluation, a folder each, and the literal table of them, in the order of a report."""
 
 from linearize.evaluation.context import Section
 from linearize.evaluation.sections.branches import Branches

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.evaluation.speed.memory import cache_bytes
 from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
+from linearize.evaluation.speed.run_config import RunConfig, new_cache
 from linearize.evaluation.speed.timing import Timing, interleaved
-from linearize.evaluation.speed.ways import Way, new_cache
+from linearize.metrics.plots import figure_files, new_figure
+from linearize.metrics.theme import COLOURS, bytes_label, legend_below, log_log, plain_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def decode_cost(
             if model is not None:
                 room = context + warmup + repeats * tokens
                 ids_BT = random_text([model], batch, room, seed)
-                cache = new_cache(Way("static" if name == "teacher" else "own", ""), model, room)
+                cache = new_cache(RunConfig("static" if name == "teacher" else "own", ""), model, room)
                 with measuring([model]):
                     _, cache = prefill(model, cache, ids_BT[:, :context], chunk)
                     cache = decode(model, cache, ids_BT[:, context : context + warmup])
@@ -94,3 +97,25 @@ def _cost(name: str, context: int, batch: int, timing: Timing, tokens: int, size
         ms_spread=(timing.lowest * ms, timing.highest * ms),
         cache_bytes=size,
     )
+
+
+def plot_decode_cost(costs: Sequence[DecodeCost], folder: Path | str) -> list[Path]:
+    """Time per token and cache bytes against context, log-log; files `decode_cost.svg` and `.png`."""
+    with new_figure(Path(folder) / "decode_cost", panels=2, width=8.6) as (figure, (left, right)):
+        for name in ("teacher", "student"):
+            found = [cost for cost in costs if cost.model == name]
+            contexts = [cost.context for cost in found]
+            label = "teacher, preallocated cache" if name == "teacher" else "student"
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": COLOURS[name]}
+            low, high = zip(*(cost.ms_spread for cost in found), strict=True) if found else ((), ())
+            left.fill_between(contexts, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+            left.plot(contexts, [cost.ms_per_token for cost in found], **style, label=label)
+            right.plot(contexts, [cost.cache_bytes for cost in found], **style)
+        for axis, title, formatter in (
+            (left, "Decode time (ms per token)", plain_label),
+            (right, "Cache memory", bytes_label),
+        ):
+            log_log(axis, formatter)
+            axis.set(title=title, xlabel="context (tokens)")
+        legend_below(figure)
+    return figure_files(folder, "decode_cost")

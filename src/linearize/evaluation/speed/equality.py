@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.evaluation.speed.reading import feed
-from linearize.evaluation.speed.ways import Way, attending, new_cache
+from linearize.evaluation.speed.run_config import RunConfig, attending, new_cache
 from linearize.modeling import LinearizedForCausalLM
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -68,26 +68,26 @@ def reference(model: Any, ids_BT: Tensor, new_tokens: int) -> Reference:
     return Reference(ids_BT, text_BT[:, ids_BT.shape[1] :], torch.stack(found, dim=1))
 
 
-def check_way(name: str, model: PreTrainedModel, way: Way, expected: Reference) -> Check:
+def check_config(name: str, model: PreTrainedModel, config: RunConfig, expected: Reference) -> Check:
     """The same text and tokens through the way's cache, with the text in one piece, and in unequal ones.
 
     Tokens are equal when at each step the greedy one is the reference's, or as likely there but for rounding.
     """
     batch, length = expected.plain_BT.shape
     allowed = TOLERANCE[model.dtype] * float(expected.logits_BNV.float().std())
-    told: dict[str, Any] = {"model": name, "way": str(way), "batch": batch, "tokens": length, "allowed": allowed}
+    told: dict[str, Any] = {"model": name, "way": str(config), "batch": batch, "tokens": length, "allowed": allowed}
     splits = {(length,), _pieces(length)}
     try:
-        with attending(model, way.attention):
-            worst = max((_difference(model, way, expected, split) for split in sorted(splits)), key=_badness)
+        with attending(model, config.attention):
+            worst = max((_difference(model, config, expected, split) for split in sorted(splits)), key=_badness)
     except Exception as error:  # a way that transformers cannot run with this model is an answer, not the end
         return Check(**told, difference=None, equal=False, error=_told(error))
     return Check(**told, difference=_finite(worst), equal=worst <= allowed)
 
 
-def _difference(model: PreTrainedModel, way: Way, expected: Reference, split: Sequence[int]) -> float:
+def _difference(model: PreTrainedModel, config: RunConfig, expected: Reference, split: Sequence[int]) -> float:
     """The largest difference of logits; where a greedy token differs also how much less likely it is."""
-    cache = new_cache(way, model, expected.plain_BT.shape[1] + expected.new_BN.shape[1])
+    cache = new_cache(config, model, expected.plain_BT.shape[1] + expected.new_BN.shape[1])
     logits_BV = expected.logits_BNV[:, 0]
     for piece_BT in expected.plain_BT.split(list(split), dim=1):
         logits_BV, cache = feed(model, cache, piece_BT)

@@ -19,8 +19,8 @@ from linearize.errors import one_line
 from linearize.evaluation.speed.equality import row_difference
 from linearize.evaluation.speed.memory import peak_bytes
 from linearize.evaluation.speed.reading import decode, feed, measuring, prefill, random_text, repeated
+from linearize.evaluation.speed.run_config import RunConfig, attending, new_cache
 from linearize.evaluation.speed.timing import interleaved
-from linearize.evaluation.speed.ways import Way, attending, new_cache
 
 TOKENS = 4
 REPEATS = 3
@@ -77,9 +77,9 @@ class Held:
 class Rows(Held):
     """A model that has read one row of random text, by prefill."""
 
-    def __init__(self, model: PreTrainedModel, way: Way, *, context: int, chunk: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, config: RunConfig, *, context: int, chunk: int, seed: int) -> None:
         ids_1T = random_text([model], 1, context + LAST, seed)
-        _, cache = prefill(model, new_cache(way, model, context + LAST), ids_1T[:, :context], chunk)
+        _, cache = prefill(model, new_cache(config, model, context + LAST), ids_1T[:, :context], chunk)
         super().__init__(model, cache, ids_1T[:, context:])
 
     def speed(self, rows: int) -> dict[str, Any]:
@@ -104,17 +104,17 @@ class Rows(Held):
 
 
 def largest_batch(
-    model: PreTrainedModel, way: Way, *, context: int, budget: int, most: int, chunk: int, seed: int
+    model: PreTrainedModel, config: RunConfig, *, context: int, budget: int, most: int, chunk: int, seed: int
 ) -> dict[str, Any]:
     """`batch` (0: not one row fits; at most `most`), `peak_bytes` there, and the speed of decode there.
 
     Measured on a GPU; on the CPU computed from two measured sizes, and verified by a run at the result.
     """
-    with measuring([model]), attending(model, way.attention):
+    with measuring([model]), attending(model, config.attention):
         try:
-            rows = Rows(model, way, context=context, chunk=chunk, seed=seed)
+            rows = Rows(model, config, context=context, chunk=chunk, seed=seed)
             batch = rows.most(budget, most)
-            told = {"batch": batch, "capped": batch == most, "cache": way.cache, "attention": way.attention}
+            told = {"batch": batch, "capped": batch == most, "cache": config.cache, "attention": config.attention}
             if batch == 0:
                 return told | {"peak_bytes": rows.peak(1), "reason": "one row does not fit"}
             return told | {"peak_bytes": rows.peak(batch), **rows.speed(batch)}
@@ -122,10 +122,10 @@ def largest_batch(
             return {"batch": 0, "reason": f"does not run: {one_line(error)}"}
 
 
-def peak_of_rows(model: PreTrainedModel, way: Way, *, rows: int, context: int, chunk: int, seed: int) -> int:
+def peak_of_rows(model: PreTrainedModel, config: RunConfig, *, rows: int, context: int, chunk: int, seed: int) -> int:
     """The most bytes held while `rows` rows decode, caches and activations."""
-    with measuring([model]), attending(model, way.attention):
-        return Rows(model, way, context=context, chunk=chunk, seed=seed).peak(rows)
+    with measuring([model]), attending(model, config.attention):
+        return Rows(model, config, context=context, chunk=chunk, seed=seed).peak(rows)
 
 
 def search(fits: Callable[[int], bool], most: int) -> int:

@@ -12,21 +12,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.errors import one_line
-from linearize.evaluation.speed.equality import Check, check_way, length_needed, reference
+from linearize.evaluation.speed.equality import Check, check_config, length_needed, reference
 from linearize.evaluation.speed.memory import cache_bytes, peak_bytes
 from linearize.evaluation.speed.reading import decode, feed, measuring, prefill, random_text
-from linearize.evaluation.speed.timing import Timing, interleaved, now
-from linearize.evaluation.speed.ways import (
+from linearize.evaluation.speed.run_config import (
     EAGER_BYTES,
-    HOPELESS,
+    PRUNED_BEYOND,
     CacheKind,
-    Way,
+    RunConfig,
     attending,
     eager_bytes,
     fastest,
     new_cache,
-    ways_of,
+    run_configs,
 )
+from linearize.evaluation.speed.timing import Timing, interleaved, now
 
 TRIAL_TOKENS = 10
 CHECKED_TOKENS = 6
@@ -61,26 +61,26 @@ class Protocol:
 class Runner:
     """One model at one point: what was found out on the way to timing it. `reason`: why there is no speed.
 
-    `prefill_ms`, `token_ms`: trials by way; `cache`: after the prefill, of the kind in which decode was fastest;
-    `peak`: the most bytes held with that cache.
+    `prefill_ms`, `token_ms`: trials by configuration; `cache`: after the prefill, of the kind in which decode was
+    fastest; `peak`: the most bytes held with that cache.
     """
 
     name: str
     model: PreTrainedModel
     checks: list[Check]
-    prefill_ms: dict[Way, float]
-    token_ms: dict[Way, float]
+    prefill_ms: dict[RunConfig, float]
+    token_ms: dict[RunConfig, float]
     cache: Any = None
     peak: int = 0
     reason: str = ""
 
     @property
-    def prefill_way(self) -> Way:
+    def prefill_config(self) -> RunConfig:
         """The one to time the prefill in."""
         return fastest(self.prefill_ms)
 
     @property
-    def way(self) -> Way:
+    def config(self) -> RunConfig:
         """The one to time decode in."""
         return fastest(self.token_ms)
 
@@ -91,18 +91,18 @@ def measure_point(
     *,
     context: int,
     batch: int,
-    hopeless: Mapping[str, Iterable[str]],
+    pruned: Mapping[str, Iterable[str]],
     checked: Checked,
 ) -> dict[str, Any]:
     """`points`: one row per model; `checks`: what was compared before.
 
-    `hopeless`: ways of prefill, by model, that are not tried, since they were far behind at a shorter context.
+    `pruned`: configurations of prefill, by model, that are not tried, since they were far behind at a shorter context.
     `checked`: what was compared at other points already; this point's checks are added.
     """
     ids_BT = random_text(list(models.values()), batch, context + protocol.decoded, protocol.seed)
     with measuring(list(models.values())):
         runners = [
-            prepare(name, model, ids_BT, context, protocol, set(hopeless.get(name, ())), checked)
+            prepare(name, model, ids_BT, context, protocol, set(pruned.get(name, ())), checked)
             for name, model in models.items()
         ]
         ready = [runner for runner in runners if not runner.reason]
@@ -118,24 +118,24 @@ def prepare(
     ids_BT: Tensor,
     context: int,
     protocol: Protocol,
-    hopeless: set[str],
+    pruned: set[str],
     checked: Checked,
 ) -> Runner:
-    """Check all ways at a small length, then try those that are right at this context."""
+    """Check all configurations at a small length, then try those that are right at this context."""
     length = min(context, length_needed(model, protocol.check_tokens))
     runner = Runner(name=name, model=model, checks=[], prefill_ms={}, token_ms={})
     try:
-        ways = ways_of(model, protocol.caches, protocol.attentions)
+        configs = run_configs(model, protocol.caches, protocol.attentions)
         same = (name, ids_BT.shape[0], length)
         if same not in checked:
             expected = reference(model, ids_BT[:, :length], CHECKED_TOKENS)
-            checked[same] = [check_way(name, model, way, expected) for way in ways]
+            checked[same] = [check_config(name, model, config, expected) for config in configs]
         runner.checks = checked[same]
-        right = [way for way, check in zip(ways, runner.checks, strict=True) if check.equal]
-        for cache in dict.fromkeys(way.cache for way in right):
-            able = [way for way in right if way.cache == cache]
+        right = [config for config, check in zip(configs, runner.checks, strict=True) if check.equal]
+        for cache in dict.fromkeys(config.cache for config in right):
+            able = [config for config in right if config.cache == cache]
             heavy = len(able) > 1 and eager_bytes(model, ids_BT.shape[0], context, protocol.chunk) > EAGER_BYTES
-            tried = [w for w in able if str(w) not in hopeless and not (heavy and w.attention == "eager")]
+            tried = [w for w in able if str(w) not in pruned and not (heavy and w.attention == "eager")]
             _try_cache(runner, able, tried or able[:1], ids_BT, context, protocol)
         if not right:
             runner.reason = "; ".join(f"{check.way}: {check.reason}" for check in runner.checks)
@@ -146,20 +146,25 @@ def prepare(
 
 
 def _try_cache(
-    runner: Runner, decoding: Sequence[Way], prefilling: Sequence[Way], ids_BT: Tensor, context: int, protocol: Protocol
+    runner: Runner,
+    decoding: Sequence[RunConfig],
+    prefilling: Sequence[RunConfig],
+    ids_BT: Tensor,
+    context: int,
+    protocol: Protocol,
 ) -> None:
     """Prefill with each attention, then decode a few tokens with each; the cache stays where it is the best so far."""
     room = context + protocol.decoded
     cache, peak = None, 0
-    for way in prefilling:
-        cache = new_cache(way, runner.model, room)
-        with attending(runner.model, way.attention):
-            cache, runner.prefill_ms[way], found = _try_prefill(runner.model, cache, ids_BT[:, :context], protocol)
-        peak = found if way == prefilling[0] else peak
-    for way in decoding:
-        with attending(runner.model, way.attention):
-            runner.token_ms[way] = _try_decode(runner.model, cache, ids_BT[:, context : context + TRIAL_TOKENS])
-    if runner.way.cache == decoding[0].cache:
+    for config in prefilling:
+        cache = new_cache(config, runner.model, room)
+        with attending(runner.model, config.attention):
+            cache, runner.prefill_ms[config], found = _try_prefill(runner.model, cache, ids_BT[:, :context], protocol)
+        peak = found if config == prefilling[0] else peak
+    for config in decoding:
+        with attending(runner.model, config.attention):
+            runner.token_ms[config] = _try_decode(runner.model, cache, ids_BT[:, context : context + TRIAL_TOKENS])
+    if runner.config.cache == decoding[0].cache:
         runner.cache, runner.peak = cache, peak
 
 
@@ -198,14 +203,14 @@ def _time_prefill(runners: Sequence[Runner], ids_BT: Tensor, protocol: Protocol)
 
     def one(runner: Runner) -> Callable[[], Any]:
         def run() -> Any:
-            cache = new_cache(runner.prefill_way, runner.model, room)
+            cache = new_cache(runner.prefill_config, runner.model, room)
             return prefill(runner.model, cache, ids_BT, protocol.chunk)[0].argmax(dim=-1)
 
         return run
 
     with ExitStack() as stack:
         for runner in runners:
-            stack.enter_context(attending(runner.model, runner.prefill_way.attention))
+            stack.enter_context(attending(runner.model, runner.prefill_config.attention))
         return interleaved({x.name: one(x) for x in runners}, protocol.prefill_repeats, warmup=0)
 
 
@@ -223,7 +228,7 @@ def _time_decode(runners: Sequence[Runner], ids_BT: Tensor, protocol: Protocol) 
 
     with ExitStack() as stack:
         for runner in runners:
-            stack.enter_context(attending(runner.model, runner.way.attention))
+            stack.enter_context(attending(runner.model, runner.config.attention))
         runs = {x.name: one(x) for x in runners}
         return interleaved(runs, protocol.repeats, warmup=protocol.warmup, before=fill)
 
@@ -245,22 +250,22 @@ def _row(
         "ms_spread": [decoded.lowest * per_token, decoded.highest * per_token],
         "peak_bytes": runner.peak,
         "cache_bytes": cache_bytes(runner.cache),
-        "cache": runner.way.cache,
-        "attention": runner.way.attention,
-        "prefill_cache": runner.prefill_way.cache,
-        "prefill_attention": runner.prefill_way.attention,
+        "cache": runner.config.cache,
+        "attention": runner.config.attention,
+        "prefill_cache": runner.prefill_config.cache,
+        "prefill_attention": runner.prefill_config.attention,
         "ms_trials": {
-            "prefill": {str(way): ms for way, ms in runner.prefill_ms.items()},
-            "token": {str(way): ms for way, ms in runner.token_ms.items()},
+            "prefill": {str(config): ms for config, ms in runner.prefill_ms.items()},
+            "token": {str(config): ms for config, ms in runner.token_ms.items()},
         },
     }
 
 
-def hopeless_ways(row: Mapping[str, Any]) -> set[str]:
+def pruned_configs(row: Mapping[str, Any]) -> set[str]:
     """Ways whose prefill was far behind another one with the same cache."""
     tried: Mapping[str, float] = row.get("ms_trials", {}).get("prefill", {})
     best: dict[str, float] = {}
-    for way, ms in tried.items():
-        kind = way.split(",")[0]
+    for config, ms in tried.items():
+        kind = config.split(",")[0]
         best[kind] = min(ms, best.get(kind, ms))
-    return {way for way, ms in tried.items() if ms > HOPELESS * best[way.split(",")[0]]}
+    return {config for config, ms in tried.items() if ms > PRUNED_BEYOND * best[config.split(",")[0]]}

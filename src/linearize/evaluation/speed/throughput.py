@@ -19,21 +19,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from linearize.errors import InputError, one_line
-from linearize.evaluation.speed.equality import check_way, length_needed, reference
+from linearize.evaluation.speed.equality import check_config, length_needed, reference
 from linearize.evaluation.speed.largest_batch import Held
 from linearize.evaluation.speed.memory import weight_bytes
 from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
+from linearize.evaluation.speed.run_config import CacheKind, RunConfig, attending, new_cache, run_configs
 from linearize.evaluation.speed.timing import now
-from linearize.evaluation.speed.ways import CacheKind, Way, attending, new_cache, ways_of
 
 CHECKED = (3, 7, 3)  # rows, tokens and new tokens of the check against a plain forward
-HOPELESS = 3.0  # times as slow as another way at the end of the text: then not measured at other fills
+PRUNED_BEYOND = 3.0  # times as slow as another way at the end of the text: then not measured at other fills
 CACHES: tuple[CacheKind, ...] = ("static", "dynamic")
 ATTENTIONS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class GenerationWorkload:
     """What is written: `generated` tokens in each row, in a memory of `budget` bytes (weights included), by at most
     `most` rows.
 
@@ -69,9 +69,9 @@ class Writing:
 class Filled(Held):
     """A row at some fill, in one of the ways; its keys and values were read with a growing cache, or by the student."""
 
-    def __init__(self, model: PreTrainedModel, way: Way, cache: Any, after_1T: Tensor, room: int) -> None:
+    def __init__(self, model: PreTrainedModel, config: RunConfig, cache: Any, after_1T: Tensor, room: int) -> None:
         super().__init__(model, cache, after_1T)
-        self.way, self.room = way, room
+        self.config, self.room = config, room
         self._peaks: dict[int, int] = {}
 
     def peak(self, rows: int) -> int:
@@ -82,7 +82,7 @@ class Filled(Held):
 
     def held(self, rows: int) -> Any:
         """See `Held`; a preallocated cache has room for the whole text."""
-        if self.way.cache != "static":
+        if self.config.cache != "static":
             return super().held(rows)
         static: Any = StaticCache(config=self.model.config, max_cache_len=self.room)
         for layer, full in zip(static.layers, self.cache.layers, strict=True):
@@ -101,25 +101,27 @@ class Filled(Held):
         return {"seconds": wall / span, "cpu_seconds": cpu / span, "reason": ""}
 
 
-def throughput(model: PreTrainedModel, writing: Writing, *, name: str = "model") -> dict[str, Any]:
+def throughput(model: PreTrainedModel, workload: GenerationWorkload, *, name: str = "model") -> dict[str, Any]:
     """The model in its best way: `tokens_per_second` (and `_cpu`), `batch`, `peak_bytes` with weights, `way`, `steps`
     (seconds at each fill), and under `ways` what each way gave. `reason` says why there is no speed."""
     with measuring([model]):
-        text_1T = random_text([model], 1, writing.generated + 2, writing.seed)
-        filled = _fill(model, text_1T, [*writing.stops, writing.generated - 2], writing.chunk)
-        runs = [_Run(model, way, filled, text_1T, writing, name) for way in ways_of(model, CACHES, ATTENTIONS)]
+        text_1T = random_text([model], 1, workload.generated + 2, workload.seed)
+        filled = _fill(model, text_1T, [*workload.stops, workload.generated - 2], workload.chunk)
+        runs = [
+            _Run(model, config, filled, text_1T, workload, name) for config in run_configs(model, CACHES, ATTENTIONS)
+        ]
         fastest = min(run.row_seconds for run in runs)
-        tried = {str(run.way): run.whole(fastest) for run in runs}
+        tried = {str(run.config): run.whole(fastest) for run in runs}
     best = max(tried.values(), key=lambda found: float(found.get("tokens_per_second", 0.0)))
     return {"model": name, "weight_bytes": weight_bytes(model), **best, "ways": tried}
 
 
 def _fill(model: PreTrainedModel, text_1T: Tensor, stops: Sequence[int], chunk: int) -> dict[int, Any]:
     """Caches of one row at these fills."""
-    way = ways_of(model, ("dynamic",), ("sdpa",))[0]
+    config = run_configs(model, ("dynamic",), ("sdpa",))[0]
     found, at = {}, 0
-    with attending(model, way.attention):
-        cache = new_cache(way, model, text_1T.shape[1])
+    with attending(model, config.attention):
+        cache = new_cache(config, model, text_1T.shape[1])
         for stop in stops:
             _, cache = prefill(model, cache, text_1T[:, at:stop], chunk)
             found[stop], at = copy.deepcopy(cache), stop
@@ -130,27 +132,33 @@ class _Run:
     """One way: checked against a plain forward, its largest batch, and its steps there, at the last fill first."""
 
     def __init__(
-        self, model: PreTrainedModel, way: Way, filled: dict[int, Any], text_1T: Tensor, writing: Writing, name: str
+        self,
+        model: PreTrainedModel,
+        config: RunConfig,
+        filled: dict[int, Any],
+        text_1T: Tensor,
+        workload: GenerationWorkload,
+        name: str,
     ) -> None:
-        self.model, self.way, self.writing = model, way, writing
-        room = writing.generated + 1
-        self.at = {stop: Filled(model, way, cache, text_1T[:, stop:], room) for stop, cache in filled.items()}
+        self.model, self.config, self.workload = model, config, workload
+        room = workload.generated + 1
+        self.at = {stop: Filled(model, config, cache, text_1T[:, stop:], room) for stop, cache in filled.items()}
         self.steps: dict[int, dict[str, Any]] = {}
-        self.told: dict[str, Any] = {"way": str(way), "batch": 0, "reason": self._wrong(name)}
+        self.told: dict[str, Any] = {"way": str(config), "batch": 0, "reason": self._wrong(name)}
         if not self.told["reason"]:
             self._guarded(self._begin)
 
     @property
     def row_seconds(self) -> float:
         """Seconds of a token of one row at the last fill; infinite where the way does not run."""
-        last: float = self.steps.get(self.writing.stops[-1], {}).get("seconds", float("inf"))
+        last: float = self.steps.get(self.workload.stops[-1], {}).get("seconds", float("inf"))
         return last / max(1, int(self.told["batch"]))
 
     def whole(self, fastest: float) -> dict[str, Any]:
         """What the way gives over the whole text; `fastest`: `row_seconds` of the fastest way."""
         if self.told["reason"]:
             return self.told
-        if self.row_seconds > HOPELESS * fastest:
+        if self.row_seconds > PRUNED_BEYOND * fastest:
             times = self.row_seconds / fastest
             return self.told | {"reason": f"{times:.1f} times as slow as another way at the end: not measured further"}
         self._guarded(self._others)
@@ -158,38 +166,38 @@ class _Run:
 
     def _wrong(self, name: str) -> str:
         rows, tokens, new = CHECKED
-        ids = random_text([self.model], rows, length_needed(self.model, tokens), self.writing.seed)
-        return check_way(name, self.model, self.way, reference(self.model, ids, new)).reason
+        ids = random_text([self.model], rows, length_needed(self.model, tokens), self.workload.seed)
+        return check_config(name, self.model, self.config, reference(self.model, ids, new)).reason
 
     def _guarded(self, measure: Callable[[], None]) -> None:
         try:
-            with attending(self.model, self.way.attention):
+            with attending(self.model, self.config.attention):
                 measure()
         except (RuntimeError, IndexError, ValueError) as error:
             self.told["reason"] = f"does not run: {one_line(error)}"
 
     def _begin(self) -> None:
-        writing, last = self.writing, self.at[self.writing.generated - 2]
-        batch = last.most(writing.budget - weight_bytes(self.model), writing.most)
+        workload, last = self.workload, self.at[self.workload.generated - 2]
+        batch = last.most(workload.budget - weight_bytes(self.model), workload.most)
         peak = weight_bytes(self.model) + last.peak(batch or 1)
-        self.told |= {"batch": batch, "capped": batch == writing.most, "peak_bytes": peak}
+        self.told |= {"batch": batch, "capped": batch == workload.most, "peak_bytes": peak}
         if batch:
-            self._step(writing.stops[-1])
+            self._step(workload.stops[-1])
         else:
             self.told["reason"] = "one row does not fit"
 
     def _others(self) -> None:
-        for stop in self.writing.stops[:-1]:
+        for stop in self.workload.stops[:-1]:
             if not self.told["reason"]:
                 self._step(stop)
 
     def _step(self, stop: int) -> None:
-        self.steps[stop] = self.at[stop].step_seconds(self.told["batch"], self.writing.span)
+        self.steps[stop] = self.at[stop].step_seconds(self.told["batch"], self.workload.span)
         self.told["reason"] = self.steps[stop].pop("reason")
 
     def _added_up(self) -> dict[str, Any]:
         """Tokens per second over the whole text."""
-        generated = self.writing.generated
+        generated = self.workload.generated
         wall, cpu = (
             self.told["batch"] * generated / whole_text({at: step[kind] for at, step in self.steps.items()}, generated)
             for kind in ("seconds", "cpu_seconds")

@@ -1,0 +1,80 @@
+"""Numbers that a section measured, as frozen models: what `report.json` holds of it, typed.
+
+`to_json` leaves out what was never set, so that a report read back and written again is the same JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from linearize.metrics.intervals import plus_minus, share_text
+
+Role = Literal["teacher", "student"]
+
+
+class NumbersModel(BaseModel):
+    """The base of all numbers: frozen, and it refuses keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists, without the fields that were never set."""
+        return self.model_dump(exclude_unset=True)
+
+
+class MeanNumbers(NumbersModel):
+    """A mean and its standard error (None: unknown), as `intervals.Mean.to_dict` gives them."""
+
+    value: float
+    error: float | None
+
+    @property
+    def text(self) -> str:
+        """`0.123 ± 0.004`."""
+        return plus_minus(self.value, self.error)
+
+
+class DifferenceNumbers(NumbersModel):
+    """A mean of paired differences over `n` items with its 95% interval, as `intervals.Difference.to_dict` gives it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def text(self) -> str:
+        """In per cent, with the interval."""
+        return share_text(self.value, self.low, self.high)
+
+    @property
+    def points(self) -> str:
+        """In points, with the interval."""
+        return f"{100 * self.value:.1f} points ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+class ShareNumbers(NumbersModel):
+    """A share of `n` items with its 95% interval, as `intervals.Proportion.to_dict` gives it."""
+
+    value: float
+    low: float
+    high: float
+    successes: int
+    n: int
+
+    @property
+    def text(self) -> str:
+        """In per cent, with the interval; `-` for no items."""
+        return share_text(self.value, self.low, self.high) if self.n else "-"
+
+    @property
+    def percent(self) -> str:
+        """In per cent, with one digit."""
+        return f"{100 * self.value:.1f}%"
+
+    @property
+    def count(self) -> str:
+        """`3 of 7`."""
+        return f"{self.successes} of {self.n}"

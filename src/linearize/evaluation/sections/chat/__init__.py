@@ -1,0 +1,3 @@
+"""Answers to chat benchmarks."""
+
+from linearize.evaluation.sections.chat.measure import Chat as Chat

@@ -1,0 +1,3 @@
+"""Scoring against generation."""
+
+from linearize.evaluation.sections.cloze.measure import Cloze as Cloze

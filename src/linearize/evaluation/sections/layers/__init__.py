@@ -1,0 +1,3 @@
+"""Layer by layer."""
+
+from linearize.evaluation.sections.layers.measure import Layers as Layers

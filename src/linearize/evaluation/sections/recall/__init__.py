@@ -1,0 +1,3 @@
+"""Recall from far back."""
+
+from linearize.evaluation.sections.recall.measure import Recall as Recall

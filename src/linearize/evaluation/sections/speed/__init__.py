@@ -1,0 +1,3 @@
+"""Speed and memory."""
+
+from linearize.evaluation.sections.speed.measure import Speed as Speed

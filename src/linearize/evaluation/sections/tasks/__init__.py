@@ -1,0 +1,3 @@
+"""Benchmark tasks."""
+
+from linearize.evaluation.sections.tasks.measure import Tasks as Tasks
