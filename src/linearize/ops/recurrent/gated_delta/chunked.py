@@ -53,9 +53,8 @@ def chunked(
     if live is not None:
         log_decay, beta_BHT = (x.masked_fill(~live[:, None], 0) for x in (log_decay, beta_BHT))
     chunk = min(CHUNK, tokens)
-    total = _by_chunk(log_decay.to(torch.float64), chunk).cumsum(
-        -1
-    )  # fp64: differences stay exact beside a strong decay
+    # fp64: differences stay exact next to a strong decay
+    total = _by_chunk(log_decay.to(torch.float64), chunk).cumsum(-1)
     document = None if opens is None else _by_chunk(opens[:, None].expand(batch, heads, -1), chunk).cumsum(-1)
     wide = torch.promote_types(v_BHTV.dtype, torch.float32)
     if state is None:
