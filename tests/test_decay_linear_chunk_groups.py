@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear, use_backend
-from linearize.ops.recurrent.decay_linear.call_decays import CallDecays
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting
 from linearize.ops.recurrent.decay_linear.chunked import chunk_size
+from linearize.ops.recurrent.decay_linear.decays import CallDecays
 
 chunk_groups = importlib.import_module("linearize.ops.recurrent.decay_linear.chunk_groups")
 B, H, T, K, V = 2, 3, 213, 5, 7

@@ -3,6 +3,7 @@ call."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.gated_delta import gated_delta, use_backend
 
+chunked = importlib.import_module(
+    "linearize.ops.recurrent.gated_delta.chunked"
+)  # the package's `chunked` is the function
 B, H, K, V, T = 2, 3, 5, 7, 151
 
 
@@ -138,9 +142,7 @@ def test_chunked_gradients_equal_autograd_through_the_reference(position: Tensor
 
 @pytest.mark.parametrize("tokens", [2, 16, 17, 33, 63, 64, 65, 200])
 def test_gradients_at_every_length(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "linearize.ops.recurrent.gated_delta.chunk.GROUP_NUMBERS", 64 * 64 * B * H * 2
-    )  # two chunks a chunk group
+    monkeypatch.setattr(chunked, "GROUP_NUMBERS", 64 * 64 * B * H * 2)  # two chunks a chunk group
     grads: dict[str, tuple[Tensor, ...]] = {}
     for backend in ("reference", "chunked"):
         values = [x.requires_grad_() for x in inputs(tokens=tokens)]
@@ -189,7 +191,7 @@ def test_any_chunk_groups_give_the_same_in_any_order_of_dimensions(
     given = [x.requires_grad_() for x in (q, k, v, g, beta)]
     d_y = torch.randn(v.shape).to(dtype)
     for size in (1 << 17, numbers):
-        monkeypatch.setattr("linearize.ops.recurrent.gated_delta.chunk.GROUP_NUMBERS", size)
+        monkeypatch.setattr(chunked, "GROUP_NUMBERS", size)
         with use_backend("chunked"):
             y, after = gated_delta(*given, layout=Layout(3))
         results.append([y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])])

@@ -20,10 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.decay_linear.call_decays import CallDecays
-from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Rows
-from linearize.ops.recurrent.decay_linear.decays import BLOCK
-from linearize.ops.recurrent.decay_linear.documents import Documents, documents, masked
+from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Documents, Rows, documents, masked
+from linearize.ops.recurrent.decay_linear.decays import BLOCK, CallDecays
 from linearize.ops.recurrent.pairs import like_decays
 
 CHUNKS = {32: 32}  # tokens of a chunk for heads up to a width; measured: docs/log.md

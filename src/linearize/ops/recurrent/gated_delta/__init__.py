@@ -4,7 +4,7 @@
 |---|---|---|---|
 | reference | `reference.py` | one product per token | proof; one token: decode |
 | multi_token | `multi_token.py` | T x T, the state once | a few tokens: verification of guesses |
-| chunked | `chunked.py`, `chunk.py` | linear in T, products of chunks | training, prefill |
+| chunked | `chunked.py` | linear in T, products of chunks | training, prefill |
 | fla | `backends.py` | a Triton kernel | CUDA tensors, where `fla` is installed; documents as sequences |
 | triton | `../triton/` | tail and guesses in one launch | a few CUDA tokens without gradients |
 

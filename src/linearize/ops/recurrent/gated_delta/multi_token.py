@@ -1,6 +1,6 @@
 """A few tokens of the gated delta rule at once, as one chunk that starts from the state: verification of guesses.
 
-With delta_i what token i writes along k_i (see `chunk.py`),
+With delta_i what token i writes along k_i (see `chunked.py`),
     (1 + A) delta = beta (v - carried k S),  A_ij = beta_i pair_ij k_i . k_j  for j < i,
     y_i = carried_i q_i S + sum_{j <= i} pair_ij (q_i . k_j) delta_j,
     S_n = kept S + sum_{j <= n} written_j k_j delta_j^T.
