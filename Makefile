@@ -1,5 +1,6 @@
 # make demo      a virtual environment, the package in it, and the embedded teacher converted
-# make test      the same environment with the development tools, and the tests
+# make test      the same environment with the development tools, and the tests of a few minutes
+# make test-slow the tests that take longer
 # make test-newest, test-lowest   the parts that meet transformers, peft and torch, on the newest and oldest releases allowed
 # make gpu-test  the tests that need a GPU, alone: the kernels there, in bf16 too
 # make lint      style, formatting and types
@@ -11,13 +12,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test test-newest test-lowest gpu-test lint format clean
+.PHONY: demo test test-slow test-newest test-lowest gpu-test lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # The parts that meet other libraries: their names, arguments and classes.
 MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_generation.py mixer_contract.py \

@@ -24,10 +24,6 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes over 10 s on a shared CPU core (make test-slow runs these alone)")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache() -> Iterator[None]:
     """What teachers write in the tests does not go to the user's cache."""

@@ -27,7 +27,7 @@ from linearize.metrics.plots import plot_loss_by_position, plot_stages
 from linearize.metrics.report import ConversionReport, provenance, read_report
 from linearize.modeling import load
 from linearize.modeling.io.teacher import load_teacher
-from linearize.ops.window_linear.window import ring_slots
+from linearize.ops.window_linear.spec import ring_slots
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.storage.atomic import atomic_write_text, resumable_folder
 from linearize.storage.files import expand_home
