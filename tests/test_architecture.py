@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,37 @@ def test_import_is_light_and_needs_no_extra() -> None:
     for _ in range(2):  # best of three, as a busy machine only makes it slower
         seconds = seconds if seconds < 0.2 else min(seconds, measure()["seconds"])
     assert seconds < 0.2  # beyond torch and transformers, as the design promises
+
+
+def roads() -> dict[str, list[tuple[str, str]]]:
+    """The roads of docs/architecture.md: title to rows of file and function."""
+    text = (SOURCE.parents[1] / "docs" / "architecture.md").read_text("utf-8")
+    text = text[text.index("## Three roads") : text.index("## Packages")]
+    found = {}
+    for title, table in re.findall(r"\n(One [^\n]+):\n\n((?:\|[^\n]*\n)+)", text):
+        found[title] = re.findall(r"\| \d \| `([^`]+)` \| `([^`]+)` \|", table)
+    return found
+
+
+THROUGH_TRANSFORMERS = {  # called by the teacher's modules, which a student keeps
+    ("modeling/student.py", "modeling/attention.py"),
+    ("modeling/forward_call.py", "modeling/attention.py"),
+    ("decoding/generate.py", "modeling/student.py"),
+    ("decoding/speculative/cached_model.py", "modeling/student.py"),
+    ("training/stages/attention_transfer.py", "mixers/window_mixer.py"),
+    ("modeling/cache.py", "mixers/window_mixer.py"),
+    ("training/step.py", "training/stages/attention_transfer.py"),
+}
+
+
+@pytest.mark.parametrize("title", sorted(roads()))
+def test_a_road_is_at_most_eight_files_that_call_each_other(title: str) -> None:
+    rows = roads()[title]
+    assert 4 <= len(rows) <= 8 and len({path for path, _ in rows}) == len(rows)
+    for path, function in rows:
+        tree = ast.parse((SOURCE / path).read_text("utf-8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert function in names, f"{path} has no {function}"
+    for (caller, _), (called, function) in pairwise(rows):
+        text = (SOURCE / caller).read_text("utf-8")
+        assert re.search(rf"\b{function}\b", text) or (caller, called) in THROUGH_TRANSFORMERS, f"{caller} -> {called}"
