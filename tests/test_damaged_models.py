@@ -79,7 +79,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "config empty": ("whole", lambda f: cut(f / "config.json", 10**9), r"config.json: not valid JSON"),
     "config cut short": ("whole", lambda f: cut(f / "config.json", 9), r"config.json: not valid JSON"),
     "config is a list": ("whole", lambda f: (f / "config.json").write_text("[1]") and None, r"holds no JSON object"),
-    "generation config": ("whole", lambda f: cut(f / "generation_config.json", 9), r"generation_config.json: no valid"),
+    "generation config": ("whole", lambda f: cut(f / "generation_config.json", 9), r"n_config.json: not valid"),
     "tokenizer cut short": ("whole", lambda f: cut(f / "tokenizer.json"), r"tokenizer.json: not valid JSON"),
     "tokenizer gone": ("whole", lambda f: (f / "tokenizer.json").unlink(), r"has no tokenizer: tokenizer.json is miss"),
     "tokenizer of another kind": (

@@ -75,7 +75,7 @@ def test_an_error_on_one_rank_ends_all_with_its_line(folder: Path) -> None:
     assert together(2, broken, arguments, folder / "wrong", 1, 1, False) == [1, 1]
     lines = told(folder / "wrong")
     assert list(lines) == [1] and lines[1] == [
-        "linearize: failed: RuntimeError: broken on purpose (--debug shows where)"
+        "linearize: failed: RuntimeError: broken on purpose (add --debug for a traceback)"
     ]
     assert not (folder / "wrong").exists()
 

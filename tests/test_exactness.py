@@ -76,7 +76,7 @@ def test_every_backend_of_the_tables_is_measured():
     ("backend", "where"),
     [
         ("multi_token", "multi_token.divide"),
-        ("step", "step.divide"),
+        ("step", "multi_token.divide"),
         ("reference", "reference.divide"),
         ("multi_token", "multi_token._weights"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -162,7 +163,8 @@ def test_loading_never_holds_the_whole_model(folders: dict[str, Path], tmp_path:
     write_teacher(tmp_path, "llama", num_key_value_heads=8, head_dim=64, **wide)
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
     command = [sys.executable, __file__, str(folders["llama"]), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the helpers of the tests too
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert file_bytes > 150e6 and 0.1 < int(done.stdout) / file_bytes < 0.5
 

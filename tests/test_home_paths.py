@@ -101,7 +101,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "sensitivity": lambda: inspect_sensitivity("~/teacher", data=["~/text.txt"], recipe="~/own.yaml", device="cpu"),
     "plan": lambda: read_config("~/teacher"),
     "documents": lambda: load_documents(["~/text.txt"], tiny_tokenizer()),
-    "sft": lambda: SftConfig(data="~/rows.json").documents(tiny_tokenizer(), None),
+    "sft": lambda: SftConfig(data="~/rows.json").rows(tiny_tokenizer(), None),
     "template": lambda: template_text("~/template.jinja"),
     "another teacher": lambda: check_vocabulary("~/teacher", linearize.load("~/student")),
 }

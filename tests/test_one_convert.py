@@ -61,7 +61,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def parts(out: Path) -> list[str]:
-    folder = out.parent / f".{out.name}.run" / "0-attention_transfer" / "parts"
+    folder = out.parent / f".{out.name}.run" / "0-attention_transfer" / "results"
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 

@@ -73,7 +73,7 @@ def swapped(teacher: Any) -> LinearizedForCausalLM:
 def trained(student: LinearizedForCausalLM, teacher: Any, documents: Sequence[Document]) -> LinearizedForCausalLM:
     run: Any = AttentionTransferConfig(tokens=0, lr=1.0).build(student, teacher)
     source = batches(pack(documents, 192), 5, seed=0)
-    optimizer = torch.optim.Adam(run.parameters.values(), lr=2e-2)
+    optimizer = torch.optim.Adam(run.parameter_groups()[0].parameters.values(), lr=2e-2)
     run.calibrate(next(source))
     for _ in range(STEPS):
         loss = run.loss(next(source))

@@ -97,7 +97,7 @@ def test_blocks_trained_before_are_taken(place: Path, stream: bool, monkeypatch:
                 )
     else:
         linearize.convert(teachers[0], blocks="0", data=[texts[0]], recipe=recipe(others[0], block=1), **chosen)
-    parts = sorted((place / ".student.run").glob("*/parts/*"))
+    parts = sorted((place / ".student.run").glob("*/results/*"))
     times = [part.stat().st_mtime_ns for part in parts]
     assert parts
     with monkeypatch.context() as patch:

@@ -133,7 +133,7 @@ def test_which_models_are_read_so(models: dict) -> None:
     assert cached_model_for(models["local"], "draft").by_row and not CachedModel(models["local"], "draft").by_row
     with force_graphed(False):
         assert type(cached_model_for(models["gla"], "draft")) is CachedModel
-    graphs._Forced.static = None
+    graphs._Forced.graphed = None
     assert type(cached_model_for(models["gla"], "draft")) is CachedModel
     with warnings.catch_warnings(record=True) as told, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")

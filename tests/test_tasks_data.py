@@ -94,9 +94,7 @@ def test_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, said in [(("mmlu:five",), "number of shots"), ((), "no tasks"), (("piqa", "piqa:2"), "given twice")]:
         with pytest.raises(InputError, match=said):
             entries(given)
-    from linearize.evaluation.harness import runner
-
-    monkeypatch.setattr(runner, "task_manager", lambda: type("M", (), {"all_tasks": ["piqa", "piqa_de", "sciq"]}))
+    monkeypatch.setattr(catalogue, "task_manager", lambda: type("M", (), {"all_tasks": ["piqa", "piqa_de", "sciq"]}))
     assert entries(("sciq",))[0].known is None
     with pytest.raises(InputError, match="unknown task 'piqaa': did you mean 'piqa'") as error:
         catalogue.entries(("piqaa",))

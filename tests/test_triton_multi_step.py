@@ -27,6 +27,7 @@ ROUNDING = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}  # what a sum's order or o
 
 def run(*command: str, interpret: bool, device: str = "cpu") -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LINEARIZE_KERNELS": device}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"

@@ -43,7 +43,7 @@ def read_text(
         sample=self_sampler(teacher, tokenizer, data, progress=_printer("written {done:,} of {all:,} tokens")),
         answer=pseudo_labeller(teacher, tokenizer, data, progress=_printer("answered {done:,} of {all:,} prompts")),
         answer_only=data.answer_only,
-        say=lambda line: print(f"linearize: {line}", file=sys.stderr, flush=True),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     parts = split(documents, data)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -100,6 +100,7 @@ class DatasetStageConfig(StageConfig):
             raise InputError(f"stage {self.name!r}: the mixers of this student have no parameters; set train to all")
         if self.train == "all" and kept_adapters(student) is not None:
             student.adapter_state.kept = None  # their product is in the weights, and those move now
+        student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
         return ParameterGroup(unshare(student, teacher, names))
 
     def run(self, job: StageJob) -> StageResult:

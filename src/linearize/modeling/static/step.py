@@ -179,7 +179,7 @@ class StaticStep:
         if width is not None and width > self.width:
             if width > MAX_MULTI_TOKEN:
                 raise InputError(
-                    f"{width} tokens wait for a decision, a static step holds {MAX_MULTI_TOKEN}: guess fewer tokens"
+                    f"{width} tokens wait for a decision, a static step holds {MAX_MULTI_TOKEN}: draft fewer tokens"
                 )
             self.width = width
             for mixer_layer in self.cache.mixer_layers:
