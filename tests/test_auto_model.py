@@ -27,7 +27,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder: Path = tmp_path_factory.mktemp("student")
     student = student_of(tiny(request.param, tie_word_embeddings=True), PLANS[request.param])
     student.save_pretrained(folder)
-    return student, AutoModel.from_pretrained(folder).eval(), folder
+    return student, AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), folder
 
 
 def logits(student: LinearizedForCausalLM, hidden: torch.Tensor) -> torch.Tensor:

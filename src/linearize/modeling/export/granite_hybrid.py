@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from linearize.mixers import AttentionShape
@@ -27,6 +29,7 @@ from linearize.modeling.export.common import (
 
 TARGET = "granite-hybrid"
 MIXER = "mamba2"
+GROUPED_NORMS = "5.23.0"
 FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "granite")
 MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 PUBLISHED_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -35,7 +38,7 @@ PUBLISHED_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 def misfit(source: Source) -> str | None:
     """Why a student cannot be written as GraniteMoeHybrid, or None."""
     found = layer_misfit(source, TARGET, MIXER) or body_misfit(source, TARGET, FAMILIES)
-    return found or _mamba_misfit(source) or _softmax_misfit(source)
+    return found or _mamba_misfit(source) or _softmax_misfit(source) or _library_misfit(source)
 
 
 def _mamba_misfit(source: Source) -> str | None:
@@ -50,6 +53,15 @@ def _mamba_misfit(source: Source) -> str | None:
     if inner % width:
         return f"{TARGET} needs heads x head size to be a multiple of the width, here {inner} and {width}"
     return None
+
+
+def _library_misfit(source: Source) -> str | None:
+    if not source.holding(MIXER) or Version(transformers.__version__) >= Version(GROUPED_NORMS):
+        return None
+    return (
+        f"{TARGET} needs transformers {GROUPED_NORMS} or newer, whose Mamba-2 layers normalise by group "
+        f"({transformers.__version__} is installed and would give other text)"
+    )
 
 
 def _sizes(source: Source, layer: int) -> tuple[int, ...]:
