@@ -169,8 +169,7 @@ class Layout:
             InputError: a mask that is not two-dimensional, of another length, or with holes between new tokens.
         """
         if attention_mask is None and position_ids is not None:
-            plain = torch.arange(past, past + num_tokens, device=position_ids.device)
-            if bool((position_ids == plain).all()):
+            if _is_plain(position_ids, past):
                 return Layout(start=past)
             if past_is_packed:
                 return Layout(position_BT=position_ids)
@@ -178,12 +177,19 @@ class Layout:
             attention_mask = attention_mask.expand(position_ids.shape[0], -1)
         if attention_mask is not None:
             mask = _checked_mask(attention_mask, past + num_tokens, num_tokens)
+            if bool(mask.all()) and (position_ids is None or _is_plain(position_ids, past)):
+                return Layout(start=past)
             live = mask[:, -num_tokens:]
             counted_BT = mask.long().cumsum(-1)[:, -num_tokens:] - 1
             if position_ids is None or not _restarts(position_ids.expand_as(live), counted_BT, live):
                 return Layout(start=past) if bool(mask.all()) else Layout(position_BT=counted_BT.masked_fill(~live, -1))
             return Layout(position_BT=position_ids.expand_as(live).masked_fill(~live, -1))
         return Layout(start=past)
+
+
+def _is_plain(position_BT: Tensor, past: int) -> bool:
+    """Whether every row goes on at position `past`, one by one."""
+    return bool((position_BT == torch.arange(past, past + position_BT.shape[1], device=position_BT.device)).all())
 
 
 def _restarts(position_BT: Tensor, counted_BT: Tensor, live_BT: Tensor) -> bool:
