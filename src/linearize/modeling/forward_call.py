@@ -6,6 +6,7 @@ it directly (`student.base_model`, `student.lm`, trl's fused language-model head
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -182,7 +183,13 @@ def check_keywords(owner: str, given: Mapping[str, Any], known: Collection[str])
 
 def known_keywords(*modules: nn.Module) -> frozenset[str]:
     """What the forwards of these modules take, and what transformers hands through all of them."""
-    return COMMON.union(*(parameter_names(type(module).forward) for module in modules))
+    return _known(*(type(module).forward for module in modules))
+
+
+@functools.cache
+def _known(*forwards: Any) -> frozenset[str]:
+    """`known_keywords`, put together once and not for every decoded token."""
+    return COMMON.union(*map(parameter_names, forwards))
 
 
 class BackboneHook:

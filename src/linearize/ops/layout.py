@@ -177,12 +177,13 @@ class Layout:
             attention_mask = attention_mask.expand(position_ids.shape[0], -1)
         if attention_mask is not None:
             mask = _checked_mask(attention_mask, past + num_tokens, num_tokens)
-            if bool(mask.all()) and (position_ids is None or _is_plain(position_ids, past)):
+            all_live = bool(mask.all())
+            if all_live and (position_ids is None or _is_plain(position_ids, past)):
                 return Layout(start=past)
             live = mask[:, -num_tokens:]
             counted_BT = mask.long().cumsum(-1)[:, -num_tokens:] - 1
             if position_ids is None or not _restarts(position_ids.expand_as(live), counted_BT, live):
-                return Layout(start=past) if bool(mask.all()) else Layout(position_BT=counted_BT.masked_fill(~live, -1))
+                return Layout(start=past) if all_live else Layout(position_BT=counted_BT.masked_fill(~live, -1))
             return Layout(position_BT=position_ids.expand_as(live).masked_fill(~live, -1))
         return Layout(start=past)
 
@@ -228,7 +229,7 @@ def _joined(old: Layout, new: Layout, num_tokens: tuple[int, int], rows: int, de
     if bool(opens.any()):
         raise InputError(
             "the new tokens do not follow the last ones that each row of the cache kept: give the attention_mask with "
-            "zeros where a row dropped its guesses (accept_rows returns it)"
+            "zeros where a row dropped its draft tokens (accept_rows returns it)"
         )
     return joined
 
