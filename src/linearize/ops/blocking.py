@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 BLOCK = 1 << 17  # numbers per matrix of scores or features: a few of them fit a core's caches
 ALIGNED = 16  # numbers: rows that start at multiples of this are loaded whole
 
@@ -37,9 +40,37 @@ def head_blocks(batch: int, groups: int, numbers: int) -> Iterator[HeadBlock]:
     """All heads of all rows, about `BLOCK` numbers at a time where one head has `numbers`."""
     heads = max(1, BLOCK // max(numbers, 1))
     row_step, group_step = max(1, heads // groups), min(heads, groups)
-    for row in range(0, batch, row_step):
-        for group in range(0, groups, group_step):
-            yield HeadBlock(slice(row, row + row_step), slice(group, group + group_step))
+    yield from alike([
+        HeadBlock(slice(row, row + row_step), slice(group, group + group_step))
+        for row in range(0, batch, row_step)
+        for group in range(0, groups, group_step)
+    ])  # fmt: skip
+
+
+def alike(items: Sequence[T]) -> Iterator[T]:
+    """All items, where the work on each is the same and writes to memory that exists already.
+
+    A simulation of costs sees the first item alone, and is told how often to count its work.
+    """
+    scale = _LOCAL.scale
+    if scale is None or len(items) < 2:
+        yield from items
+        return
+    scale(len(items))
+    try:
+        yield items[0]
+    finally:
+        scale(1 / len(items))
+
+
+@contextmanager
+def counting_repeats(scale: Callable[[float], None]) -> Iterator[None]:
+    """Inside, `alike` gives the first item alone between calls of `scale(count)` and `scale(1 / count)`."""
+    before, _LOCAL.scale = _LOCAL.scale, scale
+    try:
+        yield
+    finally:
+        _LOCAL.scale = before
 
 
 class Scratch:
@@ -70,13 +101,14 @@ class Scratch:
 
 
 @dataclass
-class _Held(threading.local):
+class _Local(threading.local):
     scratch: Scratch = field(default_factory=Scratch)
+    scale: Callable[[float], None] | None = None
 
 
-_HELD = _Held()
+_LOCAL = _Local()
 
 
 def scratch() -> Scratch:
     """This thread's: a few matrices of about `BLOCK` numbers, or as many as one head of a chunk group has."""
-    return _HELD.scratch
+    return _LOCAL.scratch

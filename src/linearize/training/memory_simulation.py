@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from linearize.ops.blocking import counting_repeats
+
 REAL_NUMBERS = 2**23  # whole-number tensors up to so many numbers are computed for real
 _ATEN = torch.ops.aten
 _SAME = (_ATEN.allclose.default, _ATEN.equal.default)
@@ -45,6 +47,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.alive, self.peak = 0, 0
         self.operations: list[Operation] = []
+        self._repeats = 1.0
         self._storages: dict[int, Any] = {}
 
     def know(self, tensors: Iterable[Tensor]) -> None:
@@ -57,6 +60,10 @@ class Meter(TorchDispatchMode):
         self.peak = self.alive
         self.operations = []
         return self.alive
+
+    def scale(self, factor: float) -> None:
+        """Count each of the operations that follow `factor` times as often as before."""
+        self._repeats *= factor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,7 +81,8 @@ class Meter(TorchDispatchMode):
         moved = sum(
             min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()) for tensor in tensors + made
         )
-        self.operations.append(Operation(flops, moved, made[0].itemsize if made else 4))
+        operation = Operation(flops, moved, made[0].itemsize if made else 4)
+        self.operations += [operation] * round(self._repeats)
 
     def _hold(self, tensor: Tensor) -> bool:
         """Take note of a tensor's memory; whether it is new."""
@@ -102,7 +110,8 @@ def simulation(mode: FakeTensorMode | None = None) -> Iterator[Meter]:
     meter = Meter()
     with warnings.catch_warnings(), patch.object(torch.utils, "swap_tensors", _swap), mode or no_contents(), meter:
         warnings.simplefilter("ignore")
-        yield meter
+        with counting_repeats(meter.scale):
+            yield meter
 
 
 def no_contents() -> FakeTensorMode:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linearize.ops.blocking import head_blocks
+from linearize.ops.blocking import alike, head_blocks
 from linearize.ops.layout import Layout
 from linearize.ops.matmul import bf16_products
 from linearize.ops.window_linear.head_block import Gradients, Inputs, Keys, QueryHeads, query_heads_backward
@@ -206,7 +206,7 @@ class _ChunkGroup(torch.autograd.Function):
         with bf16_products(given):
             for block in head_blocks(q.shape[0], inputs.groups, inputs.numbers()):
                 keys = Keys(inputs, block)
-                for r in range(q.shape[1] // inputs.groups):
+                for r in alike(range(q.shape[1] // inputs.groups)):
                     QueryHeads(inputs, masks, block, r, keys).forward(y, shift, normaliser, after)
         ctx.save_for_backward(*tensors, shift, normaliser, y)
         ctx.masks, ctx.given = masks, given
@@ -222,6 +222,6 @@ class _ChunkGroup(torch.autograd.Function):
         with bf16_products(ctx.given):
             for block in head_blocks(y.shape[0], inputs.groups, inputs.numbers()):
                 keys = Keys(inputs, block)
-                for r in range(y.shape[1] // inputs.groups):
+                for r in alike(range(y.shape[1] // inputs.groups)):
                     query_heads_backward(QueryHeads(inputs, masks, block, r, keys), d, grads, shift, normaliser, y)
         return *d.in_order(), None, None
