@@ -3,8 +3,8 @@
 python scripts/hybrid_runs.py stories --teacher TEACHER --data FILE   (of stories260k and TinyStories' train_a.txt)
 python scripts/hybrid_runs.py embedded
 
-Each run is `linearize convert` with the recipe and settings that its JSON in benchmarks/hybrids/ names. Runs that have
-one already are left alone, so that the command goes on where it stopped.
+Each run is `linearize convert` with the recipe and overrides that its JSON in benchmarks/hybrids/ names. Runs that have
+one already are skipped, so that the command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REACH = 32  # tokens: facts nearer than this are not counted in the recall of th
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One conversion: its recipe (in benchmarks/hybrids/) and the settings changed in it."""
+    """One conversion: its recipe (in benchmarks/hybrids/) and the keys changed in it."""
 
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
