@@ -1,4 +1,4 @@
-"""docs/results.md's first table (printed) and plot (docs/img/stages.svg) from the report.json files of conversions of one teacher.
+"""The first table of docs/results.md (printed) and docs/img/stages.svg, from report.json files of one teacher.
 
 python scripts/readme_results.py "window-linear=benchmarks/.../report.json" "lolcats=benchmarks/.../report.json"
 """

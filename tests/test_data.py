@@ -160,7 +160,7 @@ BAD_FILES = [
     (
         "a.jsonl",
         '{"text": "a"}\n{"texts": "b", "label": 1}',
-        "row 2: wrong fields, found: texts, label; .*prompt/completion",
+        "row 2: has the fields texts, label; give one of: .*prompt/completion",
     ),
     ("a.jsonl", '{"text": "a"}\n\n{"text": oops}', "line 3: not valid JSON"),
     ("a.jsonl", '{"text": null}', "field 'text' must be text, it is NoneType"),

@@ -174,7 +174,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "a"}, "wrong fields, found: text"),
+        ({"text": "a"}, "has the fields text; give one of"),
         ({"prompt": "  "}, "its prompt is empty"),
         ({"prompt": "a" * CONTEXT}, f"its prompt has {CONTEXT + 1} tokens, the teacher's context {CONTEXT}"),
         ({"prompt": 3}, "must be text"),

@@ -130,7 +130,7 @@ def test_a_long_cell_and_a_chat_in_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("a,b\n1,2\n", "row 1: wrong fields, found: a, b"),
+        ("a,b\n1,2\n", "row 1: has the fields a, b; give one of"),
         ("text,b\n1,2\n1,2,3\n", "row 2: has more cells than the first line has names"),
         ('text\nok\n"open', "line 2: no valid table"),
         ("text\n", "empty"),

@@ -63,7 +63,7 @@ def check_starts(plan: PlanConfig) -> None:
             with torch.random.fork_rng():
                 built = mixer.build(size)
             if isinstance(built, LayerMixer) and type(built).calibrate is LayerMixer.calibrate:
-                built.calibrate(())  # says why not, and what to do
+                built.calibrate(())  # raises with the reason and what to do
 
 
 def check_stages(

@@ -34,7 +34,7 @@ def read_text(
 ) -> tuple[TrainingText, list[Batch]]:
     """The text to train on, and the held-out batches on `device` (None: the teacher's).
 
-    `packs` says whether the teacher keeps the documents of a packed row apart (None: try it); where it does not, each
+    `packs`: whether the teacher keeps the documents of a packed row apart (None: try it); where it does not, each
     row holds one document.
     """
     documents = load_documents(
@@ -66,13 +66,13 @@ def sample_batches(recipe: Recipe, text: TrainingText, teacher: Any, tokens: int
 
 
 def _printer(line: str) -> Callable[[int, int], None]:
-    """Print a line on stderr for every tenth of what the teacher writes."""
+    """Print a line on stderr for every tenth of the text that is sampled from the teacher."""
     printed = 0
 
-    def report(done: int, wanted: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal printed
-        if (tenth := done * 10 // max(wanted, 1)) > printed:
+        if (tenth := done * 10 // max(total, 1)) > printed:
             printed = tenth
-            print(f"linearize: the teacher has {line.format(done=done, all=wanted)}", file=sys.stderr, flush=True)
+            print(f"linearize: the teacher has {line.format(done=done, all=total)}", file=sys.stderr, flush=True)
 
     return report

@@ -150,11 +150,12 @@ def _parse(text: str, where: str) -> dict[str, Device]:
     return devices
 
 
-def room(device: Device) -> int:
+def usable_memory(device: Device) -> int:
     """Bytes that a process may take there."""
     return device.memory
 
 
 def fits(device: Device, need: int) -> str | None:
     """None if the device has this many bytes, else how much is missing, in words."""
-    return None if need <= room(device) else f"needs {size_text(need)} of memory ({size_text(room(device))} are there)"
+    available = usable_memory(device)
+    return None if need <= available else f"needs {size_text(need)} of memory ({size_text(available)} available)"

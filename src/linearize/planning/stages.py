@@ -10,7 +10,7 @@ from typing import Literal
 from linearize.errors import InputError
 from linearize.numbers import size_text
 from linearize.planning.costs import stage_costs, text
-from linearize.planning.devices import Device, fits, room
+from linearize.planning.devices import Device, fits, usable_memory
 from linearize.planning.report import BlockPlan, Memory, StagePlan
 from linearize.planning.samples import Measured, Numbers, Whole, measured
 from linearize.recipes.schema import Recipe
@@ -90,7 +90,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
             stage,
             missing,
             memory,
-            room(device),
+            usable_memory(device),
             rows,
             checkpointed,
             blocks[0] if blocks else None,
@@ -152,7 +152,7 @@ def _blocks(
     if request.recipe.base_weights != "full":
         return None
     sizes = block_sizes(stage, request, rows, costs)
-    bounds = {"memory_bytes": room(request.device), "disk_bytes": request.disk}
+    bounds = {"memory_bytes": usable_memory(request.device), "disk_bytes": request.disk}
     cheapest = choose_block(sizes, **bounds) if fitting_blocks(sizes, **bounds) else None
     chosen = request.block or stage.block
     if chosen is not None:
@@ -198,7 +198,7 @@ def _advice(
     stage: StageConfig,
     missing: str,
     memory: Memory,
-    room: int,
+    available: int,
     rows: int,
     checkpointed: int | None,
     cheapest: BlockPlan | None,
@@ -207,14 +207,14 @@ def _advice(
     """One sentence: what is missing, and each remedy that there is."""
     remedies = []
     fixed = memory.peak - memory.activations
-    fewer = rows * max(0, room - fixed) // max(1, memory.activations)
+    fewer = rows * max(0, available - fixed) // max(1, memory.activations)
     if 1 <= fewer < rows:
         remedies.append(f"--set stages.{number}.micro_batch={fewer}")
     if checkpointed is not None:
         least = checkpointed - memory.activations + memory.activations // rows
-        if checkpointed <= room:
+        if checkpointed <= available:
             remedies.append(f"--set stages.{number}.gradient_checkpointing=true ({size_text(checkpointed)})")
-        elif least <= room and not remedies:
+        elif least <= available and not remedies:
             remedies.append(f"gradient_checkpointing=true and micro_batch=1 for stages.{number}")
     if cheapest is not None:
         remedies.append(f"--set stages.{number}.block={cheapest.block} ({size_text(cheapest.peak_bytes)} of memory, "
@@ -222,7 +222,7 @@ def _advice(
     divided = memory.weights + memory.gradients + memory.optimizer + memory.best
     for more in (2**power for power in range(1, 11)):
         shared = memory.reserve + memory.allocator + divided // more + memory.activations // rows * -(-rows // more)
-        if shared <= room:
+        if shared <= available:
             remedies.append(f"--devices {devices * more} or more")
             break
     remedies.append("a device with more memory")

@@ -288,11 +288,11 @@ class _Loop:
         self.state.done = True
         self._save(last=True)
 
-    def _agreed(self, wanted: bool) -> bool:
+    def _agreed(self, choice: bool) -> bool:
         """What rank 0 wants, whose clock counts, where all ranks must act together."""
         if not self.stepper.sharded:
-            return wanted
-        decision = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
+            return choice
+        decision = torch.tensor([choice], device=self.device, dtype=torch.uint8)
         dist.broadcast(decision, src=0)
         return bool(decision.item())
 

@@ -103,7 +103,7 @@ def load_documents(
     answer_only: bool = False,
     say: Callable[[str], None] = LOG.info,
 ) -> list[Document]:
-    """The documents of all data SPECs, in the order given.
+    """The documents of all data SPECs, in order.
 
     Args:
         specs: files (see `data_files`), Hub dataset names, `self`, or `pseudo:` before a file or a name.
@@ -130,9 +130,9 @@ def load_documents(
             documents += answer(spec.removeprefix(PSEUDO))
         else:
             examples = read_examples(spec, tokenizer, answer_only=answer_only)
-            found = tokenize(examples, tokenizer, answer_only=answer_only)
-            say(f"data {spec!r}: {_sizes(found)}{_separated(spec, tokenizer)}")
-            documents += found
+            read = tokenize(examples, tokenizer, answer_only=answer_only)
+            say(f"data {spec!r}: {_sizes(read)}{_separated(spec, tokenizer)}")
+            documents += read
     return documents
 
 

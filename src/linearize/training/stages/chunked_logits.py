@@ -94,7 +94,7 @@ class Readout:
         assert self.decoder is not None
         parent, _, child = self.decoder.rpartition(".")
         owner, decoder = self.lm.get_submodule(parent), self.lm.get_submodule(self.decoder)
-        setattr(owner, child, _Given(self.output(last_hidden_state=hidden_BTM)))
+        setattr(owner, child, _FixedDecoder(self.output(last_hidden_state=hidden_BTM)))
         try:
             yield
         finally:
@@ -112,7 +112,7 @@ class Readout:
         return logits.shape == expected[0].shape and torch.allclose(logits.float(), expected[0].float(), 1e-2, 1e-3)
 
 
-class _Given(nn.Module):
+class _FixedDecoder(nn.Module):
     """A decoder that has been run already."""
 
     def __init__(self, output: Any) -> None:
@@ -144,14 +144,14 @@ class _Sliced(torch.autograd.Function):
         ctx: Any, readout: Readout, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         total = hidden_NM.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if wanted else []
+        need_grad = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if need_grad else []
         for part in parts:
-            hidden_nM = hidden_NM[part].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+            hidden_nM = hidden_NM[part].detach().requires_grad_(need_grad)
+            with torch.set_grad_enabled(need_grad):
                 value = loss(readout.logits(hidden_nM), part)
             total += value.detach()
-            if wanted:
+            if need_grad:
                 with torch.autocast(hidden_NM.device.type, enabled=False):
                     slice_grads = torch.autograd.grad(value, (hidden_nM, *parameters), allow_unused=True)
                 for whole, new in zip((grads[0][part], *grads[1:]), slice_grads, strict=True):

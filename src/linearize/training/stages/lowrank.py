@@ -94,10 +94,10 @@ class LowRank(LogitsRun):
             self.student.adapter_state.kept = KeptAdapters(self.adapters.config, state, before)
         super().finish()
 
-    def _train_adapters(self, wanted: bool) -> None:
+    def _train_adapters(self, training: bool) -> None:
         """Whether their dropout is on."""
         for layer in self.adapters.layers.values():
-            layer.train(wanted)
+            layer.train(training)
 
 
 @dataclass(eq=False)

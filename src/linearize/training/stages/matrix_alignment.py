@@ -99,8 +99,8 @@ def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
         with torch.enable_grad():
             total = mixer.matrix(hidden, layout=Layout()).sum()
             grads = torch.autograd.grad(total, parameters, allow_unused=True)
-        for parameter, grad, wanted in zip(parameters, grads, before, strict=True):
-            parameter.requires_grad_(wanted)
+        for parameter, grad, required in zip(parameters, grads, before, strict=True):
+            parameter.requires_grad_(required)
             if grad is not None:
                 moving.append(names[id(parameter)])
     return moving
