@@ -50,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(folder: Path, out: Path, **settings: Any) -> Any:
-    given = {"data": [folder / "text.txt"], "recipe": folder / "tiny.yaml", "device": "cpu", **settings}
-    return linearize.convert(given.pop("teacher", folder / "teacher"), out=out, **given)
+    options = {"data": [folder / "text.txt"], "recipe": folder / "tiny.yaml", "device": "cpu", **settings}
+    return linearize.convert(options.pop("teacher", folder / "teacher"), out=out, **options)
 
 
 @pytest.fixture(scope="module")

@@ -100,8 +100,8 @@ def test_a_damaged_folder_is_refused_in_one_line(folders: Path, tmp_path: Path, 
     damage(path)
     with pytest.raises(InputError, match=message) as caught:
         load_any(path, device="cpu")
-    told = str(caught.value)
-    assert ("\n" not in told and str(path) in told) or how == "student lacks"
+    printed = str(caught.value)
+    assert ("\n" not in printed and str(path) in printed) or how == "student lacks"
     if kind == "student":
         with pytest.raises(InputError, match=message):
             linearize.load(path)

@@ -49,8 +49,8 @@ def broken(arguments: list[str], output: Path, rank: int, step: int, death: bool
 
 def told(output: Path) -> dict[int, list[str]]:
     """Lines of errors by rank."""
-    found = {int(p.suffix[1:]): p.read_text().splitlines() for p in output.parent.glob(f"{output.name}.err.*")}
-    return {rank: own for rank, lines in found.items() if (own := [x for x in lines if x.startswith("linearize: ")])}
+    results = {int(p.suffix[1:]): p.read_text().splitlines() for p in output.parent.glob(f"{output.name}.err.*")}
+    return {rank: own for rank, lines in results.items() if (own := [x for x in lines if x.startswith("linearize: ")])}
 
 
 def test_ranks_with_different_recipes_are_refused(folder: Path) -> None:
@@ -95,9 +95,9 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_also_alone(folder: 
         assert together(ranks, command, words, folder / out) == [0] * ranks
     for out in ("again", "alone"):
         assert "resumes after step 4 of 6" in (folder / f"{out}.err.0").read_text()
-        found = differences(folder / "unbroken", folder / out)
-        assert found.pop("weights") <= (1e-6 if out == "again" else 1e-3), found
-        assert max(found.values()) < 1e-5, found
+        result = differences(folder / "unbroken", folder / out)
+        assert result.pop("weights") <= (1e-6 if out == "again" else 1e-3), result
+        assert max(result.values()) < 1e-5, result
 
 
 @pytest.mark.slow

@@ -33,9 +33,9 @@ REFUSED = {
 }
 
 
-def close(given: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     assert expected.abs().max() > 0.1, "logits this flat would hide a difference"
-    torch.testing.assert_close(given, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def padded_teacher(teacher: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

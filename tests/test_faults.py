@@ -78,12 +78,12 @@ def stop_in(place: str, monkeypatch: pytest.MonkeyPatch, how: BaseException, cal
         owner, name = getattr(owner, path.partition(".")[0]), path.partition(".")[2]
     original, calls = getattr(owner, name), 0
 
-    def stopping(*given: Any, **named: Any) -> Any:
+    def stopping(*args: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
             raise how
-        return original(*given, **named)
+        return original(*args, **named)
 
     monkeypatch.setattr(owner, name, stopping)
 

@@ -95,8 +95,8 @@ def test_a_batch_behind_padding() -> None:
     step = compiled_step(model, rows=3, tokens=28, backend="eager")
     assert step is not None
     with torch.inference_mode():
-        found: Tensor = model.generate(ids, **settings, eos_token_id=stop, custom_generate=StepLoop(step))
-    assert torch.equal(found, expected) and graphs() == 1
+        actual: Tensor = model.generate(ids, **settings, eos_token_id=stop, custom_generate=StepLoop(step))
+    assert torch.equal(actual, expected) and graphs() == 1
 
 
 def no_compiler(_: Any) -> None:
@@ -131,8 +131,8 @@ def test_where_nothing_compiles(
         harm(model.lm if harm is reads_a_value else model)
     plain = continue_text(model, TOKENIZER, LONG, max_new_tokens=9)
     with pytest.warns(UserWarning, match=f"goes on without torch.compile: .*{why}") as warned:
-        found = continue_text(model, TOKENIZER, LONG, max_new_tokens=9, compile=backend)
-    assert found == plain and len(warned) == 1
+        result = continue_text(model, TOKENIZER, LONG, max_new_tokens=9, compile=backend)
+    assert result == plain and len(warned) == 1
     assert capfd.readouterr().err == MESSAGE
 
 

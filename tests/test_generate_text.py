@@ -119,9 +119,9 @@ def test_a_draft_of_another_vocabulary(folder: Path, capfd: pytest.CaptureFixtur
     tokenizer = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
     tiny_model(tokenizer, seed=4).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    told = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    swapped = told.replace('"a": 2,', '"a": -1,').replace('"b": 3,', '"b": 2,').replace('"a": -1,', '"a": 3,')
-    assert swapped != told
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    swapped = text.replace('"a": 2,', '"a": -1,').replace('"b": 3,', '"b": 2,').replace('"a": -1,', '"a": 3,')
+    assert swapped != text
     (tmp_path / "tokenizer.json").write_text(swapped, encoding="utf-8")
     with pytest.raises(InputError, match="its vocabulary is not that of"):
         generate_text(folder, "the", draft=tmp_path, device="cpu")
@@ -170,9 +170,9 @@ def test_no_model(tmp_path: Path) -> None:
         generate_text(tmp_path / "nothing", "the", device="cpu")
 
 
-def lines(*given: str, end: type[BaseException] = EOFError) -> Callable[[str], str]:
+def lines(*args: str, end: type[BaseException] = EOFError) -> Callable[[str], str]:
     """A stand-in for `input` that gives these lines, then ends."""
-    left = list(given)
+    left = list(args)
 
     def read(prompt: str) -> str:
         if not left:
@@ -209,7 +209,7 @@ def test_chat_with_a_template(folder: Path, tmp_path: Path, capfd: pytest.Captur
 
 def test_half_of_a_surrogate_pair_in_a_prompt_is_replaced(folder: Path) -> None:
     """What a terminal or a shell passes on of bytes that are not UTF-8."""
-    found = [
+    results = [
         generate_text(folder, prompt, max_new_tokens=3, stream=False, device="cpu") for prompt in ("a\udcff", "a\ufffd")
     ]
-    assert found[0] == found[1]
+    assert results[0] == results[1]

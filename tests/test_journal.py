@@ -40,7 +40,7 @@ def written(cache: Path | None, tokens: int = 200, seed: int = 5, model_seed: in
 def killed_after(cache: Path, batches: int) -> Path:
     calls = 0
 
-    def kill(done: int, wanted: int) -> None:
+    def kill(done: int, expected: int) -> None:
         nonlocal calls
         calls += 1
         if calls == batches:
@@ -57,9 +57,9 @@ def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     write = sampling.write
 
-    def counted(*given: Any) -> Any:
+    def counted(*args: Any) -> Any:
         made.append(1)
-        return write(*given)
+        return write(*args)
 
     monkeypatch.setattr(sampling, "write", counted)
     return made
@@ -108,12 +108,12 @@ def test_damaged_text_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFix
         content = bytearray()
     file.write_bytes(content)
     assert written(tmp_path) == expected
-    told = [record.getMessage() for record in caplog.records]
+    printed = [record.getMessage() for record in caplog.records]
     if how in ("cut", "empty"):
-        assert not told, "a kill explains it"
+        assert not printed, "a kill explains it"
     else:
-        assert len(told) == 1 and f"{file} is damaged from line 2 on" in told[0]
-    assert written(tmp_path) == expected and len(caplog.records) == len(told), "the file is whole again"
+        assert len(printed) == 1 and f"{file} is damaged from line 2 on" in printed[0]
+    assert written(tmp_path) == expected and len(caplog.records) == len(printed), "the file is whole again"
 
 
 HOLDER = """

@@ -30,18 +30,18 @@ LENGTHS = [3, 7, 1, 12, 40, 5, 0, 11, 2, 29, 8, 8, 13]
 
 def _pieces(rows: PackedRows) -> list[tuple[list[int], list[int]]]:
     """The (tokens, labels) of each stretch of positions 0, 1, 2, ... found by the positions alone."""
-    found: list[tuple[list[int], list[int]]] = []
+    results: list[tuple[list[int], list[int]]] = []
     for ids, positions, labels in zip(
         rows.input_ids.tolist(), rows.position_ids.tolist(), rows.labels.tolist(), strict=True
     ):
         assert positions[0] == 0
         for token, position, label in zip(ids, positions, labels, strict=True):
             if position == 0:
-                found.append(([], []))
-            assert position == len(found[-1][0])
-            found[-1][0].append(token)
-            found[-1][1].append(label)
-    return found
+                results.append(([], []))
+            assert position == len(results[-1][0])
+            results[-1][0].append(token)
+            results[-1][1].append(label)
+    return results
 
 
 @pytest.mark.parametrize("keep_whole", [False, True])

@@ -63,8 +63,8 @@ def test_batched_greedy_answers_are_those_of_each_prompt_alone(tmp_path: Path, f
     lengths = [len(tokens) - len(prompt) - 1 for tokens, prompt in zip(expected, PROMPTS, strict=True)]
     assert lengths[3] <= 5 and 7 in lengths and min(lengths) < 5  # the context, the limit and end tokens cut some
     for batch in (1, 3, 16):
-        found = answered(tmp_path, model, temperature=0, batch=batch, max_new_tokens=7)
-        assert [document.tokens for document in found] == expected
+        actual = answered(tmp_path, model, temperature=0, batch=batch, max_new_tokens=7)
+        assert [document.tokens for document in actual] == expected
 
 
 def test_sampled_answers_are_reproduced_by_their_seed_alone(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_and_yields_the_same_text(tmp_path: Path, monkeypat
         spec, cache = prompts(tmp_path), tmp_path / "cache"
         return pseudo_documents(teacher(), byte_tokenizer(), spec, config, cache=cache, progress=progress)
 
-    def kill(done: int, wanted: int) -> None:
+    def kill(done: int, answers: int) -> None:
         if done == 6:
             raise Killed
 

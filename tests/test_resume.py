@@ -288,9 +288,9 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, fields: dict
     path = tmp_path / "1-toy" / FILE
     path.parent.mkdir()
     SAVE({"parameter/a": torch.ones(3)}, path, metadata={"scalars": "{}", "identity": "{}", **fields})
-    told = r"linearize 9\.9 in format 7; this is .* with format 1" if fields else "older version in format 0"
+    message = r"linearize 9\.9 in format 7; this is .* with format 1" if fields else "older version in format 0"
     for look in (lambda: check_formats(tmp_path), lambda: load_checkpoint(path.parent, identity={}, shapes={})):
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             look()
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert path.is_file()

@@ -31,9 +31,9 @@ def plan(**fields: Any) -> PlanConfig:
 
 
 def steps(schedule: dict[str, Any], num_layers: int, **fields: Any) -> list[list[int]]:
-    found = plan(schedule=schedule, **fields)
-    converted = [i for i, mixer in enumerate(found.resolve(num_layers)) if mixer is not None]
-    return found.steps(converted, num_layers)
+    result = plan(schedule=schedule, **fields)
+    converted = [i for i, mixer in enumerate(result.resolve(num_layers)) if mixer is not None]
+    return result.steps(converted, num_layers)
 
 
 # the steps
@@ -52,12 +52,12 @@ def steps(schedule: dict[str, Any], num_layers: int, **fields: Any) -> list[list
 def test_progressive_steps_have_the_asked_sizes_and_hold_each_other(
     replaced: list[float], keep: float, num_layers: int, counts: list[int]
 ) -> None:
-    found = steps({"kind": "progressive", "replaced": replaced}, num_layers, layers={"keep": keep})
-    assert [len(step) for step in found] == counts
-    assert all(set(before) < set(after) for before, after in itertools.pairwise(found))
-    assert all(step == sorted(step) for step in found)
+    result = steps({"kind": "progressive", "replaced": replaced}, num_layers, layers={"keep": keep})
+    assert [len(step) for step in result] == counts
+    assert all(set(before) < set(after) for before, after in itertools.pairwise(result))
+    assert all(step == sorted(step) for step in result)
     whole = plan(layers={"keep": keep}).resolve(num_layers)
-    assert found[-1] == [i for i, mixer in enumerate(whole) if mixer is not None]
+    assert result[-1] == [i for i, mixer in enumerate(whole) if mixer is not None]
 
 
 def test_progressive_steps_spread_over_the_layers() -> None:
@@ -134,9 +134,9 @@ def test_the_costliest_layers_are_kept() -> None:
 
 
 def documents() -> TrainingText:
-    found = [Document(tokens=[3 + (7 * n + i) % 50 for i in range(5 + n % 4)], loss_mask=[1] * (5 + n % 4))
+    results = [Document(tokens=[3 + (7 * n + i) % 50 for i in range(5 + n % 4)], loss_mask=[1] * (5 + n % 4))
              for n in range(31)]  # fmt: skip
-    return TrainingText(documents=found, pad_token_id=1)
+    return TrainingText(documents=results, pad_token_id=1)
 
 
 def rows_of(rows: PackedRows) -> list[tuple[int, ...]]:
@@ -264,24 +264,24 @@ def test_later_layers_start_from_the_student_as_it_is(folder: Path, tmp_path: Pa
     """Layer 0, converted second, starts from projections that the first step trained."""
     from linearize.conversion.run import Conversion
 
-    found: dict[str, torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}
     real = Conversion._start_step
 
     def watched(self: Any, step: int) -> None:
         if step == 1:
-            found["before"] = self.student.lm.model.layers[0].self_attn.o_proj.weight.clone()
+            results["before"] = self.student.lm.model.layers[0].self_attn.o_proj.weight.clone()
         real(self, step)
         if step == 1:
-            found["start"] = self.student.mixers()[0].out_proj.weight.clone()
+            results["start"] = self.student.mixers()[0].out_proj.weight.clone()
 
     stage = {"name": "distill", "tokens": 240, "lr": 1e-2, "batch": 2, "train": "all", "kl": 1.0}
     recipe = Recipe.from_data(STEPWISE | {"stages": [stage]}).override({"plan.layers": [0, 2]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Conversion, "_start_step", watched)
         convert(folder, tmp_path / "s", recipe=recipe)
-    assert torch.equal(found["before"], found["start"])
+    assert torch.equal(results["before"], results["start"])
     original = weights(folder / "teacher")["model.layers.0.self_attn.o_proj.weight"]
-    assert not torch.equal(found["start"], original), "nothing was trained in the first step"
+    assert not torch.equal(results["start"], original), "nothing was trained in the first step"
 
 
 def test_layers_chosen_by_sensitivity_are_told(folder: Path, tmp_path: Path) -> None:
@@ -357,8 +357,8 @@ def test_layers_that_stay_as_they_are_take_no_step() -> None:
     from linearize.modeling.surgery import check_plan
 
     teacher = tiny("gemma3_text")  # layers 0 and 2 see 5 tokens
-    wanted = plan(mixer={**LOLCATS, "window": 8}, schedule={"kind": "stepwise"})
-    mixers = wanted.resolve(3)
+    expected = plan(mixer={**LOLCATS, "window": 8}, schedule={"kind": "stepwise"})
+    mixers = expected.resolve(3)
     applied = check_plan(mixers, probe(teacher), "gemma3_text")
-    assert _steps(wanted, mixers, applied) == [[1]]
+    assert _steps(expected, mixers, applied) == [[1]]
     assert teacher(text(1, 9)).logits.shape[1] == 9

@@ -78,8 +78,8 @@ def test_each_step_is_the_mean_over_all_answer_tokens_of_the_batch(tmp_path: Pat
     teacher, before = weights(work.teacher), weights(work.student)
     result = settings.run(work)
     assert [loss for _, loss in result.losses] == pytest.approx(expected, rel=1e-4)
-    after, wanted = weights(work.student), weights(by_hand.student)
-    assert max(float((after[name] - wanted[name]).abs().max()) for name in after) < 4e-4
+    after, target = weights(work.student), weights(by_hand.student)
+    assert max(float((after[name] - target[name]).abs().max()) for name in after) < 4e-4
     assert changed(before, after) == set(before)
     assert not changed(teacher, weights(work.teacher))
 
@@ -116,8 +116,8 @@ def test_a_damaged_checkpoint_is_never_trained_on(
     settings.run(again)
     assert again.progress.begun == [("sft", resumed, 4)]
     assert not changed(weights(whole.student), weights(again.student))
-    (told,) = [m for record in caplog.records if "damaged" in (m := record.getMessage())]
-    assert FILE in told and ("before it" if resumed else "anew") in told
+    (printed,) = [m for record in caplog.records if "damaged" in (m := record.getMessage())]
+    assert FILE in printed and ("before it" if resumed else "anew") in printed
 
 
 def test_experts_learn_from_the_answers_alone(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_template_that_was_trained_with_goes_with_the_tokenizer(tmp_path: Pa
 
 def test_bad_data_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = [{"prompt": "a" * 9, "completion": "b"}]
-    for number, (given, reason) in enumerate(
+    for number, (options, reason) in enumerate(
         (
             ({}, "row 1: has messages, but the tokenizer has no chat template"),
             ({"chat_template": "plane"}, "unknown chat_template 'plane': did you mean 'plain'"),
@@ -185,7 +185,7 @@ def test_bad_data_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
             ({"rows": long, "length": 9}, "no answer is left in 9 tokens a row"),
         )
     ):
-        settings = config(tmp_path / str(number), **given)
+        settings = config(tmp_path / str(number), **options)
         with pytest.raises(InputError, match=reason) as caught:
             settings.check_data(byte_tokenizer())
         assert "\n" not in str(caught.value)

@@ -174,10 +174,10 @@ def test_acceptance_stats_by_hand() -> None:
 
 def test_where_the_last_tokens_stood_before() -> None:
     index = NgramIndex(3)
-    said = [7, 1, 2, 3, 9, 4, 2, 3, 5, 1, 2, 3]
-    assert index.following(said[:3], 2) == []
-    assert index.following(said, 3) == [9, 4, 2], "three tokens are better than the two that stood later"
-    assert index.following([*said, 9, 4, 2], 4) == [3, 5, 1, 2]
+    tokens = [7, 1, 2, 3, 9, 4, 2, 3, 5, 1, 2, 3]
+    assert index.following(tokens[:3], 2) == []
+    assert index.following(tokens, 3) == [9, 4, 2], "three tokens are better than the two that stood later"
+    assert index.following([*tokens, 9, 4, 2], 4) == [3, 5, 1, 2]
     assert NgramIndex(3).following([5, 8, 6, 8, 6], 5) == [8, 6, 8, 6, 8], "it goes round at the end"
     assert NgramIndex(2).following([4], 3) == [] == NgramIndex(3).following([4, 5, 6], 1)
     grown = NgramIndex(3)

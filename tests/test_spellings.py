@@ -55,11 +55,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: list[int], most: int | No
     """Steps are noted in `steps`; after `most` of them the run is stopped."""
     original, first = Stepper.step, len(steps)
 
-    def counted(self: Stepper, *given: Any, **named: Any) -> Any:
+    def counted(self: Stepper, *args: Any, **named: Any) -> Any:
         if most is not None and len(steps) - first == most:
             raise Stopped
         steps.append(named["number"])
-        return original(self, *given, **named)
+        return original(self, *args, **named)
 
     monkeypatch.setattr(Stepper, "step", counted)
 
@@ -80,8 +80,8 @@ def test_a_stopped_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
             except Stopped:
                 continue
     assert len(whole) == 14 and len(whole) <= len(steps) < 2 * len(whole)
-    wanted, found = (load_file(place / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert wanted.keys() == found.keys() and all(equal(wanted[name], found[name]) for name in wanted)
+    expected, actual = (load_file(place / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert expected.keys() == actual.keys() and all(equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -110,7 +110,7 @@ def test_blocks_trained_before_are_taken(place: Path, stream: bool, monkeypatch:
 def test_a_run_that_was_stopped_at_its_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student has its name already: nothing is trained again, and nothing has to be overwritten."""
 
-    def stop(*given: Any) -> None:
+    def stop(*args: Any) -> None:
         raise Stopped
 
     teachers, others, texts = (spellings(place, name) for name in ("teacher", "other", "text.txt"))

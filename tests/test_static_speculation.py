@@ -114,14 +114,14 @@ def test_sampling_is_by_the_same_numbers(models: dict) -> None:
 
     model, (ids, mask) = models["mamba2"], left_padded(text(2, 9), [9, 4])
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=20)
-    found = []
-    for wanted in (True, False):
-        with force_graphed(wanted):
+    results = []
+    for expected in (True, False):
+        with force_graphed(expected):
             result = speculate(
                 model, near(model), ids, mask, max_new_tokens=20, draft_tokens=3, generation_config=config, seed=5
             )
-        found.append(result.tokens)
-    assert found[0] == found[1]
+        results.append(result.tokens)
+    assert results[0] == results[1]
 
 
 def test_which_models_are_read_so(models: dict) -> None:
@@ -135,12 +135,12 @@ def test_which_models_are_read_so(models: dict) -> None:
         assert type(cached_model_for(models["gla"], "draft")) is CachedModel
     graphs._Forced.graphed = None
     assert type(cached_model_for(models["gla"], "draft")) is CachedModel
-    with warnings.catch_warnings(record=True) as told, pytest.MonkeyPatch.context() as patch:
+    with warnings.catch_warnings(record=True) as messages, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         patch.setattr(type(latent), "device", torch.device("cuda"))
         patch.setattr(graphs, "static_layers", lambda *_: (_ for _ in ()).throw(InputError("it has latents")))
         assert type(cached_model_for(latent, "target")) is CachedModel
-    assert [str(x.message) for x in told] == ["no CUDA graphs for the target: it has latents"]
+    assert [str(x.message) for x in messages] == ["no CUDA graphs for the target: it has latents"]
 
 
 def test_a_round_that_is_too_wide_is_told(models: dict) -> None:

@@ -45,12 +45,12 @@ def test_prompts_without_padding_fill_less_than_the_window(students: dict, name:
 def test_one_token_at_a_time_without_rollback(students: dict, name: str) -> None:
     model, (ids, mask) = students[name], prompts()
     step = StaticStep(model, batch=3, capacity=40, rollback=False)
-    logits, found = step.prefill(ids, mask), []
+    logits, results = step.prefill(ids, mask), []
     before = [x.data_ptr() for x in memory(step)]
     for _ in range(NEW):
-        found.append(logits.argmax(-1))
-        logits = step.step(found[-1])
-    assert torch.equal(torch.cat(found, dim=1), greedy(model, ids, mask, NEW))
+        results.append(logits.argmax(-1))
+        logits = step.step(results[-1])
+    assert torch.equal(torch.cat(results, dim=1), greedy(model, ids, mask, NEW))
     assert before == [x.data_ptr() for x in memory(step)]
 
 
@@ -119,10 +119,10 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(students: dict) -> None:
 
     model, (ids, mask) = students["retention"], prompts()
     step = StaticStep(model, batch=3, width=3, capacity=40, record=fails)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         verified(step, ids, mask, greedy(model, ids, mask, 9))
-    assert [str(x.message) for x in told if "graph" in str(x.message)] == [
+    assert [str(x.message) for x in caught if "graph" in str(x.message)] == [
         "no graph could be recorded, decoding goes on without: operation not permitted when stream is capturing"
     ]
 

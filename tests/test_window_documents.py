@@ -140,11 +140,11 @@ def test_buffers_keep_only_what_is_of_the_document():
 def test_a_student_reads_on_after_padding_that_was_counted(name):
     """`position_ids` that count the padding: the second call through the cache gives what one call gives."""
     student, (ids, mask) = student_of(tiny(), [mixer(name)] * 3), left_padded(text(2, 23), [23, 14])
-    given = {"position_ids": torch.arange(23).repeat(2, 1)}
+    options = {"position_ids": torch.arange(23).repeat(2, 1)}
     with torch.no_grad():
-        whole = student(ids, attention_mask=mask, **given).logits
-        first = {"position_ids": given["position_ids"][:, :11], "attention_mask": mask[:, :11]}
+        whole = student(ids, attention_mask=mask, **options).logits
+        first = {"position_ids": options["position_ids"][:, :11], "attention_mask": mask[:, :11]}
         cache = student(ids[:, :11], **first, use_cache=True).past_key_values
-        then = {"position_ids": given["position_ids"][:, 11:], "attention_mask": mask}
+        then = {"position_ids": options["position_ids"][:, 11:], "attention_mask": mask}
         logits = student(ids[:, 11:], **then, past_key_values=cache).logits
     torch.testing.assert_close(logits, whole[:, 11:], rtol=0, atol=2e-4)

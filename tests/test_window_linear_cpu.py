@@ -104,14 +104,14 @@ def test_16_bits_are_widened_group_by_group(monkeypatch, dtype):
 def test_gradients_of_16_bits_are_those_of_fp32_rounded():
     spec = make_spec(4, "terraced")
     spec = type(spec)(**{**spec.__dict__, "feature_k": spec.feature_k.float(), "feature_q": spec.feature_q.float()})
-    found = {}
+    results = {}
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_(True) for x in inputs(75)]
         with use_backend("chunked"):
             y, _ = window_linear(*leaves, spec=spec, layout=Layout(), need_state=False)
         torch.manual_seed(5)
-        found[dtype] = torch.autograd.grad(y, leaves, torch.randn(y.shape).to(torch.bfloat16).to(dtype))
-    for narrow, wide in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        results[dtype] = torch.autograd.grad(y, leaves, torch.randn(y.shape).to(torch.bfloat16).to(dtype))
+    for narrow, wide in zip(results[torch.bfloat16], results[torch.float32], strict=True):
         assert narrow.dtype == torch.bfloat16
         assert (narrow.float() - wide).norm() < 0.006 * wide.norm()
 
@@ -127,13 +127,13 @@ def test_gradients_of_gradients_are_refused():
 
 def test_inference_mode_leaves_memory_that_training_may_use():
     blocking.scratch()._flat.clear()
-    spec, given = make_spec(4, "terraced"), inputs(53)
+    spec, arguments = make_spec(4, "terraced"), inputs(53)
     with torch.inference_mode(), use_backend("chunked"):
-        expected, _ = window_linear(*given, spec=spec, layout=Layout())
+        expected, _ = window_linear(*arguments, spec=spec, layout=Layout())
     y, _, _ = run("chunked", spec, tokens=53)
     torch.testing.assert_close(y, expected)
     with torch.inference_mode(), use_backend("chunked"):
-        again, _ = window_linear(*given, spec=spec, layout=Layout())
+        again, _ = window_linear(*arguments, spec=spec, layout=Layout())
     assert torch.equal(again, expected)
 
 

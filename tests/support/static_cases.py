@@ -51,12 +51,12 @@ def guesses(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Ten
 
 def logits_after(model: Any, ids: Tensor, mask: Tensor, expected: Tensor) -> list[Tensor]:
     """Of each row, the logits after its prompt and after each of its expected tokens, read at once and alone."""
-    found = []
+    logits = []
     for row, live, more in zip(ids, mask.bool(), expected, strict=True):
         whole = torch.cat([row[live], more])[None]
         with torch.no_grad():
-            found.append(model(whole).logits[0, int(live.sum()) - 1 :])
-    return found
+            logits.append(model(whole).logits[0, int(live.sum()) - 1 :])
+    return logits
 
 
 def verified(
@@ -93,7 +93,7 @@ def verified(
 
 def memory(step: StaticStep) -> list[Tensor]:
     """All memory that a step keeps between calls."""
-    found = [step.start_B, step.held_1, step.kept_B]
+    memory = [step.start_B, step.held_1, step.kept_B]
     for layer in step.cache.layers:
-        found += [layer.keys, layer.values] if layer.keys is not None else [*tensors(layer.state), *layer.raw]
-    return found
+        memory += [layer.keys, layer.values] if layer.keys is not None else [*tensors(layer.state), *layer.raw]
+    return memory

@@ -64,9 +64,9 @@ class Noted(TorchDispatchMode):
 @contextmanager
 def counted() -> Iterator[Counted]:
     kernel = window.window_kernel
-    window.window_kernel = found = Counted(kernel)
+    window.window_kernel = result = Counted(kernel)
     try:
-        yield found
+        yield result
     finally:
         window.window_kernel = kernel
 
@@ -132,9 +132,9 @@ def launched() -> dict[str, Any]:
 
         def noted(*args: Any, **options: Any) -> Any:
             with Noted() as mode:
-                found = forward(*args, **options)
+                result = forward(*args, **options)
             ran.update(mode.ran)
-            return found
+            return result
 
         module.forward = noted
 
@@ -162,8 +162,8 @@ def compiled(backend: str, width: int) -> dict[str, Any]:
     torch._dynamo.reset()
     step.compile(backend=seen if backend == "eager" else aot_autograd(fw_compiler=seen))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found: dict[str, Any] = compare(plain, step, width, KEPT if rollback else [None] * 2)
-    return found | {"graphs": len(graphs), "operators": len(graphs[0])}
+        result: dict[str, Any] = compare(plain, step, width, KEPT if rollback else [None] * 2)
+    return result | {"graphs": len(graphs), "operators": len(graphs[0])}
 
 
 CASES: dict[str, Any] = {

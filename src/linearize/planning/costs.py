@@ -44,9 +44,7 @@ def stage_costs(stage: StageConfig, sample: Sample, rows: int, length: int, held
     _make_moments(stepper)
     step = _peak(sample, lambda: stepper.step(batch, number=0, lr=stage.lr))
     done = list(meter.operations)
-    peak = (
-        0 if isinstance(stage, DatasetStageConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
-    )
+    peak = 0 if isinstance(stage, DatasetStageConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
     parameters = stepper.parameters.values()
     return {
         "weights": weights,
