@@ -50,13 +50,13 @@ def kernels() -> dict[str, list[Any]]:
     know it under its name."""
     import linearize.ops.triton as package
 
-    found: dict[str, list[Any]] = {}
+    results: dict[str, list[Any]] = {}
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name)
         for name in vars(module):
             if name.endswith("_kernel"):
-                found.setdefault(name, []).append(module)
-    return found
+                results.setdefault(name, []).append(module)
+    return results
 
 
 @contextmanager
@@ -177,18 +177,18 @@ def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, 
     maps: dict[str, Any] = {"feature_q": feature, "feature_k": feature, "log_window_factor_H": ones}
     full = WindowLinear(shape="terraced", shared_shift=True, linear_factor_H=ones, **maps, **more)
     alone = WindowLinear(shape="sliding", **more)
-    given = [torch.zeros(ROWS, n, TOKENS, d, dtype=dtype) for n, d in ((groups, key_dim), (groups, value_dim))]
+    inputs = [torch.zeros(ROWS, n, TOKENS, d, dtype=dtype) for n, d in ((groups, key_dim), (groups, value_dim))]
     q = torch.zeros(ROWS, heads, TOKENS - COMMIT, key_dim, dtype=dtype)
     layout = Layout(position_BT=torch.arange(TOKENS).expand(ROWS, -1))
 
     (k, v), (sink_k, sink_v) = (
-        [x.new_zeros(*x.shape[:2], count, x.shape[3]) for x in given] for count in (2 * window - 1, sinks)
+        [x.new_zeros(*x.shape[:2], count, x.shape[3]) for x in inputs] for count in (2 * window - 1, sinks)
     )
     memory = torch.zeros(ROWS, heads, feature.num_features, value_dim + 1)
     state = WindowLinearState(torch.zeros(ROWS, dtype=torch.int64), k, v, memory, sink_k, sink_v)
 
     def call(spec: WindowLinear, held: Any) -> Callable[[], Any]:
-        return lambda: window_linear_steps(q, *given, spec=spec, layout=layout, state=held, commit=COMMIT)
+        return lambda: window_linear_steps(q, *inputs, spec=spec, layout=layout, state=held, commit=COMMIT)
 
     buffers = WindowBuffers.of(state, full, most=COMMIT)
     return {"window + linear": call(full, state), "in place": call(full, buffers), "window": call(alone, state)}
@@ -264,9 +264,9 @@ def registers(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
-    assert found is not None, shown
-    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert match is not None, shown
+    return {"registers": int(match[1]), "stack_bytes": int(match[2])}
 
 
 def compiled_row(launch: Launch, arch: int) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def measure(
         runs[mixer] = _times(run, block)
         runs[f"{mixer} op"] = _times(_mixer_op(student, caches[mixer]), block)
     with torch.inference_mode():
-        found = interleaved(runs, repeats)
-    times = {name: _one(timing, 1 if name.startswith("teacher") else block) for name, timing in found.items()}
+        result = interleaved(runs, repeats)
+    times = {name: _one(timing, 1 if name.startswith("teacher") else block) for name, timing in result.items()}
     return [
         {
             "context": context,

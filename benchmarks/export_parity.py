@@ -129,13 +129,13 @@ def _draw(parameters: dict[str, nn.Parameter], *, start_again: bool) -> None:
             parameter.add_(0.5 * noise / parameter.shape[-1] ** 0.5)
 
 
-def measure(wanted: Sequence[Case], *, tokens: int, prompt: int, new: int, threads: int) -> list[dict[str, Any]]:
+def measure(cases: Sequence[Case], *, tokens: int, prompt: int, new: int, threads: int) -> list[dict[str, Any]]:
     """Each student exported to the first target that takes it, and what a process without linearize makes of it."""
     with tempfile.TemporaryDirectory() as root:
         size = {"tokens": tokens, "prompt": prompt, "new": new}
-        exported = [_export(case, Path(root) / str(number), **size) for number, case in enumerate(wanted)]
-        found = _outside(root, len(exported), prompt, new, threads)
-    return [row | result for row, result in zip(exported, found, strict=True)]
+        exported = [_export(case, Path(root) / str(number), **size) for number, case in enumerate(cases)]
+        actual = _outside(root, len(exported), prompt, new, threads)
+    return [row | result for row, result in zip(exported, actual, strict=True)]
 
 
 def _export(case: Case, folder: Path, *, tokens: int, prompt: int, new: int) -> dict[str, Any]:
@@ -151,8 +151,8 @@ def _export(case: Case, folder: Path, *, tokens: int, prompt: int, new: int) -> 
     folder.mkdir()
     export_student(student, to, folder / "model")
     save_file({"ids": ids, "logits": logits, "written": written}, folder / "expected.safetensors")
-    found = {"largest_logit": float(logits.abs().max()), "own_decode": _own_decode(student, ids, prompt, logits)}
-    return {"teacher": case.teacher_name, "mixers": case.plan, "target": to, **found}
+    results = {"largest_logit": float(logits.abs().max()), "own_decode": _own_decode(student, ids, prompt, logits)}
+    return {"teacher": case.teacher_name, "mixers": case.plan, "target": to, **results}
 
 
 @torch.no_grad()
@@ -173,8 +173,8 @@ def _outside(root: str, count: int, prompt: int, new: int, threads: int) -> list
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"the exported model does not run: {done.stderr.strip()[-2000:]}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

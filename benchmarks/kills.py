@@ -68,8 +68,8 @@ class Fork:
 
     def _wait(self, options: int) -> int | None:
         if self.returncode is None:
-            found, status = os.waitpid(self.process, options)
-            if found:
+            ended, status = os.waitpid(self.process, options)
+            if ended:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
@@ -100,9 +100,9 @@ class Victim:
         It is killed after so many seconds, if it still runs; `from_first_line` counts them from its first line on.
         """
         environment = {**os.environ, "LINEARIZE_CACHE": str(self.cache), "PYTHONUNBUFFERED": "1"}
-        said = self.out.parent / f"{self.out.name}.said"
+        output_file = self.out.parent / f"{self.out.name}\.out"
         began, spoke = time.monotonic(), 0.0
-        with said.open("w", encoding="utf-8") as file:
+        with output_file.open("w", encoding="utf-8") as file:
             process: Any = (
                 Fork(self.arguments, file.fileno(), environment)
                 if self.forked
@@ -113,14 +113,14 @@ class Victim:
             while process.poll() is None:
                 time.sleep(TICK)
                 now = time.monotonic() - began
-                if not spoke and said.stat().st_size:
+                if not spoke and output_file.stat().st_size:
                     spoke = now
                 waited = now - spoke if spoke or not from_first_line else 0.0
                 if now > LONGEST or (kill_after is not None and waited >= kill_after):
                     process.kill()
                     process.wait()
-        lines = said.read_text(encoding="utf-8").splitlines()
-        said.unlink()
+        lines = output_file.read_text(encoding="utf-8").splitlines()
+        output_file.unlink()
         return process.returncode, spoke, lines
 
     def left_beside(self) -> list[str]:
@@ -218,7 +218,7 @@ def _timeless(value: Any) -> Any:
 
 
 def _moment(victim: Victim, lines: Sequence[str]) -> str:
-    """Where a run was killed, as far as its folders and its last line tell."""
+    """Where a run was killed, as far as its folders and its last line show."""
     if any(".partial-" in name for name in victim.left_beside()):
         return "the folder is written"
     if victim.out.exists():

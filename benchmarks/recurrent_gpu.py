@@ -111,7 +111,7 @@ def measure(clock: Clock, name: str, tokens: int, chosen: Any, dtype: torch.dtyp
     return rows
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run and publish; says so in one line where there is no GPU."""
     options = parser(__doc__)
     options.set_defaults(repeats=20)
@@ -121,10 +121,10 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--head-dim", type=int, default=128)
     options.add_argument("--state-dim", type=int, default=16, help="of the selective scan")
     options.add_argument("--batch", type=int, default=1)
-    chosen = arguments(options, given, SMALL)
+    chosen = arguments(options, argv, SMALL)
     if wrong := sorted(set(chosen.operation) - set(OPERATIONS)):
         raise unknown("operation", wrong[0], OPERATIONS)
-    device = device_for(chosen, "benchmarks.recurrent_gpu", given)
+    device = device_for(chosen, "benchmarks.recurrent_gpu", argv)
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16

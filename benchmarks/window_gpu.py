@@ -114,7 +114,7 @@ def measure(clock: Clock, peak: Peaks, shape: AttentionShape, tokens: int, chose
     return row | {"asked_forward": ASKED.get(tokens)}
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run and publish; says so in one line where there is no GPU."""
     options = parser(__doc__)
     options.set_defaults(repeats=20)
@@ -124,8 +124,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--kv-heads", type=int, default=8)
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--window", type=int, default=64)
-    chosen = arguments(options, given, SMALL)
-    device = device_for(chosen, "benchmarks.window_gpu", given)
+    chosen = arguments(options, argv, SMALL)
+    device = device_for(chosen, "benchmarks.window_gpu", argv)
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16

@@ -152,9 +152,7 @@ def test_what_does_not_fit_is_said_with_the_way_out(tmp_path: Path) -> None:
     advice = plan.stages[0].advice or ""
     assert not plan.stages[0].fits
     assert (
-        "stages.0 (attention_transfer) needs" in advice
-        and "stages.0.micro_batch=" in advice
-        and "--devices" in advice
+        "stages.0 (attention_transfer) needs" in advice and "stages.0.micro_batch=" in advice and "--devices" in advice
     )
     fewer = int(advice.partition("stages.0.micro_batch=")[2].partition(",")[0])
     again = plan_conversion(folder, recipe=recipe.override({"stages.0.micro_batch": fewer}), **options)

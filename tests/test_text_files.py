@@ -61,9 +61,7 @@ def test_the_number_of_documents_and_their_lengths_are_told(tmp_path: Path) -> N
     book = written(tmp_path, "a\n\nbbb\n\n" + "c" * 1998)
     load_documents([book, written(tmp_path, '{"text": "x"}\n', "b.jsonl")], TOKENIZER, say=lines.append)
     assert len(lines) == 2
-    assert (
-        "3 documents" in lines[0] and "3 to 2,000 tokens, median 5" in lines[0] and "blank lines" in lines[0]
-    )
+    assert "3 documents" in lines[0] and "3 to 2,000 tokens, median 5" in lines[0] and "blank lines" in lines[0]
     assert "1 document" in lines[1] and "blank" not in lines[1]
 
 

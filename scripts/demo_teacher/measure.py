@@ -30,18 +30,18 @@ def predictions(model: LlamaForCausalLM, ids_BT: Tensor, wanted_BT: Tensor) -> T
 
 def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over tokens of weight times next-token loss (nats), and the sum of the weights."""
-    wanted = weight_BT > 0
-    weight = weight_BT[wanted]
-    losses = F.cross_entropy(predictions(model, ids_BT, wanted).float(), ids_BT[wanted], reduction="none")
+    counted = weight_BT > 0
+    weight = weight_BT[counted]
+    losses = F.cross_entropy(predictions(model, ids_BT, counted).float(), ids_BT[counted], reduction="none")
     return (losses * weight).sum(), weight.sum()
 
 
 @torch.no_grad()
 def digit_accuracy(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor], answer_weight: float) -> float:
-    """Share of answers' digits, told by their weight, that are the most likely token."""
-    wanted = rows[1] == answer_weight
-    best = predictions(model, rows[0], wanted).argmax(-1)
-    return float((best == rows[0][wanted]).float().mean())
+    """Share of the answers' digits (known by their weight) that are the most likely token."""
+    digits = rows[1] == answer_weight
+    best = predictions(model, rows[0], digits).argmax(-1)
+    return float((best == rows[0][digits]).float().mean())
 
 
 @torch.no_grad()
@@ -72,8 +72,8 @@ def recall_questions(
 ) -> list[Question]:
     """`count` documents of at most `context` tokens with one to `most_facts` facts, one asked `distance` tokens on."""
     rng = random.Random(seed * 7919 + distance)
-    found: list[Question] = []
-    while len(found) < count:
+    results: list[Question] = []
+    while len(results) < count:
         num_facts = rng.randint(1, most_facts)
         room = int(LENGTH_MARGIN * (context - QUESTION_TOKENS - FACT_TOKENS * num_facts) / ratio)
         words = min(room, int(max(1, distance - QUESTION_TOKENS) / ratio))
@@ -82,8 +82,8 @@ def recall_questions(
         fact_end = item.text.index(item.answer) + len(item.answer)
         tokens = len(ids) - CODE_DIGITS - len(tokenizer(item.text[:fact_end])["input_ids"])
         if len(ids) <= context:
-            found.append((ids, tokens))
-    return found
+            results.append((ids, tokens))
+    return results
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def recall_table(
 ) -> list[dict[str, float]]:
     """For each of DISTANCES: the measured mean distance (tokens) and the share of exact answers."""
     table = []
-    for wanted in DISTANCES:
+    for distance in DISTANCES:
         questions = recall_questions(
-            tokenizer, hay, wanted, count=count, context=context, ratio=ratio, seed=seed, most_facts=most_facts
+            tokenizer, hay, distance, count=count, context=context, ratio=ratio, seed=seed, most_facts=most_facts
         )
         mean = sum(tokens for _, tokens in questions) / len(questions)
         table.append({"distance": round(mean, 1), "exact": recall_accuracy(model, questions), "questions": count})
