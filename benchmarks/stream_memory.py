@@ -52,13 +52,13 @@ def write_teacher(folder: Path, layers: int, *, dtype: torch.dtype = torch.float
     entries = {name: (dtype, tuple(p.shape)) for name, p in model.named_parameters()}
     writer, generator = ShardedWriter(folder, entries, 300_000_000), torch.Generator().manual_seed(0)
     drawn: dict[tuple[int, ...], torch.Tensor] = {}  # one for each shape: layers are alike, which memory does not see
-    for name, (_, shape) in entries.items():
-        if shape not in drawn:
-            scale = shape[-1] ** -0.5
-            drawn[shape] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * scale
-        writer.write(name, drawn[shape])
+    for name, (_, size) in entries.items():
+        if size not in drawn:
+            scale = size[-1] ** -0.5
+            drawn[size] = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * scale
+        writer.write(name, drawn[size])
     writer.close()
-    return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape in entries.values())
+    return sum(torch.Size(size).numel() * dtype.itemsize for _, size in entries.values())
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -167,13 +167,13 @@ def main() -> None:
     if options.folder is None or options.out is None:
         parser.error("--folder and --out are needed")
     options.folder.mkdir(parents=True, exist_ok=True)
-    options = {"tokens": options.tokens, "length": options.length, "block": options.block}
+    sizes = {"tokens": options.tokens, "length": options.length, "block": options.block}
     results: list[dict[str, Any]] = []
     for layers in options.layers:
-        results.append(measure(options.folder, layers, options.limit, **options))
+        results.append(measure(options.folder, layers, options.limit, **sizes))
         peaks = [each["peak_rss"] for each in results]
         result = {
-            "limit_bytes": options.limit, **options, "runs": results,
+            "limit_bytes": options.limit, **sizes, "runs": results,
             "largest_over_smallest_peak": round(max(peaks) / min(peaks), 4), "provenance": provenance(),
         }  # fmt: skip
         atomic_write_text(options.out, json.dumps(result, indent=2) + "\n")

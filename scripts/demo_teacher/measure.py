@@ -22,10 +22,10 @@ Question = tuple[list[int], int]
 """Token ids of a prompt and its answer, and the distance in tokens from the fact's last digit to the answer's first."""
 
 
-def predictions(model: LlamaForCausalLM, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
+def predictions(model: LlamaForCausalLM, ids_BT: Tensor, counted_BT: Tensor) -> Tensor:
     """Logits `[N, V]` that predict the N tokens marked in `wanted_BT` (bool, never a row's first token)."""
     hidden = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
-    return model.lm_head(hidden[wanted_BT[:, 1:]])
+    return model.lm_head(hidden[counted_BT[:, 1:]])
 
 
 def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,18 +72,18 @@ def recall_questions(
 ) -> list[Question]:
     """`count` documents of at most `context` tokens with one to `most_facts` facts, one asked `distance` tokens on."""
     rng = random.Random(seed * 7919 + distance)
-    results: list[Question] = []
-    while len(results) < count:
+    questions: list[Question] = []
+    while len(questions) < count:
         num_facts = rng.randint(1, most_facts)
-        room = int(LENGTH_MARGIN * (context - QUESTION_TOKENS - FACT_TOKENS * num_facts) / ratio)
-        words = min(room, int(max(1, distance - QUESTION_TOKENS) / ratio))
-        item = recall_document(rng, hay, num_words=rng.randint(words, room), num_facts=num_facts, distance=words)
+        max_words = int(LENGTH_MARGIN * (context - QUESTION_TOKENS - FACT_TOKENS * num_facts) / ratio)
+        words = min(max_words, int(max(1, distance - QUESTION_TOKENS) / ratio))
+        item = recall_document(rng, hay, num_words=rng.randint(words, max_words), num_facts=num_facts, distance=words)
         ids = tokenizer(item.prompt + item.answer)["input_ids"]
         fact_end = item.text.index(item.answer) + len(item.answer)
         tokens = len(ids) - CODE_DIGITS - len(tokenizer(item.text[:fact_end])["input_ids"])
         if len(ids) <= context:
-            results.append((ids, tokens))
-    return results
+            questions.append((ids, tokens))
+    return questions
 
 
 @torch.no_grad()
