@@ -49,7 +49,7 @@ def test_hidden_states_are_those_before_the_head(both: tuple[Any, Any, Path]) ->
 
 
 @torch.no_grad()
-def test_it_goes_on_from_its_cache(both: tuple[Any, Any, Path]) -> None:
+def test_it_continues_from_its_cache(both: tuple[Any, Any, Path]) -> None:
     _, model, _ = both
     ids = text(2, 17)
     whole = model(ids).last_hidden_state

@@ -156,7 +156,7 @@ def dies_in(part: str, arguments: list[str], output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_in_a_block_and_after_them_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_killed_in_a_block_and_after_them_the_same_command_continues(folder: Path, tmp_path: Path) -> None:
     words = argv(folder, tmp_path / "out", "--stream")
     work = tmp_path / ".out.run"
     assert None in together(2, dies_in, "layers-002", words, tmp_path / "one")

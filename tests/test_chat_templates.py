@@ -1,4 +1,4 @@
-"""Chat templates of several families: every answer counts or it is told, and columns that a template reads reach it."""
+"""Chat templates of several families: every answer counts or is reported; a template gets its columns."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_answers_that_are_calls_of_tools_count(tmp_path: Path) -> None:
     assert result.startswith('[{"type": "function"') and result.endswith("}]<|end|>\nThree.<|end|>\n</s>")
 
 
-def test_answers_that_cannot_be_found_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_that_are_not_in_the_text_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = documents(tmp_path, FORGETFUL, {"messages": TALK[:3]}, {"messages": TALK}, {"messages": TALK})
     assert counted(result[1]) == "second\n</s>"
     (record,) = caplog.records
@@ -153,7 +153,9 @@ def test_every_column_that_the_template_reads_reaches_it(tmp_path: Path) -> None
     assert text(documents(tmp_path, WITH_MORE, row)[0]) == "<s>doc|en|quick|<user> 1+1?\n<assistant> 2\n</s>"
 
 
-def test_columns_that_the_template_could_have_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_columns_that_the_template_could_have_used_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     row = {"messages": ASKED, "tools": TOOLS, "id": 7, "chat_template_kwargs": {"enable_thinking": False}}
     documents(tmp_path, CHAT, {"messages": ASKED}, row, row)
     printed = [record.getMessage() for record in caplog.records]
@@ -161,7 +163,7 @@ def test_columns_that_the_template_could_have_used_are_told(tmp_path: Path, capl
     assert "'tools'" in printed[0] and "'enable_thinking'" in printed[1] and not any("'id'" in line for line in printed)
 
 
-def test_columns_for_a_template_in_rows_that_go_through_none_are_told(
+def test_columns_for_a_template_in_rows_that_go_through_none_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"instruction": "a", "output": "b", "tools": TOOLS}, {"prompt": "a", "completion": "b", "tools": TOOLS}]

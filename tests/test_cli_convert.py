@@ -46,7 +46,7 @@ def convert(folder: Path, out: str, *more: str) -> list[str]:
     return ["convert", str(folder / "teacher"), "--data", str(folder / "text.txt"), "--out", str(folder / out), *more]
 
 
-def test_a_recipe_longer_than_the_context_is_fitted_and_said(
+def test_a_recipe_longer_than_the_context_is_fitted_and_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     skip = ["stages.1.tokens=0" if word.startswith("stages.1.tokens") else word for word in SMALL]
@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not (folder / "bad").exists()
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing_at_the_final_name_and_the_same_command_goes_on(folder: Path) -> None:
+def test_ctrl_c_in_the_middle_leaves_nothing_at_the_final_name_and_the_same_command_continues(folder: Path) -> None:
     endless = [*SMALL, "--set", "stages.0.evaluate_every=1"]
     endless[endless.index("stages.0.tokens=256")] = "stages.0.tokens=1e9"
     command = [sys.executable, "-m", "linearize", *convert(folder, "stopped", *endless)]

@@ -107,7 +107,7 @@ def test_a_damaged_folder_is_refused_in_one_line(folders: Path, tmp_path: Path, 
             linearize.load(path)
 
 
-def test_headers_tell_what_safetensors_tells(folders: Path) -> None:
+def test_headers_match_what_safetensors_reads(folders: Path) -> None:
     path = folders / "student" / WEIGHTS
     assert {name: tuple(entry["shape"]) for name, entry in tensors_of(path).items()} == {
         name: tuple(value.shape) for name, value in load_file(path).items()

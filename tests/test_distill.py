@@ -219,7 +219,7 @@ def test_the_teacher_does_not_move(what: str, tied: bool) -> None:
     assert (what == "all") == (not frozen)
 
 
-def test_a_second_stage_goes_on_with_the_same_copies() -> None:
+def test_a_second_stage_continues_with_the_same_copies() -> None:
     teacher = tiny("llama")
     student = student_of(teacher, PLAN)
     first = named(distill(student, teacher, train="all"))

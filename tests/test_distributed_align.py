@@ -11,7 +11,7 @@ import test_distributed
 import yaml
 from many import command, together
 from test_distributed import BETWEEN, STAGE, argv, differences
-from test_distributed_faults import broken, told
+from test_distributed_faults import broken, lines_by_rank
 
 text = test_distributed.folder  # a fixture: a teacher and text
 
@@ -80,7 +80,7 @@ def test_losses_and_margins_are_those_of_one_process(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_the_same_command_goes_on(folder: Path) -> None:
+def test_a_killed_rank_ends_all_and_the_same_command_continues(folder: Path) -> None:
     for out in ("kept", "again"):
         words = argv(folder, "preferred", out)
         if out == "again":
@@ -97,5 +97,5 @@ def test_a_batch_that_does_not_divide_and_data_that_cannot_be_read(folder: Path)
     for name, setting in changes.items():
         words = argv(folder, "preferred", name, "--set", setting)
         assert together(2, command, words, folder / name) == [2, 2]
-        lines = told(folder / name)
+        lines = lines_by_rank(folder / name)
         assert len(lines) == 1 and expected[name] in next(iter(lines.values()))[0]

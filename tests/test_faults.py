@@ -89,7 +89,7 @@ def stop_in(place: str, monkeypatch: pytest.MonkeyPatch, how: BaseException, cal
 
 
 @pytest.mark.slow
-def test_ctrl_c_anywhere_is_one_line_and_the_same_command_goes_on(
+def test_ctrl_c_anywhere_is_one_line_and_the_same_command_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "student"

@@ -19,7 +19,7 @@ PADDED = [torch.cat([torch.full((6,), -1), torch.arange(T - 6)]), torch.arange(4
 MAX_MULTI_TOKEN = [
     torch.cat([torch.arange(7, 14), torch.arange(1), torch.arange(T - 8)]),  # the state's document, a short, a long one
     torch.cat([torch.full((3,), -1), torch.arange(9), torch.arange(T - 12)]),  # padding, then two
-    torch.cat([torch.arange(5, 11), torch.full((4,), -1), torch.arange(11, T + 1)]),  # guesses that were not kept
+    torch.cat([torch.arange(5, 11), torch.full((4,), -1), torch.arange(11, T + 1)]),  # draft tokens that were rejected
 ]
 LAYOUTS = {
     "plain": Layout(3),

@@ -1,5 +1,5 @@
-"""A full disk: one line that says what could not be written and where, nothing half-written, and with room again the
-same command goes on."""
+"""A full disk: one line that says what could not be written and where; nothing half-written; with free space the same
+command continues."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def leave(disk: Path, free_bytes: int | None) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
     folder: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, lines = small_disk / "student", []

@@ -75,7 +75,7 @@ def test_other_sizes_and_moved_weights_are_compiled_again() -> None:
     model = tiny("llama", attention="sdpa", num_hidden_layers=1)
     first = compiled_step(model, rows=1, tokens=40, backend="eager")
     assert compiled_step(model, rows=1, tokens=200, backend="eager") is first
-    assert compiled_step(model, rows=1, tokens=300, backend="eager") is not first  # softmax layers need more room
+    assert compiled_step(model, rows=1, tokens=300, backend="eager") is not first  # softmax layers need more capacity
     second = compiled_step(model, rows=2, tokens=40, backend="eager")
     assert second is not None and second.batch == 2
     next(model.parameters()).data = next(model.parameters()).data.clone()

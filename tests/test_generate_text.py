@@ -91,7 +91,7 @@ def test_speculation_changes_nothing(folder: Path, capfd: pytest.CaptureFixture[
 
 
 def test_a_student_drafts_for_its_teacher(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Self-speculation: the teacher's own text, fewer passes; what is told of it goes to stderr."""
+    """Self-speculation: the teacher's own text, fewer passes; its statistics go to stderr."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     teacher = LlamaForCausalLM.from_pretrained(folder)
     LinearizedForCausalLM.from_teacher(teacher, [MIXERS["lolcats"](window=12), None]).save_pretrained(tmp_path)

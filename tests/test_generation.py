@@ -183,7 +183,7 @@ def test_the_cache_is_transformers_own_with_our_layers(students: dict) -> None:
         assert cache.get_seq_length() == 11
 
 
-def test_a_cache_goes_on_in_a_second_call(students: dict) -> None:
+def test_a_cache_continues_in_a_second_call(students: dict) -> None:
     for model in students.values():
         ids = text(1, 9)
         first = model.generate(ids, max_new_tokens=6, return_dict_in_generate=True)

@@ -94,7 +94,7 @@ def test_a_window_of_the_teacher_limits_its_cache(tmp_path: Path) -> None:
     assert [row["teacher_bytes"] for row in inspected["cache"]] == [2 * 5 * per_token, (13 + 50) * per_token]
 
 
-def test_a_family_without_the_attention_interface_is_told_by_its_config(tmp_path: Path) -> None:
+def test_a_family_without_the_attention_interface_is_recognised_by_its_config(tmp_path: Path) -> None:
     config = GPTJConfig(vocab_size=31, n_positions=32, n_embd=20, n_layer=3, n_head=5, rotary_dim=2)
     GPTJForCausalLM(config).save_pretrained(tmp_path)
     inspected = inspect_model(tmp_path, contexts=(9,))
@@ -115,7 +115,7 @@ def test_no_weights_are_read(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "student", tmp_path / "student")
     weights = tmp_path / "student" / "model.safetensors"
     header = json.dumps({"lm_head.weight": {"dtype": "no such", "shape": [3], "data_offsets": [0, 3]}}).encode()
-    weights.write_bytes(struct.pack("<Q", len(header)) + header + b"abc")  # of the size that it tells, and unreadable
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + b"abc")  # of the stated size, and unreadable
     with pytest.raises(SafetensorError):
         load_file(weights)
     inspected = inspect_model(tmp_path / "student")

@@ -66,7 +66,7 @@ def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_a_killed_sampling_goes_on_and_yields_the_same_text(
+def test_a_killed_sampling_continues_and_yields_the_same_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
     made = count_batches(monkeypatch)
@@ -141,7 +141,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys: pytest.Cap
         assert journal.rows == ["row"]
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="LINEARIZE_CACHE") as caught:
         written(tmp_path / "file")

@@ -21,7 +21,7 @@ from linearize.training.step import derived_seed
 
 
 class Notes:
-    """A tracker that keeps what it is told."""
+    """A tracker that records its calls."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []

@@ -179,7 +179,7 @@ def test_the_published_start() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("repeat", ["before", "after"])
-def test_documents_and_padding_are_apart_and_the_state_goes_on(repeat: str) -> None:
+def test_documents_and_padding_are_apart_and_the_state_continues(repeat: str) -> None:
     mixer, x = build(repeat=repeat), hidden()
     position = torch.stack(
         [

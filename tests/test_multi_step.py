@@ -68,8 +68,8 @@ def test_dead_tokens_were_never_there(config: MixerConfig, counts: list[int], pa
     pad = torch.tensor([4, 0, 2] if padded else [0, 0, 0])[:, None]
     prefix = (torch.arange(PREFIX) - pad).clamp(min=-1)
     begun = Layout(position_BT=prefix) if padded else Layout()
-    guessed = Layout(position_BT=torch.arange(PREFIX, PREFIX + held) - pad) if padded else Layout(PREFIX)
-    tail = guessed.keeping(counts, 0, held, torch.device("cpu"))
+    drafted_layout = Layout(position_BT=torch.arange(PREFIX, PREFIX + held) - pad) if padded else Layout(PREFIX)
+    tail = drafted_layout.keeping(counts, 0, held, torch.device("cpu"))
     after = [count + PREFIX for count in counts]
     position = torch.tensor(after)[:, None] - pad + torch.arange(new + later)
     joined = tail.then(Layout(position_BT=position[:, :new]), (held, new), len(counts), torch.device("cpu"))
@@ -98,7 +98,7 @@ def test_dead_tokens_were_never_there(config: MixerConfig, counts: list[int], pa
 @every_mixer
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "hybrid"])
 def test_rows_of_a_student_keep_what_they_accept(config: MixerConfig, kept: bool) -> None:
-    """Rounds of guesses of which each row keeps another number, against full passes over what each row kept."""
+    """Rounds of draft tokens of which each row keeps another number, against full passes over what each row kept."""
     model = student_of(tiny("llama", attention="sdpa"), [None, config, None]) if kept else student(config)
     rounds = [(9, [9, 0, 4]), (4, [4, 4, 4]), (6, [1, 5, 0]), (1, [1, 0, 1]), (7, [2, 7, 3])]
     (ids, mask), vocabulary = left_padded(text(3, 11), [11, 3, 8]), 61
@@ -123,24 +123,24 @@ def test_rows_of_a_student_keep_what_they_accept(config: MixerConfig, kept: bool
 
 
 @every_mixer
-def test_memory_does_not_grow_with_the_number_of_guesses(config: MixerConfig) -> None:
+def test_memory_does_not_grow_with_the_draft_length(config: MixerConfig) -> None:
     """The state is one, whatever K is; beside it are the raw inputs of one verification and of what was accepted."""
     model, ids, held = student(config), text(1, 300), {}
     most = [mixer.cost(4).state_bytes for mixer in model.mixers().values()]
-    for guesses in (4, 9):
+    for drafted in (4, 9):
         cache = model(ids[:, :100], use_cache=True).past_key_values
         cache.activate_past_recording()
         at = 100
         for _ in range(5):
-            model(ids[:, at : at + guesses], past_key_values=cache)
-            per_token = [layer.pending.num_bytes // guesses for layer in cache.layers]
+            model(ids[:, at : at + drafted], past_key_values=cache)
+            per_token = [layer.pending.num_bytes // drafted for layer in cache.layers]
             storage = [sum(x.untyped_storage().nbytes() for x in layer.pending.inputs) for layer in cache.layers]
-            assert storage == [guesses * size for size in per_token], "more is kept alive than is counted"
+            assert storage == [drafted * size for size in per_token], "more is kept alive than is counted"
             states = [layer.state.num_bytes for layer in cache.layers]
             assert all(0 < state <= bound for state, bound in zip(states, most, strict=True))
-            cache.crop(-(guesses // 2))
-            assert all(len(layer.pending) == layer.accepted == guesses - guesses // 2 for layer in cache.layers)
-            at += guesses - guesses // 2
+            cache.crop(-(drafted // 2))
+            assert all(len(layer.pending) == layer.accepted == drafted - drafted // 2 for layer in cache.layers)
+            at += drafted - drafted // 2
         for count in (3, 2):  # as a draft does: some calls before anything is decided
             model(ids[:, at : at + count], past_key_values=cache)
             at += count
@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_number_of_guesses(config: MixerConfig) ->
         assert [sum(x.untyped_storage().nbytes() for x in layer.pending.inputs) for layer in cache.layers] == [
             5 * size for size in per_token
         ], "what was committed is kept alive"
-        held[guesses] = per_token
+        held[drafted] = per_token
     assert held[4] == held[9]
 
 

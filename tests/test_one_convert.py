@@ -66,7 +66,7 @@ def parts(out: Path) -> list[str]:
 
 
 class Recorder:
-    """A tracker that keeps what it is told, in place of tensorboard's."""
+    """A tracker that records its calls, in place of tensorboard's."""
 
     stages: ClassVar[list[str]] = []
 

@@ -142,7 +142,7 @@ def _recipe(mixer: str, layers: Any = (0, 1, 2, 4)) -> Recipe:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_with_the_way_out(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported_with_the_remedy(tmp_path: Path) -> None:
     folder, table = tiny_folder(tmp_path / "m"), tmp_path / "mine.yaml"
     table.write_text("toaster: {memory: 4MB, reserve: 1MB, flops_bf16: 1e9, flops_fp32: 1e8, bandwidth: 1e9, share: 1}")
     stage = {"name": "attention_transfer", "tokens": 900, "lr": 1e-2, "batch": 600}

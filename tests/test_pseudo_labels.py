@@ -25,7 +25,7 @@ from linearize.training.data.pseudo_labels import (
 )
 
 CONTEXT = 40
-PROMPTS = ["a", "What is it?", "b c", "of a length that leaves little room", "xyz", "Two words", "?"]
+PROMPTS = ["a", "What is it?", "b c", "of a length that leaves little space", "xyz", "Two words", "?"]
 
 
 def teacher(seed: int = 5, family: str = "llama") -> PreTrainedModel:
@@ -87,7 +87,7 @@ class Killed(Exception):  # noqa: N818 (not an error)
     """Stands for the end of the process."""
 
 
-def test_a_killed_run_goes_on_and_yields_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_and_yields_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     expected = answered(tmp_path / "whole")
 
@@ -182,7 +182,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
         ([], "is a list"),
     ],
 )
-def test_bad_prompts_are_told_in_one_line(tmp_path: Path, row: object, reason: str) -> None:
+def test_bad_prompts_are_reported_in_one_line(tmp_path: Path, row: object, reason: str) -> None:
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a"}, row]), encoding="utf-8")
     config = PseudoConfig(max_new_tokens=3)
     with pytest.raises(InputError, match=reason) as caught:

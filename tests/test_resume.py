@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_never_trained_on(
     assert_same(run, train(run, tmp_path), unbroken)
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"{tmp_path / FILE} is damaged" in message and "\n" not in message
-    ends = "goes on from the checkpoint before it" if which == "newest" else "the stage starts anew"
+    ends = "continues from the checkpoint before it" if which == "newest" else "the stage starts anew"
     assert message.endswith(ends)
     assert (run.forwards < 3 * unbroken[1].steps) == (which == "newest")
 

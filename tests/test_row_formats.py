@@ -94,7 +94,7 @@ BAD_CHATS = {
 
 @pytest.mark.parametrize("reason", BAD_CHATS)
 @pytest.mark.parametrize("field", ["messages", "conversations"])
-def test_a_chat_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, reason: str, field: str) -> None:
+def test_a_chat_that_cannot_be_used_is_reported_in_one_line(tmp_path: Path, reason: str, field: str) -> None:
     spec = file_of(tmp_path, lines({field: [ASKED, ANSWER]}, {field: BAD_CHATS[reason]}), "a.jsonl")
     with pytest.raises(InputError, match=rf"row 2: .*'{field}'.*{reason}") as caught:
         load_documents([spec], TOKENIZER)
@@ -137,7 +137,7 @@ def test_a_long_cell_and_a_chat_in_a_table(tmp_path: Path) -> None:
         ("", "empty"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, content: str, reason: str) -> None:
+def test_a_table_that_cannot_be_used_is_reported_in_one_line(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         load_documents([file_of(tmp_path, content, "a.csv")], TOKENIZER)
     assert "a.csv" in str(caught.value) and "\n" not in str(caught.value)
@@ -174,7 +174,7 @@ NULLS: list[Any] = [
 
 
 @pytest.mark.parametrize("row", NULLS)
-def test_a_row_of_null_is_left_out_and_told(tmp_path: Path, row: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_of_null_is_left_out_and_reported(tmp_path: Path, row: object, caplog: pytest.LogCaptureFixture) -> None:
     spec = file_of(tmp_path, lines({"text": "one"}, {"text": "two"}, row, {"text": "three"}, row), "a.jsonl")
     for answer_only in (False, True):
         caplog.clear()
@@ -186,7 +186,7 @@ def test_a_row_of_null_is_left_out_and_told(tmp_path: Path, row: object, caplog:
         load_documents([file_of(tmp_path, lines(row, row), "a.jsonl")], TOKENIZER)
 
 
-def test_empty_rows_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_rows_are_left_out_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = file_of(tmp_path, lines({"text": "one"}, {"text": " \n"}, {"text": "two"}), "a.jsonl")
     assert len(load_documents([spec], TOKENIZER)) == 2
     assert "1 of 3 rows (the first: row 2)" in caplog.text and "empty" in caplog.text
@@ -207,7 +207,7 @@ def test_what_arrow_fills_up_with_nulls_is_not_there(tmp_path: Path) -> None:
     assert result == ['<s><user> Is it?[{"x": 1}]\n<assistant> yes[{"y": 2}]\n</s>']
 
 
-def test_half_of_a_surrogate_pair_is_replaced_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_half_of_a_surrogate_pair_is_replaced_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = '{"text": "whole \\ud83d\\ude00 pair"}\n{"text": "x"}\n{"text": "half \\ud83d!"}\n'
     result = texts(load_documents([file_of(tmp_path, rows, "a.jsonl")], TOKENIZER))
     assert result == ["<s>whole \U0001f600 pair</s>", "<s>x</s>", "<s>half \ufffd!</s>"]

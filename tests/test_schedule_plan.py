@@ -80,7 +80,7 @@ def test_without_a_schedule_there_is_one_step() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"schedule": {"kind": "progressive", "replaced": [0.5, 0.25]}}, ["plan.schedule.replaced", "growing"]),
+        ({"schedule": {"kind": "progressive", "replaced": [0.5, 0.25]}}, ["plan.schedule.replaced", "increasing"]),
         ({"schedule": {"kind": "progressive", "replaced": [0.5, 1.25]}}, ["plan.schedule.replaced", "up to 1"]),
         ({"schedule": {"kind": "progressive", "replaced": []}}, ["plan.schedule.replaced"]),
         ({"schedule": {"kind": "stepwize"}}, ["plan.schedule.kind", "did you mean 'stepwise'"]),
@@ -284,7 +284,7 @@ def test_later_layers_start_from_the_student_as_it_is(folder: Path, tmp_path: Pa
     assert not torch.equal(results["start"], original), "nothing was trained in the first step"
 
 
-def test_layers_chosen_by_sensitivity_are_told(folder: Path, tmp_path: Path) -> None:
+def test_layers_chosen_by_sensitivity_are_reported(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_data(
         STEPWISE | {"plan": {"mixer": LOLCATS, "layers": {"keep": 0.34, "select": "sensitivity"}}}
     )

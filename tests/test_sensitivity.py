@@ -96,7 +96,7 @@ def inspect(folder: Path, *options: str) -> list[str]:
     return ["inspect", str(folder / "teacher"), "--sensitivity", *data, "--recipe", str(folder / "tiny.yaml"), *options]
 
 
-def test_the_command_tells_every_layer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_every_layer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(inspect(folder, "--tokens", "200", "--json")) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["mixer"], result["tokens"]) == ("lolcats", 200)
@@ -118,7 +118,7 @@ def test_the_command_tells_every_layer(folder: Path, capsys: pytest.CaptureFixtu
         (["--sensitivity", "--data", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_what_is_missing_is_told(
+def test_what_is_missing_is_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert main(["inspect", str(folder / "teacher"), *arguments]) == 2

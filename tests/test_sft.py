@@ -128,7 +128,7 @@ def test_experts_learn_from_the_answers_alone(tmp_path: Path) -> None:
     assert [loss for _, loss in result.losses] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_callers_random_numbers_go_on_as_before(tmp_path: Path) -> None:
+def test_the_callers_random_numbers_continue_as_before(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3, generator=torch.Generator().manual_seed(5))
     config(tmp_path, max_steps=1).run(job(tmp_path / "run", tokenizer=byte_tokenizer(chat=CHAT)))
@@ -175,7 +175,7 @@ def test_the_template_that_was_trained_with_goes_with_the_tokenizer(tmp_path: Pa
     assert work.tokenizer.chat_template == (tmp_path / "own.jinja").read_text("utf-8")
 
 
-def test_bad_data_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_data_is_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = [{"prompt": "a" * 9, "completion": "b"}]
     for number, (options, reason) in enumerate(
         (

@@ -65,7 +65,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: list[int], most: int | No
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_continues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers, others, texts = (spellings(place, name) for name in ("teacher", "other", "text.txt"))
     whole: list[int] = []
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_names_that_are_no_places(place: Path) -> None:
 
 
 def test_every_stage_that_names_a_place_says_so() -> None:
-    """A field that names a file or a model is told apart by what is there."""
+    """A field that names a file or a model is recognised by what is there."""
     for config in STAGES.values():
         named = {field for field in config.model_fields if field in ("teacher", "data")}
         assert named == set(config.places), config

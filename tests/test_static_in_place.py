@@ -26,7 +26,7 @@ def results() -> dict[str, dict[str, float]]:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["decoding", "pieces", "verifying", "undecided", "aot_eager, 1", "eager, 2"])
+@pytest.mark.parametrize("name", ["decoding", "chunks", "verifying", "undecided", "aot_eager, 1", "eager, 2"])
 def test_one_launch_a_layer_in_memory_that_stays(name: str, results: dict) -> None:
     """And the logits and states of the backend in PyTorch."""
     numbers = case(results, name)

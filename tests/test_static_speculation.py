@@ -48,8 +48,8 @@ def test_rows_of_a_batch_are_as_alone(models: dict, name: str) -> None:
         both_ways(result.stats)
 
 
-def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The draft reads more than its tail holds, piece by piece; and guesses more than its tail held at first."""
+def test_rounds_without_draft_tokens_are_caught_up_with(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft reads more than its tail holds, in parts; and drafts more than its tail held at first."""
 
     class Now:
         pays = True
@@ -125,7 +125,7 @@ def test_sampling_is_by_the_same_numbers(models: dict) -> None:
 
 
 def test_which_models_are_read_so(models: dict) -> None:
-    """None on a CPU by itself; those without a static form not at all, and that is told."""
+    """None on a CPU by itself; those without a static form not at all, with a warning."""
     latent = endless(tiny("deepseek_v3"))
     with pytest.raises(InputError, match="keeps something else than its keys and values"):
         cached_model_for(latent, "target")
@@ -143,7 +143,7 @@ def test_which_models_are_read_so(models: dict) -> None:
     assert [str(x.message) for x in messages] == ["no CUDA graphs for the target: it has latents"]
 
 
-def test_a_round_that_is_too_wide_is_told(models: dict) -> None:
+def test_a_round_that_is_too_wide_is_reported(models: dict) -> None:
     with pytest.raises(InputError, match="34 tokens wait for a decision, a static step holds 32: draft fewer tokens"):
         cached = cached_model_for(models["gla"], "target")
         cached.read_prompt(text(1, 4), None)

@@ -50,7 +50,7 @@ def test_buffers_are_written_in_place(name: str, results: dict) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["terraced", "sliding", "in place"])
-def test_a_document_that_begins_above_position_0_goes_on_in_the_next_call(kind: str, results: dict) -> None:
+def test_a_document_that_begins_above_position_0_continues_in_the_next_call(kind: str, results: dict) -> None:
     numbers = case(results, f"across, {kind}")
     assert max(numbers["y"], numbers["other"]) < 2e-6 and numbers["begin"] == 0, numbers
 

@@ -52,7 +52,7 @@ def test_outputs_and_all_gradients_are_those_of_the_equation(name: str, results:
 
 
 @pytest.mark.parametrize("name", ["two calls", "above 0, two calls"])
-def test_prefill_in_two_pieces_goes_on_from_the_state(name: str, results: dict) -> None:
+def test_prefill_in_two_chunks_continues_from_the_state(name: str, results: dict) -> None:
     assert max(errors(results, name).values()) < EXACT
 
 

@@ -47,7 +47,7 @@ def test_pip_allows_what_was_tried_and_nothing_newer(library: str, bounds: dict[
         ("6.0.0rc1", True), ("5.16.1", True), ("4.57.0", True),
     ],
 )  # fmt: skip
-def test_a_release_that_was_not_tried_is_told_in_one_line(
+def test_a_release_that_was_not_tried_is_reported_in_one_line(
     installed: str, printed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ LAYOUTS = {
     "far": rows([(100_003, 41)], [(1, 41)]),
     "counted padding": rows([(-1, 9), (9, 32)], [(0, 41)]),
     "parts": rows([(0, 8), (3, 1), (6, 20), (2, 12)], [(-1, 2), (1, 17), (30, 22)]),
-    "in piece of padding": rows([(-1, 12), (1, 29)], [(-1, 12), (12, 29)]),
+    "in part of padding": rows([(-1, 12), (1, 29)], [(-1, 12), (12, 29)]),
 }
 SPECS = [
     (4, "terraced", {}),
@@ -70,13 +70,13 @@ def test_a_document_may_begin_anywhere_and_be_cut_anywhere(backend, name, window
     for cuts in ([], *CUTS):
         state, parts = None, []
         for a, b in itertools.pairwise([0, *cuts, TOKENS]):
-            piece = [x[:, :, a:b] for x in (q, k, v)]
+            part = [x[:, :, a:b] for x in (q, k, v)]
             layout = Layout(position_BT=position[:, a:b])
             if backend == "as chosen":
-                y, state = window_linear(*piece, spec=spec, layout=layout, state=state)
+                y, state = window_linear(*part, spec=spec, layout=layout, state=state)
             else:
                 with use_backend(backend):
-                    y, state = window_linear(*piece, spec=spec, layout=layout, state=state)
+                    y, state = window_linear(*part, spec=spec, layout=layout, state=state)
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts, 2) * live, expected, rtol=0, atol=1e-10)
 

@@ -43,7 +43,7 @@ def run(backend, spec, position=None, tokens=203, state=None, dtype=torch.float6
 @pytest.mark.parametrize("block", [1, 1 << 10, 1 << 30], ids=["one head", "a few heads", "all heads"])
 @pytest.mark.parametrize("position", [PLAIN, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize(("window", "shape", "options"), KINDS)
-def test_pieces_of_any_size_give_the_same(monkeypatch, block, position, window, shape, options):
+def test_blocks_of_any_size_give_the_same(monkeypatch, block, position, window, shape, options):
     """Chunk groups of a chunk or two: masks of later chunks, memories carried along, one head at a time or more."""
     spec, tokens = make_spec(window, shape, **options), 203 if position is None else 53
     expected, state, gradients = run("reference", spec, position, tokens)
@@ -163,7 +163,7 @@ def test_scratch_is_the_same_memory_unless_it_has_no_contents():
 
 @pytest.mark.parametrize("columns", [5, 37], ids=["narrow", "wide"])
 @pytest.mark.parametrize("cut", [False, True], ids=["in place", "strided"])
-def test_products_go_where_they_are_wanted(columns, cut):
+def test_products_are_written_into_their_output(columns, cut):
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 19, 7), torch.randn(2, 3, 7, columns)
     for beta in (0, 1):

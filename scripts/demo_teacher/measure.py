@@ -23,7 +23,7 @@ Question = tuple[list[int], int]
 
 
 def predictions(model: LlamaForCausalLM, ids_BT: Tensor, counted_BT: Tensor) -> Tensor:
-    """Logits `[N, V]` that predict the N tokens marked in `wanted_BT` (bool, never a row's first token)."""
+    """Logits `[N, V]` that predict the N tokens marked in `counted_BT` (bool, never a row's first token)."""
     hidden = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
     return model.lm_head(hidden[counted_BT[:, 1:]])
 

@@ -33,7 +33,7 @@ def endless(model: Any) -> Any:
 
 
 def near(model: Any, noise: float = 0.08, seed: int = 3) -> Any:
-    """A copy whose weights are a little off, so that it guesses right at times."""
+    """A copy whose weights are a little off, so that some of its draft tokens are accepted."""
     drafted, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in drafted.parameters():

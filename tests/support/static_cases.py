@@ -41,8 +41,8 @@ def greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     return out[:, ids.shape[1] :]
 
 
-def guesses(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Tensor]]:
-    """Widths, and whether each guess of a round is right, `[B, T]`, for ever."""
+def drafts(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Tensor]]:
+    """Widths, and whether each draft token of a round is right, `[B, T]`, for ever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         width = int(torch.randint(1, widest + 1, (1,), generator=generator))
@@ -62,17 +62,16 @@ def logits_after(model: Any, ids: Tensor, mask: Tensor, expected: Tensor) -> lis
 def verified(
     step: StaticStep, ids: Tensor, mask: Tensor, expected: Tensor, seed: int = 0, tolerance: float = 1e-3
 ) -> set[tuple[int, ...]]:
-    """Go through the expected tokens with guesses right and wrong, rows keeping different numbers, and compare tokens
-    and logits.
+    """Verify right and wrong draft tokens, rows keeping different numbers of them; compare tokens and logits.
 
-    Gives the combinations of widths and kept tokens that came up.
+    Returns the combinations of widths and kept tokens that occurred.
     """
     rows, count = expected.shape
     due_logits = logits_after(step.model, ids, mask, expected)
     padded = torch.cat([expected, torch.full((rows, step.width + 1), 5)], dim=1)
     assert torch.equal(step.prefill(ids, mask)[:, -1].argmax(-1), expected[:, 0])
     at, kept, seen = [0] * rows, [0] * rows, set()
-    for width, right in guesses(expected, seed, step.width):
+    for width, right in drafts(expected, seed, step.width):
         truth = torch.stack([padded[row, start : start + width] for row, start in enumerate(at)])
         right[:, 0] = True  # the first token is the target's own
         tokens = torch.where(right, truth, (truth + 1) % 50 + 3)

@@ -102,7 +102,7 @@ def decoding() -> dict[str, float]:
     return compare(filled(model, rollback=False), filled(model, rollback=False), 1, [None] * 4)
 
 
-def pieces() -> dict[str, float]:
+def chunks() -> dict[str, float]:
     """Several tokens at once, none to be taken back."""
     model = student()
     return compare(*(filled(model, rollback=False, width=3) for _ in range(2)), 3, [None] * 2)
@@ -168,7 +168,7 @@ def compiled(backend: str, width: int) -> dict[str, Any]:
 
 CASES: dict[str, Any] = {
     "decoding": decoding,
-    "pieces": pieces,
+    "chunks": chunks,
     "verifying": verifying,
     "undecided": undecided,
     "launched": launched,

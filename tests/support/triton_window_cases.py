@@ -30,7 +30,7 @@ from linearize.ops.window_linear.state import WindowBuffers
 
 H, G, D, V, C = 2, 1, 6, 5, 3
 HEADS = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=7)
-# Two rows after 10 tokens each. Dead: row 0 keeps 2 of 3 tail tokens, row 1 one; a guess of row 0 is dead too.
+# Two rows after 10 tokens each. Dead: row 0 keeps 2 of 3 tail tokens, row 1 one; a draft token of row 0 is dead too.
 PAST, TAIL = 10, 3
 DEAD = torch.tensor([[10, 11, -1, 12, 13, -1], [10, -1, -1, 11, 12, 13]])
 # A document opens in the tail of row 0 and among the new tokens of row 1.
