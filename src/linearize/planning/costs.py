@@ -1,4 +1,4 @@
-"""What one step of a stage holds and does: the stage's own code, run without contents on a sample of the model."""
+"""Memory and work of one step of a stage: the stage's own code, run without contents on a sample of the model."""
 
 from __future__ import annotations
 

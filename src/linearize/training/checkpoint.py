@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False) -> None:
-    """Replaces the checkpoint in `folder` in one atomic step; a kill at any point leaves the old one or the new one.
+    """Replace the checkpoint in `folder` in one atomic step; a kill at any point leaves the old one or the new one.
 
     The old one becomes the previous one, unless this is the `last` (of a stage that ended) or the disk is too small.
 
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False)
 def load_checkpoint(
     folder: Path, *, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole, with tensors on the CPU, or None if there is none.
+    """The newest intact checkpoint in `folder`, with tensors on the CPU, or None if there is none.
 
     A damaged one (truncated, or its checksum does not fit) is removed, with one warning.
 
@@ -148,7 +148,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
 
 
 def _read(path: Path) -> Checkpoint:
-    """A file that is whole. Raises ValueError, KeyError or SafetensorError for any other."""
+    """Read an intact file. Raises ValueError, KeyError or SafetensorError for a damaged one."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         _check_format(path, metadata)
@@ -178,7 +178,7 @@ def check_identity(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}

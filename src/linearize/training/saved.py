@@ -41,7 +41,7 @@ LOG = logging.getLogger("linearize")
 
 
 def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, last: bool = False) -> None:
-    """Replaces the checkpoint in `folder`; a kill at any point leaves the old one or the new one.
+    """Replace the checkpoint in `folder`; a kill at any point leaves the old one or the new one.
 
     Where tensors are `sharded` all ranks call it, else rank 0 alone. The old one is kept, except for the `last`.
 
@@ -74,7 +74,7 @@ def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, l
 def load_stage(
     folder: Path, group: Group, *, identity: Mapping[str, Any], parameters: Mapping[str, Tensor]
 ) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole, None if there is none; sharded tensors as the parameters are.
+    """The newest intact checkpoint in `folder`, None if there is none; tensors are sharded as the parameters are.
 
     All ranks of the group call it. A damaged one is removed, with a warning.
 
@@ -91,7 +91,7 @@ def load_stage(
 
 
 def _write_state(folder: Path, checkpoint: Checkpoint) -> None:
-    """All that is no tensor, and the checksums of what the ranks wrote."""
+    """Write everything but the tensors, and the checksums of what the ranks wrote."""
     state = {
         "format": FORMAT,
         "linearize": __version__,
@@ -125,13 +125,13 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the folders that were written to their end."""
+    """The numbers of the complete folders."""
     numbers = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*"))
     return [int(name) for name in numbers if name.isdigit()]
 
 
 def _remove(folder: Path, keep: int) -> None:
-    """All folders but the newest few, and what was not written to its end."""
+    """Remove all folders but the newest few, and incomplete ones."""
     kept = {f"{PREFIX}{number}" for number in sorted(_numbers(folder), reverse=True)[:keep]}
     for path in folder.glob(f"{PREFIX}*"):
         if path.name not in kept:
@@ -171,5 +171,5 @@ def _read(folder: Path, group: Group, parameters: Mapping[str, Tensor]) -> dict[
 
 
 def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor for what belongs to a parameter, sharded as it is; AdamW's number of steps is whole."""
+    """An empty tensor for a parameter or its moments, sharded as the parameter is; AdamW's step count is whole."""
     return torch.empty_like(parameter.detach()) if shape == tuple(parameter.shape) else torch.zeros(shape)

@@ -29,7 +29,7 @@ def file_rows(path: Path, ends: Sequence[str] = ()) -> Numbered:
     """The rows of a file. `ends`: lines that separate the documents of a text file, besides `END_OF_TEXT`.
 
     Raises:
-        InputError: a folder, an unknown extension, no such file, or a file that is not what its name says.
+        InputError: a folder, an unknown extension, no such file, or a file whose contents do not fit its name.
     """
     kind = path.with_suffix("").suffix.lower() if path.suffix.lower() in _UNPACK else path.suffix.lower()
     if path.is_dir():
@@ -49,7 +49,7 @@ def _txt_rows(path: Path, ends: Sequence[str]) -> Numbered:
 
 
 def text_documents(text: str, ends: Iterable[str]) -> list[str]:
-    """The documents of a text: separated by lines of one of `ends` if that gives two or more, else by blank lines.
+    """The documents of a text: separated by lines of one of `ends` if there are two or more, else by blank lines.
 
     Blank lines between paragraphs stay where such lines separate documents; single line ends always do.
     """
@@ -149,7 +149,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, unpacked if its name says so."""
+    """The text of a file, decompressed according to its name."""
     kind = path.suffix.lower()
     if kind not in _UNPACK:
         return read_text(path)

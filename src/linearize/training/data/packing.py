@@ -42,7 +42,7 @@ class PackedRows:
 
     @property
     def length(self) -> int:
-        """Tokens a row, padding included."""
+        """Tokens per row, padding included."""
         return self.input_ids.shape[1]
 
     @property
@@ -108,7 +108,7 @@ def document_rows(
 def batches(
     rows: PackedRows, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """Batches without end, from step `start_step` on; step k is the same batch whether or not the run was broken.
+    """Batches without end, from step `start_step` on; step k is the same batch whether or not the run was interrupted.
 
     The rows are shuffled anew each epoch, by (seed, epoch); epochs follow each other without a gap, so no row is
     dropped and a batch may hold the end of one and the begin of the next. `batch_size` is over all ranks: each of

@@ -19,7 +19,7 @@ from linearize.training.config import Batch
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
 SLICE_NUMBERS = 2**24
-"""Logits of at most so many numbers exist at a time (64 MiB in fp32), a few times over inside a loss."""
+"""The most logits that exist at a time (64 MiB in fp32), a few times over inside a loss."""
 
 
 def slice_tokens(vocabulary: int) -> int:
@@ -46,7 +46,7 @@ class Readout:
             self.decoder = None
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` where the model does not come apart."""
+        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` if the model cannot be divided."""
         if self.decoder is None:
             whole: Tensor = self._run(batch).logits
             return whole
@@ -72,7 +72,7 @@ class Readout:
         return self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **options)
 
     def _pass(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
-        """One run with the decoder's output written down: final hidden states, and the run's logits."""
+        """Run the model and record the decoder's output: final hidden states, and logits."""
         assert self.decoder is not None
         outputs: list[Any] = []
         decoder = self.lm.get_submodule(self.decoder)
@@ -90,7 +90,7 @@ class Readout:
 
     @contextmanager
     def _decoder_gives(self, hidden_BTM: Tensor) -> Iterator[None]:
-        """Inside the `with` block the decoder returns these hidden states, whatever it is given."""
+        """Make the decoder return these hidden states inside the `with` block, whatever its inputs."""
         assert self.decoder is not None
         parent, _, child = self.decoder.rpartition(".")
         owner, decoder = self.lm.get_submodule(parent), self.lm.get_submodule(self.decoder)
@@ -102,7 +102,7 @@ class Readout:
 
     @torch.no_grad()
     def _comes_apart(self) -> bool:
-        """Whether the logits of three tokens are those of the two parts."""
+        """Whether the two parts give the model's logits, tested on three tokens."""
         ids = torch.arange(3, device=self.lm.device)[None]
         try:
             hidden, expected = self._pass({"input_ids": ids % self.vocabulary, "position_ids": ids})
@@ -113,7 +113,7 @@ class Readout:
 
 
 class _FixedDecoder(nn.Module):
-    """A decoder that has been run already."""
+    """A decoder with a fixed output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()

@@ -49,16 +49,16 @@ class DistillConfig(StageConfig):
         return self
 
     def check(self, student: Any, teacher: Any) -> None:
-        """Refuse what cannot work, without loading another teacher's weights.
+        """Raise for what cannot work, without loading another teacher's weights.
 
         Raises:
             InputError: another teacher with another vocabulary, no mixer with parameters where only mixers train, or
-                adapters kept beside weights that this stage would change.
+                adapters kept next to weights that this stage would change.
         """
         if self.train == "mixers" and not student.mixer_parameters():
             raise InputError("distill has nothing to train: no mixer of the plan has parameters (set train to no_mlp)")
         if kept_adapters(student) is not None:
-            raise InputError("distill changes weights that adapters are kept beside: set merge of lowrank to true")
+            raise InputError("distill changes weights that unmerged adapters belong to: set merge of lowrank to true")
         if self.teacher is not None and self.kl:
             check_vocabulary(self.teacher, student)
 
@@ -81,7 +81,7 @@ class Distill(LogitsRun):
             self.teacher_readout = Readout(other)
 
     def identity(self) -> dict[str, str]:
-        """Of another teacher, what its weights are."""
+        """A fingerprint of another teacher's weights."""
         if self.config.teacher is None or self.teacher_readout is None:
             return {}
         return {"other_teacher": model_fingerprint(self.teacher_readout.model)}
@@ -100,13 +100,13 @@ class Distill(LogitsRun):
         )
 
     def finish(self) -> None:
-        """Let go of the other teacher too."""
+        """Release the other teacher too."""
         super().finish()
         self.teacher_readout = None
 
 
 def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:
-    """What trains, in memory that the teacher has no part in."""
+    """The parameters to train, in memory not shared with the teacher."""
     student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
     new = set(student.mixer_parameters())
     old: set[str] = set()

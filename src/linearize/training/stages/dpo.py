@@ -49,7 +49,7 @@ class DpoConfig(DatasetStageConfig):
         return tokenize_preferences(read_preferences(self.data, tokenizer), tokenizer, length)
 
     def collate(self, rows: Sequence[PreferencePair], pad: int) -> Batch:
-        """Of each pair the chosen text and the rejected one, `[B, 2, T]`."""
+        """The chosen and the rejected text of each pair, `[B, 2, T]`."""
         documents = list(chain.from_iterable((pair.chosen, pair.rejected) for pair in rows))
         return {name: tensor.unflatten(0, (-1, 2)) for name, tensor in padded(documents, pad).items()}
 
@@ -84,7 +84,7 @@ class Dpo(LogitsRun):
         return LossSum(loss_B.sum(), len(loss_B), {name: float(value.sum()) for name, value in means.items()})
 
     def finish(self) -> None:
-        """Let go of the reference too."""
+        """Release the reference too."""
         super().finish()
         del self.reference
 
@@ -104,7 +104,7 @@ def preference_loss(ratio_2B: Tensor, tokens_2B: Tensor, *, beta: float, kind: P
 
 
 def frozen_copy(student: nn.Module, trained: Mapping[str, nn.Parameter]) -> Any:
-    """The student as it stands, in eval mode: own tensors for what trains, the others shared.
+    """A copy of the student in eval mode: own tensors for what trains, the others shared.
 
     Sharded weights stay so: a module that had some gathers them while it runs.
     """

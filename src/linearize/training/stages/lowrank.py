@@ -38,9 +38,9 @@ class LowRankConfig(StageConfig):
 
     `targets`: projections (q, k, v, o, `all`, or names of the family's own). `loss`: `ce` (next token) or `kl`
     (KL(teacher||student)).
-    `train_mixers`: whether the mixers go on learning, at `mixer_lr_scale` times the learning rate. `merge`: adapters
-    go into the saved
-    weights; otherwise they are kept beside them (`adapter/`, peft's format) and applied on loading.
+    `train_mixers`: whether to train the mixers too, at `mixer_lr_scale` times the learning rate. `merge`: merge the
+    adapters into the saved weights; otherwise they are saved next to them (`adapter/`, peft's format) and applied on
+    loading.
     """
 
     name: Literal["lowrank"] = "lowrank"
@@ -87,7 +87,7 @@ class LowRank(LogitsRun):
         return result
 
     def finish(self) -> None:
-        """Merge the adapters; those to be kept beside the weights are remembered for `save_student`."""
+        """Merge the adapters, or keep them for `save_student`."""
         state = self.adapters.state()
         before = self.adapters.remove(keep=not self.config.merge)
         if not self.config.merge:
@@ -95,7 +95,7 @@ class LowRank(LogitsRun):
         super().finish()
 
     def _train_adapters(self, training: bool) -> None:
-        """Whether their dropout is on."""
+        """Switch their dropout on or off."""
         for layer in self.adapters.layers.values():
             layer.train(training)
 

@@ -87,7 +87,7 @@ def attention_matrix(sample: AttentionSample) -> Tensor:
 
 
 def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
-    """Names of the mixers' parameters that move their matrices, found by running three tokens."""
+    """Names of the mixers' parameters that change their matrices, determined by running three tokens."""
     names = {id(parameter): name for name, parameter in student.mixer_parameters().items()}
     moving: list[str] = []
     for mixer in student.mixers().values():
