@@ -171,7 +171,7 @@ BAD_FILES = [
     ("a.json", '{"data": 3}', "found: int"),
     ("a.jsonl", '{"messages": "hi"}', "list of objects"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
-    ("a.parquet", "PAR1 no", "no valid parquet"),
+    ("a.parquet", "PAR1 no", "not a valid parquet"),
 ]
 
 

@@ -132,7 +132,7 @@ def test_a_long_cell_and_a_chat_in_a_table(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", "row 1: has the fields a, b; give one of"),
         ("text,b\n1,2\n1,2,3\n", "row 2: has more cells than the first line has names"),
-        ('text\nok\n"open', "line 2: no valid table"),
+        ('text\nok\n"open', "line 2: not a valid table"),
         ("text\n", "empty"),
         ("", "empty"),
     ],

@@ -99,7 +99,7 @@ def test_a_damaged_or_cut_compressed_file_is_reported_in_one_line(tmp_path: Path
     for content in (b"no such thing", PACKED[kind](b'{"text": "one"}\n' * 9999)[:-9]):
         path = tmp_path / f"a.jsonl.{kind}"
         path.write_bytes(content)
-        with pytest.raises(InputError, match=rf"a.jsonl.{kind}.*no valid {kind} file") as caught:
+        with pytest.raises(InputError, match=rf"a.jsonl.{kind}.*not a valid {kind} file") as caught:
             texts(str(path))
         assert "\n" not in str(caught.value)
 

@@ -55,7 +55,7 @@ class Device(BaseModel):
     beside: Bytes = 0
 
     def gather_seconds(self, size: float, devices: int) -> float:
-        """Seconds until each of `devices` has all of `size` bytes, of which it has a part; also those of summing gradients.
+        """Seconds until each device has all of `size` bytes, of which it has a part; also those of summing gradients.
 
         Within a node each device receives what it lacks; all of a node's devices together bring in what other nodes
         hold. The slower of the two counts; 0 where the table has no `link`.

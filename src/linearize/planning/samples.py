@@ -137,7 +137,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()  # belongs to what was left out: a head is the embedding where the config says so
     except (ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"cannot build a causal language model of this config: {one_line(error)}") from error
+        raise InputError(f"cannot build a causal language model from this config: {one_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -49,7 +49,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     costs = measured(whole, lambda sample: stage_costs(stage, sample, rows, length, heldout, device))
     tokens = stage.tokens if stage.tokens is not None else request.tokens
     if tokens is None:
-        raise InputError(f"stages.{number} ({stage.name}) trains on its own data: say with --tokens how much that is")
+        raise InputError(f"stages.{number} ({stage.name}) trains on its own data: give its size with --tokens")
     steps = count_steps(stage.model_copy(update={"tokens": tokens}), length)
     memory = _memory(stage, request, costs.total)
     blocks = _blocks(number, stage, request, rows, costs)

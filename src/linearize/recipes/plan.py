@@ -185,7 +185,7 @@ class PlanConfig(BaseModel):
         else:
             converted = layer_indices(self.layers, num_layers, "plan.layers")
         if not converted:
-            raise InputError(f"plan.layers: nothing to convert, all {num_layers} layers keep their softmax attention")
+            raise InputError(f"plan.layers: nothing to convert, all {num_layers} layers keep softmax: keep fewer")
         indices = layer_indices(tuple(self.overrides), num_layers, "plan.overrides")
         for index in indices:
             if index not in converted:

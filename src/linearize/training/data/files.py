@@ -112,7 +112,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, object]]:
                     raise InputError(f"data {str(path)!r}, row {number}: has more cells than the first line has names")
                 yield number, row
         except csv.Error as error:
-            raise InputError(f"data {str(path)!r}, line {table.line_num}: no valid table ({error})") from error
+            raise InputError(f"data {str(path)!r}, line {table.line_num}: not a valid table ({error})") from error
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _parquet_rows(path: Path) -> Numbered:
     try:
         return enumerate(map(without_fill, pyarrow.parquet.read_table(path).to_pylist()), 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data {str(path)!r}: no valid parquet file ({one_line(error)})") from error
+        raise InputError(f"data {str(path)!r}: not a valid parquet file ({one_line(error)}); write it again") from error
 
 
 def without_fill(row: Any) -> Any:
@@ -158,7 +158,7 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{path}: no valid {kind[1:]} file ({one_line(error)}); get it again") from error
+        raise InputError(f"{path}: not a valid {kind[1:]} file ({one_line(error)}); get it again") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -82,7 +82,7 @@ def load_other_teacher(name: str, student: LinearizedForCausalLM) -> Any:
 def _vocabulary_size(name: str) -> int:
     size = getattr(read_config(find_model(name)).get_text_config(), "vocab_size", None)
     if size is None:
-        raise InputError(f"cannot load {name} as a teacher: its config names no vocabulary")
+        raise InputError(f"{name} as a teacher: its config names no vocabulary; give a causal language model")
     return int(size)
 
 

@@ -39,7 +39,7 @@ class MatrixAlignmentConfig(StageConfig):
                 "use attention_transfer with weights_ce"
             )
         if not mixers:
-            raise InputError("matrix_alignment has nothing to train: the plan converts no layer")
+            raise InputError("matrix_alignment has nothing to train: the plan converts no layer (set its tokens to 0)")
 
     def build(self, student: Any, teacher: Any) -> StageRun:
         """The stage over a student and its teacher."""
