@@ -100,7 +100,7 @@ class Victim:
         It is killed after so many seconds, if it still runs; `from_first_line` counts them from its first line on.
         """
         environment = {**os.environ, "LINEARIZE_CACHE": str(self.cache), "PYTHONUNBUFFERED": "1"}
-        output_file = self.out.parent / f"{self.out.name}\.out"
+        output_file = self.out.parent / f"{self.out.name}.out"
         began, spoke = time.monotonic(), 0.0
         with output_file.open("w", encoding="utf-8") as file:
             process: Any = (

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch, LossSum
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.distill import Distill, DistillConfig
 from linearize.training.stages.losses import distillation_loss, divergence
 from linearize.training.stages.lowrank import LowRankConfig
@@ -67,12 +67,12 @@ def straight_loss(
 def test_hidden_states_and_head_give_the_familys_logits(family: str) -> None:
     """Softcaps, scales and projections before the head are the family's own."""
     teacher, batch = tiny(family), make_batch()
-    readout = Readout(teacher)
+    split = SplitModel(teacher)
     with torch.no_grad():
-        hidden = readout.hidden(batch)
-        assert readout.decoder is not None
+        hidden = split.hidden(batch)
+        assert split.decoder is not None
         assert hidden.shape[-1] != VOCABULARY
-        result = readout.logits(hidden[:, 4:9].flatten(0, 1))
+        result = split.logits(hidden[:, 4:9].flatten(0, 1))
         torch.testing.assert_close(result, whole_logits(teacher, batch)[:, 4:9].flatten(0, 1), rtol=1e-5, atol=1e-6)
 
 
@@ -89,9 +89,9 @@ def test_a_model_that_does_not_come_apart_gives_whole_logits() -> None:
     batch, teacher, student = make_batch(), tiny("llama"), student_of(tiny("llama", seed=8), PLAN)
     odd = Odd(teacher.config)
     odd.load_state_dict(teacher.state_dict())
-    assert Readout(odd.eval()).decoder is None
+    assert SplitModel(odd.eval()).decoder is None
     with torch.no_grad():
-        actual = distillation_loss(Readout(student), Readout(odd), batch, kl=1.0, ce=0.0)
+        actual = distillation_loss(SplitModel(student), SplitModel(odd), batch, kl=1.0, ce=0.0)
         expected = straight_loss(whole_logits(odd, batch), whole_logits(student, batch), batch, kl=1.0, ce=0.0)
     assert float(actual.sum) == pytest.approx(float(expected), rel=1e-4)
 
@@ -116,10 +116,10 @@ def test_slices_give_the_whole_loss_and_its_gradients(family: str, kind: Any, mo
     student = student_of(tiny(family, seed=8, tie_word_embeddings=family in ("gemma2", "cohere2")), PLAN)
     student.requires_grad_(True)
     options: dict[str, Any] = {"kl": 0.7, "ce": 0.4}
-    readout, sizes = Readout(student), []
-    logits = readout.logits
-    monkeypatch.setattr(readout, "logits", lambda hidden: (sizes.append(len(hidden)), logits(hidden))[1])
-    actual = distillation_loss(readout, Readout(teacher), batch, kind=kind, temperature=1.3, **options)
+    split, sizes = SplitModel(student), []
+    logits = split.logits
+    monkeypatch.setattr(split, "logits", lambda hidden: (sizes.append(len(hidden)), logits(hidden))[1])
+    actual = distillation_loss(split, SplitModel(teacher), batch, kind=kind, temperature=1.3, **options)
     (3 * actual.sum).backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     student.zero_grad()
@@ -302,7 +302,7 @@ def test_another_larger_teacher(tmp_path: Path, own_tokenizer: str, padding: int
     expected = straight_loss(target[..., :VOCABULARY], now, batch, kl=1.0, ce=0.0)
     assert float(actual.sum) == pytest.approx(float(expected), rel=1e-4)
     run.finish()
-    assert run.teacher_readout is None
+    assert run.teacher_split is None
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path, own_tokenizer: str) -> None:

@@ -37,10 +37,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def leave(disk: Path, free_bytes: int | None) -> None:
     """Fill a disk except for `free_bytes`; None: remove the filler."""
-    filling = disk / "filling"
-    filling.unlink(missing_ok=True)
+    filler = disk / "filling"
+    filler.unlink(missing_ok=True)
     if free_bytes is not None:
-        filling.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - free_bytes))
+        filler.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - free_bytes))
 
 
 @pytest.mark.slow

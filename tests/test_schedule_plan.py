@@ -19,7 +19,7 @@ from linearize.errors import InputError
 from linearize.recipes import PlanConfig, Recipe
 from linearize.recipes.schedule import Progressive, Stepwise
 from linearize.training.data.loading import Document, PackedRows
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 
 folder = test_convert.folder  # a fixture: a teacher with its tokenizer, and text
 
@@ -133,10 +133,10 @@ def test_the_costliest_layers_are_kept() -> None:
 # the text
 
 
-def documents() -> TrainingText:
+def documents() -> TrainDataset:
     results = [Document(tokens=[3 + (7 * n + i) % 50 for i in range(5 + n % 4)], loss_mask=[1] * (5 + n % 4))
              for n in range(31)]  # fmt: skip
-    return TrainingText(documents=results, pad_token_id=1)
+    return TrainDataset(documents=results, pad_token_id=1)
 
 
 def rows_of(rows: PackedRows) -> list[tuple[int, ...]]:
@@ -144,23 +144,23 @@ def rows_of(rows: PackedRows) -> list[tuple[int, ...]]:
 
 
 def test_parts_of_the_text_share_no_row_and_lose_none() -> None:
-    supply = documents()
-    parts = [supply.rows(12, part, 3) for part in range(3)]
+    dataset = documents()
+    parts = [dataset.rows(12, part, 3) for part in range(3)]
     together = [row for part in parts for row in rows_of(part)]
-    assert sorted(together) == sorted(rows_of(supply.rows(12))) and len({len(part) for part in parts}) <= 2
+    assert sorted(together) == sorted(rows_of(dataset.rows(12))) and len({len(part) for part in parts}) <= 2
     assert all(part.position_ids.shape == part.labels.shape == part.input_ids.shape for part in parts)
-    assert supply.rows(7).length == 7
+    assert dataset.rows(7).length == 7
     with pytest.raises(InputError, match=r"fewer than the schedule's 99 steps"):
-        supply.rows(12, 0, 99)
+        dataset.rows(12, 0, 99)
 
 
 def test_a_sample_is_the_same_each_time_and_no_longer_than_the_text() -> None:
-    supply = documents()
-    one, other = (supply.sample(12, 60, 2) for _ in range(2))
+    dataset = documents()
+    one, other = (dataset.sample(12, 60, 2) for _ in range(2))
     assert [tuple(batch["input_ids"].shape) for batch in one] == [(2, 12), (2, 12), (1, 12)]
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True))
-    everything = sum(len(batch["input_ids"]) for batch in supply.sample(12, 10**6, 4))
-    assert everything == len(supply.rows(12))
+    everything = sum(len(batch["input_ids"]) for batch in dataset.sample(12, 10**6, 4))
+    assert everything == len(dataset.rows(12))
 
 
 # conversions

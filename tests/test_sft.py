@@ -19,7 +19,7 @@ from linearize.training.checkpoint import FILE, PREVIOUS
 from linearize.training.data.documents import Document
 from linearize.training.dataset_stage import count_steps, row_order
 from linearize.training.stages import STAGES
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import answer_log_probs, answer_loss
 from linearize.training.stages.sft import SftConfig
 
@@ -221,12 +221,12 @@ def test_losses_and_log_probabilities_are_those_of_all_logits(monkeypatch: pytes
     weights = torch.tensor([0.3, -1.1, 2.0])
     expected = torch.autograd.grad((picked.sum(1) * weights).sum(), list(model.parameters()))
     monkeypatch.setattr("linearize.training.stages.chunked_logits.SLICE_NUMBERS", 2 * VOCABULARY)  # two tokens a slice
-    readout = Readout(model)
-    log_probs = answer_log_probs(readout, batch)
+    split = SplitModel(model)
+    log_probs = answer_log_probs(split, batch)
     torch.testing.assert_close(log_probs, picked.sum(1))
     measured = torch.autograd.grad((log_probs * weights).sum(), list(model.parameters()))
     torch.testing.assert_close(measured, expected)
-    loss = answer_loss(readout, batch)
+    loss = answer_loss(split, batch)
     torch.testing.assert_close(loss.sum, -picked.sum())
     assert loss.count == int(mask.sum())
     assert loss.also["mean_token_accuracy"] == int(((logits.argmax(-1) == ids[:, 1:]) & mask).sum())

@@ -35,7 +35,7 @@ from linearize.recipes.plan import PlanConfig
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
 from linearize.training.data.loading import PSEUDO
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.student_run import unshare
 
 LOG = logging.getLogger("linearize")
@@ -64,7 +64,7 @@ class Prepared:
     plan: Sequence[MixerConfig | None]
     steps: Sequence[Sequence[int]]
     scores: Sequence[LayerScore]
-    text: TrainingText
+    text: TrainDataset
     heldout: Sequence[Batch]
     teacher_weights: str
 

@@ -27,7 +27,7 @@ from linearize.modeling.student import student_config
 from linearize.recipes.schema import Recipe
 from linearize.training.config import Batch, BlockwiseConfig
 from linearize.training.data.loading import PSEUDO
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.step import computed_on
 
 LOG = logging.getLogger("linearize")
@@ -46,7 +46,7 @@ class StreamedPrepared:
     student: LinearizedForCausalLM
     stage: BlockwiseConfig
     number: int
-    text: TrainingText
+    text: TrainDataset
     heldout: Sequence[Batch]
 
 

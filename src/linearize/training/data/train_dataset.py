@@ -15,7 +15,7 @@ from linearize.training.data.packing import PackedRows, batches, pack
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingText:
+class TrainDataset:
     """Documents to train on; `keep_whole`, `one_per_row`: see `pack`."""
 
     documents: Sequence[Document]

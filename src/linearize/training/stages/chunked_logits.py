@@ -27,7 +27,7 @@ def slice_tokens(vocabulary: int) -> int:
     return max(1, SLICE_NUMBERS // vocabulary)
 
 
-class Readout:
+class SplitModel:
     """A causal LM (a teacher or a student) in two parts: tokens to hidden states, hidden states to logits.
 
     The second part is the family's own forward with its decoder replaced by one that gives the hidden states, so that
@@ -123,16 +123,16 @@ class _FixedDecoder(nn.Module):
         return self.output
 
 
-def sliced_loss(readout: Readout, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
+def sliced_loss(split: SplitModel, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
     """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `slice_tokens`), fp32.
 
     Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
     product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
     """
-    size = tokens or slice_tokens(readout.vocabulary)
+    size = tokens or slice_tokens(split.vocabulary)
     parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
-    parameters = readout.parameters() if torch.is_grad_enabled() else []
-    total: Tensor = _Sliced.apply(readout, loss, parts, hidden_NM, *parameters)
+    parameters = split.parameters() if torch.is_grad_enabled() else []
+    total: Tensor = _Sliced.apply(split, loss, parts, hidden_NM, *parameters)
     return total
 
 
@@ -141,7 +141,7 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, readout: Readout, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
+        ctx: Any, split: SplitModel, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         total = hidden_NM.new_zeros((), dtype=torch.float32)
         need_grad = any(ctx.needs_input_grad)
@@ -149,7 +149,7 @@ class _Sliced(torch.autograd.Function):
         for part in parts:
             hidden_nM = hidden_NM[part].detach().requires_grad_(need_grad)
             with torch.set_grad_enabled(need_grad):
-                value = loss(readout.logits(hidden_nM), part)
+                value = loss(split.logits(hidden_nM), part)
             total += value.detach()
             if need_grad:
                 with torch.autocast(hidden_NM.device.type, enabled=False):

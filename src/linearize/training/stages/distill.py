@@ -15,7 +15,7 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.adapters import kept_adapters
 from linearize.modeling.io.integrity import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
 from linearize.training.stages.losses import Divergence, distillation_loss
 from linearize.training.student_run import LogitsRun, mlp_parameters, unshare
@@ -74,24 +74,24 @@ class Distill(LogitsRun):
     def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
         super().__init__(student, *_groups(config, student, teacher))
         self.config = config
-        self.student_readout = Readout(student)
-        self.teacher_readout: Readout | None = None
+        self.student_split = SplitModel(student)
+        self.teacher_split: SplitModel | None = None
         if config.kl:
             other = teacher if config.teacher is None else load_other_teacher(config.teacher, student)
-            self.teacher_readout = Readout(other)
+            self.teacher_split = SplitModel(other)
 
     def identity(self) -> dict[str, str]:
         """A fingerprint of another teacher's weights."""
-        if self.config.teacher is None or self.teacher_readout is None:
+        if self.config.teacher is None or self.teacher_split is None:
             return {}
-        return {"other_teacher": model_fingerprint(self.teacher_readout.model)}
+        return {"other_teacher": model_fingerprint(self.teacher_split.model)}
 
     def loss(self, batch: Batch) -> LossSum:
         """Weighted divergence and cross-entropy, summed over the tokens whose next token counts."""
         config = self.config
         return distillation_loss(
-            self.student_readout,
-            self.teacher_readout,
+            self.student_split,
+            self.teacher_split,
             batch,
             kl=config.kl,
             ce=config.ce,
@@ -102,7 +102,7 @@ class Distill(LogitsRun):
     def finish(self) -> None:
         """Release the other teacher too."""
         super().finish()
-        self.teacher_readout = None
+        self.teacher_split = None
 
 
 def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:

@@ -20,7 +20,7 @@ from linearize.modeling.io.quantized import is_quantized, whole_weight, with_wei
 from linearize.modeling.parallel import add_part
 from linearize.modeling.sharding import shards_of
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import distillation_loss
 from linearize.training.student_run import LogitsRun
 
@@ -63,8 +63,8 @@ class LowRank(LogitsRun):
 
     def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
         self.config = config
-        self.student_readout = Readout(student)
-        self.teacher_readout = Readout(teacher) if config.loss == "kl" else None
+        self.student_split = SplitModel(student)
+        self.teacher_split = SplitModel(teacher) if config.loss == "kl" else None
         self.adapters = add_adapters(
             student, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets
         )
@@ -77,12 +77,12 @@ class LowRank(LogitsRun):
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
         kl = float(self.config.loss == "kl")
-        return distillation_loss(self.student_readout, self.teacher_readout, batch, kl=kl, ce=1.0 - kl)
+        return distillation_loss(self.student_split, self.teacher_split, batch, kl=kl, ce=1.0 - kl)
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """Next-token loss of the student, adapters without dropout."""
         self._train_adapters(False)
-        result = distillation_loss(self.student_readout, None, batch, kl=0.0, ce=1.0)
+        result = distillation_loss(self.student_split, None, batch, kl=0.0, ce=1.0)
         self._train_adapters(True)
         return result
 
