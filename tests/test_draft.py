@@ -245,7 +245,7 @@ def test_layers_that_a_number_stands_for() -> None:
         ("plan.depth=[2, 0, -1]", r"plan.depth: \[2, 0, -1\] names layer 2 twice"),
         ("plan.depht=2", "did you mean 'plan.depth'"),
         ("plan.depth=null", "plan.mixer is missing"),
-        ("plan.layers.keep=0.5", "say where plan.mixer goes"),
+        ("plan.layers.keep=0.5", "need plan.mixer"),
         ("plan.mixer.name=lolcat", "did you mean 'lolcats'"),
         ("plan.mixer.window=4", "plan.mixer.name is missing"),
         ("stages.0.train=mixers", "distill has nothing to train"),
