@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be there: what builds, in which time, with how many registers.
+"""Compile every kernel for GPUs that need not be present: what builds, the build time, and the registers.
 
 The arguments are those that the callers in `ops/triton` make: each is called on CPU tensors, its launch is recorded
 instead of run, and what was recorded is compiled.
@@ -36,7 +36,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class Recorder:
-    """Stands in the place of a kernel: keeps the launches it is asked for."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -61,7 +61,7 @@ def kernels() -> dict[str, list[Any]]:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside the `with` block every kernel's launches go to the list given."""
+    """Record every kernel's launches inside the `with` block in a list."""
     launches: list[Launch] = []
     places = [(module, name, getattr(module, name)) for name, modules in kernels().items() for module in modules]
     for module, name, kernel in places:
@@ -161,7 +161,7 @@ def mamba2_call(dtype: torch.dtype, key_dim: int, value_dim: int) -> Callable[[]
 
 
 def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Callable[[], Any]]:
-    """The window + linear kernel with all it has, in place and not; and a window alone."""
+    """The window + linear kernel with all options, in place and not; and a window alone."""
     from linearize.mixers import AttentionShape
     from linearize.mixers.feature_maps import FeatureMap
     from linearize.ops.triton.window import window_linear_steps
@@ -239,7 +239,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def _aligned(place: tuple[int, ...], value: Any) -> dict[tuple[int, ...], list[list[Any]]]:
-    """What Triton knows of arguments at a real launch: memory, and numbers, that 16 divides."""
+    """The properties of arguments at a real launch: addresses and numbers that are divisible by 16."""
     if isinstance(value, tuple):
         parts = [_aligned((*place, at), part) for at, part in enumerate(value)]
         return {key: known for part in parts for key, known in part.items()}
@@ -256,7 +256,7 @@ def _type(value: Any) -> Any:
 
 
 def registers(cubin: bytes) -> dict[str, int]:
-    """`registers` of a thread and `stack_bytes`: what did not fit into them and lies in memory (spills)."""
+    """`registers` of a thread and `stack_bytes`: what did not fit into them and is in memory (spills)."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -270,7 +270,7 @@ def registers(cubin: bytes) -> dict[str, int]:
 
 
 def compiled_row(launch: Launch, arch: int) -> dict[str, Any]:
-    """What one launch became for one GPU generation."""
+    """The result of compiling one launch for one GPU generation."""
     began = time.perf_counter()
     made = compile_launch(launch, arch)
     seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""DPO on a small student: does the margin grow, and does a killed run end with the weights of an unbroken one?
+"""DPO on a small student: does the margin grow, and does a killed run end with the weights of an uninterrupted one?
 
     python benchmarks/dpo_run.py --teacher ../shared/teachers/stories260k \\
         --data ../shared/data/preferences/dpo_en_demo.json --out benchmarks/dpo_run.json
@@ -32,7 +32,7 @@ from linearize.training.progress import LineProgress
 from linearize.training.stages.dpo import DpoConfig
 
 WINDOW = 16
-ASKED = "the margin grows; a run killed half-way and resumed ends with the weights of an unbroken one"
+TARGET = "the margin grows; a run killed half-way and resumed ends with the weights of an unbroken one"
 
 
 class Deadly(LineProgress):
@@ -43,14 +43,14 @@ class Deadly(LineProgress):
         self.kill_at = kill_at
 
     def step(self, step: int, *, loss: float | None, tokens_per_second: float, seconds_left: float) -> None:
-        """As ever; then, at its step, the end."""
+        """Report the step; at the chosen step, kill the process."""
         super().step(step, loss=loss, tokens_per_second=tokens_per_second, seconds_left=seconds_left)
         if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work(options: argparse.Namespace) -> None:
-    """One process: the stage from where its folder says, and what it gave as JSON."""
+    """One process: run or continue the stage in its folder, and write the result as JSON."""
     torch.set_num_threads(options.threads)
     teacher, tokenizer = load_teacher(options.teacher)
     plan = [MIXERS["lolcats"].model_validate({"name": "lolcats", "window": WINDOW})] * teacher.config.num_hidden_layers
@@ -80,7 +80,7 @@ def settings(options: argparse.Namespace) -> DpoConfig:
 
 
 def run(folder: Path, arguments: list[str], *extra: str) -> tuple[int, dict[str, Any]]:
-    """A process over a folder: its exit code and what it found."""
+    """Run a process over a folder; return its exit code and result."""
     code = subprocess.run([sys.executable, __file__, *arguments, "--work", str(folder), *extra], check=False).returncode
     file = folder / "result.json"
     return code, json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -123,7 +123,7 @@ def main() -> None:
         **{key: result[key] for key in ("rewards/margins", "rewards/accuracies", "losses")},
     }
     setting = {"teacher": options.teacher, "mixer": {"name": "lolcats", "window": WINDOW}, "layers": "all"}
-    publish(ASKED, {**setting, "stage": settings(options).model_dump(mode="json")}, [rows], options.out)
+    publish(TARGET, {**setting, "stage": settings(options).model_dump(mode="json")}, [rows], options.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How exact every form of every operation is: its error against fp64, as a multiple of PyTorch's SDPA's.
+"""The error of every backend of every operation against fp64, as a multiple of that of PyTorch's SDPA.
 
 Both get the same tokens, heads and dtype, and each is compared with itself in fp64 on the numbers it was given, already
 rounded. Errors are taken head by head: the largest difference over the head's largest number, averaged over rows and
 heads (`max`: of one head it is a matter of luck), and the root mean square of the differences over that of the numbers,
-of the worst head (`rms`). What is asked for: no form is ever less exact than twice SDPA.
+of the worst head (`rms`). The target: no backend has more than twice the error of SDPA.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def _errors(actual: Tensor, exact: Tensor) -> dict[str, float]:
 def results(
     problem: Problem, backend: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """y and the gradients of the differentiated inputs, by a form in `dtype`, or by the reference in fp64 on the same
-    numbers."""
+    """y and the gradients of the differentiated inputs, by a backend in `dtype` or by the reference in fp64."""
     inputs = [x.to(dtype).to(device) for x in problem.inputs]
     if exactly:
         inputs = [x.double() for x in inputs]
@@ -79,7 +78,7 @@ def _with_gradients(y: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype) -> 
 
 
 def compare(problem: Problem, dtype: str, *, device: str = "cpu") -> list[dict[str, Any]]:
-    """One row per form: for y and each gradient the error over SDPA's; `worst` of them; `rms`: of y alone."""
+    """One row per backend: for y and each gradient the error over SDPA's; `worst` of them; `rms`: of y alone."""
     kind, rows = DTYPES[dtype], []
     for backend in problem.backends:
         ours = errors(

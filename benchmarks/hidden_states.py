@@ -71,7 +71,7 @@ def _write(store: HiddenStore, hidden: torch.Tensor) -> None:
 
 
 def _read(store: HiddenStore, rows: int) -> None:
-    """As training does: a batch into one of two buffers."""
+    """Read as training does: a batch into one of two buffers."""
     buffers = [store.buffer("train", BATCH) for _ in range(2)]
     for boundary in range(store.boundaries):
         for number, first in enumerate(range(0, rows, BATCH)):
@@ -89,7 +89,7 @@ def _timed(work: Any, size: int) -> float:
 
 
 def _drop(paths: Iterable[Path]) -> None:
-    """Their pages out of the cache."""
+    """Drop their pages from the cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

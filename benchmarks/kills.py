@@ -1,4 +1,4 @@
-"""A long command killed with SIGKILL at random moments and given again each time, beside an unbroken run of it.
+"""A long command killed with SIGKILL at random moments and run again each time, compared with an uninterrupted run.
 
     python -m benchmarks.kills --kills 20 --out FILE -- convert TEACHER --data self --out STUDENT ...
 
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from benchmarks.timing import publish
 
-ASKED = "after every kill the same command goes on, and it ends with the same folder as an unbroken run"
+TARGET = "after every kill the same command continues, and it ends with the same folder as an uninterrupted run"
 TIMES = {"seconds", "provenance"}  # keys of a report that differ between any two runs
 EARLY, REACH = 0.2, 3.0  # share of kills while the program starts; see --reach
 TICK = 0.02
@@ -33,7 +33,7 @@ LONGEST = 3600.0  # seconds for one attempt
 
 
 class Fork:
-    """A command as a fork of this process, which has imported everything; as far as needed like a `Popen`."""
+    """A command as a fork of this process, which has imported everything, with a part of `Popen`'s interface."""
 
     def __init__(self, arguments: Sequence[str], output: int, environment: Mapping[str, str]) -> None:
         """Starts it with both outputs going to a file's descriptor."""
@@ -63,7 +63,7 @@ class Fork:
         return self._wait(0)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         os.kill(self.process, signal.SIGKILL)
 
     def _wait(self, options: int) -> int | None:
@@ -95,7 +95,7 @@ class Victim:
         return cls(arguments=arguments, out=out, cache=out.parent / f"{out.name}.cache", forked=forked)
 
     def run(self, kill_after: float | None = None, *, from_first_line: bool = False) -> tuple[int, float, list[str]]:
-        """One attempt: its exit code, seconds until it first said something, and all it said.
+        """One attempt: its exit code, seconds until its first output, and its output.
 
         It is killed after so many seconds, if it still runs; `from_first_line` counts them from its first line on.
         """
@@ -124,11 +124,11 @@ class Victim:
         return process.returncode, spoke, lines
 
     def left_beside(self) -> list[str]:
-        """What lies beside the folder under its name with a dot."""
+        """The hidden files and folders next to the folder."""
         return sorted(path.name for path in self.out.parent.glob(f".{self.out.name}.*"))
 
     def clear(self) -> None:
-        """Nothing was ever done."""
+        """Remove everything that the command wrote."""
         for path in (self.out, self.cache, *self.out.parent.glob(f".{self.out.name}.*")):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "differing": differing,
         "left_beside": broken.left_beside(),
     }
-    publish(ASKED, setting, broken.kills, arguments.out)
+    publish(TARGET, setting, broken.kills, arguments.out)
     if differing or broken.left_beside():
         raise SystemExit(1)
 

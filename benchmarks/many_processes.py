@@ -134,7 +134,7 @@ def ranks_of(words: Sequence[str], parent: int) -> list[int]:
 
 
 def kill_and_rerun(teacher: Path, recipe: Path, folder: Path, ranks: int, kills: Sequence[int]) -> dict[str, Any]:
-    """A conversion some of whose ranks are killed, started again each time, beside the unbroken one of `folder`."""
+    """A conversion with killed ranks, started again each time, compared with the uninterrupted one of `folder`."""
     out = folder / f"{recipe.stem}-{ranks}-killed"
     words, struck, seconds = command(teacher, recipe, out, ranks), [], []
     for after in kills:

@@ -66,7 +66,7 @@ def useful_flops(config: Mapping[str, Any], shape: AttentionShape, tokens: int, 
 
 
 def measure(case: Case, peak: float) -> dict[str, Any]:
-    """One row: seconds of each form, how many times as fast ours is as the faster SDPA, and its share of the peak."""
+    """One row: seconds of each backend, our speed-up over the faster SDPA, and the share of the peak."""
     ours = {name: _mixer_run(config, case) for name, config in case.mixers().items()}
     sdpa = {"sdpa_fp32": _sdpa_run(case, torch.float32)}
     if case.with_bf16:

@@ -1,4 +1,4 @@
-"""`linearize plan` against processes: the peak that it says for this CPU, and VmHWM of a conversion that ran here.
+"""`linearize plan` compared with real processes: the planned peak on this CPU, and VmHWM of a conversion.
 
 Each conversion runs in a process of its own, a random Llama on random words for two steps a stage. `baseline` is the
 resident memory of such a process with everything imported and nothing loaded; the ratio that counts is that of what
@@ -42,7 +42,7 @@ print(json.dumps({"code": code, "baseline": baseline, "peak": held("VmHWM")}))
 
 
 def measure(name: str, folder: Path, teacher: Path, text: Path) -> dict[str, Any]:
-    """One case: what the plan says, what the process held."""
+    """One case: the planned and the measured peak."""
     recipe, settings = CASES[name]
     settings = {"data.length": LENGTH, "data.max_heldout_tokens": 8 * LENGTH, **settings}
     for stage in (0, 1, 2)[: 3 if recipe == "mohawk" else 2]:

@@ -30,7 +30,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """`tokens`, `width` of the hidden states, `heads` of `dim`, and the `kv_heads` that ours has."""
+    """`tokens`, `width` of the hidden states, `heads` of `dim`, and our `kv_heads`."""
 
     tokens: int
     width: int
@@ -198,7 +198,7 @@ def _mamba(size: Size) -> tuple[LayerMixer, nn.Module, bool]:
 
 
 def _expand(size: Size) -> int:
-    """Inner width over model width, which transformers' configs want whole."""
+    """Inner width over model width, which must be whole in transformers' configs."""
     expand, rest = divmod(size.heads * size.dim, size.width)
     assert rest == 0, f"{size.heads} heads of {size.dim} are no multiple of width {size.width}"
     return expand

@@ -66,7 +66,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per draft (None: prompt lookup) and draft length, next to plain decoding by transformers' `generate`.
 
-    All ways take their turn on each prompt, `repeats` times round, so that disturbances hit all alike. Every output is
+    All configurations alternate on each prompt, `repeats` times, so that disturbances affect all alike. Every output is
     compared with plain greedy decoding, token for token. Raises RuntimeError where one differs.
     """
     counts: list[int | str] = [*sizes, "auto", NEW]
@@ -154,7 +154,7 @@ def _joined(name: str, values: list[Any]) -> Any:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for people: medians, and the range of the speed-up over seeds."""
+    """A table: medians, and the range of the speed-up over seeds."""
     lines = [f"{'draft':24} {'drafted':>8} {'accepted':>8} {'length':>6} {'times':>6}  range"]
     for row in rows:
         rate, length = row.get("acceptance_rate"), row.get("mean_accepted_length")

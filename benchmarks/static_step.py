@@ -26,7 +26,7 @@ Runs = dict[str, Callable[[], Any]]
 def measure(
     teacher: Any, *, mixer: str | None, batch: int, draft_tokens: Sequence[int], context: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds of each way and the ratio of the growing cache's to the static one's; `mixer` None: the teacher."""
+    """Seconds of each cache and the ratio of the growing cache's to the static one's; `mixer` None: the teacher."""
     model = teacher
     if mixer is not None:
         plan = [MIXERS[mixer]() for _ in range(teacher.config.num_hidden_layers)]
@@ -52,7 +52,7 @@ def measure(
 
 
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of what is timed in both ways."""
+    """The ratios of what is timed with both caches."""
     kinds = [name.removesuffix(", growing") for name in seconds if name.endswith(", growing")]
     return {kind: seconds[f"{kind}, growing"] / seconds[f"{kind}, static"] for kind in kinds}
 

@@ -34,7 +34,7 @@ VOCABULARY = 259
 
 
 def write_teacher(folder: Path, layers: int, *, dtype: torch.dtype = torch.float32, **shape: int) -> int:
-    """A random Llama with a tokenizer of bytes, written a tensor at a time; returns the bytes of its weights."""
+    """A random Llama with a tokenizer of bytes, written tensor by tensor; returns the bytes of its weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -62,7 +62,7 @@ def write_teacher(folder: Path, layers: int, *, dtype: torch.dtype = torch.float
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token a byte, and begin, end and padding."""
+    """One token per byte, and begin, end and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def command(teacher: Path, text: Path, out: Path, *, tokens: int, length: int, b
 
 
 def run_bounded(arguments: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Run a command under a bound; its peaks in bytes, and what held them."""
+    """Run a command under a bound; its peaks in bytes, and the kind of bound."""
     group = _make_group(limit) if limit else None
     bound = None if limit is None else f"cgroup v1, {limit} bytes" if group else f"RLIMIT_DATA, {limit} bytes"
 

@@ -1,4 +1,4 @@
-"""Cost of verifying K guessed tokens, after a tail of accepted ones, in single-token steps of the same model.
+"""Cost of verifying K draft tokens after K accepted ones, in single-token steps of the same model.
 
 A verification is one call: the accepted tail goes into the state, K new tokens come out with their logits. All K are
 then accepted, so that the next verification has a tail of K tokens. The single-token step is plain decoding, with
