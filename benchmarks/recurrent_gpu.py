@@ -1,7 +1,7 @@
 """Recurrent operations on a GPU: this package's backends against fla's and mamba-ssm's, shape by shape.
 
-`take` in each row is what a rule of the operation's `backends.py` should choose: the installed package's backend, unless
-it is over 20% slower or does not run. Forward, and where gradients exist forward with backward.
+`take` in each row is what a rule of the operation's `backends.py` should choose: the installed package's backend,
+unless it is over 20% slower or does not run. Forward, and where gradients exist forward with backward.
 """
 
 from __future__ import annotations

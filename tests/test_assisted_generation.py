@@ -1,4 +1,4 @@
-"""transformers' own assisted decoding and prompt lookup on every mixer and its hybrids: plain decoding, only faster."""
+"""transformers' own assisted decoding and prompt lookup on every mixer and its hybrids give the text of plain decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run through at tiny sizes and say what they promise; their numbers are not judged here."""
+"""The benchmarks run at tiny sizes and give complete results; their numbers are not checked."""
 
 from __future__ import annotations
 

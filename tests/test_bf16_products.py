@@ -1,4 +1,4 @@
-"""Products of bf16 inputs on CPUs with bf16 units: taken there and nowhere else, and as exact as softmax attention.
+"""Products of bf16 inputs on CPUs with bf16 units: used there only, and as exact as softmax attention.
 
 The units round the factors of a product and add up in fp32; here that is done by hand, for CPUs that have none.
 """

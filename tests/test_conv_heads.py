@@ -1,4 +1,4 @@
-"""The fused pass between projection and recurrence against its parts one after the other, outputs and gradients."""
+"""The fused pass between projection and recurrence equals its parts one after the other, outputs and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`linearize.convert` from a teacher on disk to a student on disk: whole, repeatable, resumable, or refused."""
+"""`linearize.convert` from a teacher on disk to a student on disk: complete, repeatable, resumable, or an error."""
 
 from __future__ import annotations
 

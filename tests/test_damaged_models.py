@@ -1,4 +1,4 @@
-"""A model's folder that is not whole is refused in one line that names the file: teachers and students alike."""
+"""A damaged folder of a teacher or student is an error of one line that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions by two and four processes: what one process gives, from every stage of the common loop."""
+"""Conversions by two and four processes give the losses of one, for every stage of the common loop."""
 
 from __future__ import annotations
 

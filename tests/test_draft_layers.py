@@ -1,4 +1,4 @@
-"""A model cut down to some of its layers: exactly these, with everything that is theirs, saved and loaded alike."""
+"""A model with some of its layers: exactly these, with everything that belongs to them, saved and loaded alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that carries its own code asks for torch, transformers, safetensors and pydantic, and for nothing else."""
+"""A folder with its own code needs torch, transformers, safetensors and pydantic, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from linearize.mixers import MIXERS
 from linearize.modeling.export import export_student
 
 SCRIPT = '''
-"""Load a folder where every package is missing that the four named ones do not need themselves."""
+"""Load a folder with only the four named packages and those that they need."""
 import json, re, sys
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires

@@ -1,4 +1,4 @@
-"""A student exported with its own code runs where linearize cannot be imported, and beside it where it can."""
+"""A student exported with its own code runs where linearize cannot be imported, and next to it where it can."""
 
 from __future__ import annotations
 

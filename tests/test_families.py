@@ -1,4 +1,4 @@
-"""Every family that converts equals its teacher where it must; every other one is refused before anything changes."""
+"""Every supported family equals its teacher where it must; any other is an error before anything changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the final save needs is tried before the first step: nothing is trained that could not be written."""
+"""The final save is tried before the first step: nothing is trained that could not be written."""
 
 from __future__ import annotations
 

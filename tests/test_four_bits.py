@@ -1,4 +1,4 @@
-"""Weights in 4 bits: the numbers they stand for, what shares them, and where they are refused."""
+"""Weights in 4 bits: their values, what shares them, and where they are an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate` with a compiled step: the text without it, whatever happens to the compiler."""
+"""`generate` with a compiled step gives the text without one, whatever happens to the compiler."""
 
 from __future__ import annotations
 

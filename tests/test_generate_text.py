@@ -1,4 +1,4 @@
-"""`generate_text` and `chat`: a prompt continued as transformers' own `generate` continues it, and a clean way out."""
+"""`generate_text` and `chat` continue a prompt as transformers' own `generate` does, and end cleanly."""
 
 from __future__ import annotations
 

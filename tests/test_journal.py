@@ -1,4 +1,4 @@
-"""What a teacher has written stays written: over kills, damage, a second run, and two runs at once."""
+"""Text sampled from a teacher survives kills, damage, a second run, and two runs at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: the same trajectory however a batch is cut, the best weights kept, nothing but named parameters changed."""
+"""The loop: the same trajectory for any micro-batch, the best weights kept, only named parameters changed."""
 
 from __future__ import annotations
 

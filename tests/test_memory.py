@@ -1,4 +1,4 @@
-"""Memory that is given back: pages of mapped weights, and large blocks after they are freed."""
+"""Memory that is returned: pages of mapped weights, and large blocks after they are freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens that a cache held back and new ones in one call: every mixer, every cut, rows that kept different counts."""
+"""Pending tokens of a cache and new ones in one call: every mixer, every split, rows that accepted different numbers."""
 
 from __future__ import annotations
 

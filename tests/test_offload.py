@@ -1,4 +1,4 @@
-"""Students whose weights are elsewhere (with accelerate: in the CPU's memory, on disk) between their modules' calls."""
+"""Students whose weights are offloaded by accelerate (CPU memory, disk) between the calls of their modules."""
 
 from __future__ import annotations
 

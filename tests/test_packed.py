@@ -1,4 +1,4 @@
-"""Packed projections give what the plain ones give, hold no weight twice, and leave nothing behind."""
+"""Packed projections equal plain ones, store no weight twice, and leave nothing behind."""
 
 from __future__ import annotations
 

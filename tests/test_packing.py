@@ -1,4 +1,4 @@
-"""Packing keeps documents apart and loses nothing; batches are the same whether or not a run was broken."""
+"""Packing keeps documents apart and loses nothing; batches are the same whether or not a run was interrupted."""
 
 from __future__ import annotations
 

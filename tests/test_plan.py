@@ -1,4 +1,4 @@
-"""`linearize plan`: parameters, memory, work and disk from a config alone, against models that are really there."""
+"""`linearize plan`: parameters, memory, work and disk from a config alone, compared with real models."""
 
 from __future__ import annotations
 

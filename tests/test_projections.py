@@ -1,4 +1,4 @@
-"""Projections of every family: the weights that a layer mixer starts from, and the keys that a gate is made of."""
+"""Projections of every family: the weights that a layer mixer starts from, and the keys of a gate."""
 
 from __future__ import annotations
 

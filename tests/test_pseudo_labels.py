@@ -1,4 +1,4 @@
-"""The teacher answers prompts: batched as one by one, cached, and after a kill continued to the same text."""
+"""The teacher's answers to prompts: batched equal to one by one, cached, and continued after a kill."""
 
 from __future__ import annotations
 

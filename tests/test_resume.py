@@ -1,4 +1,4 @@
-"""A stage that is killed, at any point, and started again ends bit-equal to one that was never broken."""
+"""A stage that is killed at any point and run again ends bit-equal to an uninterrupted one."""
 
 from __future__ import annotations
 

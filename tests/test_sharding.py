@@ -1,4 +1,4 @@
-"""Weights shared out over two processes: outputs and gradients as of whole ones, one copy for teacher and student."""
+"""Weights sharded over two processes: outputs and gradients of whole ones, one copy for teacher and student."""
 
 from __future__ import annotations
 

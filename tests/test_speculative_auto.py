@@ -1,4 +1,4 @@
-"""How many tokens are guessed, where repetitions are found, and what cannot be speculated with."""
+"""The number of drafted tokens, the lookup of repetitions, and what cannot be speculated with."""
 
 from __future__ import annotations
 

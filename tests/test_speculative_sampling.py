@@ -1,4 +1,4 @@
-"""Speculative sampling: tokens follow the target's distribution exactly, and a wrong rule is found out."""
+"""Speculative sampling: tokens follow the target's distribution exactly, and a wrong rule is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same teacher, data and folders under other spellings of their paths: a run that was stopped goes on."""
+"""The same teacher, data and folders under other spellings of their paths: a stopped run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop with static steps, as on a GPU: text, batches and drafts as with the others."""
+"""The loop with static steps, as on a GPU: the same text, batches and drafts as with growing caches."""
 
 from __future__ import annotations
 

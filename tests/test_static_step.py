@@ -1,4 +1,4 @@
-"""Static steps: what plain greedy decoding gives, for every mixer, in memory that never moves."""
+"""Static steps give the text of plain greedy decoding, for every mixer, in memory that never moves."""
 
 from __future__ import annotations
 

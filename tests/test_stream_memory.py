@@ -1,4 +1,4 @@
-"""A streamed conversion holds a block, not the model: measured in a process of its own."""
+"""A streamed conversion has a block in memory, not the model: measured in a separate process."""
 
 from __future__ import annotations
 

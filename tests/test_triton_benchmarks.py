@@ -1,4 +1,4 @@
-"""What measures and builds the kernels runs here too: small, in the interpreter, and for GPUs that are not there."""
+"""The scripts that measure and build the kernels run without a GPU: small, in the interpreter, and compile-only."""
 
 from __future__ import annotations
 

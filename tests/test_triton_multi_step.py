@@ -1,4 +1,4 @@
-"""The multi-step kernels: values in Triton's interpreter (fp32, fp16), building for GPUs that are not there (bf16).
+"""The multi-step kernels: values in Triton's interpreter (fp32, fp16), building without a GPU (bf16).
 
 The interpreter is chosen when triton is imported, so the cases run in a process of their own: `triton_cases.py`.
 """

@@ -1,4 +1,4 @@
-"""The window + linear kernel: values in Triton's interpreter (fp32, fp16), building for GPUs that are not there (bf16).
+"""The window + linear kernel: values in Triton's interpreter (fp32, fp16), building without a GPU (bf16).
 
 The cases run in a process of their own, `triton_window_cases.py`.
 """

@@ -1,4 +1,4 @@
-"""The versions that the tests pass on: one table, the bounds that pip reads, a line where another one is installed."""
+"""The versions that the tests pass on: one table, the bounds that pip reads, a line if another one is installed."""
 
 from __future__ import annotations
 

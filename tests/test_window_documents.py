@@ -1,4 +1,4 @@
-"""Documents whose first token does not stand at position 0: an offset, padding that was counted, a part of a document.
+"""Documents whose first token is not at position 0: an offset, padding that was counted, a part of a document.
 
 Nothing before the first token is seen, whatever still lies in the ring of the call before, and a terraced window's
 blocks go by the position.

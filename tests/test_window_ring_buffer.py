@@ -1,4 +1,4 @@
-"""Decoding writes into free memory behind the ring, and no state that was given out ever changes."""
+"""Decoding writes into free memory behind the ring, and no state that was returned ever changes."""
 
 from __future__ import annotations
 
