@@ -1,4 +1,4 @@
-"""transformers' own assisted decoding and prompt lookup on every mixer and its hybrids give the text of plain decoding."""
+"""transformers' own assisted decoding and prompt lookup give the text of plain decoding, for every mixer and its hybrids."""
 
 from __future__ import annotations
 

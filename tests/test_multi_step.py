@@ -1,4 +1,4 @@
-"""Pending tokens of a cache and new ones in one call: every mixer, every split, rows that accepted different numbers."""
+"""Pending tokens and new ones in one call: every mixer, every split, rows that accepted different numbers."""
 
 from __future__ import annotations
 

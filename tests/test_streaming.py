@@ -1,4 +1,4 @@
-"""A teacher whose weights are read block by block from safetensors: for every family the numbers are those of a model in memory."""
+"""A teacher whose weights are read block by block: for every family the numbers are those of a model in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunked backend on a CPU: blocks of a few heads, masks of a text without padding, 16 bits widened group by group."""
+"""The chunked backend on a CPU: blocks of a few heads, masks without padding, 16 bits widened group by group."""
 
 from __future__ import annotations
 
