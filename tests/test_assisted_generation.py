@@ -1,4 +1,4 @@
-"""transformers' own assisted decoding and prompt lookup give the text of plain decoding, for every mixer and its hybrids."""
+"""transformers' own assisted decoding and prompt lookup give the text of plain decoding, for mixers and hybrids."""
 
 from __future__ import annotations
 
