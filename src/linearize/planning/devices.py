@@ -34,7 +34,7 @@ class Device(BaseModel):
     """One device: bytes, operations and bytes per second at their peaks, and the share of the peaks that is reached.
 
     `link`, `link_between_nodes`: bytes per second that one device receives from others of its node, and from other
-    nodes; `link_share` of them is reached. `heap`: what the allocator holds of freed memory, as a share of the
+    nodes; `link_share` of them is reached. `heap`: freed memory that the allocator keeps, as a share of the
     activations; `beside`: bytes of text, tokenizer and code that a conversion loads.
     """
 
