@@ -106,7 +106,7 @@ class Distill(LogitsRun):
 
 
 def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:
-    """The parameters to train, in memory not shared with the teacher."""
+    """What trains, in memory that the teacher has no part in."""
     student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
     new = set(student.mixer_parameters())
     old: set[str] = set()

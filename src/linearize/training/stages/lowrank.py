@@ -87,7 +87,7 @@ class LowRank(LogitsRun):
         return result
 
     def finish(self) -> None:
-        """Merge the adapters, or keep them for `save_student`."""
+        """Merge the adapters; those to be kept beside the weights are remembered for `save_student`."""
         state = self.adapters.state()
         before = self.adapters.remove(keep=not self.config.merge)
         if not self.config.merge:
