@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be there: what builds, in which time, with how many registers.
+"""Compile every kernel for GPUs that need not be present: what builds, the build time, and the registers.
 
 The arguments are those that the callers in `ops/triton` make: each is called on CPU tensors, its launch is recorded
 instead of run, and what was recorded is compiled.
@@ -36,7 +36,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class Recorder:
-    """Stands in the place of a kernel: keeps the launches it is asked for."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -50,18 +50,18 @@ def kernels() -> dict[str, list[Any]]:
     know it under its name."""
     import linearize.ops.triton as package
 
-    found: dict[str, list[Any]] = {}
+    results: dict[str, list[Any]] = {}
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name)
         for name in vars(module):
             if name.endswith("_kernel"):
-                found.setdefault(name, []).append(module)
-    return found
+                results.setdefault(name, []).append(module)
+    return results
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside the `with` block every kernel's launches go to the list given."""
+    """Record every kernel's launches inside the `with` block in a list."""
     launches: list[Launch] = []
     places = [(module, name, getattr(module, name)) for name, modules in kernels().items() for module in modules]
     for module, name, kernel in places:
@@ -161,7 +161,7 @@ def mamba2_call(dtype: torch.dtype, key_dim: int, value_dim: int) -> Callable[[]
 
 
 def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, Callable[[], Any]]:
-    """The window + linear kernel with all it has, in place and not; and a window alone."""
+    """The window + linear kernel with all options, in place and not; and a window alone."""
     from linearize.mixers import AttentionShape
     from linearize.mixers.feature_maps import FeatureMap
     from linearize.ops.triton.window import window_linear_steps
@@ -177,18 +177,18 @@ def window_calls(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, 
     maps: dict[str, Any] = {"feature_q": feature, "feature_k": feature, "log_window_factor_H": ones}
     full = WindowLinear(shape="terraced", shared_shift=True, linear_factor_H=ones, **maps, **more)
     alone = WindowLinear(shape="sliding", **more)
-    given = [torch.zeros(ROWS, n, TOKENS, d, dtype=dtype) for n, d in ((groups, key_dim), (groups, value_dim))]
+    inputs = [torch.zeros(ROWS, n, TOKENS, d, dtype=dtype) for n, d in ((groups, key_dim), (groups, value_dim))]
     q = torch.zeros(ROWS, heads, TOKENS - COMMIT, key_dim, dtype=dtype)
     layout = Layout(position_BT=torch.arange(TOKENS).expand(ROWS, -1))
 
     (k, v), (sink_k, sink_v) = (
-        [x.new_zeros(*x.shape[:2], count, x.shape[3]) for x in given] for count in (2 * window - 1, sinks)
+        [x.new_zeros(*x.shape[:2], count, x.shape[3]) for x in inputs] for count in (2 * window - 1, sinks)
     )
     memory = torch.zeros(ROWS, heads, feature.num_features, value_dim + 1)
     state = WindowLinearState(torch.zeros(ROWS, dtype=torch.int64), k, v, memory, sink_k, sink_v)
 
     def call(spec: WindowLinear, held: Any) -> Callable[[], Any]:
-        return lambda: window_linear_steps(q, *given, spec=spec, layout=layout, state=held, commit=COMMIT)
+        return lambda: window_linear_steps(q, *inputs, spec=spec, layout=layout, state=held, commit=COMMIT)
 
     buffers = WindowBuffers.of(state, full, most=COMMIT)
     return {"window + linear": call(full, state), "in place": call(full, buffers), "window": call(alone, state)}
@@ -239,7 +239,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def _aligned(place: tuple[int, ...], value: Any) -> dict[tuple[int, ...], list[list[Any]]]:
-    """What Triton knows of arguments at a real launch: memory, and numbers, that 16 divides."""
+    """The properties of arguments at a real launch: addresses and numbers that are divisible by 16."""
     if isinstance(value, tuple):
         parts = [_aligned((*place, at), part) for at, part in enumerate(value)]
         return {key: known for part in parts for key, known in part.items()}
@@ -256,7 +256,7 @@ def _type(value: Any) -> Any:
 
 
 def registers(cubin: bytes) -> dict[str, int]:
-    """`registers` of a thread and `stack_bytes`: what did not fit into them and lies in memory (spills)."""
+    """`registers` of a thread and `stack_bytes`: what did not fit into them and is in memory (spills)."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -264,13 +264,13 @@ def registers(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
-    assert found is not None, shown
-    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert match is not None, shown
+    return {"registers": int(match[1]), "stack_bytes": int(match[2])}
 
 
 def compiled_row(launch: Launch, arch: int) -> dict[str, Any]:
-    """What one launch became for one GPU generation."""
+    """The result of compiling one launch for one GPU generation."""
     began = time.perf_counter()
     made = compile_launch(launch, arch)
     seconds = time.perf_counter() - began

@@ -44,8 +44,8 @@ def measure(
         runs[mixer] = _times(run, block)
         runs[f"{mixer} op"] = _times(_mixer_op(student, caches[mixer]), block)
     with torch.inference_mode():
-        found = interleaved(runs, repeats)
-    times = {name: _one(timing, 1 if name.startswith("teacher") else block) for name, timing in found.items()}
+        result = interleaved(runs, repeats)
+    times = {name: _one(timing, 1 if name.startswith("teacher") else block) for name, timing in result.items()}
     return [
         {
             "context": context,
@@ -94,7 +94,7 @@ def _teacher_step(model: PreTrainedModel, context: int, repeats: int) -> tuple[C
 
 
 def _softmax_op(model: PreTrainedModel, cache: StaticCache, context: int) -> Callable[[], Any]:
-    """SDPA over the first layer's cache, query heads side by side as transformers does for one token."""
+    """SDPA over the first layer's cache, query heads grouped as transformers does for one token."""
     layer: Any = cache.layers[0]
     q, k, v = _projected(model)
     mask = (torch.arange(layer.keys.shape[2]) <= context)[None]
@@ -119,7 +119,7 @@ def _projected(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mixer_op(student: LinearizedForCausalLM, cache: Any) -> Callable[[], Any]:
-    """The first layer's mixer on from its state."""
+    """The first layer's mixer, continuing from its state."""
     mixer: Any = student.mixers()[0]
     (q, k, v), state = _projected(student.lm), cache.layers[0].state
 

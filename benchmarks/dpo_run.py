@@ -1,4 +1,4 @@
-"""DPO on a small student: does the margin grow, and does a killed run end with the weights of an unbroken one?
+"""DPO on a small student: does the margin grow, and does a killed run end with the weights of an uninterrupted one?
 
     python benchmarks/dpo_run.py --teacher ../shared/teachers/stories260k \\
         --data ../shared/data/preferences/dpo_en_demo.json --out benchmarks/dpo_run.json
@@ -32,7 +32,7 @@ from linearize.training.progress import LineProgress
 from linearize.training.stages.dpo import DpoConfig
 
 WINDOW = 16
-ASKED = "the margin grows; a run killed half-way and resumed ends with the weights of an unbroken one"
+TARGET = "the margin grows; a run killed half-way and resumed ends with the weights of an unbroken one"
 
 
 class Deadly(LineProgress):
@@ -43,46 +43,46 @@ class Deadly(LineProgress):
         self.kill_at = kill_at
 
     def step(self, step: int, *, loss: float | None, tokens_per_second: float, seconds_left: float) -> None:
-        """As ever; then, at its step, the end."""
+        """Report the step; at the chosen step, kill the process."""
         super().step(step, loss=loss, tokens_per_second=tokens_per_second, seconds_left=seconds_left)
         if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work(given: argparse.Namespace) -> None:
-    """One process: the stage from where its folder says, and what it gave as JSON."""
-    torch.set_num_threads(given.threads)
-    teacher, tokenizer = load_teacher(given.teacher)
+def work(options: argparse.Namespace) -> None:
+    """One process: run or continue the stage in its folder, and write the result as JSON."""
+    torch.set_num_threads(options.threads)
+    teacher, tokenizer = load_teacher(options.teacher)
     plan = [MIXERS["lolcats"].model_validate({"name": "lolcats", "window": WINDOW})] * teacher.config.num_hidden_layers
     student = LinearizedForCausalLM.from_teacher(teacher, plan)
     job = StageJob(
-        student=student, teacher=teacher, tokenizer=tokenizer, folder=given.work, progress=Deadly(given.kill_at)
+        student=student, teacher=teacher, tokenizer=tokenizer, folder=options.work, progress=Deadly(options.kill_at)
     )
-    stage = settings(given)
+    stage = settings(options)
     result = stage.run(job)
     digest = hashlib.sha256()
     for value in student.state_dict().values():
         digest.update(value.numpy().tobytes())
-    found = {
+    results = {
         "pairs": len(stage.rows(tokenizer, job.context)), "steps": result.steps, "tokens": result.tokens,
         "seconds": round(result.seconds, 1), "losses": dict(result.losses), "weights": digest.hexdigest(),
         **{name: dict(result.metrics[name]) for name in ("rewards/margins", "rewards/accuracies")},
     }  # fmt: skip
-    (given.work / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    (options.work / "result.json").write_text(json.dumps(results), encoding="utf-8")
 
 
-def settings(given: argparse.Namespace) -> DpoConfig:
+def settings(options: argparse.Namespace) -> DpoConfig:
     """The stage."""
     return DpoConfig(
-        data=given.data, chat_template="plain", length=given.length, batch=8, max_steps=given.steps, epochs=9,
-        lr=given.lr, beta=given.beta, warmup=2, seed=0,
+        data=options.data, chat_template="plain", length=options.length, batch=8, max_steps=options.steps, epochs=9,
+        lr=options.lr, beta=options.beta, warmup=2, seed=0,
     )  # fmt: skip
 
 
 def run(folder: Path, arguments: list[str], *extra: str) -> tuple[int, dict[str, Any]]:
-    """A process over a folder: its exit code and what it found."""
+    """Run a process over a folder; return its exit code and result."""
     code = subprocess.run([sys.executable, __file__, *arguments, "--work", str(folder), *extra], check=False).returncode
-    file = folder / "found.json"
+    file = folder / "result.json"
     return code, json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
@@ -99,31 +99,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kill-at", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.work is not None:
-        given.work.mkdir(parents=True, exist_ok=True)
-        work(given)
+    options = parser.parse_args()
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        work(options)
         return
-    kill_at = given.steps // 2 + 1
+    kill_at = options.steps // 2 + 1
     with tempfile.TemporaryDirectory() as folder:
         unbroken = run(Path(folder, "unbroken"), sys.argv[1:])
         killed = run(Path(folder, "killed"), sys.argv[1:], "--kill-at", str(kill_at))
         resumed = run(Path(folder, "killed"), sys.argv[1:])
     assert (unbroken[0], killed, resumed[0]) == (0, (-signal.SIGKILL, {}), 0), "a run failed, or was not killed"
-    found, again = unbroken[1], resumed[1]
-    margins = list(found["rewards/margins"].values())
+    result, again = unbroken[1], resumed[1]
+    margins = list(result["rewards/margins"].values())
     part = max(1, len(margins) // 5)
     rows = {
-        **{key: found[key] for key in ("pairs", "steps", "tokens", "seconds")},
+        **{key: result[key] for key in ("pairs", "steps", "tokens", "seconds")},
         "margin_first_fifth": statistics.mean(margins[:part]),
         "margin_last_fifth": statistics.mean(margins[-part:]),
         "killed_after_step": kill_at,
-        "resumed_weights_equal": again["weights"] == found["weights"],
-        "resumed_margins_equal": again["rewards/margins"] == found["rewards/margins"],
-        **{key: found[key] for key in ("rewards/margins", "rewards/accuracies", "losses")},
+        "resumed_weights_equal": again["weights"] == result["weights"],
+        "resumed_margins_equal": again["rewards/margins"] == result["rewards/margins"],
+        **{key: result[key] for key in ("rewards/margins", "rewards/accuracies", "losses")},
     }
-    setting = {"teacher": given.teacher, "mixer": {"name": "lolcats", "window": WINDOW}, "layers": "all"}
-    publish(ASKED, {**setting, "stage": settings(given).model_dump(mode="json")}, [rows], given.out)
+    setting = {"teacher": options.teacher, "mixer": {"name": "lolcats", "window": WINDOW}, "layers": "all"}
+    publish(TARGET, {**setting, "stage": settings(options).model_dump(mode="json")}, [rows], options.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How exact every form of every operation is: its error against fp64, as a multiple of PyTorch's SDPA's.
+"""The error of every backend of every operation against fp64, as a multiple of that of PyTorch's SDPA.
 
 Both get the same tokens, heads and dtype, and each is compared with itself in fp64 on the numbers it was given, already
 rounded. Errors are taken head by head: the largest difference over the head's largest number, averaged over rows and
 heads (`max`: of one head it is a matter of luck), and the root mean square of the differences over that of the numbers,
-of the worst head (`rms`). What is asked for: no form is ever less exact than twice SDPA.
+of the worst head (`rms`). The target: no backend has more than twice the error of SDPA.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ ASKED = 2.0
 Errors = dict[str, dict[str, float]]
 
 
-def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
+def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
     """Of each tensor: the relative errors, infinite where a NaN is."""
-    return {name: _errors(found[name], x) for name, x in exact.items()}
+    return {name: _errors(actual[name], x) for name, x in exact.items()}
 
 
-def _errors(found: Tensor, exact: Tensor) -> dict[str, float]:
-    assert found.shape == exact.shape, f"{list(found.shape)} and {list(exact.shape)}"
+def _errors(actual: Tensor, exact: Tensor) -> dict[str, float]:
+    assert actual.shape == exact.shape, f"{list(actual.shape)} and {list(exact.shape)}"
     around = tuple(range(2 if exact.dim() == 4 else 1, exact.dim()))  # without heads: a row is a head
-    off = (found.double() - exact).nan_to_num(nan=float("inf"))
+    off = (actual.double() - exact).nan_to_num(nan=float("inf"))
     tiny = torch.finfo(torch.float64).tiny
     most = off.abs().amax(around) / exact.abs().amax(around).clamp(min=tiny)
     mean = (off.square().mean(around) / exact.square().mean(around).clamp(min=tiny)).sqrt()
@@ -46,13 +46,12 @@ def _errors(found: Tensor, exact: Tensor) -> dict[str, float]:
 def results(
     problem: Problem, backend: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """y and the gradients of the differentiated inputs, by a form in `dtype`, or by the reference in fp64 on the same
-    numbers."""
-    given = [x.to(dtype).to(device) for x in problem.inputs]
+    """y and the gradients of the differentiated inputs, by a backend in `dtype` or by the reference in fp64."""
+    inputs = [x.to(dtype).to(device) for x in problem.inputs]
     if exactly:
-        given = [x.double() for x in given]
-    leaves = [] if backend in FORWARD_ONLY else [x.requires_grad_() for x in given[: problem.differentiated]]
-    y = problem.run("reference" if exactly else backend, given)
+        inputs = [x.double() for x in inputs]
+    leaves = [] if backend in FORWARD_ONLY else [x.requires_grad_() for x in inputs[: problem.differentiated]]
+    y = problem.run("reference" if exactly else backend, inputs)
     late = problem.backends[backend]
     y = y[:, :, -late:] if late else y
     return _with_gradients(y, leaves, dtype)
@@ -62,8 +61,8 @@ def softmax_results(
     problem: Problem, backend: str, dtype: torch.dtype, *, exactly: bool = False, device: str = "cpu"
 ) -> Any:
     """The same of SDPA."""
-    given = (x.to(dtype).to(device) for x in problem.attention)
-    q, k, v = ((x.double() if exactly else x).requires_grad_(backend not in FORWARD_ONLY) for x in given)
+    inputs = (x.to(dtype).to(device) for x in problem.attention)
+    q, k, v = ((x.double() if exactly else x).requires_grad_(backend not in FORWARD_ONLY) for x in inputs)
     gqa, late = q.shape[1] != k.shape[1], problem.backends[backend]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALING, enable_gqa=gqa)
     return _with_gradients(y[:, :, -late:] if late else y, [] if backend in FORWARD_ONLY else [q, k, v], dtype)
@@ -79,7 +78,7 @@ def _with_gradients(y: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype) -> 
 
 
 def compare(problem: Problem, dtype: str, *, device: str = "cpu") -> list[dict[str, Any]]:
-    """One row per form: for y and each gradient the error over SDPA's; `worst` of them; `rms`: of y alone."""
+    """One row per backend: for y and each gradient the error over SDPA's; `worst` of them; `rms`: of y alone."""
     kind, rows = DTYPES[dtype], []
     for backend in problem.backends:
         ours = errors(
@@ -89,7 +88,7 @@ def compare(problem: Problem, dtype: str, *, device: str = "cpu") -> list[dict[s
             softmax_results(problem, backend, kind, device=device),
             softmax_results(problem, backend, kind, exactly=True, device=device),
         )
-        ratios = {name: _ratio(found, theirs[name]) for name, found in ours.items()}
+        ratios = {name: _ratio(result, theirs[name]) for name, result in ours.items()}
         rows.append(
             {
                 "operation": problem.operation,

@@ -89,25 +89,25 @@ def windowed(case: str, like: Tensor) -> WindowLinear:
         for parameter in feature.parameters():
             parameter.data = (torch.randn(parameter.shape) * (STEEP if case == "tiny" else 0.3)).to(device, wide)
             parameter.requires_grad_(False)
-    given: dict[str, Any] = {"window": 16, "shape": "terraced", "num_sinks": 0}
+    options: dict[str, Any] = {"window": 16, "shape": "terraced", "num_sinks": 0}
     if case in ("bent", "peaked"):
-        given = {"window": 15, "shape": "sliding", "num_sinks": 3}
+        options = {"window": 15, "shape": "sliding", "num_sinks": 3}
     if case == "bent":
-        given |= {"softcap": 2.5, "shared_shift": True}
+        options |= {"softcap": 2.5, "shared_shift": True}
     factor = torch.full((HEADS,), -14.0) if case in ("tiny", "scales") else -torch.rand(HEADS)
     return WindowLinear(
         scaling=SCALING,
         feature_q=maps[0],
         feature_k=maps[1],
         log_window_factor_H=factor.to(device, wide),
-        **given | ({"window": 0} if case == "tiny" else {}),
+        **options | ({"window": 0} if case == "tiny" else {}),
     )
 
 
-def in_pieces(backend: str, inputs: Sequence[Tensor], late: int, piece: int, run: Callable[..., Any]) -> Tensor:
-    """y of the last `late` tokens, `piece` at a time by `form` after the others by the form that is chosen."""
+def in_chunks(backend: str, inputs: Sequence[Tensor], late: int, chunk: int, run: Callable[..., Any]) -> Tensor:
+    """y of the last `late` tokens, `chunk` at a time by `backend`; those before them by the backend that is chosen."""
     tokens, state, ys = inputs[0].shape[2], None, []
-    edges = [0, *range(tokens - late, tokens, piece), tokens]
+    edges = [0, *range(tokens - late, tokens, chunk), tokens]
     for a, b in itertools.pairwise(edges):
         y, state = run(backend if a else "", [x[:, :, a:b] for x in inputs], Layout(a), state)
         ys.append(y)
@@ -133,7 +133,7 @@ def window_problem(case: str, tokens: int, backends: dict[str, int], rows: int =
     def run(backend: str, inputs: Sequence[Tensor]) -> Tensor:
         late = backends.get(backend, 0)
         if late:
-            return in_pieces(backend, inputs, late, 1 if backend == "step" else 8, call)
+            return in_chunks(backend, inputs, late, 1 if backend == "step" else 8, call)
         y: Tensor = call(backend, inputs, Layout(), None)[0]
         return y
 

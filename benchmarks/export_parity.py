@@ -1,4 +1,4 @@
-"""Exported students beside the students themselves: how far their logits differ where linearize cannot be imported.
+"""Exported students compared with the students themselves: differences of logits where linearize cannot be imported.
 
 Nothing is trained: each student's mixers are drawn at random, so that no part of them stays at a start that hides it.
 """
@@ -29,7 +29,7 @@ from linearize.modeling.export import EXPORTS, export_student
 from linearize.modeling.export.common import Source
 from linearize.modeling.io.teacher import load_teacher
 
-ASKED = "logits within 1e-4 in fp32, prefill and decode, in a process where `import linearize` fails"
+TARGET = "logits within 1e-4 in fp32, prefill and decode, in a process where `import linearize` fails"
 FIRST_TOKEN = 3  # the ids below are special in most vocabularies
 RANDOM_BODY = {
     "vocab_size": 67, "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 8, "num_attention_heads": 6,
@@ -87,7 +87,7 @@ class Case:
 
 
 def cases(paths: Sequence[str], families: Sequence[str]) -> Iterator[Case]:
-    """Students of the given teachers, and of tiny random ones of these families."""
+    """Students of these teachers, and of tiny random ones of these families."""
     teachers = [(path, load_teacher(path)[0]) for path in paths]
     teachers += [(f"random {family}", random_teacher(family)) for family in families]
     for name, teacher in teachers:
@@ -117,7 +117,7 @@ def student_of(case: Case) -> LinearizedForCausalLM:
 
 @torch.no_grad()
 def _draw(parameters: dict[str, nn.Parameter], *, start_again: bool) -> None:
-    """Random parameters: matrices anew or beside what they were, vectors beside it."""
+    """Random parameters: new or perturbed matrices, perturbed vectors."""
     generator = torch.Generator().manual_seed(SEED)
     for parameter in parameters.values():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -129,17 +129,17 @@ def _draw(parameters: dict[str, nn.Parameter], *, start_again: bool) -> None:
             parameter.add_(0.5 * noise / parameter.shape[-1] ** 0.5)
 
 
-def measure(wanted: Sequence[Case], *, tokens: int, prompt: int, new: int, threads: int) -> list[dict[str, Any]]:
-    """Each student exported to the first target that takes it, and what a process without linearize makes of it."""
+def measure(cases: Sequence[Case], *, tokens: int, prompt: int, new: int, threads: int) -> list[dict[str, Any]]:
+    """Each student exported to the first target that takes it, and the result of a process without linearize."""
     with tempfile.TemporaryDirectory() as root:
         size = {"tokens": tokens, "prompt": prompt, "new": new}
-        exported = [_export(case, Path(root) / str(number), **size) for number, case in enumerate(wanted)]
-        found = _outside(root, len(exported), prompt, new, threads)
-    return [row | result for row, result in zip(exported, found, strict=True)]
+        exported = [_export(case, Path(root) / str(number), **size) for number, case in enumerate(cases)]
+        actual = _outside(root, len(exported), prompt, new, threads)
+    return [row | result for row, result in zip(exported, actual, strict=True)]
 
 
 def _export(case: Case, folder: Path, *, tokens: int, prompt: int, new: int) -> dict[str, Any]:
-    """Write the student's export and what is expected of it; returns what it is."""
+    """Write the student's export and the expected results; return the row."""
     student: Any = student_of(case)
     source = Source.of(student)
     to = next(name for name, export in EXPORTS.items() if export.misfit(source) is None)
@@ -151,13 +151,13 @@ def _export(case: Case, folder: Path, *, tokens: int, prompt: int, new: int) -> 
     folder.mkdir()
     export_student(student, to, folder / "model")
     save_file({"ids": ids, "logits": logits, "written": written}, folder / "expected.safetensors")
-    found = {"largest_logit": float(logits.abs().max()), "own_decode": _own_decode(student, ids, prompt, logits)}
-    return {"teacher": case.teacher_name, "mixers": case.plan, "target": to, **found}
+    results = {"largest_logit": float(logits.abs().max()), "own_decode": _own_decode(student, ids, prompt, logits)}
+    return {"teacher": case.teacher_name, "mixers": case.plan, "target": to, **results}
 
 
 @torch.no_grad()
 def _own_decode(student: Any, ids: Tensor, prompt: int, logits: Tensor) -> float:
-    """How far the student's own decoding is from its own prefill: what rounding alone does to these weights."""
+    """The difference between the student's own decode and prefill: the effect of rounding on these weights."""
     out = student(ids[:, :prompt], use_cache=True)
     steps = [out.logits]
     for token_B1 in ids[:, prompt:].split(1, dim=1):
@@ -173,8 +173,8 @@ def _outside(root: str, count: int, prompt: int, new: int, threads: int) -> list
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"the exported model does not run: {done.stderr.strip()[-2000:]}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = {"tokens": chosen.tokens, "prompt": chosen.prompt, "new": chosen.new}
     rows = measure(list(cases(chosen.teacher, chosen.random)), **size, threads=chosen.threads)
     setting = {"dtype": "float32", "device": "cpu", "batch": 2, "transformers": version("transformers"), **size}
-    publish(ASKED, setting, rows, chosen.out)
+    publish(TARGET, setting, rows, chosen.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How fast hidden states are written and read, beside `dd` on the same disk.
+"""How fast hidden states are written and read, compared with `dd` on the same disk.
 
     python -m benchmarks.hidden_states --folder SCRATCH --out benchmarks/hidden_states.json
 
 Writes end on the disk (`fsync`, `conv=fdatasync`), reads begin there (the files' pages are dropped from the cache
-before). Runs alternate and medians are told, since a shared disk is never equally fast. Every row is checksummed as it
-is written and checked as it is read.
+before). Runs alternate and medians are printed, since the speed of a shared disk varies. Every row is checksummed as
+it is written and checked as it is read.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def run(folder: Path, megabytes: int) -> dict[str, float]:
         identity={},
     )  # fmt: skip
     hidden = torch.randn(7, LENGTH, WIDTH).bfloat16()
-    found = {"write": _timed(lambda: _write(store, hidden), store.payload_bytes)}
+    results = {"write": _timed(lambda: _write(store, hidden), store.payload_bytes)}
     assert store.written_bytes() == boundary_bytes(rows * LENGTH, WIDTH, LAYERS, BLOCK), "the formula is exact"
     plain, source = folder / "dd.bin", _source(folder, store)
     blocks = ["bs=4M", f"count={store.payload_bytes // 2**22}"]
-    found["dd_write"] = _timed(
+    results["dd_write"] = _timed(
         lambda: _dd(f"if={source}", f"of={plain}", *blocks, "conv=fdatasync"), plain_bytes := store.payload_bytes
     )
     _drop(folder.rglob("*.bin"))
-    found["read"] = _timed(lambda: _read(store, rows), store.payload_bytes)
-    found["dd_read"] = _timed(lambda: _dd(f"if={plain}", "of=/dev/null", *blocks), plain_bytes)
+    results["read"] = _timed(lambda: _read(store, rows), store.payload_bytes)
+    results["dd_read"] = _timed(lambda: _dd(f"if={plain}", "of=/dev/null", *blocks), plain_bytes)
     shutil.rmtree(folder / "hidden")
     plain.unlink()
     source.unlink()
-    return found
+    return results
 
 
 def _source(folder: Path, store: HiddenStore) -> Path:
@@ -71,7 +71,7 @@ def _write(store: HiddenStore, hidden: torch.Tensor) -> None:
 
 
 def _read(store: HiddenStore, rows: int) -> None:
-    """As training does: a batch into one of two buffers."""
+    """Read as training does: a batch into one of two buffers."""
     buffers = [store.buffer("train", BATCH) for _ in range(2)]
     for boundary in range(store.boundaries):
         for number, first in enumerate(range(0, rows, BATCH)):
@@ -89,7 +89,7 @@ def _timed(work: Any, size: int) -> float:
 
 
 def _drop(paths: Iterable[Path]) -> None:
-    """Their pages out of the cache."""
+    """Drop their pages from the cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -104,17 +104,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    rounds = [run(given.folder, given.megabytes) for _ in range(given.rounds)]
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rounds = [run(options.folder, options.megabytes) for _ in range(options.rounds)]
     medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     result = {
-        "megabytes": given.megabytes, "bytes_per_second": medians, "rounds": rounds,
+        "megabytes": options.megabytes, "bytes_per_second": medians, "rounds": rounds,
         "write_share_of_dd": round(medians["write"] / medians["dd_write"], 3),
         "read_share_of_dd": round(medians["read"] / medians["dd_read"], 3),
         "provenance": provenance(),
     }  # fmt: skip
-    atomic_write_text(given.out, json.dumps(result, indent=2) + "\n")
+    atomic_write_text(options.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "provenance"}, indent=2))
 
 

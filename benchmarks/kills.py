@@ -1,4 +1,4 @@
-"""A long command killed with SIGKILL at random moments and given again each time, beside an unbroken run of it.
+"""A long command killed with SIGKILL at random moments and run again each time, compared with an uninterrupted run.
 
     python -m benchmarks.kills --kills 20 --out FILE -- convert TEACHER --data self --out STUDENT ...
 
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from benchmarks.timing import publish
 
-ASKED = "after every kill the same command goes on, and it ends with the same folder as an unbroken run"
+TARGET = "after every kill the same command continues, and it ends with the same folder as an uninterrupted run"
 TIMES = {"seconds", "provenance"}  # keys of a report that differ between any two runs
 EARLY, REACH = 0.2, 3.0  # share of kills while the program starts; see --reach
 TICK = 0.02
@@ -33,7 +33,7 @@ LONGEST = 3600.0  # seconds for one attempt
 
 
 class Fork:
-    """A command as a fork of this process, which has imported everything; as far as needed like a `Popen`."""
+    """A command as a fork of this process, which has imported everything, with a part of `Popen`'s interface."""
 
     def __init__(self, arguments: Sequence[str], output: int, environment: Mapping[str, str]) -> None:
         """Starts it with both outputs going to a file's descriptor."""
@@ -63,13 +63,13 @@ class Fork:
         return self._wait(0)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         os.kill(self.process, signal.SIGKILL)
 
     def _wait(self, options: int) -> int | None:
         if self.returncode is None:
-            found, status = os.waitpid(self.process, options)
-            if found:
+            ended, status = os.waitpid(self.process, options)
+            if ended:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
@@ -95,14 +95,14 @@ class Victim:
         return cls(arguments=arguments, out=out, cache=out.parent / f"{out.name}.cache", forked=forked)
 
     def run(self, kill_after: float | None = None, *, from_first_line: bool = False) -> tuple[int, float, list[str]]:
-        """One attempt: its exit code, seconds until it first said something, and all it said.
+        """One attempt: its exit code, seconds until its first output, and its output.
 
         It is killed after so many seconds, if it still runs; `from_first_line` counts them from its first line on.
         """
         environment = {**os.environ, "LINEARIZE_CACHE": str(self.cache), "PYTHONUNBUFFERED": "1"}
-        said = self.out.parent / f"{self.out.name}.said"
+        output_file = self.out.parent / f"{self.out.name}.out"
         began, spoke = time.monotonic(), 0.0
-        with said.open("w", encoding="utf-8") as file:
+        with output_file.open("w", encoding="utf-8") as file:
             process: Any = (
                 Fork(self.arguments, file.fileno(), environment)
                 if self.forked
@@ -113,22 +113,22 @@ class Victim:
             while process.poll() is None:
                 time.sleep(TICK)
                 now = time.monotonic() - began
-                if not spoke and said.stat().st_size:
+                if not spoke and output_file.stat().st_size:
                     spoke = now
                 waited = now - spoke if spoke or not from_first_line else 0.0
                 if now > LONGEST or (kill_after is not None and waited >= kill_after):
                     process.kill()
                     process.wait()
-        lines = said.read_text(encoding="utf-8").splitlines()
-        said.unlink()
+        lines = output_file.read_text(encoding="utf-8").splitlines()
+        output_file.unlink()
         return process.returncode, spoke, lines
 
     def left_beside(self) -> list[str]:
-        """What lies beside the folder under its name with a dot."""
+        """The hidden files and folders next to the folder."""
         return sorted(path.name for path in self.out.parent.glob(f".{self.out.name}.*"))
 
     def clear(self) -> None:
-        """Nothing was ever done."""
+        """Remove everything that the command wrote."""
         for path in (self.out, self.cache, *self.out.parent.glob(f".{self.out.name}.*")):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "differing": differing,
         "left_beside": broken.left_beside(),
     }
-    publish(ASKED, setting, broken.kills, arguments.out)
+    publish(TARGET, setting, broken.kills, arguments.out)
     if differing or broken.left_beside():
         raise SystemExit(1)
 
@@ -218,7 +218,7 @@ def _timeless(value: Any) -> Any:
 
 
 def _moment(victim: Victim, lines: Sequence[str]) -> str:
-    """Where a run was killed, as far as its folders and its last line tell."""
+    """Where a run was killed, as far as its folders and its last line show."""
     if any(".partial-" in name for name in victim.left_beside()):
         return "the folder is written"
     if victim.out.exists():

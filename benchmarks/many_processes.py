@@ -80,13 +80,13 @@ def write_recipe(folder: Path, name: str) -> Path:
 def rows_of(stage: str) -> list[dict[str, str]]:
     """37 questions with an answer, or with a better and a worse one; of unequal lengths."""
     names = ("Tom", "Lily", "a big red dog", "Mum", "the cat")
-    found = []
+    results = []
     for number in range(37):
         who, other = names[number % 5], names[(number + 1 + number % 3) % 5]
         good = f" {who} went to play with {other}." + " They had fun." * (number % 4)
         row = {"prompt": f"What did {who} do on day {number}?", "chosen": good, "rejected": f" {number} {other}!"}
-        found.append(row if stage == "dpo" else {"prompt": row["prompt"], "completion": good})
-    return found
+        results.append(row if stage == "dpo" else {"prompt": row["prompt"], "completion": good})
+    return results
 
 
 def compared(one: Path, other: Path) -> dict[str, float]:
@@ -95,19 +95,19 @@ def compared(one: Path, other: Path) -> dict[str, float]:
     from safetensors.torch import load_file
 
     reports = [json.loads((path / "report.json").read_text(encoding="utf-8")) for path in (one, other)]
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for x, y in zip(*(report["stages"] for report in reports), strict=True):
         pairs = [
             pair for kind in ("losses", "heldout") for pair in zip(x["details"][kind], y["details"][kind], strict=True)
         ]
-        found[x["name"]] = max(abs(first[1] - second[1]) for first, second in pairs)
+        results[x["name"]] = max(abs(first[1] - second[1]) for first, second in pairs)
         metrics = [stage["details"].get("metrics", {}).get(MARGINS) for stage in (x, y)]
         if all(metrics):
-            found[MARGINS] = max(abs(first[1] - second[1]) for first, second in zip(*metrics, strict=True))
-            found["largest margin"] = max(value for _, value in metrics[0])
+            results[MARGINS] = max(abs(first[1] - second[1]) for first, second in zip(*metrics, strict=True))
+            results["largest margin"] = max(value for _, value in metrics[0])
     weights, others = (load_file(path / "model.safetensors") for path in (one, other))
-    found["weights"] = max(float((weights[key] - others[key]).abs().max()) for key in weights)
-    return found
+    results["weights"] = max(float((weights[key] - others[key]).abs().max()) for key in weights)
+    return results
 
 
 def run(words: Sequence[str], *, kill_after: int | None = None) -> tuple[int, int | None]:
@@ -134,7 +134,7 @@ def ranks_of(words: Sequence[str], parent: int) -> list[int]:
 
 
 def kill_and_rerun(teacher: Path, recipe: Path, folder: Path, ranks: int, kills: Sequence[int]) -> dict[str, Any]:
-    """A conversion some of whose ranks are killed, started again each time, beside the unbroken one of `folder`."""
+    """A conversion with killed ranks, started again each time, compared with the uninterrupted one of `folder`."""
     out = folder / f"{recipe.stem}-{ranks}-killed"
     words, struck, seconds = command(teacher, recipe, out, ranks), [], []
     for after in kills:
@@ -144,8 +144,8 @@ def kill_and_rerun(teacher: Path, recipe: Path, folder: Path, ranks: int, kills:
         struck.append(killed)
         seconds.append(round(time.monotonic() - begun, 1))
     assert run(words)[0] == 0
-    found = compared(folder / f"{recipe.stem}-{ranks}", out)
-    return {"recipe": recipe.stem, "ranks": ranks, "killed_after_steps": struck, **found}
+    result = compared(folder / f"{recipe.stem}-{ranks}", out)
+    return {"recipe": recipe.stem, "ranks": ranks, "killed_after_steps": struck, **result}
 
 
 def peak_memory(folder: Path, ranks: int, *, layers: int = 12) -> dict[str, Any]:
@@ -206,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 out = folder / f"{recipe.stem}-{ranks}"
                 assert run(command(teacher, recipe, out, ranks))[0] == 0, "the conversion failed"
                 if ranks > 1:
-                    found = compared(folder / f"{recipe.stem}-1", out)
-                    rows.append({"part": "losses", "recipe": recipe.stem, "ranks": ranks, **found})
+                    result = compared(folder / f"{recipe.stem}-1", out)
+                    rows.append({"part": "losses", "recipe": recipe.stem, "ranks": ranks, **result})
             for ranks in (1, chosen.ranks[0]) if "kills" in chosen.parts else ():
                 kills = sorted(random.sample(range(1, 45 * len(RECIPES[recipe.stem]["stages"])), 2))
                 rows.append({"part": "kills", **kill_and_rerun(teacher, recipe, folder, ranks, kills)})

@@ -163,7 +163,7 @@ def measure(options: Any, device: torch.device, dtype: torch.dtype) -> list[dict
     return rows
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run and publish; says so in one line where there is no GPU."""
     options = parser(__doc__)
     names = [*LAYER_MIXERS, *WINDOW_MIXERS]
@@ -176,8 +176,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--tail", type=int, default=4, help="accepted tokens that the state has not seen")
     options.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8], help="K, new tokens")
     options.add_argument("--graphs", action="store_true", help="time CUDA graphs, without Python's share")
-    chosen = arguments(options, given, SMALL)
-    device = device_for(chosen, "benchmarks.multi_step_gpu", given)
+    chosen = arguments(options, argv, SMALL)
+    device = device_for(chosen, "benchmarks.multi_step_gpu", argv)
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16

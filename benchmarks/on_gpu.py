@@ -29,19 +29,19 @@ MATMUL, COPY = 8192, 2**30  # side of the matrices, bytes of the copy
 Run = Callable[[], Any]
 
 
-def arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None, small: Mapping[str, Any]) -> Any:
+def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, small: Mapping[str, Any]) -> Any:
     """The options; `--interpret` sets those to `small` that were not given."""
     parser.add_argument("--interpret", action="store_true", help="run everything small, on CPU; times mean nothing")
-    first, _ = parser.parse_known_args(given)
+    first, _ = parser.parse_known_args(argv)
     if first.interpret:
         parser.set_defaults(**small)
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
-def device_for(chosen: Any, module: str, given: Sequence[str] | None) -> torch.device | None:
+def device_for(chosen: Any, module: str, argv: Sequence[str] | None) -> torch.device | None:
     """Where to run; None, and one line that says so, where nothing can be. Starts anew for the interpreter."""
     if chosen.interpret and has_triton() and os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported
-        again = [sys.executable, "-m", module, *(sys.argv[1:] if given is None else given)]
+        again = [sys.executable, "-m", module, *(sys.argv[1:] if argv is None else argv)]
         sys.exit(subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode)
     if has_triton() and (chosen.interpret or torch.cuda.is_available()):
         return torch.device("cpu" if chosen.interpret else "cuda")
@@ -51,17 +51,17 @@ def device_for(chosen: Any, module: str, given: Sequence[str] | None) -> torch.d
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Name, driver and versions; the GPU's own only where there is one."""
-    found: dict[str, Any] = {"device": device.type, "torch": torch.__version__, "cuda": torch.version.cuda}
+    results: dict[str, Any] = {"device": device.type, "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
+            results[package] = version(package)
     if device.type != "cuda":
-        return found
+        return results
     shown = torch.cuda.get_device_properties(device)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError):
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
-    return found | {
+        results["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
+    return results | {
         "gpu": shown.name,
         "capability": f"{shown.major}.{shown.minor}",
         "memory_bytes": shown.total_memory,
@@ -93,7 +93,7 @@ class Clock:
 
     def interleaved(self, runs: Mapping[str, Run], repeats: int, warmup: int = 3) -> dict[str, Timing | str]:
         """All runs in turn, `repeats` times round; a run that fails (memory, an unknown shape) gives its reason."""
-        found: dict[str, list[float]] = {}
+        results: dict[str, list[float]] = {}
         failed: dict[str, str] = {}
         for turn in range(warmup + repeats):
             for name, run in runs.items():
@@ -106,8 +106,8 @@ class Clock:
                     self._let_go()
                     continue
                 if turn >= warmup:
-                    found.setdefault(name, []).append(took)
-        return {name: failed[name] if name in failed else _timing(found[name]) for name in runs}
+                    results.setdefault(name, []).append(took)
+        return {name: failed[name] if name in failed else _timing(results[name]) for name in runs}
 
     def _let_go(self) -> None:
         if self.device.type == "cuda":

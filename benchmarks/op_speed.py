@@ -66,7 +66,7 @@ def useful_flops(config: Mapping[str, Any], shape: AttentionShape, tokens: int, 
 
 
 def measure(case: Case, peak: float) -> dict[str, Any]:
-    """One row: seconds of each form, how many times as fast ours is as the faster SDPA, and its share of the peak."""
+    """One row: seconds of each backend, our speed-up over the faster SDPA, and the share of the peak."""
     ours = {name: _mixer_run(config, case) for name, config in case.mixers().items()}
     sdpa = {"sdpa_fp32": _sdpa_run(case, torch.float32)}
     if case.with_bf16:
@@ -113,11 +113,11 @@ def _tensors(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
 def _mixer_run(config: dict[str, Any], case: Case) -> Callable[[], Any]:
     mixer = MIXERS["lolcats"](**config).build(case.shape).requires_grad_(case.backward)
     (q, k, v), d_y = _tensors(case, torch.float32)
-    wanted = [q, k, v, *mixer.parameters()]
+    leaves = [q, k, v, *mixer.parameters()]
 
     def run() -> Any:
         y, _ = mixer(q, k, v, scaling=case.shape.head_dim**-0.5, layout=Layout(), need_state=False)
-        return torch.autograd.grad(y, wanted, d_y) if case.backward else y
+        return torch.autograd.grad(y, leaves, d_y) if case.backward else y
 
     return run
 

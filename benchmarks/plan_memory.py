@@ -1,4 +1,4 @@
-"""`linearize plan` against processes: the peak that it says for this CPU, and VmHWM of a conversion that ran here.
+"""`linearize plan` compared with real processes: the planned peak on this CPU, and VmHWM of a conversion.
 
 Each conversion runs in a process of its own, a random Llama on random words for two steps a stage. `baseline` is the
 resident memory of such a process with everything imported and nothing loaded; the ratio that counts is that of what
@@ -42,7 +42,7 @@ print(json.dumps({"code": code, "baseline": baseline, "peak": held("VmHWM")}))
 
 
 def measure(name: str, folder: Path, teacher: Path, text: Path) -> dict[str, Any]:
-    """One case: what the plan says, what the process held."""
+    """One case: the planned and the measured peak."""
     recipe, settings = CASES[name]
     settings = {"data.length": LENGTH, "data.max_heldout_tokens": 8 * LENGTH, **settings}
     for stage in (0, 1, 2)[: 3 if recipe == "mohawk" else 2]:
@@ -54,22 +54,22 @@ def measure(name: str, folder: Path, teacher: Path, text: Path) -> dict[str, Any
     plan = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
     arguments = ["convert", str(teacher), "--data", str(text), "--out", str(folder / "student"), *chosen]
     done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False)
-    found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}
-    if found["code"] != 0:
+    result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}
+    if result["code"] != 0:
         raise RuntimeError(f"{name}: the conversion failed: {done.stderr[-2000:]}")
     reserve = plan["reserve_bytes"]
-    said, held = plan["peak_bytes"] - reserve, found["peak"] - found["baseline"]
+    planned, measured = plan["peak_bytes"] - reserve, result["peak"] - result["baseline"]
     return {
         "case": name,
         "settings": settings,
         "stages": {stage["stage"]: stage["peak_bytes"] - reserve for stage in plan["stages"]},
         "measuring": plan["measuring_bytes"] - reserve,
         "loading": plan["loading_bytes"] - reserve,
-        "planned": said,
-        "measured": held,
-        "baseline": found["baseline"],
-        "ratio": round(said / held, 3),
-        "ratio_with_baseline": round((said + found["baseline"]) / found["peak"], 3),
+        "planned": planned,
+        "measured": measured,
+        "baseline": result["baseline"],
+        "ratio": round(planned / measured, 3),
+        "ratio_with_baseline": round((planned + result["baseline"]) / result["peak"], 3),
     }
 
 

@@ -16,26 +16,26 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache_argument import with_cache
 
 
-def measure(model: Any, lengths: Sequence[int], repeats: int, piece: int) -> dict[str, Any]:
-    """Seconds of a prefill with a cache, in pieces of at most `piece` tokens (transformers' `prefill_chunk_size`), for
+def measure(model: Any, lengths: Sequence[int], repeats: int, chunk: int) -> dict[str, Any]:
+    """Seconds of a prefill with a cache, in chunks of at most `chunk` tokens (transformers' `prefill_chunk_size`), for
     each length, and their growth from the first to the last."""
     with torch.inference_mode():
-        times = interleaved({str(length): _run(model, length, piece) for length in lengths}, repeats)
+        times = interleaved({str(length): _run(model, length, chunk) for length in lengths}, repeats)
     first, last = times[str(lengths[0])], times[str(lengths[-1])]
     return {
-        "piece": piece,
+        "chunk": chunk,
         "times": {name: vars(timing) for name, timing in times.items()},
         "growth": last.seconds / first.seconds,
         "growth_cpu": last.cpu_seconds / first.cpu_seconds,
     }
 
 
-def _run(model: Any, length: int, piece: int) -> Callable[[], Any]:
+def _run(model: Any, length: int, chunk: int) -> Callable[[], Any]:
     ids = torch.randint(model.lm.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
 
     def prefill() -> Any:
         cache = DynamicCache(config=model.config)
-        for part in ids.split(piece, dim=1):
+        for part in ids.split(chunk, dim=1):
             model(input_ids=part, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
 
     return prefill
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.set_defaults(repeats=3)
     options.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
-    options.add_argument("--piece", type=int, nargs="+", default=[4096], help="tokens per forward; each in turn")
+    options.add_argument("--chunk", type=int, nargs="+", default=[4096], help="tokens per forward; each in turn")
     options.add_argument("--hidden", type=int, default=512)
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--heads", type=int, default=8)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for mixer, config in OURS.items():
         student = LinearizedForCausalLM.from_teacher(teacher, [MIXERS["lolcats"](**config)] * chosen.layers).eval()
-        rows += [{"mixer": mixer, **measure(student, chosen.tokens, chosen.repeats, piece)} for piece in chosen.piece]
+        rows += [{"mixer": mixer, **measure(student, chosen.tokens, chosen.repeats, chunk)} for chunk in chosen.chunk]
     setting = {"batch": 1, "dtype": "float32", "model": size, "mixers": OURS}
     publish("growth at most 5 from 4096 to 16384 tokens", setting, rows, chosen.out)
 

@@ -36,9 +36,9 @@ def losses(name: str, teacher: Path, data: Path, tokens: int, length: int) -> di
         out = Path(folder) / "student"
         linearize.convert(teacher, recipe=name, data=[data], out=out, overrides=overrides)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    found = {key: report[key] for key in LOSSES}
-    found["stages"] = [[stage["name"], stage["loss_before"], stage["loss_after"]] for stage in report["stages"]]
-    return found
+    results = {key: report[key] for key in LOSSES}
+    results["stages"] = [[stage["name"], stage["loss_before"], stage["loss_after"]] for stage in report["stages"]]
+    return results
 
 
 def numbers(entry: Any) -> list[float]:

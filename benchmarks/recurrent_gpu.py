@@ -1,7 +1,7 @@
-"""Recurrent operations on a GPU: this package's kernels and forms against fla's and mamba-ssm's, shape by shape.
+"""Recurrent operations on a GPU: this package's backends against fla's and mamba-ssm's, shape by shape.
 
-What each row says, `take`, is what a rule of the operation's `backends.py` should choose: the installed package's form,
-unless it loses by more than 20% or does not run. Forward, and where gradients exist forward with backward.
+`take` in each row is what a rule of the operation's `backends.py` should choose: the installed package's backend,
+unless it is over 20% slower or does not run. Forward, and where gradients exist forward with backward.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ OPERATIONS: dict[str, tuple[Any, Any, Inputs]] = {
 
 
 def forms_for(module: Any, tokens: int, gradients: bool) -> list[str]:
-    """Those worth a try: the step-by-step form only for one token, forms of a few tokens only for them; of packages
+    """Those worth a try: the step-by-step backend only for one token, multi-token backends only for a few; of packages
     those that are installed."""
     tried = []
     for name in module.BACKENDS:
@@ -80,7 +80,7 @@ def forms_for(module: Any, tokens: int, gradients: bool) -> list[str]:
 
 
 def run_of(module: Any, operation: Any, name: str, inputs: Sequence[Tensor], gradients: bool) -> Callable[[], Any]:
-    """One form over a text from no state."""
+    """One backend over a text without a state."""
 
     def forward() -> Tensor:
         with module.use_backend(name):
@@ -93,7 +93,7 @@ def run_of(module: Any, operation: Any, name: str, inputs: Sequence[Tensor], gra
 
 
 def measure(clock: Clock, name: str, tokens: int, chosen: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row for the forward pass, and one with the backward pass where a form has one."""
+    """A row for the forward pass, and one with the backward pass if the backend has one."""
     module, operation, make = OPERATIONS[name]
     rows = []
     for gradients in (False, True):
@@ -111,8 +111,8 @@ def measure(clock: Clock, name: str, tokens: int, chosen: Any, dtype: torch.dtyp
     return rows
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Run and publish; says so in one line where there is no GPU."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run and publish; without a GPU print one line."""
     options = parser(__doc__)
     options.set_defaults(repeats=20)
     options.add_argument("--operation", nargs="+", default=list(OPERATIONS))
@@ -121,10 +121,10 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--head-dim", type=int, default=128)
     options.add_argument("--state-dim", type=int, default=16, help="of the selective scan")
     options.add_argument("--batch", type=int, default=1)
-    chosen = arguments(options, given, SMALL)
+    chosen = arguments(options, argv, SMALL)
     if wrong := sorted(set(chosen.operation) - set(OPERATIONS)):
         raise unknown("operation", wrong[0], OPERATIONS)
-    device = device_for(chosen, "benchmarks.recurrent_gpu", given)
+    device = device_for(chosen, "benchmarks.recurrent_gpu", argv)
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16

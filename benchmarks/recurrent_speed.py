@@ -30,7 +30,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """`tokens`, `width` of the hidden states, `heads` of `dim`, and the `kv_heads` that ours has."""
+    """`tokens`, `width` of the hidden states, `heads` of `dim`, and our `kv_heads`."""
 
     tokens: int
     width: int
@@ -49,12 +49,12 @@ class Size:
     def projected(self, *rows: tuple[int, bool]) -> Tensor:
         """Which of our projection's rows each row of transformers' is: blocks of a number of columns per query head,
         of which ours has one per key/value head where the block is shared."""
-        found, first = [], 0
+        results, first = [], 0
         for dim, shared in rows:
             head = torch.arange(self.heads) // (self.heads // self.kv_heads if shared else 1)
-            found.append((first + head[:, None] * dim + torch.arange(dim)).flatten())
+            results.append((first + head[:, None] * dim + torch.arange(dim)).flatten())
             first += dim * (self.kv_heads if shared else self.heads)
-        return torch.cat(found)
+        return torch.cat(results)
 
 
 def measure(name: str, size: Size, repeats: int) -> list[dict[str, Any]]:
@@ -99,9 +99,9 @@ def _row(name: str, part: str, size: Size, times: dict[str, Timing], difference:
 
 
 def _gradients(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, d_y: Tensor) -> Run:
-    given = x.clone().requires_grad_()
-    wanted = [given, *module.parameters()]
-    return lambda: torch.autograd.grad(function(given), wanted, d_y)
+    inputs = x.clone().requires_grad_()
+    leaves = [inputs, *module.parameters()]
+    return lambda: torch.autograd.grad(function(inputs), leaves, d_y)
 
 
 def _projections(ours: LayerMixer, x: Tensor) -> Run:
@@ -109,11 +109,11 @@ def _projections(ours: LayerMixer, x: Tensor) -> Run:
     parts = [layer for layer in ours.modules() if isinstance(layer, nn.Linear)]
     inputs = [torch.randn(1, x.shape[1], layer.in_features).requires_grad_() for layer in parts]
     d_outputs = [torch.randn(1, x.shape[1], layer.out_features) for layer in parts]
-    wanted = [*inputs, *(p for layer in parts for p in layer.parameters())]
+    leaves = [*inputs, *(p for layer in parts for p in layer.parameters())]
 
     def run() -> Any:
-        outputs = [layer(given) for layer, given in zip(parts, inputs, strict=True)]
-        return torch.autograd.grad(outputs, wanted, d_outputs)
+        outputs = [layer(hidden) for layer, hidden in zip(parts, inputs, strict=True)]
+        return torch.autograd.grad(outputs, leaves, d_outputs)
 
     return run
 
@@ -147,16 +147,16 @@ def _mamba2(size: Size) -> tuple[LayerMixer, nn.Module, bool]:
         rms_norm_eps=size.shape.norm_eps,
     )
     ours, theirs = _mixer("mamba2", size), GraniteMoeHybridMambaLayer(config, 0)
-    given = {name.replace("norm.weight", "norm_weight"): x for name, x in theirs.state_dict().items()}
-    given["conv_weight"] = given.pop("conv1d.weight")[:, 0]
-    given["conv_bias"] = given.pop("conv1d.bias")
-    given["dt_bias"], given["A_log"] = ours.get_parameter("dt_bias"), ours.get_parameter("A_log")
+    weights = {name.replace("norm.weight", "norm_weight"): x for name, x in theirs.state_dict().items()}
+    weights["conv_weight"] = weights.pop("conv1d.weight")[:, 0]
+    weights["conv_bias"] = weights.pop("conv1d.bias")
+    weights["dt_bias"], weights["A_log"] = ours.get_parameter("dt_bias"), ours.get_parameter("A_log")
     projection, dim = ours.get_parameter("in_proj.weight"), size.dim
-    given["in_proj.weight"] = projection
+    weights["in_proj.weight"] = projection
     rows = size.projected((dim, False), (dim, True), (dim, True), (dim, False), (1, False))
-    copied = {"dt_bias": given["dt_bias"], "A_log": given["A_log"], "in_proj.weight": projection[rows]}
+    copied = {"dt_bias": weights["dt_bias"], "A_log": weights["A_log"], "in_proj.weight": projection[rows]}
     theirs.load_state_dict(copied, strict=False)
-    ours.load_state_dict(given)
+    ours.load_state_dict(weights)
     return ours, theirs, True
 
 
@@ -176,14 +176,14 @@ def _gated_delta_net(size: Size) -> tuple[LayerMixer, nn.Module, bool]:
     )
     ours, theirs = _mixer("gated_delta_net", size), Qwen3_5GatedDeltaNet(config, 0)  # type: ignore[arg-type]
     renamed = {"in_proj_qkv": "qkv_proj", "in_proj_z": "gate_proj", "in_proj_b": "beta_proj", "in_proj_a": "decay_proj"}
-    given = theirs.state_dict()
+    weights = theirs.state_dict()
     for old, new in renamed.items():
-        given[f"{new}.weight"] = given.pop(f"{old}.weight")
-    given["conv_weight"], given["norm_weight"] = given.pop("conv1d.weight")[:, 0], given.pop("norm.weight")
-    given["qkv_proj.weight"] = projection = ours.get_parameter("qkv_proj.weight")
+        weights[f"{new}.weight"] = weights.pop(f"{old}.weight")
+    weights["conv_weight"], weights["norm_weight"] = weights.pop("conv1d.weight")[:, 0], weights.pop("norm.weight")
+    weights["qkv_proj.weight"] = projection = ours.get_parameter("qkv_proj.weight")
     rows = size.projected((size.dim, False), (size.dim, True), (size.dim, True))
     theirs.load_state_dict({"in_proj_qkv.weight": projection[rows]}, strict=False)
-    ours.load_state_dict(given)
+    ours.load_state_dict(weights)
     return ours, theirs, True
 
 
@@ -198,7 +198,7 @@ def _mamba(size: Size) -> tuple[LayerMixer, nn.Module, bool]:
 
 
 def _expand(size: Size) -> int:
-    """Inner width over model width, which transformers' configs want whole."""
+    """Inner width over model width, which must be whole in transformers' configs."""
     expand, rest = divmod(size.heads * size.dim, size.width)
     assert rest == 0, f"{size.heads} heads of {size.dim} are no multiple of width {size.width}"
     return expand
@@ -214,16 +214,16 @@ def _ssd(size: Size) -> dict[str, Run]:
     x, B, C, d_y = *_heads(size, 3), torch.randn(1, size.tokens, size.heads, size.dim)
     dt = torch.rand(1, size.tokens, size.heads).mul(0.1).requires_grad_()
     A = torch.linspace(-16, -1, size.heads).requires_grad_()
-    wanted, layout = [x, B, C, dt, A], Layout()
+    leaves, layout = [x, B, C, dt, A], Layout()
 
     def ours() -> Any:
         q, k, v, g = (w.transpose(1, 2) for w in (C, B * dt[..., None], x, dt * A))
         y, _ = decay_linear(q, k, v, g, layout=layout, need_state=False)
-        return torch.autograd.grad(y.transpose(1, 2), wanted, d_y)
+        return torch.autograd.grad(y.transpose(1, 2), leaves, d_y)
 
     return {
         "ours": ours,
-        "transformers": lambda: torch.autograd.grad(mamba2_chunk_scan(x, dt, A, B, C, 256), wanted, d_y),
+        "transformers": lambda: torch.autograd.grad(mamba2_chunk_scan(x, dt, A, B, C, 256), leaves, d_y),
     }
 
 
@@ -233,7 +233,7 @@ def _delta(size: Size) -> dict[str, Run]:
     q, k, v, d_y = *_heads(size, 3), torch.randn(1, size.tokens, size.heads, size.dim)
     g = torch.rand(1, size.tokens, size.heads).mul(-0.5).requires_grad_()
     beta = torch.rand(1, size.tokens, size.heads).requires_grad_()
-    wanted, layout = [q, k, v, g, beta], Layout()
+    leaves, layout = [q, k, v, g, beta], Layout()
 
     def unit(x: Tensor) -> Tensor:
         return nn.functional.normalize(x, dim=-1)
@@ -241,11 +241,11 @@ def _delta(size: Size) -> dict[str, Run]:
     def ours() -> Any:
         inputs = (w.transpose(1, 2) for w in (unit(q) * size.dim**-0.5, unit(k), v, g, beta))
         y, _ = gated_delta(*inputs, layout=layout, need_state=False)
-        return torch.autograd.grad(y.transpose(1, 2), wanted, d_y)
+        return torch.autograd.grad(y.transpose(1, 2), leaves, d_y)
 
     def theirs() -> Any:
         y, _ = torch_chunk_gated_delta_rule(unit(q), unit(k), v, g=g, beta=beta)
-        return torch.autograd.grad(y, wanted, d_y)
+        return torch.autograd.grad(y, leaves, d_y)
 
     return {"ours": ours, "transformers": theirs}
 

@@ -1,4 +1,4 @@
-"""Speculation end to end: acceptance, accepted length and speed against plain decoding, by number of guesses.
+"""Speculation end to end: acceptance, accepted length and speed against plain decoding, by draft length.
 
 Each seed draws its own prompts; a table gives the median over seeds and the range. `auto` goes from prompt to prompt
 with what it learned, as calls of one process do; `auto new` begins anew with each.
@@ -49,10 +49,10 @@ def read_prompts(paths: Sequence[Path], count: int, seed: int) -> list[str]:
             lists.append([part.strip() for part in text.split("\n\n") if part.strip()])
         if seed:
             random.Random(seed).shuffle(lists[-1])
-    found = [rows[i] for i in range(max(map(len, lists))) for rows in lists if i < len(rows)][:count]
-    if not found:
+    result = [rows[i] for i in range(max(map(len, lists))) for rows in lists if i < len(rows)][:count]
+    if not result:
         raise InputError(f"{', '.join(map(str, paths))}: no prompt in there; give rows with `turns`, or paragraphs")
-    return found
+    return result
 
 
 def measure(
@@ -64,9 +64,9 @@ def measure(
     new_tokens: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """One row per draft (None: prompt lookup) and number of guesses, beside plain decoding by transformers' `generate`.
+    """One row per draft (None: prompt lookup) and draft length, next to plain decoding by transformers' `generate`.
 
-    All ways take their turn on each prompt, `repeats` times round, so that disturbances hit all alike. Every output is
+    All configurations alternate on each prompt, `repeats` times, so that disturbances affect all alike. Every output is
     compared with plain greedy decoding, token for token. Raises RuntimeError where one differs.
     """
     counts: list[int | str] = [*sizes, "auto", NEW]
@@ -80,9 +80,9 @@ def measure(
         plain_seconds, plain_tokens = plain_seconds + seconds, plain_tokens + len(expected)
         for name, k in ways:
             learned = AcceptanceStats() if k == NEW else known[name]
-            result = guessed(target, drafts[name], ids, k, new_tokens, learned)
+            result = speculative(target, drafts[name], ids, k, new_tokens, learned)
             if result.tokens[0] != expected:
-                raise RuntimeError(f"{name}, {k} guesses: not what plain greedy decoding gives for one prompt")
+                raise RuntimeError(f"{name}, draft length {k}: not what plain greedy decoding gives for one prompt")
             stats[name, k].append(result.stats)
     base = plain_seconds / plain_tokens
     rows = [{"draft": PLAIN, "draft_tokens": 0, "ms_per_token": 1000 * base, "tokens": plain_tokens, "speedup": 1.0}]
@@ -101,10 +101,10 @@ def plain(target: PreTrainedModel, ids: Sequence[int], new_tokens: int) -> tuple
     return out[0, len(ids) :].tolist(), perf_counter() - began
 
 
-def guessed(
+def speculative(
     target: PreTrainedModel, draft: Draft, ids: Sequence[int], k: int | str, new_tokens: int, known: AcceptanceStats
 ) -> SpeculationResult:
-    """The same with guesses."""
+    """The same with draft tokens."""
     how: Any = LookupDrafter() if draft is None else draft
     settings: Any = {"draft_tokens": "auto" if k == NEW else k, "stats": known}
     return speculate(target, how, torch.tensor([list(ids)]), max_new_tokens=new_tokens, **settings)
@@ -135,12 +135,12 @@ def _row(name: str, k: int | str, runs: Sequence[SpeculationStats], base: float)
 
 def over_seeds(by_seed: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of several seeds as one: medians; the speed-ups and acceptance rates of all; counts added up."""
-    found = []
+    results = []
     for rows in zip(*by_seed, strict=True):
         one = {name: _joined(name, [row[name] for row in rows if name in row]) for name in rows[0]}
         ranges = {name: [min(seen), max(seen)] for name in RANGES if (seen := [r[name] for r in rows if r.get(name)])}
-        found.append(one | {f"{name}_range": values for name, values in ranges.items()})
-    return found
+        results.append(one | {f"{name}_range": values for name, values in ranges.items()})
+    return results
 
 
 def _joined(name: str, values: list[Any]) -> Any:
@@ -154,21 +154,21 @@ def _joined(name: str, values: list[Any]) -> Any:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for people: medians, and the range of the speed-up over seeds."""
-    lines = [f"{'draft':24} {'guesses':>8} {'accepted':>8} {'length':>6} {'times':>6}  range"]
+    """A table: medians, and the range of the speed-up over seeds."""
+    lines = [f"{'draft':24} {'drafted':>8} {'accepted':>8} {'length':>6} {'times':>6}  range"]
     for row in rows:
         rate, length = row.get("acceptance_rate"), row.get("mean_accepted_length")
         low, high = row.get("speedup_range", [row["speedup"]] * 2)
-        told = [f"{x:.2f}" if x is not None else "-" for x in (rate, length)]
+        shares = [f"{x:.2f}" if x is not None else "-" for x in (rate, length)]
         lines.append(
-            f"{row['draft'][:24]:24} {row['draft_tokens']!s:>8} {told[0]:>8} {told[1]:>6} {row['speedup']:6.2f}  "
+            f"{row['draft'][:24]:24} {row['draft_tokens']!s:>8} {shares[0]:>8} {shares[1]:>6} {row['speedup']:6.2f}  "
             f"{low:.2f}-{high:.2f}"
         )
     return "\n".join(lines)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
-    """Speed-up against the number of guesses, a line per draft, `auto` as a dashed one; `.svg` and `.png`."""
+    """Speed-up against the draft length, a line per draft, `auto` as a dashed one; `.svg` and `.png`."""
     from linearize.metrics.plots import new_figure
     from linearize.metrics.theme import colours, legend_below
 
@@ -180,7 +180,7 @@ def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
             axis.plot([r["draft_tokens"] for r in fixed], [r["speedup"] for r in fixed], "o-", color=colour, label=name)
             axis.axhline(auto, color=colour, linestyle="--", linewidth=1)
         axis.axhline(1.0, color="#888888", linewidth=1)
-        axis.set(title="Speed against plain decoding", xlabel="guesses a round (dashed: auto)", ylabel="times as fast")
+        axis.set(title="Speed against plain decoding", xlabel="draft length (dashed: auto)", ylabel="times as fast")
         legend_below(figure)
 
 
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.set_defaults(repeats=1)
     options.add_argument("--target", required=True)
     options.add_argument("--draft", nargs="*", default=[], metavar="NAME=PATH")
-    options.add_argument("--lookup", action="store_true", help="also guess from the text itself")
+    options.add_argument("--lookup", action="store_true", help="also draft from the text itself")
     options.add_argument("--text", type=Path, nargs="+", required=True, help="files that prompts are taken from")
     options.add_argument("--prompts", type=int, default=20, help="how many of each seed")
     options.add_argument("--seed", default=str(SEED), help="one or more, as 0,1,2: each draws its own prompts")
@@ -231,11 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(rows, chosen.out.with_suffix(""))
 
 
-def _seeds(given: str) -> list[int]:
+def _seeds(text: str) -> list[int]:
     """Raises InputError for anything but whole numbers with commas between."""
-    if not all(part.strip().isdecimal() for part in given.split(",")):
-        raise InputError(f"--seed {given}: give whole numbers with commas between, as 0,1,2")
-    return [int(part) for part in given.split(",")]
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise InputError(f"--seed {text}: give whole numbers with commas between, as 0,1,2")
+    return [int(part) for part in text.split(",")]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], most: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Static steps against the growing cache: a decoded token, and the verification of K guesses after a tail of as many.
+"""Static steps and the growing cache: a decoded token, and the verification of K draft tokens after K accepted ones.
 
 On a GPU static steps are replays of CUDA graphs (the first call records them, untimed); on a CPU they only run, which
 shows what fixed shapes cost by themselves.
@@ -24,24 +24,24 @@ Runs = dict[str, Callable[[], Any]]
 
 
 def measure(
-    teacher: Any, *, mixer: str | None, batch: int, guesses: Sequence[int], context: int, repeats: int
+    teacher: Any, *, mixer: str | None, batch: int, draft_tokens: Sequence[int], context: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds of each way and the ratio of the growing cache's to the static one's; `mixer` None: the teacher."""
+    """Seconds of each cache and the ratio of the growing cache's to the static one's; `mixer` None: the teacher."""
     model = teacher
     if mixer is not None:
         plan = [MIXERS[mixer]() for _ in range(teacher.config.num_hidden_layers)]
         model = LinearizedForCausalLM.from_teacher(teacher, plan).eval()
     generator = torch.Generator().manual_seed(SEED)
     prompts = torch.randint(teacher.config.vocab_size, (batch, context), generator=generator).to(teacher.device)
-    capacity = context + (max(guesses) + 1) * (repeats + 8)
+    capacity = context + (max(draft_tokens) + 1) * (repeats + 8)
     with torch.inference_mode():
         runs: Runs = {
             "token, growing": growing_token(model, prompts),
             "token, static": static_token(model, prompts, capacity),
         }
-        for count in guesses:
-            runs[f"{count} guesses, growing"] = growing_guesses(model, prompts, count)
-            runs[f"{count} guesses, static"] = static_guesses(model, prompts, count, capacity)
+        for count in draft_tokens:
+            runs[f"{count} draft tokens, growing"] = growing_verification(model, prompts, count)
+            runs[f"{count} draft tokens, static"] = static_verification(model, prompts, count, capacity)
         times = interleaved(runs, repeats, warmup=2)
     return {
         "model": mixer or "teacher",
@@ -52,7 +52,7 @@ def measure(
 
 
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of what is timed in both ways."""
+    """The ratios of what is timed with both caches."""
     kinds = [name.removesuffix(", growing") for name in seconds if name.endswith(", growing")]
     return {kind: seconds[f"{kind}, growing"] / seconds[f"{kind}, static"] for kind in kinds}
 
@@ -63,8 +63,8 @@ def growing_token(model: Any, prompts: Tensor) -> Callable[[], Any]:
     return lambda: model(prompts[:, :1], cache=cache)
 
 
-def growing_guesses(model: Any, prompts: Tensor, count: int) -> Callable[[], Any]:
-    """A token and its guesses, all kept."""
+def growing_verification(model: Any, prompts: Tensor, count: int) -> Callable[[], Any]:
+    """A token and its draft tokens, all kept."""
     cache: Any = cache_of(model(prompts, use_cache=True, logits_to_keep=1))
     cache.activate_past_recording()
 
@@ -82,8 +82,8 @@ def static_token(model: Any, prompts: Tensor, capacity: int) -> Callable[[], Any
     return lambda: step.step(prompts[:, :1])
 
 
-def static_guesses(model: Any, prompts: Tensor, count: int, capacity: int) -> Callable[[], Any]:
-    """A token and its guesses, all kept."""
+def static_verification(model: Any, prompts: Tensor, count: int, capacity: int) -> Callable[[], Any]:
+    """A token and its draft tokens, all kept."""
     rows, width = prompts.shape[0], count + 1
     step = StaticStep(model, batch=rows, width=width, capacity=capacity)
     step.prefill(prompts)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run and publish."""
     options = parser(__doc__)
     options.set_defaults(repeats=15)
-    options.add_argument("--guesses", type=int, nargs="+", default=[4, 8])
+    options.add_argument("--draft-tokens", type=int, nargs="+", default=[4, 8])
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--context", type=int, default=200)
     options.add_argument("--hidden", type=int, default=768)
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = chosen.dtype or ("float32" if chosen.device == "cpu" else "bfloat16")
     teacher: Any = random_llama(**size, context=chosen.context + 100 * chosen.repeats)
     teacher = teacher.to(device=chosen.device, dtype=getattr(torch, dtype))
-    settings = {name: getattr(chosen, name) for name in ("batch", "guesses", "context", "repeats")}
+    settings = {name: getattr(chosen, name) for name in ("batch", "draft_tokens", "context", "repeats")}
     rows = [measure(teacher, mixer=mixer, **settings) for mixer in (None, *chosen.mixer)]
     setting = {"device": chosen.device, "dtype": dtype, "model": size, "threads": chosen.threads, **settings}
     publish(

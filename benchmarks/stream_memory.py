@@ -34,7 +34,7 @@ VOCABULARY = 259
 
 
 def write_teacher(folder: Path, layers: int, *, dtype: torch.dtype = torch.float32, **shape: int) -> int:
-    """A random Llama with a tokenizer of bytes, written a tensor at a time; returns the bytes of its weights."""
+    """A random Llama with a tokenizer of bytes, written tensor by tensor; returns the bytes of its weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -52,17 +52,17 @@ def write_teacher(folder: Path, layers: int, *, dtype: torch.dtype = torch.float
     entries = {name: (dtype, tuple(p.shape)) for name, p in model.named_parameters()}
     writer, generator = ShardedWriter(folder, entries, 300_000_000), torch.Generator().manual_seed(0)
     drawn: dict[tuple[int, ...], torch.Tensor] = {}  # one for each shape: layers are alike, which memory does not see
-    for name, (_, wanted) in entries.items():
-        if wanted not in drawn:
-            scale = wanted[-1] ** -0.5
-            drawn[wanted] = torch.ones(wanted) if len(wanted) == 1 else torch.randn(wanted, generator=generator) * scale
-        writer.write(name, drawn[wanted])
+    for name, (_, size) in entries.items():
+        if size not in drawn:
+            scale = size[-1] ** -0.5
+            drawn[size] = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * scale
+        writer.write(name, drawn[size])
     writer.close()
-    return sum(torch.Size(wanted).numel() * dtype.itemsize for _, wanted in entries.values())
+    return sum(torch.Size(size).numel() * dtype.itemsize for _, size in entries.values())
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token a byte, and begin, end and padding."""
+    """One token per byte, and begin, end and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def command(teacher: Path, text: Path, out: Path, *, tokens: int, length: int, b
 
 
 def run_bounded(arguments: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Run a command under a bound; its peaks in bytes, and what held them."""
+    """Run a command under a bound; its peaks in bytes, and the kind of bound."""
     group = _make_group(limit) if limit else None
     bound = None if limit is None else f"cgroup v1, {limit} bytes" if group else f"RLIMIT_DATA, {limit} bytes"
 
@@ -106,15 +106,16 @@ def run_bounded(arguments: Sequence[str], limit: int | None) -> dict[str, Any]:
     )
     output, _ = process.communicate()
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found: dict[str, Any] = {"exit": process.returncode, "seconds": round(time.monotonic() - begun, 1), "bound": bound}
-    found["peak_rss_of_all_children"] = usage.ru_maxrss * 1024
+    seconds = round(time.monotonic() - begun, 1)
+    results: dict[str, Any] = {"exit": process.returncode, "seconds": seconds, "bound": bound}
+    results["peak_rss_of_all_children"] = usage.ru_maxrss * 1024
     if group is not None:
-        found["cgroup_peak"] = int((group / "memory.max_usage_in_bytes").read_text())
-        found["cgroup_failures"] = int((group / "memory.failcnt").read_text())
+        results["cgroup_peak"] = int((group / "memory.max_usage_in_bytes").read_text())
+        results["cgroup_failures"] = int((group / "memory.failcnt").read_text())
         group.rmdir()
     if process.returncode != 0:
-        found["output"] = output[-2000:]
-    return found
+        results["output"] = output[-2000:]
+    return results
 
 
 def _make_group(limit: int) -> Path | None:
@@ -136,16 +137,16 @@ def measure(folder: Path, layers: int, limit: int, *, tokens: int, length: int, 
     arguments = command(teacher, text, out, tokens=tokens, length=length, block=block)
     probe = [sys.executable, "-m", "benchmarks.stream_memory", "--run", json.dumps(arguments)]
     done = subprocess.run([*probe, "--limit", str(limit)], capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    found["peak_rss"] = found.pop("peak_rss_of_all_children")
-    found |= {"layers": layers, "weights_bytes": size, "block": block}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result["peak_rss"] = result.pop("peak_rss_of_all_children")
+    result |= {"layers": layers, "weights_bytes": size, "block": block}
     if (out / "report.json").is_file():
         report = json.loads((out / "report.json").read_text())
-        found |= {key: report[key] for key in ("teacher_loss", "swap_loss", "student_loss")}
-        found["student_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        result |= {key: report[key] for key in ("teacher_loss", "swap_loss", "student_loss")}
+        result["student_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     for path in (teacher, out):
         shutil.rmtree(path, ignore_errors=True)
-    return found
+    return result
 
 
 def main() -> None:
@@ -159,24 +160,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--block", type=int, default=1)
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        print(json.dumps(run_bounded(json.loads(given.run), given.limit)))
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run_bounded(json.loads(options.run), options.limit)))
         return
-    if given.folder is None or given.out is None:
+    if options.folder is None or options.out is None:
         parser.error("--folder and --out are needed")
-    given.folder.mkdir(parents=True, exist_ok=True)
-    options = {"tokens": given.tokens, "length": given.length, "block": given.block}
-    found: list[dict[str, Any]] = []
-    for layers in given.layers:
-        found.append(measure(given.folder, layers, given.limit, **options))
-        peaks = [each["peak_rss"] for each in found]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"tokens": options.tokens, "length": options.length, "block": options.block}
+    results: list[dict[str, Any]] = []
+    for layers in options.layers:
+        results.append(measure(options.folder, layers, options.limit, **sizes))
+        peaks = [each["peak_rss"] for each in results]
         result = {
-            "limit_bytes": given.limit, **options, "runs": found,
+            "limit_bytes": options.limit, **sizes, "runs": results,
             "largest_over_smallest_peak": round(max(peaks) / min(peaks), 4), "provenance": provenance(),
         }  # fmt: skip
-        atomic_write_text(given.out, json.dumps(result, indent=2) + "\n")
-        print(json.dumps(found[-1], indent=2), flush=True)
+        atomic_write_text(options.out, json.dumps(result, indent=2) + "\n")
+        print(json.dumps(results[-1], indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def publish(
     *,
     line: str | None = None,
 ) -> None:
-    """Print the result, and write it where asked: what was asked, the setting, the rows, the birth certificate.
+    """Print the result, and write it to `out`: the target, the options, the rows, the provenance.
 
     `line`: the result in one line, which goes to stderr.
     """

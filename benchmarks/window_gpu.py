@@ -49,7 +49,7 @@ def work(mixer: Any, tokens: int, batch: int, element_size: int) -> tuple[float,
 def inputs(
     shape: AttentionShape, batch: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
-    """q, k, v that want gradients, and the gradient of the output."""
+    """q, k, v that require gradients, and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(SEED)
 
     def some(heads: int, dim: int) -> Tensor:
@@ -68,7 +68,7 @@ def ours(mixer: Any, qkv: Sequence[Tensor]) -> Tensor:
 
 
 def torch_flash(qkv: Sequence[Tensor]) -> Tensor:
-    """FlashAttention-2 as torch has it; on a CPU whatever torch takes."""
+    """FlashAttention-2 as torch has it; on a CPU torch's default."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = qkv
@@ -91,7 +91,7 @@ def trained(forward: Callable[[], Tensor], d_y: Tensor, leaves: Sequence[Tensor]
 
 
 def measure(clock: Clock, peak: Peaks, shape: AttentionShape, tokens: int, chosen: Any, dtype: torch.dtype) -> Any:
-    """One row: milliseconds, how many times as fast ours is as the faster flash, shares of the peaks."""
+    """One row: milliseconds, our speed-up over the faster flash, shares of the peaks."""
     mixer = mixer_of(shape, chosen.window, clock.device)
     qkv, d_y = inputs(shape, chosen.batch, tokens, clock.device, dtype)
     forwards: dict[str, Callable[[], Tensor]] = {"ours": partial(ours, mixer, qkv), "flash": partial(torch_flash, qkv)}
@@ -114,8 +114,8 @@ def measure(clock: Clock, peak: Peaks, shape: AttentionShape, tokens: int, chose
     return row | {"asked_forward": ASKED.get(tokens)}
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Run and publish; says so in one line where there is no GPU."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run and publish; without a GPU print one line."""
     options = parser(__doc__)
     options.set_defaults(repeats=20)
     options.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
@@ -124,8 +124,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--kv-heads", type=int, default=8)
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--window", type=int, default=64)
-    chosen = arguments(options, given, SMALL)
-    device = device_for(chosen, "benchmarks.window_gpu", given)
+    chosen = arguments(options, argv, SMALL)
+    device = device_for(chosen, "benchmarks.window_gpu", argv)
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16

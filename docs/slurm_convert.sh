@@ -6,8 +6,8 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-# One torchrun per node, one process per GPU. The same job, submitted again or requeued, goes on where it stopped:
-# --out must be on a file system that all nodes see. Usage: sbatch docs/slurm_convert.sh TEACHER DATA OUT [--set ...]
+# One torchrun per node, one process per GPU. The same job, submitted again or requeued, continues where it stopped;
+# --out must be on a file system that all nodes share. Usage: sbatch docs/slurm_convert.sh TEACHER DATA OUT [--set ...]
 set -euo pipefail
 
 TEACHER=$1 DATA=$2 OUT=$3

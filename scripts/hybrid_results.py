@@ -58,7 +58,7 @@ def tokens(run: dict[str, Any]) -> int:
 
 def ratio_table(runs: dict[str, Any], recall: bool) -> str:
     """One row per mixer and ratio."""
-    head = ["mixer", "asked", "kept", "tokens", "loss above the teacher", "KL", "same top token"]
+    head = ["mixer", "ratio", "kept", "tokens", "loss above the teacher", "KL", "same top token"]
     rows = []
     for name, run in runs.items():
         mixer, _, rest = name.partition("-")
@@ -78,16 +78,16 @@ def ratio_table(runs: dict[str, Any], recall: bool) -> str:
 
 def comparisons(runs: dict[str, Any]) -> dict[str, list[str]]:
     """The single-factor comparisons: their runs in order."""
-    found = {f"start of {NAMES[m]}": [f"start-{m}-{s}" for s in STYLES] for m in COLOURS}
-    found["loss"] = ["start-mamba2-copy", "loss-kl+ce", "loss-ce"]
-    found["schedule"] = ["schedule-at-once", "schedule-progressive", "schedule-stepwise"]
-    found["kept layers, one of five"] = ["schedule-at-once", "selected-25"]
-    found["kept layers, two of five"] = ["start-mamba2-copy", "selected-50"]
-    return {title: [name for name in names if name in runs] for title, names in found.items()}
+    groups = {f"start of {NAMES[m]}": [f"start-{m}-{s}" for s in STYLES] for m in COLOURS}
+    groups["loss"] = ["start-mamba2-copy", "loss-kl+ce", "loss-ce"]
+    groups["schedule"] = ["schedule-at-once", "schedule-progressive", "schedule-stepwise"]
+    groups["kept layers, one of five"] = ["schedule-at-once", "selected-25"]
+    groups["kept layers, two of five"] = ["start-mamba2-copy", "selected-50"]
+    return {title: [name for name in names if name in runs] for title, names in groups.items()}
 
 
 def comparison_table(runs: dict[str, Any], names: Sequence[str]) -> str:
-    """Loss at equal tokens; for starts also when each reached what the first one ended with."""
+    """Loss at equal tokens; for starts also the tokens at which each reached the final loss of the first."""
     head, rows = ["run", "kept", "tokens", "at the swap", "loss above the teacher", "KL", "same top token"], []
     starts = bool(names) and all(name.startswith("start-") for name in names)
     for name in names:
@@ -96,9 +96,9 @@ def comparison_table(runs: dict[str, Any], names: Sequence[str]) -> str:
         row += [f"{gap(run):+.3f}", f"{report['student_kl']:.3f}", f"{report['student_top1']:.1%}"]
         if starts:
             reached = tokens_to_reach(run, gap_curve(runs[names[0]])[-1][1])
-            row.append("not" if reached is None else f"{reached:,}")
+            row.append("not reached" if reached is None else f"{reached:,}")
         rows.append(row)
-    return markdown([*head, f"tokens to what `{names[0]}` ended with"] if starts else head, rows)
+    return markdown([*head, f"tokens to reach `{names[0]}`"] if starts else head, rows)
 
 
 def gap_curve(run: dict[str, Any]) -> list[tuple[int, float]]:

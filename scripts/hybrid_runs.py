@@ -3,8 +3,8 @@
 python scripts/hybrid_runs.py stories --teacher TEACHER --data FILE   (of stories260k and TinyStories' train_a.txt)
 python scripts/hybrid_runs.py embedded
 
-Each run is `linearize convert` with the recipe and settings that its JSON in benchmarks/hybrids/ names. Runs that have
-one already are left alone, so that the command goes on where it stopped.
+Each run is `linearize convert` with the recipe and overrides that its JSON in benchmarks/hybrids/ names. Runs that have
+one already are skipped, so that the command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REACH = 32  # tokens: facts nearer than this are not counted in the recall of th
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One conversion: its recipe (in benchmarks/hybrids/) and the settings changed in it."""
+    """One conversion: its recipe (in benchmarks/hybrids/) and the keys changed in it."""
 
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -114,26 +114,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, action="append")
     parser.add_argument("--only", nargs="*", help="these runs, in this order")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    runs = STORIES if given.table == "stories" else EMBEDDED
+    runs = STORIES if options.table == "stories" else EMBEDDED
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as scratch:
         text = None
-        for name in given.only or runs:
-            result = OUT / given.table / f"{name}.json"
+        for name in options.only or runs:
+            result = OUT / options.table / f"{name}.json"
             if result.is_file():
                 continue
-            if given.table == "embedded" and text is None:
+            if options.table == "embedded" and text is None:
                 text = write_demo_text(Path(scratch))
             convert(
                 runs[name],
-                given.teacher,
-                given.data or text_files(text, Path(scratch)),
+                options.teacher,
+                options.data or text_files(text, Path(scratch)),
                 Path(scratch) / name,
                 text,
                 result,
-                given.seed,
+                options.seed,
             )
 
 
@@ -159,11 +159,11 @@ def convert(
     )
     report = read_report(out)
     assert report is not None
-    found = report.to_dict()
+    report_data = report.to_dict()
     if text is not None:  # written into a scratch folder, so its path says nothing
-        found |= {"teacher": "linearize/demo/teacher", "data": [f"text/{path.name}" for path in data]}
+        report_data |= {"teacher": "linearize/demo/teacher", "data": [f"text/{path.name}" for path in data]}
     plan = [None if mixer is None else mixer["name"] for mixer in student.config.plan]
-    document = {"run": asdict(run), "seed": seed, "plan": plan, "report": found}
+    document = {"run": asdict(run), "seed": seed, "plan": plan, "report": report_data}
     if text is not None:
         document["recall"] = recall(student, text)
     shutil.rmtree(out)
@@ -174,8 +174,8 @@ def convert(
 def recall(student: Any, text: DemoText) -> dict[str, Any]:
     """Exact-match accuracy by distance, without the single answers."""
     _, tokenizer = load_teacher(TEACHER)
-    found = recall_beyond_window(student, tokenizer, text.questions, distance_edges=(REACH, 128, 256, 1024)).to_dict()
-    return {key: found[key] for key in ("items", "accuracy", "by_distance")}
+    result = recall_beyond_window(student, tokenizer, text.questions, distance_edges=(REACH, 128, 256, 1024)).to_dict()
+    return {key: result[key] for key in ("items", "accuracy", "by_distance")}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table (printed) and plot (docs/img/stages.svg) from the report.json files of conversions of one teacher.
+"""The first table of docs/results.md (printed) and docs/img/stages.svg, from report.json files of one teacher.
 
 python scripts/readme_results.py "window-linear=benchmarks/.../report.json" "lolcats=benchmarks/.../report.json"
 """
@@ -36,7 +36,7 @@ def _read(argument: str) -> tuple[str, ConversionReport]:
 def table(reports: dict[str, ConversionReport]) -> str:
     """Markdown: loss above the teacher's after the swap and each stage, the window alone, agreement."""
     stages = max((len(report.stages) for report in reports.values()), default=0)
-    names = ["bare swap", *(f"after stage {i + 1}" for i in range(stages)), "its window alone", "same top token"]
+    names = ["bare swap", *(f"after stage {i + 1}" for i in range(stages)), "window alone", "same top token"]
     lines = [f"| student | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for label, report in reports.items():
         losses: list[float | None] = [*above_teacher(report)]

@@ -1,4 +1,4 @@
-"""What every test shares: the helpers in `support/`, one thread per worker, the optional folder of models and text."""
+"""Shared by all tests: the helpers in `support/`, one thread per worker, the optional folder of models and text."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def live(batch: Batch) -> Tensor:
 
 def straight_outputs(student: LinearizedForCausalLM, batch: Batch, output: str) -> dict[int, tuple[Tensor, Tensor]]:
     """(student, teacher) by layer of a Llama whose mixers are all `lolcats`, put together from its parts."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    results: dict[int, tuple[Tensor, Tensor]] = {}
     inputs: dict[int, Tensor] = {}
     layers = student.lm.model.layers
 
@@ -61,7 +61,7 @@ def straight_outputs(student: LinearizedForCausalLM, batch: Batch, output: str) 
     ):
         target = softmax_attention(q, k, v, layout=layout, sliding_window=sliding_window, **scores)
         y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)
-        found[module.layer_idx] = (finish(module.layer_idx, y), finish(module.layer_idx, target))
+        results[module.layer_idx] = (finish(module.layer_idx, y), finish(module.layer_idx, target))
         return target
 
     hooks = [
@@ -76,7 +76,7 @@ def straight_outputs(student: LinearizedForCausalLM, batch: Batch, output: str) 
     )
     for hook in hooks:
         hook.remove()
-    return found
+    return results
 
 
 @pytest.mark.parametrize("output", ["mixer", "block"])
@@ -217,7 +217,7 @@ def test_the_loss_is_the_distance_of_the_matrices(family: str) -> None:
     changes: dict[str, Any] = {"attn_logit_softcapping": 1.5} if family == "gemma2" else {}
     teacher, batch = tiny(family, **changes), make_batch()
     student = student_of(teacher, [mixer("mamba2"), mixer("mamba2"), None])
-    found, counts, expected = match(student, teacher).loss(batch), live(batch), torch.zeros(())
+    actual, counts, expected = match(student, teacher).loss(batch), live(batch), torch.zeros(())
     hidden: dict[int, Tensor] = {}
     for i in (0, 1):
         teacher.model.layers[i].self_attn.register_forward_pre_hook(
@@ -231,8 +231,8 @@ def test_the_loss_is_the_distance_of_the_matrices(family: str) -> None:
             matrix = student.mixers()[i].matrix(states[i], layout=layout)  # type: ignore[operator]
             error = (matrix - straight_matrices(teacher, batch, i)).square().sum(-1).mean(1)
             expected = expected + error[counts].sum()
-    torch.testing.assert_close(found.sum.detach(), expected, rtol=1e-4, atol=0)
-    assert found.count == int(counts.sum())
+    torch.testing.assert_close(actual.sum.detach(), expected, rtol=1e-4, atol=0)
+    assert actual.count == int(counts.sum())
 
 
 def test_matrices_learn_and_only_what_they_depend_on_trains() -> None:

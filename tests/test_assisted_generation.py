@@ -1,4 +1,4 @@
-"""transformers' own assisted decoding and prompt lookup on every mixer and its hybrids: plain decoding, only faster."""
+"""transformers' own assisted decoding and prompt lookup give the text of plain decoding, for mixers and hybrids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from linearize.modeling.cache import MixerCacheLayer
 NEW = 24
 KINDS = {"all": [0, 1, 2], "hybrid": [0, 2], "hybrid_last": [1]}
 every_mixer = pytest.mark.parametrize("name", sorted(MIXERS))
-FEW = {"suppress_tokens": [*range(3), *range(6, VOCABULARY)]}  # three are left: guesses come true at times
+FEW = {"suppress_tokens": [*range(3), *range(6, VOCABULARY)]}  # three are left: some draft tokens are accepted
 
 
 @lru_cache
@@ -33,14 +33,14 @@ def student(name: str, kind: str) -> LinearizedForCausalLM:
 
 
 @lru_cache
-def draft(name: str, kind: str, guesses: int) -> LinearizedForCausalLM:
+def draft(name: str, kind: str, drafted: int) -> LinearizedForCausalLM:
     """The same student with its last projection disturbed: right at times, and it rolls back itself."""
     model = copy.deepcopy(student(name, kind))
     with torch.no_grad():
         weight = model.get_output_embeddings().weight
-        weight.add_(0.7 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(guesses)))
+        weight.add_(0.7 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(drafted)))
     model.generation_config.update(
-        assistant_confidence_threshold=0.0, num_assistant_tokens=guesses, num_assistant_tokens_schedule="constant"
+        assistant_confidence_threshold=0.0, num_assistant_tokens=drafted, num_assistant_tokens_schedule="constant"
     )
     return model
 
@@ -80,12 +80,12 @@ def generate(model: LinearizedForCausalLM, ids: Tensor, **settings: Any) -> Tens
 
 
 @every_mixer
-@pytest.mark.parametrize(("kind", "guesses"), [("all", 9), ("hybrid", 4)])
-def test_an_assistant_changes_nothing(name: str, kind: str, guesses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "drafted"), [("all", 9), ("hybrid", 4)])
+def test_an_assistant_changes_nothing(name: str, kind: str, drafted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = student(name, kind), text(1, 11)
     expected = generate(model, ids)
     counted = Verified(model, monkeypatch)
-    assert torch.equal(generate(model, ids, assistant_model=draft(name, kind, guesses)), expected)
+    assert torch.equal(generate(model, ids, assistant_model=draft(name, kind, drafted)), expected)
     counted.check(11)
 
 
@@ -114,7 +114,7 @@ def test_sampling_with_an_assistant_follows_the_seed(name: str) -> None:
 
 
 def test_kept_sliding_softmax_layers_roll_back_too() -> None:
-    """One row at a time: transformers' own layers hold what was guessed back."""
+    """One row at a time: transformers' own layers hold draft tokens back."""
     model = student_of(tiny("gemma2"), [None, mixer("mamba2"), None])
     model.generation_config.eos_token_id = None
     ids = text(1, 26) % 3 + 3

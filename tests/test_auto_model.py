@@ -33,23 +33,23 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def logits(student: LinearizedForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
     """The head's, capped where the family does so."""
     head: Any = student.get_output_embeddings()
-    found: torch.Tensor = head(hidden)
+    result: torch.Tensor = head(hidden)
     cap = getattr(student.config, "final_logit_softcapping", None)
-    return found if cap is None else cap * torch.tanh(found / cap)
+    return result if cap is None else cap * torch.tanh(result / cap)
 
 
 @torch.no_grad()
 def test_hidden_states_are_those_before_the_head(both: tuple[Any, Any, Path]) -> None:
     student, model, _ = both
     ids, mask = left_padded(text(2, 19), [19, 11])
-    found = model(ids, attention_mask=mask)
+    actual = model(ids, attention_mask=mask)
     expected = student(ids, attention_mask=mask).logits
-    assert "logits" not in found and found.last_hidden_state.shape == (2, 19, student.config.hidden_size)
-    torch.testing.assert_close(logits(student, found.last_hidden_state)[mask == 1], expected[mask == 1])
+    assert "logits" not in actual and actual.last_hidden_state.shape == (2, 19, student.config.hidden_size)
+    torch.testing.assert_close(logits(student, actual.last_hidden_state)[mask == 1], expected[mask == 1])
 
 
 @torch.no_grad()
-def test_it_goes_on_from_its_cache(both: tuple[Any, Any, Path]) -> None:
+def test_it_continues_from_its_cache(both: tuple[Any, Any, Path]) -> None:
     _, model, _ = both
     ids = text(2, 17)
     whole = model(ids).last_hidden_state

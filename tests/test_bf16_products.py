@@ -1,4 +1,4 @@
-"""Products of bf16 inputs on CPUs with bf16 units: taken there and nowhere else, and as exact as softmax attention.
+"""Products of bf16 inputs on CPUs with bf16 units: used there only, and as exact as softmax attention.
 
 The units round the factors of a product and add up in fp32; here that is done by hand, for CPUs that have none.
 """
@@ -69,10 +69,10 @@ def softmax(dtype: torch.dtype) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y, leaves, torch.randn(y.shape).bfloat16().to(dtype))]
 
 
-def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+def errors(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
     return [
         float((x.detach().double() - y).norm() / y.norm())
-        for x, y in zip(found, map(torch.Tensor.detach, exact), strict=True)
+        for x, y in zip(actual, map(torch.Tensor.detach, exact), strict=True)
     ]
 
 
@@ -82,10 +82,10 @@ def test_bf16_units_lose_no_more_than_twice_what_softmax_attention_loses(
 ) -> None:
     allowed = errors(softmax(torch.bfloat16), softmax(torch.float64))
     with units(monkeypatch) as mode:
-        found = outputs("chunked", torch.bfloat16, **options)
+        actual = outputs("chunked", torch.bfloat16, **options)
     assert mode.rounded > 10 and mode.whole > 0, "gradients of scores and queries stay whole"
     exact = outputs("reference", torch.float64, **options)
-    for mine, its in zip(errors(found, exact), allowed, strict=True):
+    for mine, its in zip(errors(actual, exact), allowed, strict=True):
         assert mine < 2 * its
 
 

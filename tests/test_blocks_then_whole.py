@@ -65,8 +65,8 @@ def arguments(folder: Path, out: Path, **settings: Any) -> dict[str, Any]:
 
 
 def argv(folder: Path, out: Path, *more: str) -> list[str]:
-    given = [str(folder / "teacher"), "--data", str(folder / "text.txt"), "--recipe", str(folder / "road.yaml")]
-    return ["convert", *given, "--out", str(out), "--device", "cpu", *more]
+    arguments = [str(folder / "teacher"), "--data", str(folder / "text.txt"), "--recipe", str(folder / "road.yaml")]
+    return ["convert", *arguments, "--out", str(out), "--device", "cpu", *more]
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -75,9 +75,9 @@ def weights(out: Path) -> dict[str, Tensor]:
 
 def distance(one: Path, other: Path) -> float:
     """The largest difference of any weight."""
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
-    return max(float((found[name] - value).abs().max()) for name, value in expected.items())
+    expected, actual = weights(one), weights(other)
+    assert expected.keys() == actual.keys()
+    return max(float((actual[name] - value).abs().max()) for name, value in expected.items())
 
 
 def losses(out: Path, number: int) -> list[float]:
@@ -110,15 +110,15 @@ def test_streamed_blocks_and_a_stage_on_the_whole_model(folder: Path, tmp_path: 
 def test_torchrun_shares_out_blocks_and_then_the_model(folder: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LINEARIZE_CACHE": str(tmp_path / "cache")}
-    said = subprocess.run(
+    printed = subprocess.run(
         [*launcher, "-m", "linearize", *argv(folder, tmp_path / "out")],
         capture_output=True,
         text=True,
         env=environment,
         timeout=150,
     )
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.count("student written to") == 1
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.count("student written to") == 1
     check_like_memory(folder, tmp_path / "out", joint=1e-5)
     log = [json.loads(line)["stage"] for p in (tmp_path / "out" / "log").rglob("*.jsonl") for line in p.open()]
     trained = {f"0-attention_transfer/layers-{first:03d}-{last:03d}" for first, last in ((0, 1), (2, 3), (4, 4))}
@@ -143,10 +143,10 @@ def dies_in(part: str, arguments: list[str], output: Path) -> int:
 
         step = Stepper.step
 
-        def die(self: Any, *given: Any, number: int, **more: Any) -> Any:
+        def die(self: Any, *args: Any, number: int, **more: Any) -> Any:
             if number == 2 and (self.ranks == 1 or self.rank == 1):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, *given, number=number, **more)
+            return step(self, *args, number=number, **more)
 
         Stepper.step = die  # type: ignore[method-assign]
         return run(*args, **rest)
@@ -156,7 +156,7 @@ def dies_in(part: str, arguments: list[str], output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_in_a_block_and_after_them_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_killed_in_a_block_and_after_them_the_same_command_continues(folder: Path, tmp_path: Path) -> None:
     words = argv(folder, tmp_path / "out", "--stream")
     work = tmp_path / ".out.run"
     assert None in together(2, dies_in, "layers-002", words, tmp_path / "one")
@@ -168,11 +168,11 @@ def test_killed_in_a_block_and_after_them_the_same_command_goes_on(folder: Path,
 
 
 def test_blocks_trained_elsewhere_are_taken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = arguments(folder, tmp_path / "out")
+    options = arguments(folder, tmp_path / "out")
     for blocks in ("1-2", "0"):
-        linearize.convert(folder / "teacher", stream=True, blocks=blocks, **given)
+        linearize.convert(folder / "teacher", stream=True, blocks=blocks, **options)
     monkeypatch.setattr(BlockwiseStage, "_train", lambda *_: pytest.fail("a block is trained again"))
-    linearize.convert(folder / "teacher", stream=True, **given)
+    linearize.convert(folder / "teacher", stream=True, **options)
     check_like_memory(folder, tmp_path / "out", joint=0.0)
 
 
@@ -196,11 +196,11 @@ def test_a_model_that_does_not_fit_is_refused_before_blocks_are_trained(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("linearize.conversion.streamed.chosen_block", lambda *_, **__: 2)
-    given = arguments(folder, tmp_path / "out")
+    options = arguments(folder, tmp_path / "out")
     size = sum(value.nbytes for name, value in weights(folder / "memory").items())
     with pytest.raises(InputError, match=r"lowrank needs the whole model.*torchrun"):
-        linearize.convert(folder / "teacher", stream=True, memory=PROCESS_BYTES + size - 5, **given)
+        linearize.convert(folder / "teacher", stream=True, memory=PROCESS_BYTES + size - 5, **options)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(BlockwiseStage, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a little more, and blocks are trained
-        linearize.convert(folder / "teacher", stream=True, memory=PROCESS_BYTES + size, **given)
+        linearize.convert(folder / "teacher", stream=True, memory=PROCESS_BYTES + size, **options)

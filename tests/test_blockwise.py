@@ -104,7 +104,7 @@ def test_a_damaged_shard_is_written_anew_and_never_trained_on(tmp_path: Path) ->
     assert whole.store.missing(1) == []
 
 
-def test_an_interrupted_block_goes_on_and_a_damaged_part_is_trained_again(tmp_path: Path) -> None:
+def test_an_interrupted_block_continues_and_a_damaged_part_is_trained_again(tmp_path: Path) -> None:
     its_teacher = teacher()
     _, expected, _ = blockwise(stage(block=2), 2, tmp_path / "whole", student(its_teacher), its_teacher)
 
@@ -131,7 +131,7 @@ def test_an_interrupted_block_goes_on_and_a_damaged_part_is_trained_again(tmp_pa
         assert all(torch.equal(part.final[name], value) for name, value in other.final.items())
 
 
-def test_another_run_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
+def test_another_run_does_not_continue_in_the_same_folder(tmp_path: Path) -> None:
     its_teacher = teacher()
     blockwise(stage(block=2), 2, tmp_path, student(its_teacher), its_teacher)
     with pytest.raises(InputError, match=r"another run or version .*stage.lr was 0.01, is 0.02"):

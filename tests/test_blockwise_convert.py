@@ -50,12 +50,12 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def report(out: Path) -> dict[str, Any]:
-    found = json.loads((out / "report.json").read_text())
-    found.pop("provenance")
-    for stage in found["stages"]:
+    result = json.loads((out / "report.json").read_text())
+    result.pop("provenance")
+    for stage in result["stages"]:
         stage.pop("seconds")
         stage["details"].pop("metrics", None)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def joint(folder: Path) -> Path:
 
 def test_one_block_gives_the_joint_student_and_report(folder: Path, joint: Path, tmp_path: Path) -> None:
     linearize.convert(folder / "teacher", **arguments(folder, tmp_path / "out", block=LAYERS))
-    expected, found = weights(joint), weights(tmp_path / "out")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = weights(joint), weights(tmp_path / "out")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert report(tmp_path / "out") == report(joint)
     assert not (tmp_path / ".out.run").exists()
 
@@ -82,8 +82,8 @@ def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> 
     parts = sorted(path.name for path in (tmp_path / ".shared.run" / "0-attention_transfer" / "results").iterdir())
     assert parts == [f"layers-{a:03d}-{b:03d}.safetensors" for a, b in ((0, 1), (2, 3), (4, 4))]
     linearize.convert(folder / "teacher", **arguments(folder, shared, block=2))
-    expected, found = weights(whole), weights(shared)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    expected, actual = weights(whole), weights(shared)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert report(shared) == report(whole)
 
 
@@ -101,9 +101,9 @@ def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> 
 def test_what_does_not_fit_is_refused(
     folder: Path, tmp_path: Path, change: dict[str, Any], options: dict[str, Any], says: str
 ) -> None:
-    given = arguments(folder, tmp_path / "out", **change)
+    common = arguments(folder, tmp_path / "out", **change)
     with pytest.raises(InputError, match=says):
-        linearize.convert(folder / "teacher", **given, **options)
+        linearize.convert(folder / "teacher", **common, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -135,14 +135,14 @@ def test_streamed_conversion_is_the_one_in_memory(family: str, mixer: dict[str, 
         {**RECIPE, "plan": {**RECIPE["plan"], "mixer": mixer}, "stages": [{**RECIPE["stages"][0], "name": name}]}
     ).override({"stages.0.block": 2})
     one, other = tmp_path / "memory", tmp_path / "streamed"
-    given = {"data": [tmp_path / "text.txt"], "recipe": recipe, "device": "cpu"}
-    linearize.convert(tmp_path / "teacher", out=one, **given)
-    linearize.convert(tmp_path / "teacher", out=other, stream=True, **given)
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
+    options = {"data": [tmp_path / "text.txt"], "recipe": recipe, "device": "cpu"}
+    linearize.convert(tmp_path / "teacher", out=one, **options)
+    linearize.convert(tmp_path / "teacher", out=other, stream=True, **options)
+    expected, actual = weights(one), weights(other)
+    assert expected.keys() == actual.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-        assert ".mixer." in key or torch.equal(found[key], value)
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        assert ".mixer." in key or torch.equal(actual[key], value)
     assert config_of(other) == config_of(one)
     first, second = report(one), report(other)
     for key in ("teacher_loss", "swap_loss", "student_loss", "student_kl", "student_top1"):

@@ -1,4 +1,4 @@
-"""Calibrated starts: what is read off the attention is what was put in; a calibrated layer is near its teacher."""
+"""Calibrated starts: planted parameters are recovered from the attention; a calibrated layer is near its teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates of several families: every answer counts or it is told, and columns that a template reads reach it."""
+"""Chat templates of several families: every answer counts or is reported; a template gets its columns."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def text(document: Document) -> str:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_every_answer_of_a_talk_counts(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     template, expected = ANSWERS[name]
-    found = documents(tmp_path, template, {"messages": TALK}, {"messages": TALK[:3]})
-    assert counted(found[0]) == expected
-    assert counted(found[1]).count("first") == 1
+    actual = documents(tmp_path, template, {"messages": TALK}, {"messages": TALK[:3]})
+    assert counted(actual[0]) == expected
+    assert counted(actual[1]).count("first") == 1
     assert not caplog.records
 
 
@@ -108,13 +108,13 @@ def test_answers_that_are_calls_of_tools_count(tmp_path: Path) -> None:
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "Three."},
     ]
-    found = counted(documents(tmp_path, template, {"messages": talk})[0])
-    assert found.startswith('[{"type": "function"') and found.endswith("}]<|end|>\nThree.<|end|>\n</s>")
+    result = counted(documents(tmp_path, template, {"messages": talk})[0])
+    assert result.startswith('[{"type": "function"') and result.endswith("}]<|end|>\nThree.<|end|>\n</s>")
 
 
-def test_answers_that_cannot_be_found_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = documents(tmp_path, FORGETFUL, {"messages": TALK[:3]}, {"messages": TALK}, {"messages": TALK})
-    assert counted(found[1]) == "second\n</s>"
+def test_answers_that_are_not_in_the_text_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = documents(tmp_path, FORGETFUL, {"messages": TALK[:3]}, {"messages": TALK}, {"messages": TALK})
+    assert counted(result[1]) == "second\n</s>"
     (record,) = caplog.records
     assert "2 of 3 rows (the first: row 2)" in record.getMessage() and "do not count" in record.getMessage()
 
@@ -129,10 +129,10 @@ ASKED = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]])
 def test_tools_reach_the_template(tmp_path: Path, tools: object, caplog: pytest.LogCaptureFixture) -> None:
-    found = documents(tmp_path, WITH_TOOLS, {"messages": ASKED, "tools": tools}, {"messages": ASKED, "tools": None})
-    assert text(found[0]).startswith('<s>tools: [{"type": "function", "function": {"name": "add"')
-    assert text(found[1]) == "<s><user> 1+1?\n<assistant> 2\n</s>"
-    assert [counted(document) for document in found] == ["2\n</s>"] * 2
+    result = documents(tmp_path, WITH_TOOLS, {"messages": ASKED, "tools": tools}, {"messages": ASKED, "tools": None})
+    assert text(result[0]).startswith('<s>tools: [{"type": "function", "function": {"name": "add"')
+    assert text(result[1]) == "<s><user> 1+1?\n<assistant> 2\n</s>"
+    assert [counted(document) for document in result] == ["2\n</s>"] * 2
     assert not caplog.records
 
 
@@ -141,8 +141,8 @@ def test_tools_choose_their_own_template_where_the_tokenizer_has_one(tmp_path: P
     made.chat_template = {"default": CHAT, "tool_use": WITH_TOOLS}
     spec = tmp_path / "a.json"
     spec.write_text(json.dumps([{"messages": ASKED, "tools": TOOLS}, {"messages": ASKED}]), encoding="utf-8")
-    found = load_documents([str(spec)], made)
-    assert text(found[0]).startswith("<s>tools: ") and text(found[1]).startswith("<s><user>")
+    result = load_documents([str(spec)], made)
+    assert text(result[0]).startswith("<s>tools: ") and text(result[1]).startswith("<s><user>")
 
 
 def test_every_column_that_the_template_reads_reaches_it(tmp_path: Path) -> None:
@@ -153,15 +153,17 @@ def test_every_column_that_the_template_reads_reaches_it(tmp_path: Path) -> None
     assert text(documents(tmp_path, WITH_MORE, row)[0]) == "<s>doc|en|quick|<user> 1+1?\n<assistant> 2\n</s>"
 
 
-def test_columns_that_the_template_could_have_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_columns_that_the_template_could_have_used_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     row = {"messages": ASKED, "tools": TOOLS, "id": 7, "chat_template_kwargs": {"enable_thinking": False}}
     documents(tmp_path, CHAT, {"messages": ASKED}, row, row)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2 and all("2 of 3 rows (the first: row 2)" in line for line in told)
-    assert "'tools'" in told[0] and "'enable_thinking'" in told[1] and not any("'id'" in line for line in told)
+    printed = [record.getMessage() for record in caplog.records]
+    assert len(printed) == 2 and all("2 of 3 rows (the first: row 2)" in line for line in printed)
+    assert "'tools'" in printed[0] and "'enable_thinking'" in printed[1] and not any("'id'" in line for line in printed)
 
 
-def test_columns_for_a_template_in_rows_that_go_through_none_are_told(
+def test_columns_for_a_template_in_rows_that_go_through_none_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"instruction": "a", "output": "b", "tools": TOOLS}, {"prompt": "a", "completion": "b", "tools": TOOLS}]
@@ -176,8 +178,8 @@ def test_columns_for_a_template_in_rows_that_go_through_none_are_told(
 
 def test_tools_of_preferences_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assistant", "content": "3"}]}
-    found = preference_of({**row, "tools": TOOLS}, tokenizer(WITH_TOOLS))
-    assert found.chosen.startswith("tools: ") and found.chosen[found.chosen_start :] == "2\n"
+    result = preference_of({**row, "tools": TOOLS}, tokenizer(WITH_TOOLS))
+    assert result.chosen.startswith("tools: ") and result.chosen[result.chosen_start :] == "2\n"
     assert prompt_of({"messages": ASKED, "tools": TOOLS}, tokenizer(WITH_TOOLS)).startswith("tools: ")
     assert prompt_of({"prompt": "1+1?", "tools": TOOLS}, tokenizer(WITH_TOOLS)).startswith("tools: ")
     (tmp_path / "a.json").write_text(json.dumps([{**row, "tools": TOOLS}]), encoding="utf-8")
@@ -197,8 +199,8 @@ def test_columns_of_another_kind_that_the_template_does_not_read_do_no_harm(
 ) -> None:
     rows = [{"messages": ASKED, "documents": "a text", "tools": value} for value in (float("nan"), "", [], "none")]
     assert [text(d) for d in documents(tmp_path, CHAT, *rows)] == ["<s><user> 1+1?\n<assistant> 2\n</s>"] * 4
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2 and "4 of 4" in told[0] and "'documents'" in told[0] and "1 of 4" in told[1]
+    printed = [record.getMessage() for record in caplog.records]
+    assert len(printed) == 2 and "4 of 4" in printed[0] and "'documents'" in printed[0] and "1 of 4" in printed[1]
 
 
 def test_a_tokenizer_with_templates_of_other_names_alone(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def convert(folder: Path, out: str, *more: str) -> list[str]:
     return ["convert", str(folder / "teacher"), "--data", str(folder / "text.txt"), "--out", str(folder / out), *more]
 
 
-def test_a_recipe_longer_than_the_context_is_fitted_and_said(
+def test_a_recipe_longer_than_the_context_is_fitted_and_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     skip = ["stages.1.tokens=0" if word.startswith("stages.1.tokens") else word for word in SMALL]
@@ -118,10 +118,10 @@ def test_self_is_written_again_for_eval(folder: Path, capsys: pytest.CaptureFixt
     assert main([*argv, *settings]) == 0
     capsys.readouterr()
     assert main(["eval", str(folder / "own"), "--json", "--device", "cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     report = json.loads((folder / "own" / "report.json").read_text())
-    assert found["student_loss"] == pytest.approx(report["student_loss"], abs=1e-4)
-    assert found["tokens"] == report["heldout_tokens"]
+    assert result["student_loss"] == pytest.approx(report["student_loss"], abs=1e-4)
+    assert result["tokens"] == report["heldout_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_self_is_written_again_for_eval(folder: Path, capsys: pytest.CaptureFixt
 def test_bad_input_is_one_line_and_nothing_is_written(
     change: dict[str, str], words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"teacher": str(folder / "teacher"), "data": str(folder / "text.txt"), "recipe": "window-linear"} | change
-    argv = ["convert", given["teacher"], "--data", given["data"], "--recipe", given["recipe"], "--device", "cpu"]
-    argv += ["--out", str(folder / "bad"), *(["--set", given["set"]] if "set" in given else [])]
+    options = {"teacher": str(folder / "teacher"), "data": str(folder / "text.txt"), "recipe": "window-linear"} | change
+    argv = ["convert", options["teacher"], "--data", options["data"], "--recipe", options["recipe"], "--device", "cpu"]
+    argv += ["--out", str(folder / "bad"), *(["--set", options["set"]] if "set" in options else [])]
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("linearize: ") and error.count("\n") == 1, error
@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not (folder / "bad").exists()
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing_at_the_final_name_and_the_same_command_goes_on(folder: Path) -> None:
+def test_ctrl_c_in_the_middle_leaves_nothing_at_the_final_name_and_the_same_command_continues(folder: Path) -> None:
     endless = [*SMALL, "--set", "stages.0.evaluate_every=1"]
     endless[endless.index("stages.0.tokens=256")] = "stages.0.tokens=1e9"
     command = [sys.executable, "-m", "linearize", *convert(folder, "stopped", *endless)]

@@ -1,4 +1,4 @@
-"""The fused pass between projection and recurrence against its parts one after the other, outputs and gradients."""
+"""The fused pass between projection and recurrence equals its parts one after the other, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -66,19 +66,19 @@ def test_equals_its_parts(monkeypatch: pytest.MonkeyPatch, kind: str, bias: bool
     weight = torch.randn(CHANNELS, taps, dtype=torch.float64, requires_grad=True)
     constant = torch.randn(CHANNELS, dtype=torch.float64, requires_grad=True) if bias else None
     layout = _layout(kind)
-    found = conv_heads(x, weight, constant, PARTS, passed=PASSED, layout=layout)
+    actual = conv_heads(x, weight, constant, PARTS, passed=PASSED, layout=layout)
     expected = _by_parts(x, weight, constant, layout)
     live_BT = layout.live()
     if live_BT is not None:  # what dead tokens give is nobody's, and the passed columns are as they were
-        found, expected = (
+        actual, expected = (
             [y.masked_fill(~live_BT.view(BATCH, TOKENS, *[1] * (y.dim() - 2)), 0) for y in outputs]
-            for outputs in (found, expected)
+            for outputs in (actual, expected)
         )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     inputs = [x, weight, *([] if constant is None else [constant])]
     arriving = [torch.randn_like(y) for y in expected]
-    for one, other in zip(_gradients(found, inputs, arriving), _gradients(expected, inputs, arriving), strict=True):
+    for one, other in zip(_gradients(actual, inputs, arriving), _gradients(expected, inputs, arriving), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
@@ -86,10 +86,10 @@ def test_fewer_tokens_than_taps() -> None:
     torch.manual_seed(4)
     x = torch.randn(BATCH, 2, 42, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(CHANNELS, 4, dtype=torch.float64, requires_grad=True)
-    found, expected = (f(x, weight) for f in (_fused, lambda x, w: _by_parts(x, w, None, Layout())))
+    actual, expected = (f(x, weight) for f in (_fused, lambda x, w: _by_parts(x, w, None, Layout())))
     arriving = [torch.randn_like(y) for y in expected]
     for one, other in zip(
-        (*found, *_gradients(found, [x, weight], arriving)),
+        (*actual, *_gradients(actual, [x, weight], arriving)),
         (*expected, *_gradients(expected, [x, weight], arriving)),
         strict=True,
     ):
@@ -107,12 +107,14 @@ def test_gated_norm(monkeypatch: pytest.MonkeyPatch, order: Any, per_head: bool)
     torch.manual_seed(5)
     y, gate = (torch.randn(BATCH, TOKENS, 3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(*((3, 7) if per_head else (7,)), dtype=torch.float64, requires_grad=True)
-    found = gated_norm(y, gate, weight, 1e-2, order)
+    actual = gated_norm(y, gate, weight, 1e-2, order)
     if order == "gate_first":
         expected = rms_norm(y * F.silu(gate), 1e-2) * weight
     else:
         expected = rms_norm(y, 1e-2) * weight * F.silu(gate)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     arriving, inputs = [torch.randn_like(y)], [y, gate, weight]
-    for one, other in zip(_gradients([found], inputs, arriving), _gradients([expected], inputs, arriving), strict=True):
+    for one, other in zip(
+        _gradients([actual], inputs, arriving), _gradients([expected], inputs, arriving), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)

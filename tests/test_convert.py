@@ -1,4 +1,4 @@
-"""`linearize.convert` from a teacher on disk to a student on disk: whole, repeatable, resumable, or refused."""
+"""`linearize.convert` from a teacher on disk to a student on disk: complete, repeatable, resumable, or an error."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(folder: Path, out: Path, **settings: Any) -> Any:
-    given = {"data": [folder / "text.txt"], "recipe": folder / "tiny.yaml", "device": "cpu", **settings}
-    return linearize.convert(given.pop("teacher", folder / "teacher"), out=out, **given)
+    options = {"data": [folder / "text.txt"], "recipe": folder / "tiny.yaml", "device": "cpu", **settings}
+    return linearize.convert(options.pop("teacher", folder / "teacher"), out=out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def test_a_real_kill_leaves_nothing_and_the_same_command_goes_on(student: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_real_kill_leaves_nothing_and_the_same_command_continues(student: Path, folder: Path, tmp_path: Path) -> None:
     out, script, tests = tmp_path / "student", tmp_path / "run.py", Path(__file__).parent
     script.write_text(
         "import os, signal, sys\nfrom pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""A model's folder that is not whole is refused in one line that names the file: teachers and students alike."""
+"""A damaged folder of a teacher or student is an error of one line that names the file."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def test_a_damaged_folder_is_refused_in_one_line(folders: Path, tmp_path: Path, 
     damage(path)
     with pytest.raises(InputError, match=message) as caught:
         load_any(path, device="cpu")
-    told = str(caught.value)
-    assert ("\n" not in told and str(path) in told) or how == "student lacks"
+    printed = str(caught.value)
+    assert ("\n" not in printed and str(path) in printed) or how == "student lacks"
     if kind == "student":
         with pytest.raises(InputError, match=message):
             linearize.load(path)
 
 
-def test_headers_tell_what_safetensors_tells(folders: Path) -> None:
+def test_headers_match_what_safetensors_reads(folders: Path) -> None:
     path = folders / "student" / WEIGHTS
     assert {name: tuple(entry["shape"]) for name, entry in tensors_of(path).items()} == {
         name: tuple(value.shape) for name, value in load_file(path).items()

@@ -1,4 +1,4 @@
-"""Data SPECs become documents; held-out documents are never trained on; what cannot be used is told in one line."""
+"""Data SPECs become documents; held-out documents are never trained on; what cannot be used is one line of error."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ BAD_FILES = [
     (
         "a.jsonl",
         '{"text": "a"}\n{"texts": "b", "label": 1}',
-        "row 2: wrong fields, found: texts, label; .*prompt/completion",
+        "row 2: has the fields texts, label; give one of: .*prompt/completion",
     ),
     ("a.jsonl", '{"text": "a"}\n\n{"text": oops}', "line 3: not valid JSON"),
     ("a.jsonl", '{"text": null}', "field 'text' must be text, it is NoneType"),
@@ -171,12 +171,12 @@ BAD_FILES = [
     ("a.json", '{"data": 3}', "found: int"),
     ("a.jsonl", '{"messages": "hi"}', "list of objects"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
-    ("a.parquet", "PAR1 no", "no valid parquet"),
+    ("a.parquet", "PAR1 no", "not a valid parquet"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
-def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_bad_files_are_reported_in_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     spec = str(tmp_path / name) if content is None else _write(tmp_path, name, content)
     with pytest.raises(InputError, match=message) as caught:
         load_documents([spec], TOKENIZER)
@@ -189,7 +189,7 @@ def test_a_folder_is_no_data(tmp_path: Path) -> None:
         load_documents([str(tmp_path)], TOKENIZER)
 
 
-def test_a_refusing_chat_template_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_refusing_chat_template_is_reported_in_one_line(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     spec = _write(tmp_path, "a.jsonl", _lines({"messages": [{"role": "user", "content": "a"}]}))

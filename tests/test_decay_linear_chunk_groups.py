@@ -37,14 +37,14 @@ def packed() -> Layout:
     return Layout(position_BT=torch.stack([torch.arange(4, 4 + T), second]))
 
 
-def everything(given: list[Tensor], layout: Layout) -> list[Tensor]:
+def everything(arguments: list[Tensor], layout: Layout) -> list[Tensor]:
     """y, state and all gradients."""
     torch.manual_seed(1)
-    y, after = decay_linear(*given[:4], layout=layout, state=given[4])
+    y, after = decay_linear(*arguments[:4], layout=layout, state=arguments[4])
     live = (layout.positions(T, y.device) >= 0)[:, None, :, None]
     d_y = torch.randn(y.shape).bfloat16().to(y.dtype) * live  # the same numbers in every dtype
     d_after = torch.randn(after.shape).to(after.dtype)
-    return [y * live, after, *torch.autograd.grad([y, after], given, [d_y, d_after])]
+    return [y * live, after, *torch.autograd.grad([y, after], arguments, [d_y, d_after])]
 
 
 @per_kind
@@ -56,13 +56,13 @@ def test_any_cut_gives_the_same(
     per_key: bool, ragged: bool, numbers: int, rows: int, spans: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunk_groups, "GROUP_NUMBERS", numbers)
-    given, layout = inputs(per_key, 0.1), packed() if ragged else Layout(4)
-    cutting = Cutting.of(given[0], given[2], chunk_size(T, V))
+    arguments, layout = inputs(per_key, 0.1), packed() if ragged else Layout(4)
+    cutting = Cutting.of(arguments[0], arguments[2], chunk_size(T, V))
     assert (len(cutting.rows), len(cutting.spans)) == (rows, spans)
     with use_backend("reference"):
-        expected = everything(given, layout)
+        expected = everything(arguments, layout)
     with use_backend("chunked"):
-        got = everything(given, layout)
+        got = everything(arguments, layout)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
@@ -71,7 +71,7 @@ def test_any_cut_gives_the_same(
 def test_mild_chunk_groups_are_factored_and_strong_ones_are_not(per_key: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, of = [], CallDecays.of
     monkeypatch.setattr(chunk_groups, "GROUP_NUMBERS", 32 * 32 * 7)
-    monkeypatch.setattr(CallDecays, "of", lambda *given: taken.append(of(*given)) or taken[-1])
+    monkeypatch.setattr(CallDecays, "of", lambda *args: taken.append(of(*args)) or taken[-1])
     with use_backend("chunked"):
         decay_linear(*inputs(per_key, 0.1)[:4], layout=Layout(), need_state=False)
     names = [type(x).__name__ for x in taken]
@@ -82,9 +82,9 @@ def test_mild_chunk_groups_are_factored_and_strong_ones_are_not(per_key: bool, m
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_is_widened_group_by_group(per_key: bool, dtype: torch.dtype) -> None:
     """The result is that of the same numbers in fp32, rounded once; gradients come in the dtypes of the inputs."""
-    given = inputs(per_key, 0.1, torch.float32)
-    half = [x.detach().to(dtype).requires_grad_() for x in given[:4]] + [given[4]]
-    wide = [x.detach().float().requires_grad_() for x in half[:4]] + [given[4]]
+    arguments = inputs(per_key, 0.1, torch.float32)
+    half = [x.detach().to(dtype).requires_grad_() for x in arguments[:4]] + [arguments[4]]
+    wide = [x.detach().float().requires_grad_() for x in half[:4]] + [arguments[4]]
     for layout in (Layout(4), packed()):
         got, exact = everything(half, layout), everything(wide, layout)
         assert [x.dtype for x in got] == [dtype, torch.float32, *(x.dtype for x in half)]
@@ -112,9 +112,9 @@ class Subnormals(TorchDispatchMode):
 @pytest.mark.parametrize("strength", [0.9, 5.0, 60.0])
 def test_fast_decay_makes_no_subnormal_numbers(per_key: bool, backend: str, strength: float) -> None:
     """Products of subnormals are tens of times slower; a few come of small numbers times the smallest factors."""
-    given = inputs(per_key, strength, torch.float32)
+    arguments = inputs(per_key, strength, torch.float32)
     cut = 31 if backend == "multi_token" else T
     with use_backend(backend), Subnormals() as seen:
-        y, after = decay_linear(*(x[:, :, :cut] for x in given[:4]), layout=Layout(4), state=given[4])
-        torch.autograd.grad([y, after], given, [torch.ones_like(y), torch.ones_like(after)])
+        y, after = decay_linear(*(x[:, :, :cut] for x in arguments[:4]), layout=Layout(4), state=arguments[4])
+        torch.autograd.grad([y, after], arguments, [torch.ones_like(y), torch.ones_like(after)])
     assert seen.made > 10_000 and seen.subnormal <= 1e-3 * seen.made

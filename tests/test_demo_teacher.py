@@ -59,9 +59,9 @@ def test_weights_compute_in_float32_and_the_vocabulary_fits(
 def test_it_tells_stories_in_plain_words(teacher: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
     model, tokenizer = teacher
     ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-    told = tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0], skip_special_tokens=True)
-    assert told.startswith("Once upon a time, there was a")
-    assert len(set(told.split())) > 15
+    story = tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0], skip_special_tokens=True)
+    assert story.startswith("Once upon a time, there was a")
+    assert len(set(story.split())) > 15
 
 
 @pytest.mark.parametrize("words", [60, 350])

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch, LossSum
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.distill import Distill, DistillConfig
 from linearize.training.stages.losses import distillation_loss, divergence
 from linearize.training.stages.lowrank import LowRankConfig
@@ -67,13 +67,13 @@ def straight_loss(
 def test_hidden_states_and_head_give_the_familys_logits(family: str) -> None:
     """Softcaps, scales and projections before the head are the family's own."""
     teacher, batch = tiny(family), make_batch()
-    readout = Readout(teacher)
+    split = SplitModel(teacher)
     with torch.no_grad():
-        hidden = readout.hidden(batch)
-        assert readout.decoder is not None
+        hidden = split.hidden(batch)
+        assert split.decoder is not None
         assert hidden.shape[-1] != VOCABULARY
-        found = readout.logits(hidden[:, 4:9].flatten(0, 1))
-        torch.testing.assert_close(found, whole_logits(teacher, batch)[:, 4:9].flatten(0, 1), rtol=1e-5, atol=1e-6)
+        result = split.logits(hidden[:, 4:9].flatten(0, 1))
+        torch.testing.assert_close(result, whole_logits(teacher, batch)[:, 4:9].flatten(0, 1), rtol=1e-5, atol=1e-6)
 
 
 class Odd(LlamaForCausalLM):
@@ -89,11 +89,11 @@ def test_a_model_that_does_not_come_apart_gives_whole_logits() -> None:
     batch, teacher, student = make_batch(), tiny("llama"), student_of(tiny("llama", seed=8), PLAN)
     odd = Odd(teacher.config)
     odd.load_state_dict(teacher.state_dict())
-    assert Readout(odd.eval()).decoder is None
+    assert SplitModel(odd.eval()).decoder is None
     with torch.no_grad():
-        found = distillation_loss(Readout(student), Readout(odd), batch, kl=1.0, ce=0.0)
+        actual = distillation_loss(SplitModel(student), SplitModel(odd), batch, kl=1.0, ce=0.0)
         expected = straight_loss(whole_logits(odd, batch), whole_logits(student, batch), batch, kl=1.0, ce=0.0)
-    assert float(found.sum) == pytest.approx(float(expected), rel=1e-4)
+    assert float(actual.sum) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
@@ -116,19 +116,19 @@ def test_slices_give_the_whole_loss_and_its_gradients(family: str, kind: Any, mo
     student = student_of(tiny(family, seed=8, tie_word_embeddings=family in ("gemma2", "cohere2")), PLAN)
     student.requires_grad_(True)
     options: dict[str, Any] = {"kl": 0.7, "ce": 0.4}
-    readout, sizes = Readout(student), []
-    logits = readout.logits
-    monkeypatch.setattr(readout, "logits", lambda hidden: (sizes.append(len(hidden)), logits(hidden))[1])
-    found = distillation_loss(readout, Readout(teacher), batch, kind=kind, temperature=1.3, **options)
-    (3 * found.sum).backward()
+    split, sizes = SplitModel(student), []
+    logits = split.logits
+    monkeypatch.setattr(split, "logits", lambda hidden: (sizes.append(len(hidden)), logits(hidden))[1])
+    actual = distillation_loss(split, SplitModel(teacher), batch, kind=kind, temperature=1.3, **options)
+    (3 * actual.sum).backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     student.zero_grad()
     with torch.no_grad():
         target = whole_logits(teacher, batch)
     expected = straight_loss(target, whole_logits(student, batch), batch, kind=kind, heat=1.3, **options)
     (3 * expected).backward()
-    torch.testing.assert_close(found.sum.double(), expected, rtol=1e-5, atol=0)
-    assert found.count == sum(sizes)
+    torch.testing.assert_close(actual.sum.double(), expected, rtol=1e-5, atol=0)
+    assert actual.count == sum(sizes)
     assert set(sizes[:-1]) == {5}
     assert len(sizes) > 3
     for name, p in student.named_parameters():
@@ -160,9 +160,9 @@ def test_bf16_gives_the_gradients_of_whole_logits() -> None:
 def test_nothing_that_counts_gives_zero() -> None:
     batch, teacher = make_batch(), tiny("llama")
     nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    found = distill(student_of(teacher, PLAN), teacher).loss(nothing)
-    found.sum.backward()
-    assert (found.sum.item(), found.count) == (0, 0)
+    result = distill(student_of(teacher, PLAN), teacher).loss(nothing)
+    result.sum.backward()
+    assert (result.sum.item(), result.count) == (0, 0)
 
 
 # What trains
@@ -219,7 +219,7 @@ def test_the_teacher_does_not_move(what: str, tied: bool) -> None:
     assert (what == "all") == (not frozen)
 
 
-def test_a_second_stage_goes_on_with_the_same_copies() -> None:
+def test_a_second_stage_continues_with_the_same_copies() -> None:
     teacher = tiny("llama")
     student = student_of(teacher, PLAN)
     first = named(distill(student, teacher, train="all"))
@@ -233,8 +233,8 @@ def test_gradients_do_not_depend_on_micro_batches_or_checkpointing() -> None:
         run = distill(student_of(teacher, PLAN), teacher, train="all", kl=1.0, gradient_checkpointing=recompute)
         if recompute:
             run.enable_gradient_checkpointing()
-        found = [run.loss({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, 3, size)]
-        total: Any = sum(x.sum for x in found) / sum(x.count for x in found)
+        results = [run.loss({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, 3, size)]
+        total: Any = sum(x.sum for x in results) / sum(x.count for x in results)
         total.backward()
         gradients.append({name: p.grad for name, p in named(run).items()})
         run.finish()
@@ -297,12 +297,12 @@ def test_another_larger_teacher(tmp_path: Path, own_tokenizer: str, padding: int
     other = LlamaForCausalLM.from_pretrained(name)
     run = distill(student, teacher, teacher=name, kl=1.0, ce=0.0)
     with torch.no_grad():
-        found: LossSum = run.heldout_loss(batch)
+        actual: LossSum = run.heldout_loss(batch)
         target, now = whole_logits(other, batch), whole_logits(student, batch)
     expected = straight_loss(target[..., :VOCABULARY], now, batch, kl=1.0, ce=0.0)
-    assert float(found.sum) == pytest.approx(float(expected), rel=1e-4)
+    assert float(actual.sum) == pytest.approx(float(expected), rel=1e-4)
     run.finish()
-    assert run.teacher_readout is None
+    assert run.teacher_split is None
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path, own_tokenizer: str) -> None:
@@ -312,8 +312,8 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path, own_tokeni
         swapped.check(student, teacher)
     bare, _ = student_named(None)
     sized = DistillConfig(tokens=1, lr=1.0, teacher=saved(tmp_path / "sized", vocab_size=VOCABULARY + 6))
-    with pytest.raises(InputError, match="sized has another vocabulary: 67 tokens, the student has 61; give") as found:
+    with pytest.raises(InputError, match="sized has another vocabulary: 67 tokens, the student has 61; give") as error:
         sized.build(bare, teacher)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="is not a model folder"):
         DistillConfig(tokens=1, lr=1.0, teacher=str(tmp_path / "nothing")).check(student, teacher)

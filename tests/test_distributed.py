@@ -1,4 +1,4 @@
-"""Conversions by two and four processes: what one process gives, from every stage of the common loop."""
+"""Conversions by two and four processes give the losses of one, for every stage of the common loop."""
 
 from __future__ import annotations
 
@@ -66,40 +66,42 @@ def argv(folder: Path, recipe: str, out: str, *more: str) -> list[str]:
 
 def all_weights(student: Path) -> dict[str, Tensor]:
     """Those of the student, and of adapters kept beside them."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for path in student.rglob("*.safetensors"):
-        found |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
-    return found
+        weights |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+    return weights
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
     """The largest differences of all losses by stage, of the report's figures, and of the weights."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     a, b = (json.loads((path / "report.json").read_text()) for path in (one, other))
     for key in ("teacher_loss", "swap_loss", "student_loss", "student_kl"):
-        found[key] = abs(a[key] - b[key])
+        results[key] = abs(a[key] - b[key])
     for number, (x, y) in enumerate(zip(a["stages"], b["stages"], strict=True)):
         for kind in ("losses", "heldout"):
             pairs = zip(x["details"][kind], y["details"][kind], strict=True)
-            found[f"{number} {x['name']} {kind}"] = max((abs(p[1] - q[1]) for p, q in pairs), default=0.0)
+            results[f"{number} {x['name']} {kind}"] = max((abs(p[1] - q[1]) for p, q in pairs), default=0.0)
         assert len(x["details"]["losses"]) >= 2
         assert x["details"]["losses"][0][1] != x["details"]["losses"][-1][1]
     for moment, errors in a["layer_error"].items():
-        found[f"layer error {moment}"] = max(abs(p - q) for p, q in zip(errors, b["layer_error"][moment], strict=True))
+        results[f"layer error {moment}"] = max(
+            abs(p - q) for p, q in zip(errors, b["layer_error"][moment], strict=True)
+        )
     assert (a["ablation"] is None) == (b["ablation"] is None)
     weights, others = (all_weights(path) for path in (one, other))
     assert weights.keys() == others.keys()
-    found["weights"] = max(float((weights[name] - others[name]).abs().max()) for name in weights)
-    return found
+    results["weights"] = max(float((weights[name] - others[name]).abs().max()) for name in weights)
+    return results
 
 
 @pytest.mark.parametrize(("recipe", "ranks"), [("between", 4), ("whole", 2)])
 def test_the_losses_are_those_of_one_process(folder: Path, recipe: str, ranks: int) -> None:
     assert together(1, command, argv(folder, recipe, f"{recipe}-1"), folder / "one") == [0]
     assert together(ranks, command, argv(folder, recipe, f"{recipe}-{ranks}"), folder / recipe) == [0] * ranks
-    found = differences(folder / f"{recipe}-1", folder / f"{recipe}-{ranks}")
-    weights = found.pop("weights")
-    assert max(found.values()) < 1e-5, found
+    result = differences(folder / f"{recipe}-1", folder / f"{recipe}-{ranks}")
+    weights = result.pop("weights")
+    assert max(result.values()) < 1e-5, result
     assert 0 < weights < 1e-3  # AdamW turns a rounding into a part of a step; and it was another computation
     assert not any(
         (folder / f"{recipe}.{kind}.{rank}").read_text() for kind in ("out", "err") for rank in range(1, ranks)

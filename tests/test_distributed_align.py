@@ -11,7 +11,7 @@ import test_distributed
 import yaml
 from many import command, together
 from test_distributed import BETWEEN, STAGE, argv, differences
-from test_distributed_faults import broken, told
+from test_distributed_faults import broken, lines_by_rank
 
 text = test_distributed.folder  # a fixture: a teacher and text
 
@@ -51,25 +51,25 @@ def folder(text: Path) -> Path:
 def metric_differences(one: Path, other: Path) -> dict[str, float]:
     """The largest difference of each metric of each stage."""
     a, b = (json.loads((path / "report.json").read_text())["stages"] for path in (one, other))
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for number, (x, y) in enumerate(zip(a, b, strict=True)):
         for key, history in x["details"].get("metrics", {}).items():
             if key == "rewards/accuracies":
                 continue  # the signs of margins; that of one that is zero but for rounding may be either
             pairs = zip(history, y["details"]["metrics"][key], strict=True)
-            found[f"{number} {key}"] = max(abs(p[1] - q[1]) for p, q in pairs)
+            results[f"{number} {key}"] = max(abs(p[1] - q[1]) for p, q in pairs)
             moved = max(p[1] for p in history) - min(p[1] for p in history)
             assert moved > MOVED.get(key, -1.0), f"{key} of stage {number} says nothing"
-    return found
+    return results
 
 
 def test_losses_and_margins_are_those_of_one_process(folder: Path) -> None:
     for ranks in (1, 2):
         assert together(ranks, command, argv(folder, "aligned", f"al-{ranks}"), folder / f"al{ranks}") == [0] * ranks
-    found = differences(folder / "al-1", folder / "al-2")
-    weights, metrics = found.pop("weights"), metric_differences(folder / "al-1", folder / "al-2")
+    result = differences(folder / "al-1", folder / "al-2")
+    weights, metrics = result.pop("weights"), metric_differences(folder / "al-1", folder / "al-2")
     assert {"1 mean_token_accuracy", "2 rewards/margins", "3 logps/chosen"} <= metrics.keys()
-    assert max(found.values()) < 1e-5, found
+    assert max(result.values()) < 1e-5, result
     assert max(metrics.values()) < 3e-5, metrics  # log-probabilities of whole answers, -40 and the like, among them
     assert 0 < weights < 1e-3
     tokens = [
@@ -80,7 +80,7 @@ def test_losses_and_margins_are_those_of_one_process(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_the_same_command_goes_on(folder: Path) -> None:
+def test_a_killed_rank_ends_all_and_the_same_command_continues(folder: Path) -> None:
     for out in ("kept", "again"):
         words = argv(folder, "preferred", out)
         if out == "again":
@@ -92,10 +92,10 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(folder: Path) -> No
 
 
 def test_a_batch_that_does_not_divide_and_data_that_cannot_be_read(folder: Path) -> None:
-    given = {"batch": "stages.0.batch=5", "data": f"stages.0.data={folder / 'none.json'}"}
+    changes = {"batch": "stages.0.batch=5", "data": f"stages.0.data={folder / 'none.json'}"}
     expected = {"batch": "batch 5 of dpo does not divide by 2 processes", "data": "none.json"}
-    for name, setting in given.items():
+    for name, setting in changes.items():
         words = argv(folder, "preferred", name, "--set", setting)
         assert together(2, command, words, folder / name) == [2, 2]
-        lines = told(folder / name)
+        lines = lines_by_rank(folder / name)
         assert len(lines) == 1 and expected[name] in next(iter(lines.values()))[0]

@@ -47,16 +47,16 @@ def broken(arguments: list[str], output: Path, rank: int, step: int, death: bool
     return command(arguments, output)
 
 
-def told(output: Path) -> dict[int, list[str]]:
+def lines_by_rank(output: Path) -> dict[int, list[str]]:
     """Lines of errors by rank."""
-    found = {int(p.suffix[1:]): p.read_text().splitlines() for p in output.parent.glob(f"{output.name}.err.*")}
-    return {rank: own for rank, lines in found.items() if (own := [x for x in lines if x.startswith("linearize: ")])}
+    results = {int(p.suffix[1:]): p.read_text().splitlines() for p in output.parent.glob(f"{output.name}.err.*")}
+    return {rank: own for rank, lines in results.items() if (own := [x for x in lines if x.startswith("linearize: ")])}
 
 
 def test_ranks_with_different_recipes_are_refused(folder: Path) -> None:
     arguments = [argv(folder, "whole", "odd"), argv(folder, "whole", "odd", "--set", "stages.0.lr=0.5")]
     assert together(2, own_arguments, arguments, folder / "odd-recipes") == [2, 2]
-    lines = told(folder / "odd-recipes")
+    lines = lines_by_rank(folder / "odd-recipes")
     assert len(lines) == 1
     (line,) = next(iter(lines.values()))
     assert "do not have the same recipe" in line and "start all of them with the same command" in line
@@ -66,14 +66,14 @@ def test_ranks_with_different_recipes_are_refused(folder: Path) -> None:
 def test_bad_input_on_one_rank_ends_all(folder: Path) -> None:
     arguments = [argv(folder, "whole", "odd"), argv(folder, "missing", "odd")]
     assert together(2, own_arguments, arguments, folder / "missing-recipe") == [2, 2]
-    lines = told(folder / "missing-recipe")
+    lines = lines_by_rank(folder / "missing-recipe")
     assert list(lines) == [1] and len(lines[1]) == 1 and "missing.yaml" in lines[1][0]
 
 
 def test_an_error_on_one_rank_ends_all_with_its_line(folder: Path) -> None:
     arguments = argv(folder, "whole", "wrong")
     assert together(2, broken, arguments, folder / "wrong", 1, 1, False) == [1, 1]
-    lines = told(folder / "wrong")
+    lines = lines_by_rank(folder / "wrong")
     assert list(lines) == [1] and lines[1] == [
         "linearize: failed: RuntimeError: broken on purpose (add --debug for a traceback)"
     ]
@@ -81,7 +81,7 @@ def test_an_error_on_one_rank_ends_all_with_its_line(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_the_same_command_goes_on_also_alone(folder: Path) -> None:
+def test_a_killed_rank_ends_all_and_the_same_command_continues_also_alone(folder: Path) -> None:
     (folder / "distill.yaml").write_text(json.dumps({**BASE, "stages": [DISTILL]}))
     for out in ("unbroken", "again", "alone"):
         words = argv(folder, "distill", out)
@@ -95,9 +95,9 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_also_alone(folder: 
         assert together(ranks, command, words, folder / out) == [0] * ranks
     for out in ("again", "alone"):
         assert "resumes after step 4 of 6" in (folder / f"{out}.err.0").read_text()
-        found = differences(folder / "unbroken", folder / out)
-        assert found.pop("weights") <= (1e-6 if out == "again" else 1e-3), found
-        assert max(found.values()) < 1e-5, found
+        result = differences(folder / "unbroken", folder / out)
+        assert result.pop("weights") <= (1e-6 if out == "again" else 1e-3), result
+        assert max(result.values()) < 1e-5, result
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_damaged_part_of_a_checkpoint_is_not_trained_on(folder: Path) -> None:
 
 def test_other_commands_are_for_one_process(folder: Path) -> None:
     assert together(2, command, ["inspect", str(folder / "teacher")], folder / "other") == [2, 2]
-    lines = told(folder / "other")
+    lines = lines_by_rank(folder / "other")
     assert len(lines) == 1 and "inspect runs in one process" in next(iter(lines.values()))[0]
 
 

@@ -53,15 +53,15 @@ def dpo_by_hand(work: Any, settings: DpoConfig, steps: int) -> list[float]:
     pairs, margins = settings.rows(work.tokenizer, work.context), []
     order = row_order(len(pairs), steps * settings.batch, work.seed + settings.seed)
     for step in range(steps):
-        found = []
+        results = []
         for row in order[step * settings.batch : (step + 1) * settings.batch]:
             chosen, rejected = pairs[row].chosen, pairs[row].rejected
             gain = log_probability(student, chosen) - log_probability(student, rejected)
             with torch.no_grad():
                 was = log_probability(reference, chosen) - log_probability(reference, rejected)
-            found.append(settings.beta * (gain - was))
-        torch.stack([-torch.nn.functional.logsigmoid(margin) for margin in found]).mean().backward()
-        margins.append(float(torch.stack(found).mean().detach()))
+            results.append(settings.beta * (gain - was))
+        torch.stack([-torch.nn.functional.logsigmoid(margin) for margin in results]).mean().backward()
+        margins.append(float(torch.stack(results).mean().detach()))
         step_by_hand(list(names.values()), optimizer, settings, step, steps)
     return margins
 
@@ -77,8 +77,8 @@ def test_each_step_is_the_published_one(tmp_path: Path, family: str, train: str)
     assert result.steps == 4 and result.losses[0][1] == pytest.approx(0.693147, abs=1e-5)
     assert [margin for _, margin in result.metrics["rewards/margins"]] == pytest.approx(expected, rel=2e-3, abs=2e-5)
     assert max(map(abs, expected)) > 0.01  # or the line above would say nothing
-    after, wanted = weights(work.student), weights(expected_job.student)
-    assert max(float((after[name] - wanted[name]).abs().max()) for name in after) < 4e-4
+    after, target = weights(work.student), weights(expected_job.student)
+    assert max(float((after[name] - target[name]).abs().max()) for name in after) < 4e-4
     moved = changed(before, after)
     assert moved and (train == "all" or all(".mixer." in name for name in moved))
     assert sum(work.student.get_parameter(name).numel() for name in moved) == result.trainable_parameters
@@ -156,9 +156,9 @@ CHATS = {
 
 @pytest.mark.parametrize("name", CHATS)
 def test_all_ways_to_write_a_chat_mean_the_same(name: str) -> None:
-    found = preference_of(CHATS[name], byte_tokenizer(chat=CHAT))
-    assert found.chosen == "<user> Is it?\n<assistant> yes\n" and found.chosen[found.chosen_start :] == "yes\n"
-    assert found.rejected == "<user> Is it?\n<assistant> no\n" and found.rejected[found.rejected_start :] == "no\n"
+    result = preference_of(CHATS[name], byte_tokenizer(chat=CHAT))
+    assert result.chosen == "<user> Is it?\n<assistant> yes\n" and result.chosen[result.chosen_start :] == "yes\n"
+    assert result.rejected == "<user> Is it?\n<assistant> no\n" and result.rejected[result.rejected_start :] == "no\n"
 
 
 def test_plain_texts_are_joined_and_the_answers_alone_count(tmp_path: Path) -> None:
@@ -220,9 +220,9 @@ def test_long_rows_lose_their_end_and_useless_ones_are_left_out(
 
 
 def test_settings_that_need_heldout_text_are_refused(tmp_path: Path) -> None:
-    for given in ({"schedule": "plateau"}, {"keep_best": True}, {"patience": 3}):
+    for options in ({"schedule": "plateau"}, {"keep_best": True}, {"patience": 3}):
         with pytest.raises(ValidationError, match="needs a held-out loss"):
-            config(tmp_path, **given)
+            config(tmp_path, **options)
 
 
 def test_the_shared_preferences_can_be_read(shared_dir: Path) -> None:

@@ -51,13 +51,13 @@ def hybrid(folder: Path) -> Path:
 def draft(folder: Path, out: Path, target: Path | None = None, data: Any = "self", **settings: Any) -> Any:
     """A draft of `target` (None: of the plain teacher); `overrides` are beside the small sizes."""
     overrides = SMALL | settings.pop("overrides", {})
-    given = {"recipe": "draft", "data": data, "overrides": overrides, **settings}
-    return convert(folder, out, teacher=target or folder / "teacher", **given)
+    options = {"recipe": "draft", "data": data, "overrides": overrides, **settings}
+    return convert(folder, out, teacher=target or folder / "teacher", **options)
 
 
 def report_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "report.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((path / "report.json").read_text())
+    return result
 
 
 def learnt(report: dict[str, Any]) -> float:
@@ -214,11 +214,11 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(folder: Path, hy
 
 
 def test_a_checkpoint_of_other_layers_is_not_used(folder: Path, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"data": [folder / "text.txt"]}
+    options: dict[str, Any] = {"data": [folder / "text.txt"]}
     with pytest.raises(Killed):
-        draft(folder, tmp_path / "draft", progress=KillAt("distill", 5), overrides={"plan.depth": [0, 1]}, **given)
+        draft(folder, tmp_path / "draft", progress=KillAt("distill", 5), overrides={"plan.depth": [0, 1]}, **options)
     with pytest.raises(InputError, match=r"belongs to another run \(draft.layers was \[0, 1\], is \[0, 2\]\)"):
-        draft(folder, tmp_path / "draft", **given)
+        draft(folder, tmp_path / "draft", **options)
 
 
 # what is refused, and what the recipe says
@@ -245,7 +245,7 @@ def test_layers_that_a_number_stands_for() -> None:
         ("plan.depth=[2, 0, -1]", r"plan.depth: \[2, 0, -1\] names layer 2 twice"),
         ("plan.depht=2", "did you mean 'plan.depth'"),
         ("plan.depth=null", "plan.mixer is missing"),
-        ("plan.layers.keep=0.5", "say where plan.mixer goes"),
+        ("plan.layers.keep=0.5", "need plan.mixer"),
         ("plan.mixer.name=lolcat", "did you mean 'lolcats'"),
         ("plan.mixer.window=4", "plan.mixer.name is missing"),
         ("stages.0.train=mixers", "distill has nothing to train"),

@@ -1,4 +1,4 @@
-"""A model cut down to some of its layers: exactly these, with everything that is theirs, saved and loaded alike."""
+"""A model with some of its layers: exactly these, with everything that belongs to them, saved and loaded alike."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CASES = [  # families whose layers differ among themselves, and some where all a
 
 def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(ids, **inputs).logits
-    return found
+        result: Tensor = model(ids, **inputs).logits
+    return result
 
 
 def by_hand(model: PreTrainedModel, sites: list[str], layers: list[int], ids: Tensor) -> Tensor:
@@ -57,15 +57,15 @@ def test_a_teacher_with_these_layers_alone(family: str, layers: list[int], tmp_p
     before = logits(model, ids)
     draft = truncate(model, layers)
     expected = by_hand(model, sites_of(model), layers, ids)
-    found = logits(draft, ids)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-    assert len(layers) == LAYERS or (found - before).abs().max() > 0.05
+    actual = logits(draft, ids)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
+    assert len(layers) == LAYERS or (actual - before).abs().max() > 0.05
     assert torch.equal(logits(model, ids), before) and model.config.num_hidden_layers == LAYERS
     assert draft.config.num_hidden_layers == len(layers)
     assert {p.data_ptr() for p in draft.parameters()} <= {p.data_ptr() for p in model.parameters()}, "tensors copied"
     draft.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert torch.equal(logits(loaded, ids), found)
+    assert torch.equal(logits(loaded, ids), actual)
 
 
 def test_what_the_config_says_by_layer_is_cut_alike() -> None:
@@ -96,10 +96,10 @@ def test_a_students_draft_keeps_its_mixers(plan: str, layers: list[int], tmp_pat
     student, ids = student_of(tiny("smollm3"), PLANS[plan]), text(2, 17)
     before = logits(student, ids)
     draft: Any = truncate(student, layers)
-    found = logits(draft, ids)
+    result = logits(draft, ids)
     sites = [f"lm.{site}" for site in student.config.attention]
-    torch.testing.assert_close(found, by_hand(student, sites, layers, ids), atol=2e-5, rtol=0)
-    assert torch.equal(logits(student, ids), before) and (found - before).abs().max() > 0.05
+    torch.testing.assert_close(result, by_hand(student, sites, layers, ids), atol=2e-5, rtol=0)
+    assert torch.equal(logits(student, ids), before) and (result - before).abs().max() > 0.05
     assert draft.config.plan == [student.config.plan[layer] for layer in layers]
     assert draft.config.shapes == [student.config.shapes[layer] for layer in layers]
     assert draft.config.attention == student.config.attention[: len(layers)]
@@ -108,7 +108,7 @@ def test_a_students_draft_keeps_its_mixers(plan: str, layers: list[int], tmp_pat
     assert set(draft.mixers()) == {new for new, layer in enumerate(layers) if PLANS[plan][layer] is not None}
     draft.save_pretrained(tmp_path)
     loaded: Any = linearize.load(tmp_path, attn_implementation="eager")
-    torch.testing.assert_close(logits(loaded, ids), found, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(loaded, ids), result, atol=1e-6, rtol=0)
     assert sorted(loaded._keep_in_fp32_modules_strict) == sorted(draft._keep_in_fp32_modules_strict)
 
 

@@ -118,29 +118,29 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
             generated = student.generate(ids, max_new_tokens=3, do_sample=False)
         assert logits.std() > 0.1
         export_student(student, to, root / case / "model")
-        given = {"ids": ids, "padded": padded, "mask": mask, "positions": positions, "logits": logits}
-        given |= {"padded_logits": padded_logits, "generated": generated}
-        save_file(given, root / case / "expected.safetensors")
+        inputs = {"ids": ids, "padded": padded, "mask": mask, "positions": positions, "logits": logits}
+        inputs |= {"padded_logits": padded_logits, "generated": generated}
+        save_file(inputs, root / case / "expected.safetensors")
     command = [sys.executable, "-c", SCRIPT, str(root), str(PROMPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    return found
+    result: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return result
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_plain_transformers_gives_the_student(plain: dict[str, dict[str, Any]], case: str) -> None:
     if not runs_here(case):
         pytest.skip(f"needs transformers {GROUPED_NORMS}")
-    found = plain[case]
+    result = plain[case]
     native = {"granite-hybrid": "GraniteMoeHybridForCausalLM", "qwen3.5": "Qwen3_5ForCausalLM"}
-    assert found["class"] == native[CASES[case][0]]
-    assert not found["wrong_keys"]
-    assert found["prefill"] < TOLERANCE
-    assert found["decode"] < TOLERANCE
-    assert found["generated"]
+    assert result["class"] == native[CASES[case][0]]
+    assert not result["wrong_keys"]
+    assert result["prefill"] < TOLERANCE
+    assert result["decode"] < TOLERANCE
+    assert result["generated"]
     if case not in BIASED:
-        assert found["padded"] < TOLERANCE
+        assert result["padded"] < TOLERANCE
 
 
 REFUSALS: list[tuple[str, str, dict[str, Any], list[str | None], str]] = [
@@ -229,10 +229,10 @@ def test_the_config_speaks_to_engines_too(tmp_path: Path) -> None:
     assert "auto_map" not in config
     assert "linearize" not in json.dumps(config)
     assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 7
-    told = (folder / "README.md").read_text()
-    assert "mamba2: layers 1, 2" in told
-    assert "llama.cpp" in told
-    assert "vLLM and SGLang take the head size" in told  # 6 heads of 10 are not the width of 30
+    content = (folder / "README.md").read_text()
+    assert "mamba2: layers 1, 2" in content
+    assert "llama.cpp" in content
+    assert "vLLM and SGLang take the head size" in content  # 6 heads of 10 are not the width of 30
 
 
 @needs_grouped_norms
@@ -259,8 +259,8 @@ def test_a_folder_is_exported_with_its_tokenizer(tmp_path: Path, shared_dir: Pat
     save_student(LinearizedForCausalLM.from_teacher(teacher, plan), tokenizer, tmp_path / "student")
     for to in ("granite-hybrid", "hf"):
         folder = export_student(tmp_path / "student", to, tmp_path / to)
-        told = "Once upon a time, Zoë had a ball.\n\n  It was red!"
-        assert AutoTokenizer.from_pretrained(folder)(told)["input_ids"] == tokenizer(told)["input_ids"]
+        content = "Once upon a time, Zoë had a ball.\n\n  It was red!"
+        assert AutoTokenizer.from_pretrained(folder)(content)["input_ids"] == tokenizer(content)["input_ids"]
         assert "**Tokenizer.**" not in (folder / "README.md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""A folder that carries its own code asks for torch, transformers, safetensors and pydantic, and for nothing else."""
+"""A folder with its own code needs torch, transformers, safetensors and pydantic, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from linearize.mixers import MIXERS
 from linearize.modeling.export import export_student
 
 SCRIPT = '''
-"""Load a folder where every package is missing that the four named ones do not need themselves."""
+"""Load a folder with only the four named packages and those that they need."""
 import json, re, sys
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -88,8 +88,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def test_it_loads_and_generates_without_optional_packages(alone: dict[str, Any]) -> None:

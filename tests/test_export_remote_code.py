@@ -1,4 +1,4 @@
-"""A student exported with its own code runs where linearize cannot be imported, and beside it where it can."""
+"""A student exported with its own code runs where linearize cannot be imported, and next to it where it can."""
 
 from __future__ import annotations
 
@@ -84,17 +84,17 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 @pytest.mark.parametrize("name", ["model", "again"])
 def test_it_runs_alone_and_when_saved_again(alone: dict[str, Any], name: str) -> None:
-    told = alone[name]
-    assert told["module"].startswith(f"transformers_modules.{name}.")
-    assert told["prefill"] < 1e-4
-    assert told["decode"] < 1e-4
-    assert told["generated"]
+    result = alone[name]
+    assert result["module"].startswith(f"transformers_modules.{name}.")
+    assert result["prefill"] < 1e-4
+    assert result["decode"] < 1e-4
+    assert result["generated"]
 
 
 def test_copies_and_an_installed_linearize_do_not_get_in_each_others_way(alone: dict[str, Any]) -> None:
@@ -121,9 +121,9 @@ def test_the_code_asks_for_no_package_of_ours_and_no_optional_one(folder: Path) 
         "AutoModel": "modeling_linearized.LinearizedModel",
         "AutoModelForCausalLM": "modeling_linearized.LinearizedForCausalLM",
     }
-    told = (folder / "README.md").read_text()
-    assert "pydantic" in told
-    assert "trust_remote_code=True" in told
+    content = (folder / "README.md").read_text()
+    assert "pydantic" in content
+    assert "trust_remote_code=True" in content
 
 
 SOURCE = '''"""Says import fla in words."""

@@ -1,4 +1,4 @@
-"""Every family that converts equals its teacher where it must; every other one is refused before anything changes."""
+"""Every supported family equals its teacher where it must; any other is an error before anything changes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ REFUSED = {
 }
 
 
-def close(given: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     assert expected.abs().max() > 0.1, "logits this flat would hide a difference"
-    torch.testing.assert_close(given, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def padded_teacher(teacher: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -78,18 +78,18 @@ def stop_in(place: str, monkeypatch: pytest.MonkeyPatch, how: BaseException, cal
         owner, name = getattr(owner, path.partition(".")[0]), path.partition(".")[2]
     original, calls = getattr(owner, name), 0
 
-    def stopping(*given: Any, **named: Any) -> Any:
+    def stopping(*args: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
             raise how
-        return original(*given, **named)
+        return original(*args, **named)
 
     monkeypatch.setattr(owner, name, stopping)
 
 
 @pytest.mark.slow
-def test_ctrl_c_anywhere_is_one_line_and_the_same_command_goes_on(
+def test_ctrl_c_anywhere_is_one_line_and_the_same_command_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "student"

@@ -1,4 +1,4 @@
-"""What the final save needs is tried before the first step: nothing is trained that could not be written."""
+"""The final save is tried before the first step: nothing is trained that could not be written."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_an_invalid_generation_config_is_saved_without_what_is_wrong(
     sampling_without_sampling(folder)
     original = GenerationConfig.save_pretrained
 
-    def strict(self: GenerationConfig, *given: Any, **named: Any) -> None:
+    def strict(self: GenerationConfig, *args: Any, **named: Any) -> None:
         self.validate(strict=True)
-        original(self, *given, **named)
+        original(self, *args, **named)
 
     monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
     few = {**FEW, **({"stages.0.block": 1} if stream else {})}
@@ -95,10 +95,10 @@ def test_what_cannot_be_written_is_found_before_the_first_step(
     if stream and what == "shared memory":
         pytest.skip("a streamed student's weights are copied from the teacher's files one by one")
 
-    def fail(*given: Any, **named: Any) -> None:
+    def fail(*args: Any, **named: Any) -> None:
         raise ValueError(f"this {what} cannot be written")
 
-    def run(*given: Any, **named: Any) -> None:
+    def run(*args: Any, **named: Any) -> None:
         raise AssertionError("trained")
 
     owner, name = FAULTS[what]
@@ -119,10 +119,10 @@ def test_a_student_that_would_not_load_again(folder: Path) -> None:
     random = torch.get_rng_state()
     check_saving(student, tokenizer)
     assert torch.equal(random, torch.get_rng_state())
-    for field, value, told in (("intermediate_size", 43, "9 more|8 more"), ("attention_bias", True, "bias")):
+    for field, value, message in (("intermediate_size", 43, "9 more|8 more"), ("attention_bias", True, "bias")):
         before = student.config.teacher[field]
         student.config.teacher[field] = value
-        with pytest.raises(InputError, match=rf"could not be loaded after its training.*({told})"):
+        with pytest.raises(InputError, match=rf"could not be loaded after its training.*({message})"):
             check_saving(student, tokenizer)
         student.config.teacher[field] = before
     check_saving(student, tokenizer)

@@ -19,7 +19,7 @@ PADDED = [torch.cat([torch.full((6,), -1), torch.arange(T - 6)]), torch.arange(4
 MAX_MULTI_TOKEN = [
     torch.cat([torch.arange(7, 14), torch.arange(1), torch.arange(T - 8)]),  # the state's document, a short, a long one
     torch.cat([torch.full((3,), -1), torch.arange(9), torch.arange(T - 12)]),  # padding, then two
-    torch.cat([torch.arange(5, 11), torch.full((4,), -1), torch.arange(11, T + 1)]),  # guesses that were not kept
+    torch.cat([torch.arange(5, 11), torch.full((4,), -1), torch.arange(11, T + 1)]),  # draft tokens that were rejected
 ]
 LAYOUTS = {
     "plain": Layout(3),
@@ -40,20 +40,20 @@ def inputs(operation: str, dtype: torch.dtype) -> list[Tensor]:
     return [x.requires_grad_() for x in (q, k, v, gate, *beta, state)]
 
 
-def run(operation: str, backend: str, given: list[Tensor], layout: Layout, with_state: bool) -> list[Tensor]:
+def run(operation: str, backend: str, arguments: list[Tensor], layout: Layout, with_state: bool) -> list[Tensor]:
     module: Any = gated_delta if operation == "delta" else decay_linear
     function = module.gated_delta if operation == "delta" else module.decay_linear
-    state = given[-1] if with_state else None
+    state = arguments[-1] if with_state else None
     with module.use_backend(backend):
-        y, after = function(*given[:-1], layout=layout, state=state)
+        y, after = function(*arguments[:-1], layout=layout, state=state)
     y = y * (layout.positions(T, y.device) >= 0)[:, None, :, None]
     torch.manual_seed(4)
     d_y, d_after = torch.randn(y.shape).to(y.dtype), torch.randn(after.shape).to(after.dtype)
-    wanted = given if with_state else given[:-1]
-    found = torch.autograd.grad(
-        (y * d_y).sum() + (after * d_after).sum() + 0 * sum(x.sum() for x in given), wanted
+    leaves = arguments if with_state else arguments[:-1]
+    gradients = torch.autograd.grad(
+        (y * d_y).sum() + (after * d_after).sum() + 0 * sum(x.sum() for x in arguments), leaves
     )  # a row of dead tokens leads nowhere
-    return [y, after, *found]
+    return [y, after, *gradients]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -62,9 +62,9 @@ def run(operation: str, backend: str, given: list[Tensor], layout: Layout, with_
 def test_documents_become_sequences(
     operation: str, name: str, with_state: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, layout, given = install(monkeypatch), LAYOUTS[name], inputs(operation, torch.float64)
-    got = run(operation, "fla", given, layout, with_state)
-    expected = run(operation, "reference", given, layout, with_state)
+    calls, layout, arguments = install(monkeypatch), LAYOUTS[name], inputs(operation, torch.float64)
+    got = run(operation, "fla", arguments, layout, with_state)
+    expected = run(operation, "reference", arguments, layout, with_state)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
     assert [call["cu_seqlens"] is not None for call in calls] == ([] if name == "all dead" else [name != "plain"])
@@ -76,9 +76,9 @@ def test_documents_become_sequences(
 def test_half_precision_goes_in_as_it_is_with_gates_and_states_in_fp32(
     operation: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, given = install(monkeypatch), inputs(operation, torch.bfloat16)
-    got = run(operation, "fla", given, LAYOUTS[name], True)
-    expected = run(operation, "reference", given, LAYOUTS[name], True)
+    calls, arguments = install(monkeypatch), inputs(operation, torch.bfloat16)
+    got = run(operation, "fla", arguments, LAYOUTS[name], True)
+    expected = run(operation, "reference", arguments, LAYOUTS[name], True)
     assert len(calls) == 1 and got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
     for a, b in zip(expected, got, strict=True):
         assert a.dtype == b.dtype and (a.float() - b.float()).abs().max() <= 0.02 * a.float().abs().max()

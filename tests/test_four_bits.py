@@ -1,4 +1,4 @@
-"""Weights in 4 bits: the numbers they stand for, what shares them, and where they are refused."""
+"""Weights in 4 bits: their values, what shares them, and where they are an error."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_gradients_are_those_of_the_rounded_weight(folders: dict[str, Path], mon
     with torch.no_grad():
         layer(torch.randn(3, layer.in_features))  # a pass without gradients leaves the codes as they are
     x = torch.randn(3, layer.in_features, requires_grad=True)
-    given = torch.randn(3, layer.out_features)
+    gradient = torch.randn(3, layer.out_features)
     numbers = whole_weight(teacher.model.layers[1].self_attn.q_proj.weight)
     assert layer.bias.abs().max() > 0.01
     torch.testing.assert_close(layer(x), x @ numbers.T + layer.bias)
-    (layer(x) * given).sum().backward()
-    torch.testing.assert_close(x.grad, given @ numbers)
+    (layer(x) * gradient).sum().backward()
+    torch.testing.assert_close(x.grad, gradient @ numbers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,5 @@
-"""A full disk: one line that says what could not be written and where, nothing half-written, and with room again the
-same command goes on."""
+"""A full disk: one line that says what could not be written and where; nothing half-written; with free space the same
+command continues."""
 
 from __future__ import annotations
 
@@ -35,30 +35,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=False)
 
 
-def leave(disk: Path, room: int | None) -> None:
-    """Fill a disk but for `room` bytes; None: empty the filling."""
-    filling = disk / "filling"
-    filling.unlink(missing_ok=True)
-    if room is not None:
-        filling.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - room))
+def leave(disk: Path, free_bytes: int | None) -> None:
+    """Fill a disk except for `free_bytes`; None: remove the filler."""
+    filler = disk / "filling"
+    filler.unlink(missing_ok=True)
+    if free_bytes is not None:
+        filler.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - free_bytes))
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
     folder: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, told = small_disk / "student", []
+    out, lines = small_disk / "student", []
     monkeypatch.setenv("LINEARIZE_CACHE", str(small_disk / "cache"))
-    for room in (0, 90_000, 180_000, 400_000, 650_000):
-        leave(small_disk, room)
+    for free_bytes in (0, 90_000, 180_000, 400_000, 650_000):
+        leave(small_disk, free_bytes)
         capsys.readouterr()
         if main(command(folder, out)) == 0:
             break
-        told.append(one_line(capsys))
-        assert "cannot be written to" in told[-1] and "No space left on device" in told[-1] and "free" in told[-1]
+        line = one_line(capsys)
+        assert "cannot be written to" in line and "No space left on device" in line and "free" in line
+        lines.append(line)
         assert {path.name for path in small_disk.iterdir()} <= {"cache", "filling", ".student.run"}
-    said = " ".join(told)
-    assert "the text that the teacher writes" in said and "the checkpoint cannot" in said, told
+    printed = " ".join(lines)
+    assert "the text that the teacher writes" in printed and "the checkpoint cannot" in printed, printed
     leave(small_disk, None)
     if not out.exists():
         assert main(command(folder, out)) == 0
@@ -77,12 +78,12 @@ def test_a_full_disk_and_the_commands_that_take_a_student(
     )
     (folder / "text.txt").write_text("\n\n".join(f"Story {i}: the cat sat. The end of {i * 37}." for i in range(9)))
     arguments = [verb, str(folder / "whole"), "--out", str(out), *more]
-    for room in (0, 20_000):
-        leave(small_disk, room)
+    for free_bytes in (0, 20_000):
+        leave(small_disk, free_bytes)
         capsys.readouterr()
         assert main(arguments) == 1
-        told = one_line(capsys)
-        assert "No space left on device" in told and "cannot be written to" in told
+        printed = one_line(capsys)
+        assert "No space left on device" in printed and "cannot be written to" in printed
         assert not (out / "report.json").exists() and not (out / "config.json").exists()
     leave(small_disk, None)
     assert main(arguments) == 0

@@ -135,8 +135,8 @@ def test_chunked_gradients_equal_autograd_through_the_reference(position: Tensor
         torch.manual_seed(4)
         loss = (y * live(position) * torch.randn_like(y)).sum() + (after * torch.randn_like(after)).sum()
         grads[backend] = torch.autograd.grad(loss, values)
-    for name, given, expected in zip(["q", "k", "v", "log_decay", "beta", "state"], *grads.values(), strict=True):
-        torch.testing.assert_close(given, expected, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    for name, actual, expected in zip(["q", "k", "v", "log_decay", "beta", "state"], *grads.values(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
         assert name == "state" or expected.abs().max() > 0
 
 
@@ -149,8 +149,8 @@ def test_gradients_at_every_length(tokens: int, monkeypatch: pytest.MonkeyPatch)
         with use_backend(backend):
             y, after = gated_delta(*values[:5], layout=Layout(3), state=values[5])
         grads[backend] = torch.autograd.grad(y.square().sum() + after.pow(3).sum(), values)
-    for given, expected in zip(grads["chunked"], grads["reference"], strict=True):
-        torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-10)
+    for actual, expected in zip(grads["chunked"], grads["reference"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -188,16 +188,16 @@ def test_any_chunk_groups_give_the_same_in_any_order_of_dimensions(
     q, k, v = (torch.randn(B, tokens, *size).to(dtype).transpose(1, 2) for size in sizes)
     k = torch.nn.functional.normalize(k, dim=-1)
     g, beta = (-torch.rand(B, H, tokens)).to(dtype), torch.rand(B, H, tokens).to(dtype)
-    given = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    arguments = [x.requires_grad_() for x in (q, k, v, g, beta)]
     d_y = torch.randn(v.shape).to(dtype)
     for size in (1 << 17, numbers):
         monkeypatch.setattr(chunked, "GROUP_NUMBERS", size)
         with use_backend("chunked"):
-            y, after = gated_delta(*given, layout=Layout(3))
-        results.append([y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])])
+            y, after = gated_delta(*arguments, layout=Layout(3))
+        results.append([y, after, *torch.autograd.grad([y, after], arguments, [d_y, torch.ones_like(after)])])
     with use_backend("reference"):
-        y, after = gated_delta(*given, layout=Layout(3))
-    exact = [y, after, *torch.autograd.grad([y, after], given, [d_y, torch.ones_like(after)])]
+        y, after = gated_delta(*arguments, layout=Layout(3))
+    exact = [y, after, *torch.autograd.grad([y, after], arguments, [d_y, torch.ones_like(after)])]
     for a, b, c in zip(*results, exact, strict=True):
         bound, assured = (1e-11, 1e-12) if dtype == torch.float64 else (0.02, 0.01)
         assert a.dtype == c.dtype and (a - b).abs().max() <= assured * a.abs().max()

@@ -76,9 +76,9 @@ def test_it_is_transformers_layer_in_prefill_and_token_by_token() -> None:
     cache, state = DynamicCache(config=config), None
     for t in range(9):
         expected = layer(x[:, t : t + 1], cache_params=cache)
-        given, state = mixer(x[:, t : t + 1], layout=Layout(t), state=state)
-        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(given, y[:, t : t + 1], rtol=1e-4, atol=1e-5)
+        actual, state = mixer(x[:, t : t + 1], layout=Layout(t), state=state)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, y[:, t : t + 1], rtol=1e-4, atol=1e-5)
     assert end is not None and end.memory.dtype == torch.float32 and end.memory.shape == (B, H, D, V)
 
 

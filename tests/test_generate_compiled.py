@@ -1,4 +1,4 @@
-"""`generate` with a compiled step: the text without it, whatever happens to the compiler."""
+"""`generate` with a compiled step gives the text without one, whatever happens to the compiler."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_other_sizes_and_moved_weights_are_compiled_again() -> None:
     model = tiny("llama", attention="sdpa", num_hidden_layers=1)
     first = compiled_step(model, rows=1, tokens=40, backend="eager")
     assert compiled_step(model, rows=1, tokens=200, backend="eager") is first
-    assert compiled_step(model, rows=1, tokens=300, backend="eager") is not first  # softmax layers need more room
+    assert compiled_step(model, rows=1, tokens=300, backend="eager") is not first  # softmax layers need more capacity
     second = compiled_step(model, rows=2, tokens=40, backend="eager")
     assert second is not None and second.batch == 2
     next(model.parameters()).data = next(model.parameters()).data.clone()
@@ -95,8 +95,8 @@ def test_a_batch_behind_padding() -> None:
     step = compiled_step(model, rows=3, tokens=28, backend="eager")
     assert step is not None
     with torch.inference_mode():
-        found: Tensor = model.generate(ids, **settings, eos_token_id=stop, custom_generate=StepLoop(step))
-    assert torch.equal(found, expected) and graphs() == 1
+        actual: Tensor = model.generate(ids, **settings, eos_token_id=stop, custom_generate=StepLoop(step))
+    assert torch.equal(actual, expected) and graphs() == 1
 
 
 def no_compiler(_: Any) -> None:
@@ -131,8 +131,8 @@ def test_where_nothing_compiles(
         harm(model.lm if harm is reads_a_value else model)
     plain = continue_text(model, TOKENIZER, LONG, max_new_tokens=9)
     with pytest.warns(UserWarning, match=f"goes on without torch.compile: .*{why}") as warned:
-        found = continue_text(model, TOKENIZER, LONG, max_new_tokens=9, compile=backend)
-    assert found == plain and len(warned) == 1
+        result = continue_text(model, TOKENIZER, LONG, max_new_tokens=9, compile=backend)
+    assert result == plain and len(warned) == 1
     assert capfd.readouterr().err == MESSAGE
 
 

@@ -1,4 +1,4 @@
-"""`generate_text` and `chat`: a prompt continued as transformers' own `generate` continues it, and a clean way out."""
+"""`generate_text` and `chat` continue a prompt as transformers' own `generate` does, and end cleanly."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_speculation_changes_nothing(folder: Path, capfd: pytest.CaptureFixture[
 
 
 def test_a_student_drafts_for_its_teacher(folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Self-speculation: the teacher's own text, fewer passes; what is told of it goes to stderr."""
+    """Self-speculation: the teacher's own text, fewer passes; its statistics go to stderr."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     teacher = LlamaForCausalLM.from_pretrained(folder)
     LinearizedForCausalLM.from_teacher(teacher, [MIXERS["lolcats"](window=12), None]).save_pretrained(tmp_path)
@@ -119,9 +119,9 @@ def test_a_draft_of_another_vocabulary(folder: Path, capfd: pytest.CaptureFixtur
     tokenizer = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
     tiny_model(tokenizer, seed=4).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    told = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    swapped = told.replace('"a": 2,', '"a": -1,').replace('"b": 3,', '"b": 2,').replace('"a": -1,', '"a": 3,')
-    assert swapped != told
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    swapped = text.replace('"a": 2,', '"a": -1,').replace('"b": 3,', '"b": 2,').replace('"a": -1,', '"a": 3,')
+    assert swapped != text
     (tmp_path / "tokenizer.json").write_text(swapped, encoding="utf-8")
     with pytest.raises(InputError, match="its vocabulary is not that of"):
         generate_text(folder, "the", draft=tmp_path, device="cpu")
@@ -170,9 +170,9 @@ def test_no_model(tmp_path: Path) -> None:
         generate_text(tmp_path / "nothing", "the", device="cpu")
 
 
-def lines(*given: str, end: type[BaseException] = EOFError) -> Callable[[str], str]:
+def lines(*args: str, end: type[BaseException] = EOFError) -> Callable[[str], str]:
     """A stand-in for `input` that gives these lines, then ends."""
-    left = list(given)
+    left = list(args)
 
     def read(prompt: str) -> str:
         if not left:
@@ -209,7 +209,7 @@ def test_chat_with_a_template(folder: Path, tmp_path: Path, capfd: pytest.Captur
 
 def test_half_of_a_surrogate_pair_in_a_prompt_is_replaced(folder: Path) -> None:
     """What a terminal or a shell passes on of bytes that are not UTF-8."""
-    found = [
+    results = [
         generate_text(folder, prompt, max_new_tokens=3, stream=False, device="cpu") for prompt in ("a\udcff", "a\ufffd")
     ]
-    assert found[0] == found[1]
+    assert results[0] == results[1]

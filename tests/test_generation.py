@@ -145,9 +145,9 @@ def test_prompt_lookup_changes_nothing(students: dict, plan: str, monkeypatch: p
     allowed = {"suppress_tokens": [*range(3), *range(7, VOCABULARY)], "max_new_tokens": 40}
     expected = generate(model, ids, **allowed)
     counted, passes = Counted(monkeypatch), Passes(model)
-    found = generate(model, ids, prompt_lookup_num_tokens=5, **allowed)
+    actual = generate(model, ids, prompt_lookup_num_tokens=5, **allowed)
     passes.hook.remove()
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     assert counted.dropped > 0, "nothing was rejected"
     assert passes.count < 40, "nothing was accepted"
 
@@ -166,9 +166,9 @@ def test_assisted_decoding_changes_nothing(students: dict, plan: str, role: str,
     )
     expected = greedy(target, ids, 20)
     counted, passes = Counted(monkeypatch), Passes(target)
-    found = generate(target, ids, assistant_model=draft, max_new_tokens=20)
+    actual = generate(target, ids, assistant_model=draft, max_new_tokens=20)
     passes.hook.remove()
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     assert counted.calls > 0
     assert (passes.count < 8) if role == "twins" else (counted.dropped > 0)
 
@@ -183,7 +183,7 @@ def test_the_cache_is_transformers_own_with_our_layers(students: dict) -> None:
         assert cache.get_seq_length() == 11
 
 
-def test_a_cache_goes_on_in_a_second_call(students: dict) -> None:
+def test_a_cache_continues_in_a_second_call(students: dict) -> None:
     for model in students.values():
         ids = text(1, 9)
         first = model.generate(ids, max_new_tokens=6, return_dict_in_generate=True)

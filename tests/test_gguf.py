@@ -145,8 +145,8 @@ def test_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "quantized by gguf already, so base_weights 4bit": lambda: load_teacher(path, base="4bit"),
         "no such file": lambda: load_teacher(tmp_path / "other.gguf"),
     }
-    for told, call in refused.items():
-        with pytest.raises(InputError, match=told):
+    for message, call in refused.items():
+        with pytest.raises(InputError, match=message):
             call()
     (tmp_path / "second.gguf").write_bytes(path.read_bytes())
     with pytest.raises(InputError, match=r"2 GGUF files \(second.gguf, tiny.gguf\): give the path of one"):

@@ -37,9 +37,9 @@ def inputs(seed: int = 0) -> list[Tensor]:
     return [2 * torch.randn(B, n, T, d, dtype=torch.float64) for n, d in sizes]
 
 
-def naive(given: list[Tensor], positions: Tensor, share: float, divisor: float) -> Tensor:
+def naive(arguments: list[Tensor], positions: Tensor, share: float, divisor: float) -> Tensor:
     """One token after the other."""
-    q, k, v, keys = given
+    q, k, v, keys = arguments
     y = torch.zeros(B, H, T, V, dtype=torch.float64)
     for b, h in itertools.product(range(B), range(H)):
         g = h // (H // G)
@@ -58,11 +58,11 @@ def naive(given: list[Tensor], positions: Tensor, share: float, divisor: float) 
     return y
 
 
-def run(mixer: Gla, given: list[Tensor], positions: Tensor, cuts: list[int], **settings: Any) -> tuple[Tensor, Any]:
+def run(mixer: Gla, arguments: list[Tensor], positions: Tensor, cuts: list[int], **settings: Any) -> tuple[Tensor, Any]:
     state, parts = None, []
     for a, b in itertools.pairwise([0, *cuts, T]):
         y, state = mixer(
-            *(x[:, :, a:b] for x in given),
+            *(x[:, :, a:b] for x in arguments),
             scaling=SCALING, softcap=CAP, layout=Layout(position_BT=positions[:, a:b]), state=state, **settings,
         )  # fmt: skip
         parts.append(y)
@@ -72,9 +72,9 @@ def run(mixer: Gla, given: list[Tensor], positions: Tensor, cuts: list[int], **s
 @pytest.mark.parametrize("cuts", [[], [9, 10, 30], list(range(1, T))], ids=["whole", "cut", "token by token"])
 @pytest.mark.parametrize("settings", [{}, {"window_share": 0.3, "gate_divisor": 2.5}], ids=["published", "other"])
 def test_it_is_the_equation_in_every_document(cuts: list[int], settings: dict[str, float]) -> None:
-    given = inputs()
-    y, _ = run(build(**settings), given, POSITIONS, cuts)
-    expected = naive(given, POSITIONS, settings.get("window_share", 0.5), settings.get("gate_divisor", 16.0))
+    arguments = inputs()
+    y, _ = run(build(**settings), arguments, POSITIONS, cuts)
+    expected = naive(arguments, POSITIONS, settings.get("window_share", 0.5), settings.get("gate_divisor", 16.0))
     live = (POSITIONS >= 0)[:, None, :, None]
     torch.testing.assert_close(y * live, expected, rtol=0, atol=1e-11)
     assert torch.isfinite(y).all()
@@ -87,10 +87,10 @@ def test_the_defaults_are_the_published_ones() -> None:
 
 
 def test_the_branches_add_up_and_leave_the_same_state() -> None:
-    given, mixer = inputs(), build(window_share=0.3)
-    both, end = run(mixer, given, POSITIONS, [20])
-    window, after_window = run(mixer, given, POSITIONS, [20], branch="window")
-    linear, after_linear = run(mixer, given, POSITIONS, [20], branch="linear")
+    arguments, mixer = inputs(), build(window_share=0.3)
+    both, end = run(mixer, arguments, POSITIONS, [20])
+    window, after_window = run(mixer, arguments, POSITIONS, [20], branch="window")
+    linear, after_linear = run(mixer, arguments, POSITIONS, [20], branch="linear")
     torch.testing.assert_close(window + linear, both, rtol=0, atol=1e-12)
     live = (POSITIONS >= 0)[:, None, :, None]
     assert all(((both - part) * live).abs().max() > 0.1 for part in (window, linear))
@@ -100,13 +100,13 @@ def test_the_branches_add_up_and_leave_the_same_state() -> None:
 
 def test_the_linear_term_remembers_beyond_the_window_and_the_gate_forgets() -> None:
     """A change of the first token reaches the last when the keys are large, and is gone when they are very negative."""
-    given = inputs()
-    changed = [x.clone() for x in given]
+    arguments = inputs()
+    changed = [x.clone() for x in arguments]
     changed[2][:, :, 0] += 5
     reached = {}
     for name, level in (("kept", 40.0), ("forgotten", -160.0)):
         outputs = []
-        for q, k, v, keys in (given, changed):
+        for q, k, v, keys in (arguments, changed):
             outputs.append(
                 build()(q, k, v, torch.full_like(keys, level), scaling=SCALING, layout=Layout())[0][:, :, -1]
             )
@@ -115,8 +115,8 @@ def test_the_linear_term_remembers_beyond_the_window_and_the_gate_forgets() -> N
 
 
 def test_the_state_is_kept_once_per_key_value_head() -> None:
-    given, mixer = inputs(), build()
-    _, end = mixer(*given, scaling=SCALING, layout=Layout())
+    arguments, mixer = inputs(), build()
+    _, end = mixer(*arguments, scaling=SCALING, layout=Layout())
     assert end.memory_BGDV.shape == (B, G, D, V)
     assert end.num_bytes == B * mixer.cost(8).state_bytes
     doubled = end.map_batch(lambda x: torch.cat([x, x]))
@@ -124,20 +124,20 @@ def test_the_state_is_kept_once_per_key_value_head() -> None:
 
 
 def test_advance_gives_the_state_of_forward() -> None:
-    given, mixer = inputs(), build()
-    _, end = mixer(*given, scaling=SCALING, layout=Layout())
-    _, middle = mixer(*(x[:, :, :8] for x in given), scaling=SCALING, layout=Layout())
-    after = mixer.advance(*(x[:, :, 8:] for x in given[1:]), layout=Layout(8), state=middle)
+    arguments, mixer = inputs(), build()
+    _, end = mixer(*arguments, scaling=SCALING, layout=Layout())
+    _, middle = mixer(*(x[:, :, :8] for x in arguments), scaling=SCALING, layout=Layout())
+    after = mixer.advance(*(x[:, :, 8:] for x in arguments[1:]), layout=Layout(8), state=middle)
     torch.testing.assert_close(after.memory_BGDV, end.memory_BGDV, rtol=0, atol=1e-12)
     torch.testing.assert_close(after.window.k_BGRD, end.window.k_BGRD, rtol=0, atol=0)
-    assert mixer(*given, scaling=SCALING, layout=Layout(), need_state=False)[1] is None
+    assert mixer(*arguments, scaling=SCALING, layout=Layout(), need_state=False)[1] is None
 
 
 def test_half_precision_comes_back_and_gradients_reach_all_inputs() -> None:
-    given = [x.bfloat16().requires_grad_() for x in inputs()]
-    y, state = build()(*given, scaling=SCALING, layout=Layout())
+    arguments = [x.bfloat16().requires_grad_() for x in inputs()]
+    y, state = build()(*arguments, scaling=SCALING, layout=Layout())
     assert y.dtype == torch.bfloat16 and state.memory_BGDV.dtype == torch.float32
-    expected = build()(*(x.detach().double() for x in given), scaling=SCALING, layout=Layout())[0]
+    expected = build()(*(x.detach().double() for x in arguments), scaling=SCALING, layout=Layout())[0]
     torch.testing.assert_close(y.double(), expected, rtol=3e-2, atol=3e-2)
-    gradients = torch.autograd.grad(y.float().square().sum(), given)
+    gradients = torch.autograd.grad(y.float().square().sum(), arguments)
     assert all(bool(torch.isfinite(g).all()) and bool(g.abs().max() > 0) for g in gradients)

@@ -1,4 +1,4 @@
-"""`linearize inspect --backends`: what it tells is what runs."""
+"""`linearize inspect --backends`: what it prints is what runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     yield seen
 
 
-def told(path: Path, call: str, **options: Any) -> list[tuple[str, str]]:
+def printed_backends(path: Path, call: str, **options: Any) -> list[tuple[str, str]]:
     return [
         (row["operation"], row["backend"])
         for row in inspect_backends(path, **options)["backends"]
@@ -49,19 +49,19 @@ def told(path: Path, call: str, **options: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_what_is_told_is_what_runs(name: str, folder: Path, ran: list[tuple[str, str]]) -> None:
+def test_what_is_printed_is_what_runs(name: str, folder: Path, ran: list[tuple[str, str]]) -> None:
     student = student_of(tiny(), [mixer(name), None, None])
     ids = text(1, 50)
     with torch.no_grad():
         cache = student(ids, use_cache=True).past_key_values
-    assert set(ran) == set(told(folder / name, "prefill", device="cpu"))
+    assert set(ran) == set(printed_backends(folder / name, "prefill", device="cpu"))
     ran.clear()
     with torch.no_grad():
         student(ids[:, :1], past_key_values=cache)
-    assert ran == told(folder / name, "decode", device="cpu")
+    assert ran == printed_backends(folder / name, "decode", device="cpu")
     ran.clear()
     student.train()(ids, use_cache=False).logits.sum().backward()
-    assert set(ran) == set(told(folder / name, "training", device="cpu"))
+    assert set(ran) == set(printed_backends(folder / name, "training", device="cpu"))
 
 
 def test_a_call_that_the_table_does_not_take_gets_another_form(folder: Path, ran: list[tuple[str, str]]) -> None:
@@ -71,14 +71,14 @@ def test_a_call_that_the_table_does_not_take_gets_another_form(folder: Path, ran
         cache = student(ids, attention_mask=mask, use_cache=True).past_key_values
         ran.clear()
         student(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1] * 0 + 1], 1), past_key_values=cache)
-    assert ran != told(folder / "lolcats", "decode", device="cpu")  # rows of unequal length are not `step`
+    assert ran != printed_backends(folder / "lolcats", "decode", device="cpu")  # rows of unequal length are not `step`
 
 
 def test_a_gpu_has_forms_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearize.ops.triton.has_triton", lambda: True)
     cuda = {"device": "cuda"}
-    assert told(folder / "lolcats", "training", **cuda) == [("window_linear", "triton_chunks")]
-    assert told(folder / "mamba2", "decode", **cuda) == [("layer", "triton")]
+    assert printed_backends(folder / "lolcats", "training", **cuda) == [("window_linear", "triton_chunks")]
+    assert printed_backends(folder / "mamba2", "decode", **cuda) == [("layer", "triton")]
     monkeypatch.setattr("linearize.ops.triton.has_triton", lambda: False)
     rows = inspect_backends(folder / "lolcats", **cuda)["backends"]
     assert all("triton is not installed" in row["why"] for row in rows)

@@ -56,9 +56,9 @@ def test_a_contrast_agrees_with_a_bootstrap_of_its_parts() -> None:
     value_N, document_N = tokens_of_documents(documents=83, seed=5)
     late_N = torch.rand(len(value_N), generator=torch.Generator().manual_seed(1)) < 0.3
     value_N = value_N + late_N * (1 + 0.3 * document_N % 3)
-    found = contrast_over_documents(value_N, document_N, [(1.0, late_N), (-2.0, ~late_N)])
+    actual = contrast_over_documents(value_N, document_N, [(1.0, late_N), (-2.0, ~late_N)])
     expected = value_N[late_N].double().mean() - 2 * value_N[~late_N].double().mean()
-    assert found.value == pytest.approx(expected.item(), abs=1e-6)
+    assert actual.value == pytest.approx(expected.item(), abs=1e-6)
     generator = torch.Generator().manual_seed(0)
     names = document_N.unique()
     drawn = []
@@ -68,7 +68,7 @@ def test_a_contrast_agrees_with_a_bootstrap_of_its_parts() -> None:
         index = torch.cat([rows[int(d)] for d in pick])
         v, late = value_N[index].double(), late_N[index]
         drawn.append((v[late].mean() - 2 * v[~late].mean()).item())
-    assert found.error == pytest.approx(torch.tensor(drawn).std().item(), rel=0.12)
+    assert actual.error == pytest.approx(torch.tensor(drawn).std().item(), rel=0.12)
 
 
 def test_one_document_has_no_error() -> None:
@@ -109,9 +109,9 @@ def test_paired_differences_cover_the_truth(n: int) -> None:
         draw = torch.rand(n, generator=generator)
         first = ((draw < 0.1) | (draw > 0.4)).int().tolist()
         second = (((draw >= 0.1) & (draw < 0.14)) | (draw > 0.4)).int().tolist()
-        found = paired_difference(first, second)
-        assert found.value == pytest.approx(sum(a - b for a, b in zip(first, second, strict=True)) / n)
-        covered += found.low <= truth <= found.high
+        actual = paired_difference(first, second)
+        assert actual.value == pytest.approx(sum(a - b for a, b in zip(first, second, strict=True)) / n)
+        covered += actual.low <= truth <= actual.high
     assert 0.92 < covered / rounds <= 0.99
 
 

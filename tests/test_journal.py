@@ -1,4 +1,4 @@
-"""What a teacher has written stays written: over kills, damage, a second run, and two runs at once."""
+"""Text sampled from a teacher survives kills, damage, a second run, and two runs at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def written(cache: Path | None, tokens: int = 200, seed: int = 5, model_seed: in
 def killed_after(cache: Path, batches: int) -> Path:
     calls = 0
 
-    def kill(done: int, wanted: int) -> None:
+    def kill(done: int, expected: int) -> None:
         nonlocal calls
         calls += 1
         if calls == batches:
@@ -57,16 +57,16 @@ def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     write = sampling.write
 
-    def counted(*given: Any) -> Any:
+    def counted(*args: Any) -> Any:
         made.append(1)
-        return write(*given)
+        return write(*args)
 
     monkeypatch.setattr(sampling, "write", counted)
     return made
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_a_killed_sampling_goes_on_and_yields_the_same_text(
+def test_a_killed_sampling_continues_and_yields_the_same_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
     made = count_batches(monkeypatch)
@@ -108,12 +108,12 @@ def test_damaged_text_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFix
         content = bytearray()
     file.write_bytes(content)
     assert written(tmp_path) == expected
-    told = [record.getMessage() for record in caplog.records]
+    printed = [record.getMessage() for record in caplog.records]
     if how in ("cut", "empty"):
-        assert not told, "a kill explains it"
+        assert not printed, "a kill explains it"
     else:
-        assert len(told) == 1 and f"{file} is damaged from line 2 on" in told[0]
-    assert written(tmp_path) == expected and len(caplog.records) == len(told), "the file is whole again"
+        assert len(printed) == 1 and f"{file} is damaged from line 2 on" in printed[0]
+    assert written(tmp_path) == expected and len(caplog.records) == len(printed), "the file is whole again"
 
 
 HOLDER = """
@@ -141,7 +141,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys: pytest.Cap
         assert journal.rows == ["row"]
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="LINEARIZE_CACHE") as caught:
         written(tmp_path / "file")

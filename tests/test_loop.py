@@ -1,4 +1,4 @@
-"""The loop: the same trajectory however a batch is cut, the best weights kept, nothing but named parameters changed."""
+"""The loop: the same trajectory for any micro-batch, the best weights kept, only named parameters changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from linearize.training.step import derived_seed
 
 
 class Notes:
-    """A tracker that keeps what it is told."""
+    """A tracker that records its calls."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []

@@ -99,33 +99,33 @@ def test_the_matrix_is_the_mean_of_the_channels_own(config: MambaConfig) -> None
 
 @each_config
 def test_it_copies_each_projection_to_its_own_rows(config: MambaConfig) -> None:
-    given = weights()
+    attention = weights()
     mixer, before = build(config), build(config)
-    mixer.start_from(given)
+    mixer.start_from(attention)
     z, x, b, c = mixer.in_proj.weight.split((H * D, G * D, G * D, H * D))
-    for rows, teacher in ((x, given.v), (b, given.k), (c, given.q), (mixer.out_proj.weight, given.o)):
+    for rows, teacher in ((x, attention.v), (b, attention.k), (c, attention.q), (mixer.out_proj.weight, attention.o)):
         assert torch.equal(rows, teacher)
     assert torch.equal(z, before.in_proj.weight[: H * D])
     for name in ("conv_weight", "dt_bias", "A_log", "D", "dt_in.weight", "dt_proj.weight"):
         assert torch.equal(mixer.get_parameter(name), before.get_parameter(name)), name
     anew = build(config.model_copy(update={"initialise": "random"}))
-    anew.start_from(given)
+    anew.start_from(attention)
     assert all(torch.equal(x, y) for x, y in zip(anew.parameters(), before.parameters(), strict=True))
 
 
 @torch.no_grad()
 def test_without_decay_it_is_linear_attention_of_the_teacher_by_sub_heads() -> None:
     """Heads meet: q, k, v of one attention head are C, B, x of one layer head, and its columns of o follow."""
-    given, hidden = weights(), torch.randn(1, T, M, **RANDN)
+    attention, hidden = weights(), torch.randn(1, T, M, **RANDN)
     mixer = build(MambaConfig(state_dim=N))
-    mixer.start_from(given)
+    mixer.start_from(attention)
     mixer.A_log.fill_(-60)
     for parameter in (mixer.D, mixer.conv_bias, mixer.conv_weight, mixer.dt_proj.weight):
         parameter.zero_()
     mixer.conv_weight[:, -1] = 1
     mixer.dt_bias.fill_(math.log(math.e - 1))
     y, _ = mixer(hidden, layout=Layout())
-    q, k, v = (hidden[0] @ w.T for w in (given.q, given.k, given.v))
+    q, k, v = (hidden[0] @ w.T for w in (attention.q, attention.k, attention.v))
     gate = F.silu(hidden[0] @ mixer.in_proj.weight[: H * D].T)
     heads = []
     for head in range(H):
@@ -133,7 +133,7 @@ def test_without_decay_it_is_linear_attention_of_the_teacher_by_sub_heads() -> N
         q_h, k_h, v_h = q[:, head * D : head * D + D], k[:, of_group], F.silu(v[:, of_group])
         parts = [(q_h[:, s : s + N] @ k_h[:, s : s + N].T).tril() @ v_h[:, s : s + N] for s in range(0, D, N)]
         heads.append(torch.cat(parts, dim=1))
-    torch.testing.assert_close(y[0], (torch.cat(heads, dim=1) * gate) @ given.o.T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y[0], (torch.cat(heads, dim=1) * gate) @ attention.o.T, rtol=0, atol=1e-10)
 
 
 def test_it_starts_as_published() -> None:

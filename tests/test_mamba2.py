@@ -77,9 +77,9 @@ def granite() -> tuple[nn.Module, GraniteMoeHybridConfig]:
 def of_granite(layer: nn.Module, repeat: str) -> Mamba2:
     shape = AttentionShape(num_heads=4, num_kv_heads=4, head_dim=6, value_dim=6, model_dim=12, norm_eps=1e-4)
     mixer = Mamba2Config(repeat=repeat).build(shape)
-    given = layer.state_dict()
-    renamed = {"conv_weight": given.pop("conv1d.weight")[:, 0], "conv_bias": given.pop("conv1d.bias")}
-    mixer.load_state_dict({**renamed, "norm_weight": given.pop("norm.weight"), **given})
+    tensors = layer.state_dict()
+    renamed = {"conv_weight": tensors.pop("conv1d.weight")[:, 0], "conv_bias": tensors.pop("conv1d.bias")}
+    mixer.load_state_dict({**renamed, "norm_weight": tensors.pop("norm.weight"), **tensors})
     assert isinstance(mixer, Mamba2)
     return mixer
 
@@ -143,15 +143,15 @@ def test_it_starts_from_the_teachers_projections(biased: bool) -> None:
     before = mixer.in_proj.weight.detach().clone()
     mixer.start_from(AttentionWeights(**made, **(biases if biased else {})))
     gate, x, B_, C, dt = mixer.in_proj.weight.split([H * V, G * V, G * D, H * D, H])
-    for given, expected in ((x, "v"), (B_, "k"), (C, "q"), (mixer.out_proj.weight, "o")):
-        torch.testing.assert_close(given, made[expected], rtol=0, atol=0)
+    for actual, expected in ((x, "v"), (B_, "k"), (C, "q"), (mixer.out_proj.weight, "o")):
+        torch.testing.assert_close(actual, made[expected], rtol=0, atol=0)
     torch.testing.assert_close(gate, before[: H * V], rtol=0, atol=0)
     torch.testing.assert_close(dt, before[-H:], rtol=0, atol=0)
     if biased:
         parts = mixer.in_proj.bias.split([H * V, G * V, G * D, H * D, H])
         expected = [torch.zeros(H * V), *(biases[f"{n}_bias"] for n in "vkq"), torch.zeros(H)]
-        for given, wanted in zip(parts, expected, strict=True):
-            torch.testing.assert_close(given, wanted, rtol=0, atol=0)
+        for actual, target in zip(parts, expected, strict=True):
+            torch.testing.assert_close(actual, target, rtol=0, atol=0)
 
 
 def test_a_bias_without_a_place_is_refused() -> None:
@@ -179,7 +179,7 @@ def test_the_published_start() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("repeat", ["before", "after"])
-def test_documents_and_padding_are_apart_and_the_state_goes_on(repeat: str) -> None:
+def test_documents_and_padding_are_apart_and_the_state_continues(repeat: str) -> None:
     mixer, x = build(repeat=repeat), hidden()
     position = torch.stack(
         [
@@ -214,11 +214,11 @@ def test_gradients_reach_every_parameter_and_equal_the_recurrences() -> None:
     from linearize.ops.recurrent.decay_linear import use_backend
 
     mixer, x = build(), hidden(70).requires_grad_()
-    wanted, results = [x, *mixer.parameters()], []
+    leaves, results = [x, *mixer.parameters()], []
     d_y = torch.randn(B, 70, M, dtype=x.dtype)
     for backend in ("chunked", "reference"):
         with use_backend(backend):
-            results.append(torch.autograd.grad(mixer(x, layout=Layout(), need_state=False)[0], wanted, d_y))
+            results.append(torch.autograd.grad(mixer(x, layout=Layout(), need_state=False)[0], leaves, d_y))
     for a, b in zip(*results, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Memory that is given back: pages of mapped weights, and large blocks after they are freed."""
+"""Memory that is returned: pages of mapped weights, and large blocks after they are freed."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ def resident(path: Path) -> int:
 def test_pages_of_a_mapped_tensor_are_let_go_and_its_values_stay(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.randn(1201, 1003), "b": torch.randn(1007, 301)}, path)
-    found = load_file(path)
-    values = {name: value.clone() for name, value in found.items()}
-    if resident(path) < found["a"].nbytes:
+    tensors = load_file(path)
+    values = {name: value.clone() for name, value in tensors.items()}
+    if resident(path) < tensors["a"].nbytes:
         pytest.skip("this safetensors does not map files")
-    MappedFiles().let_go(found["a"])
-    if resident(path) >= found["a"].nbytes:
+    MappedFiles().let_go(tensors["a"])
+    if resident(path) >= tensors["a"].nbytes:
         pytest.skip("this system keeps the pages (tmpfs, or another kernel)")
-    assert resident(path) < found["b"].nbytes + 2**17
+    assert resident(path) < tensors["b"].nbytes + 2**17
     own = torch.ones(1201, 1003)
     MappedFiles().let_go(own)
     assert own.sum() == own.numel()
     for name, value in values.items():
-        assert torch.equal(found[name], value)
+        assert torch.equal(tensors[name], value)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_blocks_leave_the_process() -> None:
     held = {}
-    for wanted in (False, True):
-        words = [sys.executable, "-c", BLOCKS.format(wanted=wanted)]
+    for fixed in (False, True):
+        words = [sys.executable, "-c", BLOCKS.format(wanted=fixed)]
         done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
-        held[wanted] = int(done.stdout)
+        held[fixed] = int(done.stdout)
     kept = 20 * 100_003 * 4
     assert held[True] < kept + 4e6, held
     if held[False] < held[True] + 4e6:

@@ -1,4 +1,4 @@
-"""Tokens that a cache held back and new ones in one call: every mixer, every cut, rows that kept different counts."""
+"""Pending tokens and new ones in one call: every mixer, every split, rows that accepted different numbers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _no_grad():
         yield
 
 
-def call(mixer: Mixer, given: list[Tensor], new: int, *, commit: int | None, **options: Any) -> tuple[Tensor, Any]:
+def call(mixer: Mixer, arguments: list[Tensor], new: int, *, commit: int | None, **options: Any) -> tuple[Tensor, Any]:
     """The mixer over raw inputs, with outputs of the last `new` tokens: tokens first."""
     options |= {"commit": commit, "need_state": commit != 0}
     if isinstance(mixer, LayerMixer):
-        return mixer.mix(*mixer.project(*given), outputs=new, **options)
-    query = given[0][:, :, given[0].shape[2] - new :]
-    y, state = mixer(query, *raw(mixer, given), **SCORES, **options)
+        return mixer.mix(*mixer.project(*arguments), outputs=new, **options)
+    query = arguments[0][:, :, arguments[0].shape[2] - new :]
+    y, state = mixer(query, *raw(mixer, arguments), **SCORES, **options)
     return y.transpose(1, 2), state
 
 
@@ -43,11 +43,11 @@ def call(mixer: Mixer, given: list[Tensor], new: int, *, commit: int | None, **o
 def test_one_call_is_replaying_and_then_running(config: MixerConfig, committed: int, undecided: int, new: int) -> None:
     built = build(config)
     tokens = PREFIX + committed + undecided + new
-    given = inputs(built, tokens=tokens)
-    prefix, rest = cut(built, given, 0, PREFIX), cut(built, given, PREFIX, tokens)
+    arguments = inputs(built, tokens=tokens)
+    prefix, rest = cut(built, arguments, 0, PREFIX), cut(built, arguments, PREFIX, tokens)
     start = built.advance(*raw(built, prefix), layout=Layout())
     y, state = call(built, rest, new, commit=committed, layout=Layout(PREFIX), state=start)
-    whole, end = call(built, given, new, commit=None, layout=Layout())
+    whole, end = call(built, arguments, new, commit=None, layout=Layout())
     torch.testing.assert_close(y, whole, rtol=1e-9, atol=1e-9)
     if committed:
         accepted = cut(built, rest, 0, committed)
@@ -64,26 +64,26 @@ def test_dead_tokens_were_never_there(config: MixerConfig, counts: list[int], pa
     """Ring, sums, taps and positions of each row, and its outputs afterwards, are those of the row by itself."""
     built, held, new, later = build(config), max(counts), 5, 8
     tokens = PREFIX + held + new + later
-    given = inputs(built, rows=len(counts), tokens=tokens)
+    arguments = inputs(built, rows=len(counts), tokens=tokens)
     pad = torch.tensor([4, 0, 2] if padded else [0, 0, 0])[:, None]
     prefix = (torch.arange(PREFIX) - pad).clamp(min=-1)
     begun = Layout(position_BT=prefix) if padded else Layout()
-    guessed = Layout(position_BT=torch.arange(PREFIX, PREFIX + held) - pad) if padded else Layout(PREFIX)
-    tail = guessed.keeping(counts, 0, held, torch.device("cpu"))
+    drafted_layout = Layout(position_BT=torch.arange(PREFIX, PREFIX + held) - pad) if padded else Layout(PREFIX)
+    tail = drafted_layout.keeping(counts, 0, held, torch.device("cpu"))
     after = [count + PREFIX for count in counts]
     position = torch.tensor(after)[:, None] - pad + torch.arange(new + later)
     joined = tail.then(Layout(position_BT=position[:, :new]), (held, new), len(counts), torch.device("cpu"))
-    state = built.advance(*raw(built, cut(built, given, 0, PREFIX)), layout=begun)
-    verified = cut(built, given, PREFIX, PREFIX + held + new)
+    state = built.advance(*raw(built, cut(built, arguments, 0, PREFIX)), layout=begun)
+    verified = cut(built, arguments, PREFIX, PREFIX + held + new)
     at_once, end = call(built, verified, new, commit=None, layout=joined, state=state)
     y, state = call(built, verified, new, commit=held, layout=joined, state=state)
-    last, latest = cut(built, given, PREFIX + held + new, tokens), Layout(position_BT=position[:, new:])
+    last, latest = cut(built, arguments, PREFIX + held + new, tokens), Layout(position_BT=position[:, new:])
     go_on, _ = call(built, last, later, commit=None, layout=latest, state=end)
-    last = cut(built, given, PREFIX + held, tokens)
+    last = cut(built, arguments, PREFIX + held, tokens)
     more, _ = call(built, last, new + later, commit=None, layout=Layout(position_BT=position), state=state)
     for row, count in enumerate(counts):
         kept = [*range(int(pad[row]), PREFIX + count), *range(PREFIX + held, tokens)]
-        alone = [x[row : row + 1].index_select(built.time_dim, torch.tensor(kept)) for x in given]
+        alone = [x[row : row + 1].index_select(built.time_dim, torch.tensor(kept)) for x in arguments]
         expected, _ = call(built, alone, new + later, commit=None, layout=Layout())
         torch.testing.assert_close(y[row], expected[0, :new], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(at_once[row], expected[0, :new], rtol=1e-9, atol=1e-9)
@@ -98,7 +98,7 @@ def test_dead_tokens_were_never_there(config: MixerConfig, counts: list[int], pa
 @every_mixer
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "hybrid"])
 def test_rows_of_a_student_keep_what_they_accept(config: MixerConfig, kept: bool) -> None:
-    """Rounds of guesses of which each row keeps another number, against full passes over what each row kept."""
+    """Rounds of draft tokens of which each row keeps another number, against full passes over what each row kept."""
     model = student_of(tiny("llama", attention="sdpa"), [None, config, None]) if kept else student(config)
     rounds = [(9, [9, 0, 4]), (4, [4, 4, 4]), (6, [1, 5, 0]), (1, [1, 0, 1]), (7, [2, 7, 3])]
     (ids, mask), vocabulary = left_padded(text(3, 11), [11, 3, 8]), 61
@@ -108,8 +108,8 @@ def test_rows_of_a_student_keep_what_they_accept(config: MixerConfig, kept: bool
     generator = torch.Generator().manual_seed(1)
     for step, (size, counts) in enumerate(rounds):
         new = torch.randint(3, vocabulary, (3, size), generator=generator)
-        given = torch.cat([mask, torch.ones(3, size, dtype=torch.long)], dim=1)
-        logits = model(new, attention_mask=given, past_key_values=cache).logits
+        keys = torch.cat([mask, torch.ones(3, size, dtype=torch.long)], dim=1)
+        logits = model(new, attention_mask=keys, past_key_values=cache).logits
         for row, count in enumerate(counts):
             seen = torch.tensor([rows[row] + new[row].tolist()])
             torch.testing.assert_close(logits[row], model(seen).logits[0, -size:], **FP32)
@@ -123,24 +123,24 @@ def test_rows_of_a_student_keep_what_they_accept(config: MixerConfig, kept: bool
 
 
 @every_mixer
-def test_memory_does_not_grow_with_the_number_of_guesses(config: MixerConfig) -> None:
+def test_memory_does_not_grow_with_the_draft_length(config: MixerConfig) -> None:
     """The state is one, whatever K is; beside it are the raw inputs of one verification and of what was accepted."""
     model, ids, held = student(config), text(1, 300), {}
     most = [mixer.cost(4).state_bytes for mixer in model.mixers().values()]
-    for guesses in (4, 9):
+    for drafted in (4, 9):
         cache = model(ids[:, :100], use_cache=True).past_key_values
         cache.activate_past_recording()
         at = 100
         for _ in range(5):
-            model(ids[:, at : at + guesses], past_key_values=cache)
-            per_token = [layer.pending.num_bytes // guesses for layer in cache.layers]
+            model(ids[:, at : at + drafted], past_key_values=cache)
+            per_token = [layer.pending.num_bytes // drafted for layer in cache.layers]
             storage = [sum(x.untyped_storage().nbytes() for x in layer.pending.inputs) for layer in cache.layers]
-            assert storage == [guesses * size for size in per_token], "more is kept alive than is counted"
+            assert storage == [drafted * size for size in per_token], "more is kept alive than is counted"
             states = [layer.state.num_bytes for layer in cache.layers]
             assert all(0 < state <= bound for state, bound in zip(states, most, strict=True))
-            cache.crop(-(guesses // 2))
-            assert all(len(layer.pending) == layer.accepted == guesses - guesses // 2 for layer in cache.layers)
-            at += guesses - guesses // 2
+            cache.crop(-(drafted // 2))
+            assert all(len(layer.pending) == layer.accepted == drafted - drafted // 2 for layer in cache.layers)
+            at += drafted - drafted // 2
         for count in (3, 2):  # as a draft does: some calls before anything is decided
             model(ids[:, at : at + count], past_key_values=cache)
             at += count
@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_number_of_guesses(config: MixerConfig) ->
         assert [sum(x.untyped_storage().nbytes() for x in layer.pending.inputs) for layer in cache.layers] == [
             5 * size for size in per_token
         ], "what was committed is kept alive"
-        held[guesses] = per_token
+        held[drafted] = per_token
     assert held[4] == held[9]
 
 
@@ -167,8 +167,8 @@ def test_a_long_prompt_is_not_held_back(config: MixerConfig, monkeypatch: pytest
     cache.crop(0)
     assert all(len(layer.pending) == 3 for layer in cache.layers)
     third = model(ids[:, 39:], past_key_values=cache).logits
-    for found, start, stop in ((first, 0, 41), (second, 36, 39), (third, 39, 60)):
-        torch.testing.assert_close(found, whole[:, start:stop], **FP32)
+    for result, start, stop in ((first, 0, 41), (second, 36, 39), (third, 39, 60)):
+        torch.testing.assert_close(result, whole[:, start:stop], **FP32)
     with pytest.raises(ValueError, match="cannot drop 8 tokens, 7 are held"):
         cache.crop(-8)
 
@@ -208,7 +208,7 @@ def test_every_form_of_an_operation_equals_the_reference(
     """Documents, padding and dead tokens too."""
     module: Any = OPERATIONS[operation]
     run = getattr(module, operation)
-    given, state, time_dim = operands(operation, tokens, asked, per_key=per_key)
+    arguments, state, time_dim = operands(operation, tokens, asked, per_key=per_key)
     count = torch.arange(tokens)
     position = torch.stack([count + 3, (count - tokens // 2) % tokens, count + 5])
     position[2, 1 : 1 + tokens // 3] = -1
@@ -216,10 +216,10 @@ def test_every_form_of_an_operation_equals_the_reference(
     for layout in (Layout(4), Layout(position_BT=position)):
         options = {"layout": layout, "state": state if with_state else None, "commit": commit}
         with module.use_backend("reference"):
-            expected, end = run(*given, **options)
+            expected, end = run(*arguments, **options)
         for backend in ("multi_token", "chunked"):
             with module.use_backend(backend):
-                y, after = run(*given, **options)
+                y, after = run(*arguments, **options)
             live = layout.positions(tokens, y.device)[:, tokens - asked :] >= 0
             live = live[:, :, None] if time_dim == 1 else live[:, None, :, None]
             torch.testing.assert_close(y * live, expected * live, rtol=0, atol=1e-10)

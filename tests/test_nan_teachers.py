@@ -55,9 +55,11 @@ def test_weights_that_are_no_numbers(tmp_path: Path, text: Path, data: str, valu
         lambda: inspect_sensitivity(str(folder), data=[spec], device="cpu"),
     ]
     for call in calls:
-        with pytest.raises(InputError, match=rf"teacher {folder} itself gives NaN: its weight {re.escape(UP)}") as told:
+        with pytest.raises(
+            InputError, match=rf"teacher {folder} itself gives NaN: its weight {re.escape(UP)}"
+        ) as error:
             call()
-        assert "lr" not in str(told.value).replace(str(folder), "") and "\n" not in str(told.value)
+        assert "lr" not in str(error.value).replace(str(folder), "") and "\n" not in str(error.value)
     assert not out.exists() and not list(tmp_path.glob(".student.run/*"))
 
 
@@ -105,7 +107,7 @@ def test_streams(tmp_path: Path, text: Path) -> None:
 def test_no_step_no_blame(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is not seen beforehand: a loss that is NaN before the first step is not the learning rate's fault."""
     for name in ("check_finite_outputs", "check_finite_weights"):
-        monkeypatch.setattr(f"linearize.conversion.prepare.{name}", lambda *given: None)
+        monkeypatch.setattr(f"linearize.conversion.prepare.{name}", lambda *args: None)
     folder = diverged(tmp_path / "teacher")
     with pytest.raises(RuntimeError, match="after step 0 of stage 'attention_transfer' is nan: no step was taken"):
         linearize.convert(folder, data=[text], out=tmp_path / "student", overrides=FEW, device="cpu")

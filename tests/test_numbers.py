@@ -10,7 +10,7 @@ from linearize.numbers import Count, Number, parse_count, parse_number, parse_si
 
 
 @pytest.mark.parametrize(
-    ("given", "count"),
+    ("value", "count"),
     [
         ("2M", 2_000_000),
         ("2m", 2_000_000),
@@ -27,18 +27,18 @@ from linearize.numbers import Count, Number, parse_count, parse_number, parse_si
         ("9007199254740993", 9007199254740993),
     ],
 )
-def test_counts(given: object, count: int) -> None:
-    assert parse_count(given) == count
-    assert type(parse_count(given)) is int
+def test_counts(value: object, count: int) -> None:
+    assert parse_count(value) == count
+    assert type(parse_count(value)) is int
 
 
 @pytest.mark.parametrize(
-    "given", ["", ".", "M", "2MM", "two", "1e", "-3", "0.5", 2.5, True, None, "inf", float("nan"), [4]]
+    "value", ["", ".", "M", "2MM", "two", "1e", "-3", "0.5", 2.5, True, None, "inf", float("nan"), [4]]
 )
-def test_what_is_no_count_is_refused_in_one_line(given: object) -> None:
+def test_what_is_no_count_is_refused_in_one_line(value: object) -> None:
     with pytest.raises(InputError) as caught:
-        parse_count(given)
-    assert repr(given) in str(caught.value)
+        parse_count(value)
+    assert repr(value) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -61,7 +61,7 @@ def test_as_pydantic_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "size"),
+    ("value", "size"),
     [
         ("80GB", 80 * 10**9),
         ("1.5 TB", 1_500 * 10**9),
@@ -71,14 +71,14 @@ def test_as_pydantic_fields() -> None:
         ("1e3k", 10**6),
     ],
 )
-def test_sizes(given: object, size: int) -> None:
-    assert parse_size(given) == size
+def test_sizes(value: object, size: int) -> None:
+    assert parse_size(value) == size
 
 
-@pytest.mark.parametrize("given", ["", "GB", "-1GB", "0", "3 apples", True, None, 1.5e-9])
-def test_no_size(given: object) -> None:
+@pytest.mark.parametrize("value", ["", "GB", "-1GB", "0", "3 apples", True, None, 1.5e-9])
+def test_no_size(value: object) -> None:
     with pytest.raises(InputError, match="80GB"):
-        parse_size(given)
+        parse_size(value)
 
 
 def test_sizes_for_people() -> None:

@@ -1,4 +1,4 @@
-"""Students whose weights are elsewhere (with accelerate: in the CPU's memory, on disk) between their modules' calls."""
+"""Students whose weights are offloaded by accelerate (CPU memory, disk) between the calls of their modules."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def answers(student: LinearizedForCausalLM) -> list[Tensor]:
     """Logits at once, in parts through a cache, after tokens that were dropped again, and greedy texts."""
     ids = text(2, 19)
     with torch.no_grad():
-        found, cache = [student(ids, use_cache=False).logits], None
+        results, cache = [student(ids, use_cache=False).logits], None
         for part in ids.split([7, 1, 11], dim=1):
             out = student(part, past_key_values=cache, use_cache=True)
-            cache, found = out.past_key_values, [*found, out.logits]
+            cache, results = out.past_key_values, [*results, out.logits]
         cache.layers[0].activate_past_recording(), cache.layers[2].activate_past_recording()
         student(ids[:, :5], past_key_values=cache)
         cache.crop(-3)
-        found.append(student(ids[:, 5:9], past_key_values=cache).logits)
+        results.append(student(ids[:, 5:9], past_key_values=cache).logits)
     options = {"max_new_tokens": 6, "do_sample": False}
-    found.append(student.generate(ids, **options))
-    found.append(student.generate(ids, use_cache=False, **options))
-    return found
+    results.append(student.generate(ids, **options))
+    results.append(student.generate(ids, use_cache=False, **options))
+    return results
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -62,8 +62,8 @@ def test_an_offloaded_student_computes_what_it_did(name: str, place: str, tmp_pa
     PLACES[place](student, tmp_path)
     own = [parameter for key, parameter in student.named_parameters() if key.startswith("lm.model.layers.0.")]
     assert own and all(parameter.is_meta for parameter in own), "nothing was offloaded: the test is blind"
-    for given, wanted in zip(answers(student), expected, strict=True):
-        assert torch.equal(given, wanted)
+    for actual, target in zip(answers(student), expected, strict=True):
+        assert torch.equal(actual, target)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -74,8 +74,8 @@ def test_a_student_is_loaded_with_layers_left_on_disk(name: str, tmp_path: Path)
         tmp_path / "student", device_map={**REST, "lm.model.layers.0": "disk"}, offload_folder=tmp_path / "offload"
     )
     assert any(parameter.is_meta for parameter in loaded.parameters()), "nothing was offloaded: the test is blind"
-    for given, wanted in zip(answers(loaded), answers(student), strict=True):
-        assert torch.equal(given, wanted)
+    for actual, expected in zip(answers(loaded), answers(student), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_adapters_are_not_lost_on_offloaded_weights(tmp_path: Path) -> None:

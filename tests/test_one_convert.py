@@ -47,13 +47,13 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def python(folder: Path, out: Path, **options: Any) -> Any:
-    given = {"data": [folder / "text.txt"], "recipe": str(folder / "tiny.yaml"), "device": "cpu", "out": out}
-    return linearize.convert(folder / "teacher", **{**given, **options})
+    arguments = {"data": [folder / "text.txt"], "recipe": str(folder / "tiny.yaml"), "device": "cpu", "out": out}
+    return linearize.convert(folder / "teacher", **{**arguments, **options})
 
 
 def command(folder: Path, out: Path, *options: str) -> int:
-    given = ["--data", str(folder / "text.txt"), "--recipe", str(folder / "tiny.yaml"), "--device", "cpu"]
-    return main(["convert", str(folder / "teacher"), *given, "--out", str(out), *options])
+    arguments = ["--data", str(folder / "text.txt"), "--recipe", str(folder / "tiny.yaml"), "--device", "cpu"]
+    return main(["convert", str(folder / "teacher"), *arguments, "--out", str(out), *options])
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def parts(out: Path) -> list[str]:
 
 
 class Recorder:
-    """A tracker that keeps what it is told, in place of tensorboard's."""
+    """A tracker that records its calls, in place of tensorboard's."""
 
     stages: ClassVar[list[str]] = []
 
@@ -140,9 +140,9 @@ def test_streamed_from_python_as_from_the_command(
 
 @pytest.mark.parametrize("stream", STREAM)
 def test_bounds_are_arguments(stream: bool, folder: Path, tmp_path: Path) -> None:
-    for given, says in ({"memory": "1kB"}, "even block 1 needs"), ({"disk": 20_000}, "even one block"):
+    for options, says in ({"memory": "1kB"}, "even block 1 needs"), ({"disk": 20_000}, "even one block"):
         with pytest.raises(InputError, match=says):
-            python(folder, tmp_path / "out", overrides={"stages.0.block": "auto"}, stream=stream, **given)
+            python(folder, tmp_path / "out", overrides={"stages.0.block": "auto"}, stream=stream, **options)
     with pytest.raises(InputError, match="no size"):
         python(folder, tmp_path / "out", memory="much", stream=stream)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Packed projections give what the plain ones give, hold no weight twice, and leave nothing behind."""
+"""Packed projections equal plain ones, store no weight twice, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model() -> nn.Module:
 def test_values_are_the_same(model: nn.Module, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, used = torch.randn(1, tokens, 13), []
     op = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: used.append(given) or op(*given))
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: used.append(args) or op(*args))
     expected = model(x).detach()
     with packed_projections(model) as count, torch.inference_mode():
         assert count == 2, "the smallest weight stays as it is"
@@ -76,7 +76,7 @@ def test_weights_in_common_are_packed_once_and_stay_in_common(model: nn.Module) 
     alone, made = other[2].weight.data_ptr(), []
     op = torch.ops.mkldnn._reorder_linear_weight
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *given: made.append(given) or op(*given))
+        patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *args: made.append(args) or op(*args))
         with packed_projections(model, other) as count:
             assert count == 4 and len(made) == 3
     assert other[0].weight.data_ptr() == model[0].weight.data_ptr()

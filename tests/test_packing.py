@@ -1,4 +1,4 @@
-"""Packing keeps documents apart and loses nothing; batches are the same whether or not a run was broken."""
+"""Packing keeps documents apart and loses nothing; batches are the same whether or not a run was interrupted."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def _documents(lengths: list[int]) -> list[Document]:
 LENGTHS = [3, 7, 1, 12, 40, 5, 0, 11, 2, 29, 8, 8, 13]
 
 
-def _pieces(rows: PackedRows) -> list[tuple[list[int], list[int]]]:
+def _segments(rows: PackedRows) -> list[tuple[list[int], list[int]]]:
     """The (tokens, labels) of each stretch of positions 0, 1, 2, ... found by the positions alone."""
-    found: list[tuple[list[int], list[int]]] = []
+    results: list[tuple[list[int], list[int]]] = []
     for ids, positions, labels in zip(
         rows.input_ids.tolist(), rows.position_ids.tolist(), rows.labels.tolist(), strict=True
     ):
         assert positions[0] == 0
         for token, position, label in zip(ids, positions, labels, strict=True):
             if position == 0:
-                found.append(([], []))
-            assert position == len(found[-1][0])
-            found[-1][0].append(token)
-            found[-1][1].append(label)
-    return found
+                results.append(([], []))
+            assert position == len(results[-1][0])
+            results[-1][0].append(token)
+            results[-1][1].append(label)
+    return results
 
 
 @pytest.mark.parametrize("keep_whole", [False, True])
@@ -50,11 +50,11 @@ def test_every_token_once_in_order_within_its_document(length: int, keep_whole: 
     documents = _documents(LENGTHS)
     rows = pack(documents, length, pad_token_id=PAD, keep_whole=keep_whole)
     owner = {token: i for i, document in enumerate(documents) for token in document.tokens}
-    pieces = [piece for piece in _pieces(rows) if piece[0][0] != PAD]
-    for tokens, _ in pieces:
+    segments = [segment for segment in _segments(rows) if segment[0][0] != PAD]
+    for tokens, _ in segments:
         assert tokens == list(range(tokens[0], tokens[0] + len(tokens)))
         assert len({owner[token] for token in tokens}) == 1
-    assert sorted(token for tokens, _ in pieces for token in tokens) == sorted(owner)
+    assert sorted(token for tokens, _ in segments for token in tokens) == sorted(owner)
 
 
 @pytest.mark.parametrize("keep_whole", [False, True])
@@ -63,7 +63,7 @@ def test_labels_hold_what_counts_and_never_a_first_token(keep_whole: bool) -> No
     counts = {t: m for document in documents for t, m in zip(document.tokens, document.loss_mask, strict=True)}
     rows = pack(documents, 13, pad_token_id=PAD, keep_whole=keep_whole)
     num_targets = 0
-    for tokens, labels in _pieces(rows):
+    for tokens, labels in _segments(rows):
         if tokens[0] == PAD:
             assert set(tokens) == {PAD} and set(labels) == {-100}
             continue
@@ -83,11 +83,11 @@ def test_by_default_only_the_last_row_is_padded() -> None:
 def test_keep_whole_cuts_only_what_is_longer_than_a_row() -> None:
     documents = _documents(LENGTHS)
     rows = pack(documents, 13, pad_token_id=PAD, keep_whole=True)
-    pieces = [tokens for tokens, _ in _pieces(rows) if tokens[0] != PAD]
+    segments = [tokens for tokens, _ in _segments(rows) if tokens[0] != PAD]
     for document in documents:
         expected = [document.tokens[i : i + 13] for i in range(0, len(document), 13)]
-        assert all(piece in pieces for piece in expected)
-    assert len(pieces) == sum(-(-n // 13) for n in LENGTHS)
+        assert all(segment in segments for segment in expected)
+    assert len(segments) == sum(-(-n // 13) for n in LENGTHS)
     assert len(rows) <= 12  # 139 tokens need 11 rows of 13; best fit wastes at most one here
 
 

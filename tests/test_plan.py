@@ -1,4 +1,4 @@
-"""`linearize plan`: parameters, memory, work and disk from a config alone, against models that are really there."""
+"""`linearize plan`: parameters, memory, work and disk from a config alone, compared with real models."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def test_every_stage_has_its_costs(mixer: str, stage: dict[str, Any], one_layer:
     whole = look_at(config, _recipe(mixer, "all"), torch.float32)
     device = load_device("A100-40")
     own = STAGES[stage["name"]](**stage)
-    found = on_sample(whole, [0], lambda sample: stage_costs(own, sample, 2, 9, text(1, 9, 61), device))
-    assert min(found["flops"], found["seconds"], found["trained"]) > 0
-    assert found["step"] > found["gradients"] and found["optimizer"] >= 2 * found["gradients"]
+    actual = on_sample(whole, [0], lambda sample: stage_costs(own, sample, 2, 9, text(1, 9, 61), device))
+    assert min(actual["flops"], actual["seconds"], actual["trained"]) > 0
+    assert actual["step"] > actual["gradients"] and actual["optimizer"] >= 2 * actual["gradients"]
     copies = {"sft": 2, "dpo": 3}.get(own.name, 1)  # beside the teacher: what trains, and the reference
-    assert found["weights"] > (copies - 0.5) * whole.weight_bytes
+    assert actual["weights"] > (copies - 0.5) * whole.weight_bytes
 
 
 def real_step(mixer: str, stage: StageConfig, length: int) -> dict[str, float]:
@@ -130,10 +130,10 @@ def test_the_numbers_are_those_of_a_real_step(mixer: str, name: str, tmp_path: P
     config = AutoConfig.from_pretrained(tiny_folder(tmp_path, num_hidden_layers=5))
     whole = look_at(config, _recipe(mixer), torch.float32)
     device, heldout = load_device("A100-40"), text(1, 20, 61)
-    found = measured(whole, lambda sample: stage_costs(stage, sample, 3, 20, heldout, device)).total
+    result = measured(whole, lambda sample: stage_costs(stage, sample, 3, 20, heldout, device)).total
     real = real_step(mixer, stage, 20)
-    assert found["flops"] == real["flops"] > 0
-    assert found["step"] == pytest.approx(real["step"], rel=0.05)
+    assert result["flops"] == real["flops"] > 0
+    assert result["step"] == pytest.approx(real["step"], rel=0.05)
 
 
 def _recipe(mixer: str, layers: Any = (0, 1, 2, 4)) -> Recipe:
@@ -142,17 +142,19 @@ def _recipe(mixer: str, layers: Any = (0, 1, 2, 4)) -> Recipe:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_with_the_way_out(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported_with_the_remedy(tmp_path: Path) -> None:
     folder, table = tiny_folder(tmp_path / "m"), tmp_path / "mine.yaml"
     table.write_text("toaster: {memory: 4MB, reserve: 1MB, flops_bf16: 1e9, flops_fp32: 1e8, bandwidth: 1e9, share: 1}")
     stage = {"name": "attention_transfer", "tokens": 900, "lr": 1e-2, "batch": 600}
     recipe = Recipe.from_data({"plan": {"mixer": {"name": "lolcats"}}, "data": {"length": 9}, "stages": [stage]})
     options: dict[str, Any] = {"device": "toaster", "table": table}
     plan = plan_conversion(folder, recipe=recipe, **options)
-    told = plan.stages[0].advice or ""
+    advice = plan.stages[0].advice or ""
     assert not plan.stages[0].fits
-    assert "stages.0 (attention_transfer) needs" in told and "stages.0.micro_batch=" in told and "--devices" in told
-    fewer = int(told.partition("stages.0.micro_batch=")[2].partition(",")[0])
+    assert (
+        "stages.0 (attention_transfer) needs" in advice and "stages.0.micro_batch=" in advice and "--devices" in advice
+    )
+    fewer = int(advice.partition("stages.0.micro_batch=")[2].partition(",")[0])
     again = plan_conversion(folder, recipe=recipe.override({"stages.0.micro_batch": fewer}), **options)
     assert again.stages[0].fits and again.stages[0].peak_bytes > 0.8 * 4e6
     assert again.stages[0].flops == pytest.approx(plan.stages[0].flops, rel=0.01)
@@ -171,9 +173,9 @@ def test_devices(tmp_path: Path) -> None:
     assert toaster.seconds(work) == pytest.approx(2 + 2 + 3)
     with pytest.raises(InputError, match=r"unknown device 'A100': did you mean .*cpu.*--table FILE"):
         load_device("A100")
-    for text_, told in (("a: {memory: 1GB}", "a.reserve: Field required"), ("[1]", "maps names"), ("a: [", "YAML")):
+    for text_, message in (("a: {memory: 1GB}", "a.reserve: Field required"), ("[1]", "maps names"), ("a: [", "YAML")):
         table.write_text(text_)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             load_device("a", table)
     cpu = load_device("cpu")
     assert cpu.kind == "cpu" and cpu.memory > 10**8 and cpu.reserve > 10**7

@@ -1,4 +1,4 @@
-"""What `linearize plan` says of a frozen teacher in 8 or 4 bits, against bitsandbytes' own weights."""
+"""`linearize plan` for a frozen teacher in 8 or 4 bits, compared with bitsandbytes' own weights."""
 
 from __future__ import annotations
 

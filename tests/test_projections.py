@@ -1,4 +1,4 @@
-"""Projections of every family: the weights that a layer mixer starts from, and the keys that a gate is made of."""
+"""Projections of every family: the weights that a layer mixer starts from, and the keys of a gate."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_a_layer_mixer_starts_from_what_the_teachers_attention_sees(case: str) -
         hidden, seen = at_the_first_token(teacher, site.name)
         starts = (weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias)
         for letter, (weight, bias), actual in zip("qkv", starts, seen, strict=True):
-            given = nn.functional.linear(hidden, weight, bias)
-            factor = (given * actual).sum() / given.square().sum()  # the scores' scale, where a family puts it into q
+            projected = nn.functional.linear(hidden, weight, bias)
+            factor = (projected * actual).sum() / projected.square().sum()  # a family's scale of the scores
             assert factor > 0.1 and (letter == "q" or abs(factor - 1) < 1e-4)
-            torch.testing.assert_close(factor * given, actual, rtol=0, atol=2e-5)
+            torch.testing.assert_close(factor * projected, actual, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,9 +158,9 @@ def test_a_start_from_projections_with_adapters_has_their_product(case: str) -> 
     with torch.no_grad():
         read = weights_of(teacher.get_submodule(site.name), site.shape)
     merged = weights_of(adapted.merge_and_unload().get_submodule(site.name), site.shape)
-    for before, found, expected in zip(plain, read, merged, strict=True):
+    for before, actual, expected in zip(plain, read, merged, strict=True):
         assert (expected - before).abs().max() > 0.05, "the adapters change nothing: the test is blind"
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_a_layer_in_a_form_of_its_own_is_read_by_calling_it() -> None:
@@ -182,8 +182,8 @@ def test_a_layer_in_a_form_of_its_own_is_read_by_calling_it() -> None:
     plain = weights_of(module, site.shape)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         setattr(module, name, Rounded(getattr(module, name)))
-    for found, exact in zip(weights_of(module, site.shape), plain, strict=True):
-        assert 0 < (found - exact).abs().max() < 0.1 * exact.abs().max()
+    for actual, exact in zip(weights_of(module, site.shape), plain, strict=True):
+        assert 0 < (actual - exact).abs().max() < 0.1 * exact.abs().max()
     module.k_proj.forward = lambda x: x.nonsense
     with pytest.raises(InputError, match="a projection of type Rounded cannot be read"):
         attention_weights(module, site.shape)

@@ -1,4 +1,4 @@
-"""The teacher answers prompts: batched as one by one, cached, and after a kill continued to the same text."""
+"""The teacher's answers to prompts: batched equal to one by one, cached, and continued after a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from linearize.training.data.pseudo_labels import (
 )
 
 CONTEXT = 40
-PROMPTS = ["a", "What is it?", "b c", "of a length that leaves little room", "xyz", "Two words", "?"]
+PROMPTS = ["a", "What is it?", "b c", "of a length that leaves little space", "xyz", "Two words", "?"]
 
 
 def teacher(seed: int = 5, family: str = "llama") -> PreTrainedModel:
@@ -63,8 +63,8 @@ def test_batched_greedy_answers_are_those_of_each_prompt_alone(tmp_path: Path, f
     lengths = [len(tokens) - len(prompt) - 1 for tokens, prompt in zip(expected, PROMPTS, strict=True)]
     assert lengths[3] <= 5 and 7 in lengths and min(lengths) < 5  # the context, the limit and end tokens cut some
     for batch in (1, 3, 16):
-        found = answered(tmp_path, model, temperature=0, batch=batch, max_new_tokens=7)
-        assert [document.tokens for document in found] == expected
+        actual = answered(tmp_path, model, temperature=0, batch=batch, max_new_tokens=7)
+        assert [document.tokens for document in actual] == expected
 
 
 def test_sampled_answers_are_reproduced_by_their_seed_alone(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ class Killed(Exception):  # noqa: N818 (not an error)
     """Stands for the end of the process."""
 
 
-def test_a_killed_run_goes_on_and_yields_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_and_yields_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     expected = answered(tmp_path / "whole")
 
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_and_yields_the_same_text(tmp_path: Path, monkeypat
         spec, cache = prompts(tmp_path), tmp_path / "cache"
         return pseudo_documents(teacher(), byte_tokenizer(), spec, config, cache=cache, progress=progress)
 
-    def kill(done: int, wanted: int) -> None:
+    def kill(done: int, answers: int) -> None:
         if done == 6:
             raise Killed
 
@@ -174,7 +174,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "a"}, "wrong fields, found: text"),
+        ({"text": "a"}, "has the fields text; give one of"),
         ({"prompt": "  "}, "its prompt is empty"),
         ({"prompt": "a" * CONTEXT}, f"its prompt has {CONTEXT + 1} tokens, the teacher's context {CONTEXT}"),
         ({"prompt": 3}, "must be text"),
@@ -182,7 +182,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
         ([], "is a list"),
     ],
 )
-def test_bad_prompts_are_told_in_one_line(tmp_path: Path, row: object, reason: str) -> None:
+def test_bad_prompts_are_reported_in_one_line(tmp_path: Path, row: object, reason: str) -> None:
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a"}, row]), encoding="utf-8")
     config = PseudoConfig(max_new_tokens=3)
     with pytest.raises(InputError, match=reason) as caught:

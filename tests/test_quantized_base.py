@@ -111,7 +111,7 @@ def test_a_change_of_low_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"stages": [{"name": "distill", "tokens": 5, "lr": 1.0}]}, r"stages.0 \(distill\) cannot run over it"),
         ({"plan": {"mixer": {"name": "mamba2"}}}, "mixers between the projections"),
@@ -119,9 +119,9 @@ def test_a_change_of_low_rank() -> None:
         ({"stages": [{"name": "attention_transfer", "tokens": 5, "lr": 1.0, "block": 1}]}, "without blocks"),
     ],
 )
-def test_what_cannot_run_over_it_is_refused(changes: dict[str, Any], told: str) -> None:
+def test_what_cannot_run_over_it_is_refused(changes: dict[str, Any], message: str) -> None:
     recipe = Recipe.from_data({**RECIPE, "base_weights": "8bit", **changes})
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         checked_base(recipe)
     assert checked_base(recipe.override({"base_weights": "full"})) == "full"
     skipped = Recipe.from_data({**RECIPE, "base_weights": "8bit"}).override({"stages.1.tokens": 0})

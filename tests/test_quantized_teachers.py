@@ -50,7 +50,7 @@ def test_read_as_plain_numbers(tmp_path: Path, bits: str, family: str) -> None:
     folder = quantized(tmp_path, bits, family, torch.float32)
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(ids).logits
         whole, _ = load_teacher(tmp_path / "plain")
         read, _ = load_teacher(folder)
         logits, exact = read(ids).logits, whole(ids).logits
@@ -64,7 +64,7 @@ def test_read_as_plain_numbers(tmp_path: Path, bits: str, family: str) -> None:
             step = weight.abs().amax(0 if family == "gpt2" else -1, keepdim=True) / 127
             assert ((read.get_parameter(name) - weight).abs() <= 0.6 * step).all()
         return
-    assert (logits - wanted).abs().max() < 1e-3 * (wanted - exact).abs().max()
+    assert (logits - expected).abs().max() < 1e-3 * (expected - exact).abs().max()
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

@@ -273,15 +273,15 @@ def test_a_wrong_override_is_one_line_that_helps(settings: dict[str, Any], words
 
 
 def test_settings_of_the_command_line_are_yaml() -> None:
-    given = ["plan.mixer.window=16", "stages.0.tokens=1e6", "plan.layers={keep: [0, -1]}", "data.self_prompt=a=b"]
-    assert parse_settings(given) == {
+    inputs = ["plan.mixer.window=16", "stages.0.tokens=1e6", "plan.layers={keep: [0, -1]}", "data.self_prompt=a=b"]
+    assert parse_settings(inputs) == {
         "plan.mixer.window": 16, "stages.0.tokens": "1e6", "plan.layers": {"keep": [0, -1]}, "data.self_prompt": "a=b",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [["seed"], ["=3"], ["seed="], ["seed=1", "seed=2"], ["plan.layers={keep"]])
-def test_settings_that_cannot_be_read_are_refused(given: list[str]) -> None:
-    assert "setting" in refusal(lambda: parse_settings(given))
+@pytest.mark.parametrize("value", [["seed"], ["=3"], ["seed="], ["seed=1", "seed=2"], ["plan.layers={keep"]])
+def test_settings_that_cannot_be_read_are_refused(value: list[str]) -> None:
+    assert "setting" in refusal(lambda: parse_settings(value))
 
 
 # files

@@ -1,4 +1,4 @@
-"""A student whose vocabulary grows or shrinks: loss, saving, loading, and the models that it shares weights with."""
+"""A student whose vocabulary grows or shrinks: loss, saving, loading, and models that share its weights."""
 
 from __future__ import annotations
 

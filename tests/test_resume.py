@@ -1,4 +1,4 @@
-"""A stage that is killed, at any point, and started again ends bit-equal to one that was never broken."""
+"""A stage that is killed at any point and run again ends bit-equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_never_trained_on(
     assert_same(run, train(run, tmp_path), unbroken)
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"{tmp_path / FILE} is damaged" in message and "\n" not in message
-    ends = "goes on from the checkpoint before it" if which == "newest" else "the stage starts anew"
+    ends = "continues from the checkpoint before it" if which == "newest" else "the stage starts anew"
     assert message.endswith(ends)
     assert (run.forwards < 3 * unbroken[1].steps) == (which == "newest")
 
@@ -288,9 +288,9 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, fields: dict
     path = tmp_path / "1-toy" / FILE
     path.parent.mkdir()
     SAVE({"parameter/a": torch.ones(3)}, path, metadata={"scalars": "{}", "identity": "{}", **fields})
-    told = r"linearize 9\.9 in format 7; this is .* with format 1" if fields else "older version in format 0"
+    message = r"linearize 9\.9 in format 7; this is .* with format 1" if fields else "older version in format 0"
     for look in (lambda: check_formats(tmp_path), lambda: load_checkpoint(path.parent, identity={}, shapes={})):
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             look()
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert path.is_file()

@@ -102,13 +102,13 @@ def test_documents_padding_and_cuts() -> None:
 
 def test_it_starts_from_the_teachers_projections_with_the_identity_map() -> None:
     sizes = {"q": (H * D, M), "k": (G * D, M), "v": (G * V, M), "o": (M, H * V)}
-    given = {name: torch.randn(size) for name, size in sizes.items()}
+    weights = {name: torch.randn(size) for name, size in sizes.items()}
     mixer = RetentionConfig().build(SHAPE)
-    mixer.start_from(AttentionWeights(**given))
+    mixer.start_from(AttentionWeights(**weights))
     assert isinstance(mixer, Retention)
     own = {"q": mixer.q_proj, "k": mixer.k_proj, "v": mixer.v_proj, "o": mixer.out_proj}
     for name, linear in own.items():
-        torch.testing.assert_close(linear.weight, given[name], rtol=0, atol=0)
+        torch.testing.assert_close(linear.weight, weights[name], rtol=0, atol=0)
     q = torch.randn(1, 3, H * D)
     origin = Layout(position_BT=torch.zeros(1, 3, dtype=torch.long))
     torch.testing.assert_close(mixer._mapped(q, origin), F.relu(q.view(1, 3, H, D).transpose(1, 2)))
@@ -122,9 +122,9 @@ def test_gradients_reach_every_parameter() -> None:
 
 def test_decays_are_made_once_for_all_layers_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     made, make = [], retention.log_decays
-    monkeypatch.setattr(retention, "log_decays", lambda *given: made.append(given) or make(*given))
+    monkeypatch.setattr(retention, "log_decays", lambda *args: made.append(args) or make(*args))
     layers, layout = [build(), build(), build(decay="alibi")], Layout()
-    given = hidden(5)
+    args = hidden(5)
     for layer in layers:
-        layer(given, layout=layout)
+        layer(args, layout=layout)
     assert [kind for kind, *_ in made] == ["retnet", "alibi"]

@@ -79,8 +79,8 @@ def test_the_answers_of_a_conversational_completion_alone_count(tmp_path: Path) 
 def test_a_system_column_is_the_first_message(tmp_path: Path) -> None:
     row = {"system": "Be brief.", **CHATS["sharegpt"]}
     own = {"system": "not this", "messages": [{"role": "system", "content": "own"}, ASKED]}
-    found = texts(load_documents([file_of(tmp_path, [row, {**row, "system": ""}, own])], TOKENIZER))
-    assert found == [f"<s><system> Be brief.\n{TALK}</s>", f"<s>{TALK}</s>", "<s><system> own\n<user> Is it?\n</s>"]
+    result = texts(load_documents([file_of(tmp_path, [row, {**row, "system": ""}, own])], TOKENIZER))
+    assert result == [f"<s><system> Be brief.\n{TALK}</s>", f"<s>{TALK}</s>", "<s><system> own\n<user> Is it?\n</s>"]
 
 
 BAD_CHATS = {
@@ -94,7 +94,7 @@ BAD_CHATS = {
 
 @pytest.mark.parametrize("reason", BAD_CHATS)
 @pytest.mark.parametrize("field", ["messages", "conversations"])
-def test_a_chat_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, reason: str, field: str) -> None:
+def test_a_chat_that_cannot_be_used_is_reported_in_one_line(tmp_path: Path, reason: str, field: str) -> None:
     spec = file_of(tmp_path, lines({field: [ASKED, ANSWER]}, {field: BAD_CHATS[reason]}), "a.jsonl")
     with pytest.raises(InputError, match=rf"row 2: .*'{field}'.*{reason}") as caught:
         load_documents([spec], TOKENIZER)
@@ -115,29 +115,29 @@ TABLE = 'prompt,completion,n\n"a, ""b""\nc",d,1\ne,f,2\n'
 @pytest.mark.parametrize(("name", "content"), [("a.csv", TABLE), ("a.tsv", TABLE.replace(",", "\t"))])
 def test_tables_of_text(tmp_path: Path, name: str, content: str) -> None:
     comma = "," if name == "a.csv" else "\t"
-    found = texts(load_documents([file_of(tmp_path, "\ufeff" + content, name)], TOKENIZER))
-    assert found == [f'<s>a{comma} "b"\ncd</s>', "<s>ef</s>"]
+    result = texts(load_documents([file_of(tmp_path, "\ufeff" + content, name)], TOKENIZER))
+    assert result == [f'<s>a{comma} "b"\ncd</s>', "<s>ef</s>"]
 
 
 def test_a_long_cell_and_a_chat_in_a_table(tmp_path: Path) -> None:
     long = "x" * 300_000
     assert len(load_documents([file_of(tmp_path, f"text\n{long}\nb\n", "a.csv")], TOKENIZER)[0]) == 300_002
     cell = json.dumps([ASKED, ANSWER]).replace('"', '""')
-    found = texts(load_documents([file_of(tmp_path, f'messages,id\n"{cell}",1\n', "a.csv")], TOKENIZER))
-    assert found == [f"<s>{TALK}</s>"]
+    result = texts(load_documents([file_of(tmp_path, f'messages,id\n"{cell}",1\n', "a.csv")], TOKENIZER))
+    assert result == [f"<s>{TALK}</s>"]
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("a,b\n1,2\n", "row 1: wrong fields, found: a, b"),
+        ("a,b\n1,2\n", "row 1: has the fields a, b; give one of"),
         ("text,b\n1,2\n1,2,3\n", "row 2: has more cells than the first line has names"),
-        ('text\nok\n"open', "line 2: no valid table"),
+        ('text\nok\n"open', "line 2: not a valid table"),
         ("text\n", "empty"),
         ("", "empty"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, content: str, reason: str) -> None:
+def test_a_table_that_cannot_be_used_is_reported_in_one_line(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         load_documents([file_of(tmp_path, content, "a.csv")], TOKENIZER)
     assert "a.csv" in str(caught.value) and "\n" not in str(caught.value)
@@ -174,19 +174,19 @@ NULLS: list[Any] = [
 
 
 @pytest.mark.parametrize("row", NULLS)
-def test_a_row_of_null_is_left_out_and_told(tmp_path: Path, row: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_of_null_is_left_out_and_reported(tmp_path: Path, row: object, caplog: pytest.LogCaptureFixture) -> None:
     spec = file_of(tmp_path, lines({"text": "one"}, {"text": "two"}, row, {"text": "three"}, row), "a.jsonl")
     for answer_only in (False, True):
         caplog.clear()
-        found = texts(load_documents([spec], TOKENIZER, answer_only=answer_only))
-        assert found == ["<s>one</s>", "<s>two</s>", "<s>three</s>"]
+        result = texts(load_documents([spec], TOKENIZER, answer_only=answer_only))
+        assert result == ["<s>one</s>", "<s>two</s>", "<s>three</s>"]
         (record,) = caplog.records
         assert "2 of 5 rows (the first: row 3)" in record.getMessage() and "null" in record.getMessage()
     with pytest.raises(InputError, match="all 2 rows hold null"):
         load_documents([file_of(tmp_path, lines(row, row), "a.jsonl")], TOKENIZER)
 
 
-def test_empty_rows_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_rows_are_left_out_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = file_of(tmp_path, lines({"text": "one"}, {"text": " \n"}, {"text": "two"}), "a.jsonl")
     assert len(load_documents([spec], TOKENIZER)) == 2
     assert "1 of 3 rows (the first: row 2)" in caplog.text and "empty" in caplog.text
@@ -203,22 +203,22 @@ def test_what_arrow_fills_up_with_nulls_is_not_there(tmp_path: Path) -> None:
     rows = [{"messages": [{**ASKED, "calls": [{"x": 1}]}, {**ANSWER, "calls": [{"y": 2}]}]}]
     path = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    found = texts(load_documents([path], byte_tokenizer(chat=template)))
-    assert found == ['<s><user> Is it?[{"x": 1}]\n<assistant> yes[{"y": 2}]\n</s>']
+    result = texts(load_documents([path], byte_tokenizer(chat=template)))
+    assert result == ['<s><user> Is it?[{"x": 1}]\n<assistant> yes[{"y": 2}]\n</s>']
 
 
-def test_half_of_a_surrogate_pair_is_replaced_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_half_of_a_surrogate_pair_is_replaced_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = '{"text": "whole \\ud83d\\ude00 pair"}\n{"text": "x"}\n{"text": "half \\ud83d!"}\n'
-    found = texts(load_documents([file_of(tmp_path, rows, "a.jsonl")], TOKENIZER))
-    assert found == ["<s>whole \U0001f600 pair</s>", "<s>x</s>", "<s>half \ufffd!</s>"]
+    result = texts(load_documents([file_of(tmp_path, rows, "a.jsonl")], TOKENIZER))
+    assert result == ["<s>whole \U0001f600 pair</s>", "<s>x</s>", "<s>half \ufffd!</s>"]
     (record,) = caplog.records
     assert "1 of 3 rows (the first: row 3)" in record.getMessage() and "surrogate" in record.getMessage()
 
 
 def test_half_pairs_everywhere_in_a_row(tmp_path: Path) -> None:
     row = '{"conversations": [{"from": "human", "value": "\\ude00"}, {"from": "gpt", "value": "\\ud83dyes"}]}'
-    found = texts(load_documents([file_of(tmp_path, f"[{row}]")], TOKENIZER))
-    assert found == ["<s><user> \ufffd\n<assistant> \ufffdyes\n</s>"]
+    result = texts(load_documents([file_of(tmp_path, f"[{row}]")], TOKENIZER))
+    assert result == ["<s><user> \ufffd\n<assistant> \ufffdyes\n</s>"]
     pair = '{"prompt": "a\\ud83d", "chosen": "b", "rejected": "c"}'
     assert read_preferences(file_of(tmp_path, f"[{pair}]"), TOKENIZER)[0].chosen == "a\ufffdb"
 
@@ -228,5 +228,5 @@ def test_prompts_and_preferences_in_the_same_ways() -> None:
         assert prompt_of(CHATS[name], TOKENIZER) == "<user> Is it?\n<assistant> "
     assert prompt_of({"prompt": [ASKED], "system": "Be brief."}, TOKENIZER).startswith("<system> Be brief.\n<user>")
     parts = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
-    found = preference_of({"prompt": [ASKED], "chosen": [parts], "rejected": "no"}, TOKENIZER)
-    assert found.chosen == TALK
+    result = preference_of({"prompt": [ASKED], "chosen": [parts], "rejected": "no"}, TOKENIZER)
+    assert result.chosen == TALK

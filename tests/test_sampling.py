@@ -1,4 +1,4 @@
-"""The teacher writes its own text: from its own distribution, reproducibly, and never without end."""
+"""Text sampled from the teacher: from its own distribution, reproducible, and finite."""
 
 from __future__ import annotations
 

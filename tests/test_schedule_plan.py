@@ -19,7 +19,7 @@ from linearize.errors import InputError
 from linearize.recipes import PlanConfig, Recipe
 from linearize.recipes.schedule import Progressive, Stepwise
 from linearize.training.data.loading import Document, PackedRows
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 
 folder = test_convert.folder  # a fixture: a teacher with its tokenizer, and text
 
@@ -31,9 +31,9 @@ def plan(**fields: Any) -> PlanConfig:
 
 
 def steps(schedule: dict[str, Any], num_layers: int, **fields: Any) -> list[list[int]]:
-    found = plan(schedule=schedule, **fields)
-    converted = [i for i, mixer in enumerate(found.resolve(num_layers)) if mixer is not None]
-    return found.steps(converted, num_layers)
+    result = plan(schedule=schedule, **fields)
+    converted = [i for i, mixer in enumerate(result.resolve(num_layers)) if mixer is not None]
+    return result.steps(converted, num_layers)
 
 
 # the steps
@@ -52,12 +52,12 @@ def steps(schedule: dict[str, Any], num_layers: int, **fields: Any) -> list[list
 def test_progressive_steps_have_the_asked_sizes_and_hold_each_other(
     replaced: list[float], keep: float, num_layers: int, counts: list[int]
 ) -> None:
-    found = steps({"kind": "progressive", "replaced": replaced}, num_layers, layers={"keep": keep})
-    assert [len(step) for step in found] == counts
-    assert all(set(before) < set(after) for before, after in itertools.pairwise(found))
-    assert all(step == sorted(step) for step in found)
+    result = steps({"kind": "progressive", "replaced": replaced}, num_layers, layers={"keep": keep})
+    assert [len(step) for step in result] == counts
+    assert all(set(before) < set(after) for before, after in itertools.pairwise(result))
+    assert all(step == sorted(step) for step in result)
     whole = plan(layers={"keep": keep}).resolve(num_layers)
-    assert found[-1] == [i for i, mixer in enumerate(whole) if mixer is not None]
+    assert result[-1] == [i for i, mixer in enumerate(whole) if mixer is not None]
 
 
 def test_progressive_steps_spread_over_the_layers() -> None:
@@ -80,7 +80,7 @@ def test_without_a_schedule_there_is_one_step() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"schedule": {"kind": "progressive", "replaced": [0.5, 0.25]}}, ["plan.schedule.replaced", "growing"]),
+        ({"schedule": {"kind": "progressive", "replaced": [0.5, 0.25]}}, ["plan.schedule.replaced", "increasing"]),
         ({"schedule": {"kind": "progressive", "replaced": [0.5, 1.25]}}, ["plan.schedule.replaced", "up to 1"]),
         ({"schedule": {"kind": "progressive", "replaced": []}}, ["plan.schedule.replaced"]),
         ({"schedule": {"kind": "stepwize"}}, ["plan.schedule.kind", "did you mean 'stepwise'"]),
@@ -133,10 +133,10 @@ def test_the_costliest_layers_are_kept() -> None:
 # the text
 
 
-def documents() -> TrainingText:
-    found = [Document(tokens=[3 + (7 * n + i) % 50 for i in range(5 + n % 4)], loss_mask=[1] * (5 + n % 4))
+def documents() -> TrainDataset:
+    results = [Document(tokens=[3 + (7 * n + i) % 50 for i in range(5 + n % 4)], loss_mask=[1] * (5 + n % 4))
              for n in range(31)]  # fmt: skip
-    return TrainingText(documents=found, pad_token_id=1)
+    return TrainDataset(documents=results, pad_token_id=1)
 
 
 def rows_of(rows: PackedRows) -> list[tuple[int, ...]]:
@@ -144,23 +144,23 @@ def rows_of(rows: PackedRows) -> list[tuple[int, ...]]:
 
 
 def test_parts_of_the_text_share_no_row_and_lose_none() -> None:
-    supply = documents()
-    parts = [supply.rows(12, part, 3) for part in range(3)]
+    dataset = documents()
+    parts = [dataset.rows(12, part, 3) for part in range(3)]
     together = [row for part in parts for row in rows_of(part)]
-    assert sorted(together) == sorted(rows_of(supply.rows(12))) and len({len(part) for part in parts}) <= 2
+    assert sorted(together) == sorted(rows_of(dataset.rows(12))) and len({len(part) for part in parts}) <= 2
     assert all(part.position_ids.shape == part.labels.shape == part.input_ids.shape for part in parts)
-    assert supply.rows(7).length == 7
+    assert dataset.rows(7).length == 7
     with pytest.raises(InputError, match=r"fewer than the schedule's 99 steps"):
-        supply.rows(12, 0, 99)
+        dataset.rows(12, 0, 99)
 
 
 def test_a_sample_is_the_same_each_time_and_no_longer_than_the_text() -> None:
-    supply = documents()
-    one, other = (supply.sample(12, 60, 2) for _ in range(2))
+    dataset = documents()
+    one, other = (dataset.sample(12, 60, 2) for _ in range(2))
     assert [tuple(batch["input_ids"].shape) for batch in one] == [(2, 12), (2, 12), (1, 12)]
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True))
-    everything = sum(len(batch["input_ids"]) for batch in supply.sample(12, 10**6, 4))
-    assert everything == len(supply.rows(12))
+    everything = sum(len(batch["input_ids"]) for batch in dataset.sample(12, 10**6, 4))
+    assert everything == len(dataset.rows(12))
 
 
 # conversions
@@ -264,27 +264,27 @@ def test_later_layers_start_from_the_student_as_it_is(folder: Path, tmp_path: Pa
     """Layer 0, converted second, starts from projections that the first step trained."""
     from linearize.conversion.run import Conversion
 
-    found: dict[str, torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}
     real = Conversion._start_step
 
     def watched(self: Any, step: int) -> None:
         if step == 1:
-            found["before"] = self.student.lm.model.layers[0].self_attn.o_proj.weight.clone()
+            results["before"] = self.student.lm.model.layers[0].self_attn.o_proj.weight.clone()
         real(self, step)
         if step == 1:
-            found["start"] = self.student.mixers()[0].out_proj.weight.clone()
+            results["start"] = self.student.mixers()[0].out_proj.weight.clone()
 
     stage = {"name": "distill", "tokens": 240, "lr": 1e-2, "batch": 2, "train": "all", "kl": 1.0}
     recipe = Recipe.from_data(STEPWISE | {"stages": [stage]}).override({"plan.layers": [0, 2]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Conversion, "_start_step", watched)
         convert(folder, tmp_path / "s", recipe=recipe)
-    assert torch.equal(found["before"], found["start"])
+    assert torch.equal(results["before"], results["start"])
     original = weights(folder / "teacher")["model.layers.0.self_attn.o_proj.weight"]
-    assert not torch.equal(found["start"], original), "nothing was trained in the first step"
+    assert not torch.equal(results["start"], original), "nothing was trained in the first step"
 
 
-def test_layers_chosen_by_sensitivity_are_told(folder: Path, tmp_path: Path) -> None:
+def test_layers_chosen_by_sensitivity_are_reported(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_data(
         STEPWISE | {"plan": {"mixer": LOLCATS, "layers": {"keep": 0.34, "select": "sensitivity"}}}
     )
@@ -357,8 +357,8 @@ def test_layers_that_stay_as_they_are_take_no_step() -> None:
     from linearize.modeling.surgery import check_plan
 
     teacher = tiny("gemma3_text")  # layers 0 and 2 see 5 tokens
-    wanted = plan(mixer={**LOLCATS, "window": 8}, schedule={"kind": "stepwise"})
-    mixers = wanted.resolve(3)
+    expected = plan(mixer={**LOLCATS, "window": 8}, schedule={"kind": "stepwise"})
+    mixers = expected.resolve(3)
     applied = check_plan(mixers, probe(teacher), "gemma3_text")
-    assert _steps(wanted, mixers, applied) == [[1]]
+    assert _steps(expected, mixers, applied) == [[1]]
     assert teacher(text(1, 9)).logits.shape[1] == 9

@@ -38,9 +38,9 @@ def by_hand(teacher: Any, student: Any) -> tuple[float, float]:
         inputs = {name: one[name] for name in ("input_ids", "position_ids")}
         with torch.no_grad():
             p, q = (m(**inputs, use_cache=False).logits[:, :-1].double().log_softmax(-1) for m in (teacher, student))
-        wanted = one["labels"][:, 1:]
-        kl.append((p.exp() * (p - q)).sum(-1)[wanted != -100])
-        loss.append(-q.gather(-1, wanted.clamp(min=0)[..., None])[..., 0][wanted != -100])
+        expected = one["labels"][:, 1:]
+        kl.append((p.exp() * (p - q)).sum(-1)[expected != -100])
+        loss.append(-q.gather(-1, expected.clamp(min=0)[..., None])[..., 0][expected != -100])
     return float(torch.cat(kl).mean()), float(torch.cat(loss).mean())
 
 
@@ -96,11 +96,11 @@ def inspect(folder: Path, *options: str) -> list[str]:
     return ["inspect", str(folder / "teacher"), "--sensitivity", *data, "--recipe", str(folder / "tiny.yaml"), *options]
 
 
-def test_the_command_tells_every_layer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_every_layer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(inspect(folder, "--tokens", "200", "--json")) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["mixer"], found["tokens"]) == ("lolcats", 200)
-    scores = [LayerScore(**row) for row in found["layers"]]
+    result = json.loads(capsys.readouterr().out)
+    assert (result["mixer"], result["tokens"]) == ("lolcats", 200)
+    scores = [LayerScore(**row) for row in result["layers"]]
     assert [score.layer for score in scores] == [0, 1, 2] and all(score.kl > 0 for score in scores)
     assert main(inspect(folder, "--tokens", "200")) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.strip() and line.split()[0] in "012"]
@@ -118,7 +118,7 @@ def test_the_command_tells_every_layer(folder: Path, capsys: pytest.CaptureFixtu
         (["--sensitivity", "--data", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_what_is_missing_is_told(
+def test_what_is_missing_is_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert main(["inspect", str(folder / "teacher"), *arguments]) == 2

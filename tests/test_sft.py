@@ -19,7 +19,7 @@ from linearize.training.checkpoint import FILE, PREVIOUS
 from linearize.training.data.documents import Document
 from linearize.training.dataset_stage import count_steps, row_order
 from linearize.training.stages import STAGES
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import answer_log_probs, answer_loss
 from linearize.training.stages.sft import SftConfig
 
@@ -78,8 +78,8 @@ def test_each_step_is_the_mean_over_all_answer_tokens_of_the_batch(tmp_path: Pat
     teacher, before = weights(work.teacher), weights(work.student)
     result = settings.run(work)
     assert [loss for _, loss in result.losses] == pytest.approx(expected, rel=1e-4)
-    after, wanted = weights(work.student), weights(by_hand.student)
-    assert max(float((after[name] - wanted[name]).abs().max()) for name in after) < 4e-4
+    after, target = weights(work.student), weights(by_hand.student)
+    assert max(float((after[name] - target[name]).abs().max()) for name in after) < 4e-4
     assert changed(before, after) == set(before)
     assert not changed(teacher, weights(work.teacher))
 
@@ -116,8 +116,8 @@ def test_a_damaged_checkpoint_is_never_trained_on(
     settings.run(again)
     assert again.progress.begun == [("sft", resumed, 4)]
     assert not changed(weights(whole.student), weights(again.student))
-    (told,) = [m for record in caplog.records if "damaged" in (m := record.getMessage())]
-    assert FILE in told and ("before it" if resumed else "anew") in told
+    (printed,) = [m for record in caplog.records if "damaged" in (m := record.getMessage())]
+    assert FILE in printed and ("before it" if resumed else "anew") in printed
 
 
 def test_experts_learn_from_the_answers_alone(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_experts_learn_from_the_answers_alone(tmp_path: Path) -> None:
     assert [loss for _, loss in result.losses] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_callers_random_numbers_go_on_as_before(tmp_path: Path) -> None:
+def test_the_callers_random_numbers_continue_as_before(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3, generator=torch.Generator().manual_seed(5))
     config(tmp_path, max_steps=1).run(job(tmp_path / "run", tokenizer=byte_tokenizer(chat=CHAT)))
@@ -175,9 +175,9 @@ def test_the_template_that_was_trained_with_goes_with_the_tokenizer(tmp_path: Pa
     assert work.tokenizer.chat_template == (tmp_path / "own.jinja").read_text("utf-8")
 
 
-def test_bad_data_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_data_is_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = [{"prompt": "a" * 9, "completion": "b"}]
-    for number, (given, reason) in enumerate(
+    for number, (options, reason) in enumerate(
         (
             ({}, "row 1: has messages, but the tokenizer has no chat template"),
             ({"chat_template": "plane"}, "unknown chat_template 'plane': did you mean 'plain'"),
@@ -185,7 +185,7 @@ def test_bad_data_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
             ({"rows": long, "length": 9}, "no answer is left in 9 tokens a row"),
         )
     ):
-        settings = config(tmp_path / str(number), **given)
+        settings = config(tmp_path / str(number), **options)
         with pytest.raises(InputError, match=reason) as caught:
             settings.check_data(byte_tokenizer())
         assert "\n" not in str(caught.value)
@@ -221,12 +221,12 @@ def test_losses_and_log_probabilities_are_those_of_all_logits(monkeypatch: pytes
     weights = torch.tensor([0.3, -1.1, 2.0])
     expected = torch.autograd.grad((picked.sum(1) * weights).sum(), list(model.parameters()))
     monkeypatch.setattr("linearize.training.stages.chunked_logits.SLICE_NUMBERS", 2 * VOCABULARY)  # two tokens a slice
-    readout = Readout(model)
-    log_probs = answer_log_probs(readout, batch)
+    split = SplitModel(model)
+    log_probs = answer_log_probs(split, batch)
     torch.testing.assert_close(log_probs, picked.sum(1))
     measured = torch.autograd.grad((log_probs * weights).sum(), list(model.parameters()))
     torch.testing.assert_close(measured, expected)
-    loss = answer_loss(readout, batch)
+    loss = answer_loss(split, batch)
     torch.testing.assert_close(loss.sum, -picked.sum())
     assert loss.count == int(mask.sum())
     assert loss.also["mean_token_accuracy"] == int(((logits.argmax(-1) == ids[:, 1:]) & mask).sum())

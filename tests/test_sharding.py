@@ -1,4 +1,4 @@
-"""Weights shared out over two processes: outputs and gradients as of whole ones, one copy for teacher and student."""
+"""Weights sharded over two processes: outputs and gradients of whole ones, one copy for teacher and student."""
 
 from __future__ import annotations
 
@@ -39,43 +39,43 @@ def largest(one: Tensor, other: Tensor) -> float:
 
 
 def loss(model: nn.Module) -> Tensor:
-    found: Tensor = model(IDS, labels=IDS, use_cache=False).loss
-    return found
+    result: Tensor = model(IDS, labels=IDS, use_cache=False).loss
+    return result
 
 
 def look(family: str, draft: bool) -> dict[str, Any]:
     """What a rank sees; differences are from the same models whole."""
     group, expected = start(), models(family, draft)
-    given = group.share(lambda: models(family, draft))
-    student, teacher, base = given["student"], given["teacher"], given["base"]
-    found: dict[str, Any] = {"meta": {p.device.type for p in student.parameters()}}
+    shared = group.share(lambda: models(family, draft))
+    student, teacher, base = shared["student"], shared["teacher"], shared["base"]
+    results: dict[str, Any] = {"meta": {p.device.type for p in student.parameters()}}
     shards = Shards(torch.device("cpu"))
     shards.place([student, base, teacher])
     set_shards(student, shards)
     named, before = dict(student.named_parameters()), dict(expected["student"].named_parameters())
-    found["held"] = sum((p.to_local() if is_sharded(p) else p).numel() for p in named.values())
-    found["whole"] = sum(p.numel() for p in before.values())
-    found["shared"] = len(shards.shared)
+    results["held"] = sum((p.to_local() if is_sharded(p) else p).numel() for p in named.values())
+    results["whole"] = sum(p.numel() for p in before.values())
+    results["shared"] = len(shards.shared)
     with torch.no_grad():
-        for name, model in given.items():
-            found[name] = largest(model(IDS).logits, expected[name](IDS).logits)
-    found["mixer gradients"] = gradients(student, expected["student"], ".mixer.")
-    unit, wanted = units_of(student)[0], units_of(expected["student"])[0]
+        for name, model in shared.items():
+            results[name] = largest(model(IDS).logits, expected[name](IDS).logits)
+    results["mixer gradients"] = gradients(student, expected["student"], ".mixer.")
+    unit, units = units_of(student)[0], units_of(expected["student"])[0]
     with whole(unit):
-        found["copied"] = largest(next(unit.parameters()), next(wanted.parameters()))
+        results["copied"] = largest(next(unit.parameters()), next(units.parameters()))
     shards.separate(student.parameters())
-    found["all gradients"] = gradients(student, expected["student"], "")
+    results["all gradients"] = gradients(student, expected["student"], "")
     name, weight = next((name, p) for name, p in named.items() if is_sharded(p))
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     add_part(weight, change)
     with torch.no_grad():
         before[name].add_(change)
-        found["changed"] = largest(student(IDS).logits, expected["student"](IDS).logits)
-        found["teacher after"] = largest(teacher(IDS).logits, models(family, draft)["teacher"](IDS).logits)
+        results["changed"] = largest(student(IDS).logits, expected["student"](IDS).logits)
+        results["teacher after"] = largest(teacher(IDS).logits, models(family, draft)["teacher"](IDS).logits)
     state, saved = dict(whole_state(student)), expected["student"].state_dict()
-    found["here"] = sum(value.numel() > 0 for value in state.values())
-    found["state"] = max((largest(value, saved[key]) for key, value in state.items() if value.numel()), default=0.0)
-    return found | {"names": len(saved)}
+    results["here"] = sum(value.numel() > 0 for value in state.values())
+    results["state"] = max((largest(value, saved[key]) for key, value in state.items() if value.numel()), default=0.0)
+    return results | {"names": len(saved)}
 
 
 def gradients(model: nn.Module, expected: nn.Module, part: str) -> float:
@@ -85,25 +85,25 @@ def gradients(model: nn.Module, expected: nn.Module, part: str) -> float:
         for name, parameter in one.named_parameters():
             parameter.requires_grad_(part in name and parameter.is_floating_point())
         loss(one).backward()
-    worst, wanted = 0.0, dict(expected.named_parameters())
+    worst, whole = 0.0, dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (wanted[name].grad is None), name
+        assert (parameter.grad is None) == (whole[name].grad is None), name
         if parameter.grad is not None:
             ranks = 2 if is_sharded(parameter) else 1
-            worst = max(worst, largest(gathered(parameter.grad) / ranks, wanted[name].grad))
-            assert wanted[name].grad.abs().max() > 0
+            worst = max(worst, largest(gathered(parameter.grad) / ranks, whole[name].grad))
+            assert whole[name].grad.abs().max() > 0
     return worst
 
 
 @pytest.mark.parametrize(("family", "draft"), [("llama", False), ("gpt2", False), ("mixtral", False), ("qwen3", True)])
 def test_outputs_and_gradients_are_those_of_whole_weights(family: str, draft: bool) -> None:
-    for rank, found in enumerate(together(2, look, family, draft)):
-        assert found is not None, "a rank died"
-        assert found["meta"] == ({"cpu"} if rank == 0 else {"meta"})
-        assert found["held"] < 0.85 * found["whole"] and found["shared"] >= 4
+    for rank, result in enumerate(together(2, look, family, draft)):
+        assert result is not None, "a rank died"
+        assert result["meta"] == ({"cpu"} if rank == 0 else {"meta"})
+        assert result["held"] < 0.85 * result["whole"] and result["shared"] >= 4
         for key in EQUAL:
-            assert found[key] < 1e-6, key
-        assert found["here"] == (found["names"] if rank == 0 else 0)
+            assert result[key] < 1e-6, key
+        assert result["here"] == (result["names"] if rank == 0 else 0)
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:

@@ -29,14 +29,14 @@ def torch_conv(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tenso
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_values_and_gradients_equal_torchs(tokens: int, taps: int, with_bias: bool) -> None:
     x, weight, bias = (p.requires_grad_() for p in make(tokens, taps))
-    wanted = [x, weight, *([bias] if with_bias else [])]
-    given = bias if with_bias else None
-    expected = torch_conv(x, weight, given)
-    y, after = short_conv(x, weight, given, layout=Layout())
+    leaves = [x, weight, *([bias] if with_bias else [])]
+    inputs = bias if with_bias else None
+    expected = torch_conv(x, weight, inputs)
+    y, after = short_conv(x, weight, inputs, layout=Layout())
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(after, F.pad(x, (0, 0, taps, 0))[:, x.shape[1] + 1 :], rtol=0, atol=0)
     d_y = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, wanted, d_y), torch.autograd.grad(expected, wanted, d_y), strict=True):
+    for a, b in zip(torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(expected, leaves, d_y), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -52,9 +52,9 @@ def test_documents_and_padding_are_apart() -> None:
     torch.testing.assert_close(y * live, torch.stack(rows) * live, rtol=0, atol=1e-12)
     torch.testing.assert_close(after, x[:, -3:], rtol=0, atol=0)
     d_y = torch.randn_like(y) * live
-    (given,), (expected,) = torch.autograd.grad(y, x, d_y), torch.autograd.grad(torch.stack(rows), x, d_y)
-    torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
-    assert given[1, :50].abs().max() == 0
+    (actual,), (expected,) = torch.autograd.grad(y, x, d_y), torch.autograd.grad(torch.stack(rows), x, d_y)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    assert actual[1, :50].abs().max() == 0
 
 
 def test_cutting_anywhere_changes_nothing() -> None:
@@ -91,8 +91,8 @@ def test_the_gradient_of_the_taps_and_half_precision() -> None:
     expected = torch_conv(torch.cat([taps, x], 1), weight, bias)[:, 3:]
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     d_y = torch.randn_like(y)
-    given, wanted = torch.autograd.grad(y, taps, d_y), torch.autograd.grad(expected, taps, d_y)
-    torch.testing.assert_close(given[0], wanted[0], rtol=0, atol=1e-12)
+    actual, target = torch.autograd.grad(y, taps, d_y), torch.autograd.grad(expected, taps, d_y)
+    torch.testing.assert_close(actual[0], target[0], rtol=0, atol=1e-12)
     half, after = short_conv(x.bfloat16(), weight, bias, layout=Layout())
     assert half.dtype == after.dtype == torch.bfloat16
     assert short_conv(x, weight, layout=Layout(), need_state=False)[1] is None

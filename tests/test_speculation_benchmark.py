@@ -39,5 +39,5 @@ def test_all_ways_in_one_table() -> None:
         assert row["tokens"] == 3 * 22
     chosen = [one[2]["chosen"] for one in by_seed]
     assert rows[2]["chosen"] == {k: sum(c.get(k, 0) for c in chosen) for k in rows[2]["chosen"]}
-    told = table(rows)
-    assert len(told.splitlines()) == 8 and f"{rows[1]['speedup']:.2f}" in told
+    printed = table(rows)
+    assert len(printed.splitlines()) == 8 and f"{rows[1]['speedup']:.2f}" in printed

@@ -50,10 +50,10 @@ def test_sixty_prompts(prompts: list[Tensor], name: str, ratio: str) -> None:
         for ids in prompts:
             mask = (ids > 0).long()
             plain = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
-            found = speculate(model, draft, ids, mask, max_new_tokens=NEW, draft_tokens=3)
-            assert found.tokens == plain[:, ids.shape[1] :].tolist(), how
-            kept, wrong = kept + found.stats.accepted, wrong + found.stats.drafted - found.stats.accepted
+            result = speculate(model, draft, ids, mask, max_new_tokens=NEW, draft_tokens=3)
+            assert result.tokens == plain[:, ids.shape[1] :].tolist(), how
+            kept, wrong = kept + result.stats.accepted, wrong + result.stats.drafted - result.stats.accepted
             if how == "model":
-                both_ways(found.stats)
+                both_ways(result.stats)
         assert wrong > 0, how
         assert kept > 0, how

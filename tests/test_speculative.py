@@ -1,4 +1,4 @@
-"""`speculate`, greedy: token for token what plain decoding gives, with guesses both accepted and rejected."""
+"""`speculate`, greedy: token for token what plain decoding gives, with draft tokens both accepted and rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_greedy_is_the_targets_own(models: dict, name: str) -> None:
     for tokens, count in [(1, 7), (13, 2)]:
         ids = text(1, tokens)
         result = speculate(model, draft, ids, max_new_tokens=NEW, draft_tokens=count)
-        assert result.tokens == [plain(model, ids, NEW)], f"{tokens} tokens, {count} guesses"
+        assert result.tokens == [plain(model, ids, NEW)], f"{tokens} tokens, draft length {count}"
         assert result.stats.target_passes == 1 + sum(result.stats.draft_tokens.values())
         seen.drafted, seen.accepted = seen.drafted + result.stats.drafted, seen.accepted + result.stats.accepted
     assert 0 < seen.accepted < seen.drafted
@@ -79,7 +79,7 @@ def test_any_model_drafts_for_any(models: dict, one: str, other: str) -> None:
 
 
 def test_a_student_drafts_for_its_teacher() -> None:
-    """The student is the teacher until its window is left, so guesses come true first and not for ever."""
+    """The student is the teacher until its window is left, so the first draft tokens are accepted."""
     teacher = endless(tiny("llama", attention="sdpa"))
     student, ids = student_of(teacher, mixer(window=17, feature_dim=3)), text(1, 11)
     result = speculate(teacher, student, ids, max_new_tokens=45, draft_tokens=4)
@@ -90,7 +90,7 @@ def test_a_student_drafts_for_its_teacher() -> None:
 
 @pytest.mark.parametrize("name", ["mixed", "softmax"])
 def test_lookup_finds_what_repeats(models: dict, name: str) -> None:
-    """Four tokens are allowed, so that some guesses come true and some do not; rows of a batch differ."""
+    """Four tokens are allowed, so that some draft tokens are accepted and some are not; rows of a batch differ."""
     model, (ids, mask) = models[name], left_padded(text(3, 26) % 4 + 3, [26, 5, 13])
     config = GenerationConfig(suppress_tokens=[*range(3), *range(7, VOCABULARY)])
     expected = [plain(model, ids[i : i + 1, 26 - n :], 40, suppress_tokens=config.suppress_tokens)

@@ -1,4 +1,4 @@
-"""How many tokens are guessed, where repetitions are found, and what cannot be speculated with."""
+"""The number of drafted tokens, the lookup of repetitions, and what cannot be speculated with."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ COSTS = {  # seconds of a pass over 1 to 9 tokens, in steps
 def simulate(
     draft_length: Any, tokens: int, *, costs: str, draft: float, rate: float, seed: int = 1
 ) -> tuple[float, list[int]]:
-    """A clock that is not real: a guess stays with probability `rate` and costs `draft`; times jitter, now and then a
-    lot, and a plain step after guesses costs more. Seconds per token, and the numbers that were chosen."""
+    """A simulated clock: a draft token is accepted with probability `rate` and costs `draft`; times jitter, sometimes a
+    lot, and a plain step after a draft costs more. Seconds per token, and the numbers that were chosen."""
     draws, chosen, done, clock = random.Random(seed), [], 0, 0.0
 
     def jitter() -> float:
@@ -84,9 +84,9 @@ def simulate(
         while kept < count and draws.random() < rate:
             kept += 1
         target = COSTS[costs][count] * jitter() + (0.15 if count == 0 and chosen and chosen[-1] else 0)
-        guessing = draft * count * jitter()
-        draft_length.observe(Round(count, [kept], target, guessing))
-        clock, done = clock + target + guessing, done + kept + 1
+        drafting = draft * count * jitter()
+        draft_length.observe(Round(count, [kept], target, drafting))
+        clock, done = clock + target + drafting, done + kept + 1
         chosen.append(count)
     return clock / done, chosen
 
@@ -120,13 +120,13 @@ def test_auto_leaves_what_loses_tries_again_and_comes_back() -> None:
     assert good[:PLAIN_STEPS] == [0] * PLAIN_STEPS and good[PLAIN_STEPS] == FIRST_DRAFT
     assert sum(good[20:]) / len(good[20:]) > 4 and max(good) <= MAX_DRAFT_TOKENS
     _, bad = simulate(AdaptiveDraftLength(known), 1200, rate=0.05, **setting)
-    assert sum(count > 0 for count in bad[400:]) < 30, "it goes on guessing at a loss"
+    assert sum(count > 0 for count in bad[400:]) < 30, "it goes on drafting at a loss"
     assert any(bad[400:]), "it never tries again"
     _, better = simulate(AdaptiveDraftLength(known), 1200, rate=0.9, **setting)
     assert sum(count > 0 for count in better[-60:]) > 50, "it does not come back"
 
 
-def test_what_guessing_may_lose_is_bounded() -> None:
+def test_what_speculation_may_lose_is_bounded() -> None:
     for costs, draft in (("steep", 0.5), ("large", 0.3), ("small", 2.0)):
         seconds, chosen = simulate(AdaptiveDraftLength(), 2000, costs=costs, draft=draft, rate=0.02)
         plain, _ = simulate(FixedDraftLength(0), 2000, costs=costs, draft=draft, rate=0.02)
@@ -174,10 +174,10 @@ def test_acceptance_stats_by_hand() -> None:
 
 def test_where_the_last_tokens_stood_before() -> None:
     index = NgramIndex(3)
-    said = [7, 1, 2, 3, 9, 4, 2, 3, 5, 1, 2, 3]
-    assert index.following(said[:3], 2) == []
-    assert index.following(said, 3) == [9, 4, 2], "three tokens are better than the two that stood later"
-    assert index.following([*said, 9, 4, 2], 4) == [3, 5, 1, 2]
+    tokens = [7, 1, 2, 3, 9, 4, 2, 3, 5, 1, 2, 3]
+    assert index.following(tokens[:3], 2) == []
+    assert index.following(tokens, 3) == [9, 4, 2], "three tokens are better than the two that stood later"
+    assert index.following([*tokens, 9, 4, 2], 4) == [3, 5, 1, 2]
     assert NgramIndex(3).following([5, 8, 6, 8, 6], 5) == [8, 6, 8, 6, 8], "it goes round at the end"
     assert NgramIndex(2).following([4], 3) == [] == NgramIndex(3).following([4, 5, 6], 1)
     grown = NgramIndex(3)
@@ -193,7 +193,7 @@ def test_rows_keep_what_they_may() -> None:
     assert (new, kept) == ([[3, 4, 9], [8], [3, 2]], [2, 0, 2])
     assert rows.drop_ended() == [0, 1] and rows.texts == [[5, 3, 4, 9], [6, 6, 8]] and rows.tokens_left == 3
     new, kept = rows.extend([1, 2], [9, 9], [[4, 4], [5, 5]], alike=False)
-    assert (new, kept) == ([[4], [5, 5, 9]], [1, 2]), "four tokens are all there is room for"
+    assert (new, kept) == ([[4], [5, 5, 9]], [1, 2]), "only four tokens fit"
     assert rows.drop_ended() == [] and rows.new == [[3, 4, 9, 4], [8, 5, 5, 9], [3, 2]]
 
 

@@ -1,4 +1,4 @@
-"""How `speculate` begins, ends and paces a text: stop tokens, limits, settings, streaming, rounds without guesses."""
+"""How `speculate` begins, ends and paces a text: stop tokens, limits, streaming, rounds without draft tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_twin_saves_passes_and_ends_in_time(models: dict, count: int) -> None:
         assert result.tokens == [expected[:new]]
         rounds = -(-(new - 1) // (count + 1))
         assert len(widths.seen) - before == result.stats.target_passes == 1 + rounds
-        assert max(widths.seen[before + 1 :], default=0) <= count + 1, "a round reads the last token and the guesses"
+        assert max(widths.seen[before + 1 :], default=0) <= count + 1, "a round reads the last token and the draft"
     for stop in sorted(set(expected))[::3]:
         result = speculate(model, near(model, 0), ids, max_new_tokens=NEW, draft_tokens=count, stop_tokens=[stop])
         assert result.tokens == [expected[: expected.index(stop) + 1]]
@@ -91,7 +91,7 @@ def test_auto_gives_the_same_text(models: dict) -> None:
         assert 0 in result.stats.draft_tokens
 
 
-def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_without_draft_tokens_are_caught_up_with(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft reads at once what the target went on by itself."""
 
     class Now:

@@ -60,7 +60,7 @@ def test_it_packs_where_it_pays() -> None:
     assert result.tokens == [plain(model, ids, WORTH + 5)]
 
 
-def test_packing_waits_until_guessing_is_known_to_pay() -> None:
+def test_packing_waits_until_speculation_pays() -> None:
     model = target("lolcats")
     linear = next(m for m in model.modules() if type(m) is torch.nn.Linear)
     with WeightLayout([model], "auto") as layout:

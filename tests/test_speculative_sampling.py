@@ -1,4 +1,4 @@
-"""Speculative sampling: tokens follow the target's distribution exactly, and a wrong rule is found out."""
+"""Speculative sampling: tokens follow the target's distribution exactly, and a wrong rule is detected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tables(seed: int, *shape: int) -> Tensor:
 
 
 def first_tokens(q_KV: Tensor | None, rule: Any) -> float:
-    """How far the first token of a round is from p after 20,000 rounds with three guesses."""
+    """How far the first token of a round is from p after 20,000 rounds with three draft tokens."""
     rows, p_TV = 20000, tables(1, 4, 7)
     generator = torch.Generator().manual_seed(2)
     if q_KV is None:
@@ -47,7 +47,7 @@ def test_a_round_follows_the_target() -> None:
 
 
 def too_kind(p: Tensor, draft: Tensor, q: Tensor | None, generator: torch.Generator) -> Any:
-    """Keeps guesses more often than p / q."""
+    """Accepts draft tokens more often than p / q."""
     softer = torch.cat([p[:, :-1].sqrt(), p[:, -1:]], dim=1)
     return verify_sampled(softer, draft, q, generator)
 
@@ -65,14 +65,14 @@ def test_a_wrong_rule_is_found_out(rule: Any) -> None:
     assert first_tokens(None, rule) > WRONG
 
 
-def test_equal_distributions_keep_every_guess() -> None:
+def test_equal_distributions_keep_every_draft_token() -> None:
     p_BTV, generator = tables(4, 50, 4, 7), torch.Generator().manual_seed(1)
     draft_BK = p_BTV[:, :3].argmax(-1)
     kept, _ = verify_sampled(p_BTV, draft_BK, p_BTV[:, :3], generator)
     assert kept == [3] * 50
     impossible = p_BTV.clone().scatter_(2, torch.cat([draft_BK, draft_BK[:, :1]], 1)[..., None], 0.0)
     kept, following = verify_sampled(impossible, draft_BK, p_BTV[:, :3], generator)
-    assert kept == [0] * 50 and all(token != guess for token, guess in zip(following, draft_BK[:, 0], strict=True))
+    assert kept == [0] * 50 and all(token != drafted for token, drafted in zip(following, draft_BK[:, 0], strict=True))
 
 
 def test_greedy_keeps_what_agrees() -> None:

@@ -1,4 +1,4 @@
-"""The same teacher, data and folders under other spellings of their paths: a run that was stopped goes on."""
+"""The same teacher, data and folders under other spellings of their paths: a stopped run continues."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: list[int], most: int | No
     """Steps are noted in `steps`; after `most` of them the run is stopped."""
     original, first = Stepper.step, len(steps)
 
-    def counted(self: Stepper, *given: Any, **named: Any) -> Any:
+    def counted(self: Stepper, *args: Any, **named: Any) -> Any:
         if most is not None and len(steps) - first == most:
             raise Stopped
         steps.append(named["number"])
-        return original(self, *given, **named)
+        return original(self, *args, **named)
 
     monkeypatch.setattr(Stepper, "step", counted)
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_continues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers, others, texts = (spellings(place, name) for name in ("teacher", "other", "text.txt"))
     whole: list[int] = []
     with monkeypatch.context() as patch:
@@ -80,8 +80,8 @@ def test_a_stopped_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
             except Stopped:
                 continue
     assert len(whole) == 14 and len(whole) <= len(steps) < 2 * len(whole)
-    wanted, found = (load_file(place / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert wanted.keys() == found.keys() and all(equal(wanted[name], found[name]) for name in wanted)
+    expected, actual = (load_file(place / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert expected.keys() == actual.keys() and all(equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -110,7 +110,7 @@ def test_blocks_trained_before_are_taken(place: Path, stream: bool, monkeypatch:
 def test_a_run_that_was_stopped_at_its_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student has its name already: nothing is trained again, and nothing has to be overwritten."""
 
-    def stop(*given: Any) -> None:
+    def stop(*args: Any) -> None:
         raise Stopped
 
     teachers, others, texts = (spellings(place, name) for name in ("teacher", "other", "text.txt"))
@@ -138,7 +138,7 @@ def test_names_that_are_no_places(place: Path) -> None:
 
 
 def test_every_stage_that_names_a_place_says_so() -> None:
-    """A field that names a file or a model is told apart by what is there."""
+    """A field that names a file or a model is recognised by what is there."""
     for config in STAGES.values():
         named = {field for field in config.model_fields if field in ("teacher", "data")}
         assert named == set(config.places), config

@@ -192,11 +192,11 @@ def test_weight_cross_entropy_equals_full_matrices(family: str) -> None:
     batch, limit = make_batch(), {"mistral": 5}.get(family)
     student = student_of(tiny(family), mixer(window=3))
     run = transfer(student, mse=0.0, weights_ce=0.7)
-    found = run.loss(batch)
+    result = run.loss(batch)
     torch.testing.assert_close(
-        found.sum.double(), 0.7 * straight_weights(student, batch, limit), rtol=1e-4, atol=0, check_dtype=False
+        result.sum.double(), 0.7 * straight_weights(student, batch, limit), rtol=1e-4, atol=0, check_dtype=False
     )
-    found.sum.backward()
+    result.sum.backward()
     assert all(parameter.grad is not None for parameter in named(run).values())
 
 
@@ -254,12 +254,12 @@ def test_a_student_that_is_its_teacher(loss: str) -> None:
     teacher, batch = tiny("llama", attention="sdpa"), make_batch()
     run = lowrank(student_of(teacher, mixer(window=T)), teacher, loss=loss)
     with torch.no_grad():
-        found = run.loss(batch)
+        result = run.loss(batch)
     if loss == "kl":
-        assert abs(float(found.sum)) / found.count < 1e-6
+        assert abs(float(result.sum)) / result.count < 1e-6
     else:
         logits = teacher(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        assert float(found.sum) == pytest.approx(float(next_token_loss(logits, batch["labels"]).sum), rel=1e-5)
+        assert float(result.sum) == pytest.approx(float(next_token_loss(logits, batch["labels"]).sum), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
@@ -269,8 +269,8 @@ def test_gradients_do_not_depend_on_micro_batches(loss: str) -> None:
     for size in (3, 1):
         torch.manual_seed(0)
         run = lowrank(student_of(teacher, mixer(window=3)), teacher, loss=loss, train_mixers=True)
-        found = [run.loss({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, 3, size)]
-        (sum(x.sum for x in found) / sum(x.count for x in found)).backward()
+        results = [run.loss({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, 3, size)]
+        (sum(x.sum for x in results) / sum(x.count for x in results)).backward()
         gradients.append({name: p.grad for name, p in named(run).items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)

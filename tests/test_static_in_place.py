@@ -26,27 +26,27 @@ def results() -> dict[str, dict[str, float]]:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["decoding", "pieces", "verifying", "undecided", "aot_eager, 1", "eager, 2"])
+@pytest.mark.parametrize("name", ["decoding", "chunks", "verifying", "undecided", "aot_eager, 1", "eager, 2"])
 def test_one_launch_a_layer_in_memory_that_stays(name: str, results: dict) -> None:
     """And the logits and states of the backend in PyTorch."""
-    found = case(results, name)
-    assert found["logits"] < 2e-5 and found["memory"] < 2e-5 and found["moved"] == 0, found
-    assert found["fewest"] == found["most"] == LAYERS, found
+    numbers = case(results, name)
+    assert numbers["logits"] < 2e-5 and numbers["memory"] < 2e-5 and numbers["moved"] == 0, numbers
+    assert numbers["fewest"] == numbers["most"] == LAYERS, numbers
 
 
 @needs_triton
 @pytest.mark.parametrize("name", ["aot_eager, 1", "eager, 2"])
 def test_a_traced_step_is_one_graph_with_the_kernel_in_it(name: str, results: dict) -> None:
-    found = case(results, name)
-    assert found["graphs"] == 1 and found["operators"] == LAYERS, found
+    numbers = case(results, name)
+    assert numbers["graphs"] == 1 and numbers["operators"] == LAYERS, numbers
 
 
 @needs_triton
 def test_nothing_else_runs_for_a_layer(results: dict) -> None:
     """No copy, no cast, no factor computed before: outputs are new memory, all else is in the launch."""
-    found = case(results, "launched")
-    assert found["launches"] == 2 * LAYERS and found["others"] == [], found
-    assert any("empty" in name for name in found["views"]), found
+    numbers = case(results, "launched")
+    assert numbers["launches"] == 2 * LAYERS and numbers["others"] == [], numbers
+    assert any("empty" in name for name in numbers["views"]), numbers
 
 
 @pytest.mark.parametrize("shape", ["terraced", "sliding"])

@@ -1,4 +1,4 @@
-"""The loop with static steps, as on a GPU: text, batches and drafts as with the others."""
+"""The loop with static steps, as on a GPU: the same text, batches and drafts as with growing caches."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_rows_of_a_batch_are_as_alone(models: dict, name: str) -> None:
         both_ways(result.stats)
 
 
-def test_rounds_without_guesses_are_caught_up_with(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The draft reads more than its tail holds, piece by piece; and guesses more than its tail held at first."""
+def test_rounds_without_draft_tokens_are_caught_up_with(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft reads more than its tail holds, in parts; and drafts more than its tail held at first."""
 
     class Now:
         pays = True
@@ -114,18 +114,18 @@ def test_sampling_is_by_the_same_numbers(models: dict) -> None:
 
     model, (ids, mask) = models["mamba2"], left_padded(text(2, 9), [9, 4])
     config = GenerationConfig(do_sample=True, temperature=0.7, top_k=20)
-    found = []
-    for wanted in (True, False):
-        with force_graphed(wanted):
+    results = []
+    for expected in (True, False):
+        with force_graphed(expected):
             result = speculate(
                 model, near(model), ids, mask, max_new_tokens=20, draft_tokens=3, generation_config=config, seed=5
             )
-        found.append(result.tokens)
-    assert found[0] == found[1]
+        results.append(result.tokens)
+    assert results[0] == results[1]
 
 
 def test_which_models_are_read_so(models: dict) -> None:
-    """None on a CPU by itself; those without a static form not at all, and that is told."""
+    """None on a CPU by itself; those without a static form not at all, with a warning."""
     latent = endless(tiny("deepseek_v3"))
     with pytest.raises(InputError, match="keeps something else than its keys and values"):
         cached_model_for(latent, "target")
@@ -135,15 +135,15 @@ def test_which_models_are_read_so(models: dict) -> None:
         assert type(cached_model_for(models["gla"], "draft")) is CachedModel
     graphs._Forced.graphed = None
     assert type(cached_model_for(models["gla"], "draft")) is CachedModel
-    with warnings.catch_warnings(record=True) as told, pytest.MonkeyPatch.context() as patch:
+    with warnings.catch_warnings(record=True) as messages, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         patch.setattr(type(latent), "device", torch.device("cuda"))
         patch.setattr(graphs, "static_layers", lambda *_: (_ for _ in ()).throw(InputError("it has latents")))
         assert type(cached_model_for(latent, "target")) is CachedModel
-    assert [str(x.message) for x in told] == ["no CUDA graphs for the target: it has latents"]
+    assert [str(x.message) for x in messages] == ["no CUDA graphs for the target: it has latents"]
 
 
-def test_a_round_that_is_too_wide_is_told(models: dict) -> None:
+def test_a_round_that_is_too_wide_is_reported(models: dict) -> None:
     with pytest.raises(InputError, match="34 tokens wait for a decision, a static step holds 32: draft fewer tokens"):
         cached = cached_model_for(models["gla"], "target")
         cached.read_prompt(text(1, 4), None)

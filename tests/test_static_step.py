@@ -1,4 +1,4 @@
-"""Static steps: what plain greedy decoding gives, for every mixer, in memory that never moves."""
+"""Static steps give the text of plain greedy decoding, for every mixer, in memory that never moves."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_prompts_without_padding_fill_less_than_the_window(students: dict, name:
 def test_one_token_at_a_time_without_rollback(students: dict, name: str) -> None:
     model, (ids, mask) = students[name], prompts()
     step = StaticStep(model, batch=3, capacity=40, rollback=False)
-    logits, found = step.prefill(ids, mask), []
+    logits, results = step.prefill(ids, mask), []
     before = [x.data_ptr() for x in memory(step)]
     for _ in range(NEW):
-        found.append(logits.argmax(-1))
-        logits = step.step(found[-1])
-    assert torch.equal(torch.cat(found, dim=1), greedy(model, ids, mask, NEW))
+        results.append(logits.argmax(-1))
+        logits = step.step(results[-1])
+    assert torch.equal(torch.cat(results, dim=1), greedy(model, ids, mask, NEW))
     assert before == [x.data_ptr() for x in memory(step)]
 
 
@@ -67,7 +67,7 @@ def test_memory_stays_where_it_is(students: dict) -> None:
 
 
 def test_decided_at_once_or_later_is_the_same(students: dict) -> None:
-    """Tokens read one by one while none is decided on, as a draft guesses; then each row keeps some of them."""
+    """Tokens read one by one while none is decided on, as a draft does; then each row keeps some of them."""
     model, (ids, mask) = students["mamba2"], prompts()
     tokens, counts = text(3, 5, seed=4), [[3, 0, 5], [1, 4, 2]]
     together, apart = (StaticStep(model, batch=3, width=6, capacity=60) for _ in range(2))
@@ -119,15 +119,15 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(students: dict) -> None:
 
     model, (ids, mask) = students["retention"], prompts()
     step = StaticStep(model, batch=3, width=3, capacity=40, record=fails)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         verified(step, ids, mask, greedy(model, ids, mask, 9))
-    assert [str(x.message) for x in told if "graph" in str(x.message)] == [
+    assert [str(x.message) for x in caught if "graph" in str(x.message)] == [
         "no graph could be recorded, decoding goes on without: operation not permitted when stream is capturing"
     ]
 
 
-def test_room_and_width_grow(students: dict) -> None:
+def test_capacity_and_width_grow(students: dict) -> None:
     model, (ids, mask) = students["mamba"], prompts()
     expected = greedy(model, ids, mask, NEW)
     small, large = StaticStep(model, batch=3, width=2, capacity=15), StaticStep(model, batch=3, width=5, capacity=40)
@@ -143,7 +143,7 @@ def test_room_and_width_grow(students: dict) -> None:
     torch.testing.assert_close(got, due, rtol=1e-4, atol=1e-4)
 
 
-def test_counts_on_the_device_are_looked_at_only_where_room_runs_out(students: dict) -> None:
+def test_counts_on_the_device_are_read_only_where_capacity_runs_out(students: dict) -> None:
     model, (ids, mask) = students["mamba"], prompts()
     step = StaticStep(model, batch=3, width=4, capacity=20)
     step.prefill(ids, mask)
@@ -182,7 +182,7 @@ def test_families(family: str) -> None:
         assert before == {config._attn_implementation for config in (model.config, teacher.config)}
 
 
-def test_what_cannot_be_is_told(students: dict) -> None:
+def test_what_cannot_run_is_an_error(students: dict) -> None:
     model, (ids, mask) = students["lolcats"], prompts()
     step = StaticStep(model, batch=3, width=3, capacity=20)
     token = ids[:, -1:]

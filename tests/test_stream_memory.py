@@ -1,4 +1,4 @@
-"""A streamed conversion holds a block, not the model: measured in a process of its own."""
+"""A streamed conversion has a block in memory, not the model: measured in a separate process."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", RUN, str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     assert size > 200_000_000
-    assert found["peak"] - found["before"] < 0.5 * size, found
+    assert result["peak"] - result["before"] < 0.5 * size, result

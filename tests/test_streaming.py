@@ -1,4 +1,4 @@
-"""A teacher whose weights are read block by block from safetensors: for every family the numbers as from memory."""
+"""A teacher whose weights are read block by block: for every family the numbers are those of a model in memory."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def batch(rows: int = 3, tokens: int = 31) -> dict[str, torch.Tensor]:
 def test_blocks_of_every_family_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     write_teacher(tmp_path, family, shard="30KB", tie_word_embeddings=family in ("gemma2", "gpt2", "qwen2"))
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    given = streamed(tmp_path)
-    assert given.sites == probe(model)
+    source = streamed(tmp_path)
+    assert source.sites == probe(model)
     torch.manual_seed(5)
     student = LinearizedForCausalLM.from_teacher(model, [None, *[mixer("lolcats")] * (LAYERS - 1)])
-    blocks, loaded = StreamedBlocks(given, student.config, seed=5), LoadedBlocks(model, student)
+    blocks, loaded = StreamedBlocks(source, student.config, seed=5), LoadedBlocks(model, student)
     ids = batch()
     hidden = blocks.enter()(ids)
     assert torch.equal(hidden, loaded.enter()(ids))
@@ -48,7 +48,7 @@ def test_blocks_of_every_family_are_those_of_the_whole_model(family: str, tmp_pa
         torch.testing.assert_close(teacher_out, loaded.teacher(span).outputs(ids, hidden), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(student_out, other.student_outputs(ids, hidden), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(teacher_out, student_out, atol=1e-3)
-        inside = {name for name, p in one.teacher.get_submodule(given.layers).named_parameters() if p.is_meta}
+        inside = {name for name, p in one.teacher.get_submodule(source.layers).named_parameters() if p.is_meta}
         assert not inside
         hidden = teacher_out
     logits = blocks.head(blocks.hidden_input.as_tuple).logits(ids, hidden)
@@ -58,8 +58,8 @@ def test_blocks_of_every_family_are_those_of_the_whole_model(family: str, tmp_pa
 
 def test_only_what_a_block_needs_has_weights(tmp_path: Path) -> None:
     write_teacher(tmp_path, num_hidden_layers=5)
-    given = streamed(tmp_path)
-    real = {name for name, p in given.tree(range(2, 4)).named_parameters() if not p.is_meta}
+    source = streamed(tmp_path)
+    real = {name for name, p in source.tree(range(2, 4)).named_parameters() if not p.is_meta}
     assert {name.split(".")[2] for name in real if name.startswith("model.layers.")} == {"2", "3"}
     assert {name for name in real if not name.startswith("model.layers.")} == {"model.norm.weight"}
-    assert all(p.is_meta for p in given.skeleton.parameters())
+    assert all(p.is_meta for p in source.skeleton.parameters())

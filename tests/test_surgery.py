@@ -50,7 +50,7 @@ def test_probing_changes_nothing_and_finds_the_sizes(family: str, training: bool
 def test_different_mixers_sit_in_different_layers() -> None:
     plan: list[MixerConfig | None] = [mixer("sliding_window", num_sinks=1), None, mixer(window=3, feature_map="t2r")]
     student = student_of(tiny("llama"), plan)
-    assert {layer: found.config for layer, found in student.mixers().items()} == {0: plan[0], 2: plan[2]}
+    assert {layer: result.config for layer, result in student.mixers().items()} == {0: plan[0], 2: plan[2]}
     assert {name.split(".")[3] for name in student.mixer_parameters()} == {"2"}
     assert student.config.mixers() == plan
 

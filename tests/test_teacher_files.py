@@ -90,10 +90,10 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_tensors_that_nobody_reads_are_refused(folder: Path, case: str) -> None:
-    change, told = REFUSED[case]
+    change, message = REFUSED[case]
     change_tensors(folder, change)
     for load in (load_any, load_teacher, lambda path: StreamedTeacher(str(path), device=CPU)):
-        with pytest.raises(InputError, match=told) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             load(folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -115,7 +115,7 @@ def test_the_printed_program_takes_a_wrappers_name_out(folder: Path, tmp_path: P
 
 def test_harmless_tensors_are_left_out(folder: Path) -> None:
     """Layers that predict further tokens, and what is computed from the config."""
-    wanted = load_teacher(folder)[0].state_dict()
+    expected = load_teacher(folder)[0].state_dict()
     more = {"model.layers.3.eh_proj.weight": torch.ones(2, 2), "mtp.fc.weight": torch.ones(2, 2)}
     more |= {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(5)}
     change_tensors(folder, lambda tensors: {**tensors, **more})
@@ -123,7 +123,7 @@ def test_harmless_tensors_are_left_out(folder: Path) -> None:
         load_teacher(folder)
     change_config(folder, num_nextn_predict_layers=1)
     loaded = load_teacher(folder)[0].state_dict()
-    assert all(torch.equal(wanted[name], loaded[name]) for name in wanted) and wanted.keys() == loaded.keys()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected) and expected.keys() == loaded.keys()
     StreamedTeacher(str(folder), device=CPU)
 
 

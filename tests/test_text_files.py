@@ -1,4 +1,4 @@
-"""Text files as people have them: what separates documents, compressed files, and what is told of them."""
+"""Text files as people have them: what separates documents, compressed files, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_end_token_after_the_last_document_alone_leaves_the_blank_lines(tmp_p
     assert texts(written(tmp_path, "one\n\ntwo\n<|endoftext|>\n")) == ["<s>one</s>", "<s>two</s>"]
 
 
-def test_an_end_token_within_a_line_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_end_token_within_a_line_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = written(tmp_path, "one<|endoftext|>two\n\nthree\n\nfour <|endoftext|>five")
     assert texts(spec)[0] == "<s>one<|endoftext|>two</s>"
     assert [r.levelname for r in caplog.records] == ["WARNING"]
@@ -56,13 +56,13 @@ def test_an_end_token_within_a_line_is_told(tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.records
 
 
-def test_the_number_of_documents_and_their_lengths_are_told(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_the_number_of_documents_and_their_lengths_are_reported(tmp_path: Path) -> None:
+    lines: list[str] = []
     book = written(tmp_path, "a\n\nbbb\n\n" + "c" * 1998)
-    load_documents([book, written(tmp_path, '{"text": "x"}\n', "b.jsonl")], TOKENIZER, say=said.append)
-    assert len(said) == 2
-    assert "3 documents" in said[0] and "3 to 2,000 tokens, median 5" in said[0] and "blank lines" in said[0]
-    assert "1 document" in said[1] and "blank" not in said[1]
+    load_documents([book, written(tmp_path, '{"text": "x"}\n', "b.jsonl")], TOKENIZER, say=lines.append)
+    assert len(lines) == 2
+    assert "3 documents" in lines[0] and "3 to 2,000 tokens, median 5" in lines[0] and "blank lines" in lines[0]
+    assert "1 document" in lines[1] and "blank" not in lines[1]
 
 
 def zstd(data: bytes) -> bytes:
@@ -95,11 +95,11 @@ def test_compressed_files(tmp_path: Path, name: str, content: str, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_a_damaged_or_cut_compressed_file_is_told_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_or_cut_compressed_file_is_reported_in_one_line(tmp_path: Path, kind: str) -> None:
     for content in (b"no such thing", PACKED[kind](b'{"text": "one"}\n' * 9999)[:-9]):
         path = tmp_path / f"a.jsonl.{kind}"
         path.write_bytes(content)
-        with pytest.raises(InputError, match=rf"a.jsonl.{kind}.*no valid {kind} file") as caught:
+        with pytest.raises(InputError, match=rf"a.jsonl.{kind}.*not a valid {kind} file") as caught:
             texts(str(path))
         assert "\n" not in str(caught.value)
 
@@ -111,7 +111,7 @@ def test_a_compressed_file_of_an_unknown_kind(tmp_path: Path) -> None:
             texts(str(tmp_path / name))
 
 
-def test_what_is_told_reaches_the_log_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_reported_reaches_the_log_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="linearize"):
         texts(written(tmp_path, "one\n\ntwo"))
     assert "2 documents" in caplog.text

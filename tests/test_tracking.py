@@ -1,4 +1,4 @@
-"""What a person sees of a stage, and where its numbers go."""
+"""Progress and logs of a stage."""
 
 from __future__ import annotations
 

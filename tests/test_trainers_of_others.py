@@ -74,8 +74,8 @@ def test_sft_trainers_loss_is_the_students_own(tmp_path: Path) -> None:
     with torch.no_grad():
         rows = [row[mask.bool()][None] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
         total = sum(model(row, labels=row, use_cache=False).loss * (row.shape[1] - 1) for row in rows)
-        found = trainer.compute_loss(model, batch)
-    torch.testing.assert_close(found, total / sum(row.shape[1] - 1 for row in rows), rtol=1e-4, atol=1e-5)
+        result = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(result, total / sum(row.shape[1] - 1 for row in rows), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""What measures and builds the kernels runs here too: small, in the interpreter, and for GPUs that are not there."""
+"""The scripts that measure and build the kernels run without a GPU: small, in the interpreter, and compile-only."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_every_kernel_is_among_those_that_are_compiled() -> None:
 @needs_triton
 @pytest.mark.parametrize(("script", "options"), SCRIPTS)
 def test_scripts_for_a_gpu_run_small_without_one(script: str, options: list[str]) -> None:
-    found = json.loads(run("-m", f"benchmarks.{script}", "--interpret", *options, interpret=True))
-    assert found["rows"] and found["setting"]["device"] == "cpu" and found["setting"]["interpret"]
-    reasons = [x for row in found["rows"] for x in row.get("milliseconds", {}).values() if isinstance(x, str)]
+    result = json.loads(run("-m", f"benchmarks.{script}", "--interpret", *options, interpret=True))
+    assert result["rows"] and result["setting"]["device"] == "cpu" and result["setting"]["interpret"]
+    reasons = [x for row in result["rows"] for x in row.get("milliseconds", {}).values() if isinstance(x, str)]
     assert not reasons, reasons
 
 
@@ -59,9 +59,9 @@ def test_without_a_gpu_they_say_so(script: str) -> None:
 @needs_triton
 def test_the_benchmark_of_the_kernels_runs_without_a_gpu() -> None:
     small = ["--interpret", "--mixers", "mamba2", "sliding_window", "--tokens", "1", "--heads", "1", "--tail", "1"]
-    found = json.loads(run("-m", "benchmarks.multi_step_gpu", *small, interpret=False))
-    assert found["setting"]["gpu"] is None and found["setting"]["interpret"]
-    backends = {row["mixer"]: set(row["microseconds"]) for row in found["rows"]}
+    result = json.loads(run("-m", "benchmarks.multi_step_gpu", *small, interpret=False))
+    assert result["setting"]["gpu"] is None and result["setting"]["interpret"]
+    backends = {row["mixer"]: set(row["microseconds"]) for row in result["rows"]}
     assert backends["mamba2"] == {"kernel", "single", "unfused", "projections"}
     assert backends["sliding_window"] == {"kernel", "single", "unfused", "in_place"}
 

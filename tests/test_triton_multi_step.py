@@ -1,4 +1,4 @@
-"""The multi-step kernels: values in Triton's interpreter (fp32, fp16), building for GPUs that are not there (bf16).
+"""The multi-step kernels: values in Triton's interpreter (fp32, fp16), building without a GPU (bf16).
 
 The interpreter is chosen when triton is imported, so the cases run in a process of their own: `triton_cases.py`.
 """
@@ -39,8 +39,8 @@ def run(*command: str, interpret: bool, device: str = "cpu") -> str:
 def run_cases(script: str, device: str, *arguments: str) -> dict[str, Any]:
     """What the cases of a script found: in the interpreter, or on a GPU."""
     path = str(Path(__file__).parent / "support" / script)
-    found: dict[str, Any] = json.loads(run(path, *arguments, interpret=device == "cpu", device=device))
-    return found | {"half dtype": "fp16" if device == "cpu" else "bf16"}
+    result: dict[str, Any] = json.loads(run(path, *arguments, interpret=device == "cpu", device=device))
+    return result | {"half dtype": "fp16" if device == "cpu" else "bf16"}
 
 
 @pytest.fixture(scope="module")
@@ -49,39 +49,39 @@ def results(kernel_device: str) -> dict[str, Any]:
 
 
 def case(results: dict[str, dict[str, float]], name: str) -> dict[str, float]:
-    found = results[name]
-    assert "error" not in found, found["error"]
-    return found
+    result = results[name]
+    assert "error" not in result, result["error"]
+    return result
 
 
-def judge(found: dict[str, float], dtype: str) -> None:
+def judge(result: dict[str, float], dtype: str) -> None:
     """At most twice the error of the PyTorch road in the same dtype (or a rounding)."""
-    assert found["y"] <= max(2 * found["torch"], ROUNDING[dtype]), found
-    assert found["state"] <= max(2 * found.get("torch_state", 0), 2e-6), found
+    assert result["y"] <= max(2 * result["torch"], ROUNDING[dtype]), result
+    assert result["state"] <= max(2 * result.get("torch_state", 0), 2e-6), result
 
 
 @needs_triton
 def test_operations_take_the_kernel_by_name(results: dict) -> None:
-    found = case(results, "dispatched")
-    assert set(found) == {"decay", "delta", "scan"} and max(found.values()) < 5e-6
+    numbers = case(results, "dispatched")
+    assert set(numbers) == {"decay", "delta", "scan"} and max(numbers.values()) < 5e-6
 
 
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", OPS)
 def test_an_operation_advances_over_the_tail_and_gives_the_new_outputs(op: str, kind: str, results: dict) -> None:
-    found = case(results, f"{op}; {kind}")
-    judge(found, results["half dtype"] if kind[:4] == "fp16" else "fp32")
-    assert found["in_place"] == float(kind != "fp32, no tail")
+    numbers = case(results, f"{op}; {kind}")
+    judge(numbers, results["half dtype"] if kind[:4] == "fp16" else "fp32")
+    assert numbers["in_place"] == float(kind != "fp32, no tail")
 
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["fp32, dead", "fp16, dead", "fp32, no tail", "fresh"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_fused_kernel_gives_what_its_mixer_gives(mixer: str, kind: str, results: dict) -> None:
-    found, dtype = case(results, f"{mixer}; {kind}"), results["half dtype"] if "fp16" in kind else "fp32"
-    judge(found, dtype)
-    assert found["taps"] <= ROUNDING[dtype]
+    numbers, dtype = case(results, f"{mixer}; {kind}"), results["half dtype"] if "fp16" in kind else "fp32"
+    judge(numbers, dtype)
+    assert numbers["taps"] <= ROUNDING[dtype]
 
 
 @needs_triton
@@ -92,16 +92,16 @@ def test_heads_too_large_for_one_program_are_cut(results: dict) -> None:
 @needs_triton
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_no_bit_depends_on_where_a_text_is_cut(mixer: str, results: dict) -> None:
-    found = case(results, f"{mixer}; same bits")
-    assert found["differ"] == 0 and found["spread"] > 0.01
+    numbers = case(results, f"{mixer}; same bits")
+    assert numbers["differ"] == 0 and numbers["spread"] > 0.01
 
 
 @needs_triton
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_new_document_finds_nothing_of_the_last(mixer: str, results: dict) -> None:
-    found = case(results, f"{mixer}; documents")
-    assert max(found["y"], found["state"], found["taps"]) < 1e-7
-    assert found["without"] > 0.01  # what the last document would have brought in
+    numbers = case(results, f"{mixer}; documents")
+    assert max(numbers["y"], numbers["state"], numbers["taps"]) < 1e-7
+    assert numbers["without"] > 0.01  # what the last document would have brought in
 
 
 @needs_triton
@@ -111,9 +111,9 @@ def test_gated_linear_attention_and_retention_are_fused_with_what_stands_around_
 
 @needs_triton
 def test_the_gates_of_gated_linear_attention_are_no_launches_of_their_own(results: dict) -> None:
-    found = case(results, "gla dispatched")
-    assert max(found[name] for name in ("y", "state", "without", "none")) < 2e-6
-    assert found["beside the kernel"] == 0 and found["one by one"] > 10
+    numbers = case(results, "gla dispatched")
+    assert max(numbers[name] for name in ("y", "state", "without", "none")) < 2e-6
+    assert numbers["beside the kernel"] == 0 and numbers["one by one"] > 10
 
 
 @needs_triton
@@ -124,8 +124,8 @@ def test_every_kernel_builds_for_gpus_that_are_not_here() -> None:
     built = {row["kernel"] for row in rows if row["cubin_bytes"] > 0}
     assert built == {"recurrence_kernel", "scan_kernel", "mamba_kernel", "heads_kernel"}
     older = ["--arch", "80", "--only", "selective scan"]
-    found = json.loads(run("-m", "benchmarks.compile_kernels", *older, interpret=False))
-    assert found["rows"][0]["arch"] == 80
+    result = json.loads(run("-m", "benchmarks.compile_kernels", *older, interpret=False))
+    assert result["rows"][0]["arch"] == 80
 
 
 def test_kernels_are_for_gpus_alone_and_imported_when_asked_for() -> None:

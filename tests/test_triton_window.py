@@ -1,4 +1,4 @@
-"""The window + linear kernel: values in Triton's interpreter (fp32, fp16), building for GPUs that are not there (bf16).
+"""The window + linear kernel: values in Triton's interpreter (fp32, fp16), building without a GPU (bf16).
 
 The cases run in a process of their own, `triton_window_cases.py`.
 """
@@ -29,10 +29,10 @@ def results(kernel_device: str) -> dict[str, Any]:
     return run_cases("triton_window_cases.py", kernel_device)
 
 
-def judge(found: dict[str, float], dtype: str) -> None:
+def judge(result: dict[str, float], dtype: str) -> None:
     """Outputs to a rounding, at most twice as far off as the PyTorch road; sums to fp32, keys and values equal."""
-    assert found["y"] <= ROUNDING[dtype] and found["y"] <= max(2 * found["torch"], 5e-7), found
-    assert found["state"] <= 5e-6 and found["rows"] == 0, found
+    assert result["y"] <= ROUNDING[dtype] and result["y"] <= max(2 * result["torch"], 5e-7), result
+    assert result["state"] <= 5e-6 and result["rows"] == 0, result
 
 
 @needs_triton
@@ -50,24 +50,24 @@ def test_buffers_are_written_in_place(name: str, results: dict) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["terraced", "sliding", "in place"])
-def test_a_document_that_begins_above_position_0_goes_on_in_the_next_call(kind: str, results: dict) -> None:
-    found = case(results, f"across, {kind}")
-    assert max(found["y"], found["other"]) < 2e-6 and found["begin"] == 0, found
+def test_a_document_that_begins_above_position_0_continues_in_the_next_call(kind: str, results: dict) -> None:
+    numbers = case(results, f"across, {kind}")
+    assert max(numbers["y"], numbers["other"]) < 2e-6 and numbers["begin"] == 0, numbers
 
 
 @needs_triton
 def test_no_bit_depends_on_where_a_text_is_cut_and_no_buffer_moves(results: dict) -> None:
-    found = case(results, "same bits")
-    assert found["differ"] == 0 and found["moved"] == 0 and found["spread"] > 0.1
+    numbers = case(results, "same bits")
+    assert numbers["differ"] == 0 and numbers["moved"] == 0 and numbers["spread"] > 0.1
 
 
 @needs_triton
 def test_each_branch_can_be_asked_for_alone(results: dict) -> None:
-    found = case(results, "branches")
-    assert max(found["window"], found["linear"], found["both"]) < 2e-6 and found["apart"] > 0.01
+    numbers = case(results, "branches")
+    assert max(numbers["window"], numbers["linear"], numbers["both"]) < 2e-6 and numbers["apart"] > 0.01
 
 
 @needs_triton
 def test_mixers_and_operation_take_their_kernels_by_name(results: dict) -> None:
-    found = case(results, "dispatched")
-    assert set(found) == {"window", "mamba", "mamba2", "gated_delta_net"} and max(found.values()) < 5e-6
+    numbers = case(results, "dispatched")
+    assert set(numbers) == {"window", "mamba", "mamba2", "gated_delta_net"} and max(numbers.values()) < 5e-6

@@ -27,9 +27,9 @@ def results(kernel_device: str) -> dict[str, Any]:
 
 
 def errors(results: dict[str, Any], name: str) -> dict[str, float]:
-    found: dict[str, float] = results[name]
-    assert "error" not in found, found["error"]
-    return found
+    result: dict[str, float] = results[name]
+    assert "error" not in result, result["error"]
+    return result
 
 
 WHOLE = [
@@ -47,19 +47,19 @@ WHOLE = [
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_outputs_and_all_gradients_are_those_of_the_equation(name: str, results: dict) -> None:
-    found = errors(results, name)
-    assert len(found) >= 8 and max(found.values()) < EXACT, found
+    result = errors(results, name)
+    assert len(result) >= 8 and max(result.values()) < EXACT, result
 
 
 @pytest.mark.parametrize("name", ["two calls", "above 0, two calls"])
-def test_prefill_in_two_pieces_goes_on_from_the_state(name: str, results: dict) -> None:
+def test_prefill_in_two_chunks_continues_from_the_state(name: str, results: dict) -> None:
     assert max(errors(results, name).values()) < EXACT
 
 
 def test_half_precision_is_as_near_as_its_rounding(results: dict) -> None:
-    found = errors(results, "half")
+    result = errors(results, "half")
     most = HALF[results["half dtype"]]
-    assert max(found.values()) < most and found["y"] < most / 4, found
+    assert max(result.values()) < most and result["y"] < most / 4, result
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,6 @@ def test_half_precision_is_as_near_as_its_rounding(results: dict) -> None:
 )
 def test_calls_that_the_kernels_do_not_take_go_to_another_backend(changed: dict, backend: str) -> None:
     spec = WindowLinear(window=64, shape="terraced", scaling=1.0)
-    given = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 1000, "spec": spec, "widest": 128} | changed
-    chosen, why = choice(WindowCall(**given))
+    options = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 1000, "spec": spec, "widest": 128} | changed
+    chosen, why = choice(WindowCall(**options))
     assert chosen == backend and (backend == "triton_chunks" or "not triton_chunks: " in why or backend == "reference")

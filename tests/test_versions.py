@@ -1,4 +1,4 @@
-"""The versions that the tests pass on: one table, the bounds that pip reads, a line where another one is installed."""
+"""The versions that the tests pass on: one table, the bounds that pip reads, a line if another one is installed."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ def test_pip_allows_what_was_tried_and_nothing_newer(library: str, bounds: dict[
 
 
 @pytest.mark.parametrize(
-    "installed,told",
+    "installed,printed",
     [
         ("5.17.0", False), ("5.24.3", False), ("5.23.0", False), ("5.25.0", True), ("5.25.0.dev0", True),
         ("6.0.0rc1", True), ("5.16.1", True), ("4.57.0", True),
     ],
 )  # fmt: skip
-def test_a_release_that_was_not_tried_is_told_in_one_line(
-    installed: str, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_release_that_was_not_tried_is_reported_in_one_line(
+    installed: str, printed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
         subject, "version", lambda name: {"transformers": installed, "torch": "2.13.0+cpu"}.get(name, "0.20.1")
     )
     with caplog.at_level(logging.WARNING, logger="linearize"):
         subject.report_untried_versions()
-    assert len(caplog.records) == int(told)
-    if told:
+    assert len(caplog.records) == int(printed)
+    if printed:
         line = caplog.records[0].getMessage()
         assert installed in line and "5.17 to 5.24" in line and "\n" not in line and "torch" not in line

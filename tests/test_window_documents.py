@@ -1,4 +1,4 @@
-"""Documents whose first token does not stand at position 0: an offset, padding that was counted, a part of a document.
+"""Documents whose first token is not at position 0: an offset, padding that was counted, a part of a document.
 
 Nothing before the first token is seen, whatever still lies in the ring of the call before, and a terraced window's
 blocks go by the position.
@@ -33,7 +33,7 @@ LAYOUTS = {
     "far": rows([(100_003, 41)], [(1, 41)]),
     "counted padding": rows([(-1, 9), (9, 32)], [(0, 41)]),
     "parts": rows([(0, 8), (3, 1), (6, 20), (2, 12)], [(-1, 2), (1, 17), (30, 22)]),
-    "in piece of padding": rows([(-1, 12), (1, 29)], [(-1, 12), (12, 29)]),
+    "in part of padding": rows([(-1, 12), (1, 29)], [(-1, 12), (12, 29)]),
 }
 SPECS = [
     (4, "terraced", {}),
@@ -70,13 +70,13 @@ def test_a_document_may_begin_anywhere_and_be_cut_anywhere(backend, name, window
     for cuts in ([], *CUTS):
         state, parts = None, []
         for a, b in itertools.pairwise([0, *cuts, TOKENS]):
-            piece = [x[:, :, a:b] for x in (q, k, v)]
+            part = [x[:, :, a:b] for x in (q, k, v)]
             layout = Layout(position_BT=position[:, a:b])
             if backend == "as chosen":
-                y, state = window_linear(*piece, spec=spec, layout=layout, state=state)
+                y, state = window_linear(*part, spec=spec, layout=layout, state=state)
             else:
                 with use_backend(backend):
-                    y, state = window_linear(*piece, spec=spec, layout=layout, state=state)
+                    y, state = window_linear(*part, spec=spec, layout=layout, state=state)
             parts.append(y)
         torch.testing.assert_close(torch.cat(parts, 2) * live, expected, rtol=0, atol=1e-10)
 
@@ -140,11 +140,11 @@ def test_buffers_keep_only_what_is_of_the_document():
 def test_a_student_reads_on_after_padding_that_was_counted(name):
     """`position_ids` that count the padding: the second call through the cache gives what one call gives."""
     student, (ids, mask) = student_of(tiny(), [mixer(name)] * 3), left_padded(text(2, 23), [23, 14])
-    given = {"position_ids": torch.arange(23).repeat(2, 1)}
+    options = {"position_ids": torch.arange(23).repeat(2, 1)}
     with torch.no_grad():
-        whole = student(ids, attention_mask=mask, **given).logits
-        first = {"position_ids": given["position_ids"][:, :11], "attention_mask": mask[:, :11]}
+        whole = student(ids, attention_mask=mask, **options).logits
+        first = {"position_ids": options["position_ids"][:, :11], "attention_mask": mask[:, :11]}
         cache = student(ids[:, :11], **first, use_cache=True).past_key_values
-        then = {"position_ids": given["position_ids"][:, 11:], "attention_mask": mask}
+        then = {"position_ids": options["position_ids"][:, 11:], "attention_mask": mask}
         logits = student(ids[:, 11:], **then, past_key_values=cache).logits
     torch.testing.assert_close(logits, whole[:, 11:], rtol=0, atol=2e-4)

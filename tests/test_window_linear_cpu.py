@@ -1,4 +1,4 @@
-"""The chunked backend on a CPU: blocks of a few heads, masks of a plain text, 16 bits widened group by group."""
+"""The chunked backend on a CPU: blocks of a few heads, masks without padding, 16 bits widened group by group."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(backend, spec, position=None, tokens=203, state=None, dtype=torch.float6
 @pytest.mark.parametrize("block", [1, 1 << 10, 1 << 30], ids=["one head", "a few heads", "all heads"])
 @pytest.mark.parametrize("position", [PLAIN, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize(("window", "shape", "options"), KINDS)
-def test_pieces_of_any_size_give_the_same(monkeypatch, block, position, window, shape, options):
+def test_blocks_of_any_size_give_the_same(monkeypatch, block, position, window, shape, options):
     """Chunk groups of a chunk or two: masks of later chunks, memories carried along, one head at a time or more."""
     spec, tokens = make_spec(window, shape, **options), 203 if position is None else 53
     expected, state, gradients = run("reference", spec, position, tokens)
@@ -104,14 +104,14 @@ def test_16_bits_are_widened_group_by_group(monkeypatch, dtype):
 def test_gradients_of_16_bits_are_those_of_fp32_rounded():
     spec = make_spec(4, "terraced")
     spec = type(spec)(**{**spec.__dict__, "feature_k": spec.feature_k.float(), "feature_q": spec.feature_q.float()})
-    found = {}
+    results = {}
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_(True) for x in inputs(75)]
         with use_backend("chunked"):
             y, _ = window_linear(*leaves, spec=spec, layout=Layout(), need_state=False)
         torch.manual_seed(5)
-        found[dtype] = torch.autograd.grad(y, leaves, torch.randn(y.shape).to(torch.bfloat16).to(dtype))
-    for narrow, wide in zip(found[torch.bfloat16], found[torch.float32], strict=True):
+        results[dtype] = torch.autograd.grad(y, leaves, torch.randn(y.shape).to(torch.bfloat16).to(dtype))
+    for narrow, wide in zip(results[torch.bfloat16], results[torch.float32], strict=True):
         assert narrow.dtype == torch.bfloat16
         assert (narrow.float() - wide).norm() < 0.006 * wide.norm()
 
@@ -127,13 +127,13 @@ def test_gradients_of_gradients_are_refused():
 
 def test_inference_mode_leaves_memory_that_training_may_use():
     blocking.scratch()._flat.clear()
-    spec, given = make_spec(4, "terraced"), inputs(53)
+    spec, arguments = make_spec(4, "terraced"), inputs(53)
     with torch.inference_mode(), use_backend("chunked"):
-        expected, _ = window_linear(*given, spec=spec, layout=Layout())
+        expected, _ = window_linear(*arguments, spec=spec, layout=Layout())
     y, _, _ = run("chunked", spec, tokens=53)
     torch.testing.assert_close(y, expected)
     with torch.inference_mode(), use_backend("chunked"):
-        again, _ = window_linear(*given, spec=spec, layout=Layout())
+        again, _ = window_linear(*arguments, spec=spec, layout=Layout())
     assert torch.equal(again, expected)
 
 
@@ -163,7 +163,7 @@ def test_scratch_is_the_same_memory_unless_it_has_no_contents():
 
 @pytest.mark.parametrize("columns", [5, 37], ids=["narrow", "wide"])
 @pytest.mark.parametrize("cut", [False, True], ids=["in place", "strided"])
-def test_products_go_where_they_are_wanted(columns, cut):
+def test_products_are_written_into_their_output(columns, cut):
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 19, 7), torch.randn(2, 3, 7, columns)
     for beta in (0, 1):

@@ -75,17 +75,17 @@ def test_a_few_tokens_give_the_reference_of_the_whole_text(window, shape, option
         start = first
         for commit, waiting, new in sizes:
             end = start + commit + waiting + new
-            given = {"spec": spec, "layout": Layout(start), "state": state}
-            piece = [q[:, :, end - new : end], k[:, :, start:end], v[:, :, start:end]]
-            assert (backend(piece[0], Layout(start), state, spec, end - start) == "reference") == (not spec.has_window)
-            y, after = window_linear(*piece, commit=commit, **given)
+            arguments = {"spec": spec, "layout": Layout(start), "state": state}
+            part = [q[:, :, end - new : end], k[:, :, start:end], v[:, :, start:end]]
+            assert (backend(part[0], Layout(start), state, spec, end - start) == "reference") == (not spec.has_window)
+            y, after = window_linear(*part, commit=commit, **arguments)
             torch.testing.assert_close(y, whole[:, :, end - new : end], rtol=0, atol=1e-10)
             with use_backend("reference"):
-                y, all_after = window_linear(*piece, **given)
-                _, expected = window_linear(*piece, commit=commit, **given)
-            again, found = window_linear(*piece, **given)
+                y, all_after = window_linear(*part, **arguments)
+                _, expected = window_linear(*part, commit=commit, **arguments)
+            again, actual = window_linear(*part, **arguments)
             torch.testing.assert_close(again, y, rtol=0, atol=1e-10)
-            for one, two in ((after, expected), (found, all_after)):
+            for one, two in ((after, expected), (actual, all_after)):
                 assert one.next == two.next
                 for name in ("k_BGRD", "v_BGRV", "memory_BHFV", "sink_k_BGND", "sink_v_BGNV"):
                     torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=1e-10)

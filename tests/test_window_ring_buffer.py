@@ -1,4 +1,4 @@
-"""Decoding writes into free memory behind the ring, and no state that was given out ever changes."""
+"""Decoding writes into free memory behind the ring, and no state that was returned ever changes."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ def test_tokens_go_into_one_memory_until_it_is_full(window: int, shape: Any) -> 
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "shape"), WINDOWS)
 def test_states_given_out_never_change_and_may_be_gone_on_from_twice(window: int, shape: Any) -> None:
-    decode, given = Decode(window, shape), []
+    decode, states = Decode(window, shape), []
     _, state = decode.step(decode.start(12))
     for _ in range(30):
-        given.append((state, values(state)))
+        states.append((state, values(state)))
         _, side = decode.step(state)
         _, state_again = decode.step(state, other=True)
         y, state = decode.step(state)
         assert equal(side, values(state)) and not equal(state_again, values(state))
         with use_backend("reference"):
-            expected, _ = decode.step(given[-1][0])
+            expected, _ = decode.step(states[-1][0])
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
-    assert all(equal(state, before) for state, before in given)
+    assert all(equal(state, before) for state, before in states)
 
 
 @torch.no_grad()

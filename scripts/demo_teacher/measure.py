@@ -22,26 +22,26 @@ Question = tuple[list[int], int]
 """Token ids of a prompt and its answer, and the distance in tokens from the fact's last digit to the answer's first."""
 
 
-def predictions(model: LlamaForCausalLM, ids_BT: Tensor, wanted_BT: Tensor) -> Tensor:
-    """Logits `[N, V]` that predict the N tokens marked in `wanted_BT` (bool, never a row's first token)."""
+def predictions(model: LlamaForCausalLM, ids_BT: Tensor, counted_BT: Tensor) -> Tensor:
+    """Logits `[N, V]` that predict the N tokens marked in `counted_BT` (bool, never a row's first token)."""
     hidden = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
-    return model.lm_head(hidden[wanted_BT[:, 1:]])
+    return model.lm_head(hidden[counted_BT[:, 1:]])
 
 
 def weighted_loss(model: LlamaForCausalLM, ids_BT: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over tokens of weight times next-token loss (nats), and the sum of the weights."""
-    wanted = weight_BT > 0
-    weight = weight_BT[wanted]
-    losses = F.cross_entropy(predictions(model, ids_BT, wanted).float(), ids_BT[wanted], reduction="none")
+    counted = weight_BT > 0
+    weight = weight_BT[counted]
+    losses = F.cross_entropy(predictions(model, ids_BT, counted).float(), ids_BT[counted], reduction="none")
     return (losses * weight).sum(), weight.sum()
 
 
 @torch.no_grad()
 def digit_accuracy(model: LlamaForCausalLM, rows: tuple[Tensor, Tensor], answer_weight: float) -> float:
-    """Share of answers' digits, told by their weight, that are the most likely token."""
-    wanted = rows[1] == answer_weight
-    best = predictions(model, rows[0], wanted).argmax(-1)
-    return float((best == rows[0][wanted]).float().mean())
+    """Share of the answers' digits (known by their weight) that are the most likely token."""
+    digits = rows[1] == answer_weight
+    best = predictions(model, rows[0], digits).argmax(-1)
+    return float((best == rows[0][digits]).float().mean())
 
 
 @torch.no_grad()
@@ -72,18 +72,18 @@ def recall_questions(
 ) -> list[Question]:
     """`count` documents of at most `context` tokens with one to `most_facts` facts, one asked `distance` tokens on."""
     rng = random.Random(seed * 7919 + distance)
-    found: list[Question] = []
-    while len(found) < count:
+    questions: list[Question] = []
+    while len(questions) < count:
         num_facts = rng.randint(1, most_facts)
-        room = int(LENGTH_MARGIN * (context - QUESTION_TOKENS - FACT_TOKENS * num_facts) / ratio)
-        words = min(room, int(max(1, distance - QUESTION_TOKENS) / ratio))
-        item = recall_document(rng, hay, num_words=rng.randint(words, room), num_facts=num_facts, distance=words)
+        max_words = int(LENGTH_MARGIN * (context - QUESTION_TOKENS - FACT_TOKENS * num_facts) / ratio)
+        words = min(max_words, int(max(1, distance - QUESTION_TOKENS) / ratio))
+        item = recall_document(rng, hay, num_words=rng.randint(words, max_words), num_facts=num_facts, distance=words)
         ids = tokenizer(item.prompt + item.answer)["input_ids"]
         fact_end = item.text.index(item.answer) + len(item.answer)
         tokens = len(ids) - CODE_DIGITS - len(tokenizer(item.text[:fact_end])["input_ids"])
         if len(ids) <= context:
-            found.append((ids, tokens))
-    return found
+            questions.append((ids, tokens))
+    return questions
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def recall_table(
 ) -> list[dict[str, float]]:
     """For each of DISTANCES: the measured mean distance (tokens) and the share of exact answers."""
     table = []
-    for wanted in DISTANCES:
+    for distance in DISTANCES:
         questions = recall_questions(
-            tokenizer, hay, wanted, count=count, context=context, ratio=ratio, seed=seed, most_facts=most_facts
+            tokenizer, hay, distance, count=count, context=context, ratio=ratio, seed=seed, most_facts=most_facts
         )
         mean = sum(tokens for _, tokens in questions) / len(questions)
         table.append({"distance": round(mean, 1), "exact": recall_accuracy(model, questions), "questions": count})

@@ -1,4 +1,4 @@
-"""The one exception for people: bad usage or bad input, told in one line."""
+"""The one exception for users: bad usage or bad input, reported in one line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what was given, what is allowed and what to do."""
+    """Input that cannot be used; the message says what was given, what is allowed and what to do."""
 
 
-def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
-    """An `InputError` for a name that is not in a table; names the nearest known ones, then all of them."""
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """Return the `InputError` for a name that is not in a table: the nearest known names, then all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(given, names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return InputError(f"unknown {kind} {given!r}: {hint}known: {', '.join(names)}")
+    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
 
 
 def one_line(error: BaseException) -> str:

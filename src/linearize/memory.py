@@ -1,4 +1,4 @@
-"""Memory that nobody needs any more, given back to the system at once (Linux with glibc; elsewhere nothing happens)."""
+"""Return unused memory to the system at once (Linux with glibc; elsewhere this does nothing)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MappedFiles:
         self.spans = list(_spans())
 
     def let_go(self, tensor: Tensor) -> None:
-        """The pages of a tensor that lies in such a file are not held any more; its values stay the file's."""
+        """Release the pages of a tensor that is mapped from such a file; its values stay the file's."""
         start, size = tensor.data_ptr(), tensor.nbytes
         inside = any(low <= start and start + size <= high for low, high in self.spans)
         first, last = -(-start // _PAGE) * _PAGE, (start + size) // _PAGE * _PAGE
@@ -52,7 +52,7 @@ def _spans() -> Iterator[tuple[int, int]]:
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process has now; 0 where the system does not tell."""
+    """Bytes of memory that this process has now; 0 if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text("ascii").splitlines()
     except OSError:

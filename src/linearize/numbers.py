@@ -17,7 +17,7 @@ _SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([kmgtp]?)(i?)b?\s*", re
 
 
 def parse_number(value: object) -> float | int:
-    """A number given as int, float or text (`"1e-3"`, `"2M"`, `"250k"`); whole numbers come back as int.
+    """Parse a number from int, float or text (`"1e-3"`, `"2M"`, `"250k"`); whole numbers come back as int.
 
     Raises:
         InputError: when the value is no finite number.

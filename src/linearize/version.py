@@ -1,4 +1,4 @@
-"""The version, and the versions of other libraries that it was tried with."""
+"""The version, and the versions of other libraries that it was tested with."""
 
 from __future__ import annotations
 

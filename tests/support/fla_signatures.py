@@ -44,18 +44,18 @@ def chunk_gated_delta_rule(
     assert (
         not (use_qk_l2norm_in_kernel or use_beta_sigmoid_in_kernel or kwargs) and g.shape == beta.shape == q.shape[:3]
     )
-    given = (q, k, v, g, beta)
-    return run(gated_delta.BACKENDS["reference"], given, scale, initial_state, output_final_state, cu_seqlens)
+    inputs = (q, k, v, g, beta)
+    return run(gated_delta.BACKENDS["reference"], inputs, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def run(
-    reference: Any, given: tuple[Tensor, ...], scale: float | None, state: Tensor | None, final: bool, bounds: Any
+    reference: Any, inputs: tuple[Tensor, ...], scale: float | None, state: Tensor | None, final: bool, bounds: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Every sequence by itself from its own state."""
-    assert all(x.is_contiguous() for x in given)
-    q, k, v, *gates = given
+    assert all(x.is_contiguous() for x in inputs)
+    q, k, v, *gates = inputs
     assert q.dtype == k.dtype == v.dtype and all(x.dtype != torch.bfloat16 for x in gates)
-    assert v.shape == (*q.shape[:3], v.shape[-1]) and all(x.shape[:2] == q.shape[:2] for x in given)
+    assert v.shape == (*q.shape[:3], v.shape[-1]) and all(x.shape[:2] == q.shape[:2] for x in inputs)
     if bounds is not None:
         if q.shape[0] != 1:
             raise ValueError(f"The batch size is expected to be 1 rather than {q.shape[0]} when using `cu_seqlens`.")
@@ -64,7 +64,7 @@ def run(
         assert bounds.dtype == torch.int64 and bool((bounds.diff() > 0).all()) and bounds[-1] == q.shape[1]
     wide = torch.promote_types(v.dtype, torch.float32)
     assert state is None or state.dtype == wide, "initial_state must be in float32."
-    scaled = [x.to(wide).transpose(1, 2) for x in (q * (q.shape[-1] ** -0.5 if scale is None else scale), *given[1:])]
+    scaled = [x.to(wide).transpose(1, 2) for x in (q * (q.shape[-1] ** -0.5 if scale is None else scale), *inputs[1:])]
     if bounds is None:
         y, after = reference(*scaled, layout=Layout(), state=state)
     else:
@@ -81,9 +81,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def recorded(function: Any) -> Any:
-        def call(*given: Any, **options: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             calls.append(options)
-            return function(*given, **options)
+            return function(*args, **options)
 
         return call
 

@@ -30,17 +30,17 @@ def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
     ]
     for worker in workers:
         worker.start()
-    found: dict[int, Any] = {}
-    while len(found) < ranks and any(worker.is_alive() for worker in workers):
+    result: dict[int, Any] = {}
+    while len(result) < ranks and any(worker.is_alive() for worker in workers):
         try:
             rank, value = results.get(timeout=1.0)
-            found[rank] = value
+            result[rank] = value
         except Exception:
             continue
     for worker in workers:
         worker.join(timeout=20)
         worker.kill()
-    return [found.get(rank) for rank in range(ranks)]
+    return [result.get(rank) for rank in range(ranks)]
 
 
 def command(arguments: list[str], output: Path | None = None) -> int:

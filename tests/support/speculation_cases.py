@@ -33,20 +33,20 @@ def endless(model: Any) -> Any:
 
 
 def near(model: Any, noise: float = 0.08, seed: int = 3) -> Any:
-    """A copy whose weights are a little off, so that it guesses right at times."""
-    found, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    """A copy whose weights are a little off, so that some of its draft tokens are accepted."""
+    drafted, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in drafted.parameters():
             scale = noise * parameter.abs().mean()
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return found
+    return drafted
 
 
 def plain(model: Any, ids: Tensor, count: int, **settings: Any) -> list[int]:
     """What transformers' own greedy decoding gives after one prompt `[1, T]`."""
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **settings)
-    found: list[int] = out[0, ids.shape[1] :].tolist()
-    return found
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens
 
 
 class Widths:

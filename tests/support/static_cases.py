@@ -41,8 +41,8 @@ def greedy(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     return out[:, ids.shape[1] :]
 
 
-def guesses(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Tensor]]:
-    """Widths, and whether each guess of a round is right, `[B, T]`, for ever."""
+def drafts(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Tensor]]:
+    """Widths, and whether each draft token of a round is right, `[B, T]`, for ever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         width = int(torch.randint(1, widest + 1, (1,), generator=generator))
@@ -51,28 +51,27 @@ def guesses(expected: Tensor, seed: int, widest: int) -> Iterator[tuple[int, Ten
 
 def logits_after(model: Any, ids: Tensor, mask: Tensor, expected: Tensor) -> list[Tensor]:
     """Of each row, the logits after its prompt and after each of its expected tokens, read at once and alone."""
-    found = []
+    logits = []
     for row, live, more in zip(ids, mask.bool(), expected, strict=True):
         whole = torch.cat([row[live], more])[None]
         with torch.no_grad():
-            found.append(model(whole).logits[0, int(live.sum()) - 1 :])
-    return found
+            logits.append(model(whole).logits[0, int(live.sum()) - 1 :])
+    return logits
 
 
 def verified(
     step: StaticStep, ids: Tensor, mask: Tensor, expected: Tensor, seed: int = 0, tolerance: float = 1e-3
 ) -> set[tuple[int, ...]]:
-    """Go through the expected tokens with guesses right and wrong, rows keeping different numbers, and compare tokens
-    and logits.
+    """Verify right and wrong draft tokens, rows keeping different numbers of them; compare tokens and logits.
 
-    Gives the combinations of widths and kept tokens that came up.
+    Returns the combinations of widths and kept tokens that occurred.
     """
     rows, count = expected.shape
     due_logits = logits_after(step.model, ids, mask, expected)
     padded = torch.cat([expected, torch.full((rows, step.width + 1), 5)], dim=1)
     assert torch.equal(step.prefill(ids, mask)[:, -1].argmax(-1), expected[:, 0])
     at, kept, seen = [0] * rows, [0] * rows, set()
-    for width, right in guesses(expected, seed, step.width):
+    for width, right in drafts(expected, seed, step.width):
         truth = torch.stack([padded[row, start : start + width] for row, start in enumerate(at)])
         right[:, 0] = True  # the first token is the target's own
         tokens = torch.where(right, truth, (truth + 1) % 50 + 3)
@@ -93,7 +92,7 @@ def verified(
 
 def memory(step: StaticStep) -> list[Tensor]:
     """All memory that a step keeps between calls."""
-    found = [step.start_B, step.held_1, step.kept_B]
+    memory = [step.start_B, step.held_1, step.kept_B]
     for layer in step.cache.layers:
-        found += [layer.keys, layer.values] if layer.keys is not None else [*tensors(layer.state), *layer.raw]
-    return found
+        memory += [layer.keys, layer.values] if layer.keys is not None else [*tensors(layer.state), *layer.raw]
+    return memory

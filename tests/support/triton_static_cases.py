@@ -64,9 +64,9 @@ class Noted(TorchDispatchMode):
 @contextmanager
 def counted() -> Iterator[Counted]:
     kernel = window.window_kernel
-    window.window_kernel = found = Counted(kernel)
+    window.window_kernel = result = Counted(kernel)
     try:
-        yield found
+        yield result
     finally:
         window.window_kernel = kernel
 
@@ -102,7 +102,7 @@ def decoding() -> dict[str, float]:
     return compare(filled(model, rollback=False), filled(model, rollback=False), 1, [None] * 4)
 
 
-def pieces() -> dict[str, float]:
+def chunks() -> dict[str, float]:
     """Several tokens at once, none to be taken back."""
     model = student()
     return compare(*(filled(model, rollback=False, width=3) for _ in range(2)), 3, [None] * 2)
@@ -132,9 +132,9 @@ def launched() -> dict[str, Any]:
 
         def noted(*args: Any, **options: Any) -> Any:
             with Noted() as mode:
-                found = forward(*args, **options)
+                result = forward(*args, **options)
             ran.update(mode.ran)
-            return found
+            return result
 
         module.forward = noted
 
@@ -162,13 +162,13 @@ def compiled(backend: str, width: int) -> dict[str, Any]:
     torch._dynamo.reset()
     step.compile(backend=seen if backend == "eager" else aot_autograd(fw_compiler=seen))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found: dict[str, Any] = compare(plain, step, width, KEPT if rollback else [None] * 2)
-    return found | {"graphs": len(graphs), "operators": len(graphs[0])}
+        result: dict[str, Any] = compare(plain, step, width, KEPT if rollback else [None] * 2)
+    return result | {"graphs": len(graphs), "operators": len(graphs[0])}
 
 
 CASES: dict[str, Any] = {
     "decoding": decoding,
-    "pieces": pieces,
+    "chunks": chunks,
     "verifying": verifying,
     "undecided": undecided,
     "launched": launched,

@@ -30,7 +30,7 @@ from linearize.ops.window_linear.state import WindowBuffers
 
 H, G, D, V, C = 2, 1, 6, 5, 3
 HEADS = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=7)
-# Two rows after 10 tokens each. Dead: row 0 keeps 2 of 3 tail tokens, row 1 one; a guess of row 0 is dead too.
+# Two rows after 10 tokens each. Dead: row 0 keeps 2 of 3 tail tokens, row 1 one; a draft token of row 0 is dead too.
 PAST, TAIL = 10, 3
 DEAD = torch.tensor([[10, 11, -1, 12, 13, -1], [10, -1, -1, 11, 12, 13]])
 # A document opens in the tail of row 0 and among the new tokens of row 1.
@@ -110,11 +110,11 @@ def unrolled(state: WindowLinearState, b: int) -> dict[str, Tensor]:
     }
 
 
-def state_gaps(found: WindowLinearState, states: list[Any], spec: WindowLinear) -> dict[str, float]:
+def state_gaps(actual: WindowLinearState, states: list[Any], spec: WindowLinear) -> dict[str, float]:
     """Of the sums, and of the rows that are still in the window (a ring may have dead slots in front)."""
     gaps = {"state": 0.0, "rows": 0.0}
     for b, expected in enumerate(states):
-        mine, right = unrolled(found, b), unrolled(expected, 0)
+        mine, right = unrolled(actual, b), unrolled(expected, 0)
         following = int(right["next"])
         held = min(following - fold_boundary(following, spec.window, spec.shape), right["k"].shape[1])
         for state in (mine, right):
@@ -147,19 +147,19 @@ def case(
     narrow = state if state is None or position is None else replace(state, next=torch.full((2,), PAST))
     with use_backend("reference"):
         y1, _ = window_linear(late[0][:, :, commit:], *late[1:], spec=spec, layout=layout, state=narrow, commit=commit)
-    given = [padded(x.masked_fill((at < 0)[:, None, :, None], NAN)) for x in late]
-    given[0] = given[0][:, :, commit:]
+    arguments = [padded(x.masked_fill((at < 0)[:, None, :, None], NAN)) for x in late]
+    arguments[0] = arguments[0][:, :, commit:]
     held: Any = state
     if in_place and state is not None:
         held = WindowBuffers.of(state, spec, most=commit)
         for x in (held.k_BGCD, held.v_BGCV):  # what is not in the window is never read
             x.masked_fill_(x == 0, NAN)
-    y, after = window_linear_steps(*given, spec=spec, layout=layout, state=held, commit=commit)
-    found = {"y": gap(y, y0), "torch": gap(y1.masked_fill((at[:, commit:] < 0)[:, None, :, None], 0), y0)}
+    y, after = window_linear_steps(*arguments, spec=spec, layout=layout, state=held, commit=commit)
+    results = {"y": gap(y, y0), "torch": gap(y1.masked_fill((at[:, commit:] < 0)[:, None, :, None], 0), y0)}
     if in_place:
-        found["in_place"] = float(after is held)
+        results["in_place"] = float(after is held)
         after = after.state(spec)
-    return found | (state_gaps(after, states, spec) if commit else {"state": 0.0, "rows": float(after is not state)})
+    return results | (state_gaps(after, states, spec) if commit else {"state": 0.0, "rows": float(after is not state)})
 
 
 @torch.no_grad()
@@ -184,8 +184,8 @@ def across(backend: str, in_place: bool = False) -> dict[str, float]:
     other, _ = window_linear(*then, spec=spec, layout=layout, state=middle)
     z, after = window_linear_steps(*then, spec=spec, layout=layout, state=held)
     begin = (after.state(spec) if in_place else after).begin
-    found = {"y": gap(torch.cat([y, z], 2), y0), "other": gap(other, y0[:, :, y.shape[2] :])}
-    return found | {"begin": float((begin != torch.tensor([3, 1])).sum())}
+    results = {"y": gap(torch.cat([y, z], 2), y0), "other": gap(other, y0[:, :, y.shape[2] :])}
+    return results | {"begin": float((begin != torch.tensor([3, 1])).sum())}
 
 
 @torch.no_grad()
@@ -224,12 +224,12 @@ def cut_values() -> dict[str, float]:
 @torch.no_grad()
 def branches() -> dict[str, float]:
     """Each branch by itself, and how far it is from both."""
-    found, qkv, ys = {}, inputs(9, torch.float32, 31), {}
+    results, qkv, ys = {}, inputs(9, torch.float32, 31), {}
     for branch in ("window", "linear", "both"):
         spec = make_spec(3, "terraced", "elu", branch=branch)
         ys[branch], _ = reference(*qkv, spec=spec, layout=Layout())
-        found[branch] = case(spec)["y"]
-    return found | {"apart": min(gap(ys[branch], ys["both"]) for branch in ("window", "linear"))}
+        results[branch] = case(spec)["y"]
+    return results | {"apart": min(gap(ys[branch], ys["both"]) for branch in ("window", "linear"))}
 
 
 @torch.no_grad()

@@ -85,10 +85,10 @@ def tensors(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any
 
 def run_with(backend: Callable[..., Any], case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs, the last state's sum, gradients."""
-    (q, k, v), given, leaves = tensors(case, dtype)
+    (q, k, v), options, leaves = tensors(case, dtype)
     spec = WindowLinear(
         window=case.window, shape=case.shape, scaling=0.4, num_sinks=case.sinks, softcap=case.softcap,
-        shared_shift=case.shared, branch=case.branch, **given,
+        shared_shift=case.shared, branch=case.branch, **options,
     )  # fmt: skip
     state, ys = None, []
     for part, layout in layouts(case):
@@ -96,15 +96,15 @@ def run_with(backend: Callable[..., Any], case: Case, dtype: torch.dtype) -> dic
         ys.append(y)
     y = torch.cat(ys, dim=2)
     assert state is not None
-    found = {"y": y.detach(), "memory": state.memory_BHFV.detach(), "ring": state.k_BGRD.detach()}
+    results = {"y": y.detach(), "memory": state.memory_BHFV.detach(), "ring": state.k_BGRD.detach()}
     if case.backward:
         torch.manual_seed(7)
         d_y = torch.randn(y.shape).to(case.dtype).to(y.dtype)
         grads = torch.autograd.grad(y, leaves, d_y, allow_unused=True)
-        found |= {
+        results |= {
             f"d{i}": torch.zeros_like(x) if g is None else g for i, (x, g) in enumerate(zip(leaves, grads, strict=True))
         }
-    return found
+    return results
 
 
 def errors(case: Case) -> dict[str, float]:
@@ -112,12 +112,12 @@ def errors(case: Case) -> dict[str, float]:
     kernels = partial(run.window_linear_chunks, sizes=Sizes(case.chunk, 2))
     right, got = run_with(reference, case, torch.float64), run_with(kernels, case, case.dtype)
     assert right.keys() == got.keys()
-    found = {}
+    results = {}
     for name, x in right.items():
         assert x.shape == got[name].shape, name
         off = gap(x, got[name])
-        found[name] = off / max(x.abs().max().item(), 1.0) if x.numel() else off
-    return found
+        results[name] = off / max(x.abs().max().item(), 1.0) if x.numel() else off
+    return results
 
 
 CASES: dict[str, Case] = {
@@ -141,13 +141,13 @@ def main() -> None:
     torch.set_num_threads(1)
     backward.TILE = 16  # more than one of them in a chunk of 32
     poison()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in sys.argv[1:] or CASES:
         try:
-            found[name] = errors(CASES[name])
+            results[name] = errors(CASES[name])
         except Exception:
-            found[name] = {"error": traceback.format_exc()[-3000:]}
-    print(json.dumps(found))
+            results[name] = {"error": traceback.format_exc()[-3000:]}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from linearize.modeling.io.quantized import BaseWeights
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.schema import Recipe
 from linearize.training.config import BlockwiseConfig
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.stages.lowrank import LowRankConfig
@@ -63,7 +63,7 @@ def check_starts(plan: PlanConfig) -> None:
             with torch.random.fork_rng():
                 built = mixer.build(size)
             if isinstance(built, LayerMixer) and type(built).calibrate is LayerMixer.calibrate:
-                built.calibrate(())  # says why not, and what to do
+                built.calibrate(())  # raises with the reason and what to do
 
 
 def check_stages(
@@ -98,7 +98,7 @@ def check_stages(
             stage.check(student, teacher)
 
 
-def check_rows(recipe: Recipe, text: TrainingText, steps: int) -> None:
+def check_rows(recipe: Recipe, text: TrainDataset, steps: int) -> None:
     """Refuse text that is too short for a stage's rows. Raises InputError."""
     for number, stage in enumerate(recipe.stages):
         if stage.tokens != 0 and not isinstance(stage, DatasetStageConfig):

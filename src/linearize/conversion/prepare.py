@@ -35,7 +35,7 @@ from linearize.recipes.plan import PlanConfig
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
 from linearize.training.data.loading import PSEUDO
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.student_run import unshare
 
 LOG = logging.getLogger("linearize")
@@ -64,7 +64,7 @@ class Prepared:
     plan: Sequence[MixerConfig | None]
     steps: Sequence[Sequence[int]]
     scores: Sequence[LayerScore]
-    text: TrainingText
+    text: TrainDataset
     heldout: Sequence[Batch]
     teacher_weights: str
 
@@ -167,13 +167,13 @@ def resolve_plan(
 
     Without `scores`, a plan that chooses layers by them gets any choice of the right size.
     """
-    wanted = plan.resolve(len(sites), [score.kl for score in scores] or [0.0] * len(sites))
-    applied = check_plan(wanted, sites, teacher.config.model_type)
-    kept = [i for i, mixer in enumerate(wanted) if mixer is not None and applied[i] is None]
+    planned = plan.resolve(len(sites), [score.kl for score in scores] or [0.0] * len(sites))
+    applied = check_plan(planned, sites, teacher.config.model_type)
+    kept = [i for i, mixer in enumerate(planned) if mixer is not None and applied[i] is None]
     notices = [f"layers {kept} keep their own attention: the teacher limits it to the mixer's window already"] * bool(
         kept
     )
-    return applied, _steps(plan, wanted, applied), notices
+    return applied, _steps(plan, planned, applied), notices
 
 
 def _student(teacher: Any, name: str, plan: Sequence[MixerConfig | None], seed: int) -> LinearizedForCausalLM:
@@ -217,10 +217,10 @@ def inspect_sensitivity(
     }
 
 
-def _steps(plan: PlanConfig, wanted: Sequence[Any], applied: Sequence[Any]) -> list[list[int]]:
+def _steps(plan: PlanConfig, planned: Sequence[Any], applied: Sequence[Any]) -> list[list[int]]:
     """The schedule's steps without the layers that stay as they are; at least one."""
-    converted = [layer for layer, mixer in enumerate(wanted) if mixer is not None]
-    left = [[i for i in step if applied[i] is not None] for step in plan.steps(converted, len(wanted))]
+    converted = [layer for layer, mixer in enumerate(planned) if mixer is not None]
+    left = [[i for i in step if applied[i] is not None] for step in plan.steps(converted, len(planned))]
     return [step for i, step in enumerate(left) if step and (i == 0 or step != left[i - 1])] or [[]]
 
 

@@ -27,7 +27,7 @@ from linearize.modeling.student import student_config
 from linearize.recipes.schema import Recipe
 from linearize.training.config import Batch, BlockwiseConfig
 from linearize.training.data.loading import PSEUDO
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.step import computed_on
 
 LOG = logging.getLogger("linearize")
@@ -46,7 +46,7 @@ class StreamedPrepared:
     student: LinearizedForCausalLM
     stage: BlockwiseConfig
     number: int
-    text: TrainingText
+    text: TrainDataset
     heldout: Sequence[Batch]
 
 
@@ -83,7 +83,7 @@ def prepare_streamed(
     check_stages(recipe, student, teacher.skeleton, teacher.tokenizer)
     check_saving(student, teacher.tokenizer)
     if not student.mixer_parameters():
-        raise InputError("no mixer of this plan has parameters to train, so there is nothing to do block by block")
+        raise InputError("the mixers of this plan have no parameters, so no block can be trained: leave --stream out")
     packs = partial(_keeps_documents_apart, StreamedBlocks(teacher, config, seed=recipe.seed))
     text, heldout = read_text(teacher.skeleton, teacher.tokenizer, recipe.data, specs, target, packs=packs)
     check_rows(recipe, text, 1)
@@ -104,7 +104,7 @@ def block_stage(recipe: Recipe) -> int:
     """
     running = [(number, stage) for number, stage in enumerate(recipe.stages) if stage.tokens != 0]
     if not running:
-        raise InputError("blocks read from the disk need a block-wise stage, and this recipe runs none: set tokens")
+        raise InputError("blocks read from the disk need a block-wise stage, and this recipe runs none: set its tokens")
     first, stage = running[0]
     if not is_blockwise(stage):
         remedy = f"set stages.{first}.tokens=0"

@@ -151,7 +151,7 @@ def check_options(stages: Sequence[StageConfig], options: BlockOptions) -> None:
         parse_blocks(options.only)
         if first_joint > 1:
             raise InputError(
-                "blocks were given, but this recipe has several block-wise stages: set block of all but one to null"
+                "blocks given, but this recipe has several block-wise stages: set block to null in all but one"
             )
 
 

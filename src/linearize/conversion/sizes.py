@@ -22,7 +22,7 @@ from linearize.training.blockwise.hidden_rows import StageRows
 from linearize.training.config import BlockwiseConfig
 
 PROCESS_BYTES = 500_000_000  # Python, torch, transformers and this package, as measured
-SHARE = 0.8  # of the memory that is free, where no bound is given
+SHARE = 0.8  # of the free memory, if no bound is set
 
 
 def chosen_block(
@@ -107,7 +107,7 @@ def check_whole(
     holder = "one process" if processes == 1 else f"each of {processes} processes"
     raise InputError(
         f"{', '.join(stages) or 'what is loaded at the end'} needs the whole model, of which {holder} takes at least "
-        f"{size_text(need)} of memory, {size_text(memory)} given: share it among more processes (torchrun), give more, "
+        f"{size_text(need)} of memory, but --memory is {size_text(memory)}: use more processes (torchrun), raise it, "
         "or set the tokens of the later stages to 0"
     )
 

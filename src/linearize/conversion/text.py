@@ -15,7 +15,7 @@ from linearize.training.config import Batch
 from linearize.training.data.loading import DataConfig, document_rows, load_documents, split
 from linearize.training.data.pseudo_labels import pseudo_labeller
 from linearize.training.data.sampling import self_sampler
-from linearize.training.data.train_dataset import TrainingText
+from linearize.training.data.train_dataset import TrainDataset
 
 CALIBRATION_TOKENS = 16_384
 EVALUATION_BATCH = 8
@@ -31,10 +31,10 @@ def read_text(
     device: torch.device | None = None,
     *,
     packs: Callable[[], bool] | None = None,
-) -> tuple[TrainingText, list[Batch]]:
+) -> tuple[TrainDataset, list[Batch]]:
     """The text to train on, and the held-out batches on `device` (None: the teacher's).
 
-    `packs` says whether the teacher keeps the documents of a packed row apart (None: try it); where it does not, each
+    `packs`: whether the teacher keeps the documents of a packed row apart (None: try it); where it does not, each
     row holds one document.
     """
     documents = load_documents(
@@ -53,26 +53,26 @@ def read_text(
             f"{teacher.config.model_type} does not keep the documents of a packed row apart: each row holds one "
             "document and padding, so that long documents or a smaller data.length train faster"
         )
-    text = TrainingText(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
+    text = TrainDataset(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
     rows = document_rows(parts.heldout, data.length, pad_token_id=pad, one_per_row=alone)
     return text, [
         {k: x.to(device or teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)
     ]
 
 
-def sample_batches(recipe: Recipe, text: TrainingText, teacher: Any, tokens: int) -> list[Batch]:
+def sample_batches(recipe: Recipe, text: TrainDataset, teacher: Any, tokens: int) -> list[Batch]:
     """Batches of about so many tokens of the training text, on the teacher's device."""
     return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
 
 
 def _printer(line: str) -> Callable[[int, int], None]:
-    """Print a line on stderr for every tenth of what the teacher writes."""
+    """Print a line on stderr for every tenth of the text that is sampled from the teacher."""
     printed = 0
 
-    def report(done: int, wanted: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal printed
-        if (tenth := done * 10 // max(wanted, 1)) > printed:
+        if (tenth := done * 10 // max(total, 1)) > printed:
             printed = tenth
-            print(f"linearize: the teacher has {line.format(done=done, all=wanted)}", file=sys.stderr, flush=True)
+            print(f"linearize: the teacher has {line.format(done=done, all=total)}", file=sys.stderr, flush=True)
 
     return report

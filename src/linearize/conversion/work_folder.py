@@ -37,7 +37,7 @@ def make_work(work: Path, final: Path) -> None:
 
 def mark_ended(folder: Path, work: Path, identity: Mapping[str, Any]) -> None:
     """Record in `work` which student it made: once the folder has its final name, nothing is left to do."""
-    record = {"report": read_text(folder / REPORT), "wanted": identity}
+    record = {"report": read_text(folder / REPORT), "identity": identity}
     atomic_write_text(work / ENDED, json.dumps(record))
 
 
@@ -46,7 +46,7 @@ def ended(final: Path, work: Path) -> Any:
     if not (work / ENDED).is_file() or not (final / REPORT).is_file():
         return None
     record = read_json(work / ENDED)
-    return record["wanted"] if record["report"] == read_text(final / REPORT) else None
+    return record.get("identity") if record["report"] == read_text(final / REPORT) else None
 
 
 def is_written(final: Path, work: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:

@@ -87,12 +87,12 @@ class ConversionReport(BaseModel):
 
     def moments(self) -> list[Moment]:
         """Every moment at which the held-out loss was measured: after each swap, and after each stage."""
-        found = [Moment("swap", self.swap_loss, None)]
+        moments = [Moment("swap", self.swap_loss, None)]
         for name, stage in zip(self.stage_names(), self.stages, strict=True):
-            if found[-1].loss != stage.loss_before:  # a later step of a schedule has converted further layers
-                found.append(Moment("swap", stage.loss_before, None))
-            found.append(Moment(name, stage.loss_after, stage))
-        return found
+            if moments[-1].loss != stage.loss_before:  # a later step of a schedule has converted further layers
+                moments.append(Moment("swap", stage.loss_before, None))
+            moments.append(Moment(name, stage.loss_after, stage))
+        return moments
 
 
 class Moment(NamedTuple):
@@ -213,7 +213,7 @@ def _version(name: str) -> str | None:
 
 
 def _source_commit() -> dict[str, Any]:
-    """Commit of the checkout that the package's own source lies in, and whether tracked files differ from it."""
+    """Commit of the checkout that the package's own source is in, and whether tracked files differ from it."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists() or not (root / "src" / "linearize").is_dir():
         return {"commit": None, "modified": None}

@@ -70,7 +70,7 @@ class StreamedForward:
         self.rows = [range(end - len(b["input_ids"]), end) for end, b in zip(ends, self.batches, strict=True)]
 
     def enter(self, step: Any, model_dim: int, dtype: torch.dtype) -> None:
-        """What all of them are given at the first layer: `step(batch) -> [B, T, M]`."""
+        """The input of all of them at the first layer: `step(batch) -> [B, T, M]`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         length = self.batches[0]["input_ids"].shape[1]
         count = self.rows[-1].stop

@@ -1,4 +1,4 @@
-"""`linearize plan`: what a conversion needs, known before it is paid for."""
+"""`linearize plan`: the cost of a conversion, estimated beforehand."""
 
 from __future__ import annotations
 

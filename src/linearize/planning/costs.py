@@ -1,4 +1,4 @@
-"""What one step of a stage holds and does: the stage's own code, run without contents on a sample of the model."""
+"""Memory and work of one step of a stage: the stage's own code, run without contents on a sample of the model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stage_costs(stage: StageConfig, sample: Sample, rows: int, length: int, held
     _make_moments(stepper)
     step = _peak(sample, lambda: stepper.step(batch, number=0, lr=stage.lr))
     done = list(meter.operations)
-    held = 0 if isinstance(stage, DatasetStageConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
+    peak = 0 if isinstance(stage, DatasetStageConfig) else _peak(sample, lambda: stepper.heldout_loss([heldout]))
     parameters = stepper.parameters.values()
     return {
         "weights": weights,
@@ -53,10 +53,10 @@ def stage_costs(stage: StageConfig, sample: Sample, rows: int, length: int, held
         "optimizer": sum(tensor_bytes(state.values()) for state in stepper.optimizer.state.values()),
         "step": step,
         "calibrate": calibrate,
-        "heldout": held,
+        "heldout": peak,
         "flops": sum(one.flops for one in done),
         "seconds": device.seconds(done),
-        "heldout_seconds": device.seconds(meter.operations) if held else 0.0,
+        "heldout_seconds": device.seconds(meter.operations) if peak else 0.0,
     }
 
 

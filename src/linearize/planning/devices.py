@@ -34,7 +34,7 @@ class Device(BaseModel):
     """One device: bytes, operations and bytes per second at their peaks, and the share of the peaks that is reached.
 
     `link`, `link_between_nodes`: bytes per second that one device receives from others of its node, and from other
-    nodes; `link_share` of them is reached. `heap`: what the allocator holds of freed memory, as a share of the
+    nodes; `link_share` of them is reached. `heap`: freed memory that the allocator keeps, as a share of the
     activations; `beside`: bytes of text, tokenizer and code that a conversion loads.
     """
 
@@ -55,7 +55,7 @@ class Device(BaseModel):
     beside: Bytes = 0
 
     def gather_seconds(self, size: float, devices: int) -> float:
-        """Until each of `devices` has all of `size` bytes of which it holds a part; adding up gradients takes as long.
+        """Seconds until each device has all of `size` bytes, of which it has a part; also those of summing gradients.
 
         Within a node each device receives what it lacks; all of a node's devices together bring in what other nodes
         hold. The slower of the two counts; 0 where the table has no `link`.
@@ -68,7 +68,7 @@ class Device(BaseModel):
         return max(inside, across) / self.link_share
 
     def seconds(self, operations: Sequence[Operation]) -> float:
-        """Of operations one after the other, each as long as its products, its bytes or its launch take."""
+        """Seconds of operations one after the other, each the longest of its products, its bytes and its launch."""
         return sum(max(self._products(one), one.moved / (self.bandwidth * self.share), self.launch)
                    for one in operations)  # fmt: skip
 
@@ -110,7 +110,7 @@ def _rate(dtype: torch.dtype, size: int = 768) -> float:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The shortest of five."""
+    """The shortest of five runs, in seconds."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -150,11 +150,7 @@ def _parse(text: str, where: str) -> dict[str, Device]:
     return devices
 
 
-def room(device: Device) -> int:
-    """Bytes that a process may take there."""
-    return device.memory
-
-
 def fits(device: Device, need: int) -> str | None:
-    """None if the device has this many bytes, else how much is missing, in words."""
-    return None if need <= room(device) else f"needs {size_text(need)} of memory ({size_text(room(device))} are there)"
+    """None if the device has this many bytes, else a message with what is missing."""
+    available = device.memory
+    return None if need <= available else f"needs {size_text(need)} of memory ({size_text(available)} available)"

@@ -12,7 +12,7 @@ import torch
 from linearize.conversion.checks import checked_base
 from linearize.errors import InputError
 from linearize.planning.costs import error_costs, quantized_bytes, score_costs, text
-from linearize.planning.devices import CPU, Device, fits, load_device, room
+from linearize.planning.devices import CPU, Device, fits, load_device
 from linearize.planning.report import ConversionPlan
 from linearize.planning.samples import look_at, measured, on_sample, read_config
 from linearize.planning.stages import HELDOUT_ROWS, PlanRequest, plan_stage, vocabulary
@@ -92,7 +92,7 @@ def _plan(request: PlanRequest, teacher: str, device: str, notices: list[str]) -
         recipe=request.recipe.name,
         device=device,
         devices=request.devices,
-        device_bytes=room(kind),
+        device_bytes=kind.memory,
         parameters=whole.parameters,
         student_parameters=round(student / whole.dtype.itemsize),
         stages=stages,

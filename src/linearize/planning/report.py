@@ -124,7 +124,7 @@ def plan_lines(plan: ConversionPlan) -> Iterator[str]:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds as text."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -132,7 +132,7 @@ def time_text(seconds: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """A number of things for people: `8.03B`."""
+    """A count as text: `8.03B`."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"

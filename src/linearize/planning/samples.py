@@ -1,5 +1,5 @@
 """A model from its config alone, and small samples of it: one layer of each kind, and one more of each. What grows
-with the number of layers is measured on the samples and carried on in a straight line."""
+with the number of layers is measured on the samples and extrapolated linearly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Whole:
 
     @property
     def layers(self) -> int:
-        """How many layers the teacher has."""
+        """Layers of the teacher."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     @property
@@ -101,7 +101,7 @@ def read_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
 
 
 def look_at(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype) -> Whole:
-    """Build the whole model without contents and see what it consists of.
+    """Build the whole model without contents and read its structure.
 
     Raises:
         InputError: a family that cannot be converted, or a plan that does not fit it.
@@ -137,12 +137,12 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()  # belongs to what was left out: a head is the embedding where the config says so
     except (ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"cannot build a causal language model of this config: {one_line(error)}") from error
+        raise InputError(f"cannot build a causal language model from this config: {one_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 
 def measured(whole: Whole, measure: Callable[[Sample], Numbers]) -> Measured:
-    """What `measure` says of the whole model, from samples of few layers; numbers must be affine in the layers."""
+    """The numbers of `measure` for the whole model, from samples of few layers; they must be affine in the layers."""
     first = [kind[0] for kind in whole.kinds]
     base = on_sample(whole, first, measure)
     total, per_layer = dict(base), []
@@ -156,7 +156,7 @@ def measured(whole: Whole, measure: Callable[[Sample], Numbers]) -> Measured:
 
 
 def on_sample(whole: Whole, layers: Sequence[int], measure: Callable[[Sample], Numbers]) -> Numbers:
-    """What `measure` says of a model with these layers of the teacher alone."""
+    """The numbers of `measure` for a model with only these layers of the teacher."""
     models = [model for model in (whole.small, whole.small_draft) if model is not None]
     with simulation(whole.mode) as meter:
         meter.know(tensor for model in models for tensor in (*model.parameters(), *model.buffers()))

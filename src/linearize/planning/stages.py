@@ -10,7 +10,7 @@ from typing import Literal
 from linearize.errors import InputError
 from linearize.numbers import size_text
 from linearize.planning.costs import stage_costs, text
-from linearize.planning.devices import Device, fits, room
+from linearize.planning.devices import Device, fits
 from linearize.planning.report import BlockPlan, Memory, StagePlan
 from linearize.planning.samples import Measured, Numbers, Whole, measured
 from linearize.recipes.schema import Recipe
@@ -49,7 +49,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     costs = measured(whole, lambda sample: stage_costs(stage, sample, rows, length, heldout, device))
     tokens = stage.tokens if stage.tokens is not None else request.tokens
     if tokens is None:
-        raise InputError(f"stages.{number} ({stage.name}) trains on its own data: say with --tokens how much that is")
+        raise InputError(f"stages.{number} ({stage.name}) trains on its own data: give its size with --tokens")
     steps = count_steps(stage.model_copy(update={"tokens": tokens}), length)
     memory = _memory(stage, request, costs.total)
     blocks = _blocks(number, stage, request, rows, costs)
@@ -90,7 +90,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
             stage,
             missing,
             memory,
-            room(device),
+            device.memory,
             rows,
             checkpointed,
             blocks[0] if blocks else None,
@@ -114,7 +114,7 @@ def _sending_seconds(stage: StageConfig, request: PlanRequest, costs: Measured, 
 
 
 def _memory(stage: StageConfig, request: PlanRequest, total: Mapping[str, float]) -> Memory:
-    """All layers at once, sharded over the devices: what is divided, and two layers whole beside it."""
+    """All layers at once, sharded over the devices: what is divided, and two whole layers."""
     shards, gradients = request.devices, total["gradients"]
     beside = 2 * request.whole.layer_bytes if shards > 1 else 0
     activations = max(total["step"] - gradients, total["calibrate"] - gradients, total["heldout"] - gradients, 0)
@@ -152,7 +152,7 @@ def _blocks(
     if request.recipe.base_weights != "full":
         return None
     sizes = block_sizes(stage, request, rows, costs)
-    bounds = {"memory_bytes": room(request.device), "disk_bytes": request.disk}
+    bounds = {"memory_bytes": request.device.memory, "disk_bytes": request.disk}
     cheapest = choose_block(sizes, **bounds) if fitting_blocks(sizes, **bounds) else None
     chosen = request.block or stage.block
     if chosen is not None:
@@ -174,7 +174,7 @@ def _block(sizes: BlockSizes, block: int) -> BlockPlan:
 
 
 def block_sizes(stage: StageConfig, request: PlanRequest, rows: int, costs: Measured) -> BlockSizes:
-    """What the memory and the disk of a block of layers depend on, from the stage's costs."""
+    """The sizes that determine memory and disk of a block of layers, from the stage's costs."""
     whole = request.whole
     weights = whole.weight_bytes - sum(len(kind) for kind in whole.kinds) * whole.layer_bytes
     head = rows * (stage.length or request.recipe.data.length) * whole.model_dim * 4
@@ -198,23 +198,23 @@ def _advice(
     stage: StageConfig,
     missing: str,
     memory: Memory,
-    room: int,
+    available: int,
     rows: int,
     checkpointed: int | None,
     cheapest: BlockPlan | None,
     devices: int,
 ) -> str:
-    """One sentence: what is missing, and each remedy that there is."""
+    """One sentence with what is missing and each remedy."""
     remedies = []
     fixed = memory.peak - memory.activations
-    fewer = rows * max(0, room - fixed) // max(1, memory.activations)
+    fewer = rows * max(0, available - fixed) // max(1, memory.activations)
     if 1 <= fewer < rows:
         remedies.append(f"--set stages.{number}.micro_batch={fewer}")
     if checkpointed is not None:
         least = checkpointed - memory.activations + memory.activations // rows
-        if checkpointed <= room:
+        if checkpointed <= available:
             remedies.append(f"--set stages.{number}.gradient_checkpointing=true ({size_text(checkpointed)})")
-        elif least <= room and not remedies:
+        elif least <= available and not remedies:
             remedies.append(f"gradient_checkpointing=true and micro_batch=1 for stages.{number}")
     if cheapest is not None:
         remedies.append(f"--set stages.{number}.block={cheapest.block} ({size_text(cheapest.peak_bytes)} of memory, "
@@ -222,7 +222,7 @@ def _advice(
     divided = memory.weights + memory.gradients + memory.optimizer + memory.best
     for more in (2**power for power in range(1, 11)):
         shared = memory.reserve + memory.allocator + divided // more + memory.activations // rows * -(-rows // more)
-        if shared <= room:
+        if shared <= available:
             remedies.append(f"--devices {devices * more} or more")
             break
     remedies.append("a device with more memory")

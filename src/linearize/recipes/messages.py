@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from linearize.errors import InputError, unknown
 
 _MOST_SHOWN = 3
-_GIVEN = " given; "
+_SEPARATOR = " given; "
 _MAPPING_EXPECTED = ("model_type", "model_attributes_type", "dict_type")
 
 
@@ -33,7 +33,7 @@ def explain(error: ValidationError, model: type[BaseModel], data: object, where:
 
 def _join(texts: list[str]) -> str:
     """Join several errors about one key (each member of a union has its own), with key and value written once."""
-    head = texts[0].partition(_GIVEN)[0] + _GIVEN
+    head = texts[0].partition(_SEPARATOR)[0] + _SEPARATOR
     return " or ".join([texts[0], *(text.removeprefix(head) for text in texts[1:])])
 
 
@@ -71,11 +71,11 @@ def _describe(key: str, finding: dict[str, Any], model: type[BaseModel]) -> str:
     value = repr(finding["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
     message = "input should be a mapping" if kind in _MAPPING_EXPECTED else finding["msg"]
-    return f"{key or 'the recipe'}: {value}{_GIVEN}{message[:1].lower()}{message[1:]}"
+    return f"{key or 'the recipe'}: {value}{_SEPARATOR}{message[:1].lower()}{message[1:]}"
 
 
 def _tag(context: Mapping[str, Any]) -> str:
-    """The key that says which member of a union is meant."""
+    """The key that chooses the member of a union."""
     return str(context["discriminator"]).strip("'")
 
 

@@ -1,4 +1,4 @@
-"""Single settings of a recipe changed by dotted keys: `plan.mixer.window=16`, `stages.0.tokens=1e6`."""
+"""Change single values of a recipe by dotted keys: `plan.mixer.window=16`, `stages.0.tokens=1e6`."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`["plan.mixer.window=16", ...]` as a mapping; values are read as YAML.
 
     Raises:
-        InputError: a setting without `=` or value, one that is not YAML, or a key given twice.
+        InputError: no `=` or no value, a value that is not YAML, or a key that occurs twice.
     """
     result: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
+    for override in settings:
+        key, equals, text = override.partition("=")
         key = key.strip()
         if not (key and equals and text.strip()):
-            raise InputError(f"setting {setting!r}: write KEY=VALUE, like plan.mixer.window=16 (null for no value)")
+            raise InputError(f"setting {override!r}: write KEY=VALUE, like plan.mixer.window=16 (null for no value)")
         if key in result:
             raise InputError(f"setting {key!r} is given twice; give it once")
         try:
             result[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(
-                f"setting {setting!r}: the value is not valid YAML; give a number, a word, [..] or {{..}}"
+                f"setting {override!r}: the value is not valid YAML; give a number, a word, [..] or {{..}}"
             ) from error
     return result
 
 
 def renamed(data: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The overrides that choose a kind of mixer, stage or schedule, applied; what is left of them is returned too.
+    """Apply the overrides that choose a kind of mixer, stage or schedule; return the data and the other overrides.
 
-    Another kind starts from its own defaults and keeps those of the recipe's settings that it has as well.
+    Another kind starts from its own defaults and keeps those values of the recipe that it has a field for.
     """
     data, rest = copy.deepcopy(data), dict(overrides)
     for text, value in overrides.items():
@@ -67,7 +67,7 @@ def applied(data: dict[str, Any], overrides: Mapping[str, Any], everything: Mapp
     """The recipe's data with these keys set, shortest first.
 
     Args:
-        everything: the whole recipe with its defaults spelled out; says which keys exist.
+        everything: the whole recipe with its defaults spelled out, which defines the keys that exist.
 
     Raises:
         InputError: an unknown key (names the nearest), or an index past the end of a list.
@@ -86,14 +86,14 @@ def applied(data: dict[str, Any], overrides: Mapping[str, Any], everything: Mapp
 
 
 def _opens(key: Key, everything: Mapping[str, Any]) -> bool:
-    """Whether a key may open a part that the recipe leaves empty; what it says there is checked with the recipe."""
+    """Whether a key may create a section that the recipe lacks; its value is checked with the recipe."""
     if key[:2] == ("plan", "overrides"):
         return len(key) in (3, 4)
     return key[:-1] == _SCHEDULE or (key[:-1] == _MIXER and _find(everything, _MIXER) is None)
 
 
 def _layer_form(key: Key) -> set[str]:
-    """The keys that may stand beside this one in `plan.layers`, which another form replaces; none for other keys."""
+    """The keys that may be combined with this one in `plan.layers`; none for other keys."""
     return next((form for form in _LAYER_FORMS if key[:-1] == _LAYERS and key[-1] in form), set())
 
 
@@ -110,7 +110,7 @@ def _check(key: Key, data: Mapping[str, Any], everything: Mapping[str, Any]) -> 
 
 
 def _nearest(text: str, known: list[str]) -> str:
-    """What the writer of an unknown key may have meant: neighbours, the same last part elsewhere, whole keys."""
+    """Suggest known keys for an unknown one: siblings, the same last part elsewhere, whole keys."""
     parent, _, leaf = text.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
     near = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
@@ -158,7 +158,7 @@ def _find(node: Any, key: Key) -> Any:
 
 
 def _table(key: Key) -> Mapping[str, type[BaseModel]] | None:
-    """The table that names what may stand at this key."""
+    """The table of names that this key may have; None for other keys."""
     if key == _MIXER or (key[:2] == ("plan", "overrides") and len(key) == 3):
         return MIXERS
     if key == _SCHEDULE:

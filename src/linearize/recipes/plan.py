@@ -121,7 +121,7 @@ class PlanConfig(BaseModel):
     @model_validator(mode="after")
     def _something_to_place(self) -> PlanConfig:
         if self.mixer is None and (self.layers != "all" or self.overrides or self.schedule is not None):
-            raise ValueError("layers, overrides and schedule say where plan.mixer goes: give it or leave them out")
+            raise ValueError("layers, overrides and schedule need plan.mixer: set it, or leave them out")
         return self
 
     @field_validator("layers", mode="before")
@@ -185,7 +185,7 @@ class PlanConfig(BaseModel):
         else:
             converted = layer_indices(self.layers, num_layers, "plan.layers")
         if not converted:
-            raise InputError(f"plan.layers: nothing to convert, all {num_layers} layers keep their softmax attention")
+            raise InputError(f"plan.layers: nothing to convert, all {num_layers} layers keep softmax: keep fewer")
         indices = layer_indices(tuple(self.overrides), num_layers, "plan.overrides")
         for index in indices:
             if index not in converted:
@@ -223,14 +223,14 @@ def layer_indices(indices: tuple[int, ...], num_layers: int, key: str) -> list[i
 
 def _check_keep(keep: object, select: object) -> None:
     if select not in ("uniform", "sensitivity"):
-        raise InputError(f"select: {select!r} given; uniform or sensitivity is needed")
+        raise InputError(f"select: {select!r} given; allowed: uniform or sensitivity")
     if isinstance(keep, (list, tuple)):
         if not _is_index_list(keep):
             raise InputError(f"{{'keep': {keep!r}}} given; {_LAYERS_HELP}")
         if select != "uniform":
             raise InputError(f"select: {select!r} given for a list of layers; it chooses the layers of a ratio")
     elif not _is_ratio(keep):
-        raise InputError(f"keep: {keep!r} given; a ratio >= 0 and below 1, or a list of indices, is needed")
+        raise InputError(f"keep: {keep!r} given; allowed: a ratio from 0 and below 1, or a list of indices")
 
 
 def _is_int(value: object) -> bool:

@@ -26,7 +26,7 @@ class Progressive(BaseModel):
     @classmethod
     def _growing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(after <= before for before, after in pairwise((0.0, *value))) or value[-1] > 1:
-            raise ValueError(f"{list(value)} given; growing fractions above 0 and up to 1 are needed")
+            raise ValueError(f"{list(value)} given; allowed: increasing fractions above 0 and up to 1")
         return value
 
     def steps(self, converted: Sequence[int], num_layers: int) -> list[list[int]]:

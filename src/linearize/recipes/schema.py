@@ -28,7 +28,7 @@ else:
 
 DEFAULT_RECIPE = "window-linear"
 _SUFFIXES = (".yaml", ".yml")
-_OWN = ("name", "description", "source", "seed")  # what a recipe with a base says itself
+_OWN = ("name", "description", "source", "seed")  # keys that a recipe with a base may have of its own
 
 
 class Recipe(BaseModel):
@@ -55,7 +55,7 @@ class Recipe(BaseModel):
             where: what the data is, for messages (a file's path).
 
         Raises:
-            InputError: names the key, what was given and what is allowed.
+            InputError: an invalid key or value; the message says what was given and what is allowed.
         """
         try:
             return cls.model_validate(data)
@@ -122,10 +122,10 @@ def _load(name: str, above: tuple[str, ...]) -> Recipe:
 
 
 def _from_base(data: dict[str, Any], where: str, above: tuple[str, ...]) -> Recipe:
-    """The base with what the file says of itself, then with the keys under `set`."""
+    """The base with the file's own keys, then with those under `set`."""
     if others := sorted(set(data) - {"base", "set", *_OWN}):
         raise InputError(
-            f"{where}: {others[0]!r} given beside base; allowed beside it: {', '.join(_OWN)}, and set: {{KEY: VALUE}}"
+            f"{where}: {others[0]!r} given with base; allowed with it: {', '.join(_OWN)}, and set: {{KEY: VALUE}}"
         )
     base, settings = data["base"], data.get("set") or {}
     if not isinstance(base, str) or not isinstance(settings, dict):
@@ -153,7 +153,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice in one mapping, where plain YAML keeps the last in silence."""
+    """YAML in which a key that occurs twice in a mapping is an error; plain YAML keeps the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

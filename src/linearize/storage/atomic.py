@@ -42,7 +42,7 @@ def atomic_folder(final: Path | str, overwrite: bool = False, *, locked: bool = 
 
 @contextmanager
 def resumable_folder(final: Path | str, version: str) -> Iterator[Path]:
-    """Like `atomic_folder` with `overwrite`, but the same `version` gets again what a kill or an error left."""
+    """Like `atomic_folder` with `overwrite`, but the same `version` resumes what a kill or an error left."""
     final = Path(expand_home(final)).resolve()
     work = final.parent / f".{final.name}.run"
     mark = work / ".version"
@@ -78,7 +78,7 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder in one step, as far as a kill can tell: rename it first, then delete."""
+    """Remove a folder atomically with respect to kills: rename it first, then delete."""
     if folder.is_dir():
         doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name.removesuffix('.run')}.partial-"))
         folder.rename(doomed / folder.name)

@@ -1,5 +1,5 @@
 """A stage's checkpoint: one safetensors file, its scalars and a checksum as JSON in the header, written whole or not at
-all. The one before it stays beside it, for the case that the newest is damaged."""
+all. The previous one is kept, in case the newest is damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOG = logging.getLogger("linearize")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where a stage stands. `identity` says which run it belongs to; `scalars` is the rest; all of it is JSON."""
+    """The progress of a stage. `identity`: the run that it belongs to; `scalars`: the rest. Both are JSON."""
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False) -> None:
-    """Replaces the checkpoint in `folder` in one atomic step; a kill at any point leaves the old one or the new one.
+    """Replace the checkpoint in `folder` in one atomic step; a kill at any point leaves the old one or the new one.
 
     The old one becomes the previous one, unless this is the `last` (of a stage that ended) or the disk is too small.
 
@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False)
         except OSError as error:
             if not is_disk_full(error) or not (folder / PREVIOUS).is_file():
                 raise
-            (folder / PREVIOUS).unlink()  # room for the new one matters more
+            (folder / PREVIOUS).unlink()  # space for the new one matters more
             _write(tensors, partial, metadata)
         if (folder / FILE).is_file() and not last:
             os.replace(folder / FILE, folder / PREVIOUS)
@@ -75,20 +75,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False)
 def load_checkpoint(
     folder: Path, *, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole, with tensors on the CPU, or None if there is none.
+    """The newest intact checkpoint in `folder`, with tensors on the CPU, or None if there is none.
 
-    A damaged one (truncated, or its checksum does not fit) is removed, which is said in one warning.
+    A damaged one (truncated, or its checksum does not fit) is removed, with one warning.
 
     Raises:
         InputError: it has another format, it belongs to another run than `identity`, or its parameters (names that
             start with `PARAMETER`) have not exactly these names and shapes.
     """
     damaged: list[str] = []
-    found, path = None, folder / FILE
+    checkpoint, path = None, folder / FILE
     for path in (folder / FILE, folder / PREVIOUS):
         if path.is_file():
             try:
-                found = _read(path)
+                checkpoint = _read(path)
             except InputError:
                 raise
             except (SafetensorError, KeyError, ValueError) as error:
@@ -97,19 +97,19 @@ def load_checkpoint(
             else:
                 break
     if damaged:
-        left = "the stage starts anew" if found is None else "the stage goes on from the checkpoint before it"
+        left = "the stage starts anew" if checkpoint is None else "the stage continues from the checkpoint before it"
         LOG.warning("%s and was removed: %s", "; ".join(damaged), left)
-    if found is None:
+    if checkpoint is None:
         return None
-    check_identity(path, found.identity, json.loads(json.dumps(dict(identity))))
-    held = {name: tuple(value.shape) for name, value in found.tensors.items() if name.startswith(PARAMETER)}
-    wrong = [name for name in sorted({*held, *shapes}) if held.get(name) != shapes.get(name)]
+    check_identity(path, checkpoint.identity, json.loads(json.dumps(dict(identity))))
+    stored = {name: tuple(value.shape) for name, value in checkpoint.tensors.items() if name.startswith(PARAMETER)}
+    wrong = [name for name in sorted({*stored, *shapes}) if stored.get(name) != shapes.get(name)]
     if wrong:
         raise InputError(
-            f"{path} does not fit the stage: {wrong[0]} has shape {held.get(wrong[0])} there, "
+            f"{path} does not fit the stage: {wrong[0]} has shape {stored.get(wrong[0])} there, "
             f"not {shapes.get(wrong[0])}: delete it to start the stage anew"
         )
-    return found
+    return checkpoint
 
 
 def check_formats(work: Path) -> None:
@@ -123,21 +123,21 @@ def check_formats(work: Path) -> None:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError):
-            continue  # damaged: said, and put right, when its stage begins
+            continue  # damaged: reported and handled when its stage begins
         _check_format(path, metadata)
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    found, version = metadata.get("format", "0"), metadata.get("linearize", "an older version")
-    if found != str(FORMAT):
+    file_format, version = metadata.get("format", "0"), metadata.get("linearize", "an older version")
+    if file_format != str(FORMAT):
         raise InputError(
-            f"{path} was written by linearize {version} in format {found}; this is {__version__} with format {FORMAT}: "
-            "finish the run with that version, or delete the folder"
+            f"{path} was written by linearize {version} in format {file_format}; this is {__version__} with format "
+            f"{FORMAT}: finish the run with that version, or delete the folder"
         )
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """The file, on the disk when this returns. Raises OSError; of a full disk it says what was to be written where."""
+    """Write the file and sync it. Raises OSError; for a full disk the message says what was to be written where."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     try:
         with writing("the checkpoint", path.parent, size):
@@ -148,7 +148,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
 
 
 def _read(path: Path) -> Checkpoint:
-    """A file that is whole. Raises ValueError, KeyError or SafetensorError for any other."""
+    """Read an intact file. Raises ValueError, KeyError or SafetensorError for a damaged one."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         _check_format(path, metadata)
@@ -161,13 +161,13 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Over all that is in the file but itself."""
+    """Checksum over everything in the file except itself."""
     return crc32(tensors, "/".join((metadata["scalars"], metadata["identity"])).encode())
 
 
-def check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that another run wrote, naming the first settings that differ."""
-    old, new = _flat(saved), _flat(asked)
+def check_identity(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a checkpoint of another run; the message names the first settings that differ."""
+    old, new = _flat(saved), _flat(current)
     differing = [key for key in sorted({*old, *new}) if old.get(key, "unset") != new.get(key, "unset")]
     if differing:
         shown = "; ".join(f"{key} was {old.get(key, 'unset')}, is {new.get(key, 'unset')}" for key in differing[:3])
@@ -178,7 +178,7 @@ def check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}

@@ -62,8 +62,8 @@ class StageConfig(BaseModel):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """What tells this stage from others, as JSON. A place is not told by its name, which has many spellings, but by
-        what is there: the stage's `identity`, or a digest of its data."""
+        """What distinguishes this stage from others, as JSON. Paths are left out, since they have many spellings: their
+        contents are part of the stage's `identity`, or of a digest of its data."""
         return self.model_dump(mode="json", exclude=set(self.places))
 
     def check(self, student: Any, teacher: Any) -> None:
@@ -75,7 +75,7 @@ class StageConfig(BaseModel):
 
 
 class BlockwiseConfig(StageConfig):
-    """A stage whose layers learn each by itself, so that blocks of `block` layers can train one after the other on
+    """A stage that trains each layer by itself, so that blocks of `block` layers can train one after the other on
     saved hidden states of the teacher (2410.10254, section 3.3); None: all layers at once, nothing is saved."""
 
     block: int | Literal["auto"] | None = Field(None, description="layers a block; auto: as memory and disk allow")
@@ -84,12 +84,12 @@ class BlockwiseConfig(StageConfig):
     @classmethod
     def _at_least_one(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"{value} given; a block has 1 layer or more, or is auto")
+            raise ValueError(f"{value} given; allowed: 1 layer or more, or auto")
         return value
 
 
 class LossSum(NamedTuple):
-    """A loss that is not yet divided: `sum / count` over any set of batches is their mean loss."""
+    """A loss before division: `sum / count` over any set of batches is their mean loss."""
 
     sum: Tensor  # scalar, with its graph
     count: Tensor | float  # type: ignore[assignment]  # hides tuple.count; what it is divided by, usually the tokens that count
@@ -97,14 +97,14 @@ class LossSum(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters by name, and what their learning rate is multiplied by."""
+    """Parameters by name, and the factor of their learning rate."""
 
     parameters: dict[str, Parameter]
     lr_scale: float = 1.0
 
 
 class StageRun:
-    """A stage over a student and a teacher: exactly what trains, and by which loss.
+    """A stage over a student and a teacher: the parameters that it trains, and its loss.
 
     Random numbers, if any, come from torch's global generator, which the loop seeds anew for every step.
     """
@@ -113,7 +113,7 @@ class StageRun:
     """Whether `enable_gradient_checkpointing` does anything; a config that asks for it is refused otherwise."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Exactly what the stage trains; names unique over all groups, every parameter with `requires_grad`."""
+        """The parameters that the stage trains; names unique over all groups, every parameter with `requires_grad`."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> LossSum:

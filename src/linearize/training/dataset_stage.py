@@ -1,4 +1,4 @@
-"""Stages on rows of their own (`sft`, `dpo`): their settings, what they work on, and the order of their rows."""
+"""Stages on rows of their own (`sft`, `dpo`): config, job, and the order of the rows."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _NO_HELDOUT = {"schedule": "plateau", "keep_best": True}
 class DatasetStageConfig(StageConfig):
     """Settings of a stage that reads its own data and has no held-out text of its own.
 
-    The length of the stage is the shortest of `epochs`, `max_steps` and `tokens` as far as they are given; `tokens: 0`
-    skips it. `batch` counts rows of the data (a preference pair is one row); the last step of an epoch goes on with the
-    next. `evaluate_every` says how often a checkpoint is written (besides once a minute). What needs a held-out loss
-    (`schedule: plateau`, `patience`, `keep_best`) is refused.
+    The stage ends with the first of `epochs`, `max_steps` and `tokens` that is set and reached; `tokens: 0` skips it.
+    `batch` counts rows of the data (a preference pair is one row); the last step of an epoch continues with the next.
+    `evaluate_every`: how often a checkpoint is written (besides once a minute). Options that need a held-out loss
+    (`schedule: plateau`, `patience`, `keep_best`) are errors.
     """
 
     places: ClassVar[tuple[str, ...]] = ("data",)
@@ -66,7 +66,7 @@ class DatasetStageConfig(StageConfig):
         return self
 
     def check_data(self, tokenizer: Any, context: int | None = None) -> None:
-        """Read the data and refuse early, and in one line, what the stage could not use; changes nothing.
+        """Read the data and raise early for what the stage cannot use; changes nothing.
 
         Args:
             context: the teacher's longest context in tokens, None if it has no limit.
@@ -94,7 +94,7 @@ class DatasetStageConfig(StageConfig):
         return self.length
 
     def trained_parameters(self, student: Any, teacher: Any) -> ParameterGroup:
-        """What trains, in tensors that the teacher has no part in. Raises InputError if there is nothing."""
+        """The parameters to train, in tensors not shared with the teacher. Raises InputError if there are none."""
         names = list(student.mixer_parameters() if self.train == "mixers" else dict(student.named_parameters()))
         if not names:
             raise InputError(f"stage {self.name!r}: the mixers of this student have no parameters; set train to all")
@@ -104,7 +104,7 @@ class DatasetStageConfig(StageConfig):
         return ParameterGroup(unshare(student, teacher, names))
 
     def run(self, job: StageJob) -> StageResult:
-        """Train the student in place, from where a killed run of the same job stopped; a finished one is only read.
+        """Train the student in place; continue a killed run of the same job, or only read a finished one.
 
         On one device in fp32 the weights are then bit-equal to those of an unbroken run. Under torch.distributed every
         rank calls this and trains on its share of each batch.
@@ -150,7 +150,7 @@ class DatasetStageConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageJob:
-    """What a stage on rows of its own works on.
+    """The inputs of a stage on rows of its own.
 
     `student`: trained in place. `teacher`: shares tensors with the student, and does not change. `folder`: of this
     stage alone; holds checkpoints and, at the end, the final weights. `identity`: what the start of this stage depends
@@ -193,7 +193,7 @@ def row_order(num_rows: int, needed: int, seed: int) -> list[int]:
 
 
 def padded(documents: Sequence[Document], pad: int) -> Batch:
-    """One document a row, `[B, T]`, in the form of packed rows (`PackedRows`): padding is a document of its own."""
+    """One document per row, `[B, T]`, in the form of packed rows (`PackedRows`): padding is a document of its own."""
     ids_BT = torch.full((len(documents), max(map(len, documents))), pad)
     labels_BT = torch.full_like(ids_BT, IGNORED)
     position_BT = torch.arange(ids_BT.shape[1]).repeat(len(documents), 1)
@@ -206,7 +206,7 @@ def padded(documents: Sequence[Document], pad: int) -> Batch:
 
 
 def until_last_label(batch: Batch) -> Batch:
-    """Without the columns at the end that no label of any row comes after."""
+    """Drop the columns at the end that have no label in any row."""
     labelled = (batch["labels"] != IGNORED).flatten(0, -2).any(0)
     width = int(labelled.nonzero().max()) + 1
     return {name: tensor[..., :width] for name, tensor in batch.items()}
@@ -214,7 +214,7 @@ def until_last_label(batch: Batch) -> Batch:
 
 @contextlib.contextmanager
 def without_dropout(student: nn.Module) -> Iterator[None]:
-    """Inside the `with` block no dropout, also in training mode."""
+    """Switch dropout off inside the `with` block, also in training mode."""
     rates = [
         (module, key, rate)
         for module in student.modules()

@@ -1,7 +1,7 @@
-"""Many processes that do one piece of work together: joined as torchrun (or srun) started them, told apart by rank.
+"""Several processes that work together: joined as torchrun (or srun) started them, and numbered by rank.
 
-Rank 0 alone reads, prints and writes; what it prepared goes to the others with parameters that have shapes and no
-values (`modeling/parallel.py` brings those). Whatever goes wrong on any rank ends all of them with one line.
+Only rank 0 reads, prints and writes. It sends what it prepared to the others, with parameters that have shapes and no
+values (`modeling/parallel.py` sends those). An error on any rank ends all of them with one line.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from linearize.memory import return_large_blocks
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
-"""Of a collective: rank 0 may sample text for days; a process that died is noticed by its closed connection."""
+"""Timeout of a collective: rank 0 may sample text for days; a dead process is noticed by its closed connection."""
 LEAVING_SECONDS = 10.0
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _store: dist.Store | None = None
 
 
 class FailedElsewhereError(RuntimeError):
-    """The work ended on another rank, which tells why."""
+    """The work failed on another rank, which prints why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """This process among those that work together; a process alone is rank 0 of 1."""
+    """The group of processes and this one's rank; a single process is rank 0 of 1."""
 
     rank: int = 0
     ranks: int = 1
@@ -48,7 +48,7 @@ class Group:
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on every rank; parameters (`nn.Parameter`) arrive on the meta device.
+        """Return the result of `make` on rank 0 to every rank; parameters (`nn.Parameter`) arrive on the meta device.
 
         Which modules share a parameter is kept. Raises what `make` raises, on other ranks `FailedElsewhereError`.
         """
@@ -83,20 +83,20 @@ class Group:
                 )
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait for every rank."""
         if self.ranks > 1:
             dist.barrier()
 
 
 def current() -> Group:
-    """The group as it stands; nothing is joined."""
+    """The current group; joins nothing."""
     if dist.is_available() and dist.is_initialized():
         return Group(rank=dist.get_rank(), ranks=dist.get_world_size())
     return Group()
 
 
 def is_one_of_many() -> bool:
-    """Whether torchrun started this process beside others."""
+    """Whether torchrun started this process together with others."""
     return all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
 
 
@@ -131,9 +131,9 @@ def stop() -> None:
 
 
 def outcome(error: BaseException, code: int) -> tuple[bool, int]:
-    """Whether this process is the one to tell of its error, and the exit code that all of them leave with.
+    """Whether this process prints its error, and the exit code of all of them.
 
-    The first that fails tells; it leaves the group, which wakes the others, and gives them time to end by themselves.
+    The first that fails prints; it leaves the group, which wakes the others, and gives them time to end.
     """
     if _store is None:
         return True, code
@@ -190,7 +190,7 @@ def _packed(value: object) -> bytes:
 
 
 def _send(data: bytes) -> None:
-    """Bytes to all other ranks; none: an error."""
+    """Send bytes to all other ranks; None signals an error."""
     dist.broadcast(torch.tensor([len(data)]), src=0)
     if data:
         dist.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), src=0)

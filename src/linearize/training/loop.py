@@ -26,7 +26,7 @@ History = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage did. Histories are `(steps done, loss)`; `best_step` 0 is the starting weights.
+    """The result of a stage. Histories are `(steps done, loss)`; `best_step` 0 is the starting weights.
 
     `losses` has the mean loss of each step's batch before the step, without steps in which no token counted; `heldout`
     is empty if nothing was held out. `seconds` adds up over interruptions, without what a kill threw away. `metrics`
@@ -46,7 +46,7 @@ class StageResult:
 
     @classmethod
     def skipped(cls, name: str) -> StageResult:
-        """Of a stage that was not run."""
+        """The result of a stage that was skipped."""
         return cls(
             name=name, steps=0, tokens=0, seconds=0.0, trainable_parameters=0, losses=(), heldout=(), best_step=0,
             stopped_early=False,
@@ -55,7 +55,7 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What there is to train on: optimiser steps, and the tokens in the first so many of them, over all ranks."""
+    """The training rows: optimiser steps, and the tokens in the first so many of them, over all ranks."""
 
     steps: int
     tokens: Callable[[int], int]
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclass(kw_only=True)
 class _State:
-    """Where the stage stands, apart from tensors; JSON in the checkpoint."""
+    """The progress of a stage apart from its tensors; JSON in the checkpoint."""
 
     step: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -93,7 +93,7 @@ def run_stage(
     name: str | None = None,
     alone: bool = False,
 ) -> StageResult:
-    """Trains the parameters that `run` names, puts the best weights in place, and calls `run.finish()`.
+    """Train the parameters that `run` names, restore the best weights, and call `run.finish()`.
 
     Continues from the checkpoint in `checkpoint_dir` if there is one; on one process in fp32 the weights and the
     history are then bit-equal to those of an unbroken run. A stage that had ended is not run again. Under
@@ -128,7 +128,7 @@ def run_stage(
 
 
 class _Loop:
-    """One stage on its way. The state after step k depends on nothing but the arguments and k."""
+    """A running stage. The state after step k depends on nothing but the arguments and k."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Loop:
             run.enable_gradient_checkpointing()
 
     def attach(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Saves to this folder from now on, and continues from the checkpoint in it, if any."""
+        """Continue from the checkpoint in this folder, if any, and save to it from now on."""
         self.folder, self.identity = folder, dict(identity)
         checkpoint = load_stage(folder, self.stepper.group, identity=self.identity, parameters=self.stepper.parameters)
         if checkpoint is not None:
@@ -180,7 +180,7 @@ class _Loop:
         progress: Progress | None,
         tracker: Tracker | None,
     ) -> None:
-        """What is left of the stage, watched by the first rank's progress and tracker."""
+        """Run the rest of the stage, with the first rank's progress and tracker."""
         if self.state.done:
             return
         if self.stepper.rank == 0:
@@ -198,7 +198,7 @@ class _Loop:
                 self.tracker.end()
 
     def result(self) -> StageResult:
-        """What has been done so far."""
+        """The result so far."""
         state = self.state
         return StageResult(
             name=self.name,
@@ -214,7 +214,7 @@ class _Loop:
         )
 
     def _train(self, batches: Callable[[int], Iterator[Batch]], checkpoint_seconds: float) -> None:
-        """All steps that are left, then the best weights."""
+        """Run the remaining steps, then restore the best weights."""
         state, begun = self.state, time.monotonic()
         first, earlier, saved = state.step, state.seconds, begun
         if state.step == 0:
@@ -250,7 +250,7 @@ class _Loop:
                 self.tracker.log(state.step, {**numbers.logged(), "lr": lr})
 
     def _evaluate(self) -> None:
-        """Measures the held-out loss; keeps the weights if they are the best so far; moves the plateau rule."""
+        """Measure the held-out loss, keep the weights if they are the best so far, and update the plateau rule."""
         if self.heldout is None:
             return
         state, loss = self.state, self.stepper.heldout_loss(self.heldout)
@@ -270,7 +270,7 @@ class _Loop:
             self.progress.heldout(state.step, loss, state.best_loss)
 
     def _show(self, seconds: float, first: int) -> None:
-        """Tells the watcher of the step; `seconds` were spent on all steps since `first`."""
+        """Report the step to the progress; `seconds` were spent on all steps since `first`."""
         if self.progress:
             step, losses = self.state.step, self.state.losses
             self.progress.step(
@@ -281,23 +281,23 @@ class _Loop:
             )
 
     def _end(self) -> None:
-        """The final weights, in the model and in a checkpoint that says so."""
+        """Set the final weights, and save a checkpoint marked as done."""
         self.stepper.set_parameters(self.best)
         self.best = {}
         self.stepper.optimizer.state.clear()
         self.state.done = True
         self._save(last=True)
 
-    def _agreed(self, wanted: bool) -> bool:
-        """What rank 0 wants, whose clock counts, where all ranks must act together."""
+    def _agreed(self, choice: bool) -> bool:
+        """The choice of rank 0, whose clock counts, where all ranks must act together."""
         if not self.stepper.sharded:
-            return wanted
-        decision = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
+            return choice
+        decision = torch.tensor([choice], device=self.device, dtype=torch.uint8)
         dist.broadcast(decision, src=0)
         return bool(decision.item())
 
     def _save(self, *, last: bool = False) -> None:
-        """A checkpoint of everything that the next step depends on."""
+        """Save everything that the next step depends on."""
         if self.folder is not None and (self.stepper.rank == 0 or self.stepper.sharded):
             tensors = self.stepper.tensors() | {f"best/{key}": value for key, value in self.best.items()}
             checkpoint = Checkpoint(tensors=tensors, scalars=asdict(self.state), identity=self.identity)
@@ -316,5 +316,5 @@ class _Loop:
 
 
 def _history(values: Iterable[Sequence[Any]]) -> list[tuple[int, float]]:
-    """As it was before it went through JSON."""
+    """Restore a value that went through JSON."""
     return [(step, value) for step, value in values]

@@ -1,8 +1,8 @@
-"""What a piece of training would cost, found by running its own code on tensors without contents: bytes alive and their
-peak, multiplications, bytes moved. No weights are read and nothing large is computed.
+"""The cost of training, measured by running its own code on tensors without contents: bytes alive and their peak,
+multiplications, bytes moved. No weights are read and nothing large is computed.
 
-Floating-point tensors are fake (torch's FakeTensorMode), on a CPU that is not there; whole numbers (tokens, positions,
-masks) are real, so that shapes which depend on the text come out right.
+Floating-point tensors are fake (torch's FakeTensorMode), on a simulated CPU; whole numbers (tokens, positions, masks)
+are real, so that shapes which depend on the text are right.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Operation(NamedTuple):
 
 
 class Meter(TorchDispatchMode):
-    """Counts what operations hold and do. `alive`: bytes of tensors made inside that still exist; `peak`: the most
+    """Counts memory and work of operations. `alive`: bytes of tensors made inside that still exist; `peak`: the most
     since `restart`; `operations`: those that compute something, since `restart`."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Meter(TorchDispatchMode):
             self._hold(tensor)
 
     def restart(self) -> int:
-        """Count peak and operations anew; returns the bytes alive now."""
+        """Reset peak and operations; return the bytes alive now."""
         self.peak = self.alive
         self.operations = []
         return self.alive
@@ -85,7 +85,7 @@ class Meter(TorchDispatchMode):
         self.operations += [operation] * round(self._repeats)
 
     def _hold(self, tensor: Tensor) -> bool:
-        """Take note of a tensor's memory; whether it is new."""
+        """Record a tensor's memory; return whether it is new."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._storages:
@@ -103,7 +103,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def simulation(mode: FakeTensorMode | None = None) -> Iterator[Meter]:
-    """Inside, models are built and run without contents, on the CPU; the meter counts what they would hold and do.
+    """Build and run models without contents inside the `with` block; the meter counts their memory and work.
 
     `mode`: what tensors that shall be used again were made in (`no_contents`).
     """
@@ -115,12 +115,12 @@ def simulation(mode: FakeTensorMode | None = None) -> Iterator[Meter]:
 
 
 def no_contents() -> FakeTensorMode:
-    """What makes tensors without contents; those of one cannot be used with those of another."""
+    """The mode that creates tensors without contents; tensors of different modes cannot be combined."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors hold, memory that several share once."""
+    """Bytes of tensors; shared memory counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -131,7 +131,7 @@ def weight_bytes(*models: nn.Module) -> int:
 
 
 def _swap(old: Tensor, new: Tensor) -> None:
-    """What `Module.to` does to a parameter; torch's own way refuses some that have no contents."""
+    """Replacement of a parameter as in `Module.to`; torch's own rejects some tensors without contents."""
     if isinstance(old, FakeTensor):
         old.data = new.data
     else:
@@ -139,7 +139,7 @@ def _swap(old: Tensor, new: Tensor) -> None:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation: on contents where it has them, else on shapes alone."""
+    """Run an operation on contents if there are any, else on shapes alone."""
     tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return _on_contents(func, args, kwargs)

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere; all of it on stderr."""
+"""Progress of a stage on stderr: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ class LineProgress:
         self._steps = 0
 
     def begin(self, name: str, step: int, steps: int) -> None:
-        """Says what starts."""
+        """Print the start of the stage."""
         self._prefix, self._steps, self._last = name, steps, time.monotonic()
         self._write(f"resumes after step {step} of {steps}" if step else f"{steps} steps")
 
     def step(self, step: int, *, loss: float | None, tokens_per_second: float, seconds_left: float) -> None:
-        """Says where the stage stands if the last such line is old, or the stage is through."""
+        """Print the progress if the last such line is old, or the stage is done."""
         if time.monotonic() - self._last < self._every and step < self._steps:
             return
         self._last = time.monotonic()
         self._write(f"step {step}/{self._steps}, {describe(loss, tokens_per_second, seconds_left)}")
 
     def heldout(self, step: int, loss: float, best: float) -> None:
-        """Says the held-out loss."""
+        """Print the held-out loss."""
         self._write(f"step {step}/{self._steps}, held-out loss {loss:.4f} (best {best:.4f})")
 
     def end(self) -> None:
-        """Nothing is left open."""
+        """Do nothing."""
 
     def _write(self, text: str) -> None:
         print(f"{self._prefix}: {text}", file=self._stream or sys.stderr, flush=True)
@@ -84,7 +84,7 @@ class BarProgress:
         self._steps_text = self._heldout_text = ""
 
     def begin(self, name: str, step: int, steps: int) -> None:
-        """Draws the bar."""
+        """Draw the bar."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -97,17 +97,17 @@ class BarProgress:
         self._bar.start()
 
     def step(self, step: int, *, loss: float | None, tokens_per_second: float, seconds_left: float) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         self._steps_text = describe(loss, tokens_per_second, seconds_left)
         self._update(completed=step)
 
     def heldout(self, step: int, loss: float, best: float) -> None:
-        """Shows the held-out loss beside the bar."""
+        """Show the held-out loss next to the bar."""
         self._heldout_text = f"held-out {loss:.4f} (best {best:.4f})"
         self._update(completed=step)
 
     def end(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stop the bar where it is."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -41,9 +41,9 @@ LOG = logging.getLogger("linearize")
 
 
 def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, last: bool = False) -> None:
-    """Replaces the checkpoint in `folder`; a kill at any point leaves the old one or the new one.
+    """Replace the checkpoint in `folder`; a kill at any point leaves the old one or the new one.
 
-    Where tensors are `sharded` all ranks call it, else rank 0 alone. The old one is kept beside it but for the `last`.
+    Where tensors are `sharded` all ranks call it, else rank 0 alone. The old one is kept, except for the `last`.
 
     Raises:
         OSError: it cannot be written; the old one stays.
@@ -74,9 +74,9 @@ def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, l
 def load_stage(
     folder: Path, group: Group, *, identity: Mapping[str, Any], parameters: Mapping[str, Tensor]
 ) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole, None if there is none; sharded tensors as the parameters are.
+    """The newest intact checkpoint in `folder`, None if there is none; tensors are sharded as the parameters are.
 
-    All ranks of the group call it. A damaged one is removed, which is said in a warning.
+    All ranks of the group call it. A damaged one is removed, with a warning.
 
     Raises:
         InputError: it has another format, belongs to another run than `identity`, or does not fit the parameters.
@@ -91,7 +91,7 @@ def load_stage(
 
 
 def _write_state(folder: Path, checkpoint: Checkpoint) -> None:
-    """All that is no tensor, and the checksums of what the ranks wrote."""
+    """Write everything but the tensors, and the checksums of what the ranks wrote."""
     state = {
         "format": FORMAT,
         "linearize": __version__,
@@ -104,7 +104,7 @@ def _write_state(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest folder that is whole, and what its state says; damaged ones are removed."""
+    """The newest intact folder and its state; damaged ones are removed."""
     for number in sorted(_numbers(folder), reverse=True):
         path = folder / f"{PREFIX}{number}"
         try:
@@ -119,19 +119,19 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 f"{path} was written by linearize {state['linearize']} in format {state['format']}; this is "
                 f"{__version__} with format {FORMAT}: finish the run with that version, or delete the folder"
             )
-        LOG.warning("%s is damaged and was removed: the stage goes on from what there was before it", path)
+        LOG.warning("%s is damaged and was removed: the stage continues from the checkpoint before it", path)
         shutil.rmtree(path, ignore_errors=True)
     return None
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the folders that were written to their end."""
+    """The numbers of the complete folders."""
     numbers = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*"))
     return [int(name) for name in numbers if name.isdigit()]
 
 
 def _remove(folder: Path, keep: int) -> None:
-    """All folders but the newest few, and what was not written to its end."""
+    """Remove all folders but the newest few, and incomplete ones."""
     kept = {f"{PREFIX}{number}" for number in sorted(_numbers(folder), reverse=True)[:keep]}
     for path in folder.glob(f"{PREFIX}*"):
         if path.name not in kept:
@@ -155,21 +155,21 @@ def _read(folder: Path, group: Group, parameters: Mapping[str, Tensor]) -> dict[
 
     reader = FileSystemReader(folder)
     entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    held = {name: tuple(entry.size) for name, entry in entries.items()}
-    wanted = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
-    here = {name: shape for name, shape in held.items() if name.startswith(PARAMETER)}
-    if wrong := [name for name in sorted({*here, *wanted}) if here.get(name) != wanted.get(name)]:
+    stored = {name: tuple(entry.size) for name, entry in entries.items()}
+    expected = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
+    here = {name: shape for name, shape in stored.items() if name.startswith(PARAMETER)}
+    if wrong := [name for name in sorted({*here, *expected}) if here.get(name) != expected.get(name)]:
         raise InputError(
             f"{folder} does not fit the stage: {wrong[0]} has shape {here.get(wrong[0])} there, not "
-            f"{wanted.get(wrong[0])}: delete it to start the stage anew"
+            f"{expected.get(wrong[0])}: delete it to start the stage anew"
         )
-    tensors = {name: _room(parameters[name.partition("/")[2]], shape) for name, shape in held.items()}
+    tensors = {name: _empty_like(parameters[name.partition("/")[2]], shape) for name, shape in stored.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(tensors, storage_reader=reader, no_dist=group.ranks == 1)
     return tensors
 
 
-def _room(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor for what belongs to a parameter, sharded as it is; AdamW's number of steps is whole."""
+def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor for a parameter or its moments, sharded as the parameter is; AdamW's step count is whole."""
     return torch.empty_like(parameter.detach()) if shape == tuple(parameter.shape) else torch.zeros(shape)

@@ -25,8 +25,8 @@ BUCKET_NUMBERS = 2**24
 
 
 class StepNumbers(NamedTuple):
-    """What a step tells: the mean loss before it, what that sum was divided by, the gradient's norm unclipped, and the
-    means of the further sums that the loss came with."""
+    """The numbers of a step: the mean loss before it, the count that its sum was divided by, the gradient norm before
+    clipping, and the means of the loss's further sums."""
 
     loss: float
     counted: float
@@ -47,14 +47,14 @@ class Stepper:
     """
 
     def __init__(self, run: StageRun, config: StageConfig, *, alone: bool = False) -> None:
-        """All ranks start from the first rank's parameters; `alone`: other ranks do something else. Raises `InputError`
-        if they cannot share a batch evenly."""
+        """Broadcast the first rank's parameters. `alone`: other ranks do something else. Raises `InputError` if ranks
+        cannot divide a batch evenly."""
         self.run, self.config = run, config
         self.group = Group() if alone else current()
         self.rank, self.ranks = self.group.rank, self.group.ranks
         if config.batch % self.ranks:
             raise InputError(
-                f"batch {config.batch} of {config.name!r} does not divide by {self.ranks} ranks: change one"
+                f"batch {config.batch} of {config.name!r} is not divisible by {self.ranks} ranks: change one"
             )
         groups = run.parameter_groups()
         self.parameters = {key: value for group in groups for key, value in group.parameters.items()}
@@ -127,7 +127,7 @@ class Stepper:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`; other names are left alone."""
+        """The inverse of `tensors`; other names are ignored."""
         self.set_parameters({key: tensors[f"{PARAMETER}{key}"] for key in self.parameters})
         for name, value in tensors.items():
             part, _, key = name.partition("/")
@@ -137,7 +137,7 @@ class Stepper:
 
     @torch.no_grad()
     def set_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Copies values into the parameters of the same names."""
+        """Copy values into the parameters of the same names."""
         for key, value in values.items():
             self.parameters[key].copy_(self.placed(key, value))
 
@@ -160,7 +160,7 @@ class Stepper:
         return total, count, dict(zip(names, also, strict=True))
 
     def _scale_gradients(self, count: float) -> float:
-        """Sums gradients over the ranks, divides once by the count of all, and clips; returns the norm before that."""
+        """Sum gradients over the ranks, divide once by the total count, and clip; return the norm before clipping."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -180,7 +180,7 @@ class Stepper:
         return float(norm)
 
     def _forward(self, loss: Callable[[Batch], LossSum], batch: Batch) -> LossSum:
-        """A loss on the parameters' device, under autocast if the config says so."""
+        """Compute a loss on the parameters' device, under autocast if the config asks for it."""
         batch = {key: value.to(self.device) for key, value in batch.items()}
         bf16 = self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
@@ -195,17 +195,17 @@ class Stepper:
         return spread(value, self.parameters[key]) if key in self.sharded else value.to(self.device)
 
     def _sums(self, *values: Tensor | float) -> Tensor:
-        """Sum, count and what else is summed, as fp64 on the device."""
+        """Sum, count and further sums, as fp64 on the device."""
         return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
 
     def _reduce(self, tensor: Tensor) -> None:
-        """Sums in place over the ranks."""
+        """Sum in place over the ranks."""
         if self.ranks > 1:
             dist.all_reduce(tensor)
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Sums each tensor in place over the ranks, many small ones in one go; half precision is summed in fp32."""
+    """Sum each tensor in place over the ranks, small ones together; half precision is summed in fp32."""
     for bucket in _buckets(tensors):
         exact = torch.float32 if bucket[0].dtype in (torch.float16, torch.bfloat16) else bucket[0].dtype
         flat = torch.cat([tensor.reshape(-1).to(exact) for tensor in bucket])
@@ -218,7 +218,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors of one dtype, in portions of `BUCKET_NUMBERS` or a single larger one."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        numbers = sum(held.numel() for held in bucket) + tensor.numel()
+        numbers = sum(pending.numel() for pending in bucket) + tensor.numel()
         if bucket and (tensor.dtype != bucket[0].dtype or numbers > BUCKET_NUMBERS):
             yield bucket
             bucket = []
@@ -228,8 +228,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _parted(parameters: Mapping[str, Tensor], sharded: set[str]) -> list[list[Tensor]]:
-    """Whole parameters and sharded ones, which no operation takes together; one list where all are of a kind."""
-    kinds = ([value for key, value in parameters.items() if (key in sharded) == wanted] for wanted in (False, True))
+    """Whole parameters and sharded ones, which no operation can mix; one list if all are of one kind."""
+    kinds = ([value for key, value in parameters.items() if (key in sharded) == whether] for whether in (False, True))
     return [kind for kind in kinds if kind]
 
 

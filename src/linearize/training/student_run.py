@@ -1,5 +1,5 @@
-"""What the stages share that train a student: the parameters that train, in memory of their own, and the recomputation
-of blocks in the backward pass."""
+"""The base of stages that train a student: trained parameters in memory of their own, and recomputation of blocks in
+the backward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StudentRun(StageRun):
                 parameter.requires_grad_(True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What the stage was made with."""
+        """The groups of the stage."""
         return self.groups
 
     def finish(self) -> None:
@@ -35,7 +35,7 @@ class StudentRun(StageRun):
 
 
 class LogitsRun(StudentRun):
-    """One whose loss is on the student's logits, so that its blocks can be recomputed in the backward pass."""
+    """A stage whose loss is on the student's logits, so that its blocks can be recomputed in the backward pass."""
 
     checkpoints_gradients = True
     _recomputed = False
@@ -46,14 +46,14 @@ class LogitsRun(StudentRun):
         self._recomputed = True
 
     def finish(self) -> None:
-        """Freeze what was trained, and recompute nothing any more."""
+        """Freeze what was trained, and stop recomputing."""
         if self._recomputed:
             recompute_blocks(self.student, False)
         super().finish()
 
 
 def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
-    """Names of the parameters of all MLPs, experts and routers too: what blocks hold beside attention and norms."""
+    """Names of the parameters of all MLPs, experts and routers: all of a block except attention and norms."""
     names: set[str] = set()
     for site in student.config.attention:
         attention, block = f"lm.{site}", f"lm.{block_name(site)}"
@@ -89,15 +89,15 @@ def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dic
 
 
 def _memory(tensor: Tensor) -> int:
-    """What tells memory from other memory; sharded weights are never shared between trees by it."""
+    """The identity of a tensor's memory; sharded weights never count as shared between trees."""
     return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
 
 
-def recompute_blocks(student: LinearizedForCausalLM, wanted: bool) -> None:
+def recompute_blocks(student: LinearizedForCausalLM, enabled: bool) -> None:
     """Gradient checkpointing of every block: `gradient_` in transformers until 5.22, `activation_` since."""
     lm: Any = student.lm
     kind = "activation" if hasattr(lm, "activation_checkpointing_enable") else "gradient"
-    if wanted:
+    if enabled:
         student.train()
         getattr(lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     else:

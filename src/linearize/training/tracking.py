@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL log in the run's folder always, TensorBoard and wandb when asked for."""
+"""Logs of a run: always JSONL in the run's folder, TensorBoard and wandb on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG = "training.jsonl"
 
 
 class Tracker(Protocol):
-    """Takes the numbers of one stage after the other."""
+    """Log the numbers of one stage after the other."""
 
     def begin(self, stage: str, step: int | None) -> None:
         """A stage starts (None), or resumes after `step` steps: what was logged beyond that step is withdrawn."""
@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """One JSON object a line, `{"stage": ..., "step": ..., **values}`, in `<folder>/training.jsonl`."""
+    """One JSON object per line, `{"stage": ..., "step": ..., **values}`, in `<folder>/training.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
         """Nothing is written before the first stage begins."""
@@ -41,7 +41,7 @@ class JsonlTracker:
         self._file: TextIO | None = None
 
     def begin(self, stage: str, step: int | None) -> None:
-        """Drops the lines of this stage that the run will write again, and a line that a kill cut short."""
+        """Drop the lines of this stage that the run will write again, and an incomplete last line."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stage = stage
         if self._path.exists():
@@ -100,7 +100,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """One wandb run per stage, in the project `linearize`; a resumed stage goes on in the same run."""
+    """One wandb run per stage, in the project `linearize`; a resumed stage continues in the same run."""
 
     def __init__(self, folder: Path) -> None:
         """Raises `InputError` if wandb is not installed."""
@@ -109,7 +109,7 @@ class WandbTracker:
         self._run: Any = None
 
     def begin(self, stage: str, step: int | None) -> None:
-        """Starts a run, or takes the stage's run up again. A step logged twice appears twice: wandb cannot withdraw."""
+        """Start a run, or resume the stage's run. A step logged twice appears twice, since wandb cannot remove it."""
         name = f"{self._folder.resolve().name}/{stage}"
         key = hashlib.blake2b(f"{self._folder.resolve()}/{stage}".encode(), digest_size=8).hexdigest()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ TRACKERS: dict[str, type[TensorBoardTracker] | type[WandbTracker]] = {
 
 
 def make_tracker(folder: Path | None, track: Sequence[str] = ()) -> Tracker:
-    """The JSONL log if there is a run folder, and the trackers asked for.
+    """The JSONL log if there is a run folder, and the requested trackers.
 
     Raises:
         InputError: an unknown tracker, one whose package is missing, or one without a folder to write to.
@@ -175,7 +175,7 @@ def make_tracker(folder: Path | None, track: Sequence[str] = ()) -> Tracker:
 
 
 def _import(package: str, module: str) -> Any:
-    """A module of an optional package, or a one-line error that says how to install it."""
+    """Import a module of an optional package. Raises `InputError` with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -124,7 +124,7 @@ def merge_results(blocks: Sequence[BlockResult], name: str) -> StageResult:
 
 
 def _summed(histories: Sequence[History]) -> History:
-    """Return the sum at every step of the longest history; a shorter one goes on with its last value."""
+    """Return the sum at every step of the longest history; a shorter one continues with its last value."""
     steps = [step for step, _ in max(histories, key=len, default=())]
     known = [dict(history) for history in histories if history]
     last = [0.0] * len(known)

@@ -1,4 +1,4 @@
-"""What a block of k layers costs, before anything is read: bytes of memory while it trains, bytes of disk for the
+"""The cost of a block of k layers, before anything is read: bytes of memory while it trains, bytes of disk for the
 teacher's hidden states at the blocks' inputs; and the k that fits both.
 
 All sizes are bytes, tokens are tokens. A block's number of layers is `block`, k in the paper; the last block may be
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from linearize.errors import InputError
 from linearize.numbers import size_text
 
-ADAM_BYTES = 16  # gradient, two moments, the best weights so far: four numbers of fp32 beside each parameter
+ADAM_BYTES = 16  # gradient, two moments, the best weights so far: four fp32 numbers per parameter
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """What the memory and the disk of a block depend on.
+    """The sizes that determine the memory and the disk of a block.
 
     `layers`: of the whole model. `model_dim`: width of the hidden states. `tokens`: unique tokens whose hidden states
     are written. `itemsize`: bytes of one number of theirs. `layer_bytes`: weights of the largest layer as it computes
@@ -46,7 +46,7 @@ def boundary_bytes(tokens: int, model_dim: int, layers: int, block: int, itemsiz
 
 
 def block_peak_bytes(sizes: BlockSizes, block: int) -> int:
-    """The most bytes that a process holds which trains blocks of `block` layers one after the other.
+    """The peak bytes of a process that trains blocks of `block` layers one after the other.
 
     Weights, new parameters in fp32 with gradient, AdamW's moments and the best so far, and what autograd keeps grow
     with the block; the rest does not.
@@ -59,11 +59,11 @@ def block_peak_bytes(sizes: BlockSizes, block: int) -> int:
 def choose_block(sizes: BlockSizes, *, memory_bytes: int | None = None, disk_bytes: int | None = None) -> int:
     """The cheapest k in this much memory and disk (None: without bound).
 
-    What is minimised is the number of blocks, so the bytes written and read again; of all k that give as few blocks the
-    smallest one is taken, which needs the least memory.
+    This minimises the number of blocks, hence the bytes written and read again. Of all k with as few blocks it returns
+    the smallest, which needs the least memory.
 
     Raises:
-        InputError: no k fits; says what the nearest ones need.
+        InputError: no k fits; the message says what the nearest ones need.
     """
     fitting = fitting_blocks(sizes, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
     if not fitting:
@@ -77,7 +77,7 @@ def check_block(
     """Refuse a k that does not fit into this much memory and disk.
 
     Raises:
-        InputError: says what it needs, and which k would fit.
+        InputError: k does not fit; the message says what it needs, and which k would fit.
     """
     if not 1 <= block <= sizes.layers:
         raise InputError(f"block {block}: the model has {sizes.layers} layers; give 1 to {sizes.layers}, or auto")
@@ -109,7 +109,7 @@ def fitting_blocks(sizes: BlockSizes, *, memory_bytes: int | None = None, disk_b
 
 
 def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as people write them: `1 to 4, 7`."""
+    """Ascending numbers as text: `1 to 4, 7`."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -124,15 +124,15 @@ def _disk(sizes: BlockSizes, block: int) -> int:
 
 
 def _nothing_fits(sizes: BlockSizes, memory_bytes: int | None, disk_bytes: int | None) -> InputError:
-    """Which bound no k satisfies, or why those that satisfy one break the other."""
+    """The error that names the bound that no k satisfies, or why those that satisfy one exceed the other."""
     least_memory, least_disk = block_peak_bytes(sizes, 1), _disk(sizes, sizes.layers)
     if memory_bytes is not None and least_memory > memory_bytes:
-        told, way = f"even block 1 needs {size_text(least_memory)} of memory", "shorter rows, a smaller micro_batch"
-        return InputError(f"{told}, {size_text(memory_bytes)} given: give more, {way} or a smaller feature map")
+        need = f"even block 1 needs {size_text(least_memory)} of memory, {size_text(memory_bytes)} given"
+        return InputError(f"{need}: give more, shorter rows, a smaller micro_batch or a smaller feature map")
     assert disk_bytes is not None
     if least_disk > disk_bytes:
-        told = f"even one block of all {sizes.layers} layers needs {size_text(least_disk)} of disk for hidden states"
-        return InputError(f"{told}, {size_text(disk_bytes)} given: give more disk or fewer tokens")
+        need = f"even one block of all {sizes.layers} layers needs {size_text(least_disk)} of disk for hidden states"
+        return InputError(f"{need}, {size_text(disk_bytes)} given: give more disk or fewer tokens")
     largest = max(fitting_blocks(sizes, memory_bytes=memory_bytes))
     smallest = min(fitting_blocks(sizes, disk_bytes=disk_bytes))
     return InputError(

@@ -1,7 +1,7 @@
 """The teacher's hidden states at the inputs of blocks, on disk: raw rows in shards, each written whole or not at all
 and checked as it is read.
 
-`FOLDER/manifest.json` says what the rows are. Shard n of rows `name` at boundary b is `b/name-n.bin`, its rows one
+`FOLDER/manifest.json` describes the rows. Shard n of rows `name` at boundary b is `b/name-n.bin`, its rows one
 after the other without anything between them, and `b/name-n.json`, the checksum of each row (XXH3, 64 bits: four times
 as fast as CRC-32, which took as long as the disk).
 
@@ -27,7 +27,7 @@ from linearize.storage.files import read_json
 
 FORMAT = 2
 SHARD_BYTES = 64 * 2**20
-PIECE_BYTES = 2**18  # read, and checked while it lies in the processor's cache
+READ_BYTES = 2**18  # read at a time, and checked while it is in the processor's cache
 MANIFEST = "manifest.json"
 
 
@@ -101,7 +101,7 @@ class HiddenStore:
             path.unlink(missing_ok=True)
 
     def write(self, shards: Iterable[tuple[Shard, Iterable[Tensor]]]) -> None:
-        """Write shards from their rows in order (`[B, T, M]` each); the next one is made while one goes to the disk.
+        """Write shards from their rows in order (`[B, T, M]` each); the next one is computed while one is written.
 
         Raises OSError where the disk is full; whole shards stay.
         """
@@ -116,11 +116,11 @@ class HiddenStore:
                 pending.result()
 
     def buffer(self, name: str, rows: int) -> Tensor:
-        """Room for rows, `[B, T, M]`."""
+        """An empty buffer for rows, `[B, T, M]`."""
         return torch.empty(rows, self.rows[name][1], self.model_dim, dtype=self.dtype)
 
     def read(self, boundary: int, name: str, rows: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """Rows by number, `[B, T, M]`, into `out` where it is given (new memory costs more than reading does).
+        """Read rows by number, `[B, T, M]`, into `out` unless it is None (new memory costs more than reading does).
 
         Raises DamagedShardError.
         """
@@ -138,11 +138,11 @@ class HiddenStore:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(row * size)
-                done, found = 0, xxhash.xxh3_64()
-                while done < size and (got := file.readinto(view[done : done + PIECE_BYTES])):
-                    found.update(view[done : done + got])
+                done, digest = 0, xxhash.xxh3_64()
+                while done < size and (got := file.readinto(view[done : done + READ_BYTES])):
+                    digest.update(view[done : done + got])
                     done += got
-            whole = done == size and found.intdigest() == self._checksums(shard)[row]
+            whole = done == size and digest.intdigest() == self._checksums(shard)[row]
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -166,7 +166,7 @@ class HiddenStore:
         return partial, sums
 
     def _finish(self, shard: Shard, partial: Path, sums: list[int]) -> None:
-        """The shard under its name, and then its checksums, which make it count as there."""
+        """Rename the shard, then write its checksums, which mark it as complete."""
         path, sidecar = self._paths(shard)
         descriptor = os.open(partial, os.O_RDONLY)
         try:
@@ -183,15 +183,15 @@ class HiddenStore:
         return path.is_file() and path.stat().st_size == expected and bool(self._checksums(shard))
 
     def _checksums(self, shard: Shard) -> list[int]:
-        """Of a shard's rows; none where they are not there."""
+        """Checksums of a shard's rows; empty if there are none."""
         if shard not in self._sums:
             try:
-                found = json.loads(self._paths(shard)[1].read_text("utf-8"))["xxh3_64"]
+                sums = json.loads(self._paths(shard)[1].read_text("utf-8"))["xxh3_64"]
             except (OSError, ValueError, KeyError, TypeError):
                 return []
-            if len(found) != shard.end - shard.first:
+            if len(sums) != shard.end - shard.first:
                 return []
-            self._sums[shard] = found
+            self._sums[shard] = sums
         return self._sums[shard]
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
@@ -199,8 +199,8 @@ class HiddenStore:
         return stem.with_suffix(".bin"), stem.with_suffix(".json")
 
     def _check_manifest(self, identity: Mapping[str, Any]) -> None:
-        """Write what the rows are, or compare it with what was written."""
-        wanted = {
+        """Write the manifest, or compare it with the one on disk."""
+        manifest = {
             "format": FORMAT,
             "dtype": str(self.dtype).removeprefix("torch."),
             "model_dim": self.model_dim,
@@ -212,20 +212,20 @@ class HiddenStore:
         path = self.folder / MANIFEST
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(path, json.dumps(wanted, indent=2))
+            atomic_write_text(path, json.dumps(manifest, indent=2))
             return
-        found = read_json(path)
-        found = found if isinstance(found, dict) else {}
-        if wrong := [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]:
+        stored = read_json(path)
+        stored = stored if isinstance(stored, dict) else {}
+        if wrong := [key for key in {**manifest, **stored} if stored.get(key) != manifest.get(key)]:
             key = wrong[0]
             raise InputError(
-                f"{path.parent} holds hidden states of another run ({key} was {found.get(key)}, is {wanted.get(key)}): "
-                "run with the same settings to continue it, or delete it"
+                f"{path.parent} holds hidden states of another run ({key} was {stored.get(key)}, is "
+                f"{manifest.get(key)}): run with the same settings to continue it, or delete it"
             )
 
 
 def in_parts(total: range, size: int) -> Iterator[range]:
-    """A range in pieces of at most `size`."""
+    """Split a range into ranges of at most `size`."""
     return (total[start : start + size] for start in range(0, len(total), size))
 
 

@@ -1,4 +1,4 @@
-"""Which process does which work, where several share a folder: a lease is a small file whose holder keeps renewing it.
+"""Leases divide work between processes that share a folder: small files that their holders keep renewing.
 
 A holder that has died, or has not renewed its lease for long, loses it.
 """
@@ -28,7 +28,7 @@ class Lease:
     def check(self) -> None:
         """Raise RuntimeError if another process has taken the work over."""
         if not self.held:
-            raise RuntimeError(f"{self.path.name} was taken over by another process while this one stood still")
+            raise RuntimeError(f"{self.path.name} was taken over by another process while this one was suspended")
 
     def renew(self) -> None:
         """Renew the lease, unless another process holds it by now."""
@@ -64,8 +64,8 @@ class Leases:
 
     def holder(self, name: str) -> str | None:
         """Return who holds a lease, as text."""
-        found = _read(self._path(name))
-        return f"{found.get('host')} (process {found.get('pid')})" if found else None
+        record = _read(self._path(name))
+        return f"{record.get('host')} (process {record.get('pid')})" if record else None
 
     def _beat(self, lease: Lease, over: threading.Event) -> None:
         while not over.wait(self.stale_seconds / 6) and lease.held:
@@ -95,9 +95,9 @@ class Leases:
         return Lease(path, token)
 
     def _is_stale(self, path: Path, now: float) -> bool:
-        """Whether the holder is dead (where that can be told), or silent for too long."""
-        found = _read(path)
-        if found.get("host") == socket.gethostname() and _born(int(found.get("pid", 0))) != found.get("born"):
+        """Whether the holder is dead (as far as this machine can see), or silent for too long."""
+        record = _read(path)
+        if record.get("host") == socket.gethostname() and _born(int(record.get("pid", 0))) != record.get("born"):
             return True
         try:
             return now - path.stat().st_mtime > self.stale_seconds
@@ -113,7 +113,7 @@ class Leases:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except (ImportError, OSError):  # no such locks here: creation of the lease is atomic still
+            except (ImportError, OSError):  # without such locks, creating the lease is still atomic
                 pass
             os.utime(guard)
             yield guard.stat().st_mtime
@@ -121,14 +121,14 @@ class Leases:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        record = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _born(pid: int) -> str | None:
-    """Return when a process of this machine was started, None if it does not run: process numbers are reused."""
+    """Return the start time of a process of this machine, None if it does not run. Process numbers are reused."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
         return None if state == "Z" else rest[18]
@@ -141,5 +141,5 @@ def _born(pid: int) -> str | None:
 
 
 def wait(seconds: float) -> None:
-    """Wait before looking again at what the others do."""
+    """Wait before checking again what the others do."""
     time.sleep(seconds)

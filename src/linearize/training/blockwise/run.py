@@ -62,8 +62,8 @@ class BlockwiseStage:
         """Raises InputError: a folder of another run."""
         self.job, source = job, job.source
         self.spans = block_spans(source.layers, job.block)
-        self.wanted = list(range(len(self.spans))) if job.only is None else sorted(set(job.only))
-        assert not self.wanted or 0 <= self.wanted[0] <= self.wanted[-1] < len(self.spans)
+        self.numbers = list(range(len(self.spans))) if job.only is None else sorted(set(job.only))
+        assert not self.numbers or 0 <= self.numbers[0] <= self.numbers[-1] < len(self.spans)
         self.identity = {
             "stage": job.stage.settings(), "length": job.rows.rows.length, "block": job.block,
             **job.identity,
@@ -77,20 +77,20 @@ class BlockwiseStage:
         self.writer = HiddenWriter(self.store, source, job.rows, self.spans, micro_batch)
 
     def run(self) -> list[BlockResult]:
-        """Train what no one has trained yet; return the results of the wanted blocks, in order.
+        """Train what no one has trained yet; return the results of the chosen blocks, in order.
 
         Raises:
             RuntimeError: training diverged; OSError: the disk is full.
         """
         warned = False
-        while todo := [number for number in self.wanted if self.result(number) is None]:
+        while todo := [number for number in self.numbers if self.result(number) is None]:
             if self._train_one(todo) or self._write_inputs(todo):
                 continue
             if not warned:
                 LOG.warning("waiting for %s", " and ".join(self._others(todo)) or "another process")
                 warned = True
             wait(POLL_SECONDS)
-        results = [self.result(number) for number in self.wanted]
+        results = [self.result(number) for number in self.numbers]
         return [result for result in results if result is not None]
 
     def result(self, number: int) -> BlockResult | None:

@@ -1,4 +1,4 @@
-"""Chats as text: templates that a stage may be told to use, and what a template gets from a row."""
+"""Chats as text: templates that a stage may name, and the inputs of a template from a row."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _GIVEN = {"raise_exception", "strftime_now", *signature(PreTrainedTokenizerBase.
 _TAKEN = (_TEXT | _GIVEN) - set(EXTRAS)
 """Names that a template gets from elsewhere, whatever columns of a row are called."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transformers' own tags
-_MARK = "\ue000"  # stands for a content that is looked for: no text begins or ends with it
+_MARK = "\ue000"  # replaces a content to locate it: no text begins or ends with it
 
 
 def with_template(tokenizer: Any, template: str | None) -> Any:
-    """The tokenizer, or with a template given (a name, a file, or the text) a copy that has it.
+    """The tokenizer, or a copy with the template (a name, a file, or the text).
 
     Raises:
         InputError: neither a known name, nor a file, nor a Jinja text (which has a brace somewhere).
@@ -54,7 +54,7 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
 
 
 def template_text(template: str) -> str:
-    """The Jinja text that a setting means."""
+    """The Jinja text of a template's name, file or text."""
     if template in TEMPLATES:
         return TEMPLATES[template]
     return template if "{" in template else _from_file(template)
@@ -120,7 +120,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
 
 
 def note_unread(row: Row, note: Note) -> None:
-    """Note the columns for a template in a row that goes through none."""
+    """Note the columns for a template in a row that has none."""
     for name in EXTRAS:
         if row.get(name):
             note(f"have {name!r}, which texts that go through no chat template do not use: give messages")
@@ -158,12 +158,12 @@ def _objects(value: object, name: str) -> list[Any]:
 
 @lru_cache(maxsize=16)
 def variables_read(template: str) -> frozenset[str]:
-    """The names that a Jinja text reads and does not set itself."""
+    """The names that a Jinja text reads and does not set."""
     from jinja2 import Environment, TemplateError, meta
 
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         names = meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
     except TemplateError:
-        return frozenset()  # rendering says what is wrong
+        return frozenset()  # rendering raises the error
     return frozenset(names - environment.globals.keys())

@@ -25,7 +25,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text before tokenisation; `answers` are its character ranges that were answers (None: no such structure)."""
+    """One text before tokenisation; `answers`: the character ranges of answers (None: no such structure)."""
 
     text: str
     answers: tuple[tuple[int, int], ...] | None = None
@@ -52,7 +52,7 @@ def tokenize(
     count whole. A BOS or EOS that the text already holds (chat templates) is not added again.
 
     Raises:
-        InputError: no EOS token, or `answer_only` with a tokenizer that cannot tell which characters a token covers.
+        InputError: no EOS token, or `answer_only` with a tokenizer without character offsets.
     """
     end_token(tokenizer)
     if answer_only and not tokenizer.is_fast:

@@ -29,7 +29,7 @@ def file_rows(path: Path, ends: Sequence[str] = ()) -> Numbered:
     """The rows of a file. `ends`: lines that separate the documents of a text file, besides `END_OF_TEXT`.
 
     Raises:
-        InputError: a folder, an unknown extension, no such file, or a file that is not what its name says.
+        InputError: a folder, an unknown extension, no such file, or a file whose contents do not fit its name.
     """
     kind = path.with_suffix("").suffix.lower() if path.suffix.lower() in _UNPACK else path.suffix.lower()
     if path.is_dir():
@@ -49,7 +49,7 @@ def _txt_rows(path: Path, ends: Sequence[str]) -> Numbered:
 
 
 def text_documents(text: str, ends: Iterable[str]) -> list[str]:
-    """The documents of a text: separated by lines of one of `ends` if that gives two or more, else by blank lines.
+    """The documents of a text: separated by lines of one of `ends` if there are two or more, else by blank lines.
 
     Blank lines between paragraphs stay where such lines separate documents; single line ends always do.
     """
@@ -112,7 +112,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, object]]:
                     raise InputError(f"data {str(path)!r}, row {number}: has more cells than the first line has names")
                 yield number, row
         except csv.Error as error:
-            raise InputError(f"data {str(path)!r}, line {table.line_num}: no valid table ({error})") from error
+            raise InputError(f"data {str(path)!r}, line {table.line_num}: not a valid table ({error})") from error
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _parquet_rows(path: Path) -> Numbered:
     try:
         return enumerate(map(without_fill, pyarrow.parquet.read_table(path).to_pylist()), 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data {str(path)!r}: no valid parquet file ({one_line(error)})") from error
+        raise InputError(f"data {str(path)!r}: not a valid parquet file ({one_line(error)}); write it again") from error
 
 
 def without_fill(row: Any) -> Any:
@@ -149,7 +149,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, unpacked if its name says so."""
+    """The text of a file, decompressed according to its name."""
     kind = path.suffix.lower()
     if kind not in _UNPACK:
         return read_text(path)
@@ -158,7 +158,7 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{path}: no valid {kind[1:]} file ({one_line(error)}); get it again") from error
+        raise InputError(f"{path}: not a valid {kind[1:]} file ({one_line(error)}); get it again") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

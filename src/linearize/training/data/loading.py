@@ -64,7 +64,7 @@ class DataConfig(BaseModel):
     answer_only: bool = False
     """Next-token loss on the answers alone, where rows have prompt and answer; else on all text."""
     self_tokens: Annotated[Count, Field(ge=1)] = 1_000_000
-    """Tokens that the teacher writes for the data SPEC `self`."""
+    """Tokens to sample from the teacher for the data SPEC `self`."""
     self_temperature: Annotated[Number, Field(gt=0)] = 1.0
     """Sampling temperature of that text."""
     self_seed: int = Field(default=0, ge=0)
@@ -72,7 +72,7 @@ class DataConfig(BaseModel):
     self_prompt: str | None = None
     """How each text begins; none: BOS alone."""
     self_batch: Annotated[Count, Field(ge=1)] = 64
-    """Texts written at a time; part of what the seed reproduces."""
+    """Texts sampled at a time; part of what the seed reproduces."""
     self_max_new_tokens: Annotated[Count, Field(ge=1)] | None = None
     """The longest text; none: `length`. Never beyond the teacher's context."""
     pseudo_temperature: Annotated[Number, Field(ge=0)] = 1.0
@@ -103,16 +103,16 @@ def load_documents(
     answer_only: bool = False,
     say: Callable[[str], None] = LOG.info,
 ) -> list[Document]:
-    """The documents of all data SPECs, in the order given.
+    """The documents of all data SPECs, in order.
 
     Args:
         specs: files (see `data_files`), Hub dataset names, `self`, or `pseudo:` before a file or a name.
         sample: writes the documents of `self` (see `sampling.self_sampler`).
         answer: answers the prompts of what follows `pseudo:` (see `pseudo_labels.pseudo_labeller`).
         answer_only: the loss mask holds only answers, where rows have prompt and answer.
-        say: takes a line for each file or dataset: how many documents it became, and how long they are.
+        say: gets a line for each file or dataset: the number and lengths of its documents.
     Raises:
-        InputError: a tokenizer without EOS, or a SPEC that cannot be used; one line says why.
+        InputError: a tokenizer without EOS, or a SPEC that cannot be used.
     """
     end_token(tokenizer)
     specs = [specs] if isinstance(specs, str) else specs
@@ -121,7 +121,7 @@ def load_documents(
     documents: list[Document] = []
     for spec in map(local_spec, specs):
         if (spec == "self" and sample is None) or (spec.startswith(PSEUDO) and answer is None):
-            raise InputError(f"data {spec!r}: there is no teacher here to write the text; give a file instead")
+            raise InputError(f"data {spec!r}: this command has no teacher to sample text from; give a file instead")
         if not spec.removeprefix(PSEUDO).strip():
             raise InputError(f"data {spec!r}: names nothing; give a file or Hub dataset, after {PSEUDO} one of prompts")
         if spec == "self" and sample is not None:
@@ -130,9 +130,9 @@ def load_documents(
             documents += answer(spec.removeprefix(PSEUDO))
         else:
             examples = read_examples(spec, tokenizer, answer_only=answer_only)
-            found = tokenize(examples, tokenizer, answer_only=answer_only)
-            say(f"data {spec!r}: {_sizes(found)}{_separated(spec, tokenizer)}")
-            documents += found
+            read = tokenize(examples, tokenizer, answer_only=answer_only)
+            say(f"data {spec!r}: {_sizes(read)}{_separated(spec, tokenizer)}")
+            documents += read
     return documents
 
 

@@ -21,16 +21,16 @@ IGNORED = -100  # transformers' label for "no loss here"
 
 Batch = dict[str, Tensor]
 _Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-_Pieces = tuple[_Ints, _Ints, _Ints, int]  # start in the token stream, size, start in the rows, number of rows
+_Segments = tuple[_Ints, _Ints, _Ints, int]  # start in the token stream, size, start in the rows, number of rows
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
     """Packed rows, all `[N, T]` int64.
 
-    `position_ids` restart at 0 where a document (or the next piece of a cut one) begins; padding is a document of its
+    `position_ids` restart at 0 where a document (or the next segment of a cut one) begins; padding is a document of its
     own at the end of a row. `labels` are `input_ids` not shifted, -100 on the first token of each document, on padding
-    and where the document's own loss mask says so.
+    and where the document's own loss mask excludes it.
     """
 
     input_ids: Tensor
@@ -42,7 +42,7 @@ class PackedRows:
 
     @property
     def length(self) -> int:
-        """Tokens a row, padding included."""
+        """Tokens per row, padding included."""
         return self.input_ids.shape[1]
 
     @property
@@ -76,9 +76,9 @@ def pack(
     """Pack documents into rows of `length` tokens; no token is lost, none is in two rows.
 
     By default the documents follow each other without a gap and are cut where a row ends (the rest opens the next row
-    as a piece of its own); only the last row is padded. With `keep_whole` only documents longer than a row are cut:
-    the pieces are placed best fit (largest first, into the fullest row that takes it), and rows end in padding.
-    With `one_per_row` each piece has a row to itself: for models that do not keep documents of a row apart.
+    as a segment of its own); only the last row is padded. With `keep_whole` only documents longer than a row are cut:
+    the segments are placed best fit (largest first, into the fullest row that takes it), and rows end in padding.
+    With `one_per_row` each segment has a row to itself: for models that do not keep documents of a row apart.
 
     Args:
         length: tokens a row, at least 2.
@@ -92,8 +92,8 @@ def pack(
     if not len(lengths):
         raise InputError("there are no documents to pack; give data that holds text")
     cut = _one_per_row if one_per_row else _best_fit if keep_whole else _stream
-    pieces = cut(lengths, length)
-    return _assemble(documents, pieces, length, pad_token_id)
+    segments = cut(lengths, length)
+    return _assemble(documents, segments, length, pad_token_id)
 
 
 def document_rows(
@@ -108,7 +108,7 @@ def document_rows(
 def batches(
     rows: PackedRows, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """Batches without end, from step `start_step` on; step k is the same batch whether or not the run was broken.
+    """Batches without end, from step `start_step` on; step k is the same batch whether or not the run was interrupted.
 
     The rows are shuffled anew each epoch, by (seed, epoch); epochs follow each other without a gap, so no row is
     dropped and a batch may hold the end of one and the begin of the next. `batch_size` is over all ranks: each of
@@ -124,7 +124,7 @@ def batches(
 
 
 def step_rows(num_rows: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """The rows of the batch of one step, by number; `batches` says how they are drawn."""
+    """The rows of the batch of one step, by number, drawn as `batches` describes."""
     share = batch_size // world_size
     first = step * batch_size + rank * share
     return [int(epoch_order(num_rows, seed, i // num_rows)[i % num_rows]) for i in range(first, first + share)]
@@ -136,7 +136,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> _Ints:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def _stream(lengths: _Ints, length: int) -> _Pieces:
+def _stream(lengths: _Ints, length: int) -> _Segments:
     """One stream of documents, cut at every multiple of `length`."""
     total = int(lengths.sum())
     starts = np.unique(np.concatenate([np.cumsum(lengths) - lengths, np.arange(0, total, length)]))
@@ -144,48 +144,48 @@ def _stream(lengths: _Ints, length: int) -> _Pieces:
     return starts, sizes, starts, -(-total // length)
 
 
-def _one_per_row(lengths: _Ints, length: int) -> _Pieces:
-    """Pieces of at most one row, each at the start of its own."""
+def _one_per_row(lengths: _Ints, length: int) -> _Segments:
+    """Segments of at most one row, each at the start of its own."""
     starts, sizes = _cut_long(lengths, length)
     return starts, sizes, np.arange(len(starts)) * length, len(starts)
 
 
-def _best_fit(lengths: _Ints, length: int) -> _Pieces:
-    """Pieces of at most one row, largest first, each into the row with the least room that suffices."""
+def _best_fit(lengths: _Ints, length: int) -> _Segments:
+    """Segments of at most one row, largest first, each into the row with the least free space that suffices."""
     starts, sizes = _cut_long(lengths, length)
     targets = np.empty_like(starts)
-    rooms: list[list[int]] = [[] for _ in range(length + 1)]  # rooms[n]: the rows with n free tokens
-    open_rooms = 0  # bit n is set where rooms[n] holds a row: the next fit is the lowest bit from the size up
+    rows_by_free: list[list[int]] = [[] for _ in range(length + 1)]  # by number of free tokens
+    free_bits = 0  # bit n: some row has n free tokens; the next fit is the lowest bit from the size up
     num_rows = 0
-    for piece in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[piece])
-        fits = open_rooms >> size
+    for segment in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[segment])
+        fits = free_bits >> size
         if fits:
-            room = size + (fits & -fits).bit_length() - 1
-            row = rooms[room].pop()
-            if not rooms[room]:
-                open_rooms &= ~(1 << room)
+            free = size + (fits & -fits).bit_length() - 1
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_bits &= ~(1 << free)
         else:
-            room, row = length, num_rows
+            free, row = length, num_rows
             num_rows += 1
-        targets[piece] = row * length + length - room
-        rooms[room - size].append(row)
-        open_rooms |= 1 << (room - size)
+        targets[segment] = row * length + length - free
+        rows_by_free[free - size].append(row)
+        free_bits |= 1 << (free - size)
     return starts, sizes, targets, num_rows
 
 
 def _cut_long(lengths: _Ints, length: int) -> tuple[_Ints, _Ints]:
-    """Start in the token stream and size of each piece when every document is cut at its own multiples of `length`."""
-    num_pieces = -(-lengths // length)
-    ends = np.repeat(np.cumsum(lengths), num_pieces)
-    nth = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    starts = ends - np.repeat(lengths, num_pieces) + nth * length
+    """Start in the token stream and size of each segment, every document cut at its own multiples of `length`."""
+    num_segments = -(-lengths // length)
+    ends = np.repeat(np.cumsum(lengths), num_segments)
+    nth = np.arange(num_segments.sum()) - np.repeat(np.cumsum(num_segments) - num_segments, num_segments)
+    starts = ends - np.repeat(lengths, num_segments) + nth * length
     return starts, np.minimum(length, ends - starts)
 
 
-def _assemble(documents: Sequence[Document], pieces: _Pieces, length: int, pad_token_id: int) -> PackedRows:
-    """Copy every piece to its place."""
-    starts, sizes, targets, num_rows = pieces
+def _assemble(documents: Sequence[Document], segments: _Segments, length: int, pad_token_id: int) -> PackedRows:
+    """Copy every segment to its place."""
+    starts, sizes, targets, num_rows = segments
     total = int(sizes.sum())
     tokens = np.fromiter(chain.from_iterable(d.tokens for d in documents), dtype=np.int64, count=total)
     counts = np.fromiter(chain.from_iterable(d.loss_mask for d in documents), dtype=bool, count=total)

@@ -144,7 +144,7 @@ def _messages(row: Row) -> tuple[list[Message], list[Message], list[Message]]:
     if field is None:
         shared = _shared(chosen, rejected)
         if not shared:
-            raise InputError(f"has no prompt: its fields are {', '.join(map(str, row))}; needed is one of: {FORMATS}")
+            raise InputError(f"has no prompt: its fields are {', '.join(map(str, row))}; give one of: {FORMATS}")
         return chosen[:shared], chosen[shared:], rejected[shared:]
     prompt = as_messages(row[field], field, "user")
     if all(len(answer) > len(prompt) and answer[: len(prompt)] == prompt for answer in (chosen, rejected)):

@@ -1,6 +1,6 @@
 """The data SPEC `pseudo:PATH`: the teacher answers the prompts in a file (sequence-level distillation, 1606.07947).
 
-Answers are kept in a cache folder, batch by batch, so that a killed run goes on where it stopped and a second run reads
+Answers are kept in a cache folder, batch by batch, so that a killed run continues and a second run reads
 them. The folder's name is a hash of all that they depend on: the teacher's weights, the prompts, the settings.
 """
 
@@ -130,11 +130,11 @@ def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = igno
     if field is None and named:
         raise NullError(named[0])
     if field is None:
-        raise InputError(f"wrong fields, found: {', '.join(map(str, row)) or 'none'}; needed is one of: {FORMATS}")
+        raise InputError(f"has the fields {', '.join(map(str, row)) or 'none'}; give one of: {FORMATS}")
     if field == "instruction":
         plain: str | None = alpaca_prompt(row)
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        messages = [{"role": "user", "content": asked}]
+        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        messages = [{"role": "user", "content": question}]
     else:
         plain = row[field] if isinstance(row[field], str) and field == "prompt" else None
         messages = as_messages(row[field], field, "user") if field == "prompt" else message_list(row, field)
@@ -156,7 +156,7 @@ def _answers(
     journal: Journal,
     progress: Progress | None,
 ) -> list[list[int]]:
-    """The answers of all prompts, batch by batch: those in the journal first; each new batch goes there at once."""
+    """The answers to all prompts: first those in the journal, to which each new batch is appended."""
     answers: list[list[int]] = [answer for batch in journal.rows for answer in batch]
     if progress is not None:
         progress(len(answers), len(prompts))
@@ -179,12 +179,12 @@ def _answers(
 def _answer_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], config: PseudoConfig
 ) -> list[list[int]]:
-    """Answers in the prompts' order. Rows with room for answers of equal length are written together."""
+    """Answers in the prompts' order. Rows whose answers may be equally long are generated together."""
     ends, pad = end_tokens(model, tokenizer), end_token(tokenizer)
-    limits = [_room(model, len(prompt), config.max_new_tokens) for prompt in prompts]
+    limits = [_max_answer(model, len(prompt), config.max_new_tokens) for prompt in prompts]
     answers: dict[int, list[int]] = {}
     for limit in sorted(set(limits)):
-        rows = [row for row, room in enumerate(limits) if room == limit]
+        rows = [row for row, longest in enumerate(limits) if longest == limit]
         inputs_BT, mask_BT = left_padded([prompts[row] for row in rows], pad, model.device)
         settings = generation_config(model, config.temperature, limit, ends, pad)
         answers |= zip(rows, write(model, inputs_BT, mask_BT, settings, ends), strict=True)
@@ -199,7 +199,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _room(model: PreTrainedModel, num_prompt: int, max_new_tokens: int) -> int:
+def _max_answer(model: PreTrainedModel, num_prompt: int, max_new_tokens: int) -> int:
     """How long an answer to a prompt of this length may be."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return max_new_tokens if context is None else min(max_new_tokens, context - num_prompt)

@@ -1,4 +1,4 @@
-"""The formats of a data row, and the text that each of them stands for."""
+"""The formats of a data row, and the text of each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def example_of(row: object, tokenizer: PreTrainedTokenizerBase, answer_only: boo
     if matching:
         raise NullError(next(field for field in matching[0] if is_null(row[field])))
     named = ", ".join(map(str, row)) or "none"
-    raise InputError(f"wrong fields, found: {named}; needed is one of: {_formats()}")
+    raise InputError(f"has the fields {named}; give one of: {_formats()}")
 
 
 def _formats() -> str:

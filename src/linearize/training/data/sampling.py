@@ -1,4 +1,4 @@
-"""The data SPEC `self`: text that the teacher writes, so that a conversion needs no data set.
+"""The data SPEC `self`: text sampled from the teacher, so that a conversion needs no data set.
 
 It is kept in a cache folder, batch by batch with the random state after it, so that a killed run goes on where it
 stopped, and a second run or an evaluation reads it.
@@ -133,7 +133,7 @@ def _batches(
 
 
 def _random_state(model: PreTrainedModel) -> str:
-    """Of the generator that sampling on the model's device draws from."""
+    """The state of the generator that sampling on the model's device uses."""
     state = torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.get_rng_state()
     return base64.b64encode(state.numpy().tobytes()).decode()
 

@@ -1,4 +1,4 @@
-"""The training rows of a conversion: packed for each stage's length, and shared out over the steps of a schedule."""
+"""The training rows of a conversion: packed for each stage's length, and divided over the steps of a schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linearize.training.data.packing import PackedRows, batches, pack
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingText:
+class TrainDataset:
     """Documents to train on; `keep_whole`, `one_per_row`: see `pack`."""
 
     documents: Sequence[Document]
@@ -55,7 +55,7 @@ class TrainingText:
         return [_joined(drawn[first : first + batch], device) for first in range(0, count, batch)]
 
     def fingerprint(self, length: int, heldout: Sequence[Batch]) -> str:
-        """What tells these rows and these held-out batches from others."""
+        """What distinguishes these rows and these held-out batches from others."""
         rows, digest = self.rows(length), hashlib.sha256()
         for tensor in (rows.input_ids, rows.labels, *(batch["input_ids"] for batch in heldout)):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())

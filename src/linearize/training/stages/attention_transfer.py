@@ -1,4 +1,4 @@
-"""Attention transfer: each mixer learns to give what the softmax attention that it replaces gives (LoLCATs,
+"""Attention transfer: each mixer learns the outputs of the softmax attention that it replaces (LoLCATs,
 2410.10254, section 3.1).
 
 The hidden states passed on are always the teacher's, so no error accumulates from layer to layer, and only the
@@ -74,7 +74,7 @@ class AttentionTransfer(StudentRun):
             self.power = {layer: float(outputs[layer][1].square().mean()) for layer in self.layers}
 
     def loss(self, batch: Batch) -> LossSum:
-        """Sum over layers of the transfer loss, as a sum over tokens that are no padding."""
+        """Sum over layers of the transfer loss, as a sum over tokens that are not padding."""
         terms = self._pass(batch)
         total = sum((term for term, _ in terms.values()), torch.zeros((), device=batch["input_ids"].device))
         return LossSum(total, float(counted(batch["labels"]).sum()))
@@ -152,7 +152,7 @@ def _between_projections(student: LinearizedForCausalLM) -> dict[int, Mixer]:
     mixers = student.mixers()
     if others := sorted({mixer.config.name for mixer in mixers.values() if isinstance(mixer, LayerMixer)}):  # type: ignore[attr-defined]
         raise InputError(
-            f"attention_transfer needs mixers that stand between the projections, this plan has {', '.join(others)}: "
+            f"attention_transfer needs mixers between the projections, this plan has {', '.join(others)}: "
             "use the stage hidden_alignment"
         )
     return mixers

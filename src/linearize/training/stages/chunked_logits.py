@@ -19,7 +19,7 @@ from linearize.training.config import Batch
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
 SLICE_NUMBERS = 2**24
-"""Logits of at most so many numbers exist at a time (64 MiB in fp32), a few times over inside a loss."""
+"""The most logits that exist at a time (64 MiB in fp32), a few times over inside a loss."""
 
 
 def slice_tokens(vocabulary: int) -> int:
@@ -27,7 +27,7 @@ def slice_tokens(vocabulary: int) -> int:
     return max(1, SLICE_NUMBERS // vocabulary)
 
 
-class Readout:
+class SplitModel:
     """A causal LM (a teacher or a student) in two parts: tokens to hidden states, hidden states to logits.
 
     The second part is the family's own forward with its decoder replaced by one that gives the hidden states, so that
@@ -46,7 +46,7 @@ class Readout:
             self.decoder = None
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` where the model does not come apart."""
+        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` if the model cannot be divided."""
         if self.decoder is None:
             whole: Tensor = self._run(batch).logits
             return whole
@@ -72,7 +72,7 @@ class Readout:
         return self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **options)
 
     def _pass(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
-        """One run with the decoder's output written down: final hidden states, and the run's logits."""
+        """Run the model and record the decoder's output: final hidden states, and logits."""
         assert self.decoder is not None
         outputs: list[Any] = []
         decoder = self.lm.get_submodule(self.decoder)
@@ -90,11 +90,11 @@ class Readout:
 
     @contextmanager
     def _decoder_gives(self, hidden_BTM: Tensor) -> Iterator[None]:
-        """Inside the `with` block the decoder returns these hidden states, whatever it is given."""
+        """Make the decoder return these hidden states inside the `with` block, whatever its inputs."""
         assert self.decoder is not None
         parent, _, child = self.decoder.rpartition(".")
         owner, decoder = self.lm.get_submodule(parent), self.lm.get_submodule(self.decoder)
-        setattr(owner, child, _Given(self.output(last_hidden_state=hidden_BTM)))
+        setattr(owner, child, _FixedDecoder(self.output(last_hidden_state=hidden_BTM)))
         try:
             yield
         finally:
@@ -102,7 +102,7 @@ class Readout:
 
     @torch.no_grad()
     def _comes_apart(self) -> bool:
-        """Whether the logits of three tokens are those of the two parts."""
+        """Whether the two parts give the model's logits, tested on three tokens."""
         ids = torch.arange(3, device=self.lm.device)[None]
         try:
             hidden, expected = self._pass({"input_ids": ids % self.vocabulary, "position_ids": ids})
@@ -112,8 +112,8 @@ class Readout:
         return logits.shape == expected[0].shape and torch.allclose(logits.float(), expected[0].float(), 1e-2, 1e-3)
 
 
-class _Given(nn.Module):
-    """A decoder that has been run already."""
+class _FixedDecoder(nn.Module):
+    """A decoder with a fixed output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -123,16 +123,16 @@ class _Given(nn.Module):
         return self.output
 
 
-def sliced_loss(readout: Readout, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
+def sliced_loss(split: SplitModel, hidden_NM: Tensor, loss: SliceLoss, *, tokens: int | None = None) -> Tensor:
     """The sum of `loss(logits_nV, slice)` over slices of `tokens` tokens (None: `slice_tokens`), fp32.
 
     Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
     product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
     """
-    size = tokens or slice_tokens(readout.vocabulary)
+    size = tokens or slice_tokens(split.vocabulary)
     parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
-    parameters = readout.parameters() if torch.is_grad_enabled() else []
-    total: Tensor = _Sliced.apply(readout, loss, parts, hidden_NM, *parameters)
+    parameters = split.parameters() if torch.is_grad_enabled() else []
+    total: Tensor = _Sliced.apply(split, loss, parts, hidden_NM, *parameters)
     return total
 
 
@@ -141,17 +141,17 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, readout: Readout, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
+        ctx: Any, split: SplitModel, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         total = hidden_NM.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if wanted else []
+        need_grad = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if need_grad else []
         for part in parts:
-            hidden_nM = hidden_NM[part].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                value = loss(readout.logits(hidden_nM), part)
+            hidden_nM = hidden_NM[part].detach().requires_grad_(need_grad)
+            with torch.set_grad_enabled(need_grad):
+                value = loss(split.logits(hidden_nM), part)
             total += value.detach()
-            if wanted:
+            if need_grad:
                 with torch.autocast(hidden_NM.device.type, enabled=False):
                     slice_grads = torch.autograd.grad(value, (hidden_nM, *parameters), allow_unused=True)
                 for whole, new in zip((grads[0][part], *grads[1:]), slice_grads, strict=True):

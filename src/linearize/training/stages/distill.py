@@ -15,7 +15,7 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.adapters import kept_adapters
 from linearize.modeling.io.integrity import model_fingerprint
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
 from linearize.training.stages.losses import Divergence, distillation_loss
 from linearize.training.student_run import LogitsRun, mlp_parameters, unshare
@@ -49,16 +49,16 @@ class DistillConfig(StageConfig):
         return self
 
     def check(self, student: Any, teacher: Any) -> None:
-        """Refuse what cannot work, without loading another teacher's weights.
+        """Raise for what cannot work, without loading another teacher's weights.
 
         Raises:
             InputError: another teacher with another vocabulary, no mixer with parameters where only mixers train, or
-                adapters kept beside weights that this stage would change.
+                adapters kept next to weights that this stage would change.
         """
         if self.train == "mixers" and not student.mixer_parameters():
             raise InputError("distill has nothing to train: no mixer of the plan has parameters (set train to no_mlp)")
         if kept_adapters(student) is not None:
-            raise InputError("distill changes weights that adapters are kept beside: set merge of lowrank to true")
+            raise InputError("distill changes weights that unmerged adapters belong to: set merge of lowrank to true")
         if self.teacher is not None and self.kl:
             check_vocabulary(self.teacher, student)
 
@@ -74,24 +74,24 @@ class Distill(LogitsRun):
     def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
         super().__init__(student, *_groups(config, student, teacher))
         self.config = config
-        self.student_readout = Readout(student)
-        self.teacher_readout: Readout | None = None
+        self.student_split = SplitModel(student)
+        self.teacher_split: SplitModel | None = None
         if config.kl:
             other = teacher if config.teacher is None else load_other_teacher(config.teacher, student)
-            self.teacher_readout = Readout(other)
+            self.teacher_split = SplitModel(other)
 
     def identity(self) -> dict[str, str]:
-        """Of another teacher, what its weights are."""
-        if self.config.teacher is None or self.teacher_readout is None:
+        """A fingerprint of another teacher's weights."""
+        if self.config.teacher is None or self.teacher_split is None:
             return {}
-        return {"other_teacher": model_fingerprint(self.teacher_readout.model)}
+        return {"other_teacher": model_fingerprint(self.teacher_split.model)}
 
     def loss(self, batch: Batch) -> LossSum:
         """Weighted divergence and cross-entropy, summed over the tokens whose next token counts."""
         config = self.config
         return distillation_loss(
-            self.student_readout,
-            self.teacher_readout,
+            self.student_split,
+            self.teacher_split,
             batch,
             kl=config.kl,
             ce=config.ce,
@@ -100,9 +100,9 @@ class Distill(LogitsRun):
         )
 
     def finish(self) -> None:
-        """Let go of the other teacher too."""
+        """Release the other teacher too."""
         super().finish()
-        self.teacher_readout = None
+        self.teacher_split = None
 
 
 def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:

@@ -24,7 +24,7 @@ from linearize.training.data.chat import with_template
 from linearize.training.data.packing import IGNORED
 from linearize.training.data.preferences import PreferencePair, read_preferences, tokenize_preferences
 from linearize.training.dataset_stage import DatasetStageConfig, padded, until_last_label
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import answer_log_probs
 from linearize.training.student_run import LogitsRun
 
@@ -49,7 +49,7 @@ class DpoConfig(DatasetStageConfig):
         return tokenize_preferences(read_preferences(self.data, tokenizer), tokenizer, length)
 
     def collate(self, rows: Sequence[PreferencePair], pad: int) -> Batch:
-        """Of each pair the chosen text and the rejected one, `[B, 2, T]`."""
+        """The chosen and the rejected text of each pair, `[B, 2, T]`."""
         documents = list(chain.from_iterable((pair.chosen, pair.rejected) for pair in rows))
         return {name: tensor.unflatten(0, (-1, 2)) for name, tensor in padded(documents, pad).items()}
 
@@ -63,15 +63,15 @@ class Dpo(LogitsRun):
 
     def __init__(self, config: DpoConfig, student: LinearizedForCausalLM, trained: ParameterGroup) -> None:
         super().__init__(student, trained)
-        self.config, self.readout = config, Readout(student)
-        self.reference = Readout(frozen_copy(student, trained.parameters))
+        self.config, self.split = config, SplitModel(student)
+        self.reference = SplitModel(frozen_copy(student, trained.parameters))
 
     def loss(self, batch: Batch) -> LossSum:
         """The loss of each pair, summed over the pairs, with the means that trl logs, under its names."""
         batch = {name: x.transpose(0, 1).flatten(0, 1) for name, x in until_last_label(batch).items()}
         with torch.no_grad():
             reference_2B = answer_log_probs(self.reference, batch).unflatten(0, (2, -1))
-        log_probs_2B = answer_log_probs(self.readout, batch).unflatten(0, (2, -1))
+        log_probs_2B = answer_log_probs(self.split, batch).unflatten(0, (2, -1))
         tokens_2B = (batch["labels"] != IGNORED).sum(-1).unflatten(0, (2, -1))
         config, ratio_2B = self.config, log_probs_2B - reference_2B
         loss_B = preference_loss(ratio_2B, tokens_2B, beta=config.beta, kind=config.loss)
@@ -84,7 +84,7 @@ class Dpo(LogitsRun):
         return LossSum(loss_B.sum(), len(loss_B), {name: float(value.sum()) for name, value in means.items()})
 
     def finish(self) -> None:
-        """Let go of the reference too."""
+        """Release the reference too."""
         super().finish()
         del self.reference
 
@@ -104,7 +104,7 @@ def preference_loss(ratio_2B: Tensor, tokens_2B: Tensor, *, beta: float, kind: P
 
 
 def frozen_copy(student: nn.Module, trained: Mapping[str, nn.Parameter]) -> Any:
-    """The student as it stands, in eval mode: own tensors for what trains, the others shared.
+    """A copy of the student in eval mode: own tensors for what trains, the others shared.
 
     Sharded weights stay so: a module that had some gathers them while it runs.
     """

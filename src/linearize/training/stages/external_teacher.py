@@ -1,4 +1,4 @@
-"""Another, usually larger model as the teacher of a student: it must speak of the same tokens."""
+"""Another, usually larger model as the teacher of a student: it must have the same tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_vocabulary(name: str, student: LinearizedForCausalLM) -> None:
 
 
 def check_samples(name: str) -> None:
-    """Look at a few values of each weight in a folder. Raises InputError where they are no numbers."""
+    """Check a few values of each weight in a folder. Raises InputError for NaN."""
     source = find_model(name)
     if source.gguf_file is None and Path(source.name).is_dir():
         WeightFiles(source.name).check_samples()
@@ -82,12 +82,12 @@ def load_other_teacher(name: str, student: LinearizedForCausalLM) -> Any:
 def _vocabulary_size(name: str) -> int:
     size = getattr(read_config(find_model(name)).get_text_config(), "vocab_size", None)
     if size is None:
-        raise InputError(f"cannot load {name} as a teacher: its config names no vocabulary")
+        raise InputError(f"{name} as a teacher: its config names no vocabulary; give a causal language model")
     return int(size)
 
 
 def _tokens(name: str | None) -> dict[str, int] | None:
-    """A tokenizer's tokens and their ids; None: there is none to be found."""
+    """A tokenizer's tokens and their ids, None if there is no tokenizer."""
     if name is None:
         return None
     try:

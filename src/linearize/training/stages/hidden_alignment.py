@@ -1,4 +1,4 @@
-"""Hidden-state alignment: each converted layer learns to give what the teacher's gives on the teacher's own input
+"""Hidden-state alignment: each converted layer learns the teacher's output on the teacher's own input
 (MOHAWK stage 2, 2408.10189, section 4.2; RADLADS step 1, 2505.03005).
 
 No error accumulates from layer to layer, and only the mixers' parameters train.
@@ -90,7 +90,7 @@ class HiddenAlignment(StudentRun):
         ]
 
     def _outputs(self, batch: Batch) -> dict[int, tuple[Tensor, ModuleCall]]:
-        """By layer: the student's output on the teacher's input, and the teacher's call."""
+        """For each layer, the student's output on the teacher's input, and the teacher's call."""
         calls, layout = module_calls(self.teacher, batch, self.modules.values()), batch_layout(batch)
         lm: nn.Module = self.student.lm
         return {
@@ -99,7 +99,7 @@ class HiddenAlignment(StudentRun):
         }
 
     def _added(self, call: ModuleCall) -> Tensor:
-        """What the teacher's module adds to the hidden states; a block's output holds its input."""
+        """What the teacher's module adds to the hidden states; a block's output includes its input."""
         return call.output - call.hidden if self.config.output == "block" else call.output
 
 
@@ -143,7 +143,7 @@ def module_calls(teacher: nn.Module, batch: Batch, names: Iterable[str]) -> dict
 
 
 def batch_layout(batch: Batch) -> Layout:
-    """Where the documents of a batch are."""
+    """The layout of a batch."""
     tokens = batch["input_ids"].shape[1]
     return Layout.from_inputs(num_tokens=tokens, past=0, position_ids=batch["position_ids"])
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from linearize.training.config import Batch, LossSum
-from linearize.training.stages.chunked_logits import Readout, slice_tokens, sliced_loss
+from linearize.training.stages.chunked_logits import SplitModel, slice_tokens, sliced_loss
 
 Divergence = Literal["forward", "reverse", "jsd"]
 
@@ -25,7 +25,7 @@ def counted(labels_BT: Tensor) -> Tensor:
     return F.pad(labels_BT[:, 1:], (0, 1), value=-100) != -100
 
 
-def answer_loss(readout: Readout, batch: Batch) -> LossSum:
+def answer_loss(split: SplitModel, batch: Batch) -> LossSum:
     """Cross-entropy of the labels, nats, summed over those that are not -100, with the number of them that are the
     model's first choice (`mean_token_accuracy` once divided)."""
     live_BT = counted(batch["labels"])
@@ -36,23 +36,23 @@ def answer_loss(readout: Readout, batch: Batch) -> LossSum:
         correct.add_((logits_nV.detach().argmax(-1) == labels_N[part]).sum())
         return F.cross_entropy(logits_nV.float(), labels_N[part], reduction="sum")
 
-    total = sliced_loss(readout, readout.hidden(batch)[live_BT], cross_entropy)
+    total = sliced_loss(split, split.hidden(batch)[live_BT], cross_entropy)
     return LossSum(total, float(live_BT.sum()), {"mean_token_accuracy": float(correct)})
 
 
-def answer_log_probs(readout: Readout, batch: Batch) -> Tensor:
+def answer_log_probs(split: SplitModel, batch: Batch) -> Tensor:
     """The log-probability of each row's labels that are not -100, nats, summed over the row: `[B]`.
 
     With gradients the logits of a slice are made once more in the backward pass, so that one slice of them exists.
     """
     live_BT = counted(batch["labels"])
     labels_N = batch["labels"].roll(-1, 1)[live_BT]
-    hidden_NM = readout.hidden(batch)[live_BT]
+    hidden_NM = split.hidden(batch)[live_BT]
 
     def log_probs(hidden_nM: Tensor, labels_n: Tensor) -> Tensor:
-        return -F.cross_entropy(readout.logits(hidden_nM).float(), labels_n, reduction="none")
+        return -F.cross_entropy(split.logits(hidden_nM).float(), labels_n, reduction="none")
 
-    size = slice_tokens(readout.vocabulary)
+    size = slice_tokens(split.vocabulary)
     parts = [
         checkpoint(log_probs, hidden_nM, labels_n, use_reentrant=False, preserve_rng_state=False)
         for hidden_nM, labels_n in zip(hidden_NM.split(size), labels_N.split(size), strict=True)
@@ -62,8 +62,8 @@ def answer_log_probs(readout: Readout, batch: Batch) -> Tensor:
 
 
 def distillation_loss(
-    student: Readout,
-    teacher: Readout | None,
+    student: SplitModel,
+    teacher: SplitModel | None,
     batch: Batch,
     *,
     kl: float,
@@ -97,7 +97,7 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def _teacher_hidden(teacher: Readout | None, batch: Batch, live_BT: Tensor) -> Tensor:
+def _teacher_hidden(teacher: SplitModel | None, batch: Batch, live_BT: Tensor) -> Tensor:
     assert teacher is not None, "a divergence needs a teacher"
     return teacher.hidden(batch)[live_BT]
 
@@ -129,11 +129,11 @@ def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> LossSum:
     """Cross-entropy of the next token, nats, summed over labels that are not -100."""
-    wanted = labels_BT[:, 1:]
+    targets = labels_BT[:, 1:]
     total = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
+        logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-    return LossSum(total, float((wanted != -100).sum()))
+    return LossSum(total, float((targets != -100).sum()))
 
 
 def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> LossSum:

@@ -20,7 +20,7 @@ from linearize.modeling.io.quantized import is_quantized, whole_weight, with_wei
 from linearize.modeling.parallel import add_part
 from linearize.modeling.sharding import shards_of
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import distillation_loss
 from linearize.training.student_run import LogitsRun
 
@@ -38,9 +38,9 @@ class LowRankConfig(StageConfig):
 
     `targets`: projections (q, k, v, o, `all`, or names of the family's own). `loss`: `ce` (next token) or `kl`
     (KL(teacher||student)).
-    `train_mixers`: whether the mixers go on learning, at `mixer_lr_scale` times the learning rate. `merge`: adapters
-    go into the saved
-    weights; otherwise they are kept beside them (`adapter/`, peft's format) and applied on loading.
+    `train_mixers`: whether to train the mixers too, at `mixer_lr_scale` times the learning rate. `merge`: merge the
+    adapters into the saved weights; otherwise they are saved next to them (`adapter/`, peft's format) and applied on
+    loading.
     """
 
     name: Literal["lowrank"] = "lowrank"
@@ -63,8 +63,8 @@ class LowRank(LogitsRun):
 
     def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
         self.config = config
-        self.student_readout = Readout(student)
-        self.teacher_readout = Readout(teacher) if config.loss == "kl" else None
+        self.student_split = SplitModel(student)
+        self.teacher_split = SplitModel(teacher) if config.loss == "kl" else None
         self.adapters = add_adapters(
             student, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets
         )
@@ -77,12 +77,12 @@ class LowRank(LogitsRun):
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
         kl = float(self.config.loss == "kl")
-        return distillation_loss(self.student_readout, self.teacher_readout, batch, kl=kl, ce=1.0 - kl)
+        return distillation_loss(self.student_split, self.teacher_split, batch, kl=kl, ce=1.0 - kl)
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """Next-token loss of the student, adapters without dropout."""
         self._train_adapters(False)
-        result = distillation_loss(self.student_readout, None, batch, kl=0.0, ce=1.0)
+        result = distillation_loss(self.student_split, None, batch, kl=0.0, ce=1.0)
         self._train_adapters(True)
         return result
 
@@ -94,10 +94,10 @@ class LowRank(LogitsRun):
             self.student.adapter_state.kept = KeptAdapters(self.adapters.config, state, before)
         super().finish()
 
-    def _train_adapters(self, wanted: bool) -> None:
-        """Whether their dropout is on."""
+    def _train_adapters(self, training: bool) -> None:
+        """Switch their dropout on or off."""
         for layer in self.adapters.layers.values():
-            layer.train(wanted)
+            layer.train(training)
 
 
 @dataclass(eq=False)

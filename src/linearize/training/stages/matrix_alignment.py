@@ -39,7 +39,7 @@ class MatrixAlignmentConfig(StageConfig):
                 "use attention_transfer with weights_ce"
             )
         if not mixers:
-            raise InputError("matrix_alignment has nothing to train: the plan converts no layer")
+            raise InputError("matrix_alignment has nothing to train: the plan converts no layer (set its tokens to 0)")
 
     def build(self, student: Any, teacher: Any) -> StageRun:
         """The stage over a student and its teacher."""
@@ -87,7 +87,7 @@ def attention_matrix(sample: AttentionSample) -> Tensor:
 
 
 def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
-    """Names of the mixers' parameters that move their matrices, found by running three tokens."""
+    """Names of the mixers' parameters that change their matrices, determined by running three tokens."""
     names = {id(parameter): name for name, parameter in student.mixer_parameters().items()}
     moving: list[str] = []
     for mixer in student.mixers().values():
@@ -99,8 +99,8 @@ def _in_matrices(student: LinearizedForCausalLM) -> list[str]:
         with torch.enable_grad():
             total = mixer.matrix(hidden, layout=Layout()).sum()
             grads = torch.autograd.grad(total, parameters, allow_unused=True)
-        for parameter, grad, wanted in zip(parameters, grads, before, strict=True):
-            parameter.requires_grad_(wanted)
+        for parameter, grad, required in zip(parameters, grads, before, strict=True):
+            parameter.requires_grad_(required)
             if grad is not None:
                 moving.append(names[id(parameter)])
     return moving

@@ -16,7 +16,7 @@ from linearize.training.data.documents import Document, tokenize
 from linearize.training.data.preferences import cut
 from linearize.training.data.sources import read_examples
 from linearize.training.dataset_stage import DatasetStageConfig, padded, until_last_label
-from linearize.training.stages.chunked_logits import Readout
+from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import answer_loss
 from linearize.training.student_run import LogitsRun
 
@@ -62,8 +62,8 @@ class Sft(LogitsRun):
 
     def __init__(self, student: LinearizedForCausalLM, trained: ParameterGroup) -> None:
         super().__init__(student, trained)
-        self.readout = Readout(student)
+        self.split = SplitModel(student)
 
     def loss(self, batch: Batch) -> LossSum:
         """Next-token cross-entropy, summed over the answers' tokens."""
-        return answer_loss(self.readout, until_last_label(batch))
+        return answer_loss(self.split, until_last_label(batch))
