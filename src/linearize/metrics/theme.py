@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from linearize.numbers import size_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -59,11 +61,11 @@ def legend_below(figure: Figure) -> None:
 
     The figure grows by the legend's rows after the first, so that many names take nothing from the drawing.
     """
-    found = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    if found:
-        columns = _columns(list(found), figure.get_figwidth())
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(found) // columns) - 1))
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+    handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    if handles:
+        columns = _columns(list(handles), figure.get_figwidth())
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(handles) // columns) - 1))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
@@ -98,8 +100,4 @@ def percent_label(value: float, position: float | None = None) -> str:
 
 def bytes_label(value: float, position: float | None = None) -> str:
     """3072 as `3 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:g} {unit}"
-        value /= 1024
-    raise AssertionError
+    return size_text(value, binary=True)

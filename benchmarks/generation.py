@@ -19,11 +19,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from linearize.errors import InputError, one_line
+from linearize.evaluation.sections.speed.largest_batch import RepeatedRow
 from linearize.evaluation.speed.equality import check_config, length_needed, reference
-from linearize.evaluation.speed.largest_batch import Held
 from linearize.evaluation.speed.memory import weight_bytes
-from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
-from linearize.evaluation.speed.run_config import CacheKind, RunConfig, attending, new_cache, run_configs
+from linearize.evaluation.speed.running import (
+    CacheKind,
+    RunConfig,
+    attending,
+    decode,
+    measuring,
+    new_cache,
+    prefill,
+    random_text,
+    run_configs,
+)
 from linearize.evaluation.speed.timing import now
 
 CHECKED = (3, 7, 3)  # rows, tokens and new tokens of the check against a plain forward
@@ -66,24 +75,24 @@ class GenerationWorkload:
         return sorted({min(stop, last) for stop in moved})
 
 
-class Filled(Held):
-    """A row at some fill, in one of the ways; its keys and values were read with a growing cache, or by the student."""
+class Filled(RepeatedRow):
+    """A row at some fill, in one configuration; its keys and values were read with a growing cache or its own."""
 
     def __init__(self, model: PreTrainedModel, config: RunConfig, cache: Any, after_1T: Tensor, room: int) -> None:
-        super().__init__(model, cache, after_1T)
-        self.config, self.room = config, room
+        super().__init__(model, config, cache, after_1T)
+        self.room = room
         self._peaks: dict[int, int] = {}
 
     def peak(self, rows: int) -> int:
-        """See `Held`; measured once."""
+        """See `RepeatedRow`; measured once."""
         if rows not in self._peaks:
             self._peaks[rows] = super().peak(rows)
         return self._peaks[rows]
 
-    def held(self, rows: int) -> Any:
-        """See `Held`; a preallocated cache has room for the whole text."""
+    def filled(self, rows: int) -> Any:
+        """See `RepeatedRow`; a preallocated cache has room for the whole text."""
         if self.config.cache != "static":
-            return super().held(rows)
+            return super().filled(rows)
         static: Any = StaticCache(config=self.model.config, max_cache_len=self.room)
         for layer, full in zip(static.layers, self.cache.layers, strict=True):
             layer.update(full.keys.expand(rows, -1, -1, -1), full.values.expand(rows, -1, -1, -1))
