@@ -19,8 +19,12 @@ from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.language import Language
-from linearize.evaluation.sections.language.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.sections.language.token_bytes import bytes_of_tokens, prefix_bytes
+from linearize.evaluation.sections.language.token_facts import (
+    bytes_of_tokens,
+    evidence_classes,
+    evidence_distance,
+    prefix_bytes,
+)
 from linearize.metrics.branches import longest_reach
 from linearize.metrics.theme import styled
 from linearize.training.data.documents import Document, Example, tokenize
