@@ -76,10 +76,10 @@ def _what_mixes(mixers: Sequence[str | None]) -> str:
         return "no layer has another sequence mixer"
     if len(kinds) == 1 and None not in mixers:
         return f"`{next(iter(kinds))}` in the place of softmax attention in all {len(mixers)} layers"
-    found = [f"`{kind}` in {_layers(mixers, kind)}" for kind in kinds]
+    layers = [f"`{kind}` in {_layers(mixers, kind)}" for kind in kinds]
     one = mixers.count(None) == 1
     kept = f"; {_layers(mixers, None)} keep{'s' * one} it" if None in mixers else ""
-    return f"{' and '.join(found)} of {len(mixers)} in the place of softmax attention{kept}"
+    return f"{' and '.join(layers)} of {len(mixers)} in the place of softmax attention{kept}"
 
 
 def _layers(mixers: Sequence[str | None], kind: str | None) -> str:
@@ -124,8 +124,8 @@ def _agreement(report: ConversionReport) -> str:
         f"likely token in {report.student_top1:.1%} of cases."
     )
     if report.ablation:
-        found = report.ablation["all_tokens"]
-        text += f" Its window alone has loss {found['window']:.4f}, its linear branch alone {found['linear']:.4f}."
+        losses = report.ablation["all_tokens"]
+        text += f" Its window alone has loss {losses['window']:.4f}, its linear branch alone {losses['linear']:.4f}."
     return text
 
 
@@ -169,14 +169,14 @@ def _memory(mixers: Sequence[str | None]) -> str:
     )
 
 
-def _provenance(found: Mapping[str, Any]) -> str:
+def _provenance(facts: Mapping[str, Any]) -> str:
     commit = (
-        f", commit `{found['commit']}`{' (modified)' if found.get('modified') else ''}" if found.get("commit") else ""
+        f", commit `{facts['commit']}`{' (modified)' if facts.get('modified') else ''}" if facts.get("commit") else ""
     )
-    libraries = ", ".join(f"{name} {number}" for name, number in found.get("libraries", {}).items() if number)
-    hardware = found.get("hardware", {})
+    libraries = ", ".join(f"{name} {number}" for name, number in facts.get("libraries", {}).items() if number)
+    hardware = facts.get("hardware", {})
     where = ", ".join(filter(None, (hardware.get("cpu"), f"{hardware.get('cores')} cores", *hardware.get("gpus", []))))
     return (
-        f"`{found.get('command')}`\n\nlinearize {found.get('package_version')}{commit}; {libraries}; {where}; "
-        f"seed {found.get('seed')}; {found.get('date')}."
+        f"`{facts.get('command')}`\n\nlinearize {facts.get('package_version')}{commit}; {libraries}; {where}; "
+        f"seed {facts.get('seed')}; {facts.get('date')}."
     )

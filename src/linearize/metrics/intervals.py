@@ -127,8 +127,8 @@ class Proportion:
     @classmethod
     def of(cls, hits: Iterable[bool | int]) -> Proportion:
         """Count the hits."""
-        found = [bool(hit) for hit in hits]
-        return cls(sum(found), len(found))
+        outcomes = [bool(hit) for hit in hits]
+        return cls(sum(outcomes), len(outcomes))
 
     @property
     def value(self) -> float:

@@ -1,4 +1,4 @@
-"""`report.json`: what a conversion brought, on held-out tokens that training never saw, and under which conditions."""
+"""`report.json`: what a conversion achieved, on held-out tokens that training never saw, and its provenance."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ class ConversionReport(BaseModel):
 
     def moments(self) -> list[Moment]:
         """Every moment at which the held-out loss was measured: after each swap, and after each stage."""
-        found = [Moment("swap", self.swap_loss, None)]
+        moments = [Moment("swap", self.swap_loss, None)]
         for name, stage in zip(self.stage_names(), self.stages, strict=True):
-            if found[-1].loss != stage.loss_before:  # a later step of a schedule has converted further layers
-                found.append(Moment("swap", stage.loss_before, None))
-            found.append(Moment(name, stage.loss_after, stage))
-        return found
+            if moments[-1].loss != stage.loss_before:  # a later step of a schedule has converted further layers
+                moments.append(Moment("swap", stage.loss_before, None))
+            moments.append(Moment(name, stage.loss_after, stage))
+        return moments
 
 
 class Moment(NamedTuple):
@@ -183,7 +183,9 @@ def read_report(folder: Path | str) -> ConversionReport | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: no valid report, {where}: {first['msg']}; convert again or move it away") from error
+        raise InputError(
+            f"{path}: not a valid report, {where}: {first['msg']}; convert again or move it away"
+        ) from error
 
 
 def provenance(command: str | Sequence[str] | None = None, *, seed: int | None = None) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def _version(name: str) -> str | None:
 
 
 def _source_commit() -> dict[str, Any]:
-    """Commit of the checkout that the package's own source lies in, and whether tracked files differ from it."""
+    """Commit of the checkout that holds the package's own source, and whether tracked files differ from it."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists() or not (root / "src" / "linearize").is_dir():
         return {"commit": None, "modified": None}

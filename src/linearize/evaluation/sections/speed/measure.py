@@ -113,7 +113,7 @@ class Speed(SpeedSettings, Section):
             first = able[0]
             source, shared = f"{SHARED_ROWS} rows of {first.name}", {"rows": SHARED_ROWS, **sizes}
             measure_budget = partial(peak_of_rows, first.model, configs[first.name], **shared)
-            budget = self._kept(ctx, "budget", [first], measure_budget, **shared)
+            budget = self._kept(ctx, "budget", [first], measure_budget, config=str(configs[first.name]), **shared)
         models: dict[str, Any] = {}
         for done, one in enumerate(able):
             ctx.progress("speed: the largest batch", steps - len(able) + done, steps)
