@@ -16,6 +16,7 @@ from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.branches.context_loss import ContextText
+from linearize.evaluation.sections.branches.numbers import BranchesNumbers
 from linearize.metrics.branches import longest_reach, share_won, two_branch_layers, window_reach
 from linearize.metrics.token_scores import View
 from linearize.training.data.documents import Document
@@ -151,6 +152,7 @@ def test_numbers_are_those_of_documents_alone(teacher: Any) -> None:
     given = eval_context(teacher, student)
     numbers = measured(SMALL, given)
     assert measured(SMALL, given) == numbers
+    assert json.loads(json.dumps(BranchesNumbers.model_validate(numbers).to_json())) == numbers
     ablation = numbers["models"]["student1"]["ablation"]
     assert ablation["reach"] == 8 and ablation["layers"] == [0, 2] and numbers["models"]["teacher"]["ablation"] is None
     longer = [d for d in documents() if len(d) > 9]

@@ -26,9 +26,9 @@ from linearize.evaluation.sections.speed.largest_batch import (
     read_row,
     search,
 )
-from linearize.evaluation.sections.speed.numbers import TimedRows
+from linearize.evaluation.sections.speed.numbers import SpeedNumbers, TimedRows
 from linearize.evaluation.speed import cache_bytes, peak_bytes, running, weight_bytes
-from linearize.evaluation.speed.equality import check_config, reference, row_difference
+from linearize.evaluation.speed.equality import check_config, check_model, reference, row_difference
 from linearize.evaluation.speed.running import (
     RunConfig,
     decode,
@@ -40,7 +40,7 @@ from linearize.evaluation.speed.running import (
     repeated,
     run_configs,
 )
-from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.timing import DecodeRun, interleaved, time_decode
 from linearize.modeling.cache import MixerCacheLayer
 
 SMALL = {
@@ -344,6 +344,38 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other = EvalContext(models=(eval_model("teacher", tiny(), "b"),), results=ResultCache(tmp_path))
     small.run(other)
     assert seen[3:] == [13, 20]
+
+
+def test_a_check_that_has_no_plain_forward_says_so() -> None:
+    model = tiny("gpt2", attention="sdpa", max_position_embeddings=32)
+    configs = run_configs(model, ("static", "dynamic"), ("sdpa",))
+    with measuring([model]):
+        checks = check_model("teacher", model, configs, random_text([model], 2, 40, 0))
+        assert all(check.equal for check in check_model("teacher", model, configs, random_text([model], 2, 20, 0)))
+    assert [(check.equal, check.difference, check.tokens) for check in checks] == [(False, None, 40)] * 2
+    assert all(check.reason for check in checks)
+
+
+def test_each_timed_decode_begins_from_a_cache_of_its_own() -> None:
+    model, filled = tiny(), []
+    config = RunConfig("dynamic", "sdpa")
+
+    def cache() -> Any:
+        _, new = prefill(model, running.new_cache(config, model, 20), random_text([model], 1, 9, 0), 9)
+        filled.append(new)
+        return new
+
+    with measuring([model]):
+        run = DecodeRun(model=model, config=config, filled=cache)
+        timing = time_decode({"a": run, "b": run}, random_text([model], 1, 4, 1), 3, warmup=1)
+    assert [cache.get_seq_length() for cache in filled] == [13] * 2 * (3 + 1)
+    ms, (low, high) = timing["a"].ms_per_token(4)
+    assert 0 < low <= ms <= high and ms == pytest.approx(250 * timing["a"].seconds)
+
+
+def test_numbers_come_back_from_json_as_they_were(numbers: dict[str, Any]) -> None:
+    typed = SpeedNumbers.model_validate(numbers)
+    assert json.loads(json.dumps(typed.to_json())) == numbers and len(typed.timed) == len(numbers["points"])
 
 
 def test_a_context_that_a_model_cannot_read_has_a_reason() -> None:
