@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from linearize.numbers import size_text
-
 if TYPE_CHECKING:
     from linearize.demo.run import DemoResult
 
@@ -80,7 +78,7 @@ def _costs(result: DemoResult) -> Table:
     by_context: dict[int, dict[str, tuple[str, str]]] = {}
     for cost in result.costs:
         row = by_context.setdefault(cost.context, {})
-        row[cost.model] = (f"{cost.ms_per_token:.2f}", size_text(cost.cache_bytes, binary=True))
+        row[cost.model] = (f"{cost.ms_per_token:.2f}", f"{cost.cache_bytes / 1024:,.0f} KiB")
     for context, row in by_context.items():
         (teacher_ms, teacher_cache), (student_ms, student_cache) = row["teacher"], row["student"]
         table.add_row(f"{context:,}", teacher_ms, student_ms, teacher_cache, student_cache)

@@ -1,4 +1,4 @@
-"""Which layers of a student have a window and a linear branch to tell apart, and the losses of ablating them.
+"""Which layers of a student have both a window and a linear branch, and the losses of ablating them.
 
 Letters: N tokens that count.
 """
@@ -69,7 +69,7 @@ def without(branch: Without, layers: Iterable[int]) -> dict[int, str]:
     return dict.fromkeys(layers, "linear" if branch == "window" else "window")
 
 
-def share_won(worst_N: Tensor, own_N: Tensor, best_N: Tensor, document_N: Tensor) -> Mean | None:
+def share_won(worst_N: Tensor, model_N: Tensor, best_N: Tensor, document_N: Tensor) -> Mean | None:
     """How much of the way from the worst loss to the best a model goes, paired over documents: 1 all, 0 nothing.
 
     None where the way is not longer than chance (its 95% interval holds 0): then there is nothing to take a share of.
@@ -77,7 +77,7 @@ def share_won(worst_N: Tensor, own_N: Tensor, best_N: Tensor, document_N: Tensor
     way = difference(worst_N, best_N, document_N)
     if not clearly_positive(way):
         return None
-    return ratio_over_documents(worst_N.double() - own_N, worst_N.double() - best_N, document_N)
+    return ratio_over_documents(worst_N.double() - model_N, worst_N.double() - best_N, document_N)
 
 
 def difference(first_N: Tensor, second_N: Tensor, document_N: Tensor) -> Mean:

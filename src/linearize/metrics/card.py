@@ -76,10 +76,10 @@ def _what_mixes(mixers: Sequence[str | None]) -> str:
         return "no layer has another sequence mixer"
     if len(kinds) == 1 and None not in mixers:
         return f"`{next(iter(kinds))}` in the place of softmax attention in all {len(mixers)} layers"
-    layers = [f"`{kind}` in {_layers(mixers, kind)}" for kind in kinds]
+    named = [f"`{kind}` in {_layers(mixers, kind)}" for kind in kinds]
     one = mixers.count(None) == 1
     kept = f"; {_layers(mixers, None)} keep{'s' * one} it" if None in mixers else ""
-    return f"{' and '.join(layers)} of {len(mixers)} in the place of softmax attention{kept}"
+    return f"{' and '.join(named)} of {len(mixers)} in the place of softmax attention{kept}"
 
 
 def _layers(mixers: Sequence[str | None], kind: str | None) -> str:

@@ -79,7 +79,7 @@ class BranchLosses:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchAblation:
-    """Branch losses on all tokens and on those with text beyond the window (None: no such token or no window given)."""
+    """Branch losses on all tokens and on those with text beyond the window (None: no such token or no window)."""
 
     all_tokens: BranchLosses
     beyond_window: BranchLosses | None

@@ -65,7 +65,7 @@ def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: fl
 
 
 def _named_moments(moments: Sequence[Moment]) -> list[int]:
-    """Return which of too many moments are labelled: the first, and ends of steps, spread evenly."""
+    """Of too many moments those that are named and told in numbers: the first, and ends of steps, spread evenly."""
     last = len(moments) - 1
     ends = [at for at in range(1, last) if moments[at + 1].stage is None] or list(range(1, last))
     evenly = [i * last / (MOST_NAMED - 1) for i in range(MOST_NAMED)]

@@ -1,4 +1,4 @@
-"""`report.json`: what a conversion achieved, on held-out tokens that training never saw, and its provenance."""
+"""`report.json`: what a conversion brought, on held-out tokens that training never saw, and under which conditions."""
 
 from __future__ import annotations
 
@@ -183,9 +183,7 @@ def read_report(folder: Path | str) -> ConversionReport | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"{path}: not a valid report, {where}: {first['msg']}; convert again or move it away"
-        ) from error
+        raise InputError(f"{path}: no valid report, {where}: {first['msg']}; convert again or move it away") from error
 
 
 def provenance(command: str | Sequence[str] | None = None, *, seed: int | None = None) -> dict[str, Any]:
@@ -215,7 +213,7 @@ def _version(name: str) -> str | None:
 
 
 def _source_commit() -> dict[str, Any]:
-    """Commit of the checkout that holds the package's own source, and whether tracked files differ from it."""
+    """Commit of the checkout that the package's own source is in, and whether tracked files differ from it."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists() or not (root / "src" / "linearize").is_dir():
         return {"commit": None, "modified": None}

@@ -70,7 +70,7 @@ class StreamedForward:
         self.rows = [range(end - len(b["input_ids"]), end) for end, b in zip(ends, self.batches, strict=True)]
 
     def enter(self, step: Any, model_dim: int, dtype: torch.dtype) -> None:
-        """Write the input of the first layer for all of them: `step(batch) -> [B, T, M]`."""
+        """The input of all of them at the first layer: `step(batch) -> [B, T, M]`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         length = self.batches[0]["input_ids"].shape[1]
         count = self.rows[-1].stop
@@ -110,7 +110,7 @@ class StreamedForward:
         ]
 
     def remove(self) -> None:
-        """Delete the files."""
+        """The files are no longer needed."""
         for file in self.files.values():
             file.path.unlink(missing_ok=True)
 
@@ -135,7 +135,7 @@ class StoredView(View):
 
 @torch.no_grad()
 def put(block: Block, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the mixers of a block's student, by their names in it."""
+    """Tensors into the mixers of a block's student, by their names in it."""
     student: nn.Module | None = block.student
     assert student is not None
     own = student.state_dict()

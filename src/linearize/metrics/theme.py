@@ -61,15 +61,15 @@ def legend_below(figure: Figure) -> None:
 
     The figure grows by the legend's rows after the first, so that many names take nothing from the drawing.
     """
-    handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    if handles:
-        columns = _columns(list(handles), figure.get_figwidth())
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(handles) // columns) - 1))
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+    by_label = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    if by_label:
+        columns = _columns(list(by_label), figure.get_figwidth())
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(by_label) // columns) - 1))
+        figure.legend(list(by_label.values()), list(by_label), loc="outside lower center", ncols=columns)
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """How many columns of labels fit into so many inches; a letter takes about 0.09, a line's sample 0.6."""
+    """How many columns of labels fit into `width` inches; a letter takes about 0.09, a line's sample 0.6."""
     longest = max(len(label) for label in labels)
     return max(1, min(len(labels), 4, int(width / (0.09 * longest + 0.6))))
 

@@ -50,7 +50,7 @@ class TokenScores:
     """What every counted token says, in the order of the text, on the CPU.
 
     `positions` [N] are those of the predicting tokens in their documents, `documents` [N] number the documents (the
-    parts of a document that was cut count apart), `targets` [N] are the predicted tokens. The others map a view's
+    segments of a document that was cut count apart), `targets` [N] are the predicted tokens. The others map a view's
     name to an [N] fp32 tensor: `loss` in nats; `kl` is KL(reference||view) in nats; `top1` is 1 where both have the
     same argmax; `top5` is the share of the reference's five most likely tokens that are among the view's own five.
     The reference has only a `loss`.
@@ -91,9 +91,9 @@ def score_batches(
 def _check_vocabularies(views: Mapping[str, View]) -> None:
     sizes = {name: view.vocabulary for name, view in views.items()}
     if len(set(sizes.values())) > 1:
-        named = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(
-            f"vocabularies differ ({named}): agreement needs one vocabulary; name the student's own teacher"
+            f"vocabularies differ ({listed}): agreement needs one vocabulary; name the student's own teacher"
         )
 
 
@@ -125,7 +125,7 @@ def score_rows(batch: Batch, views: Mapping[str, View], reference: str | None) -
         _score_slice({name: x_BTV[row, column] for name, x_BTV in logits.items()}, target, reference)
         for row, column, target in zip(*(x.split(SLICE_TOKENS) for x in (row_N, column_N, target_N)), strict=True)
     ]
-    loss, kl, top1, top5 = (_concatenate([part[i] for part in slices]) for i in range(4))
+    loss, kl, top1, top5 = (_concatenate([one[i] for one in slices]) for i in range(4))
     scores = TokenScores(
         positions=position_BT[row_N, column_N], documents=document_BT[row_N, column_N], targets=target_N,
         loss=loss, kl=kl, top1=top1, top5=top5,
@@ -165,7 +165,7 @@ def number_documents(position_BT: Tensor) -> tuple[Tensor, int]:
 
 def _concatenate(slices: list[_Named]) -> _Named:
     names = slices[0].keys() if slices else ()
-    return {name: torch.cat([part[name] for part in slices]) for name in names}
+    return {name: torch.cat([one[name] for one in slices]) for name in names}
 
 
 def _join(parts: list[TokenScores]) -> TokenScores:
