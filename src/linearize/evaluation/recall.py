@@ -106,7 +106,9 @@ def fact_distance(tokenizer: PreTrainedTokenizerBase, item: RecallItem) -> int:
     """Tokens between the answer's last mention in the prompt and the prompt's end."""
     at = item.prompt.rfind(item.answer.strip())
     if at < 0:
-        raise InputError(f"recall: the answer {item.answer!r} is nowhere in its prompt: every prompt must hold its fact")
+        raise InputError(
+            f"recall: the answer {item.answer!r} is nowhere in its prompt: every prompt must hold its fact"
+        )
     return len(prompt_tokens(tokenizer, item.prompt)) - len(
         prompt_tokens(tokenizer, item.prompt[: at + len(item.answer.strip())])
     )
