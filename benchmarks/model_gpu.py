@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.generation import GenerationWorkload, throughput
 from benchmarks.on_gpu import Clock, arguments, device_for, facts, ratio, told
 from benchmarks.throughput import plan_of
 from benchmarks.timing import SEED, parser, publish
-from linearize.evaluation.speed.throughput import GenerationWorkload, throughput
 from linearize.evaluation.speed.timing import Timing
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.static.step import StaticStep
@@ -142,7 +142,7 @@ def _made_once(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def largest(model: PreTrainedModel, name: str, chosen: Any, device: torch.device) -> dict[str, Any]:
-    """Largest batch and tokens per second in the device's memory, `evaluation.speed.throughput`."""
+    """Largest batch and tokens per second in the device's memory, `benchmarks.generation`."""
     budget = chosen.budget_bytes or int(0.95 * torch.cuda.get_device_properties(device).total_memory)
     span = 4 if chosen.interpret else STEPS
     workload = GenerationWorkload(

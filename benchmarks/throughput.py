@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.generation import GenerationWorkload, throughput
 from benchmarks.op_speed import OURS
 from benchmarks.timing import parser, publish, random_llama
 from linearize.errors import InputError, unknown
-from linearize.evaluation.speed.throughput import GenerationWorkload, throughput
 from linearize.mixers import MIXERS, MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.numbers import parse_size, size_text

@@ -16,6 +16,7 @@ from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.branches.context_loss import ContextText
+from linearize.evaluation.sections.branches.numbers import BranchesNumbers
 from linearize.metrics.branches import longest_reach, share_won, two_branch_layers, window_reach
 from linearize.metrics.token_scores import View
 from linearize.training.data.documents import Document
@@ -118,9 +119,9 @@ def test_the_share_is_one_ratio_over_documents() -> None:
 def test_a_context_is_what_a_token_sees(teacher: Any, size: int) -> None:
     few = documents()[:2]
     assert ContextText.choose(few, (4, 10, 16), length=64, tokens=10_000, bos=1) is None, "too few tokens for any size"
-    given = ContextText(tuple(Document(d.tokens[:64], d.loss_mask[:64]) for d in documents()), (4, 10, 16), 16, 64, 1)
+    given = ContextText(tuple(Document(d.tokens[:64], d.loss_mask[:64]) for d in documents()), (4, 10, 16), 16, 1)
     student = student_of(teacher, [mixer("mamba2"), mixer(), None])
-    found, full = (given.losses(View(model=student), n, rows=2) for n in (size, None))
+    found, full = (given.losses(View(model=student), n, tokens=130) for n in (size, None))
     expected, whole = [], []
     for document in given.documents:
         losses = alone(student, document.tokens)
@@ -151,6 +152,7 @@ def test_numbers_are_those_of_documents_alone(teacher: Any) -> None:
     given = eval_context(teacher, student)
     numbers = measured(SMALL, given)
     assert measured(SMALL, given) == numbers
+    assert json.loads(json.dumps(BranchesNumbers.model_validate(numbers).to_json())) == numbers
     ablation = numbers["models"]["student1"]["ablation"]
     assert ablation["reach"] == 8 and ablation["layers"] == [0, 2] and numbers["models"]["teacher"]["ablation"] is None
     longer = [d for d in documents() if len(d) > 9]
@@ -229,7 +231,7 @@ def levels(numbers: Any) -> list[str]:
 
 def test_judgements_on_branches() -> None:
     assert levels(student_numbers()) == ["good", "good", "good"]
-    assert Branches.headline(student_numbers())["mine"][0].value == "66% ± 5%"
+    assert Branches.headline(student_numbers())["mine"][0].value == "66.0% ± 5.0%"
     for share in (mean(0.05, 0.01), mean(0.3, 0.2), mean(-0.2, 0.05), mean(0.7, None)):
         numbers = student_numbers(share=share)
         assert levels(numbers) == ["bad", "good", "good"], share

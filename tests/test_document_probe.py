@@ -17,7 +17,6 @@ import linearize
 from linearize.errors import InputError
 from linearize.evaluation.run import EvaluationOptions, evaluate
 from linearize.evaluation.sections.branches import Branches
-from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.evaluation.sections.language import Language
 from linearize.modeling.io.teacher import load_teacher
@@ -58,10 +57,6 @@ def test_a_row_holds_one_document() -> None:
         assert [token for piece in pieces for token in piece] == [t for d in documents for t in d.tokens]
         assert all(row[0] == 0 for row in rows.position_ids.tolist()) and rows.num_targets == 25
         assert rows.labels[0].tolist() == [-100, 101, 102, 103, 104, -100, -100, -100]
-    text = ContextText(tuple(documents[1:2] * 3), (4,), 4, 64, None, one_per_row=True)
-    shared = ContextText(tuple(documents[1:2] * 3), (4,), 4, 64, None)
-    apart, together = ([x["input_ids"].shape[0] for x in t.batches(None, 8)] for t in (text, shared))
-    assert (apart, together) == ([3], [1])
 
 
 @pytest.fixture(scope="module")

@@ -176,11 +176,10 @@ def test_decode_cost_feeds_the_whole_context() -> None:
     assert [(cost.model, cost.context) for cost in costs] == [
         ("teacher", 13), ("student", 13), ("teacher", 70), ("student", 70),
     ]  # fmt: skip
-    room = 1 + 3 * 2
-    assert seen == [(n, at) for c in (13, 70) for n, at in _steps(c, room, 32)]
+    assert seen == [step for context in (13, 70) for step in _steps(context, 2, 1 + 3, 32)]
     assert student.training
-    assert costs[2].cache_bytes == 3 * (2 * 2 * 3 * (70 + room) * 10 * 4 + 8)
-    assert costs[3].cache_bytes == 3 * 2 * 2 * 3 * (70 + room) * 10 * 4
+    assert costs[2].cache_bytes == 3 * (2 * 2 * 3 * (70 + 2) * 10 * 4 + 8)
+    assert costs[3].cache_bytes == 3 * 2 * 2 * 3 * 70 * 10 * 4
     assert all(0 < c.ms_spread[0] <= c.ms_per_token <= c.ms_spread[1] for c in costs)
     with pytest.raises(InputError, match="chunk is 0"):
         decode_cost(student, None, chunk=0)
@@ -188,9 +187,10 @@ def test_decode_cost_feeds_the_whole_context() -> None:
         decode_cost(student, None, contexts=[])
 
 
-def _steps(context: int, room: int, chunk: int) -> list[tuple[int, int]]:
+def _steps(context: int, tokens: int, runs: int, chunk: int) -> list[tuple[int, int]]:
+    """Tokens of each forward and the cache's length after it: a prefill, and the same tokens after it in every run."""
     prefill = [(min(chunk, context - at), min(at + chunk, context)) for at in range(0, context, chunk)]
-    return prefill + [(1, context + i + 1) for i in range(room)]
+    return prefill + [(1, context + i + 1) for i in range(tokens)] * runs
 
 
 def some_report(**changes: Any) -> Any:

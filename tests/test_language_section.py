@@ -19,8 +19,13 @@ from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.language import Language
-from linearize.evaluation.sections.language.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.sections.language.token_bytes import bytes_of_tokens, prefix_bytes
+from linearize.evaluation.sections.language.numbers import LanguageNumbers
+from linearize.evaluation.sections.language.token_facts import (
+    bytes_of_tokens,
+    evidence_classes,
+    evidence_distance,
+    prefix_bytes,
+)
 from linearize.metrics.branches import longest_reach
 from linearize.metrics.theme import styled
 from linearize.training.data.documents import Document, Example, tokenize
@@ -253,6 +258,12 @@ def test_the_same_again_and_kept(models: dict[str, PreTrainedModel], numbers: Nu
     assert Language(first_bin=5).run(ctx) == first and len(steps) == seen
     Language(first_bin=6).run(ctx)
     assert len(steps) > seen
+
+
+def test_numbers_come_back_from_json_as_they_were(numbers: Numbers) -> None:
+    typed = LanguageNumbers.model_validate(numbers)
+    assert json.loads(json.dumps(typed.to_json())) == numbers
+    assert list(typed.compared) == ["window", "recurrent"] and typed.evidence_of("recurrent").reach == 64
 
 
 def test_without_text(models: dict[str, PreTrainedModel]) -> None:

@@ -93,3 +93,7 @@ def test_sizes_for_people() -> None:
         "1 MB",
         "5e+03 PB",
     ]
+    binary = (0, 999, 1000, 3 * 2**20, 1.5 * 2**30, 2**40)
+    assert [size_text(size, binary=True) for size in binary] == [
+        "0 B", "999 B", "0.977 KiB", "3 MiB", "1.5 GiB", "1 TiB",
+    ]  # fmt: skip

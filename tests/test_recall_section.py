@@ -24,7 +24,7 @@ from linearize.decoding.loading import load_any
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
 from linearize.evaluation.haystack import CODE, NOISE, Hay, Ruler, association_questions, needle_question
-from linearize.evaluation.recall import Given, answer_greedily, full_forward
+from linearize.evaluation.recall import Generated, answer_greedily, full_forward
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.recall import Recall
 from linearize.metrics.intervals import wilson
@@ -294,7 +294,7 @@ def test_generation_settings_of_the_model_do_not_answer() -> None:
     model.generation_config.repetition_penalty = 9.0
     model.generation_config.no_repeat_ngram_size = 1
     assert answer_greedily(model, TOKENIZER, items) == plain
-    assert all(isinstance(given, Given) and len(given.tokens) <= 7 for given in plain)
+    assert all(isinstance(answer, Generated) and len(answer.tokens) <= 7 for answer in plain)
 
 
 def test_an_interrupted_run_continues(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import generation as module
 from benchmarks import throughput as benchmark
+from benchmarks.generation import GenerationWorkload, throughput, whole_text
 from models import mixer, student_of, tiny
 
 from linearize.errors import InputError
-from linearize.evaluation.speed import throughput as module
 from linearize.evaluation.speed import weight_bytes
-from linearize.evaluation.speed.throughput import GenerationWorkload, throughput, whole_text
 
 SMALL: dict[str, Any] = {"generated": 71, "fills": (9, 33, 71), "span": 3, "chunk": 16}
 

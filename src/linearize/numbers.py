@@ -62,13 +62,14 @@ def parse_size(value: object) -> int:
     return size
 
 
-def size_text(count: float) -> str:
-    """Bytes for people, three figures in decimal units: `205 TB`, `16.1 GB`, `512 B`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
+def size_text(count: float, *, binary: bool = False) -> str:
+    """Bytes for people, three figures: `205 TB`, `16.1 GB`, `512 B`; with `binary` in units of 1024: `3 KiB`."""
+    base, units = (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if binary else (1000, ("B", "kB", "MB", "GB", "TB"))
+    for unit in units:
         if count < 999.5:
             return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} PB"
+        count /= base
+    return f"{count:,.3g} {'PiB' if binary else 'PB'}"
 
 
 def _from_text(text: str) -> float | int:

@@ -1,5 +1,4 @@
-"""Whether a model gives the same logits however a text comes to it: at once, through a cache, padded, packed, rolled
-back.
+"""Whether a model gives the same logits however it reads a text: at once, cached, padded, packed, rolled back.
 
 The yardstick is one full forward pass of each text alone, without a cache. Nothing here knows what a mixer does: it
 asks any causal LM through transformers' own keywords.
@@ -21,22 +20,23 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from linearize.modeling.cache_argument import with_cache
+from linearize.training.data.pseudo_labels import left_padded
 
 SLICE_TOKENS = 256  # tokens whose logits are compared in fp64 at once
-BROKEN = 1e6  # stands for a difference that is no number
+BROKEN = 1e6  # in place of a difference that is not a number
 TOLERANCE = {"float64": (1e-7, 1e-8, 1e-7), "float32": (1e-3, 1e-4, 1e-3), "float16": (0.15, 0.02, 0.01)}
 COARSE = (0.6, 0.06, 0.03)  # bfloat16 and below
 """By dtype, the most that is rounding: largest and rms difference of logits in their spread, loss in nats per token."""
 PADDED_STEPS = 5  # tokens decoded one by one after a padded prefill
 DRAFTS = ((3, 2), (1, 4), (2, 0), (4, 3))  # right and wrong tokens of a draft, over and over
-PIECES = (1, 5, 2, 37, 3, 70)  # tokens of a piece of a chunked prefill, over and over
+CHUNKS = (1, 5, 2, 37, 3, 70)  # tokens of a chunk of a prefill, over and over
 
-Pair = tuple[Tensor, Tensor, Tensor]  # logits found [N, V], logits expected [N, V], the tokens they predict [N]
+Pair = tuple[Tensor, Tensor, Tensor]  # logits [N, V], those expected [N, V], the tokens they predict [N]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deviation:
-    """How far logits are from those expected, over `tokens` predictions of `total` texts.
+    """How far logits are from those expected, over `tokens` predictions.
 
     `largest`, `rms`: the largest and the root mean square difference, in units of the expected logits' standard
     deviation over the vocabulary; `flips`: predictions whose argmax is another; `loss`, `expected_loss`: nats a token.
@@ -51,8 +51,8 @@ class Deviation:
 
     def within(self, tolerance: tuple[float, float, float]) -> bool:
         """Whether largest and rms difference and the difference of the losses are at most so large."""
-        found = (self.largest, self.rms, abs(self.loss - self.expected_loss))
-        return all(x <= most for x, most in zip(found, tolerance, strict=True))
+        deviations = (self.largest, self.rms, abs(self.loss - self.expected_loss))
+        return all(x <= most for x, most in zip(deviations, tolerance, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +70,18 @@ class CacheProbe:
         """The logits of each text alone in one pass, `[T, V]`."""
         return [self.run(row[None], use_cache=False).logits[0] for row in self.rows]
 
-    def run(self, ids_BT: Tensor, **given: Any) -> Any:
+    def run(self, ids_BT: Tensor, **arguments: Any) -> Any:
         """One call of the model."""
         model: Any = self.model
-        moved = {name: x.to(self.model.device) if isinstance(x, Tensor) else x for name, x in given.items()}
+        moved = {name: x.to(self.model.device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
         return model(input_ids=ids_BT.to(self.model.device), **moved)
 
-    def feed(self, ids_BT: Tensor, cache: Cache, sizes: Sequence[int], **given: Any) -> Tensor:
-        """Logits `[B, T, V]` when the tokens are given piece by piece to a cache."""
+    def feed(self, ids_BT: Tensor, cache: Cache, sizes: Sequence[int], **arguments: Any) -> Tensor:
+        """Logits `[B, T, V]` when the tokens go chunk by chunk into a cache."""
         parts = []
         for start, stop in pairwise(accumulate(sizes, initial=0)):
             parts.append(
-                self.run(ids_BT[:, start:stop], **with_cache(self.model, cache), use_cache=True, **given).logits
+                self.run(ids_BT[:, start:stop], **with_cache(self.model, cache), use_cache=True, **arguments).logits
             )
         return torch.cat(parts, dim=1)
 
@@ -90,20 +90,15 @@ class CacheProbe:
         return DynamicCache(config=self.model.config)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All texts as one batch, padded on the left: ids, mask, positions, `[B, T]` each."""
-        longest = max(len(row) for row in self.rows)
-        ids = torch.full((len(self.rows), longest), self.pad)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(self.rows):
-            ids[i, longest - len(row) :] = row
-            mask[i, longest - len(row) :] = 1
+        """Return all texts as one batch, padded on the left: ids, mask, positions, `[B, T]` each."""
+        ids, mask = left_padded([row.tolist() for row in self.rows], self.pad, torch.device("cpu"))
         return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
-    def pair(self, found: Tensor, i: int, start: int = 0) -> Pair:
-        """Logits found for text `i` from token `start` on, what is expected there, and the next tokens."""
-        stop = start + len(found)
-        targets = self.rows[i][start + 1 : stop + 1].to(found.device)
-        return found[: len(targets)], self.full[i][start : start + len(targets)], targets
+    def pair(self, logits_TV: Tensor, i: int, start: int = 0) -> Pair:
+        """Return logits for text `i` from token `start` on, those expected there, and the next tokens."""
+        stop = start + len(logits_TV)
+        targets = self.rows[i][start + 1 : stop + 1].to(logits_TV.device)
+        return logits_TV[: len(targets)], self.full[i][start : start + len(targets)], targets
 
 
 def _decode(probe: CacheProbe) -> Iterator[Pair]:
@@ -114,9 +109,9 @@ def _decode(probe: CacheProbe) -> Iterator[Pair]:
 
 
 def _chunks(probe: CacheProbe) -> Iterator[Pair]:
-    """A prefill in uneven pieces."""
+    """A prefill in uneven chunks."""
     for i, row in enumerate(probe.rows):
-        yield probe.pair(probe.feed(row[None], probe.new_cache(), _pieces(len(row)))[0], i)
+        yield probe.pair(probe.feed(row[None], probe.new_cache(), _chunk_sizes(len(row)))[0], i)
 
 
 def _padding(probe: CacheProbe) -> Iterator[Pair]:
@@ -125,8 +120,10 @@ def _padding(probe: CacheProbe) -> Iterator[Pair]:
     cache, longest, steps = probe.new_cache(), ids.shape[1], PADDED_STEPS
     parts = []
     for start, stop in pairwise([0, *range(longest - steps, longest + 1)]):
-        given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        parts.append(probe.run(ids[:, start:stop], **with_cache(probe.model, cache), use_cache=True, **given).logits)
+        arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        parts.append(
+            probe.run(ids[:, start:stop], **with_cache(probe.model, cache), use_cache=True, **arguments).logits
+        )
     logits_BTV = torch.cat(parts, dim=1)
     for i, row in enumerate(probe.rows):
         yield probe.pair(logits_BTV[i, longest - len(row) :], i)
@@ -136,8 +133,8 @@ def _order(probe: CacheProbe) -> Iterator[Pair]:
     """The same left-padded batch with its rows in another order."""
     ids, mask, positions = probe.padded()
     order = torch.arange(len(ids)).roll(1)
-    given = {"attention_mask": mask[order], "position_ids": positions[order]}
-    logits_BTV = probe.run(ids[order], use_cache=False, **given).logits
+    arguments = {"attention_mask": mask[order], "position_ids": positions[order]}
+    logits_BTV = probe.run(ids[order], use_cache=False, **arguments).logits
     for place, i in enumerate(order.tolist()):
         yield probe.pair(logits_BTV[place, ids.shape[1] - len(probe.rows[i]) :], i)
 
@@ -167,7 +164,7 @@ def _rollback(probe: CacheProbe) -> Iterator[Pair]:
 
 
 def _wrong(row: Tensor, at: int, count: int, probe: CacheProbe, drawn: random.Random) -> Tensor:
-    """Tokens that do not stand at this place of the text."""
+    """Return tokens other than those at this place of the text."""
     vocabulary: int = probe.model.config.get_text_config().vocab_size
     following = [int(row[i]) if i < len(row) else 0 for i in range(at, at + count)]
     return torch.tensor([(token + drawn.randrange(1, vocabulary)) % vocabulary for token in following], dtype=row.dtype)
@@ -181,11 +178,11 @@ def _static(probe: CacheProbe) -> Iterator[Pair]:
     yield probe.pair(probe.feed(row[None], cache, sizes)[0, probe.prefill :], 0, probe.prefill)
 
 
-def _pieces(tokens: int) -> list[int]:
-    """Sizes of PIECES that add up to so many tokens."""
+def _chunk_sizes(tokens: int) -> list[int]:
+    """Return sizes from CHUNKS that add up to so many tokens."""
     sizes: list[int] = []
     while (left := tokens - sum(sizes)) > 0:
-        sizes.append(min(PIECES[len(sizes) % len(PIECES)], left))
+        sizes.append(min(CHUNKS[len(sizes) % len(CHUNKS)], left))
     return sizes
 
 
@@ -209,10 +206,10 @@ CHECKS: dict[str, Callable[[CacheProbe], Iterator[Pair]]] = {
 def check(name: str, probe: CacheProbe) -> Deviation:
     """Run one of CHECKS on a model in eval mode."""
     total = _Total()
-    for found_NV, expected_NV, targets_N in CHECKS[name](probe):
+    for logits_NV, expected_NV, targets_N in CHECKS[name](probe):
         for start in range(0, len(targets_N), SLICE_TOKENS):
             part = slice(start, start + SLICE_TOKENS)
-            total.add(found_NV[part].double(), expected_NV[part].double(), targets_N[part])
+            total.add(logits_NV[part].double(), expected_NV[part].double(), targets_N[part])
     return total.deviation()
 
 
@@ -223,16 +220,16 @@ class _Total:
         self.tokens = self.flips = self.logits = 0
         self.largest = self.square = self.variance = self.loss = self.expected = 0.0
 
-    def add(self, found_NV: Tensor, expected_NV: Tensor, targets_N: Tensor) -> None:
-        difference = (found_NV - expected_NV).nan_to_num(BROKEN, BROKEN, -BROKEN)
+    def add(self, logits_NV: Tensor, expected_NV: Tensor, targets_N: Tensor) -> None:
+        difference = (logits_NV - expected_NV).nan_to_num(BROKEN, BROKEN, -BROKEN)
         self.tokens += len(targets_N)
         self.logits += difference.numel()
-        self.flips += int((found_NV.argmax(-1) != expected_NV.argmax(-1)).sum())
+        self.flips += int((logits_NV.argmax(-1) != expected_NV.argmax(-1)).sum())
         self.largest = max(self.largest, float(difference.abs().max()))
         self.square += float(difference.square().sum())
         self.variance += float(expected_NV.var(-1, correction=0).sum()) * expected_NV.shape[-1]
         loss = torch.nn.functional.cross_entropy
-        self.loss += float(loss(found_NV, targets_N, reduction="sum").nan_to_num(BROKEN, BROKEN))
+        self.loss += float(loss(logits_NV, targets_N, reduction="sum").nan_to_num(BROKEN, BROKEN))
         self.expected += float(loss(expected_NV, targets_N, reduction="sum"))
 
     def deviation(self) -> Deviation:

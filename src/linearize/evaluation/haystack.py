@@ -1,8 +1,8 @@
 """Questions about facts hidden in long text, counted in tokens: needles, pass keys, many facts in one document.
 
 A question is a prompt that holds its answer somewhere and asks for it at its end. Lengths are met as closely as whole
-sentences allow (at the end, one that is too long is left out for a shorter one) and never exceeded; what came out
-(tokens, distance) stands in each question.
+sentences allow (at the end, one that is too long is left out for a shorter one) and never exceeded; each question
+has its own tokens and distance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from itertools import accumulate, chain, cycle, islice
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.evaluation.needles import COLOURS, OBJECTS, QUESTION, STATEMENT, sentences
+from linearize.evaluation.needles import COLOURS, OBJECTS, QUESTION, STATEMENT
+from linearize.evaluation.needles import sentences as cut_sentences
 from linearize.evaluation.recall import SPARE_TOKENS, answer_tokens, prompt_tokens
 
 CITIES = (
@@ -27,19 +28,19 @@ NOISE = (
     "The sun was warm.", "The wind was soft.", "The river ran on and on.", "Birds sat in the old tree.",
     "And so the day went by.",
 )  # fmt: skip
-LONGEST_PIECE = 60
+LONGEST_SENTENCE = 60
 """Words; a longer "sentence" (a list, an unclosed quote) is cut."""
 
 FILLERS = 24
-"""Sentences further on that are tried where the next one is too long for the room that is left."""
+"""Sentences further on that are tried where the next one is too long for the tokens that are left."""
 
-Piece = tuple[str, str]
+Sentence = tuple[str, str]
 """What parts a sentence from the one before it, and the sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a fact is told and asked for; `{thing}` and `{answer}` are filled in. `answer`: always this one."""
+    """How a fact is stated and asked for; `{thing}` and `{answer}` are filled in. `answer`: always this one."""
 
     statement: str
     question: str
@@ -52,8 +53,8 @@ class Form:
 class HiddenFact:
     """A prompt that ends right before its answer.
 
-    `group`: the length wanted, in tokens, or the number of facts; `depth`: the share of the text before the fact, as
-    wanted; `tokens`: of the prompt; `distance`: tokens from the end of the fact to the end of the prompt.
+    `group`: the length asked for, in tokens, or the number of facts; `depth`: the share of the text before the
+    fact, as asked for; `tokens`: of the prompt; `distance`: tokens from the end of the fact to the end of the prompt.
     """
 
     prompt: str
@@ -88,14 +89,14 @@ class Ruler:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._counts: dict[Piece, int] = {}
+        self._counts: dict[Sentence, int] = {}
 
-    def count(self, piece: Piece) -> int:
+    def count(self, sentence: Sentence) -> int:
         """Tokens of a sentence, with what parts it from the one before, by itself."""
-        if piece not in self._counts:
-            ids = self.tokenizer("".join(piece), add_special_tokens=False, verbose=False)["input_ids"]
-            self._counts[piece] = len(ids)
-        return self._counts[piece]
+        if sentence not in self._counts:
+            ids = self.tokenizer("".join(sentence), add_special_tokens=False, verbose=False)["input_ids"]
+            self._counts[sentence] = len(ids)
+        return self._counts[sentence]
 
     def prompt(self, text: str) -> int:
         """Tokens of a prompt, the first special one included."""
@@ -103,7 +104,7 @@ class Ruler:
 
 
 class Hay:
-    """Texts to hide facts in, cut into sentences when needed; sentences that tell facts of the same form are left out.
+    """Texts to hide facts in, cut into sentences when needed; sentences that state facts of the same form are left out.
 
     Raises InputError for texts without a word.
     """
@@ -111,45 +112,47 @@ class Hay:
     def __init__(self, texts: Sequence[str], form: Form) -> None:
         self.texts = [text for text in texts if text.strip()]
         self.competes = _competitor(form)
-        self._pieces: dict[int, list[Piece]] = {}
+        self._sentences: dict[int, list[Sentence]] = {}
         if not any(self._of(i) for i in range(len(self.texts))):
             raise InputError("recall: the texts to hide facts in hold no sentence to use; give `hay` a file of prose")
 
-    def draw(self, rng: random.Random, usable: Callable[[str], bool]) -> Iterator[Piece]:
+    def draw(self, rng: random.Random, usable: Callable[[str], bool]) -> Iterator[Sentence]:
         """Sentences without end: from anywhere in a random text on, then whole texts in random order."""
         first = True
         while True:
-            found = False
+            any_usable = False
             for index in rng.sample(range(len(self.texts)), len(self.texts)):
-                pieces = self._of(index)
-                start = rng.randrange(len(pieces)) if first and pieces else 0
-                for number, (separator, body) in enumerate(pieces[start:]):
+                sentences = self._of(index)
+                start = rng.randrange(len(sentences)) if first and sentences else 0
+                for number, (separator, body) in enumerate(sentences[start:]):
                     if usable(body):
-                        first, found = False, True
+                        first, any_usable = False, True
                         yield (separator if number else "\n\n", body)
-            if not found:
-                raise InputError("recall: every sentence of the hay tells the answer itself; give other texts")
+            if not any_usable:
+                raise InputError("recall: every sentence of the hay holds the answer itself; give other texts")
 
-    def _of(self, index: int) -> list[Piece]:
-        if index not in self._pieces:
-            pieces = [piece for pair in sentences(self.texts[index]) for piece in _cut(*pair)]
-            self._pieces[index] = [piece for piece in pieces if piece[1] and not self.competes(piece[1])]
-        return self._pieces[index]
+    def _of(self, index: int) -> list[Sentence]:
+        if index not in self._sentences:
+            sentences = [sentence for pair in cut_sentences(self.texts[index]) for sentence in _cut(*pair)]
+            self._sentences[index] = [
+                sentence for sentence in sentences if sentence[1] and not self.competes(sentence[1])
+            ]
+        return self._sentences[index]
 
 
 def needle_question(ruler: Ruler, hay: Hay, form: Form, rng: random.Random, *, length: int, depth: float) -> HiddenFact:
     """One fact in `length` tokens of hay (fact, question and answer included), `depth` of the hay before it."""
     thing, answer = _facts(form, rng, 1)[0]
-    pieces = hay.draw(rng, lambda body: answer not in body)
-    return _hidden(ruler, pieces, form, thing, answer, length=length, depth=depth)
+    sentences = hay.draw(rng, lambda body: answer not in body)
+    return _hidden(ruler, sentences, form, thing, answer, length=length, depth=depth)
 
 
 def passkey_question(ruler: Ruler, form: Form, rng: random.Random, *, length: int) -> HiddenFact:
     """A fact (a pass key, say) anywhere in `length` tokens of noise: the same few sentences again and again."""
     thing, answer = _facts(form, rng, 1)[0]
-    pieces = cycle([(" ", sentence) for sentence in NOISE])
+    sentences = cycle([(" ", sentence) for sentence in NOISE])
     before = PASS_KEY_TASK if form == PASS_KEY else ""
-    return _hidden(ruler, pieces, form, thing, answer, length=length, depth=rng.random(), before=before)
+    return _hidden(ruler, sentences, form, thing, answer, length=length, depth=rng.random(), before=before)
 
 
 def association_questions(
@@ -157,77 +160,77 @@ def association_questions(
 ) -> list[HiddenFact]:
     """`keys` facts anywhere in about `hay_tokens` tokens of hay, `queries` of them asked one after the other.
 
-    Each query is a question of its own; the earlier ones stand answered before it. Raises InputError for more keys
+    Each query is a question of its own; the earlier ones are answered before it. Raises InputError for more keys
     than the form has things.
     """
     facts = _facts(form, rng, keys)
     answers = [answer for _, answer in facts]
-    pieces = _first(ruler, hay.draw(rng, lambda body: not any(a in body for a in answers)), hay_tokens)
-    places = [rng.randrange(len(pieces) + 1) for _ in facts]
+    sentences = _first(ruler, hay.draw(rng, lambda body: not any(a in body for a in answers)), hay_tokens)
+    places = [rng.randrange(len(sentences) + 1) for _ in facts]
     text, ends = "", {}
-    for place in range(len(pieces) + 1):
+    for place in range(len(sentences) + 1):
         for (thing, answer), at in zip(facts, places, strict=True):
             if at == place:
                 text = _joined(text, " ", form.statement.format(thing=thing, answer=answer))
                 ends[thing] = text
-        text = _joined(text, *pieces[place]) if place < len(pieces) else text
-    found = []
+        text = _joined(text, *sentences[place]) if place < len(sentences) else text
+    questions = []
     for thing, answer in rng.sample(facts, min(queries, keys)):
         text = _joined(text, " ", form.question.format(thing=thing))
         tokens = ruler.prompt(text)
         distance = tokens - ruler.prompt(ends[thing])
-        found.append(HiddenFact(prompt=text, answer=answer, group=keys, tokens=tokens, distance=distance))
+        questions.append(HiddenFact(prompt=text, answer=answer, group=keys, tokens=tokens, distance=distance))
         text = f"{text} {answer}."
-    return found
+    return questions
 
 
 def _hidden(
-    ruler: Ruler, source: Iterator[Piece], form: Form, thing: str, answer: str, *, length: int, depth: float,
+    ruler: Ruler, source: Iterator[Sentence], form: Form, thing: str, answer: str, *, length: int, depth: float,
     before: str = "",
 ) -> HiddenFact:  # fmt: skip
     """As many sentences as fit, the fact at the border nearest to its depth, the question at the end."""
     statement, question = form.statement.format(thing=thing, answer=answer), form.question.format(thing=thing)
-    room = length - SPARE_TOKENS - len(answer_tokens(ruler.tokenizer, question, answer))
+    limit = length - SPARE_TOKENS - len(answer_tokens(ruler.tokenizer, question, answer))
 
-    def written(hay: Sequence[Piece]) -> tuple[str, str]:
-        place = _border([ruler.count(piece) for piece in hay], depth)
-        told = _joined(_text(before, hay[:place]), " ", statement)
-        return told, _joined(_text(told, hay[place:]), " ", question)
+    def written(hay: Sequence[Sentence]) -> tuple[str, str]:
+        place = _border([ruler.count(sentence) for sentence in hay], depth)
+        with_fact = _joined(_text(before, hay[:place]), " ", statement)
+        return with_fact, _joined(_text(with_fact, hay[place:]), " ", question)
 
-    def tokens(hay: Sequence[Piece]) -> int:
+    def tokens(hay: Sequence[Sentence]) -> int:
         return ruler.prompt(written(hay)[1])
 
-    pieces = _first(ruler, source, room)
-    totals = list(accumulate(map(ruler.count, pieces), initial=tokens([])))
-    number = max(0, bisect_right(totals, room) - 1)
-    while number < len(pieces) and tokens(pieces[: number + 1]) <= room:
+    sentences = _first(ruler, source, limit)
+    totals = list(accumulate(map(ruler.count, sentences), initial=tokens([])))
+    number = max(0, bisect_right(totals, limit) - 1)
+    while number < len(sentences) and tokens(sentences[: number + 1]) <= limit:
         number += 1
-    while number and tokens(pieces[:number]) > room:
+    while number and tokens(sentences[:number]) > limit:
         number -= 1
-    hay, size = pieces[:number], tokens(pieces[:number])
-    if size > room:
+    hay, size = sentences[:number], tokens(sentences[:number])
+    if size > limit:
         raise InputError(
-            f"recall: {length} tokens are too few: the fact and its question alone take {size + length - room}; "
+            f"recall: {length} tokens are too few: the fact and its question alone take {size + length - limit}; "
             "give greater lengths"
         )
-    for piece in chain(pieces[number + 1 :], islice(source, FILLERS)):
-        if ruler.count(piece) <= room - size and (longer := tokens([*hay, piece])) <= room:
-            hay, size = [*hay, piece], longer
-    told, prompt = written(hay)
-    distance = size - ruler.prompt(told)
+    for sentence in chain(sentences[number + 1 :], islice(source, FILLERS)):
+        if ruler.count(sentence) <= limit - size and (longer := tokens([*hay, sentence])) <= limit:
+            hay, size = [*hay, sentence], longer
+    with_fact, prompt = written(hay)
+    distance = size - ruler.prompt(with_fact)
     return HiddenFact(prompt=prompt, answer=answer, group=length, depth=depth, tokens=size, distance=distance)
 
 
-def _first(ruler: Ruler, source: Iterator[Piece], num_tokens: int) -> list[Piece]:
+def _first(ruler: Ruler, source: Iterator[Sentence], num_tokens: int) -> list[Sentence]:
     """Sentences of at least `num_tokens` tokens together, as counted one by one and as counted in one text."""
-    pieces: list[Piece] = []
+    sentences: list[Sentence] = []
     counted = 0
     while counted < num_tokens:
         while counted < num_tokens:
-            pieces += islice(source, 1)
-            counted += ruler.count(pieces[-1])
-        counted = ruler.prompt(_text("", pieces))
-    return pieces
+            sentences += islice(source, 1)
+            counted += ruler.count(sentences[-1])
+        counted = ruler.prompt(_text("", sentences))
+    return sentences
 
 
 def _border(counts: Sequence[int], depth: float) -> int:
@@ -236,8 +239,8 @@ def _border(counts: Sequence[int], depth: float) -> int:
     return min(range(len(before)), key=lambda n: abs(before[n] - depth * before[-1]))
 
 
-def _text(before: str, pieces: Sequence[Piece]) -> str:
-    for separator, body in pieces:
+def _text(before: str, sentences: Sequence[Sentence]) -> str:
+    for separator, body in sentences:
         before = _joined(before, separator, body)
     return before
 
@@ -269,10 +272,10 @@ def _competitor(form: Form) -> Callable[[str], bool]:
     return lambda body: " " in part and part in " ".join(body.lower().split())
 
 
-def _cut(separator: str, body: str) -> Iterator[Piece]:
+def _cut(separator: str, body: str) -> Iterator[Sentence]:
     words = body.split()
-    if len(words) <= LONGEST_PIECE:
+    if len(words) <= LONGEST_SENTENCE:
         yield separator, body
         return
-    for start in range(0, len(words), LONGEST_PIECE):
-        yield (" " if start else separator), " ".join(words[start : start + LONGEST_PIECE])
+    for start in range(0, len(words), LONGEST_SENTENCE):
+        yield (" " if start else separator), " ".join(words[start : start + LONGEST_SENTENCE])

@@ -1,4 +1,4 @@
-"""The text of an evaluation: documents that no student was trained on, as far as their own reports tell."""
+"""The text of an evaluation: documents that no student was trained on, according to the students' own reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a model's folder says of how it came about; nothing for a model that is no student."""
+    """How a model was made, from the files in its folder; empty for a model that is not a student."""
 
     path: str
     report: ConversionReport | None = None
@@ -52,15 +52,15 @@ def held_out_documents(
     What the teacher wrote for a conversion (`self`, `pseudo:`) it writes again, or reads from its cache.
     Raises InputError for text that a student was trained on, and for students that held out different parts of it.
     """
-    given = [local_spec(spec) for spec in specs]
+    local_specs = [local_spec(spec) for spec in specs]
     sources = {
         origin.path: ([local_spec(spec) for spec in origin.report.data], origin.data)
         for origin in origins
         if origin.report is not None
     }
-    own = {path: config for path, (data, config) in sources.items() if data == given and config is not None}
+    own = {path: config for path, (data, config) in sources.items() if data == local_specs and config is not None}
     for path, (data, _) in sources.items():
-        seen = [spec for spec in given if spec in data]
+        seen = [spec for spec in local_specs if spec in data]
         if seen and path not in own:
             raise InputError(SEEN.format(seen=", ".join(seen), who=path))
     config = next(iter(own.values()), None)
@@ -68,7 +68,7 @@ def held_out_documents(
         raise InputError(f"{', '.join(own)}: they held out different parts of their text; give other text with --data")
     settings = config or DataConfig()
     documents = load_documents(
-        [_located(spec, origins) for spec in given],
+        [_located(spec, origins) for spec in local_specs],
         tokenizer,
         sample=self_sampler(teacher, tokenizer, settings) if teacher is not None else None,
         answer=pseudo_labeller(teacher, tokenizer, settings) if teacher is not None else None,
@@ -97,11 +97,11 @@ def first_documents(
 
 
 def _located(spec: str, origins: Sequence[Origin]) -> str:
-    """A file that a report names by a path that is not there, where it stands beside the student's folder."""
+    """Return where the file that a report names is: as named, or relative to the student's folder."""
     if Path(spec).exists() or Path(spec).is_absolute():
         return spec
-    beside = [Path(o.path).parent / spec for o in origins if o.report is not None and spec in o.report.data]
-    return next((str(path) for path in beside if path.is_file()), spec)
+    candidates = [Path(o.path).parent / spec for o in origins if o.report is not None and spec in o.report.data]
+    return next((str(path) for path in candidates if path.is_file()), spec)
 
 
 def _drawing(config: DataConfig | None) -> object:
@@ -117,4 +117,4 @@ def _data_config(folder: Path) -> DataConfig | None:
     try:
         return DataConfig.model_validate((yaml.safe_load(read_text(path)) or {}).get("data", {}))
     except (ValidationError, yaml.YAMLError, AttributeError) as error:
-        raise InputError(f"{path}: no valid recipe; take the recipe.yaml that convert wrote") from error
+        raise InputError(f"{path}: not a valid recipe; take the recipe.yaml that convert wrote") from error

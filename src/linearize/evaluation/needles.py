@@ -77,7 +77,7 @@ def recall_document(
 ) -> RecallItem:
     """Hide `num_facts` facts in about `num_words` words of stories and ask `num_questions` times, the last at the end.
 
-    `distance` is the number of story words wanted between the last question and the fact it asks for (None: anywhere);
+    `distance` is the number of story words between the last question and the fact it asks for (None: anywhere);
     sentences stay whole, so read the item's own `distance` for what came out. Facts of one document differ in colour
     and in object. Hay stories should hold no digits of their own. The same `rng` state gives the same document.
 
@@ -152,9 +152,9 @@ def _facts(rng: random.Random, num_facts: int, num_sentences: int) -> list[_Fact
 def _extra_question(rng: random.Random, facts: Sequence[_Fact], words_after: Sequence[int]) -> tuple[int, _Fact]:
     """A fact and the place, between the fact and the end, where it is asked; near places are as likely as far ones."""
     fact = rng.choice(facts)
-    room = words_after[fact.place]
-    wanted = math.exp(rng.uniform(math.log(NEAREST_QUESTION), math.log(max(room, NEAREST_QUESTION))))
-    place = bisect_left(words_after, wanted - room, key=lambda words: -words)
+    words = words_after[fact.place]
+    distance = math.exp(rng.uniform(math.log(NEAREST_QUESTION), math.log(max(words, NEAREST_QUESTION))))
+    place = bisect_left(words_after, distance - words, key=lambda count: -count)
     return min(place, len(words_after) - 1), fact
 
 
@@ -189,9 +189,7 @@ def _assemble(
 def _check(stories: Sequence[str], *, num_words: int, num_facts: int, distance: int | None, num_questions: int) -> None:
     most = min(len(COLOURS), len(OBJECTS))
     if not any(story.strip() for story in stories):
-        raise InputError(
-            "recall documents need stories to hide facts in, and none of those given holds a word: give some"
-        )
+        raise InputError("recall documents need stories to hide facts in, and none of these holds a word: give some")
     if num_words < 1:
         raise InputError(f"num_words is {num_words}: a recall document needs at least 1 word of stories")
     if not 1 <= num_facts <= most:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from linearize.metrics.intervals import plus_minus, share_text
+from linearize.metrics.intervals import Mean, interval, plus_minus, share_text
 
 Role = Literal["teacher", "student"]
 
@@ -30,10 +31,31 @@ class MeanNumbers(NumbersModel):
     value: float
     error: float | None
 
+    @classmethod
+    def of(cls, mean: Mean) -> MeanNumbers:
+        """Take over a measured mean."""
+        return cls(value=mean.value, error=mean.error)
+
     @property
     def text(self) -> str:
         """`0.123 ± 0.004`."""
         return plus_minus(self.value, self.error)
+
+    @property
+    def percent(self) -> str:
+        """`66.1% ± 5.0%`."""
+        error = "" if self.error is None else f" ± {100 * self.error:.1f}%"
+        return f"{100 * self.value:.1f}%{error}"
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval; infinite where the error is unknown, since nothing is certain then."""
+        return interval(self.value, math.inf if self.error is None else self.error)
+
+    @property
+    def clearly_positive(self) -> bool:
+        """Whether the interval is above 0."""
+        return self.interval[0] > 0
 
 
 class DifferenceNumbers(NumbersModel):

@@ -1,4 +1,4 @@
-"""Recall: greedy answers to questions whose fact stands far back in the prompt, and what the full forward would answer.
+"""Recall: greedy answers to questions whose fact is far back in the prompt, and what the full forward would answer.
 
 Letters: B prompts, T tokens, N tokens of an answer, V vocabulary.
 """
@@ -87,14 +87,14 @@ def recall_beyond_window(
     bins' edges in tokens (default: powers of two). Raises InputError for no items, or a prompt without its answer.
     """
     if not items:
-        raise InputError("recall: no items given; give at least one prompt with its answer")
+        raise InputError("recall: no items; give at least one prompt with its answer")
     distances = [fact_distance(tokenizer, item) for item in items]
-    given: list[Given] = []
+    generated: list[Generated] = []
     for start in range(0, len(items), batch_size):
-        given += answer_greedily(model, tokenizer, items[start : start + batch_size])
+        generated += answer_greedily(model, tokenizer, items[start : start + batch_size])
     answers = tuple(
-        RecallAnswer(distance=d, expected=item.answer.strip(), given=found.text, correct=found.correct)
-        for d, item, found in zip(distances, items, given, strict=True)
+        RecallAnswer(distance=d, expected=item.answer.strip(), given=answer.text, correct=answer.correct)
+        for d, item, answer in zip(distances, items, generated, strict=True)
     )
     edges = list(distance_edges) if distance_edges is not None else _powers_of_two(min(distances), max(distances))
     return RecallReport(
@@ -134,7 +134,7 @@ def matches(text: str, answer: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class Generated:
     """What a model answered: `text`, its `tokens`, whether it is `correct`; `expected`: the right answer's tokens."""
 
     text: str
@@ -144,7 +144,7 @@ class Given:
 
 
 @torch.inference_mode()
-def answer_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[RecallItem]) -> list[Given]:
+def answer_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[RecallItem]) -> list[Generated]:
     """Answers to all prompts in one left-padded batch, greedy, through the model's own cache.
 
     Only the model decides: penalties and the like in its generation settings are turned off.
@@ -165,7 +165,7 @@ def answer_greedily(model: Any, tokenizer: PreTrainedTokenizerBase, items: Seque
     texts = tokenizer.batch_decode(new_BN, skip_special_tokens=True)
     ends = _ends(own, tokenizer)
     return [
-        Given(text=text, correct=matches(text, item.answer), tokens=_up_to_end(new, ends), expected=tuple(right))
+        Generated(text=text, correct=matches(text, item.answer), tokens=_up_to_end(new, ends), expected=tuple(right))
         for text, new, right, item in zip(texts, new_BN, expected, items, strict=True)
     ]
 
@@ -193,18 +193,18 @@ class FullForward:
     agrees: Literal["yes", "no", "tie"]
 
 
-def full_forward(model: Any, tokenizer: PreTrainedTokenizerBase, item: RecallItem, given: Given) -> FullForward:
+def full_forward(model: Any, tokenizer: PreTrainedTokenizerBase, item: RecallItem, generated: Generated) -> FullForward:
     """What the full forward makes of an item that was answered through the cache."""
-    prompt, number = prompt_tokens(tokenizer, item.prompt), len(given.expected)
-    logits_NV = _logits_after(model, prompt, given.tokens)
+    prompt, number = prompt_tokens(tokenizer, item.prompt), len(generated.expected)
+    logits_NV = _logits_after(model, prompt, generated.tokens)
     agrees: Literal["yes", "no", "tie"] = "yes"
-    for logits_V, token, best in zip(logits_NV, given.tokens, logits_NV.argmax(-1).tolist(), strict=True):
+    for logits_V, token, best in zip(logits_NV, generated.tokens, logits_NV.argmax(-1).tolist(), strict=True):
         if token != best:
             agrees = "tie" if _is_tie(logits_V, token, model.dtype) else "no"
             break
-    if given.tokens[:number] != given.expected:
-        logits_NV = _logits_after(model, prompt, given.expected)
-    return FullForward(right=logits_NV[:number].argmax(-1).tolist() == list(given.expected), agrees=agrees)
+    if generated.tokens[:number] != generated.expected:
+        logits_NV = _logits_after(model, prompt, generated.expected)
+    return FullForward(right=logits_NV[:number].argmax(-1).tolist() == list(generated.expected), agrees=agrees)
 
 
 @torch.inference_mode()

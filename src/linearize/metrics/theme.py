@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from linearize.numbers import size_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -59,15 +61,15 @@ def legend_below(figure: Figure) -> None:
 
     The figure grows by the legend's rows after the first, so that many names take nothing from the drawing.
     """
-    found = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    if found:
-        columns = _columns(list(found), figure.get_figwidth())
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(found) // columns) - 1))
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+    by_label = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    if by_label:
+        columns = _columns(list(by_label), figure.get_figwidth())
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(by_label) // columns) - 1))
+        figure.legend(list(by_label.values()), list(by_label), loc="outside lower center", ncols=columns)
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """How many columns of labels fit into so many inches; a letter takes about 0.09, a line's sample 0.6."""
+    """How many columns of labels fit into `width` inches; a letter takes about 0.09, a line's sample 0.6."""
     longest = max(len(label) for label in labels)
     return max(1, min(len(labels), 4, int(width / (0.09 * longest + 0.6))))
 
@@ -98,8 +100,4 @@ def percent_label(value: float, position: float | None = None) -> str:
 
 def bytes_label(value: float, position: float | None = None) -> str:
     """3072 as `3 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:g} {unit}"
-        value /= 1024
-    raise AssertionError
+    return size_text(value, binary=True)

@@ -1,4 +1,4 @@
-"""Bytes: what a cache holds, what a model's weights hold, and the most that a run held at once."""
+"""Bytes of a cache, of a model's weights, and the most that a run takes at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of memory that the layers of a transformers cache hold.
+    """Return the bytes that the layers of a transformers cache occupy.
 
     Tensors are found in the layers' attributes, through dataclasses, tuples, lists and dicts. Each storage counts
     once and whole: a small view keeps the whole tensor it was cut from alive.
@@ -28,14 +28,14 @@ def cache_bytes(cache: Any) -> int:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
+    """Return the bytes of a model's parameters and buffers, shared ones once."""
     storages: dict[int, int] = {}
     _collect([*model.parameters(), *model.buffers()], storages)
     return sum(storages.values())
 
 
 def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by `run` held at once; what was there before (weights) does not count.
+    """Return the most bytes that tensors made by `run` took at once; what was there before (weights) does not count.
 
     On a GPU from torch's own counter. On the CPU from the allocations that torch's profiler reports: exact for small
     models too, where the resident memory of a process mostly shows what its allocator kept. So `run` must make all it
@@ -66,31 +66,31 @@ def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
     return _highest(meter.kineto_results)
 
 
-def _highest(found: Any) -> int:
-    """The highest sum of bytes allocated and freed, in order of time."""
-    held = highest = 0
-    for event in sorted((e for e in found.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
+def _highest(profile: Any) -> int:
+    """Return the highest sum of bytes allocated and freed, in order of time."""
+    total = highest = 0
+    for event in sorted((e for e in profile.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        highest = max(highest, total)
     return highest
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No stderr of the process: starting and stopping the profiler writes lines there that nobody asked for."""
+    """Silence the process's stderr: starting and stopping the profiler writes log lines there."""
     sys.stderr.flush()
     try:
-        kept = os.dup(2)
+        stderr = os.dup(2)
     except OSError:  # there is no stderr
         yield
         return
     try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _collect(value: Any, storages: dict[int, int]) -> None:

@@ -1,14 +1,19 @@
-"""A clock for things that run on a device, and several things timed in turn."""
+"""A clock for work on a device, several things timed in turn, and decode timed with it."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.evaluation.speed.running import RunConfig, attending, decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,11 @@ class Timing:
     highest: float
     cpu_seconds: float
 
+    def ms_per_token(self, tokens: int) -> tuple[float, tuple[float, float]]:
+        """Return milliseconds of one of `tokens` steps: the median, and the lowest and highest."""
+        scale = 1000 / tokens
+        return self.seconds * scale, (self.lowest * scale, self.highest * scale)
+
 
 def interleaved(
     runs: Mapping[str, Callable[[], Any]],
@@ -31,7 +41,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time all runs in turn, `repeats` times round after `warmup` untimed rounds, so that disturbances hit all alike.
 
-    `before(name)` goes untimed ahead of each run.
+    `before(name)` is called untimed ahead of each run.
     """
     for _ in range(warmup):
         for name, run in runs.items():
@@ -57,8 +67,33 @@ def interleaved(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeRun:
+    """A model that decodes: `filled()` makes the cache of its context anew for each repeat."""
+
+    model: PreTrainedModel
+    config: RunConfig
+    filled: Callable[[], Any]
+
+
+def time_decode(runs: Mapping[str, DecodeRun], ids_BT: Tensor, repeats: int, *, warmup: int = 1) -> dict[str, Timing]:
+    """Time the same tokens `[B, T]` one by one after each model's context, in turn; caches are filled untimed."""
+    cache: Any = None
+
+    def fill(name: str) -> None:
+        nonlocal cache
+        cache = None  # the one before is freed first
+        cache = runs[name].filled()
+
+    with ExitStack() as stack:
+        for run in runs.values():
+            stack.enter_context(attending(run.model, run.config.attention))
+        steps = {name: lambda model=run.model: decode(model, cache, ids_BT) for name, run in runs.items()}
+        return interleaved(steps, repeats, warmup=warmup, before=fill)
+
+
 def now() -> float:
-    """Seconds on a clock, once the GPU (where there is one) has done what it was given."""
+    """Return seconds on a clock, once the GPU (where there is one) has done its work."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

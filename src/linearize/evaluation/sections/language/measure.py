@@ -1,7 +1,7 @@
 """Language modelling: every model on the same held-out tokens, and where a student falls behind its teacher.
 
 Losses are in nats per token; the token that ends a document counts, the one that begins it does not. Standard errors
-are over documents. A document longer than a row is cut into pieces, each a document of its own here.
+are over documents. A document longer than a row is cut, and each part is a document of its own here.
 
 Letters: B rows, T tokens a row, N tokens that count.
 """
@@ -10,27 +10,40 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from linearize.errors import InputError
-from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.sections.language import present
-from linearize.evaluation.sections.language.evidence import evidence_classes, evidence_distance
-from linearize.evaluation.sections.language.token_bytes import bytes_of_tokens, prefix_bytes
-from linearize.metrics.branches import longest_reach, window_reach
-from linearize.metrics.intervals import (
-    Mean,
-    contrast_over_documents,
-    mean_over_documents,
-    ratio_over_documents,
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
+from linearize.evaluation.numbers import MeanNumbers
+from linearize.evaluation.sections.language.numbers import (
+    BinNumbers,
+    ComparedLanguage,
+    EvidenceNumbers,
+    FarEvidence,
+    GrowthMeans,
+    GrowthNumbers,
+    LanguageNumbers,
+    ModelLanguage,
+    PartLosses,
+    PartNumbers,
+    RatioNumbers,
 )
+from linearize.evaluation.sections.language.present import headline, present
+from linearize.evaluation.sections.language.token_facts import (
+    bytes_of_tokens,
+    evidence_classes,
+    evidence_distance,
+    prefix_bytes,
+)
+from linearize.metrics.branches import longest_reach, window_reach
+from linearize.metrics.intervals import contrast_over_documents, mean_over_documents, ratio_over_documents
 from linearize.metrics.token_scores import IGNORED, Batch, TokenScores, View, number_documents, score_batches
 from linearize.training.data.packing import PackedRows
 
@@ -42,8 +55,8 @@ class Language(Section):
     """Loss, perplexity, bits per byte, agreement with the teacher; by position, document length and evidence.
 
     `first_bin`: end of the first bin of positions, from which on they double. `default_reach`: how far back evidence is
-    called near for a model without a window. `ablate`: students with a window and a linear branch also run with
-    the window alone, which tells what the linear branch brings where the evidence lies beyond the window.
+    called near for a model without a window. `ablate`: students with a window and a linear branch also run with the
+    window alone, which shows what the linear branch brings where the evidence is beyond the window.
     """
 
     NAME: ClassVar[str] = "language"
@@ -59,7 +72,7 @@ class Language(Section):
             raise InputError("language modelling needs text: name some with --data, a .txt or .jsonl file for one")
 
     def run(self, ctx: EvalContext) -> Numbers:
-        """All models in one pass over the rows."""
+        """Measure all models in one pass over the rows."""
         rows = ctx.rows()
         key = {
             "section": self.NAME,
@@ -67,10 +80,10 @@ class Language(Section):
             "models": [[c.name, c.role, c.fingerprint] for c in ctx.models],
             "rows": hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.labels.numpy().tobytes()).hexdigest(),
         }
-        numbers: Numbers = ctx.results.result(key, lambda: self._measure(ctx, rows))
+        numbers: Numbers = ctx.results.result(key, lambda: self._measure(ctx, rows).to_json())
         return numbers
 
-    def _measure(self, ctx: EvalContext, rows: PackedRows) -> Numbers:
+    def _measure(self, ctx: EvalContext, rows: PackedRows) -> LanguageNumbers:
         teacher = ctx.teacher.name if ctx.teacher else None
         views = {c.name: View(model=c.model) for c in ctx.models}
         if self.ablate:
@@ -79,64 +92,68 @@ class Language(Section):
                 for c in ctx.students
                 if window_reach(c.plan) is not None
             }
-        batches = _told(rows, ctx.batch, ctx.progress)
-        scores = score_batches(batches, views, reference=teacher, rows=ctx.batch)
-        text = _Text(scores, rows, teacher)
-        bytes_N, text_N = _bytes_of_targets(ctx, rows, scores)
-        students = [c.name for c in ctx.students]
-        return {
-            "tokens": scores.positions.numel(),
-            "documents": scores.documents.unique().numel(),
-            "bytes": int(bytes_N.sum()),
-            "length": rows.length,
-            "models": {c.name: {"role": c.role, **_model(text, c.name, bytes_N, text_N)} for c in ctx.models},
-            "positions": text.bins(scores.positions, self.first_bin, [c.name for c in ctx.models]),
-            "lengths": text.bins(text.lengths, self.first_bin, [c.name for c in ctx.models]),
-            "growth": _growth(text, students),
-            "evidence": self._evidence(text, ctx, rows),
-        }
+        batches = _with_progress(rows, ctx.batch, ctx.progress)
+        text = _Text(score_batches(batches, views, reference=teacher, rows=ctx.batch), teacher)
+        names = [eval_model.name for eval_model in ctx.models]
+        document_BT, _ = number_documents(rows.position_ids)
+        length_N = document_BT.flatten().bincount()[text.documents]
+        bytes_N, is_text_N = _bytes_of_targets(ctx, rows, text.scores.targets)
+        return LanguageNumbers(
+            tokens=len(text.documents),
+            documents=len(text.documents.unique()),
+            bytes=int(bytes_N.sum()),
+            length=rows.length,
+            models={c.name: text.model(c, bytes_N, is_text_N) for c in ctx.models},
+            positions=text.bins(text.scores.positions, self.first_bin, names),
+            lengths=text.bins(length_N, self.first_bin, names),
+            growth=_growth(text, [c.name for c in ctx.students]),
+            evidence=self._evidence(text, ctx, rows),
+        )
 
-    def _evidence(self, text: _Text, ctx: EvalContext, rows: PackedRows) -> list[dict[str, Any]]:
+    def _evidence(self, text: _Text, ctx: EvalContext, rows: PackedRows) -> list[EvidenceNumbers]:
         """Losses by where the evidence is, for each reach of a window that a student (or the default) has."""
         distance_N = evidence_distance(rows)
         reaches: dict[int, list[str]] = {}
         for eval_model in ctx.students or ctx.models:
             reaches.setdefault(longest_reach(eval_model.plan) or self.default_reach, []).append(eval_model.name)
-        found = []
+        entries = []
         for reach, names in sorted(reaches.items()):
             masks = evidence_classes(distance_N, reach)
             shown = [c.name for c in ctx.models if c.role == "teacher" or c.name in names]
-            found.append(
-                {
-                    "reach": reach,
-                    "students": [name for name in names if name != text.teacher],
-                    "classes": {name: text.part(mask_N, shown) for name, mask_N in masks.items()},
-                    "compared": {name: _recall(text, masks, name) for name in names if text.compares(name)},
-                }
+            entry = EvidenceNumbers(
+                reach=reach,
+                students=[name for name in names if name != text.teacher],
+                classes={kind: text.part(mask_N, shown) for kind, mask_N in masks.items()},
+                compared={name: _far_evidence(text, masks, name) for name in names if text.compares(name)},
             )
-        return found
+            entries.append(entry)
+        return entries
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Tables, plots and findings."""
-        return present.present(numbers)
+        """Return tables, plots and findings."""
+        return present(LanguageNumbers.model_validate(numbers))
 
     @classmethod
-    def headline(cls, numbers: Numbers) -> Mapping[str, list[Stat]]:
-        """Perplexity, how much of the teacher's probability is kept, how often both would say the same."""
-        return present.headline(numbers)
+    def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
+        """Return perplexity, how much of the teacher's probability is kept, how often both would say the same."""
+        return headline(LanguageNumbers.model_validate(numbers))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The scores with what is asked of them again and again."""
+    """The scores of all tokens, and means over parts of them."""
 
     scores: TokenScores
-    rows: PackedRows
     teacher: str | None
 
+    @property
+    def documents(self) -> Tensor:
+        """The document [N] of each token."""
+        return self.scores.documents
+
     def compares(self, name: str) -> bool:
-        """Whether this is a student with a teacher beside it."""
+        """Whether this is a student with a teacher."""
         return self.teacher is not None and name != self.teacher
 
     def gap(self, name: str) -> Tensor:
@@ -144,37 +161,48 @@ class _Text:
         assert self.teacher is not None
         return self.scores.loss[name] - self.scores.loss[self.teacher]
 
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens [N] of the document (or piece) that each counted token is in."""
-        document_BT, _ = number_documents(self.rows.position_ids)
-        return document_BT.flatten().bincount()[self.scores.documents]
+    def mean(self, value_N: Tensor, mask_N: Tensor | None = None) -> MeanNumbers:
+        """Mean over all tokens, or over those of a mask."""
+        mask_N = torch.ones_like(self.documents, dtype=torch.bool) if mask_N is None else mask_N
+        return MeanNumbers.of(mean_over_documents(value_N[mask_N], self.documents[mask_N]))
 
-    def part(self, mask_N: Tensor, names: list[str]) -> dict[str, Any]:
+    def contrast(self, value_N: Tensor, *parts: tuple[float, Tensor]) -> MeanNumbers:
+        """Weighted sum of the means over masks."""
+        return MeanNumbers.of(contrast_over_documents(value_N, self.documents, parts))
+
+    def model(self, eval_model: EvalModel, bytes_N: Tensor, is_text_N: Tensor) -> ModelLanguage:
+        """A model on all tokens."""
+        name, bits = eval_model.name, None
+        loss_N = self.scores.loss[name]
+        loss = self.mean(loss_N)
+        if bytes_N.sum():
+            bits = MeanNumbers.of(ratio_over_documents(loss_N / LN2 * is_text_N, bytes_N, self.documents))
+        own = {"role": eval_model.role, "loss": loss, "perplexity": _exponential(loss), "bits_per_byte": bits}
+        if not self.compares(name):
+            return ModelLanguage.model_validate(own)
+        gap = self.mean(self.gap(name))
+        agreement = {what: self.mean(getattr(self.scores, what)[name]) for what in ("kl", "top1", "top5")}
+        return ComparedLanguage.model_validate(own | {"gap": gap, "kept": _exponential(gap, -1)} | agreement)
+
+    def part(self, mask_N: Tensor, names: Sequence[str]) -> PartNumbers:
         """Tokens and documents of a part of the text, and what each model loses there."""
-        documents_N = self.scores.documents[mask_N]
-        tokens = int(mask_N.sum())
-        models = {}
+        tokens, models = int(mask_N.sum()), {}
         for name in names if tokens else ():
-            models[name] = {"loss": mean_over_documents(self.scores.loss[name][mask_N], documents_N).to_dict()}
+            losses = {"loss": self.mean(self.scores.loss[name], mask_N)}
             if self.compares(name):
-                models[name]["gap"] = mean_over_documents(self.gap(name)[mask_N], documents_N).to_dict()
+                losses["gap"] = self.mean(self.gap(name), mask_N)
                 if _alone(name) in self.scores.loss:
-                    alone = mean_over_documents(self.gap(_alone(name))[mask_N], documents_N)
-                    models[name]["window_gap"] = alone.to_dict()
-        return {"tokens": tokens, "documents": documents_N.unique().numel(), "models": models}
+                    losses["window_gap"] = self.mean(self.gap(_alone(name)), mask_N)
+            models[name] = PartLosses(**losses)
+        return PartNumbers(tokens=tokens, documents=len(self.documents[mask_N].unique()), models=models)
 
-    def bins(self, value_N: Tensor, first: int, names: list[str]) -> list[dict[str, Any]]:
+    def bins(self, value_N: Tensor, first: int, names: Sequence[str]) -> list[BinNumbers]:
         """The text in parts by a number of each token: below `first`, then doubling; empty ones are left out."""
         edges = [0, first]
         while edges[-1] <= int(value_N.max()):
             edges.append(2 * edges[-1])
-        found = []
-        for start, end in pairwise(edges):
-            part = self.part((value_N >= start) & (value_N < end), names)
-            if part["tokens"]:
-                found.append({"start": start, "end": end, **part})
-        return found
+        parts = [(start, end, self.part((value_N >= start) & (value_N < end), names)) for start, end in pairwise(edges)]
+        return [BinNumbers(start=start, end=end, **vars(part)) for start, end, part in parts if part.tokens]
 
 
 def _alone(name: str) -> str:
@@ -182,100 +210,71 @@ def _alone(name: str) -> str:
     return f"{name} (window)"
 
 
-def _told(rows: PackedRows, batch: int, progress: Callable[[str, int, int], None]) -> Iterator[Batch]:
-    for done, some in enumerate(rows.in_order(batch)):
+def _with_progress(rows: PackedRows, batch: int, progress: Callable[[str, int, int], None]) -> Iterator[Batch]:
+    for done, rows_of_batch in enumerate(rows.in_order(batch)):
         progress("language modelling", done * batch, len(rows))
-        yield some
+        yield rows_of_batch
     progress("language modelling", len(rows), len(rows))
 
 
-def _exponential(mean: Mean, sign: int = 1) -> dict[str, float | None]:
-    """exp of a mean, with its interval."""
-    low, high = sorted(mean.interval or (mean.value, mean.value), reverse=sign < 0)
+def _exponential(mean: MeanNumbers, sign: int = 1) -> RatioNumbers:
+    """exp of a mean (or of its negative), with its interval."""
+    value, *ends = (math.exp(min(sign * x, 700.0)) for x in (mean.value, *mean.interval))
     known = mean.error is not None
-    value, low, high = (math.exp(min(sign * x, 700.0)) for x in (mean.value, low, high))
-    return {"value": value, "low": low if known else None, "high": high if known else None}
+    return RatioNumbers(value=value, low=min(ends) if known else None, high=max(ends) if known else None)
 
 
-def _model(text: _Text, name: str, bytes_N: Tensor, text_N: Tensor) -> dict[str, Any]:
-    """What is said of one model on all tokens."""
-    scores = text.scores
-    loss = mean_over_documents(scores.loss[name], scores.documents)
-    found: dict[str, Any] = {"loss": loss.to_dict(), "perplexity": _exponential(loss), "bits_per_byte": None}
-    if bytes_N.sum():
-        bits_N = scores.loss[name] / LN2 * text_N
-        found["bits_per_byte"] = ratio_over_documents(bits_N, bytes_N, scores.documents).to_dict()
-    if text.compares(name):
-        gap = mean_over_documents(text.gap(name), scores.documents)
-        found |= {"gap": gap.to_dict(), "kept": _exponential(gap, -1)}
-        for what in ("kl", "top1", "top5"):
-            found[what] = mean_over_documents(getattr(scores, what)[name], scores.documents).to_dict()
-    return found
-
-
-def _bytes_of_targets(ctx: EvalContext, rows: PackedRows, scores: TokenScores) -> tuple[Tensor, Tensor]:
+def _bytes_of_targets(ctx: EvalContext, rows: PackedRows, target_N: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes [N] of the text that each counted token stands for, and whether [N] it is text, which no EOS is.
 
     The space that some tokenizers put before a text is no part of it, so it is taken from a document's first token.
     """
     vocabulary = max(View(model=c.model).vocabulary for c in ctx.models)
-    bytes_N = bytes_of_tokens(ctx.tokenizer, vocabulary)[scores.targets]
+    bytes_N = bytes_of_tokens(ctx.tokenizer, vocabulary)[target_N]
     begins_BT = (rows.position_ids == 0) & (rows.input_ids == ctx.tokenizer.bos_token_id)
     first_N = begins_BT[:, :-1][rows.labels[:, 1:] != IGNORED]
     return (bytes_N - prefix_bytes(ctx.tokenizer) * first_N).clamp(min=0), bytes_N > 0
 
 
-def _growth(text: _Text, students: list[str]) -> dict[str, Any]:
+def _growth(text: _Text, students: Sequence[str]) -> GrowthNumbers:
     """Whether a student falls behind further on: its gap from `middle` on against that from a quarter of it on.
 
     `middle` is the largest power of two that several documents reach beyond. Empty where none is at least 16.
     """
-    reached_D = torch.zeros(int(text.scores.documents.max()) + 1, dtype=torch.int64)
-    reached_D.scatter_reduce_(0, text.scores.documents, text.scores.positions, "amax")
+    position_N = text.scores.positions
+    reached_D = torch.zeros(int(text.documents.max()) + 1, dtype=torch.int64)
+    reached_D.scatter_reduce_(0, text.documents, position_N, "amax")
     far = int(reached_D.sort(descending=True).values[min(LATE_DOCUMENTS, len(reached_D)) - 1])
     middle = 2 ** (max(far, 1).bit_length() - 1)
-    if middle < 16 or text.teacher is None or not students:
-        return {}
-    late_N = text.scores.positions >= middle
-    early_N = (text.scores.positions >= middle // 4) & ~late_N
-    if not early_N.any():
-        return {}
-    found: dict[str, Any] = {"early": middle // 4, "middle": middle, "end": int(reached_D.max()) + 1, "models": {}}
+    late_N = position_N >= middle
+    early_N = (position_N >= middle // 4) & ~late_N
+    if middle < 16 or text.teacher is None or not students or not early_N.any():
+        return GrowthNumbers()
+    models = {}
     for name in students:
-        gap_N, documents_N = text.gap(name), text.scores.documents
-        contrasts = {
-            "early": [(1.0, early_N)],
-            "late": [(1.0, late_N)],
-            "growth": [(1.0, late_N), (-1.0, early_N)],
-            "doubling": [(1.0, late_N), (-2.0, early_N)],
-        }
-        found["models"][name] = {
-            what: contrast_over_documents(gap_N, documents_N, parts).to_dict() for what, parts in contrasts.items()
-        }
-    return found
+        gap_N, late, early = text.gap(name), (1.0, late_N), (1.0, early_N)
+        models[name] = GrowthMeans(
+            early=text.contrast(gap_N, early),
+            late=text.contrast(gap_N, late),
+            growth=text.contrast(gap_N, late, (-1.0, early_N)),
+            doubling=text.contrast(gap_N, late, (-2.0, early_N)),
+        )
+    return GrowthNumbers(early=middle // 4, middle=middle, end=int(reached_D.max()) + 1, models=models)
 
 
-def _recall(text: _Text, masks: Mapping[str, Tensor], name: str) -> dict[str, Any] | None:
-    """How a student fares where the evidence is beyond its window; None without such tokens.
-
-    `over_inside`: loss above the teacher's, less that where the evidence is inside. `over_all`: less that of all.
-    `share`: how much of what its window alone loses there, against the teacher, the linear branch wins back; None where
-    the window cannot run alone or loses nothing.
-    """
-    far_N = masks["beyond"]
-    if not far_N.any() or not masks["inside"].any():
+def _far_evidence(text: _Text, masks: Mapping[str, Tensor], name: str) -> FarEvidence | None:
+    """How a student fares where the evidence is beyond its window; None without such tokens, or any inside."""
+    far_N, inside_N = masks["beyond"], masks["inside"]
+    if not far_N.any() or not inside_N.any():
         return None
-    gap_N, documents_N = text.gap(name), text.scores.documents
-    over = {"over_all": torch.ones_like(far_N), "over_inside": masks["inside"]}
-    found: dict[str, Any] = {
-        what: contrast_over_documents(gap_N, documents_N, [(1.0, far_N), (-1.0, mask_N)]).to_dict()
-        for what, mask_N in over.items()
-    }
-    found["share"] = None
+    gap_N, share = text.gap(name), None
     if _alone(name) in text.scores.loss:
         lost_N = text.gap(_alone(name))
-        lost = mean_over_documents(lost_N[far_N], documents_N[far_N])
-        if lost.interval is not None and lost.interval[0] > 0:
+        if text.mean(lost_N, far_N).clearly_positive:
             won_N = lost_N - gap_N
-            found["share"] = ratio_over_documents(won_N[far_N], lost_N[far_N], documents_N[far_N]).to_dict()
-    return found
+            share = MeanNumbers.of(ratio_over_documents(won_N[far_N], lost_N[far_N], text.documents[far_N]))
+    return FarEvidence(
+        over_all=text.contrast(gap_N, (1.0, far_N), (-1.0, torch.ones_like(far_N))),
+        over_inside=text.contrast(gap_N, (1.0, far_N), (-1.0, inside_N)),
+        share=share,
+    )

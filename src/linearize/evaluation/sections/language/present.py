@@ -1,15 +1,24 @@
-"""What people read of the language modelling section: tables, plots, findings, from the JSON numbers alone."""
+"""The language section as people read it: losses, agreement, where a student falls behind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
-from linearize.evaluation.context import Finding, Numbers, Plot, SectionView, Stat, Table
-from linearize.metrics.intervals import interval, plus_minus
-from linearize.metrics.theme import COLOURS, colours, count_label, legend_below
+from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
+from linearize.evaluation.numbers import MeanNumbers
+from linearize.evaluation.sections.language.numbers import (
+    BinNumbers,
+    EvidenceNumbers,
+    LanguageNumbers,
+    PartNumbers,
+    RatioNumbers,
+)
+from linearize.metrics.intervals import Z95, plus_minus
+from linearize.metrics.theme import colours, count_label, legend_below
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KEEPS_MOST, KEEPS_LITTLE = 1.05, 1.5  # perplexity against the teacher's
@@ -18,81 +27,142 @@ FEW_TOKENS = 100
 WON_BACK = 0.25  # share of the window's loss below which a linear branch is called idle
 LOST_THERE = 0.405  # nats: half as much perplexity again as the teacher's
 CLASSES = {"beyond": "beyond the window", "inside": "inside the window", "none": "no evidence"}
-_ERRORS = "± is one standard error, over documents."
+ERRORS = "± is one standard error, over documents."
+Judgement = tuple[Literal["good", "note", "bad"], str]
 
 
-def present(numbers: Numbers) -> SectionView:
-    """The section as people read it."""
-    models = numbers["models"]
-    plots = [_position_plot(numbers)] + ([_evidence_plot(numbers)] if _compared(numbers) else [])
+def present(numbers: LanguageNumbers) -> SectionView:
+    """Return the section as people read it."""
+    models = "all models" if len(numbers.models) > 1 else "the model"
+    summary = (
+        f"Held-out text: {numbers.tokens:,} tokens of {numbers.documents:,} documents, in rows of up to "
+        f"{numbers.length:,} tokens; {models} on the same tokens."
+    )
     tables = [_loss_table(numbers), _agreement_table(numbers), *_part_tables(numbers), *_evidence_tables(numbers)]
-    text = f"{numbers['tokens']:,} tokens of {numbers['documents']:,} documents, in rows of up to {numbers['length']:,}"
     return SectionView(
-        summary=f"Held-out text: {text} tokens; {'all models' if len(models) > 1 else 'the model'} on the same tokens.",
-        findings=[f for name in _compared(numbers) for f in _findings(numbers, name)],
+        summary=summary,
+        findings=[
+            Finding(level=level, text=f"{name}: {text}.", student=name)
+            for name in numbers.compared
+            for level, text in _judgements(numbers, name)
+        ],
         tables=[table for table in tables if table.rows],
-        plots=plots,
+        plots=[_position_plot(numbers)],
     )
 
 
-def headline(numbers: Numbers) -> Mapping[str, list[Stat]]:
-    """Stats of the verdict, by student."""
-    models = numbers["models"]
-    teacher = next((m for m in models.values() if m["role"] == "teacher"), None)
-    found = {}
-    for name, model in models.items():
-        if model["role"] != "student":
-            continue
-        detail = f"teacher {teacher['perplexity']['value']:.3g}" if teacher else "on held-out text"
-        stats = [Stat(label="perplexity", value=f"{model['perplexity']['value']:.3g}", detail=detail)]
-        if "kept" in model:
-            kept = _percent(model["kept"]["value"])
-            stats.append(Stat(label="probability kept", value=kept, detail="of what the teacher gives the true token"))
-            same = _percent(model["top1"]["value"])
-            stats.append(Stat(label="same next token", value=same, detail="most likely token as the teacher's"))
-        found[name] = stats
-    return found
-
-
-def _compared(numbers: Numbers) -> list[str]:
-    return [name for name, model in numbers["models"].items() if "gap" in model]
+def headline(numbers: LanguageNumbers) -> Mapping[str, Sequence[Stat]]:
+    """Return the stats of the verdict, by student."""
+    teacher = next((model for model in numbers.models.values() if model.role == "teacher"), None)
+    detail = f"teacher {teacher.perplexity.value:.3g}" if teacher else "on held-out text"
+    stats = {
+        name: [Stat(label="perplexity", value=f"{model.perplexity.value:.3g}", detail=detail)]
+        for name, model in numbers.models.items()
+        if model.role == "student"
+    }
+    for name, student in numbers.compared.items():
+        kept, same = _percent(student.kept.value), _percent(student.top1.value)
+        stats[name] += [
+            Stat(label="probability kept", value=kept, detail="of what the teacher gives the true token"),
+            Stat(label="same next token", value=same, detail="most likely token as the teacher's"),
+        ]
+    return stats
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _pm(number: Mapping[str, Any] | None, digits: int = 1) -> str:
-    return "-" if number is None else plus_minus(number["value"], number["error"], digits=digits)
+def _judgements(numbers: LanguageNumbers, name: str) -> Iterator[Judgement]:
+    yield _loss(numbers, name)
+    if name in numbers.growth.models and numbers.growth.models[name].growth.error is not None:
+        yield _growth(numbers, name)
+    yield _far_evidence(numbers, name)
 
 
-def _span(part: Mapping[str, Any]) -> str:
-    return f"{part['start']:,} to {part['end'] - 1:,}"
+def _loss(numbers: LanguageNumbers, name: str) -> Judgement:
+    student = numbers.compared[name]
+    gap, kept = student.gap, student.kept.value
+    text = (
+        f"loss {gap.text} nats per token above the teacher's, {1 / kept:.3g} times its perplexity ({_percent(kept)} "
+        "kept)"
+    )
+    low, high = gap.interval
+    within_noise = gap.error is not None and low <= 0 <= high
+    if 1 / kept <= KEEPS_MOST or within_noise:
+        return "good", text
+    return "bad" if kept < 1 / KEEPS_LITTLE else "note", text
 
 
-def _loss_table(numbers: Numbers) -> Table:
-    rows = []
-    for name, model in numbers["models"].items():
-        row = {"model": name, "loss": _pm(model["loss"], 2), "perplexity": f"{model['perplexity']['value']:.4g}"}
-        row["bits per byte"] = _pm(model["bits_per_byte"], 2)
-        if _compared(numbers):
-            row["above the teacher"] = _pm(model["gap"]) if "gap" in model else ""
+def _growth(numbers: LanguageNumbers, name: str) -> Judgement:
+    """Bad where the gap doubles and more between early and late positions."""
+    growth, start, middle = numbers.growth.models[name], numbers.growth.early, numbers.growth.middle
+    gaps = (
+        f"{growth.early.text} nats above the teacher at positions {start:,} to {middle - 1:,}, {growth.late.text} from "
+        f"{middle:,} on"
+    )
+    if not growth.growth.clearly_positive:
+        return "good", f"does not fall behind further on: {gaps}"
+    if growth.doubling.clearly_positive and growth.growth.value > SMALL:
+        return "bad", f"falls behind further on in the text: {gaps}"
+    return "note", f"a little weaker further on in the text: {gaps}"
+
+
+def _far_evidence(numbers: LanguageNumbers, name: str) -> Judgement:
+    """Bad where a window's student wins back next to nothing beyond it, or any other loses much more there."""
+    entry = numbers.evidence_of(name)
+    far, beyond = entry.compared[name], entry.classes["beyond"]
+    if far is None or beyond.tokens < FEW_TOKENS or far.over_all.error is None:
+        few = f"{beyond.tokens} tokens whose evidence is {entry.reach} tokens or more back"
+        return "note", f"{few}: too few to judge; give longer text"
+    there, near = beyond.models[name].gap, entry.classes["inside"].models[name].gap
+    assert there is not None and near is not None
+    gaps = (
+        f"{there.text} nats above the teacher on {beyond.tokens:,} tokens whose evidence is {entry.reach} tokens or "
+        f"more back, {near.text} where it is nearer"
+    )
+    if far.share is not None:
+        gaps += f"; the linear branch wins back {far.share.percent} of what the window alone loses there"
+        if far.share.interval[1] < WON_BACK:
+            return "bad", f"brings little from beyond its window: {gaps}"
+    elif far.over_all.clearly_positive and there.interval[0] > LOST_THERE:
+        return "bad", f"loses what is far back in the text: {gaps}"
+    if far.over_inside.clearly_positive:
+        return "note", f"recalls less from far back than from near: {gaps}"
+    return "good", f"far evidence serves it as well as near one: {gaps}"
+
+
+def _loss_table(numbers: LanguageNumbers) -> Table:
+    rows: list[dict[str, Cell]] = []
+    for name, model in numbers.models.items():
+        bits = model.bits_per_byte
+        row: dict[str, Cell] = {
+            "model": name,
+            "loss": plus_minus(model.loss.value, model.loss.error, digits=2),
+            "perplexity": f"{model.perplexity.value:.4g}",
+            "bits per byte": "-" if bits is None else plus_minus(bits.value, bits.error, digits=2),
+        }
+        if numbers.compared:
+            row["above the teacher"] = numbers.compared[name].gap.text if name in numbers.compared else ""
         rows.append(row)
     note = (
-        f"Loss in nats per token. {_ERRORS} Bits per byte: over the {numbers['bytes']:,} bytes of the predicted text; "
+        f"Loss in nats per token. {ERRORS} Bits per byte: over the {numbers.bytes:,} bytes of the predicted text; "
         "the token that ends a document has no bytes and counts in the loss alone."
     )
     return Table(title="Held-out loss", rows=rows, note=note)
 
 
-def _agreement_table(numbers: Numbers) -> Table:
-    rows = []
-    for name in _compared(numbers):
-        model = numbers["models"][name]
-        kept = model["kept"]
-        spread = f" ({_percent(kept['low'])} to {_percent(kept['high'])})" if kept["low"] is not None else ""
-        row = {"student": name, "probability kept": _percent(kept["value"]) + spread, "KL": _pm(model["kl"])}
-        rows.append(row | {"same top 1": _share(model["top1"]), "shared top 5": _share(model["top5"])})
+def _agreement_table(numbers: LanguageNumbers) -> Table:
+    rows: list[dict[str, Cell]] = [
+        {
+            "student": name,
+            "probability kept": _kept(student.kept),
+            "KL": student.kl.text,
+            "same top 1": student.top1.percent,
+            "shared top 5": student.top5.percent,
+        }
+        for name, student in numbers.compared.items()
+    ]
     note = (
         "Probability kept: the student's probability of the true token by the teacher's, geometric mean, with its 95% "
         "interval (1 / the ratio of perplexities). KL(teacher||student) in nats per token. Shared top 5: how many of "
@@ -101,148 +171,68 @@ def _agreement_table(numbers: Numbers) -> Table:
     return Table(title="Agreement with the teacher", rows=rows, note=note)
 
 
-def _share(number: Mapping[str, Any]) -> str:
-    error = number["error"]
-    return f"{_percent(number['value'])}" + (f" ± {100 * error:.1f}" if error is not None else "")
+def _kept(kept: RatioNumbers) -> str:
+    spread = "" if kept.low is None or kept.high is None else f" ({_percent(kept.low)} to {_percent(kept.high)})"
+    return _percent(kept.value) + spread
 
 
-def _part_tables(numbers: Numbers) -> list[Table]:
-    position = [
-        {"position": _span(p), **_losses(p, numbers["models"], _compared(numbers))} for p in numbers["positions"]
+def _part_tables(numbers: LanguageNumbers) -> list[Table]:
+    positions = [{"position": part.span, **_losses(numbers, part)} for part in numbers.positions]
+    lengths = [
+        {"tokens long": part.span, "documents": part.documents, **_losses(numbers, part)} for part in numbers.lengths
     ]
-    length = [
-        {"tokens long": _span(p), "documents": p["documents"], **_losses(p, numbers["models"], _compared(numbers))}
-        for p in numbers["lengths"]
-    ]
+    compared = "Nats per token; `above`: loss less the teacher's on the same tokens. " if numbers.compared else ""
     return [
-        Table(title="Loss by position in the document", rows=position, note=_gap_note(numbers)),
-        Table(title="Loss by length of the document", rows=length, note=_gap_note(numbers)),
+        Table(title="Loss by position in the document", rows=positions, note=compared + ERRORS),
+        Table(title="Loss by length of the document", rows=lengths, note=compared + ERRORS),
     ]
 
 
-def _losses(
-    part: Mapping[str, Any], names: Iterable[str], compared: Sequence[str], windows: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Tokens, the loss of what is not compared, and how far each student is above the teacher."""
-    cells: dict[str, Any] = {"tokens": part["tokens"]}
-    for name in names:
-        model = part["models"].get(name, {})
-        if name in compared:
-            cells[f"{name} above"] = _pm(model.get("gap"))
-        else:
-            cells[name] = _pm(model.get("loss"))
-        if name in windows:
-            cells[f"{name} above, window alone"] = _pm(model.get("window_gap"))
-    return cells
-
-
-def _gap_note(numbers: Numbers) -> str:
-    return (
-        f"Nats per token; `above`: loss less the teacher's on the same tokens. {_ERRORS}"
-        if _compared(numbers)
-        else _ERRORS
-    )
-
-
-def _evidence_tables(numbers: Numbers) -> list[Table]:
+def _evidence_tables(numbers: LanguageNumbers) -> list[Table]:
     tables = []
-    for entry in numbers["evidence"]:
-        parts = entry["classes"].values()
-        names = [n for n in numbers["models"] if any(n in part["models"] for part in parts)]
-        windows = [n for n in names if any("window_gap" in part["models"].get(n, {}) for part in parts)]
-        rows = [
-            {"evidence": CLASSES[kind], **_losses(part, names, _compared(numbers), windows)}
-            for kind, part in entry["classes"].items()
-        ]
+    for entry in numbers.evidence:
+        rows = [{"evidence": CLASSES[kind], **_losses(numbers, part, entry)} for kind, part in entry.classes.items()]
         note = (
             "A token has evidence where it completes a pair of tokens seen before in the document; the last such place "
-            f"is beyond the window when it is {entry['reach']} tokens or more before the predicting token. " + _ERRORS
+            f"is beyond the window when it is {entry.reach} tokens or more before the predicting token. {ERRORS}"
         )
-        tables.append(Table(title=f"Loss by where the evidence is (reach {entry['reach']})", rows=rows, note=note))
+        tables.append(Table(title=f"Loss by where the evidence is (reach {entry.reach})", rows=rows, note=note))
     return tables
 
 
-def _findings(numbers: Numbers, name: str) -> list[Finding]:
-    return [_loss_finding(numbers, name), *_growth_finding(numbers, name), *_evidence_finding(numbers, name)]
+def _losses(numbers: LanguageNumbers, part: PartNumbers, entry: EvidenceNumbers | None = None) -> dict[str, Cell]:
+    """Tokens, the loss of each model that is not compared, and how far each student is above the teacher; of the models
+    of an entry, where one is named, and there also of windows alone."""
+    parts = [part] if entry is None else list(entry.classes.values())
+    cells: dict[str, Cell] = {"tokens": part.tokens}
+    for name in numbers.models:
+        own, all_own = part.models.get(name), [p.models[name] for p in parts if name in p.models]
+        if not all_own:
+            continue
+        if name in numbers.compared:
+            cells[f"{name} above"] = _text(own.gap if own else None)
+        else:
+            cells[name] = _text(own.loss if own else None)
+        if entry is not None and any(losses.window_gap is not None for losses in all_own):
+            cells[f"{name} above, window alone"] = _text(own.window_gap if own else None)
+    return cells
 
 
-def _loss_finding(numbers: Numbers, name: str) -> Finding:
-    model = numbers["models"][name]
-    gap = model["gap"]
-    low, high = interval(gap["value"], gap["error"] or 0.0)
-    ratio, kept = 1 / model["kept"]["value"], _percent(model["kept"]["value"])
-    text = (
-        f"{name}: loss {_pm(gap)} nats per token above the teacher's, {ratio:.3g} times its perplexity ({kept} kept)."
-    )
-    small = ratio <= KEEPS_MOST or low <= 0 <= high
-    return Finding(
-        level="good" if small else "bad" if model["kept"]["value"] < 1 / KEEPS_LITTLE else "note",
-        text=text,
-        student=name,
-    )
+def _text(mean: MeanNumbers | None) -> str:
+    return "-" if mean is None else mean.text
 
 
-def _growth_finding(numbers: Numbers, name: str) -> list[Finding]:
-    growth = numbers["growth"]
-    if not growth:
-        return []
-    found, start, middle = growth["models"][name], growth["early"], growth["middle"]
-    if found["growth"]["error"] is None:
-        return []
-    told = (
-        f"{_pm(found['early'])} nats above the teacher at positions {start:,} to {middle - 1:,}, "
-        f"{_pm(found['late'])} from {middle:,} on"
-    )
-    if interval(**_plain(found["growth"]))[0] <= 0:
-        return [Finding(level="good", text=f"{name}: does not fall behind further on: {told}.", student=name)]
-    if interval(**_plain(found["doubling"]))[0] > 0 and found["growth"]["value"] > SMALL:
-        return [Finding(level="bad", text=f"{name}: falls behind further on in the text: {told}.", student=name)]
-    return [Finding(level="note", text=f"{name}: a little weaker further on in the text: {told}.", student=name)]
-
-
-def _plain(number: Mapping[str, Any]) -> dict[str, float]:
-    return {"value": number["value"], "error": number["error"] or 0.0}
-
-
-def _evidence_finding(numbers: Numbers, name: str) -> list[Finding]:
-    """Bad where a window's student wins back next to nothing beyond it, or any other loses much more there."""
-    entry = next(e for e in numbers["evidence"] if name in e["students"])
-    compared, beyond, inside = entry["compared"][name], entry["classes"]["beyond"], entry["classes"]["inside"]
-    reach = entry["reach"]
-    if compared is None or beyond["tokens"] < FEW_TOKENS or compared["over_all"]["error"] is None:
-        few = f"{beyond['tokens']} tokens whose evidence lies {reach} tokens or more back"
-        return [Finding(level="note", text=f"{name}: {few}: too few to judge; give longer text.", student=name)]
-    there, near = beyond["models"][name]["gap"], inside["models"][name]["gap"]
-    told = (
-        f"{_pm(there)} nats above the teacher on {beyond['tokens']:,} tokens whose evidence lies {reach} tokens or "
-        f"more back, {_pm(near)} where it is nearer"
-    )
-    if (share := compared["share"]) is not None:
-        won = f"the linear branch wins back {_share(share)} of what the window alone loses there"
-        if interval(**_plain(share))[1] < WON_BACK:
-            return [
-                Finding(
-                    level="bad", text=f"{name}: brings little from beyond its window: {won} ({told}).", student=name
-                )
-            ]
-        told += f"; {won}"
-    elif interval(**_plain(compared["over_all"]))[0] > 0 and interval(**_plain(there))[0] > LOST_THERE:
-        return [Finding(level="bad", text=f"{name}: loses what lies far back in the text: {told}.", student=name)]
-    if interval(**_plain(compared["over_inside"]))[0] > 0:
-        return [Finding(level="note", text=f"{name}: recalls less from far back than from near: {told}.", student=name)]
-    return [Finding(level="good", text=f"{name}: far evidence serves it as well as near one: {told}.", student=name)]
-
-
-def _position_plot(numbers: Numbers) -> Plot:
-    compared = _compared(numbers)
+def _position_plot(numbers: LanguageNumbers) -> Plot:
+    compared = numbers.compared
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(2 if compared else 1, 1, squeeze=False, sharex=True)[:, 0]
-        palette = colours(numbers["models"])
-        for name in numbers["models"]:
-            _line(axes[0], numbers["positions"], name, "loss", palette[name])
+        palette = colours(numbers.models)
+        for name in numbers.models:
+            _line(axes[0], [(part, part.models[name].loss) for part in numbers.positions], name, palette[name])
             if name in compared:
-                _line(axes[1], numbers["positions"], name, "gap", palette[name])
+                gaps = [(part, gap) for part in numbers.positions if (gap := part.models[name].gap) is not None]
+                _line(axes[1], gaps, name, palette[name])
         for axis, title in zip(axes, ("Loss by position", "Above the teacher"), strict=False):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(count_label)
@@ -260,41 +250,9 @@ def _position_plot(numbers: Numbers) -> Plot:
     return Plot(name="loss_by_position", caption=caption, draw=draw, width=4.8, height=5.4 if compared else 3.4)
 
 
-def _line(axis: Any, bins: Sequence[Mapping[str, Any]], name: str, what: str, colour: str) -> None:
+def _line(axis: Axes, means: Sequence[tuple[BinNumbers, MeanNumbers]], name: str, colour: str) -> None:
     """A model's numbers over the middle of each bin on a logarithmic axis; position p has seen p + 1 tokens."""
-    at = [float(((b["start"] + 1) * b["end"]) ** 0.5) for b in bins]
-    means = [b["models"][name][what] for b in bins]
-    low, high = zip(*(interval(**_plain(mean)) for mean in means), strict=True)
+    at = [float(((part.start + 1) * part.end) ** 0.5) for part, _ in means]
+    low, high = ([mean.value + sign * Z95 * (mean.error or 0.0) for _, mean in means] for sign in (-1, 1))
     axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.plot(at, [mean["value"] for mean in means], marker="o", markersize=4, color=colour, label=name)
-
-
-def _evidence_plot(numbers: Numbers) -> Plot:
-    students = _compared(numbers)
-
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        palette = colours(numbers["models"])
-        width = 0.8 / len(students)
-        for i, name in enumerate(students):
-            classes = next(e for e in numbers["evidence"] if name in e["students"])["classes"]
-            for at, kind in enumerate(CLASSES):
-                if (model := classes[kind]["models"].get(name)) is None:
-                    continue
-                place = at + (i - (len(students) - 1) / 2) * width
-                error = 1.96 * (model["gap"]["error"] or 0.0)
-                bar: dict[str, Any] = {"color": palette[name], "label": name if at == 0 else None}
-                if "window_gap" in model:
-                    label = "window alone" if (at, i) == (0, 0) else None
-                    axis.plot(place, model["window_gap"]["value"], "D", color=COLOURS["window"], label=label)
-                axis.bar(place, model["gap"]["value"], width=width * 0.92, yerr=error, capsize=3, **bar)
-        axis.set_xticks(range(len(CLASSES)), [text.replace(" the ", "\nthe ") for text in CLASSES.values()])
-        axis.axhline(0, color=palette.get("teacher", "black"), linewidth=1)
-        axis.set(title="Loss above the teacher, by evidence", ylabel="nats per token")
-        legend_below(figure)
-
-    caption = (
-        "How far each student is above the teacher on tokens that complete a pair seen before, beyond its window or "
-        "inside, and on those that do not; lines are 95% intervals; diamonds: its window without the linear branch."
-    )
-    return Plot(name="loss_by_evidence", caption=caption, draw=draw, width=4.8, height=3.6)
+    axis.plot(at, [mean.value for _, mean in means], marker="o", markersize=4, color=colour, label=name)

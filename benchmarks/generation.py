@@ -19,11 +19,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from linearize.errors import InputError, one_line
+from linearize.evaluation.sections.speed.largest_batch import RepeatedRow
 from linearize.evaluation.speed.equality import check_config, length_needed, reference
-from linearize.evaluation.speed.largest_batch import Held
 from linearize.evaluation.speed.memory import weight_bytes
-from linearize.evaluation.speed.reading import decode, measuring, prefill, random_text
-from linearize.evaluation.speed.run_config import CacheKind, RunConfig, attending, new_cache, run_configs
+from linearize.evaluation.speed.running import (
+    CacheKind,
+    RunConfig,
+    attending,
+    decode,
+    measuring,
+    new_cache,
+    prefill,
+    random_text,
+    run_configs,
+)
 from linearize.evaluation.speed.timing import now
 
 CHECKED = (3, 7, 3)  # rows, tokens and new tokens of the check against a plain forward
@@ -66,24 +75,24 @@ class GenerationWorkload:
         return sorted({min(stop, last) for stop in moved})
 
 
-class Filled(Held):
-    """A row at some fill, in one of the ways; its keys and values were read with a growing cache, or by the student."""
+class Filled(RepeatedRow):
+    """A row at some fill, in one configuration; its keys and values were read with a growing cache or its own."""
 
     def __init__(self, model: PreTrainedModel, config: RunConfig, cache: Any, after_1T: Tensor, room: int) -> None:
-        super().__init__(model, cache, after_1T)
-        self.config, self.room = config, room
+        super().__init__(model, config, cache, after_1T)
+        self.room = room
         self._peaks: dict[int, int] = {}
 
     def peak(self, rows: int) -> int:
-        """See `Held`; measured once."""
+        """See `RepeatedRow`; measured once."""
         if rows not in self._peaks:
             self._peaks[rows] = super().peak(rows)
         return self._peaks[rows]
 
-    def held(self, rows: int) -> Any:
-        """See `Held`; a preallocated cache has room for the whole text."""
+    def filled(self, rows: int) -> Any:
+        """See `RepeatedRow`; a preallocated cache has room for the whole text."""
         if self.config.cache != "static":
-            return super().held(rows)
+            return super().filled(rows)
         static: Any = StaticCache(config=self.model.config, max_cache_len=self.room)
         for layer, full in zip(static.layers, self.cache.layers, strict=True):
             layer.update(full.keys.expand(rows, -1, -1, -1), full.values.expand(rows, -1, -1, -1))
@@ -112,20 +121,20 @@ def throughput(model: PreTrainedModel, workload: GenerationWorkload, *, name: st
         ]
         fastest = min(run.row_seconds for run in runs)
         tried = {str(run.config): run.whole(fastest) for run in runs}
-    best = max(tried.values(), key=lambda found: float(found.get("tokens_per_second", 0.0)))
+    best = max(tried.values(), key=lambda result: float(result.get("tokens_per_second", 0.0)))
     return {"model": name, "weight_bytes": weight_bytes(model), **best, "ways": tried}
 
 
 def _fill(model: PreTrainedModel, text_1T: Tensor, stops: Sequence[int], chunk: int) -> dict[int, Any]:
     """Caches of one row at these fills."""
     config = run_configs(model, ("dynamic",), ("sdpa",))[0]
-    found, at = {}, 0
+    caches, at = {}, 0
     with attending(model, config.attention):
         cache = new_cache(config, model, text_1T.shape[1])
         for stop in stops:
             _, cache = prefill(model, cache, text_1T[:, at:stop], chunk)
-            found[stop], at = copy.deepcopy(cache), stop
-    return found
+            caches[stop], at = copy.deepcopy(cache), stop
+    return caches
 
 
 class _Run:
@@ -144,25 +153,25 @@ class _Run:
         room = workload.generated + 1
         self.at = {stop: Filled(model, config, cache, text_1T[:, stop:], room) for stop, cache in filled.items()}
         self.steps: dict[int, dict[str, Any]] = {}
-        self.told: dict[str, Any] = {"way": str(config), "batch": 0, "reason": self._wrong(name)}
-        if not self.told["reason"]:
+        self.outcome: dict[str, Any] = {"way": str(config), "batch": 0, "reason": self._wrong(name)}
+        if not self.outcome["reason"]:
             self._guarded(self._begin)
 
     @property
     def row_seconds(self) -> float:
         """Seconds of a token of one row at the last fill; infinite where the way does not run."""
         last: float = self.steps.get(self.workload.stops[-1], {}).get("seconds", float("inf"))
-        return last / max(1, int(self.told["batch"]))
+        return last / max(1, int(self.outcome["batch"]))
 
     def whole(self, fastest: float) -> dict[str, Any]:
         """What the way gives over the whole text; `fastest`: `row_seconds` of the fastest way."""
-        if self.told["reason"]:
-            return self.told
+        if self.outcome["reason"]:
+            return self.outcome
         if self.row_seconds > PRUNED_BEYOND * fastest:
             times = self.row_seconds / fastest
-            return self.told | {"reason": f"{times:.1f} times as slow as another way at the end: not measured further"}
+            return self.outcome | {"reason": f"{times:.1f} times as slow as another at the end: not measured further"}
         self._guarded(self._others)
-        return self.told if self.told["reason"] else self.told | self._added_up()
+        return self.outcome if self.outcome["reason"] else self.outcome | self._added_up()
 
     def _wrong(self, name: str) -> str:
         rows, tokens, new = CHECKED
@@ -174,32 +183,34 @@ class _Run:
             with attending(self.model, self.config.attention):
                 measure()
         except (RuntimeError, IndexError, ValueError) as error:
-            self.told["reason"] = f"does not run: {one_line(error)}"
+            self.outcome["reason"] = f"does not run: {one_line(error)}"
 
     def _begin(self) -> None:
         workload, last = self.workload, self.at[self.workload.generated - 2]
         batch = last.most(workload.budget - weight_bytes(self.model), workload.most)
         peak = weight_bytes(self.model) + last.peak(batch or 1)
-        self.told |= {"batch": batch, "capped": batch == workload.most, "peak_bytes": peak}
+        self.outcome |= {"batch": batch, "capped": batch == workload.most, "peak_bytes": peak}
         if batch:
             self._step(workload.stops[-1])
         else:
-            self.told["reason"] = "one row does not fit"
+            self.outcome["reason"] = "one row does not fit"
 
     def _others(self) -> None:
         for stop in self.workload.stops[:-1]:
-            if not self.told["reason"]:
+            if not self.outcome["reason"]:
                 self._step(stop)
 
     def _step(self, stop: int) -> None:
-        self.steps[stop] = self.at[stop].step_seconds(self.told["batch"], self.workload.span)
-        self.told["reason"] = self.steps[stop].pop("reason")
+        self.steps[stop] = self.at[stop].step_seconds(self.outcome["batch"], self.workload.span)
+        self.outcome["reason"] = self.steps[stop].pop("reason")
 
     def _added_up(self) -> dict[str, Any]:
         """Tokens per second over the whole text."""
         generated = self.workload.generated
         wall, cpu = (
-            self.told["batch"] * generated / whole_text({at: step[kind] for at, step in self.steps.items()}, generated)
+            self.outcome["batch"]
+            * generated
+            / whole_text({at: step[kind] for at, step in self.steps.items()}, generated)
             for kind in ("seconds", "cpu_seconds")
         )
         steps = [{"fill": stop, **self.steps[stop]} for stop in sorted(self.steps)]
