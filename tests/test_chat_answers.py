@@ -116,7 +116,7 @@ def test_official_answers_and_numbers(tmp_path: Path, root: Path, models: tuple[
     assert not numbers["models"]["teacher"]["mt_bench"]["above_teacher"]
     shown = Chat.present(json.loads(json.dumps(numbers)))
     assert [table.title for table in shown.tables] == ["MT-Bench"]
-    assert [stat.label for stat in Chat.headline(numbers)["org/student"]] == ["Looping answers"]
+    assert [stat.label for stat in Chat.headline(numbers)["org/student"]] == ["MT-Bench: looping"]
 
 
 def test_a_model_alone(root: Path, models: tuple[EvalModel, EvalModel]) -> None:
@@ -204,8 +204,7 @@ def test_repetition() -> None:
 
 def test_errors_are_over_questions() -> None:
     turns = {words: Turn(text="w " * words, tokens=words, ended=True, cut=0) for words in (2, 6)}
-    answers = {"m": [[turns[2], turns[2]], [turns[6], turns[6]]]}
-    means = benchmark_numbers([question("a"), question("b")], answers, [], None)["m"].means
+    means = benchmark_numbers({"m": {1: [turns[2], turns[2]], 2: [turns[6], turns[6]]}}, [], None)["m"].means
     assert means["words"] == MeanNumbers(value=4.0, error=2.0)  # of four answers it would be 1.15
     assert means["empty"] == MeanNumbers(value=0.0, error=0.0)
 

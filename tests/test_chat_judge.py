@@ -110,9 +110,9 @@ def test_a_judge_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_faults_that_stay_are_reported_at_once(status: int) -> None:
-    with serving(lambda request, number: (status, "no")) as server:
-        with pytest.raises(InputError, match=f"HTTP {status}: no.*--judge-model"):
-            ask(judge_of(server))
+    refusal = pytest.raises(InputError, match=f"HTTP {status}: no.*--judge-model")
+    with serving(lambda request, number: (status, "no")) as server, refusal:
+        ask(judge_of(server))
     assert len(server.requests) == 1
 
 
@@ -136,9 +136,9 @@ def test_a_single_prompt_that_is_refused_is_kept_as_such(tmp_path: Path) -> None
 def test_no_redirect_is_followed(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with serving(lambda request, number: "[[4]]") as other:
-        with serving(lambda request, number: (status, other.url)) as server:
-            with pytest.raises(InputError, match=f"HTTP {status}"):
-                ask(judge_of(server))
+        refusal = pytest.raises(InputError, match=f"HTTP {status}")
+        with serving(lambda request, number: (status, other.url)) as server, refusal:
+            ask(judge_of(server))
         assert len(server.requests) == 1 and not other.requests
 
 

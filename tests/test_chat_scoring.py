@@ -137,7 +137,10 @@ def test_official_judgments(tmp_path: Path, root: Path, models: tuple[EvalModel,
     tokens = {"prompt_tokens": replies * PROMPT_TOKENS, "completion_tokens": replies * COMPLETION_TOKENS}
     assert numbers["judge"] == judge | tokens
     shown = Chat.present(json.loads(json.dumps(numbers)))
-    assert [len(table.rows) for table in shown.tables] == [2 + 6 + 3 + 3, 1]  # looks, ratings, categories; the judge
+    assert [len(table.rows) for table in shown.tables] == [
+        6 + 3 + 3 + 2,
+        1,
+    ]  # looks, ratings, by category, wins and unrated; the judge
     assert len(Chat.headline(numbers)[STUDENT]) == 2
 
 
@@ -267,11 +270,11 @@ def test_both_orders_of_alpaca_are_read() -> None:
 def test_all_official_prompts_are_filled(shared_dir: Path) -> None:
     chat = shared_dir / "data" / "eval" / "chat"
     questions, prompts = data.read_questions(chat, None)["mt_bench"], data.mt_bench_prompts(chat)
-    texts = {name: [[f"{name}1 {{}}", f"{name}2"] for _ in questions] for name in ("TTT", "SSS")}
+    texts = {name: {q.id: [f"{name}1 {{}}", f"{name}2"] for q in questions} for name in ("TTT", "SSS")}
     used = set()
     with serving(lambda request, number: "[[7]]") as server:
         judge = Judge(server.url, "m", Journal(None))
-        tasks = scoring.mt_bench_tasks(judge, chat, questions, texts, "TTT")
+        tasks = scoring.judge_tasks(judge, chat, questions, texts, "TTT", 0)
         assert len(tasks) == 320 + 160
         for task in [*tasks[:160], *tasks[320:]]:
             judgment = task()

@@ -32,15 +32,15 @@ class Turn(NumbersModel):
     cut: int
 
 
-Answer = Sequence[Turn]
-"""The answers to all turns of a question."""
+Answers = dict[int | str, list[Turn]]
+"""By question, the answers to its turns."""
 
 
 def answer_all(
     ctx: EvalContext, eval_model: EvalModel, questions: Sequence[Question], max_new_tokens: int, results: ResultCache
-) -> list[Answer]:
+) -> Answers:
     """Answers in the order of the questions, `ctx.batch` at a time; those among the results are not written again."""
-    answers: dict[int | str, Answer] = {}
+    answers: Answers = {}
     by_temperature = groupby(sorted(questions, key=lambda q: q.temperature), key=lambda q: q.temperature)
     same = [list(group) for _, group in by_temperature]
     batches = [group[at : at + ctx.batch] for group in same for at in range(0, len(group), ctx.batch)]
@@ -53,7 +53,7 @@ def answer_all(
         kept = results.result(key, partial(converse, eval_model, batch, ctx.seed, max_new_tokens))
         answers |= {q.id: [Turn.model_validate(turn) for turn in turns] for q, turns in zip(batch, kept, strict=True)}
         ctx.progress(f"answers: {eval_model.name}", done, len(batches))
-    return [answers[question.id] for question in questions]
+    return {question.id: answers[question.id] for question in questions}
 
 
 @torch.inference_mode()

@@ -116,15 +116,16 @@ def answer_row(benchmark: str, model: str, question: Question, texts: Sequence[s
     return f"{ALPACA}/{file_name(model)}/model_outputs.json", row
 
 
-def write_rows(out: Path, rows: Iterable[FileRow]) -> None:
-    """Write the rows of each file, as a JSON list (`.json`) or JSON lines."""
+def write_rows(out: Path | None, rows: Iterable[FileRow]) -> None:
+    """Write the rows of each file, as a JSON list (`.json`) or JSON lines, under `out` (None: nothing)."""
     by_file: dict[str, list[Mapping[str, object]]] = {}
-    for file, row in rows:
+    for file, row in rows if out is not None else ():
         by_file.setdefault(file, []).append(row)
     for file, own in by_file.items():
         lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in own)
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(out / file, json.dumps(own, indent=2) if file.endswith(".json") else lines)
+        path = Path(out or "", file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, json.dumps(own, indent=2, ensure_ascii=False) if path.suffix == ".json" else lines)
 
 
 def _rows(path: Path, source: str, *fields: str) -> list[dict[str, Any]]:

@@ -25,8 +25,8 @@ from linearize.evaluation.chat.data import (
 )
 from linearize.evaluation.chat.judge import Judge, Messages
 
-Texts = Mapping[str, Sequence[Sequence[str]]]
-"""By model, question and turn, an answer."""
+Texts = Mapping[str, Mapping[int | str, Sequence[str]]]
+"""By model and question, the answers to all turns."""
 WINNERS = ({"A": "model_1", "B": "model_2", "C": "tie"}, {"A": "model_2", "B": "model_1", "C": "tie"})
 
 
@@ -42,29 +42,22 @@ class Judgment:
     row: FileRow
 
 
-def mt_bench_tasks(
-    judge: Judge, folder: Path, questions: Sequence[Question], answers: Texts, teacher: str | None
+def judge_tasks(
+    judge: Judge, folder: Path, questions: Sequence[Question], answers: Texts, teacher: str | None, seed: int
 ) -> list[Callable[[], Judgment]]:
-    """Rate both turns of every model's answers, and compare students with the teacher (None: not)."""
+    """What there is to judge of the answers to one benchmark: MT-Bench's are rated turn by turn, and students'
+    compared with the teacher's (None: not); AlpacaEval's, whose questions name a `generator`, with the reference."""
+    if all(question.generator for question in questions):
+        prompt = alpaca_prompt(folder)
+        pairs = [(model, question) for model in answers for question in questions]
+        return [partial(judge_alpaca, judge, prompt, q, model, answers[model][q.id][0], seed) for model, q in pairs]
     prompts = mt_bench_prompts(folder)
     sides = [[model] for model in answers] + [[model, teacher] for model in answers if teacher not in (None, model)]
     return [
-        partial(judge_mt_bench, judge, prompts, question, turn, {m: answers[m][row][:turn] for m in models})
+        partial(judge_mt_bench, judge, prompts, question, turn, {m: answers[m][question.id][:turn] for m in models})
         for models in sides
-        for row, question in enumerate(questions)
-        for turn in range(1, len(question.turns) + 1)
-    ]
-
-
-def alpaca_tasks(
-    judge: Judge, folder: Path, questions: Sequence[Question], answers: Texts, seed: int
-) -> list[Callable[[], Judgment]]:
-    """Compare the outputs of every model with the reference."""
-    prompt = alpaca_prompt(folder)
-    return [
-        partial(judge_alpaca, judge, prompt, question, model, answer[0], seed)
-        for model, own in answers.items()
-        for question, answer in zip(questions, own, strict=True)
+        for question in questions
+        for turn in range(1, len(question.turns[:2]) + 1)
     ]
 
 

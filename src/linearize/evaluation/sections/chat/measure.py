@@ -1,8 +1,4 @@
-"""Chat: answers to MT-Bench and AlpacaEval in their official formats, and a judge's verdicts where one is given.
-
-In the evaluation's folder: `mt_bench/model_answer/NAME.jsonl`, `mt_bench/model_judgment/JUDGE_{single,pair}.jsonl`,
-`alpaca_eval/NAME/model_outputs.json`, `alpaca_eval/NAME/JUDGE/annotations.json`; `chat/` holds what a second run reuses.
-"""
+"""Chat: answers to MT-Bench and AlpacaEval in their official formats, and a judge's verdicts where one is given."""
 
 from __future__ import annotations
 
@@ -15,17 +11,9 @@ from pydantic import Field
 
 from linearize.errors import InputError
 from linearize.evaluation.chat.answering import answer_all
-from linearize.evaluation.chat.data import (
-    FASTCHAT,
-    MT_BENCH,
-    Question,
-    answer_row,
-    file_name,
-    read_questions,
-    write_rows,
-)
+from linearize.evaluation.chat.data import FASTCHAT, Question, answer_row, file_name, read_questions, write_rows
 from linearize.evaluation.chat.judge import Judge
-from linearize.evaluation.chat.scoring import Judgment, Texts, alpaca_tasks, mt_bench_tasks
+from linearize.evaluation.chat.scoring import Judgment, Texts, judge_tasks
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.chat.numbers import BenchmarkNumbers, ChatNumbers, benchmark_numbers, judge_numbers
@@ -57,8 +45,8 @@ class Chat(Section):
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError for a missing file (and where to get it), or a judge that cannot be asked."""
         judge = _judge(ctx, None)
-        for benchmark in read_questions(_folder(ctx), ctx.limit):
-            self._judged(ctx, judge, benchmark, [], {})
+        for questions in read_questions(_folder(ctx), ctx.limit).values():
+            self._judged(ctx, judge, questions, {})
 
     def run(self, ctx: EvalContext) -> Numbers:
         """All answers to a benchmark, then all judgments of them."""
@@ -69,12 +57,11 @@ class Chat(Section):
         numbers: dict[str, dict[str, BenchmarkNumbers]] = {}
         for name, items in questions.items():
             answers = {model.name: answer_all(ctx, model, items, self.max_new_tokens, results) for model in ctx.models}
-            texts = {model: [[turn.text for turn in answer] for answer in own] for model, own in answers.items()}
-            rows = [answer_row(name, m, *pair) for m, own in texts.items() for pair in zip(items, own, strict=True)]
-            judgments = self._judged(ctx, judge, name, items, texts)
-            if out is not None:
-                write_rows(out, [*rows, *(judgment.row for judgment in judgments)])
-            numbers[name] = benchmark_numbers(items, answers, judgments, teacher)
+            texts = {m: {q: [turn.text for turn in turns] for q, turns in own.items()} for m, own in answers.items()}
+            write_rows(out, [answer_row(name, m, item, own[item.id]) for m, own in texts.items() for item in items])
+            judgments = self._judged(ctx, judge, items, texts)
+            write_rows(out, [judgment.row for judgment in judgments])
+            numbers[name] = benchmark_numbers(answers, judgments, teacher)
         return ChatNumbers(
             models={model.name: {name: own[model.name] for name, own in numbers.items()} for model in ctx.models},
             students=[student.name for student in ctx.students],
@@ -84,22 +71,17 @@ class Chat(Section):
             template=bool(ctx.tokenizer.chat_template),
         ).to_json()
 
-    def _judged(
-        self, ctx: EvalContext, judge: Judge | None, benchmark: str, questions: Sequence[Question], texts: Texts
-    ) -> list[Judgment]:
+    def _judged(self, ctx: EvalContext, judge: Judge | None, items: Sequence[Question], texts: Texts) -> list[Judgment]:
         """Judge all answers, some at a time; the first error ends it, after what is under way."""
         if judge is None:
             return []
-        if benchmark == MT_BENCH:
-            teacher = ctx.teacher.name if ctx.teacher is not None and self.pairwise else None
-            tasks = mt_bench_tasks(judge, _folder(ctx), questions, texts, teacher)
-        else:
-            tasks = alpaca_tasks(judge, _folder(ctx), questions, texts, ctx.seed)
+        teacher = ctx.teacher.name if ctx.teacher is not None and self.pairwise else None
+        tasks = judge_tasks(judge, _folder(ctx), items, texts, teacher, ctx.seed)
         judgments: list[Judgment] = []
         with ThreadPoolExecutor(self.judge_parallel) as pool:
             for judgment in pool.map(lambda task: task(), tasks):
                 judgments.append(judgment)
-                ctx.progress(f"{benchmark} judgments", len(judgments), len(tasks))
+                ctx.progress("judging answers", len(judgments), len(tasks))
         return judgments
 
     @classmethod

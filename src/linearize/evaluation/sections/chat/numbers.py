@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
-from linearize.evaluation.chat.answering import Answer, Turn
-from linearize.evaluation.chat.data import Question
+from linearize.evaluation.chat.answering import Answers, Turn
 from linearize.evaluation.chat.judge import Judge
 from linearize.evaluation.chat.scoring import Judgment
 from linearize.evaluation.numbers import DifferenceNumbers, MeanNumbers, NumbersModel
@@ -25,6 +24,12 @@ class BenchmarkNumbers(NumbersModel):
     against: str
     win_rate: DifferenceNumbers | None
     unrated: int
+
+    def text(self, name: str) -> str:
+        """A mean with its error, the win rate with its interval; empty where there is none."""
+        if name == "win rate" and self.win_rate is not None:
+            return self.win_rate.text
+        return self.means[name].text if name in self.means else ""
 
 
 class JudgeNumbers(NumbersModel):
@@ -74,16 +79,13 @@ MEASURES: dict[str, Callable[[Turn], float]] = {
 
 
 def benchmark_numbers(
-    questions: Sequence[Question],
-    answers: Mapping[str, Sequence[Answer]],
-    judgments: Sequence[Judgment],
-    teacher: str | None,
+    answers: Mapping[str, Answers], judgments: Sequence[Judgment], teacher: str | None
 ) -> dict[str, BenchmarkNumbers]:
     """By model, from its answers and the judgments of them."""
-    values: dict[str, dict[str, Values]] = {}
-    for model, own in answers.items():
-        pairs = list(zip(questions, own, strict=True))
-        values[model] = {name: {q.id: fmean(map(of, turns)) for q, turns in pairs} for name, of in MEASURES.items()}
+    values = {
+        model: {name: {q: fmean(map(of, turns)) for q, turns in own.items()} for name, of in MEASURES.items()}
+        for model, own in answers.items()
+    }
     groups: dict[tuple[str, str], list[Judgment]] = {}
     for j in judgments:
         names = ["win rate"] if j.against else ["rating", f"rating, turn {j.turn}", f"rating, {j.question.category}"]
