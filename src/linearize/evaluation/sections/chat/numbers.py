@@ -83,31 +83,27 @@ def benchmark_numbers(
 ) -> dict[str, BenchmarkNumbers]:
     """By model, from its answers and the judgments of them."""
     values = {
-        model: {name: {q: fmean(map(of, turns)) for q, turns in own.items()} for name, of in MEASURES.items()}
+        model: {name: {q: fmean(map(measure, turns)) for q, turns in own.items()} for name, measure in MEASURES.items()}
         for model, own in answers.items()
     }
-    groups: dict[tuple[str, str], list[Judgment]] = {}
+    verdicts: dict[tuple[str, str], dict[int | str, list[float]]] = {}
     for j in judgments:
         names = ["win rate"] if j.against else ["rating", f"rating, turn {j.turn}", f"rating, {j.question.category}"]
         for name in names if j.value is not None else []:
-            groups.setdefault((j.model, name), []).append(j)
-    for (model, name), group in groups.items():
-        turns = {j.question.id: [k.value or 0.0 for k in group if k.question.id == j.question.id] for j in group}
-        values[model][name] = {question: fmean(every) for question, every in turns.items()}
-    return {
-        model: BenchmarkNumbers(
-            means={name: _mean([*of.values()]) for name, of in own.items()},
-            above_teacher={
-                name: _difference(of, values[teacher][name])
-                for name, of in own.items()
-                if teacher not in (None, model) and name in values[teacher]
-            },
+            verdicts.setdefault((j.model, name), {}).setdefault(j.question.id, []).append(j.value or 0.0)
+    for (model, name), by_question in verdicts.items():
+        values[model][name] = {question: fmean(turns) for question, turns in by_question.items()}
+    numbers = {}
+    for model, own in values.items():
+        other = values[teacher] if teacher is not None and teacher != model else {}
+        numbers[model] = BenchmarkNumbers(
+            means={name: _mean([*by_question.values()]) for name, by_question in own.items()},
+            above_teacher={name: _difference(own[name], other[name]) for name in own if name in other},
             against=next((j.against for j in judgments if j.model == model and j.against), ""),
             win_rate=_win_rate(own["win rate"]) if "win rate" in own else None,
             unrated=sum(j.value is None for j in judgments if j.model == model),
         )
-        for model, own in values.items()
-    }
+    return numbers
 
 
 def judge_numbers(judge: Judge, price_in: float | None, price_out: float | None) -> JudgeNumbers:
