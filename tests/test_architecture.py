@@ -39,7 +39,7 @@ LAYERS = {
     "__init__": 13,
     "__main__": 14,
 }
-EXTRAS = ["trl", "lm_eval", "fla", "triton", "fastapi", "uvicorn", "wandb", "tensorboard"]
+EXTRAS = ["trl", "lm_eval", "openai", "fla", "triton", "fastapi", "uvicorn", "wandb", "tensorboard"]
 NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]
 
 

@@ -1,4 +1,4 @@
-"""Answers to chat questions: what is drawn, what is kept, and the official files."""
+"""Answers to chat questions: what is written, what is kept, how answers look, and the official files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import CHAT, byte_tokenizer
-from chat_stand_in import ALPACA, QUESTIONS, data_root, eval_context, eval_models, lines, read_lines
+from chat_stand_in import ALPACA, QUESTIONS, alpaca_root, data_root, eval_context, eval_models, lines, read_lines
 
 from linearize.errors import InputError
 from linearize.evaluation.chat import answering, data
-from linearize.evaluation.chat import answers as answers_module
-from linearize.evaluation.chat.answering import Ask, Draws, Turn, answer_batch, hold, prompt_tokens
-from linearize.evaluation.chat.journal import Journal, file_name
-from linearize.evaluation.chat.texts import described, loops, repeated
-from linearize.evaluation.context import EvalModel, Numbers
+from linearize.evaluation.chat.answering import Turn, converse, prompt_tokens
+from linearize.evaluation.chat.data import Question, file_name
+from linearize.evaluation.context import EvalModel
+from linearize.evaluation.numbers import DifferenceNumbers, MeanNumbers
 from linearize.evaluation.sections.chat import Chat
+from linearize.evaluation.sections.chat.numbers import BenchmarkNumbers, ChatNumbers, benchmark_numbers, loops, repeated
 
-CHAT_ONLY = Chat(max_new_tokens=9, benchmarks=("mt_bench",))
+CHAT_ONLY = Chat(max_new_tokens=9)
 ANSWERS = ("mt_bench/model_answer/teacher.jsonl", f"mt_bench/model_answer/{file_name('org/student')}.jsonl")
 
 
@@ -38,52 +38,30 @@ def texts(out: Path, name: str = ANSWERS[1]) -> dict[Any, list[str]]:
     return {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(out / name)}
 
 
-def test_draws_follow_the_softmax() -> None:
-    scores_BV = torch.tensor([[1.0, -0.5, 2.0, 0.3], [5.0, 1.0, 2.0, 4.0]])
-    counts = torch.zeros(4)
-    for draw in range(2000):
-        picked_BV = Draws([(0.6, f"seed {draw}"), (0.0, "-")])(torch.zeros(2, 1), scores_BV)
-        counts[picked_BV[0].argmax()] += 1
-        assert torch.equal(picked_BV[1], scores_BV[1])  # greedy: left alone
-    expected = 2000 * (scores_BV[0] / 0.6).softmax(-1)
-    assert ((counts - expected).square() / expected).sum() < 16.3  # chi-square with 3 degrees: one in a thousand
+def question(*turns: str, temperature: float = 0.0) -> Question:
+    return Question(id=turns[0], category="c", turns=turns, temperature=temperature)
 
 
-def test_a_draw_depends_on_its_own_seed_alone(models: tuple[EvalModel, EvalModel]) -> None:
-    model, tokenizer = models[1].model, models[1].tokenizer
-    first, second = (Ask(turns=(f"word {i}",), temperature=1.0, seed=f"s{i}") for i in range(2))
-    together = hold(model, tokenizer, [first, second], 11)
-    assert together[::-1] == hold(model, tokenizer, [second, first], 11)
-    assert together == [*hold(model, tokenizer, [first], 11), *hold(model, tokenizer, [second], 11)]
-    other = Ask(turns=first.turns, temperature=1.0, seed="another")
-    assert hold(model, tokenizer, [other], 11) != together[:1]
-
-
-def test_each_turn_has_a_draw_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[tuple[float, str]]] = []
-
-    def answered(model: Any, tokenizer: Any, prompts: Any, draws: Any, max_new_tokens: int) -> list[Turn]:
-        seen.append(draws)
-        return [Turn(text="a", tokens=1, ended=True, cut=0) for _ in prompts]
-
-    monkeypatch.setattr(answering, "answer_batch", answered)
-    asks = [Ask(turns=turns, temperature=0.5, seed=seed) for turns, seed in ((("x", "x"), "p"), (("x",), "q"))]
-    model: Any = None
-    assert list(map(len, hold(model, byte_tokenizer(), asks, 3))) == [2, 1]
-    assert list(map(len, seen)) == [2, 1]
-    assert len({name for draws in seen for _, name in draws}) == 3
+def test_a_draw_depends_on_its_seed_and_questions(models: tuple[EvalModel, EvalModel]) -> None:
+    asked = [question("one", "two", temperature=1.0), question("three", temperature=1.0)]
+    state = torch.random.get_rng_state()
+    first = converse(models[1], asked, 3, 11)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert list(map(len, first)) == [2, 1] and converse(models[1], asked, 3, 11) == first
+    assert converse(models[1], asked, 4, 11) != first
+    assert converse(models[1], asked[:1], 3, 11)[0] != first[0]
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(models: tuple[EvalModel, EvalModel]) -> None:
     model, tokenizer = models[1].model, models[1].tokenizer
-    prompts = [list(tokenizer(text)["input_ids"]) for text in ("a short one", "and one that is a good deal longer")]
-    found = answer_batch(model, tokenizer, prompts, [(0.0, ""), (0.0, "")], 6)
-    for prompt, turn in zip(prompts, found, strict=True):
-        ids = list(prompt)
-        for _ in range(turn.tokens):
+    asked = [question("a short one"), question("and one that is a good deal longer", "and more")]
+    for own, answers in zip(asked, converse(models[1], asked, 0, 6), strict=True):
+        ids = prompt_tokens(tokenizer, own.turns, [])
+        start = len(ids)
+        for _ in range(Turn.model_validate(answers[0]).tokens):
             with torch.inference_mode():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        assert turn.text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        assert answers[0]["text"] == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
 def test_prompts_with_and_without_a_template() -> None:
@@ -96,21 +74,28 @@ def test_prompts_with_and_without_a_template() -> None:
 
 
 def test_a_prompt_that_does_not_fit_loses_its_beginning(models: tuple[EvalModel, EvalModel]) -> None:
-    model, tokenizer = models[0].model, models[0].tokenizer
-    prompt = [5 + i % 200 for i in range(600)]
-    long, short = answer_batch(model, tokenizer, [prompt, prompt[-256:]], [(0.0, ""), (0.0, "")], 900)
-    assert (long.cut, short.cut) == (600 - 256, 0)  # half of the context of 512 is for the answer
-    assert long.text == short.text and long.tokens <= 256
-    assert answer_batch(model, tokenizer, [prompt], [(0.0, "")], 12)[0].cut == 600 - 500
+    end = "x" * 400
+    (long,), (short,) = converse(models[0], [question("y" * 200 + end), question("z" * 300 + end)], 0, 900)
+    tokens = len(prompt_tokens(models[0].tokenizer, ("y" * 200 + end,), []))
+    assert (long["cut"], short["cut"]) == (tokens - 256, tokens - 156)  # half of the context of 512 is for the answer
+    assert long["text"] == short["text"]
+    assert converse(models[0], [question("y" * 200 + end)], 0, 12)[0][0]["cut"] == tokens - 500
 
 
-def test_without_a_template_the_users_part_is_cut() -> None:
-    plain, own = byte_tokenizer(), byte_tokenizer(chat=CHAT)
-    row = [int(t) for t in plain("Yes.\nUser: more")["input_ids"]]
-    assert answering._turn(plain, row, {1}, 0) == Turn(text="Yes.", tokens=len(row), ended=True, cut=0)
-    assert answering._turn(own, row, {1}, 0) == Turn(text="Yes.\nUser: more", tokens=len(row), ended=False, cut=0)
-    ended = [int(t) for t in own("Yes.")["input_ids"]] + [1, 1, 1]
-    assert answering._turn(own, ended, {1}, 3) == Turn(text="Yes.", tokens=5, ended=True, cut=3)
+@pytest.mark.parametrize(
+    ("chat", "written", "turn"),
+    [
+        (None, "Yes.\nUser: more", Turn(text="Yes.", tokens=15, ended=True, cut=0)),
+        (CHAT, "Yes.\nUser: more", Turn(text="Yes.\nUser: more", tokens=15, ended=False, cut=0)),
+        (CHAT, "Yes.</s>", Turn(text="Yes.", tokens=5, ended=True, cut=0)),
+    ],
+)
+def test_what_an_answer_is(chat: str | None, written: str, turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = eval_models(chat)[0]
+    row = [int(t) for t in model.tokenizer(written.removesuffix("</s>"))["input_ids"]]
+    row += [1] * written.endswith("</s>")
+    monkeypatch.setattr(answering, "write", lambda *arguments: [row])
+    assert converse(model, [question("Well?")], 0, 20) == [[turn.to_json()]]
 
 
 def test_official_answers_and_numbers(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
@@ -123,36 +108,34 @@ def test_official_answers_and_numbers(tmp_path: Path, root: Path, models: tuple[
             assert row["model_id"] == name and len(row["answer_id"]) == 22
             assert [list(choice) for choice in row["choices"]] == [["index", "turns"]]
             assert len(row["choices"][0]["turns"]) == 2 and row["choices"][0]["index"] == 0
-        own = numbers["models"][name]["mt_bench"]["answers"]
         answers = [text for turns in texts(tmp_path / "out", file).values() for text in turns]
-        assert own["words"]["mean"] == pytest.approx(sum(len(text.split()) for text in answers) / 6)
-        assert own["answers"] == 6
-    assert numbers["judge"] is None
-    assert "looping_more" in numbers["models"]["org/student"]["mt_bench"]["answers"]
-    assert "looping_more" not in numbers["models"]["teacher"]["mt_bench"]["answers"]
+        words = numbers["models"][name]["mt_bench"]["means"]["words"]["value"]
+        assert words == pytest.approx(sum(len(text.split()) for text in answers) / 6)
+    assert numbers["judge"] is None and numbers["questions"] == {"mt_bench": 3}
+    assert "looping" in numbers["models"]["org/student"]["mt_bench"]["above_teacher"]
+    assert not numbers["models"]["teacher"]["mt_bench"]["above_teacher"]
     shown = Chat.present(json.loads(json.dumps(numbers)))
-    assert "not judged" in shown.summary and shown.plots[0].name == "chat_repetition"
+    assert [table.title for table in shown.tables] == ["MT-Bench"]
+    assert [stat.label for stat in Chat.headline(numbers)["org/student"]] == ["MT-Bench: looping"]
 
 
-def test_a_model_alone(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
+def test_a_model_alone(root: Path, models: tuple[EvalModel, EvalModel]) -> None:
     numbers = CHAT_ONLY.run(eval_context(root, None, models[:1]))
     assert Chat.present(numbers).tables and Chat.headline(numbers) == {}
 
 
 class Counting:
-    """`hold`, which stops the run after so many calls."""
+    """`converse`, which stops the run after so many calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> None:
-        self.asked: list[str] = []
         self.stop, self.calls = stop, 0
-        monkeypatch.setattr(answers_module, "hold", self)
+        monkeypatch.setattr(answering, "converse", self)
 
-    def __call__(self, model: Any, tokenizer: Any, asks: Any, max_new_tokens: int) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         if self.calls == self.stop:
             raise KeyboardInterrupt
         self.calls += 1
-        self.asked += [ask.turns[0] for ask in asks]
-        return hold(model, tokenizer, asks, max_new_tokens)
+        return converse(*arguments)
 
 
 def test_an_interrupted_run_goes_on(
@@ -160,22 +143,16 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     whole, broken = eval_context(root, tmp_path / "whole", models), eval_context(root, tmp_path / "broken", models)
     numbers = CHAT_ONLY.run(whole)
-    Counting(monkeypatch, stop=3)
+    Counting(monkeypatch, stop=4)  # three temperatures, so three batches for each model
     with pytest.raises(KeyboardInterrupt):
         CHAT_ONLY.run(broken)
-    kept = tmp_path / "broken" / ANSWERS[1]
-    assert len(read_lines(kept)) == 2
-    for path in (kept, tmp_path / "broken" / "chat" / f"mt_bench-{file_name('org/student')}.jsonl"):
-        path.write_bytes(path.read_bytes()[:-30])  # a kill while the last line was written
     counting = Counting(monkeypatch)
-    assert CHAT_ONLY.run(broken) == numbers
-    assert counting.calls == 2  # the group that lost a line, and the one that never began; none of the teacher's
+    assert CHAT_ONLY.run(broken) == numbers and counting.calls == 2
     assert texts(tmp_path / "broken") == texts(tmp_path / "whole")
-    assert len(read_lines(kept)) == 3
     assert CHAT_ONLY.run(broken) == numbers and counting.calls == 2
 
 
-def test_answers_of_another_model_or_seed_are_not_taken(
+def test_answers_of_another_seed_are_not_taken(
     tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     CHAT_ONLY.run(eval_context(root, tmp_path, models[:1]))
@@ -183,59 +160,38 @@ def test_answers_of_another_model_or_seed_are_not_taken(
     counting = Counting(monkeypatch)
     CHAT_ONLY.run(eval_context(root, tmp_path, models[:1], seed=4))
     after = texts(tmp_path, ANSWERS[0])
-    assert counting.calls == 2 and len(read_lines(tmp_path / ANSWERS[0])) == 3  # the old ones have left the file
+    assert counting.calls == 3
     assert after[7] != before[7] and after[8] == before[8]  # writing is sampled, maths is greedy
 
 
 def test_alpaca_outputs(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
-    root = data_root(tmp_path / "data", alpaca=True)
-    section = Chat(max_new_tokens=6, benchmarks=("alpaca_eval",))
-    numbers = section.run(eval_context(root, tmp_path / "out", models))
+    numbers = Chat(max_new_tokens=6).run(eval_context(alpaca_root(tmp_path / "data"), tmp_path / "out", models))
     path = tmp_path / "out" / "alpaca_eval" / file_name("org/student") / "model_outputs.json"
-    found = json.loads(path.read_text("utf-8"))
-    assert [set(row) for row in found] == [{"instruction", "output", "generator", "dataset"}] * 3
-    assert [(row["instruction"], row["dataset"]) for row in found] == [(r["instruction"], r["dataset"]) for r in ALPACA]
-    assert {row["generator"] for row in found} == {"org/student"}
-    assert numbers["models"]["teacher"]["alpaca_eval"]["answers"]["answers"] == 3
+    rows = json.loads(path.read_text("utf-8"))
+    assert [set(row) for row in rows] == [{"instruction", "output", "generator", "dataset"}] * 3
+    assert [(row["instruction"], row["dataset"]) for row in rows] == [(r["instruction"], r["dataset"]) for r in ALPACA]
+    assert {row["generator"] for row in rows} == {"org/student"}
+    assert numbers["questions"] == {"alpaca_eval": 3}
 
 
-def test_instructions_of_other_files(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    lines(path, [{"instruction": "Add.", "input": "1 2"}, {"turns": ["Go.", "On."]}, {"turns": ["Go."]}])
-    assert [i.text for i in data.instructions(path, None)] == ["Add.\n\n1 2", "Go."]
-    lines(path, [{"prompt": "x"}])
-    with pytest.raises(InputError, match="no instruction"):
-        data.instructions(path, None)
+def test_a_limit_takes_questions_from_the_whole_file(root: Path) -> None:
+    assert [q.id for q in data.read_questions(root / "chat", 2)["mt_bench"]] == [7, 8]
+    assert [q.id for q in data.read_questions(root / "chat", 9)["mt_bench"]] == [7, 8, 11]
 
 
-def test_a_limit_takes_all_groups_in_turn() -> None:
-    assert data.in_turn("aaabbc", str, 4) == ["a", "a", "b", "c"]
-    assert data.in_turn("aaabbc", str, None) == list("aaabbc")
-
-
-def test_missing_files_are_told(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
-    with pytest.raises(InputError, match="--data-root DIR"):
-        Chat().check(eval_context(tmp_path, None, models).__class__(models=models))
-    with pytest.raises(InputError, match=r"question\.jsonl: no such file; get it from https://github"):
-        Chat().check(eval_context(tmp_path, None, models))
-    root = data_root(tmp_path / "data", reference=False)
-    assert "alpaca_eval.json from" in Chat()._items(eval_context(root, None, models))[2][0]
-    judged = {"judge_url": "http://127.0.0.1:1", "judge_model": "j"}
-    with pytest.raises(InputError, match="no reference answers to questions 8"):
-        Chat().check(eval_context(root, None, models, **judged))
-    with pytest.raises(InputError, match="must begin with http"):
-        Chat().check(eval_context(root, None, models, judge_url="file:///etc", judge_model="j"))
-    with pytest.raises(InputError, match="both"):
-        Chat().check(eval_context(root, None, models, judge_url="http://x"))
-
-
-def test_the_journal_drops_a_cut_line_and_stale_ones(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a": "ü', "utf-8")
-    journal = Journal(path, stale=lambda record: record["a"] == 1)
-    journal.append({"a": "\u2028ü"})
-    assert journal.records == read_lines(path) == [{"a": 2}, {"a": "\u2028ü"}]
-    assert file_name("a/b") != file_name("a_b") == "a_b" and "/" not in file_name("../a/b")
+def test_missing_files_are_reported(tmp_path: Path, models: tuple[EvalModel, EvalModel]) -> None:
+    no_root = eval_context(tmp_path, None, models).__class__(models=models)
+    for ctx, hint in ((no_root, "--data-root"), (eval_context(tmp_path, None, models), "FastChat")):
+        with pytest.raises(InputError, match=hint):
+            Chat().check(ctx)
+    root = data_root(tmp_path / "data")
+    Chat().check(eval_context(root, None, models))
+    (root / "chat" / "mt_bench" / "reference_answer" / "gpt-4.jsonl").unlink()
+    with pytest.raises(InputError, match=r"gpt-4\.jsonl.*FastChat"):
+        Chat().check(eval_context(root, None, models))
+    lines(root / "chat" / "mt_bench" / "question.jsonl", [{"question_id": 1}])
+    with pytest.raises(InputError, match=r"turns"):
+        Chat().check(eval_context(root, None, models))
 
 
 def test_repetition() -> None:
@@ -247,43 +203,37 @@ def test_repetition() -> None:
 
 
 def test_errors_are_over_questions() -> None:
-    answers = [
-        {"question": q, "text": "w " * n, "tokens": n, "ended": True, "cut": 0}
-        for q, n in ((1, 2), (1, 2), (2, 6), (2, 6))
-    ]
-    found = described(answers)["words"]
-    assert (found["mean"], found["count"]) == (4.0, 4)
-    assert found["error"] == pytest.approx(2.0)  # of two question means, 2 and 6; of four answers it would be 1.15
-
-
-def numbers_of_loops(more: dict[str, float]) -> Numbers:
-    share = {"value": 0.4, "low": 0.3, "high": 0.5}
-    answers = {"looping": share, "empty": share, "looping_more": more, "empty_more": more}
-    return {
-        "models": {"teacher": {}, "s": {"alpaca_eval": {"answers": answers | {"cut": {"successes": 0}}}}},
-        "students": ["s"], "judge": None, "notes": [], "template": True,
-    }  # fmt: skip
+    turns = {words: Turn(text="w " * words, tokens=words, ended=True, cut=0) for words in (2, 6)}
+    means = benchmark_numbers({"m": {1: [turns[2], turns[2]], 2: [turns[6], turns[6]]}}, [], None)["m"].means
+    assert means["words"] == MeanNumbers(value=4.0, error=2.0)  # of four answers it would be 1.15
+    assert means["empty"] == MeanNumbers(value=0.0, error=0.0)
 
 
 @pytest.mark.parametrize(
-    ("more", "levels"),
-    [
-        ({"value": 0.3, "low": 0.2, "high": 0.4}, {"bad"}),
-        ({"value": 0.01, "low": -0.02, "high": 0.04}, {"good"}),
-        ({"value": 0.1, "low": -0.1, "high": 0.3}, set()),
-    ],
+    ("value", "low", "high", "levels"),
+    [(0.3, 0.2, 0.4, ["bad", "good"]), (0.01, -0.02, 0.04, ["good", "good"]), (0.1, -0.1, 0.3, ["good"])],
 )
-def test_loops_are_found(more: dict[str, float], levels: set[str]) -> None:
-    from linearize.evaluation.sections.chat.present import _findings
+def test_loops_are_reported(value: float, low: float, high: float, levels: list[str]) -> None:
+    means = {"looping": MeanNumbers(value=0.4, error=0.1), "cut": MeanNumbers(value=0.0, error=0.0)}
+    above = {
+        "looping": DifferenceNumbers(value=value, low=low, high=high, n=80),
+        "empty": DifferenceNumbers(value=0.0, low=-0.03, high=0.03, n=80),
+    }
+    own = BenchmarkNumbers(means=means, above_teacher=above, against="", win_rate=None, unrated=0)
+    numbers = ChatNumbers(
+        models={"s": {"mt_bench": own}}, students=["s"], questions={"mt_bench": 80}, judge=None, max_new_tokens=9,
+        template=True,
+    )  # fmt: skip
+    assert [finding.level for finding in Chat.present(numbers.to_json()).findings] == levels
 
-    assert {finding.level for finding in _findings(numbers_of_loops(more))} == levels
+
+def test_file_names_stay_apart() -> None:
+    assert file_name("a/b") != file_name("a_b") == "a_b" and "/" not in file_name("../a/b")
 
 
 def test_the_official_files_are_read(shared_dir: Path) -> None:
-    root = shared_dir / "data" / "eval"
-    questions = data.mt_bench_questions(root, None)
-    assert len(questions) == 80 and sum(q.needs_reference for q in questions) == 30
-    assert all(len(q.reference) == 2 for q in questions if q.needs_reference)
-    assert len({q.category for q in data.mt_bench_questions(root, 8)}) == 8
-    assert set(data.judge_prompts(root)) == set(data.PROMPTS)
-    assert len(data.instructions(root / "spec_decoding" / "alpaca.jsonl", None)) == 80
+    chat = shared_dir / "data" / "eval" / "chat"
+    questions = data.read_questions(chat, None)["mt_bench"]
+    assert len(questions) == 80 and sum(len(q.reference) == 2 for q in questions) == 30
+    assert len({q.category for q in data.read_questions(chat, 8)["mt_bench"]}) == 8
+    assert len(data.mt_bench_prompts(chat)) == 8

@@ -19,10 +19,11 @@ from linearize.modeling import LinearizedForCausalLM
 Request = dict[str, Any]
 Reply = str | tuple[int, str]  # text of a completion, or a status and a body
 PROMPT_TOKENS, COMPLETION_TOKENS = 31, 7
+WAIT_MS = 20  # before the next try of a request that failed
 
 
 class StandIn(ThreadingHTTPServer):
-    """Answers each request with what `script(request, how many came before it)` says."""
+    """Answers each request with `script(request, how many came before it)`."""
 
     def __init__(self, script: Callable[[Request, int], Reply]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -47,15 +48,17 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = len(self.server.requests)
             self.server.requests.append(body)
-            self.server.headers.append(dict(self.headers))
+            self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
             self.server.paths.append(self.path)
         reply = self.server.script(body, number)
         status, text = (200, completion(reply)) if isinstance(reply, str) else reply
         self.send_response(status)
         if status in (301, 302, 307):
             self.send_header("Location", text)
-        if status == 429:
-            self.send_header("Retry-After", "3")
+        if status >= 400:
+            self.send_header("Retry-After-Ms", str(WAIT_MS))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -107,13 +110,12 @@ ALPACA_PROMPT = (
 )
 
 
-def data_root(folder: Path, *, alpaca: bool = False, reference: bool = True) -> Path:
-    """Questions, prompts and references in the layout of the real ones."""
+def data_root(folder: Path) -> Path:
+    """MT-Bench's questions, prompts and references in the layout of the real ones."""
     chat = folder / "chat"
     (chat / "mt_bench" / "reference_answer").mkdir(parents=True)
-    (chat / "alpaca_eval").mkdir()
     lines(chat / "mt_bench" / "question.jsonl", QUESTIONS)
-    lines(chat / "mt_bench" / "reference_answer" / "gpt-4.jsonl", [REFERENCE] if reference else [{"question_id": 0}])
+    lines(chat / "mt_bench" / "reference_answer" / "gpt-4.jsonl", [REFERENCE])
     prompts = []
     for kind, plain, templates in (("single", "single-v1", SINGLE), ("pair", "pair-v2", PAIR)):
         for turn, template in templates.items():
@@ -122,9 +124,15 @@ def data_root(folder: Path, *, alpaca: bool = False, reference: bool = True) -> 
             name = f"{kind}-math-v1{turn}"
             prompts.append({**common, "name": name, "prompt_template": template + REFERENCES[turn]})
     lines(chat / "judge_prompts.jsonl", prompts)
-    if alpaca:
-        (chat / "alpaca_eval" / "alpaca_eval.json").write_text(json.dumps(ALPACA), "utf-8")
-        (chat / "alpaca_eval" / "prompt.txt").write_text(ALPACA_PROMPT, "utf-8")
+    return folder
+
+
+def alpaca_root(folder: Path) -> Path:
+    """AlpacaEval's instructions, reference outputs and prompt."""
+    alpaca = folder / "chat" / "alpaca_eval"
+    alpaca.mkdir(parents=True)
+    (alpaca / "alpaca_eval.json").write_text(json.dumps(ALPACA), "utf-8")
+    (alpaca / "prompt.txt").write_text(ALPACA_PROMPT, "utf-8")
     return folder
 
 
