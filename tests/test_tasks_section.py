@@ -94,8 +94,8 @@ def test_the_teachers_numbers_are_lm_evals(ctx: EvalContext, task: str, shots: i
     assert (ours["n"], ours["shots"], ours["chance"]) == (items, shots, 0.0 if tokens else 0.5)
     command = numbers["commands"][task]
     assert f"--tasks {task} --include_path {DEFINITIONS} --num_fewshot {shots}" in command
-    assert ("max_gen_toks=80" in command) == ("not 256" in numbers["notes"][task]) == bool(tokens)
-    assert ("without the item that is asked" in numbers["notes"][task]) == (task in ("winogrande", "gsm8k"))
+    assert ("max_gen_toks=80" in command) == ("not 256" in numbers["notes"].get(task, "")) == bool(tokens)
+    assert ("without the item that is asked" in numbers["notes"].get(task, "")) == (task in ("winogrande", "gsm8k"))
 
 
 def test_scores_against_plain_log_likelihoods(ctx: EvalContext) -> None:
@@ -139,42 +139,16 @@ def continuation_score(eval_model: EvalModel, context: str, continuation: str) -
     return sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids)))
 
 
-def test_tokens_of_pairs_are_lm_evals(eval_models: tuple[EvalModel, ...]) -> None:
-    """With a tokenizer whose tokens cross the border between context and continuation."""
-    from lm_eval.api.model import TemplateLM
-    from transformers import AutoTokenizer
-
-    import linearize.demo
-    from linearize.evaluation.harness.model import PairTokens, harness_model
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(linearize.demo.__file__).parent / "teacher")
-    tokens = PairTokens()
-    model = harness_model(replace(eval_models[0], tokenizer=tokenizer), batch=2, max_length=LENGTH, tokens=tokens)
-    texts = [
-        ("Once upon a ti", "me there was"),
-        ("The dog ran. ", "It"),
-        ("A cat", " sat"),
-        ("A cat", " ran"),
-        ("B ", " c"),
-    ]
-    tokens.add(texts, model.encode_all)
-    for context, continuation in texts:
-        assert model._encode_pair(context, continuation) == TemplateLM._encode_pair(model, context, continuation)
-    assert tokens.pairs["A cat", " sat"][0] is tokens.pairs["A cat", " ran"][0]
-    alone = tokenizer(texts[0][1], add_special_tokens=False)["input_ids"]
-    assert tokens.pairs[texts[0]][1] != alone
-
-
 def test_generation_in_a_padded_batch_is_that_alone(ctx: EvalContext) -> None:
     from lm_eval.api.instance import Instance
 
-    from linearize.evaluation.harness.model import PairTokens, harness_model
+    from linearize.evaluation.harness.model import harness_model
 
     prompts = ["a", "some longer prompt", "the one that is by far the longest of them all"]
     for eval_model in ctx.models:
         texts = []
         for batch in (1, 3):
-            model = harness_model(eval_model, batch=batch, max_length=LENGTH, tokens=PairTokens())
+            model = harness_model(eval_model, batch=batch, max_length=LENGTH)
             requests = [
                 Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 11, "do_sample": False}), 0)
                 for prompt in prompts

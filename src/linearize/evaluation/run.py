@@ -130,7 +130,7 @@ def _evaluated(
     """The report of what is planned, written to `final` where there is one."""
     notes: list[str] = []
     if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
-        notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
+        notes.append("no tasks in this report: the suite runs them where --include-path gives their definitions")
     origins = [Origin.read(path) for path in models]
     eval_models = load_models(models, teacher, origins, chosen.device, notes)
     wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time

@@ -57,22 +57,15 @@ KNOWN: dict[str, Known] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """A task by name, with the shots if they were asked for (`mmlu:5`) and the definitions that it is part of.
+    """A task by name, with its shots (None: the definition's) and the definitions that it is part of.
 
     `folder`: the user's folder that defines it; None for lm-eval's own definition.
     """
 
     task: str
-    asked_shots: int | None
+    shots: int | None
     folder: Path | None
     manager: TaskManager
-
-    @property
-    def shots(self) -> int | None:
-        """Those asked for, else the usual ones of a definition of lm-eval; None leaves them to the definition."""
-        if self.asked_shots is not None or self.folder is not None or self.task not in KNOWN:
-            return self.asked_shots
-        return KNOWN[self.task].shots
 
     @property
     def executes_code(self) -> bool:
@@ -102,14 +95,14 @@ class LoadedTask:
                 state.update(json.dumps(doc, sort_keys=True, default=str).encode())
         for path in sorted(self.spec.folder.rglob("*")) if self.spec.folder is not None else ():
             if path.is_file() and path.stat().st_size < LARGE and "__pycache__" not in path.parts:
-                state.update(str(path.relative_to(self.spec.folder)).encode() + path.read_bytes())
+                state.update(str(path).encode() + path.read_bytes())
         return state.hexdigest()[:20]
 
     @functools.cached_property
     def new_tokens(self) -> int:
         """Tokens generated for an item, at most; 0 for tasks that score given answers."""
         settings = [task.config.generation_kwargs or {} for task in self.leaves if task.OUTPUT_TYPE == "generate_until"]
-        return max((int(given.get("max_gen_toks", DEFAULT_NEW_TOKENS)) for given in settings), default=0)
+        return max((int(setting.get("max_gen_toks", DEFAULT_NEW_TOKENS)) for setting in settings), default=0)
 
     @property
     def notes(self) -> list[str]:
@@ -117,8 +110,6 @@ class LoadedTask:
         known = KNOWN.get(self.spec.task) if self.spec.folder is None else None
         notes = [known.note] if known is not None and known.note else []
         notes += dict.fromkeys(note for task in self.leaves if (note := (task.config.metadata or {}).get("note")))
-        if self.spec.folder is not None:
-            notes.insert(0, f"as defined in {self.spec.folder}")
         if any(_shots(self.spec, task) and _examples_are_items(task) for task in self.leaves):
             notes.append("few-shot examples come from the measured items, without the item that is asked")
         return notes
@@ -142,18 +133,18 @@ def task_specs(tasks: tuple[str, ...], include_path: Path | None = None) -> tupl
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"tasks given twice: {', '.join(twice)}; name each one once")
     specs = []
-    for name, text in zip(names, tasks, strict=True):
-        shots = text.strip().partition(":")[2]
-        if ":" in text and not shots.isdecimal():
+    for text in tasks:
+        name, colon, number = text.strip().partition(":")
+        if colon and not number.isdecimal():
             raise InputError(f"task {text!r}: the part behind the colon is the number of shots, as in mmlu:5")
-        if own is not None and name in own.task_index:
-            assert include_path is not None
-            folder, manager = include_path, own
-            if refers_outside(name, own):
-                manager = folder_manager(include_path, defaults=True)
+        shots = int(number) if colon else None
+        if include_path is not None and own is not None and name in own.task_index:
+            manager = folder_manager(include_path, defaults=True) if refers_outside(name, own) else own
+            specs.append(TaskSpec(task=name, shots=shots, folder=include_path, manager=manager))
         else:
-            folder, manager = None, _lm_evals(name, own)
-        specs.append(TaskSpec(task=name, asked_shots=int(shots) if shots else None, folder=folder, manager=manager))
+            usual = KNOWN[name].shots if name in KNOWN else None
+            manager = _lm_evals(name, own)
+            specs.append(TaskSpec(task=name, shots=usual if shots is None else shots, folder=None, manager=manager))
     return tuple(specs)
 
 
@@ -172,21 +163,18 @@ def load(spec: TaskSpec, *, allow_code: bool = False) -> LoadedTask:
     return LoadedTask(spec=spec, members=members, leaves=[*tasks.values()])
 
 
-def folder_manager(folder: Path, *, defaults: bool = False) -> TaskManager:
+def folder_manager(folder: Path | None, *, defaults: bool = False) -> TaskManager:
     """Read the definitions in a folder, after lm-eval's own or alone."""
     from lm_eval.tasks import TaskManager
 
     with isolated():
-        return TaskManager(include_path=str(folder), include_defaults=defaults)
+        return TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)
 
 
 @functools.cache
 def task_manager() -> TaskManager:
     """Read everything that lm-eval defines: thousands of files, half a minute on a slow machine."""
-    from lm_eval.tasks import TaskManager
-
-    with isolated():
-        return TaskManager()
+    return folder_manager(None, defaults=True)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from linearize.decoding.loading import is_student
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.harness.definitions import LoadedTask
 from linearize.evaluation.harness.isolation import isolated
-from linearize.evaluation.harness.model import PairTokens, TooLongError, choose_batch, harness_model, longest_row
+from linearize.evaluation.harness.model import TooLongError, choose_batch, harness_model, longest_row
 from linearize.evaluation.harness.outcome import Outcome, Results, outcomes, write_samples
 from linearize.evaluation.numbers import NumbersModel
 from linearize.evaluation.result_cache import ResultCache
@@ -50,7 +50,7 @@ class Run:
         batch = cache.result(key, lambda: choose_batch(ctx.models, length))
         return cls(ctx=ctx, length=length, batch=batch, limit=limit)
 
-    def measure(self, task: LoadedTask, eval_model: EvalModel, tokens: PairTokens) -> Measured:
+    def measure(self, task: LoadedTask, eval_model: EvalModel) -> Measured:
         """Measure one task on one model, or continue where an interrupted run stopped."""
         key = self._key(task, eval_model)
         cache = self.ctx.results if eval_model.fingerprint else ResultCache()
@@ -58,7 +58,7 @@ class Run:
 
         def measured(length: int) -> dict[str, Any]:
             answers = cache.path(f"answers-{name}-{length}")
-            results = self._evaluate(task, eval_model, tokens, length, answers)
+            results = self._evaluate(task, eval_model, length, answers)
             if answers is not None:
                 for path in answers.parent.glob(f"{answers.name}*"):
                     path.unlink()
@@ -74,15 +74,13 @@ class Run:
 
         return Measured.model_validate(cache.result(key, fresh))
 
-    def _evaluate(
-        self, task: LoadedTask, eval_model: EvalModel, tokens: PairTokens, length: int, answers: Path | None
-    ) -> Results:
+    def _evaluate(self, task: LoadedTask, eval_model: EvalModel, length: int, answers: Path | None) -> Results:
         """What lm-eval's `simple_evaluate` returns, items included; `answers`: where it keeps those to requests."""
         from lm_eval import simple_evaluate
 
         what = f"{task.spec.task}, {eval_model.name}: requests"
         cut = self.new_tokens(task)
-        model = harness_model(eval_model, batch=self.batch, max_length=length, tokens=tokens)
+        model = harness_model(eval_model, batch=self.batch, max_length=length)
         try:
             with isolated(lambda done, total: self.ctx.progress(what, done, total), allow_code=self.ctx.allow_code):
                 results: Results | None = simple_evaluate(

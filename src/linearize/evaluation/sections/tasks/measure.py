@@ -9,7 +9,6 @@ from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
 from linearize.evaluation.harness.contrast import average_share, averages, contrast, mean, standard_error
 from linearize.evaluation.harness.definitions import load, need_harness, task_specs
-from linearize.evaluation.harness.model import PairTokens
 from linearize.evaluation.harness.outcome import Outcome
 from linearize.evaluation.harness.run import Run
 from linearize.evaluation.sections.tasks.numbers import TaskScore, TasksNumbers
@@ -48,11 +47,11 @@ class Tasks(Section):
         outcomes: dict[str, dict[str, Outcome]] = {eval_model.name: {} for eval_model in ctx.models}
         notes, commands = {}, {}
         for number, spec in enumerate(specs):
-            task, tokens, length = load(spec, allow_code=ctx.allow_code), PairTokens(), run.length
+            task, length = load(spec, allow_code=ctx.allow_code), run.length
             _check_code(ctx, [spec.task] if task.executes_code else [])
             for eval_model in ctx.models:
                 ctx.progress(f"{spec.task}, {eval_model.name}", number, len(specs))
-                measured = run.measure(task, eval_model, tokens)
+                measured = run.measure(task, eval_model)
                 outcomes[eval_model.name] |= measured.outcomes
                 length = max(length, measured.max_length)
             commands[spec.task] = run.command(task, ctx.models[0], length)
