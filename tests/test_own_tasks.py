@@ -20,6 +20,9 @@ from linearize.evaluation import EvaluationOptions, evaluate
 from linearize.evaluation.harness import definitions
 from linearize.evaluation.harness.definitions import folder_manager, refers_outside, task_specs
 from linearize.evaluation.harness.isolation import isolated
+from linearize.evaluation.run import _planned as planned_sections
+from linearize.evaluation.sections.tasks import Tasks
+from linearize.evaluation.suites import LOLCATS_TASKS, MAMBA_TASKS
 
 pytest.importorskip("lm_eval", reason="tasks need lm-eval")
 ITEMS = [
@@ -186,3 +189,31 @@ def test_items_and_definition_change_the_digest(folder: Path, tmp_path: Path) ->
         digests.append(loaded.digest)
         assert loaded.digest == definitions.load(spec).digest and len(loaded.leaves[0].eval_docs) == len(items)
     assert len(set(digests)) == 3
+
+
+def test_each_known_task_is_defined_in_the_folder_named() -> None:
+    for name, known in definitions.KNOWN.items():
+        (spec,) = task_specs((name,))
+        assert name in spec.manager.task_index and (spec.folder, spec.shots) == (None, known.shots)
+    assert task_specs(("humaneval",))[0].executes_code and not task_specs(("gsm8k",))[0].executes_code
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "include", "names"),
+    [
+        ("quick", (), False, None),
+        ("quick", (), True, ("piqa", "arc_easy")),
+        ("quick", ("boolq",), True, ("boolq",)),
+        ("lolcats", (), True, LOLCATS_TASKS),
+        ("mamba-in-llama", (), False, MAMBA_TASKS),
+        ("mamba-in-llama", (), True, (*MAMBA_TASKS, "cruxeval")),
+        (None, ("colours",), True, ("colours",)),
+    ],
+)
+def test_tasks_of_a_suite(
+    suite: str | None, tasks: tuple[str, ...], include: bool, names: tuple[str, ...] | None, folder: Path
+) -> None:
+    options = EvaluationOptions(include_path=folder / "own" if include else None)
+    _, sections = planned_sections(suite, tasks, None, options)
+    chosen = [section.tasks for section in sections if isinstance(section, Tasks)]
+    assert chosen == ([] if names is None else [names])

@@ -248,8 +248,14 @@ def test_lm_eval_leaves_no_trace(ctx: EvalContext) -> None:
     from linearize.evaluation.harness.isolation import isolated
 
     def state() -> list[Any]:
-        levels = [logging.getLogger(name).level for name in ("lm_eval", "datasets")]
-        return [levels, models.tqdm, tqdm.tqdm, dict(os.environ), random.getstate(), torch.get_rng_state().tolist()]
+        return [
+            logging.root.manager.disable,
+            models.tqdm,
+            tqdm.tqdm,
+            dict(os.environ),
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+        ]
 
     before = state()
     with pytest.raises(KeyError), isolated(allow_code=True):

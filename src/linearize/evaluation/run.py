@@ -114,7 +114,7 @@ def evaluate(
             stack.enter_context(writing("what the evaluation keeps", final))
             _make(final)
         guide = expand_home(teacher) if teacher else None
-        return _evaluated(models, name, planned, guide, data, tasks, final, chosen)
+        return _evaluated(models, name, planned, guide, data, final, chosen)
 
 
 def _evaluated(
@@ -123,13 +123,12 @@ def _evaluated(
     planned: tuple[Section, ...],
     teacher: str | None,
     data: Sequence[str] | None,
-    tasks: Sequence[str],
     final: Path | None,
     chosen: EvaluationOptions,
 ) -> dict[str, Any]:
     """The report of what is planned, written to `final` where there is one."""
     notes: list[str] = []
-    if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
+    if name in SUITES and SUITES[name].offline_tasks and not any(isinstance(section, Tasks) for section in planned):
         notes.append("no tasks in this report: the suite runs them where --include-path gives their definitions")
     origins = [Origin.read(path) for path in models]
     eval_models = load_models(models, teacher, origins, chosen.device, notes)

@@ -47,7 +47,8 @@ def isolated(progress: Progress | None = None, *, allow_code: bool = False) -> I
             stack.enter_context(_replaced(vars(module), {"tqdm": Bar}))
         stack.enter_context(_replaced(vars(lm_eval.api.metrics), {"print": lambda *text: None}))
         stack.enter_context(_replaced(os.environ, environment))
-        stack.enter_context(_without_logs())
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         stack.enter_context(_own_draws())
         if not datasets.are_progress_bars_disabled():
             datasets.disable_progress_bars()
@@ -65,24 +66,6 @@ def _replaced(names: Any, values: dict[str, Any]) -> Iterator[None]:
         for name in values:
             del names[name]
         names.update(before)
-
-
-@contextmanager
-def _without_logs() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    verbosity = transformers_logging.get_verbosity()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager
