@@ -78,6 +78,16 @@ def test_few_shot_examples_leave_the_item_out(data: Path, task: str) -> None:
     assert any("without the item that is asked" in note for note in loaded.notes)
 
 
+def test_lm_evals_command_passes_the_arguments_of_the_model_too(data: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    write_data(data, subjects=["anatomy"])
+    settings = {"pretrained": "path", "max_length": 512, "name": "x"}
+    manager = TaskManager(include_path=str(DEFINITIONS), include_defaults=False, metadata=settings)
+    tasks = manager.load(["piqa", "mmlu_anatomy"])["tasks"]
+    assert {name: len(task.eval_docs) for name, task in tasks.items()} == {"piqa": 9, "mmlu_anatomy": 2}
+
+
 def test_what_cannot_be_read_names_file_and_line(data: Path) -> None:
     (named,) = task_specs(("piqa",), DEFINITIONS)
     path = data / "multiple_choice" / "piqa.jsonl"

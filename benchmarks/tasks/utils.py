@@ -30,18 +30,19 @@ MAX_ANSWER = 10_000  # characters
 MARK = "all tests passed"
 
 
-def json_lines(*, version: float, config_source: str = "", note: str = "", **files: str) -> dict[str, Dataset]:
+def json_lines(*, files: Mapping[str, str], **metadata: object) -> dict[str, Dataset]:
     """Return the data set of a definition: its `dataset_kwargs` map splits to files of JSON lines.
 
-    The other arguments are the definition's metadata, which lm-eval passes too. Raises OSError or ValueError.
+    lm-eval passes the definition's metadata too, and from its command the arguments of the model. Raises OSError or
+    ValueError.
     """
     return {split: _dataset(_path(name), _json_rows(_path(name))) for split, name in files.items()}
 
 
-def subject(*, name: str, **metadata: object) -> dict[str, Dataset]:
+def mmlu(*, subject: str, **metadata: object) -> dict[str, Dataset]:
     """Return the examples and the questions of an MMLU subject, from the original CSV. Raises OSError or ValueError."""
-    paths = {split: _path(f"mmlu/{split}/{name}_{split}.csv") for split in ("dev", "test")}
-    return {split: _dataset(path, _csv_rows(path, name.replace("_", " "))) for split, path in paths.items()}
+    paths = {split: _path(f"mmlu/{split}/{subject}_{split}.csv") for split in ("dev", "test")}
+    return {split: _dataset(path, _csv_rows(path, subject.replace("_", " "))) for split, path in paths.items()}
 
 
 def _path(name: str) -> Path:
