@@ -19,7 +19,7 @@ from linearize.errors import InputError
 from linearize.evaluation import EvaluationOptions, evaluate
 from linearize.evaluation.harness import definitions
 from linearize.evaluation.harness.definitions import folder_manager, refers_outside, task_specs
-from linearize.evaluation.harness.isolation import isolated
+from linearize.evaluation.harness.model import isolated
 from linearize.evaluation.run import _planned as planned_sections
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import LOLCATS_TASKS, MAMBA_TASKS

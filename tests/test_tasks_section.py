@@ -245,7 +245,7 @@ def test_lm_eval_leaves_no_trace(ctx: EvalContext) -> None:
     import lm_eval.models.huggingface as models
     import tqdm
 
-    from linearize.evaluation.harness.isolation import isolated
+    from linearize.evaluation.harness.model import isolated
 
     def state() -> list[Any]:
         return [

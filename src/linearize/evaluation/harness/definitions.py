@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import InputError, one_line, unknown
-from linearize.evaluation.harness.isolation import isolated
+from linearize.evaluation.harness.model import isolated
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

@@ -12,8 +12,7 @@ from typing import Any
 from linearize.decoding.loading import is_student
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.harness.definitions import LoadedTask
-from linearize.evaluation.harness.isolation import isolated
-from linearize.evaluation.harness.model import TooLongError, choose_batch, harness_model, longest_row
+from linearize.evaluation.harness.model import TooLongError, choose_batch, harness_model, isolated, longest_row
 from linearize.evaluation.harness.outcome import Outcome, Results, outcomes, write_samples
 from linearize.evaluation.numbers import NumbersModel
 from linearize.evaluation.result_cache import ResultCache
