@@ -58,9 +58,8 @@ class Run:
         def measured(length: int) -> dict[str, Any]:
             answers = cache.path(f"answers-{name}-{length}")
             results = self._evaluate(task, eval_model, length, answers)
-            if answers is not None:
-                for path in answers.parent.glob(f"{answers.name}*"):
-                    path.unlink()
+            for path in answers.parent.glob(f"answers-{name}-*") if answers is not None else ():
+                path.unlink()
             if self.ctx.out is not None:
                 write_samples(self.ctx.out / "samples" / f"{task.spec.task}.{eval_model.name}.jsonl", results)
             return Measured(max_length=length, outcomes=outcomes(task.spec.task, results)).to_json()
