@@ -12,14 +12,17 @@ import pytest
 import yaml
 from byte_tokenizer import SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
-from task_files import write_data, write_lines
+from task_files import write_lines
 
 from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.evaluation import EvaluationOptions, evaluate
-from linearize.evaluation.harness import runner
-from linearize.evaluation.harness.catalogue import entries
-from linearize.evaluation.harness.local_files import missing
+from linearize.evaluation.harness import definitions
+from linearize.evaluation.harness.definitions import folder_manager, refers_outside, task_specs
+from linearize.evaluation.harness.model import isolated
+from linearize.evaluation.run import _planned as planned_sections
+from linearize.evaluation.sections.tasks import Tasks
+from linearize.evaluation.suites import LOLCATS_TASKS, MAMBA_TASKS
 
 pytest.importorskip("lm_eval", reason="tasks need lm-eval")
 ITEMS = [
@@ -72,7 +75,7 @@ def by_lm_eval(model: Path, task: str, own: Path) -> dict[str, float]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    with runner.quiet():
+    with isolated():
         found = simple_evaluate(
             "hf",
             model_args={"pretrained": str(model)},
@@ -147,22 +150,70 @@ def test_what_cannot_be_used_is_refused(folder: Path) -> None:
 
 
 def test_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Definitions of the folder come before lm-eval's, and keep their own shots."""
     own = folder / "own"
-    monkeypatch.setattr(runner, "task_manager", lambda: type("M", (), {"all_tasks": ["sciq"]}))
-    found = entries(("colours:2", "piqa", "winogrande", "sciq"), own)
-    assert [entry.own for entry in found] == [own, own, None, None]
-    assert [entry.known is None for entry in found] == [True, True, False, True]
-    assert [entry.shots for entry in found[:2]] == [2, None]
+    theirs = type("M", (), {"all_tasks": ["piqa", "piqa_de", "sciq"]})
+    monkeypatch.setattr(definitions, "task_manager", lambda: theirs)
+    specs = task_specs(("colours:2", "piqa", "winogrande", "sciq", "mmlu", "gsm8k:2"), own)
+    assert [spec.folder for spec in specs] == [own, own, None, None, None, None]
+    assert [spec.shots for spec in specs] == [2, None, None, None, 5, 2]
+    assert specs[3].manager is theirs and "winogrande" in specs[2].manager.all_tasks
     with pytest.raises(InputError, match="unknown task 'colour': did you mean 'colours'"):
-        entries(("colour",), own)
-
-
-def test_definitions_of_ones_own_need_no_local_file(folder: Path, tmp_path: Path) -> None:
-    root = write_data(tmp_path)
-    assert list(missing(entries(("colours", "piqa", "race"), folder / "own"), root)) == ["race"]
+        task_specs(("colour",), own)
+    with pytest.raises(InputError, match="unknown task 'piqaa': did you mean 'piqa'") as error:
+        task_specs(("piqaa",))
+    assert "piqa_de" in str(error.value) and len(str(error.value)) < 500
+    for tasks, cause in [(("mmlu:five",), "number of shots"), ((), "no tasks"), (("piqa", "piqa:2"), "given twice")]:
+        with pytest.raises(InputError, match=cause):
+            task_specs(tasks)
 
 
 def test_lm_evals_tasks_are_read_only_where_a_group_names_them(folder: Path) -> None:
     """Reading all of them takes half a minute."""
-    assert not runner.refers_outside("mine", folder / "own") and not runner.refers_outside("colours", folder / "own")
-    assert runner.refers_outside("mixed", folder / "own")
+    own = folder_manager(folder / "own")
+    assert not refers_outside("mine", own) and not refers_outside("colours", own)
+    assert refers_outside("mixed", own)
+
+
+def test_items_and_definition_change_the_digest(folder: Path, tmp_path: Path) -> None:
+    """What an interrupted run kept of other items, or of another definition, is not taken up."""
+    definition = yaml.safe_load((folder / "own" / "colours.yaml").read_text())
+    digests = []
+    for items, text in ((ITEMS, "{{question}}"), (ITEMS[1:], "{{question}}"), (ITEMS, "{{question}}:")):
+        place = tmp_path / str(len(digests))
+        write_lines(place / "items.jsonl", items)
+        definition["dataset_kwargs"] = {"data_files": str(place / "items.jsonl"), "cache_dir": str(place / "cache")}
+        (place / "colours.yaml").write_text(yaml.safe_dump({**definition, "doc_to_text": text}))
+        (spec,) = task_specs(("colours",), place)
+        loaded = definitions.load(spec)
+        digests.append(loaded.digest)
+        assert loaded.digest == definitions.load(spec).digest and len(loaded.leaves[0].eval_docs) == len(items)
+    assert len(set(digests)) == 3
+
+
+def test_each_known_task_is_defined_in_the_folder_named() -> None:
+    for name, known in definitions.KNOWN.items():
+        (spec,) = task_specs((name,))
+        assert name in spec.manager.task_index and (spec.folder, spec.shots) == (None, known.shots)
+    assert task_specs(("humaneval",))[0].executes_code and not task_specs(("gsm8k",))[0].executes_code
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "include", "names"),
+    [
+        ("quick", (), False, None),
+        ("quick", (), True, ("piqa", "arc_easy")),
+        ("quick", ("boolq",), True, ("boolq",)),
+        ("lolcats", (), True, LOLCATS_TASKS),
+        ("mamba-in-llama", (), False, MAMBA_TASKS),
+        ("mamba-in-llama", (), True, (*MAMBA_TASKS, "cruxeval")),
+        (None, ("colours",), True, ("colours",)),
+    ],
+)
+def test_tasks_of_a_suite(
+    suite: str | None, tasks: tuple[str, ...], include: bool, names: tuple[str, ...] | None, folder: Path
+) -> None:
+    options = EvaluationOptions(include_path=folder / "own" if include else None)
+    _, sections = planned_sections(suite, tasks, None, options)
+    chosen = [section.tasks for section in sections if isinstance(section, Tasks)]
+    assert chosen == ([] if names is None else [names])

@@ -12,12 +12,10 @@ import pytest
 import torch
 from byte_tokenizer import SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
-from task_files import write_data
+from task_files import DEFINITIONS, write_data
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.harness.catalogue import Entry
-from linearize.evaluation.harness.folder import write_definitions
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.tasks import Tasks
 
@@ -40,8 +38,15 @@ def eval_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvalModel, ..
 
 
 @pytest.fixture
-def ctx(eval_models: tuple[EvalModel, ...], tmp_path: Path) -> EvalContext:
-    return EvalContext(models=eval_models, data_root=write_data(tmp_path / "data"), out=tmp_path / "out")
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = write_data(tmp_path / "data")
+    monkeypatch.setenv("LINEARIZE_EVAL_DATA", str(root))
+    return root
+
+
+@pytest.fixture
+def ctx(eval_models: tuple[EvalModel, ...], data: Path, tmp_path: Path) -> EvalContext:
+    return EvalContext(models=eval_models, include_path=DEFINITIONS, out=tmp_path / "out")
 
 
 def run(ctx: EvalContext, *tasks: str, **fields: Any) -> dict[str, Any]:
@@ -51,8 +56,8 @@ def run(ctx: EvalContext, *tasks: str, **fields: Any) -> dict[str, Any]:
     return numbers
 
 
-def by_lm_eval(numbers: dict[str, Any], folder: Path, task: str, path: str, tokens: int | None) -> dict[str, Any]:
-    """lm-eval alone, on the folder that was left, with its own model class and nothing of ours."""
+def by_lm_eval(numbers: dict[str, Any], task: str, path: str, tokens: int | None) -> dict[str, Any]:
+    """lm-eval alone, with its own model class and nothing of ours."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -64,7 +69,7 @@ def by_lm_eval(numbers: dict[str, Any], folder: Path, task: str, path: str, toke
         batch_size=numbers["batch"],
         device="cpu",
         gen_kwargs={"max_gen_toks": tokens} if tokens else None,
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        task_manager=TaskManager(include_path=str(DEFINITIONS), include_defaults=False),
     )
     assert found is not None
     return dict(found)
@@ -79,7 +84,7 @@ def test_the_teachers_numbers_are_lm_evals(ctx: EvalContext, task: str, shots: i
     numbers = run(ctx, f"{task}:{shots}")
     assert ctx.out is not None
     ours = numbers["models"]["teacher"][task]
-    found = by_lm_eval(numbers, ctx.out / "tasks", task, ctx.models[0].path, tokens)
+    found = by_lm_eval(numbers, task, ctx.models[0].path, tokens)
     assert ours["metrics"] == {key: value for key, value in found["results"][task].items() if "," in key}
     lines = (ctx.out / "samples" / f"{task}.teacher.jsonl").read_text().split("\n")
     ours_said = [json.loads(line)["resps"] for line in lines if line]
@@ -88,9 +93,9 @@ def test_the_teachers_numbers_are_lm_evals(ctx: EvalContext, task: str, shots: i
     assert ours["score"] == pytest.approx(ours["metrics"][ours["metric"]])
     assert (ours["n"], ours["shots"], ours["chance"]) == (items, shots, 0.0 if tokens else 0.5)
     command = numbers["commands"][task]
-    assert f"--tasks {task} --include_path {ctx.out / 'tasks'} --num_fewshot {shots}" in command
+    assert f"--tasks {task} --include_path {DEFINITIONS} --num_fewshot {shots}" in command
     assert ("max_gen_toks=80" in command) == ("not 256" in numbers["notes"].get(task, "")) == bool(tokens)
-    assert ("measured item left out" in numbers["notes"].get(task, "")) == (task in ("winogrande", "gsm8k"))
+    assert ("without the item that is asked" in numbers["notes"].get(task, "")) == (task in ("winogrande", "gsm8k"))
 
 
 def test_scores_against_plain_log_likelihoods(ctx: EvalContext) -> None:
@@ -107,17 +112,14 @@ def test_scores_against_plain_log_likelihoods(ctx: EvalContext) -> None:
         assert numbers["models"][eval_model.name]["piqa"]["metrics"]["acc,none"] == pytest.approx(sum(hits) / len(hits))
     assert ctx.out is not None
     lines = (ctx.out / "samples" / "piqa.student.jsonl").read_text().split("\n")
-    assert [json.loads(line)["doc"]["goal"] for line in lines[:2]] == [
-        "how to open a jar",
-        "how to lift a stone of some weight",
-    ]
+    assert [json.loads(line)["doc"]["query"] for line in lines[:2]] == [item["query"] for item in PIQA[:2]]
 
 
 @pytest.mark.slow
-def test_an_answer_longer_than_the_models_rows_gets_longer_ones(ctx: EvalContext) -> None:
+def test_an_answer_longer_than_the_models_rows_gets_longer_ones(ctx: EvalContext, data: Path) -> None:
     """lm-eval alone stops with an assertion there; with the rows of our command it gives the same numbers."""
-    assert ctx.data_root is not None and ctx.out is not None
-    path = ctx.data_root / "multiple_choice" / "piqa.jsonl"
+    assert ctx.out is not None
+    path = data / "multiple_choice" / "piqa.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[2]["choices"][1] = "and then again " * 14  # 210 tokens
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -137,61 +139,16 @@ def continuation_score(eval_model: EvalModel, context: str, continuation: str) -
     return sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids)))
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "winogrande"])
-def test_few_shot_examples_leave_the_item_out(tmp_path: Path, task: str) -> None:
-    from lm_eval.tasks import TaskManager
-
-    write_definitions([Entry(task, 4)], write_data(tmp_path / "data"), tmp_path / "tasks")
-    found = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False).load([task])["tasks"][task]
-    found.set_fewshot_seed(1234)
-    for doc in found.eval_docs:
-        prompt = found.fewshot_context(doc, 4)
-        if task == "gsm8k":
-            assert prompt.count(doc["question"]) == 1 and prompt.endswith(f"Question: {doc['question']}\nAnswer:")
-            assert prompt.count("####") == 4
-        else:  # one context for each option
-            solved = doc["sentence"].replace("_", doc[f"option{doc['answer']}"])
-            assert len(prompt) == 2 and all(text.count("\n\n") == 4 and solved not in text for text in prompt)
-
-
-def test_tokens_of_pairs_are_lm_evals(eval_models: tuple[EvalModel, ...]) -> None:
-    """With a tokenizer whose tokens cross the border between context and continuation."""
-    from lm_eval.api.model import TemplateLM
-    from transformers import AutoTokenizer
-
-    import linearize.demo
-    from linearize.evaluation.harness.model import Pairs, harness_model
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(linearize.demo.__file__).parent / "teacher")
-    pairs = Pairs()
-    model = harness_model(replace(eval_models[0], tokenizer=tokenizer), batch=2, max_length=LENGTH, pairs=pairs)
-    texts = [
-        ("Once upon a ti", "me there was"),
-        ("The dog ran. ", "It"),
-        ("A cat", " sat"),
-        ("A cat", " ran"),
-        ("B ", " c"),
-    ]
-    pairs.add(texts, model.tokens)
-    for context, continuation in texts:
-        assert model._encode_pair(context, continuation) == TemplateLM._encode_pair(model, context, continuation)
-    assert pairs.found["A cat", " sat"][0] is pairs.found["A cat", " ran"][0]
-    alone = tokenizer(texts[0][1], add_special_tokens=False)["input_ids"]
-    assert pairs.found[texts[0]][1] != alone
-
-
 def test_generation_in_a_padded_batch_is_that_alone(ctx: EvalContext) -> None:
     from lm_eval.api.instance import Instance
 
-    from linearize.evaluation.harness.answers import Answers
-    from linearize.evaluation.harness.model import Pairs, harness_model
+    from linearize.evaluation.harness.model import harness_model
 
     prompts = ["a", "some longer prompt", "the one that is by far the longest of them all"]
     for eval_model in ctx.models:
         texts = []
         for batch in (1, 3):
-            model = harness_model(eval_model, batch=batch, max_length=LENGTH, pairs=Pairs())
-            model.answers = Answers(None, lambda done, asked: None)
+            model = harness_model(eval_model, batch=batch, max_length=LENGTH)
             requests = [
                 Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 11, "do_sample": False}), 0)
                 for prompt in prompts
@@ -208,7 +165,6 @@ class Stop(KeyboardInterrupt):
 @pytest.mark.slow
 def test_an_interrupted_run_continues(ctx: EvalContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(ctx, "winogrande", "piqa")
-    monkeypatch.setattr("linearize.evaluation.harness.answers.COMMIT_EVERY", 0.0)
     monkeypatch.setattr("linearize.evaluation.harness.model.CPU_ROWS", 2)
 
     def stop(what: str, done: int, total: int) -> None:
@@ -223,7 +179,7 @@ def test_an_interrupted_run_continues(ctx: EvalContext, tmp_path: Path, monkeypa
     continued = run(kept, "winogrande", "piqa")
     assert rows == {"teacher": 0, "student": 10}
     assert continued["models"] == whole["models"] and continued["against_teacher"] == whole["against_teacher"]
-    assert not list((tmp_path / "kept").glob("*.db"))
+    assert not list((tmp_path / "kept").glob("answers-*"))
     other = replace(kept, models=(replace(kept.models[0], fingerprint="changed"),))
     run(other, "winogrande")
     assert rows["teacher"] == 10
@@ -243,30 +199,22 @@ def count_rows(eval_models: Sequence[EvalModel], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_mmlu_is_a_group_of_all_subjects(eval_models: tuple[EvalModel, ...], tmp_path: Path) -> None:
-    from linearize.evaluation.harness.local_files import subjects
-
-    root = write_data(tmp_path / "data", subjects=subjects())
-    ctx = EvalContext(models=eval_models[:1], data_root=root, out=tmp_path / "out")
-    row = run(ctx, "mmlu:1", limit=1)["models"]["teacher"]["mmlu"]
-    assert row["n"] == len(subjects()) == 57 and row["shots"] == 1
+def test_mmlu_is_a_group_of_all_subjects(ctx: EvalContext, data: Path) -> None:
+    subjects = [path.stem.removeprefix("mmlu_") for path in (DEFINITIONS / "mmlu").glob("mmlu_*.yaml")]
+    write_data(data, subjects=subjects)
+    row = run(replace(ctx, models=ctx.models[:1]), "mmlu:1", limit=1)["models"]["teacher"]["mmlu"]
+    assert row["n"] == len(subjects) == 57 and row["shots"] == 1
     assert row["metrics"]["acc,none"] == pytest.approx(row["score"])
     assert {"mmlu_stem", "mmlu_humanities", "mmlu_anatomy"} <= set(row["parts"])
-    (root / "mmlu" / "dev" / "anatomy_dev.csv").unlink()
-    with pytest.raises(InputError, match=r"anatomy_dev\.csv .*cais/mmlu"):
-        Tasks(tasks=("mmlu",)).check(ctx)
 
 
-def test_what_cannot_run_is_said_before(ctx: EvalContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="--skip-missing"):
-        Tasks(tasks=("piqa", "race")).check(ctx)
+def test_what_cannot_run_is_refused_before(ctx: EvalContext, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="--allow-code-execution"):
         Tasks(tasks=("humaneval",)).check(ctx)
-    with pytest.raises(InputError, match="no task is left"):
-        Tasks(tasks=("race",)).check(replace(ctx, skip_missing=True))
-    numbers = run(replace(ctx, skip_missing=True), "piqa", "race", limit=3)
-    assert list(numbers["missing"]) == ["race"] and list(numbers["models"]["teacher"]) == ["piqa"]
-    assert any("race was left out" in finding.text for finding in Tasks.present(numbers).findings)
+    with pytest.raises(InputError, match="--allow-code-execution"):
+        Tasks(tasks=("humaneval",)).check(replace(ctx, include_path=None))
+    with pytest.raises(InputError, match=r"'openbookqa'.*openbook_qa\.jsonl does not exist"):
+        run(ctx, "openbookqa")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'linearize\[eval\]'"):
         Tasks(tasks=("piqa",)).check(ctx)
@@ -274,11 +222,44 @@ def test_what_cannot_run_is_said_before(ctx: EvalContext, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_humaneval_runs_where_it_may(ctx: EvalContext) -> None:
-    row = run(replace(ctx, allow_code=True), "humaneval")["models"]["teacher"]["humaneval"]
+    numbers = run(replace(ctx, allow_code=True), "humaneval")
+    row = numbers["models"]["teacher"]["humaneval"]
     assert row["metrics"]["pass@1,create_test"] == 0.0 and row["n"] == 1
+    assert "--confirm_run_unsafe_code" in numbers["commands"]["humaneval"]
 
 
-def test_without_network_and_files_it_says_so(ctx: EvalContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_and_definitions_it_fails_with_one_line(
+    ctx: EvalContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda **given: (_ for _ in ()).throw(ConnectionError("no network")))
-    with pytest.raises(InputError, match=r"'boolq': its data set could not be loaded .*--data-root"):
-        run(replace(ctx, data_root=None), "boolq")
+    with pytest.raises(InputError, match=r"'boolq': .*--include-path"):
+        run(replace(ctx, include_path=None), "boolq")
+
+
+def test_lm_eval_leaves_no_trace(ctx: EvalContext) -> None:
+    """Its log levels, bars, environment and seeds are back as they were, also after an error."""
+    import logging
+    import os
+    import random
+
+    import lm_eval.models.huggingface as models
+    import tqdm
+
+    from linearize.evaluation.harness.model import isolated
+
+    def state() -> list[Any]:
+        return [
+            logging.root.manager.disable,
+            models.tqdm,
+            tqdm.tqdm,
+            dict(os.environ),
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+        ]
+
+    before = state()
+    with pytest.raises(KeyError), isolated(allow_code=True):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+        random.seed(3), torch.manual_seed(3)
+        raise KeyError
+    assert state() == before

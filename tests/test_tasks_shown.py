@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from linearize.evaluation.harness.contrast import share_kept, standard_error, summary
+from linearize.evaluation.harness.contrast import average_share, averages, contrast, standard_error
+from linearize.evaluation.harness.outcome import Outcome
 from linearize.evaluation.sections.tasks import Tasks
+from linearize.evaluation.sections.tasks.measure import task_score
+from linearize.evaluation.sections.tasks.numbers import TasksNumbers
 
 
 def test_shares_and_errors_against_a_bootstrap() -> None:
@@ -19,51 +22,51 @@ def test_shares_and_errors_against_a_bootstrap() -> None:
     n = 400
     teacher = [float(draw.random() < 0.7) for _ in range(n)]
     student = [t if draw.random() < 0.8 else float(draw.random() < 0.4) for t in teacher]
-    found = share_kept(teacher, student, [0.25] * n)
-    assert found is not None
+    share = contrast(outcome(teacher, 0.25), outcome(student, 0.25)).share
+    assert share is not None
     means, shares = [], []
     for _ in range(1500):
         chosen = draw.choices(range(n), k=n)
         t, s = (sum(values[i] for i in chosen) / n for values in (teacher, student))
         means.append(s), shares.append((s - 0.25) / (t - 0.25))
     spread = lambda values: math.sqrt(sum((v - sum(values) / len(values)) ** 2 for v in values) / len(values))  # noqa: E731
-    assert found["stderr"] == pytest.approx(spread(shares), rel=0.1)
+    assert share.stderr == pytest.approx(spread(shares), rel=0.1)
     assert standard_error(student) == pytest.approx(spread(means), rel=0.1)
-    assert share_kept([1.0, 0.0] * 50, [1.0, 0.0] * 50, [0.48] * 100) is None  # the teacher is at chance
+    at_chance = outcome([1.0, 0.0] * 50, 0.48)
+    assert contrast(at_chance, at_chance).share is None
 
 
-def outcome(items: Sequence[float], chance: float, **fields: Any) -> dict[str, Any]:
-    row = {"metric": "acc,none", "metrics": {}, "parts": {}, "n": len(items), "shots": 0, "version": 1.0}
-    return {
-        **row,
-        "lower_is_better": False,
-        "items": list(items),
-        "chance": [chance] * len(items),
-        "prompts": "p",
-        **fields,
-    }
+def outcome(items: Sequence[float], chance: float, shots: int = 0) -> Outcome:
+    return Outcome(
+        metric="acc,none", metrics={}, parts={}, n=len(items), shots=shots, version=1.0, lower_is_better=False,
+        prompts="p", items=list(items), chance=[chance] * len(items),
+    )  # fmt: skip
 
 
-def shown_numbers(students: int) -> dict[str, Any]:
+def task_numbers(students: int) -> dict[str, Any]:
     can, cannot = [1.0] * 80 + [0.0] * 20, [0.0, 1.0] * 50
-    found = {"teacher": {"piqa": outcome(can, 0.5), "mmlu": outcome(can, 0.25, shots=5), "race": outcome(cannot, 0.5)}}
-    for i in range(students):
-        worse = [0.0] * 25 * i + can[25 * i :]
-        found[f"s{i}"] = {
-            "piqa": outcome(can, 0.5),
-            "mmlu": outcome(worse, 0.25, shots=5),
-            "race": outcome(cannot, 0.5),
-        }
-    facts = {"lm_eval": "0", "source": "x", "batch": 4, "max_length": 99, "limit": None, "notes": {}, "missing": {}}
-    numbers = {**facts, "commands": {"piqa": "lm_eval"}, **summary(found, "teacher")}
-    return json.loads(json.dumps(numbers))  # type: ignore[no-any-return]
+    rows = {}
+    for i, name in enumerate(["teacher", *(f"s{i}" for i in range(students))]):
+        worse = [0.0] * 25 * max(i - 1, 0) + can[25 * max(i - 1, 0) :]
+        rows[name] = {"piqa": outcome(can, 0.5), "mmlu": outcome(worse, 0.25, 5), "race": outcome(cannot, 0.5)}
+    teacher, *others = rows
+    numbers = TasksNumbers(
+        lm_eval="0", source="x", batch=4, max_length=99, limit=None, notes={}, commands={"piqa": "lm_eval"},
+        models={name: {task: task_score(row) for task, row in tasks.items()} for name, tasks in rows.items()},
+        averages={name: averages(tasks) for name, tasks in rows.items()},
+        against_teacher={
+            name: {task: contrast(rows[teacher][task], row) for task, row in rows[name].items()} for name in others
+        },
+        kept={name: average_share(rows[teacher], rows[name]) for name in others},
+    )  # fmt: skip
+    return json.loads(json.dumps(numbers.to_json()))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("students", [0, 1, 3])
 def test_what_is_shown(students: int) -> None:
     from matplotlib.figure import Figure
 
-    numbers = shown_numbers(students)
+    numbers = task_numbers(students)
     shown = Tasks.present(numbers)
     assert [row["task"] for row in shown.tables[0].rows] == ["piqa", "mmlu", "race", "average", "average without MMLU"]
     assert shown.tables[0].rows[0]["teacher"] == "80.0 ± 4.0%"

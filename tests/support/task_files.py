@@ -1,12 +1,16 @@
-"""Made-up task files in the layout of a local data folder, a few items each."""
+"""Made-up files for the task definitions in benchmarks/tasks, a few items each."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+DEFINITIONS = Path(__file__).resolve().parents[2] / "benchmarks" / "tasks"
 
 PIQA = [
     {
@@ -49,6 +53,15 @@ HUMANEVAL = [
         "test": "def check(f):\n    assert f(3) == 6\n",
     },
 ]  # fmt: skip
+
+
+def task_functions() -> ModuleType:
+    """What the definitions call, imported by its path as lm-eval does."""
+    spec = importlib.util.spec_from_file_location("task_functions", DEFINITIONS / "utils.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -29,14 +29,16 @@ def evaluate(
         typer.Option(metavar="A,B", help="Tasks of lm-eval (`mmlu:5`: five shots) in place of the suite's."),
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of local task files; default: tasks come from the Hub.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of chat questions, for `--suite chat`.")
     ] = None,
     include_path: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of your own task definitions (lm-eval's YAML), for --tasks."),
+        typer.Option(
+            metavar="DIR", help="Folder of task definitions (lm-eval's YAML); they come before lm-eval's own."
+        ),
     ] = None,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out tasks that have no local file.")
+        bool, typer.Option("--skip-missing", help="Leave out chat questions that have no local file.")
     ] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", parser=count, help="At most N items of each task, and N documents.")

@@ -61,8 +61,8 @@ class EvalContext:
     `models`: the teacher first, where there is one, then the students (a model alone counts as the teacher); all
     have one tokenizer. `documents`: held-out text, tokenised; `texts`: the same as strings. `length`: the longest row
     in tokens. `batch`: rows at a time. `seed`: every draw of a section comes from it. `limit`: items per task (None:
-    all). `data_root`: the folder of local task files (None: tasks come from the Hub); `include_path`: one of task
-    definitions of one's own. `chat`, `judge_*`: for the chat section. `kept`: results of an interrupted run.
+    all). `data_root`: the folder of chat questions; `include_path`: one of task definitions
+    (lm-eval's YAML). `judge_*`: for the chat section. `results`: those of an interrupted run.
     `one_per_row`: the first model does not keep the documents of a row apart, so that each has a row to itself.
     """
 

@@ -47,9 +47,9 @@ class EvaluationOptions:
 
     `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about so many; `limit`:
     at most so many items of each task and so many documents; `batch`: rows at a time; `seed`: of every draw;
-    `data_root`: a folder of local task files; `include_path`: a folder of task definitions of one's own (lm-eval's
-    YAML); `skip_missing`: leave out tasks whose file is not there; `allow_code`: run the code that models write
-    (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
+    `data_root`: a folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come
+    before lm-eval's own; `skip_missing`: leave out chat questions whose file is not there; `allow_code`: run the code
+    that models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
     """
 
     length: int | None = None
@@ -114,7 +114,7 @@ def evaluate(
             stack.enter_context(writing("what the evaluation keeps", final))
             _make(final)
         guide = expand_home(teacher) if teacher else None
-        return _evaluated(models, name, planned, guide, data, tasks, final, chosen)
+        return _evaluated(models, name, planned, guide, data, final, chosen)
 
 
 def _evaluated(
@@ -123,14 +123,13 @@ def _evaluated(
     planned: tuple[Section, ...],
     teacher: str | None,
     data: Sequence[str] | None,
-    tasks: Sequence[str],
     final: Path | None,
     chosen: EvaluationOptions,
 ) -> dict[str, Any]:
     """The report of what is planned, written to `final` where there is one."""
     notes: list[str] = []
-    if name in SUITES and SUITES[name].offline_tasks and chosen.data_root is None and not tasks:
-        notes.append("no tasks in this report: the suite runs them where --data-root gives their files")
+    if name in SUITES and SUITES[name].offline_tasks and not any(isinstance(section, Tasks) for section in planned):
+        notes.append("no tasks in this report: the suite runs them where --include-path gives their definitions")
     origins = [Origin.read(path) for path in models]
     eval_models = load_models(models, teacher, origins, chosen.device, notes)
     wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time
@@ -175,17 +174,17 @@ def _planned(
     """The name of what is measured, and its sections."""
     if sections is not None:
         return "sections", tuple(sections)
-    own = (Tasks(tasks=tuple(tasks)),) if tasks else ()
-    if options.include_path is not None and not own:
-        raise InputError(f"include path {options.include_path} without tasks of it: name them with --tasks A,B")
-    if suite is None and own:
-        return "tasks", own
+    if suite is None and tasks:
+        return "tasks", (Tasks(tasks=tuple(tasks)),)
     if (suite or DEFAULT_SUITE) not in SUITES:
         raise unknown("suite", str(suite), SUITES)
-    found = SUITES[suite or DEFAULT_SUITE]
-    planned = found.sections + (found.offline_tasks if options.data_root is not None else ())
-    if own:
+    chosen = SUITES[suite or DEFAULT_SUITE]
+    offline = chosen.offline_tasks if options.include_path is not None else ()
+    planned = chosen.sections
+    if own := (Tasks(tasks=tuple(tasks)),) if tasks else offline:
         planned = (*(section for section in planned if not isinstance(section, Tasks)), *own)
+    if options.include_path is not None and not any(isinstance(section, Tasks) for section in planned):
+        raise InputError(f"include path {options.include_path} without tasks of it: name them with --tasks A,B")
     return suite or DEFAULT_SUITE, planned
 
 

@@ -1,1 +1,1 @@
-"""Tasks through lm-eval: its runner, its task definitions, its metric names; local files in the place of the Hub."""
+"""Tasks by lm-eval: its definitions, its runner, its metrics, on teacher and students."""

@@ -4,64 +4,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from linearize.evaluation.harness.outcome import Outcome
+from linearize.evaluation.numbers import NumbersModel
 from linearize.metrics.intervals import Z95, paired_difference
 
-CLEAR = 3.0  # a share is reported where the teacher stands so many standard errors above chance
+CLEAR = 3.0  # standard errors above chance from which a teacher's score is worth a share
 
 
-def summary(found: Mapping[str, Mapping[str, Outcome]], teacher: str | None) -> dict[str, Any]:
-    """What stands in the report: by model and task without the single items, and students against the teacher."""
-    numbers: dict[str, Any] = {"models": {}, "averages": {}, "against_teacher": {}, "kept": {}}
-    for name, rows in found.items():
-        numbers["models"][name] = {task: _row(row) for task, row in rows.items()}
-        numbers["averages"][name] = averages(rows)
-        if teacher is not None and name != teacher:
-            theirs = found[teacher]
-            numbers["against_teacher"][name] = {task: contrast(theirs[task], row) for task, row in rows.items()}
-            numbers["kept"][name] = average_kept(theirs, rows)
-    return numbers
+class Share(NumbersModel):
+    """The share kept of what the teacher is above chance, with a 95% interval."""
+
+    value: float
+    stderr: float
+    low: float
+    high: float
 
 
-def _row(row: Outcome) -> dict[str, Any]:
-    shown = {key: value for key, value in row.items() if key not in ("items", "chance")}
-    n = len(row["items"])
-    score = math.fsum(row["items"]) / n
-    return {**shown, "score": score, "stderr": standard_error(row["items"]), "chance": math.fsum(row["chance"]) / n}
+class AverageShare(Share):
+    """The same over several tasks, each counting the same."""
+
+    tasks: list[str]
 
 
-def contrast(teacher: Outcome, student: Outcome) -> dict[str, Any]:
-    """The mean difference student - teacher over the items, its standard error and 95% interval, and the share kept."""
-    assert teacher["prompts"] == student["prompts"], "teacher and student were asked different things"
-    ours, theirs = student["items"], teacher["items"]
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    found = paired_difference(ours, theirs)
-    return {
-        "difference": found.value,
-        "difference_stderr": standard_error(differences),
-        "low": found.low,
-        "high": found.high,
-        "n": found.n,
-        "share": share_kept(theirs, ours, teacher["chance"]),
-    }
+class Average(NumbersModel):
+    """The plain mean of the first metric over tasks."""
+
+    value: float
+    stderr: float
+    tasks: list[str]
 
 
-def share_kept(teacher: Sequence[float], student: Sequence[float], chance: Sequence[float]) -> dict[str, float] | None:
-    """(student - chance) / (teacher - chance), its standard error (delta method, paired items) and 95% interval.
+class Contrast(NumbersModel):
+    """The mean of student - teacher over `n` items with a 95% interval; `share` None: the teacher is at chance."""
 
-    None where the teacher is not clearly above chance: the share would be noise divided by noise.
-    """
-    above = [t - c for t, c in zip(teacher, chance, strict=True)]
-    error = standard_error(above)
-    mean = math.fsum(above) / len(above) if above else 0.0
-    if error is None or mean <= CLEAR * error or mean <= 0:
+    difference: float
+    difference_stderr: float | None
+    low: float
+    high: float
+    n: int
+    share: Share | None
+
+
+def contrast(teacher: Outcome, student: Outcome) -> Contrast:
+    """Compare the scores of the same items."""
+    assert teacher.prompts == student.prompts, "teacher and student were asked different things"
+    difference = paired_difference(student.items, teacher.items)
+    return Contrast(
+        difference=difference.value,
+        difference_stderr=standard_error([s - t for s, t in zip(student.items, teacher.items, strict=True)]),
+        low=difference.low,
+        high=difference.high,
+        n=difference.n,
+        share=_share([(teacher, student)]) if _clearly_above_chance(teacher) else None,
+    )
+
+
+def average_share(teacher: Mapping[str, Outcome], student: Mapping[str, Outcome]) -> AverageShare | None:
+    """The share kept over the tasks on which the teacher is clearly above chance; None where there is no such task."""
+    tasks = [name for name, row in teacher.items() if not row.lower_is_better and _clearly_above_chance(row)]
+    if not tasks:
         return None
-    share = math.fsum(s - c for s, c in zip(student, chance, strict=True)) / math.fsum(above)
-    influence = [(s - c - share * a) / mean for s, c, a in zip(student, chance, above, strict=True)]
-    spread = standard_error(influence) or 0.0
-    return {"value": share, "stderr": spread, "low": share - Z95 * spread, "high": share + Z95 * spread}
+    return AverageShare(**_share([(teacher[task], student[task]) for task in tasks]).to_json(), tasks=tasks)
+
+
+def averages(rows: Mapping[str, Outcome]) -> dict[str, Average]:
+    """`all`, and `without_mmlu` where both kinds are there: an average hides what MMLU loses. Perplexities stay out."""
+    scores = {task: row for task, row in rows.items() if not row.lower_is_better}
+    without = {task: row for task, row in scores.items() if not task.startswith("mmlu")}
+    means = {"all": _average(scores)}
+    return {**means, "without_mmlu": _average(without)} if 0 < len(without) < len(scores) else means
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value, its sum rounded once."""
+    return math.fsum(values) / len(values)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -69,54 +86,33 @@ def standard_error(values: Sequence[float]) -> float | None:
     n = len(values)
     if n < 2:
         return None
-    mean = math.fsum(values) / n
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    centre = mean(values)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
 
 
-def averages(rows: Mapping[str, Outcome]) -> dict[str, Any]:
-    """The plain mean over tasks of the first metric, with and without MMLU: an average hides what MMLU loses.
-
-    Perplexities and the like, which are no shares, stay out.
-    """
-    shares = {task: row for task, row in rows.items() if not row["lower_is_better"]}
-    without = {task: row for task, row in shares.items() if not task.startswith("mmlu")}
-    found = {"all": _average(shares)}
-    return {**found, "without_mmlu": _average(without)} if 0 < len(without) < len(shares) else found
+def _average(rows: Mapping[str, Outcome]) -> Average:
+    count = max(len(rows), 1)
+    error = math.sqrt(math.fsum((standard_error(row.items) or 0.0) ** 2 for row in rows.values()))
+    value = math.fsum(mean(row.items) for row in rows.values()) / count
+    return Average(value=value, stderr=error / count, tasks=list(rows))
 
 
-def _average(rows: Mapping[str, Outcome]) -> dict[str, Any]:
-    means = [math.fsum(row["items"]) / len(row["items"]) for row in rows.values()]
-    errors = [standard_error(row["items"]) or 0.0 for row in rows.values()]
-    k = max(len(rows), 1)
-    error = math.sqrt(math.fsum(e * e for e in errors)) / k
-    return {"value": math.fsum(means) / k, "stderr": error, "tasks": list(rows)}
+def _clearly_above_chance(row: Outcome) -> bool:
+    """Elsewhere a share would be noise divided by noise."""
+    above = _above(row, row)
+    error = standard_error(above)
+    return error is not None and mean(above) > 0 and mean(above) > CLEAR * error
 
 
-def average_kept(teacher: Mapping[str, Outcome], student: Mapping[str, Outcome]) -> dict[str, Any] | None:
-    """The share kept over the tasks on which the teacher is clearly above chance, each task counting the same.
-
-    The sum of what the student is above chance over the sum of what the teacher is; None where there is no such task.
-    """
-    able = [
-        task
-        for task, row in teacher.items()
-        if not row["lower_is_better"] and share_kept(row["items"], row["items"], row["chance"]) is not None
-    ]
-    if not able:
-        return None
-
-    def above(rows: Mapping[str, Outcome], task: str) -> list[float]:
-        return [v - c for v, c in zip(rows[task]["items"], teacher[task]["chance"], strict=True)]
-
-    total = math.fsum(_mean(above(teacher, task)) for task in able)
-    share = math.fsum(_mean(above(student, task)) for task in able) / total
-    variance = 0.0
-    for task in able:
-        pairs = zip(above(student, task), above(teacher, task), strict=True)
-        variance += (standard_error([s - share * t for s, t in pairs]) or 0.0) ** 2
-    error = math.sqrt(variance) / total
-    return {"value": share, "stderr": error, "low": share - Z95 * error, "high": share + Z95 * error, "tasks": able}
+def _above(row: Outcome, teacher: Outcome) -> list[float]:
+    return [score - chance for score, chance in zip(row.items, teacher.chance, strict=True)]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _share(pairs: Sequence[tuple[Outcome, Outcome]]) -> Share:
+    """(student - chance) / (teacher - chance), both summed over tasks; the error by the delta method, items paired."""
+    above = [(_above(teacher, teacher), _above(student, teacher)) for teacher, student in pairs]
+    total = math.fsum(mean(theirs) for theirs, _ in above)
+    share = math.fsum(mean(ours) for _, ours in above) / total
+    errors = [standard_error([s - share * t for t, s in zip(theirs, ours, strict=True)]) for theirs, ours in above]
+    error = math.sqrt(math.fsum((e or 0.0) ** 2 for e in errors)) / total
+    return Share(value=share, stderr=error, low=share - Z95 * error, high=share + Z95 * error)

@@ -1,147 +1,149 @@
-"""The tasks of one evaluation: what they share, what is kept between them, lm-eval's own command for each."""
+"""The tasks of one evaluation by lm-eval's own runner: what they share, what an interrupted run keeps, its commands."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linearize.decoding.loading import is_student
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.harness.answers import Answers
-from linearize.evaluation.harness.catalogue import Entry
-from linearize.evaluation.harness.folder import DATA, FUNCTIONS
-from linearize.evaluation.harness.model import Pairs, TooLongError, choose_batch, harness_model
-from linearize.evaluation.harness.outcome import Outcome, outcomes, write_samples
-from linearize.evaluation.harness.runner import command, manager_for, measure
+from linearize.evaluation.harness.definitions import LoadedTask
+from linearize.evaluation.harness.model import TooLongError, choose_batch, harness_model, isolated, longest_row
+from linearize.evaluation.harness.outcome import Outcome, Results, outcomes, write_samples
+from linearize.evaluation.numbers import NumbersModel
 from linearize.evaluation.result_cache import ResultCache
 
+BOOTSTRAP = 1000  # draws for metrics without a formula for their error (perplexity); lm-eval's command takes 100,000
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234}  # lm-eval's own
+FEW_SHOT_SEED = 1234
 ROUND = 64  # tokens
-NO_TRAINING = "few-shot examples come from the measured file (the measured item left out): there is no training split"
+
+
+class Measured(NumbersModel):
+    """A task on a model, in rows of at most `max_length` tokens: an outcome for each row of the report."""
+
+    max_length: int
+    outcomes: dict[str, Outcome]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """`length`: the longest row in tokens; `batch`: rows at a time; `limit`: items per task; `longer`: the rows of
-    tasks with an answer longer than that."""
+    """What all tasks and models share. `length`: the longest row in tokens; `batch`: rows at a time; `limit`: items."""
 
     ctx: EvalContext
-    folder: Path
     length: int
     batch: int
     limit: int | None
-    longer: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, ctx: EvalContext, folder: Path, limit: int | None) -> Run:
+    def prepare(cls, ctx: EvalContext, limit: int | None) -> Run:
         """Choose the length and the batch, the same for all models."""
         length = longest_row(ctx.models)
         models = [[c.fingerprint, c.model.device.type, str(c.model.dtype)] for c in ctx.models]
         key = {"section": "tasks-batch", "models": models, "length": length}
-        kept = ctx.results if all(c.fingerprint for c in ctx.models) else ResultCache()
-        batch = kept.result(key, lambda: choose_batch(ctx.models, length))
-        return cls(ctx=ctx, folder=folder, length=length, batch=batch, limit=limit)
+        cache = ctx.results if all(c.fingerprint for c in ctx.models) else ResultCache()
+        batch = cache.result(key, lambda: choose_batch(ctx.models, length))
+        return cls(ctx=ctx, length=length, batch=batch, limit=limit)
 
-    def outcomes(self, entry: Entry, eval_model: EvalModel, pairs: Pairs) -> dict[str, Outcome]:
-        """One task on one model; what was kept of it is taken up."""
-        key = self._key(entry, eval_model)
-        kept = self.ctx.results if eval_model.fingerprint else ResultCache()
+    def measure(self, task: LoadedTask, eval_model: EvalModel) -> Measured:
+        """Measure one task on one model, or continue where an interrupted run stopped."""
+        key = self._key(task, eval_model)
+        cache = self.ctx.results if eval_model.fingerprint else ResultCache()
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
-        def measured() -> dict[str, Any]:
-            path, length = kept.path(f"answers-{_digest(key)}.db"), self.length
+        def measured(length: int) -> dict[str, Any]:
+            answers = cache.path(f"answers-{name}-{length}")
+            results = self._evaluate(task, eval_model, length, answers)
+            for path in answers.parent.glob(f"answers-{name}-*") if answers is not None else ():
+                path.unlink()
+            if self.ctx.out is not None:
+                write_samples(self.ctx.out / "samples" / f"{task.spec.task}.{eval_model.name}.jsonl", results)
+            return Measured(max_length=length, outcomes=outcomes(task.spec.task, results)).to_json()
+
+        def fresh() -> dict[str, Any]:
             try:
-                found = self._measured(entry, eval_model, pairs, path, length)
+                return measured(self.length)
             except TooLongError as error:  # only longer rows can score such an answer whole
-                length = -(-error.tokens // ROUND) * ROUND
-                found = self._measured(entry, eval_model, pairs, path, length)
-            if path is not None:
-                path.unlink(missing_ok=True)
-            return {"length": length, "outcomes": found}
+                return measured(-(-error.tokens // ROUND) * ROUND)
 
-        result = kept.result(key, measured)
-        if result["length"] != self.length:
-            self.longer[entry.task] = result["length"]
-        found: dict[str, Outcome] = result["outcomes"]
-        return found
+        return Measured.model_validate(cache.result(key, fresh))
 
-    def _measured(
-        self, entry: Entry, eval_model: EvalModel, pairs: Pairs, path: Path | None, length: int
-    ) -> dict[str, Outcome]:
-        what = f"{entry.task}, {eval_model.name}: requests"
-        model = harness_model(eval_model, batch=self.batch, max_length=length, pairs=pairs)
-        model.answers = Answers(path, lambda done, asked: self.ctx.progress(what, done, asked))
+    def _evaluate(self, task: LoadedTask, eval_model: EvalModel, length: int, answers: Path | None) -> Results:
+        """What lm-eval's `simple_evaluate` returns, items included; `answers`: where it keeps those to requests."""
+        from lm_eval import simple_evaluate
+
+        what = f"{task.spec.task}, {eval_model.name}: requests"
+        cut = self.new_tokens(task)
+        model = harness_model(eval_model, batch=self.batch, max_length=length)
         try:
-            found = measure(
-                entry, model, manager_for(entry, self.folder), limit=self.limit, seed=self.ctx.seed,
-                allow_code=self.ctx.allow_code, tokens=self._tokens(entry),
-            )  # fmt: skip
+            with isolated(lambda done, total: self.ctx.progress(what, done, total), allow_code=self.ctx.allow_code):
+                results: Results | None = simple_evaluate(
+                    model,
+                    tasks=task.members,
+                    task_manager=task.spec.manager,
+                    num_fewshot=task.spec.shots,
+                    limit=self.limit,
+                    bootstrap_iters=BOOTSTRAP,
+                    gen_kwargs={"max_gen_toks": cut} if cut else None,
+                    confirm_run_unsafe_code=self.ctx.allow_code,
+                    fewshot_random_seed=FEW_SHOT_SEED + self.ctx.seed,
+                    use_cache=str(answers) if answers is not None else None,
+                    **SEEDS,
+                )
         finally:
-            model.answers.close()
-        if self.ctx.out is not None:
-            write_samples(self.ctx.out / "samples" / f"{entry.task}.{eval_model.name}.jsonl", found)
-        choices = {task: config["output_type"] == "multiple_choice" for task, config in found["configs"].items()}
-        return outcomes(entry, found, choices)
+            if (database := model.cache_hook.dbdict) is not None:
+                database.close()
+        assert results is not None
+        return results
 
-    def facts(self, chosen: Sequence[Entry]) -> dict[str, Any]:
-        """How the numbers came about."""
-        import lm_eval
+    def new_tokens(self, task: LoadedTask) -> int | None:
+        """Tokens generated, where the definition's number leaves less than half a row for the prompt; else None."""
+        half = self.length // 2
+        return half if task.new_tokens > half else None
 
-        first = self.ctx.models[0]
-        return {
-            "lm_eval": lm_eval.__version__,
-            "source": str(self.ctx.data_root) if self.ctx.data_root is not None else "Hugging Face Hub",
-            "batch": self.batch,
-            "max_length": self.length,
-            "limit": self.limit,
-            "notes": {entry.task: note for entry in chosen if (note := self._note(entry))},
-            "commands": {entry.task: self._command(entry, first) for entry in chosen},
-        }
-
-    def _note(self, entry: Entry) -> str:
-        known, notes = entry.known, []
-        if entry.own is not None:
-            notes.append(f"as defined in {entry.own}")
-        if entry.task in self.longer:
-            notes.append(
-                f"rows of {self.longer[entry.task]} tokens: an answer is longer than the model's {self.length}"
-            )
-        if known is None:
-            return "; ".join(notes)
-        local = self.ctx.data_root is not None
-        notes += [note for note in (known.note, known.local_note if local else "") if note]
-        if local and not known.own_shots and entry.shots:
-            notes.append(NO_TRAINING)
-        if (tokens := self._tokens(entry)) is not None:
-            notes.append(f"answers cut at {tokens} tokens, not {known.generates}: the model's rows are short")
+    def note(self, task: LoadedTask, length: int) -> str:
+        """What a reader of the task's scores should know; `length`: of the rows that it took."""
+        notes = task.notes
+        if length != self.length:
+            notes.append(f"rows of {length} tokens: an answer is longer than the model's {self.length}")
+        if (cut := self.new_tokens(task)) is not None:
+            notes.append(f"answers cut at {cut} tokens, not {task.new_tokens}: the model's rows are short")
         return "; ".join(notes)
 
-    def _tokens(self, entry: Entry) -> int | None:
-        """How much is generated, where the definition's number leaves less than half a row for the prompt."""
-        half = self.length // 2
-        return half if entry.known is not None and entry.known.generates > half else None
-
-    def _command(self, entry: Entry, eval_model: EvalModel) -> str:
-        model = eval_model.model
+    def command(self, task: LoadedTask, eval_model: EvalModel, length: int) -> str:
+        """lm-eval's own command for the same numbers; for a student with linearize imported."""
+        model, spec, seed = eval_model.model, task.spec, self.ctx.seed
         settings = {
+            "pretrained": eval_model.path,
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
-            "max_length": self.longer.get(entry.task, self.length),
+            "max_length": length,
         }
-        return command(
-            entry, path=eval_model.path, settings=settings, batch=self.batch, limit=self.limit,
-            seed=self.ctx.seed, tokens=self._tokens(entry), folder=self.folder, device=model.device.type,
-        )  # fmt: skip
+        student = ["python", "-m", "linearize.lm_eval", "--model", "linearize"]
+        words = student if is_student(eval_model.path) else ["lm_eval", "--model", "hf"]
+        words += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items()), "--tasks", spec.task]
+        words += ["--include_path", str(spec.folder)] if spec.folder is not None else []
+        words += ["--num_fewshot", str(spec.shots)] if spec.shots is not None else []
+        words += ["--limit", str(self.limit)] if self.limit is not None else []
+        words += ["--gen_kwargs", f"max_gen_toks={cut}"] if (cut := self.new_tokens(task)) else []
+        words += ["--confirm_run_unsafe_code"] if task.executes_code else []
+        words += ["--seed", f"0,1234,1234,{FEW_SHOT_SEED + seed}"] if seed else []
+        command = shlex.join([*words, "--batch_size", str(self.batch), "--device", model.device.type])
+        return f"HF_ALLOW_CODE_EVAL=1 {command}" if task.executes_code else command
 
-    def _key(self, entry: Entry, eval_model: EvalModel) -> dict[str, Any]:
+    def _key(self, task: LoadedTask, eval_model: EvalModel) -> dict[str, Any]:
         """Everything that an outcome depends on."""
         import lm_eval
 
         return {
             "section": "tasks",
-            "task": entry.task,
-            "shots": entry.shots,
+            "task": task.spec.task,
+            "definition": [str(task.spec.folder), task.digest],
+            "shots": task.spec.shots,
             "limit": self.limit,
             "model": eval_model.fingerprint,
             "dtype": str(eval_model.model.dtype),
@@ -150,31 +152,4 @@ class Run:
             "max_length": self.length,
             "seed": self.ctx.seed,
             "lm_eval": lm_eval.__version__,
-            "definition": self._definition(entry),
         }
-
-    def _definition(self, entry: Entry) -> str:
-        """A digest of the files that define the task."""
-        names = [f"{FUNCTIONS}.py", f"{entry.task}.yaml", f"{DATA}/{entry.task}.*"]
-        names += [f"{entry.task}_*.yaml", f"{DATA}/{entry.task}_*"] if entry.task == "mmlu" else []
-        found = hashlib.sha256()
-        if entry.own is not None:  # all of its files, since a definition includes others; large data by size and time
-            for path in sorted(path for path in entry.own.rglob("*") if path.is_file()):
-                small = path.suffix in (".yaml", ".py")
-                told = path.read_bytes() if small else str((path.stat().st_size, path.stat().st_mtime_ns)).encode()
-                found.update(str(path.relative_to(entry.own)).encode() + told)
-            return found.hexdigest()[:20]
-        for path in sorted({path for name in names for path in self.folder.glob(name)}):
-            found.update(path.name.encode() + path.read_bytes())
-        return found.hexdigest()[:20]
-
-
-def longest_row(eval_models: Sequence[EvalModel]) -> int:
-    """The tokens that every model can take, found as lm-eval does for a model alone."""
-    from lm_eval.models.utils import resolve_max_length
-
-    return int(min(resolve_max_length(c.model.config, c.tokenizer, default=2048) for c in eval_models))
-
-
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.harness.catalogue import Entry, entries
-from linearize.evaluation.harness.contrast import summary
-from linearize.evaluation.harness.definitions import need_harness
-from linearize.evaluation.harness.folder import write_definitions
-from linearize.evaluation.harness.local_files import missing, refuse
-from linearize.evaluation.harness.model import Pairs
+from linearize.evaluation.harness.contrast import average_share, averages, contrast, mean, standard_error
+from linearize.evaluation.harness.definitions import load, need_harness, task_specs
 from linearize.evaluation.harness.outcome import Outcome
 from linearize.evaluation.harness.run import Run
+from linearize.evaluation.sections.tasks.numbers import TaskScore, TasksNumbers
 from linearize.evaluation.sections.tasks.present import headline, present
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
@@ -39,62 +33,69 @@ class Tasks(Section):
         return False
 
     def check(self, ctx: EvalContext) -> None:
-        """Raise InputError for an unknown task, a missing local file, code that may not run, or lm-eval missing."""
+        """Raise InputError for an unknown task, code that may not run, or lm-eval missing."""
         need_harness()
-        chosen = self._chosen(ctx)
-        if not chosen:
-            raise InputError("no task is left: the files of all of them are missing; name others, or give their files")
-        running = [entry.task for entry in chosen if entry.known and entry.known.executes]
-        if running and not ctx.allow_code:
-            raise InputError(
-                f"{', '.join(running)}: runs what the model writes; allow it with --allow-code-execution "
-                "(in a container), or leave it out"
-            )
+        specs = task_specs(self.tasks, ctx.include_path)
+        _check_code(ctx, [spec.task for spec in specs if spec.executes_code])
 
     def run(self, ctx: EvalContext) -> Numbers:
         """Every task on every model, results kept one by one."""
-        chosen = self._chosen(ctx)
-        limit = ctx.limit if ctx.limit is not None else self.limit
-        with _folder(ctx) as folder:
-            write_definitions(chosen, ctx.data_root, folder)
-            run = Run.prepare(ctx, folder, limit)
-            found: dict[str, dict[str, Outcome]] = {eval_model.name: {} for eval_model in ctx.models}
-            for number, entry in enumerate(chosen):
-                pairs = Pairs()
-                for eval_model in ctx.models:
-                    ctx.progress(f"{entry.task}, {eval_model.name}", number, len(chosen))
-                    found[eval_model.name] |= run.outcomes(entry, eval_model, pairs)
-            facts = run.facts(chosen)
-        asked = entries(self.tasks, ctx.include_path)
-        lacking = missing(asked, ctx.data_root) if ctx.data_root else {}
-        return {**facts, "missing": lacking, **summary(found, ctx.teacher.name if ctx.teacher else None)}
+        import lm_eval
 
-    def _chosen(self, ctx: EvalContext) -> tuple[Entry, ...]:
-        """What is measured: all, or without the missing ones."""
-        found = entries(self.tasks, ctx.include_path)
-        if ctx.data_root is None:
-            return found
-        lacking = missing(found, ctx.data_root)
-        if lacking and not ctx.skip_missing:
-            raise refuse(lacking, ctx.data_root)
-        return tuple(entry for entry in found if entry.task not in lacking)
+        specs = task_specs(self.tasks, ctx.include_path)
+        run = Run.prepare(ctx, ctx.limit if ctx.limit is not None else self.limit)
+        outcomes: dict[str, dict[str, Outcome]] = {eval_model.name: {} for eval_model in ctx.models}
+        notes, commands = {}, {}
+        for number, spec in enumerate(specs):
+            task, length = load(spec, allow_code=ctx.allow_code), run.length
+            _check_code(ctx, [spec.task] if task.executes_code else [])
+            for eval_model in ctx.models:
+                ctx.progress(f"{spec.task}, {eval_model.name}", number, len(specs))
+                measured = run.measure(task, eval_model)
+                outcomes[eval_model.name] |= measured.outcomes
+                length = max(length, measured.max_length)
+            commands[spec.task] = run.command(task, ctx.models[0], length)
+            if note := run.note(task, length):
+                notes[spec.task] = note
+        teacher = outcomes[ctx.teacher.name] if ctx.teacher else {}
+        students = {c.name: outcomes[c.name] for c in ctx.students} if ctx.teacher else {}
+        return TasksNumbers(
+            lm_eval=lm_eval.__version__,
+            source=", ".join(dict.fromkeys(str(spec.folder or "Hugging Face Hub") for spec in specs)),
+            batch=run.batch,
+            max_length=run.length,
+            limit=run.limit,
+            notes=notes,
+            commands=commands,
+            models={name: {task: task_score(row) for task, row in rows.items()} for name, rows in outcomes.items()},
+            averages={name: averages(rows) for name, rows in outcomes.items()},
+            against_teacher={
+                name: {task: contrast(teacher[task], row) for task, row in rows.items()}
+                for name, rows in students.items()
+            },
+            kept={name: average_share(teacher, rows) for name, rows in students.items()},
+        ).to_json()
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Table, differences, plot and judgements."""
-        return present(numbers)
+        """Return tables of scores and differences, a plot and findings."""
+        return present(TasksNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """The share of the teacher's score above chance, and MMLU beside it."""
-        return headline(numbers)
+        """Return the share kept of the teacher's score above chance, and MMLU's."""
+        return headline(TasksNumbers.model_validate(numbers))
 
 
-@contextmanager
-def _folder(ctx: EvalContext) -> Iterator[Path]:
-    """Where the definitions lie: beside the report, so that lm-eval's own command can read them."""
-    if ctx.out is not None:
-        yield ctx.out / "tasks"
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "tasks"
+def task_score(row: Outcome) -> TaskScore:
+    """Reduce the scores of items to their mean."""
+    shared = row.model_dump(exclude={"items", "chance"})
+    return TaskScore(**shared, score=mean(row.items), stderr=standard_error(row.items), chance=mean(row.chance))
+
+
+def _check_code(ctx: EvalContext, executing: Sequence[str]) -> None:
+    if executing and not ctx.allow_code:
+        raise InputError(
+            f"{', '.join(executing)}: runs what the model writes; allow it with --allow-code-execution "
+            "(in a container), or leave it out"
+        )
