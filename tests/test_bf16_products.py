@@ -100,7 +100,10 @@ def test_without_such_units_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) 
     with units(monkeypatch, there=False) as mode:
         outputs("chunked", torch.bfloat16)
     assert mode.rounded == 0 and mode.whole > 10
-    assert not bf16_pays(torch.device("cpu")) or products.has_bf16_units()
+
+
+def test_bf16_pays_on_a_cpu_that_has_such_units() -> None:
+    assert bf16_pays(torch.device("cpu")) == products.has_bf16_units()
 
 
 def test_the_setting_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
