@@ -39,8 +39,8 @@ from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
 from linearize.ops.conv_heads import Heads
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.gated_delta import DISPATCH as GATED_DELTA
 from linearize.ops.recurrent.gated_delta import gated_delta
-from linearize.ops.recurrent.gated_delta.backends import DISPATCH as GATED_DELTA
 
 START = 0.02  # standard deviation of new projections (Qwen3-Next's initializer_range)
 

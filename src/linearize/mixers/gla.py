@@ -22,8 +22,8 @@ from torch import Tensor
 from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
-from linearize.ops.recurrent.decay_linear.gated import gated_linear
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY_LINEAR
+from linearize.ops.recurrent.decay_linear import gated_linear
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall

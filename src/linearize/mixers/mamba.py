@@ -35,9 +35,8 @@ from linearize.mixers.layer_mixer import AttentionWeights, LayerMixerConfig, Rec
 from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.selective_scan import selective_scan
-from linearize.ops.recurrent.selective_scan.backends import DISPATCH as SELECTIVE_SCAN
-from linearize.ops.recurrent.selective_scan.backends import ScanCall
+from linearize.ops.recurrent.selective_scan import DISPATCH as SELECTIVE_SCAN
+from linearize.ops.recurrent.selective_scan import ScanCall, selective_scan
 from linearize.ops.short_conv import short_conv
 
 PUBLISHED_STATE = 16

@@ -39,8 +39,8 @@ from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
 from linearize.ops.conv_heads import Heads
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY_LINEAR
 from linearize.ops.recurrent.decay_linear import decay_linear
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
 
 
 class Mamba2Config(LayerMixerConfig):

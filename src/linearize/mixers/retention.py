@@ -17,8 +17,8 @@ from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_
 from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY_LINEAR
 from linearize.ops.recurrent.decay_linear import decay_linear
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
 
 NORM_EPS = 1e-5  # of the published GroupNorm, which has no weights
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Documents, Rows, documents, masked
 from linearize.ops.recurrent.decay_linear.decays import BLOCK, CallDecays
-from linearize.ops.recurrent.pairs import like_decays
+from linearize.ops.recurrent.multi_token import like_decays
 
 CHUNKS = {32: 32}  # tokens of a chunk for heads up to a width; measured: docs/log.md
 CHUNK = 64  # for wider ones
