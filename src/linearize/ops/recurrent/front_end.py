@@ -7,7 +7,7 @@ pairs of tokens for a few, a library's kernel or chunks for many.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TypedDict
+from typing import Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,8 +30,17 @@ MULTI_STEP = {"reference", "multi_token", "triton"}  # backends that know `commi
 class StepOptions(TypedDict, total=False):
     """Keywords of every backend in `MULTI_STEP`; the others take no `commit`."""
 
-    layout: Layout
+    layout: Required[Layout]
     state: Tensor | None
+    commit: int | None
+
+
+class RecurrenceOptions(TypedDict, total=False):
+    """Keywords of every recurrent operation; see `run_recurrence`."""
+
+    layout: Required[Layout]
+    state: Tensor | None
+    need_state: bool
     commit: int | None
 
 

@@ -99,7 +99,7 @@ def selective_scan(
 
 
 @cache
-def kernel() -> Callable[..., object] | None:
+def kernel() -> Callable[..., tuple[Tensor, Tensor] | Tensor] | None:
     """`mamba_ssm`'s function, imported at the first call; None where the package is not installed, or was built without
     the kernel (as its 2.3 may be)."""
     if find_spec("mamba_ssm") is None:
@@ -166,7 +166,7 @@ def mamba_ssm(
     x_BET, dt_BET = (w.transpose(1, 2).contiguous() for w in (x_BTE, dt_BTE))
     B_BGNT, C_BGNT = (w.permute(0, 2, 3, 1).contiguous() for w in (B_BTGN, C_BTGN))
     out = function(x_BET, dt_BET, A_EN.contiguous(), B_BGNT, C_BGNT, return_last_state=need_state)
-    y_BET, h_BEN = out if need_state else (out, None)
+    y_BET, h_BEN = (out, None) if isinstance(out, Tensor) else out
     return y_BET.transpose(1, 2), h_BEN
 
 
