@@ -19,14 +19,15 @@ from linearize.modeling.cache_argument import cache_argument, cache_of, with_cac
 
 MIXER_NAMES = sorted(MIXERS)
 every_mixer = pytest.mark.parametrize("name", MIXER_NAMES)
+CLOSE = {"rtol": 0, "atol": 1e-8}  # of logits in fp64
 
 
 def student(name: str, *, kept: bool = False) -> LinearizedForCausalLM:
-    """A student of three layers with this mixer; `kept`: the middle layer keeps its softmax."""
+    """A student of three layers with this mixer, in fp64; `kept`: the middle layer keeps its softmax."""
     plan = [MIXERS[name]()] * LAYERS if name not in ("lolcats", "sliding_window") else [mixer(name, window=5)] * LAYERS
     return student_of(
         tiny("llama", attention="sdpa"), [None if kept and i == 1 else entry for i, entry in enumerate(plan)]
-    )
+    ).double()
 
 
 def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def test_both_names_of_the_cache_give_the_full_pass(name: str, argument: str) ->
         for part in ids.split([9, 1, 1, 5, 7], dim=1):
             parts.append(model(part, use_cache=True, **{argument: cache}).logits)
     assert cache.get_seq_length() == 23
-    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), **CLOSE)
 
 
 def test_the_name_is_that_of_the_models_own_forward() -> None:
@@ -104,7 +105,7 @@ def test_an_empty_cache_of_another_make_gets_the_students_layers(kept: bool, of:
     with torch.no_grad():
         parts = [model(part, cache=cache, use_cache=True).logits for part in ids.split([7, 1, 11], dim=1)]
     assert [isinstance(layer, MixerCacheLayer) for layer in cache.layers] == [True, not kept, True]
-    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), **CLOSE)
 
 
 def test_a_cache_that_the_teacher_filled_is_refused() -> None:
@@ -129,7 +130,7 @@ def test_a_static_cache_generates_the_same_tokens(name: str, kept: bool) -> None
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
         parts = [model(part, cache=cache, use_cache=True).logits for part in ids.split([5, 1, 3], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), **CLOSE)
 
 
 # Arguments that nobody reads.
@@ -202,7 +203,7 @@ def test_a_filled_cache_cannot_be_left_out_under_checkpointing() -> None:
         model(ids[:, 5:], labels=ids[:, 5:], cache=cache)
     with torch.no_grad():  # nothing is replayed without gradients
         logits = model(ids[:, 5:], cache=cache).logits
-    torch.testing.assert_close(logits, full(model.eval(), ids)[:, 5:], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(logits, full(model.eval(), ids)[:, 5:], **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["lolcats", "mamba2"])
@@ -238,7 +239,7 @@ def test_left_padding_changes_nothing_wherever_positions_begin(name: str, positi
         for i, row in enumerate(rows):
             own = None if position_ids is None else position_ids[i : i + 1, 17 - len(row) :]
             expected = full(model, row[None], position_ids=own)[0]
-            torch.testing.assert_close(found[i, 17 - len(row) :], expected, rtol=1e-4, atol=3e-5)
+            torch.testing.assert_close(found[i, 17 - len(row) :], expected, **CLOSE)
 
 
 @every_mixer
@@ -258,7 +259,7 @@ def test_packed_rows_through_kept_layers_equal_their_documents(name: str, given:
     assert cache_of(output) is None, "documents of packed rows have no common past"
     found = output.logits[:, pad[0] : pad[0] + 21]
     expected = torch.cat([full(model, first), full(model, second)], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(found, expected, **CLOSE)
     assert float((found[:, 13:] - full(model, torch.cat([first, second], 1))[:, 13:]).abs().max()) > 0.1
 
 
@@ -271,7 +272,7 @@ def test_packed_rows_do_not_fill_a_cache_of_kept_layers() -> None:
         cache = cache_of(model(ids, position_ids=position_ids, use_cache=True))
         after = model(text(1, 1, seed=9), position_ids=torch.tensor([[5]]), cache=cache).logits
     torch.testing.assert_close(
-        after[:, -1], full(model, torch.cat([ids[:, 4:], text(1, 1, seed=9)], 1))[:, -1], rtol=1e-4, atol=3e-5
+        after[:, -1], full(model, torch.cat([ids[:, 4:], text(1, 1, seed=9)], 1))[:, -1], **CLOSE
     )
 
 
@@ -294,7 +295,7 @@ def test_a_second_turn_of_unequal_lengths_goes_on_from_the_cache(name: str, side
     for i in range(3):
         expected = full(model, torch.cat([turn[i] for turn in turns])[None])[0, -len(turns[2][i]) :]
         found = logits[i][new[i].bool()]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_a_mask_that_denies_what_was_read_is_refused() -> None:
@@ -327,12 +328,12 @@ def test_the_backbone_called_by_itself_gives_the_students_hidden_states(name: st
         expected = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[-1]
         for backbone in (model.base_model, model.model, model.lm.base_model):
             found = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            torch.testing.assert_close(found[live], expected[live], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[live], expected[live], **CLOSE)
         logits = model.get_output_embeddings()(model.base_model(ids, mask).last_hidden_state)
         by_head = model.lm(ids, attention_mask=mask).logits
     for found in (logits, by_head):
         expected = full(model, ids, attention_mask=mask)
-        torch.testing.assert_close(found[live], expected[live], rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(found[live], expected[live], **CLOSE)
 
 
 def test_the_backbone_called_by_itself_keeps_its_state_in_the_cache() -> None:
@@ -343,7 +344,7 @@ def test_the_backbone_called_by_itself_keeps_its_state_in_the_cache() -> None:
             output = model.base_model(part, use_cache=True, **with_cache(model.base_model, cache))
             cache = cache_of(output)
             parts.append(model.get_output_embeddings()(output.last_hidden_state))
-    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), full(model, ids), **CLOSE)
 
 
 def test_further_conversions_and_copies_use_their_own_plan() -> None:

@@ -32,7 +32,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 @every_layer_mixer
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "olmo2", "phi3"])
 def test_a_hybrid_of_every_family_decodes_as_it_prefills(name: str, family: str) -> None:
-    teacher = tiny(family)
+    teacher = tiny(family).double()
     before = logits(teacher, text(2, 19))
     student = student_of(teacher, [mixer(name), None, mixer(name)])
     ids = text(2, 19)
@@ -41,8 +41,7 @@ def test_a_hybrid_of_every_family_decodes_as_it_prefills(name: str, family: str)
         with torch.no_grad():
             out = student(part, past_key_values=cache, use_cache=True)
         cache, parts = out.past_key_values, [*parts, out.logits]
-    # norms after the mixers (olmo2) and after the convolutions enlarge rounding
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=2e-4)  # eager softmax rounds to fp32
     assert torch.equal(logits(teacher, ids), before)
 
 

@@ -24,7 +24,7 @@ B, H, G, D, V, T = 2, 6, 3, 5, 7, 47
 M = 11
 SHAPE = AttentionShape(num_heads=H, num_kv_heads=G, head_dim=D, value_dim=V, model_dim=M)
 EQUAL = {"mamba"}  # mixers that need values as wide as keys
-FP32 = {"rtol": 1e-5, "atol": 2e-5}  # of logits in the order of 6: rounding of a few layers in fp32
+FP32 = {"rtol": 0, "atol": 1e-4}  # of logits in the order of 6: rounding of three layers, on any processor
 FP64 = {"rtol": 1e-9, "atol": 1e-9}
 SCORES: dict[str, Any] = {"scaling": 0.61, "softcap": 3.0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -131,21 +131,24 @@ def test_a_cutting_anywhere_changes_nothing(config: MixerConfig, dtype: torch.dt
 
 
 @every_mixer
-def test_a_student_prefills_in_chunks_and_decodes_as_in_one_pass(config: MixerConfig) -> None:
-    model, ids = student(config), text(2, T)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FP64), (torch.float32, FP32)], ids=["fp64", "fp32"])
+def test_a_student_prefills_in_chunks_and_decodes_as_in_one_pass(
+    config: MixerConfig, dtype: torch.dtype, tolerance: dict[str, float]
+) -> None:
+    model, ids = student(config).to(dtype), text(2, T)
     whole = model(ids).logits
     for sizes in ([2, 1, 35, 9], [3, *[1] * (T - 3)]):
         cache, parts = None, []
         for part in ids.split(sizes, dim=1):
             out = model(part, past_key_values=cache, use_cache=True)
             cache, parts = out.past_key_values, [*parts, out.logits]
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, **FP32)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, **tolerance)
 
 
 @every_mixer
 @pytest.mark.parametrize("sizes", [[T], [9, 1, 37]], ids=["whole", "cut"])
 def test_b_left_padding_changes_nothing(config: MixerConfig, sizes: list[int]) -> None:
-    model, lengths = student(config), [31, T, 3]
+    model, lengths = student(config).double(), [31, T, 3]
     ids, mask = left_padded(text(3, T), lengths)
     cache, parts, seen = None, [], 0
     for part in ids.split(sizes, dim=1):
@@ -155,7 +158,7 @@ def test_b_left_padding_changes_nothing(config: MixerConfig, sizes: list[int]) -
     logits = torch.cat(parts, dim=1)
     for row, length in enumerate(lengths):
         alone = model(ids[row : row + 1, T - length :]).logits[0]
-        torch.testing.assert_close(logits[row, T - length :], alone, **FP32)
+        torch.testing.assert_close(logits[row, T - length :], alone, **FP64)
 
 
 @every_mixer
@@ -205,7 +208,7 @@ def test_c_nothing_stays_on_the_module(config: MixerConfig) -> None:
 
 @every_mixer
 def test_c_sequences_that_take_turns_do_not_meet(config: MixerConfig) -> None:
-    model = student(config)
+    model = student(config).double()
     texts, caches, logits = [text(1, T, seed=3), text(1, T, seed=4)], [None, None], [[], []]
     for part in range(0, T, 6):
         for which in (0, 1):
@@ -213,15 +216,15 @@ def test_c_sequences_that_take_turns_do_not_meet(config: MixerConfig) -> None:
             caches[which] = out.past_key_values
             logits[which].append(out.logits)
     for ids, parts in zip(texts, logits, strict=True):
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **FP32)
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **FP64)
 
 
 @every_mixer
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize(("calls", "dropped"), [([5], 2), ([1], 1), ([8, 1, 4], 6), ([3, 2], 5), ([6, 6], 0)])
 def test_d_a_rollback_leaves_no_trace(config: MixerConfig, padded: bool, calls: list[int], dropped: int) -> None:
-    """The same cache, with and without guesses that are dropped again, goes on to the same bits."""
-    model, prefix, true, wrong = student(config), 17, text(2, T), text(2, T, seed=99)
+    """The same cache, with and without draft tokens that are dropped again, goes on to the same logits."""
+    model, prefix, true, wrong = student(config).double(), 17, text(2, T), text(2, T, seed=99)
     mask = left_padded(true, [T, T - 11])[1] if padded else torch.ones(2, T, dtype=torch.long)
     kept = sum(calls) - dropped
 
@@ -230,12 +233,12 @@ def test_d_a_rollback_leaves_no_trace(config: MixerConfig, padded: bool, calls: 
         out = model(ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
         return out.past_key_values, out.logits
 
-    guessed = torch.cat([true[:, : prefix + kept], wrong[:, prefix + kept :]], dim=1)
+    drafted = torch.cat([true[:, : prefix + kept], wrong[:, prefix + kept :]], dim=1)
     cache, _ = step(None, true[:, :prefix], 0)
     cache.activate_past_recording()
     for round_ in range(2):
         start = prefix if round_ == 0 else prefix + kept
-        source = guessed if round_ == 0 else torch.cat([true[:, : start + 2], wrong[:, start + 2 :]], dim=1)
+        source = drafted if round_ == 0 else torch.cat([true[:, : start + 2], wrong[:, start + 2 :]], dim=1)
         for size in calls if round_ == 0 else [4]:
             cache, _ = step(cache, source[:, start : start + size], start)
             start += size
@@ -244,8 +247,8 @@ def test_d_a_rollback_leaves_no_trace(config: MixerConfig, padded: bool, calls: 
     assert cache.get_seq_length() == end
     _, continued = step(cache, true[:, end : end + 7], end)
     _, expected = step(None, true[:, : end + 7], 0)
-    torch.testing.assert_close(continued * mask[:, end : end + 7, None], (expected * mask[:, : end + 7, None])[:, end:],
-                               **FP32)  # fmt: skip
+    live = mask[:, end : end + 7, None]
+    torch.testing.assert_close(continued * live, expected[:, end:] * live, **FP64)
 
 
 @every_mixer
