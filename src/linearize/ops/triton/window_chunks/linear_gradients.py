@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """The backward pass of the linear part (see `gradients.py`): gradients of values, factor and of what the feature maps'
-softmax or relu is taken of; `map_gradients.py` takes those on to inputs and weights.
+softmax or relu is taken of; `maps_kernel` takes those on to inputs and weights of the products x W + b.
 
-Letters: C chunk, D head dimension, V value dimension, F columns of the feature map, R query heads per key/value head.
+Letters: C chunk, D head dimension, V value dimension, F columns of the feature map, R query heads per key/value head
+(of `maps_kernel`: heads that share a head of x).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from linearize.ops.triton.window_chunks.tiles import (
     part_of,
     provided,
     read_sum,
+    read_weight,
     rows,
     weight_of,
 )
@@ -37,7 +39,7 @@ def seen_beyond(d_phi, x_v, phi, far, asked, d_num, d_den, DOT: tl.constexpr):
     return d_v, d_phi + tl.dot(tl.trans(d_r), asked, input_precision=DOT)
 
 
-# Arguments as in `linear.py` and `gradients.py`; sums: before each run; d_z: [B, H, T, F], fp32 (given features: like
+# Arguments as in `attend.py` and `gradients.py`; sums: before each run; d_z: [B, H, T, F], fp32 (given features: like
 # phi_q), to which the part's gradient is added; d_factor: [B H, runs], likewise.
 # fmt: off
 @triton.jit(do_not_specialize=["part"])
@@ -152,4 +154,38 @@ def key_features_kernel(
                 v_gradient += d_more
         add_rows(d_v, slots, d_v_strides[2], lane, V, there, v_gradient)
         add_rows(d_z, slots, z_strides[2], feature, F, live, features_backward(phi, d_phi, sign, MAP))
+# fmt: on
+
+
+# x: [B, H / R, S, D], slots or tokens, of which the first is slot `past`; d_z: [B, H, S, F] fp32, contiguous as the
+# others; d_x: [B, H, S, D] fp32, to which the gradient of x is added; of each run: d_weight [B H, runs, D, F] and
+# d_bias [B H, runs, F].
+# fmt: off
+@triton.jit(do_not_specialize=["part"])
+def maps_kernel(
+    x, weight, slot, d_z, d_x, d_weight, d_bias, x_strides, slot_stride, past, size, chunks, runs, part,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    C: tl.constexpr, PER: tl.constexpr, DOT: tl.constexpr,
+):
+    """One program: one head of one row in one run of chunks, BLOCK_F columns."""
+    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = row // H, row % H
+    x, slot = of_head(x, x_strides, b, h // R), slot + b * slot_stride
+    dim, feature = tl.arange(0, BLOCK_D), part * BLOCK_F + tl.arange(0, BLOCK_F)
+    w_gradient, b_gradient = tl.zeros((BLOCK_D, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+    for i in range(0, PER):
+        slots = chunk_slots(slot, run * PER + i, chunks, C)
+        valid, index = slots >= past, slots - past
+        given = rows(d_z + row * size * F, index, F, feature, F, valid)
+        w = read_weight(weight + h * D * F, BLOCK_D, feature, D, F).to(tl.float32)
+        add_rows(
+            d_x + row * size * D, index, D, dim, D, valid, tl.dot(given, tl.trans(w), input_precision=DOT)
+        )
+        found = rows(x, index, x_strides[2], dim, D, valid).to(tl.float32)
+        w_gradient += tl.dot(tl.trans(found), given, input_precision=DOT)
+        b_gradient += tl.sum(given, 0)
+    at, inside = row * runs + run, feature < F
+    here = d_weight + at * D * F + dim[:, None] * F + feature[None, :]
+    tl.store(here, w_gradient, mask=(dim < D)[:, None] & inside[None, :])
+    tl.store(d_bias + at * F + feature, b_gradient, mask=inside)
 # fmt: on

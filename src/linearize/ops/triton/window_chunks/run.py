@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.triton.launch import rows_of
-from linearize.ops.triton.window_chunks import attend, linear
+from linearize.ops.triton.window_chunks import attend
 from linearize.ops.triton.window_chunks.backward import backward
 from linearize.ops.triton.window_chunks.call import (
     Call,
@@ -164,7 +164,7 @@ def _linear(
     denominator = q.new_zeros(batch, heads, tokens, dtype=torch.float32)
     inputs = (*qkv, *(pointer(x.phi, q) for x in maps))
     for part in range(call.parts):
-        linear.remember_kernel[(batch * heads, runs)](
+        attend.remember_kernel[(batch * heads, runs)](
             *inputs, *weights(maps, q), factor, *call.places, sums, numerator, denominator,
             *(strides(x) for x in inputs), *call.tables.strides, call.past, tokens, call.tables.chunks, runs, part,
             R=heads // k.shape[1], FAR=call.far, **call.constants, **call.features, **call.window, **dims(k, v),
