@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from linearize.mixers.base import Mixer, MixerConfig
+from linearize.ops import TensorState
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.front_end import RecurrenceOptions
-from linearize.ops.tensor_state import TensorState
 
 Initialise = Literal["copy", "calibrate", "random"]
 

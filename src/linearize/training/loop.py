@@ -14,10 +14,9 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.training.checkpoint import Checkpoint
-from linearize.training.config import Batch, StageConfig, StageRun
+from linearize.training.config import Batch, Plateau, StageConfig, StageRun, as_steps, count_steps, lr_factor
 from linearize.training.progress import Progress
 from linearize.training.saved import load_stage, save_stage
-from linearize.training.schedule import Plateau, as_steps, count_steps, lr_factor
 from linearize.training.step import Stepper, check_finite
 from linearize.training.tracking import Tracker
 

@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling.attention import MixerCall
 from linearize.modeling.cache_argument import cache_argument, with_cache
-from linearize.modeling.static.attention import attending_static, softmax_configs
 from linearize.modeling.static.cache import Place, StepCache
 from linearize.modeling.static.graphs import Graphs, Recorder, recorder_for
-from linearize.modeling.static.layers import static_layers
+from linearize.modeling.static.layers import attending_static, softmax_configs, static_layers
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.ops.dispatch import MAX_MULTI_TOKEN
 from linearize.ops.layout import Layout

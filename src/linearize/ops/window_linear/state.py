@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from linearize.ops.tensor_state import TensorState
+from linearize.ops import TensorState
 from linearize.ops.window_linear.spec import (
     WindowLinear,
     WindowShape,

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError, one_line, unknown
 from linearize.storage.files import expand_home, read_text
-from linearize.training.data.messages import Message
-from linearize.training.data.row_fields import Note, Row, from_json_text, ignore, is_null
+from linearize.training.data.row_fields import Message, Note, Row, from_json_text, ignore, is_null
 
 TEMPLATES = {
     "plain": (
