@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -99,8 +99,8 @@ class DatasetStageConfig(StageConfig):
         if not names:
             raise InputError(f"stage {self.name!r}: the mixers of this student have no parameters; set train to all")
         if self.train == "all" and kept_adapters(student) is not None:
-            student.adapter_state.kept = None  # their product is in the weights, and those move now
-        student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
+            # their product is in the weights, and those move now
+            student.adapter_state = replace(student.adapter_state, kept=None)
         return ParameterGroup(unshare(student, teacher, names))
 
     def run(self, job: StageJob) -> StageResult:

@@ -68,9 +68,11 @@ def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
 def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The student's parameters of these names, those that share memory with the teacher replaced by copies.
 
+    All parameters are frozen first, so that those of the teacher stay frozen after the copies part from them.
     A copy takes the place of its original wherever the student holds it, so tied weights stay tied. Sharded weights
     that the teacher borrows are copied for the teacher instead.
     """
+    student.requires_grad_(False)
     named, names = dict(student.named_parameters()), list(names)
     if (shards := shards_of(student)) is not None:
         shards.separate(named[name] for name in names)

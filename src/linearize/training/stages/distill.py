@@ -107,7 +107,6 @@ class Distill(LogitsRun):
 
 def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:
     """What trains, in memory that the teacher has no part in."""
-    student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
     new = set(student.mixer_parameters())
     old: set[str] = set()
     if config.train != "mixers":
