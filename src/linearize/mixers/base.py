@@ -69,6 +69,9 @@ class MixerState(Protocol):
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same state with a function applied to each tensor (batch first)."""
 
+    def widened(self, more: int) -> Self:
+        """The same state for calls that commit `more` further tokens at once."""
+
 
 class MixerConfig(BaseModel):
     """Base of the mixers' configs: frozen, keyword-only, nothing unknown accepted."""

@@ -242,9 +242,9 @@ def _state_dim(config: MambaConfig, shape: AttentionShape) -> int:
     size = config.state_dim or min(PUBLISHED_STATE, dim)
     if dim % size:
         allowed = [n for n in range(1, dim + 1) if dim % n == 0]
-        given = "state_dim" if config.state_dim else "the default state_dim"
+        setting = "state_dim" if config.state_dim else "the default state_dim"
         raise InputError(
-            f"mixer mamba: {given} {size} does not divide the head dimension {dim}: set state_dim to one of "
+            f"mixer mamba: {setting} {size} does not divide the head dimension {dim}: set state_dim to one of "
             + ", ".join(map(str, allowed))
         )
     return size

@@ -33,7 +33,7 @@ class Checkpoint:
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
-    identity: dict[str, Any]
+    identity: dict[str, object]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False) -> None:
@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False)
 
 
 def load_checkpoint(
-    folder: Path, *, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    folder: Path, *, identity: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint | None:
     """The newest checkpoint in `folder` that is whole, with tensors on the CPU, or None if there is none.
 
@@ -84,11 +84,11 @@ def load_checkpoint(
             start with `PARAMETER`) have not exactly these names and shapes.
     """
     damaged: list[str] = []
-    found, path = None, folder / FILE
+    checkpoint, path = None, folder / FILE
     for path in (folder / FILE, folder / PREVIOUS):
         if path.is_file():
             try:
-                found = _read(path)
+                checkpoint = _read(path)
             except InputError:
                 raise
             except (SafetensorError, KeyError, ValueError) as error:
@@ -97,19 +97,21 @@ def load_checkpoint(
             else:
                 break
     if damaged:
-        left = "the stage starts anew" if found is None else "the stage goes on from the checkpoint before it"
+        left = "the stage starts anew" if checkpoint is None else "the stage goes on from the checkpoint before it"
         LOG.warning("%s and was removed: %s", "; ".join(damaged), left)
-    if found is None:
+    if checkpoint is None:
         return None
-    check_identity(path, found.identity, json.loads(json.dumps(dict(identity))))
-    held = {name: tuple(value.shape) for name, value in found.tensors.items() if name.startswith(PARAMETER)}
-    wrong = [name for name in sorted({*held, *shapes}) if held.get(name) != shapes.get(name)]
+    check_identity(path, checkpoint.identity, json.loads(json.dumps(dict(identity))))
+    saved_shapes = {
+        name: tuple(value.shape) for name, value in checkpoint.tensors.items() if name.startswith(PARAMETER)
+    }
+    wrong = [name for name in sorted({*saved_shapes, *shapes}) if saved_shapes.get(name) != shapes.get(name)]
     if wrong:
         raise InputError(
-            f"{path} does not fit the stage: {wrong[0]} has shape {held.get(wrong[0])} there, "
+            f"{path} does not fit the stage: {wrong[0]} has shape {saved_shapes.get(wrong[0])} there, "
             f"not {shapes.get(wrong[0])}: delete it to start the stage anew"
         )
-    return found
+    return checkpoint
 
 
 def check_formats(work: Path) -> None:
@@ -128,10 +130,11 @@ def check_formats(work: Path) -> None:
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    found, version = metadata.get("format", "0"), metadata.get("linearize", "an older version")
-    if found != str(FORMAT):
+    written, version = metadata.get("format", "0"), metadata.get("linearize", "an older version")
+    if written != str(FORMAT):
         raise InputError(
-            f"{path} was written by linearize {version} in format {found}; this is {__version__} with format {FORMAT}: "
+            f"{path} was written by linearize {version} in format {written}; this is {__version__} with format "
+            f"{FORMAT}: "
             "finish the run with that version, or delete the folder"
         )
 
@@ -165,9 +168,9 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return crc32(tensors, "/".join((metadata["scalars"], metadata["identity"])).encode())
 
 
-def check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def check_identity(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
     """Refuses a checkpoint that another run wrote, naming the first settings that differ."""
-    old, new = _flat(saved), _flat(asked)
+    old, new = _flat(saved), _flat(current)
     differing = [key for key in sorted({*old, *new}) if old.get(key, "unset") != new.get(key, "unset")]
     if differing:
         shown = "; ".join(f"{key} was {old.get(key, 'unset')}, is {new.get(key, 'unset')}" for key in differing[:3])
@@ -177,9 +180,9 @@ def check_identity(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any
         )
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
     return flat

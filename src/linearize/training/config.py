@@ -16,6 +16,9 @@ from linearize.numbers import Count
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
+    from transformers import PreTrainedModel
+
+    from linearize.modeling import LinearizedForCausalLM
 
 Batch: TypeAlias = "dict[str, Tensor]"
 NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -71,10 +74,10 @@ class StageConfig(BaseModel):
         what is there: the stage's `identity`, or a digest of its data."""
         return self.model_dump(mode="json", exclude=set(self.places))
 
-    def check(self, student: Any, teacher: Any) -> None:
+    def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         """Raise `InputError` for what cannot work with these models; called before any work, changes nothing."""
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over these models (`LinearizedForCausalLM` and the teacher's class), ready for the loop."""
         raise NotImplementedError(f"{type(self).__name__} has no build")
 

@@ -85,7 +85,7 @@ def run_stage(
     length: int,
     rows: Rows | None = None,
     checkpoint_dir: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, object] | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     tracker: Tracker | None = None,
@@ -148,7 +148,7 @@ class _Loop:
         self.state = _State()
         self.best: dict[str, Tensor] = {}
         self.folder: Path | None = None
-        self.identity: dict[str, Any] = {}
+        self.identity: dict[str, object] = {}
         self.progress: Progress | None = None
         self.tracker: Tracker | None = None
         if config.gradient_checkpointing:
@@ -156,7 +156,7 @@ class _Loop:
                 raise InputError(f"stage {name!r} cannot checkpoint gradients: set its gradient_checkpointing to false")
             run.enable_gradient_checkpointing()
 
-    def attach(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def attach(self, folder: Path, identity: Mapping[str, object]) -> None:
         """Saves to this folder from now on, and continues from the checkpoint in it, if any."""
         self.folder, self.identity = folder, dict(identity)
         checkpoint = load_stage(folder, self.stepper.group, identity=self.identity, parameters=self.stepper.parameters)
@@ -287,11 +287,11 @@ class _Loop:
         self.state.done = True
         self._save(last=True)
 
-    def _agreed(self, wanted: bool) -> bool:
+    def _agreed(self, stop: bool) -> bool:
         """What rank 0 wants, whose clock counts, where all ranks must act together."""
         if not self.stepper.sharded:
-            return wanted
-        decision = torch.tensor([wanted], device=self.device, dtype=torch.uint8)
+            return stop
+        decision = torch.tensor([stop], device=self.device, dtype=torch.uint8)
         dist.broadcast(decision, src=0)
         return bool(decision.item())
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -37,6 +38,10 @@ class Operation(NamedTuple):
     itemsize: int
 
 
+Arguments = tuple[Any, ...]  # of an operation of torch
+Keywords = dict[str, Any]
+
+
 class Meter(TorchDispatchMode):
     """Counts what operations hold and do. `alive`: bytes of tensors made inside that still exist; `peak`: the most
     since `restart`; `operations`: those that compute something, since `restart`."""
@@ -45,7 +50,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.alive, self.peak = 0, 0
         self.operations: list[Operation] = []
-        self._storages: dict[int, Any] = {}
+        self._storages: dict[int, weakref.ref[UntypedStorage]] = {}
 
     def know(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before."""
@@ -58,7 +63,9 @@ class Meter(TorchDispatchMode):
         self.operations = []
         return self.alive
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         result = _run(func, args, kwargs)
         made = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
@@ -67,7 +74,7 @@ class Meter(TorchDispatchMode):
             self._note(func, args, kwargs, result, made)
         return result
 
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
+    def _note(self, func: OpOverload, args: Arguments, kwargs: Keywords, result: object, made: list[Tensor]) -> None:
         tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
         count = flop_registry.get(func._overloadpacket)
         flops = int(count(*args, **kwargs, out_val=result)) if count else 0
@@ -83,7 +90,7 @@ class Meter(TorchDispatchMode):
         if key in self._storages:
             return False
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self._storages.pop(key, None)
             self.alive -= size
 
@@ -129,7 +136,7 @@ def _swap(old: Tensor, new: Tensor) -> None:
         _swap_tensors(old, new)
 
 
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
+def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     """An operation: on contents where it has them, else on shapes alone."""
     tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
@@ -146,7 +153,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _on_contents(func: Any, args: Any, kwargs: Any) -> Any:
+def _on_contents(func: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     """An operation on real tensors, or none: real if its result is whole numbers, not too many, or depends on them."""
     if func in _DEPEND_ON_CONTENTS or func._schema.is_mutable:
         with unset_fake_temporarily():

@@ -72,7 +72,7 @@ def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, l
 
 
 def load_stage(
-    folder: Path, group: Group, *, identity: Mapping[str, Any], parameters: Mapping[str, Tensor]
+    folder: Path, group: Group, *, identity: Mapping[str, object], parameters: Mapping[str, Tensor]
 ) -> Checkpoint | None:
     """The newest checkpoint in `folder` that is whole, None if there is none; sharded tensors as the parameters are.
 
@@ -155,21 +155,21 @@ def _read(folder: Path, group: Group, parameters: Mapping[str, Tensor]) -> dict[
 
     reader = FileSystemReader(folder)
     entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    held = {name: tuple(entry.size) for name, entry in entries.items()}
-    wanted = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
-    here = {name: shape for name, shape in held.items() if name.startswith(PARAMETER)}
-    if wrong := [name for name in sorted({*here, *wanted}) if here.get(name) != wanted.get(name)]:
+    shapes = {name: tuple(entry.size) for name, entry in entries.items()}
+    expected = {f"{PARAMETER}{name}": tuple(value.shape) for name, value in parameters.items()}
+    here = {name: shape for name, shape in shapes.items() if name.startswith(PARAMETER)}
+    if wrong := [name for name in sorted({*here, *expected}) if here.get(name) != expected.get(name)]:
         raise InputError(
             f"{folder} does not fit the stage: {wrong[0]} has shape {here.get(wrong[0])} there, not "
-            f"{wanted.get(wrong[0])}: delete it to start the stage anew"
+            f"{expected.get(wrong[0])}: delete it to start the stage anew"
         )
-    tensors = {name: _room(parameters[name.partition("/")[2]], shape) for name, shape in held.items()}
+    tensors = {name: _memory_like(parameters[name.partition("/")[2]], shape) for name, shape in shapes.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(tensors, storage_reader=reader, no_dist=group.ranks == 1)
     return tensors
 
 
-def _room(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _memory_like(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An empty tensor for what belongs to a parameter, sharded as it is; AdamW's number of steps is whole."""
     return torch.empty_like(parameter.detach()) if shape == tuple(parameter.shape) else torch.zeros(shape)

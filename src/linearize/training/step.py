@@ -218,7 +218,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors of one dtype, in portions of `BUCKET_NUMBERS` or a single larger one."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        numbers = sum(held.numel() for held in bucket) + tensor.numel()
+        numbers = sum(part.numel() for part in bucket) + tensor.numel()
         if bucket and (tensor.dtype != bucket[0].dtype or numbers > BUCKET_NUMBERS):
             yield bucket
             bucket = []
@@ -229,7 +229,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _parted(parameters: Mapping[str, Tensor], sharded: set[str]) -> list[list[Tensor]]:
     """Whole parameters and sharded ones, which no operation takes together; one list where all are of a kind."""
-    kinds = ([value for key, value in parameters.items() if (key in sharded) == wanted] for wanted in (False, True))
+    kinds = (
+        [value for key, value in parameters.items() if (key in sharded) == in_shards] for in_shards in (False, True)
+    )
     return [kind for kind in kinds if kind]
 
 

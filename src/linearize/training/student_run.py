@@ -95,11 +95,11 @@ def _memory(tensor: Tensor) -> int:
     return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
 
 
-def recompute_blocks(student: LinearizedForCausalLM, wanted: bool) -> None:
+def recompute_blocks(student: LinearizedForCausalLM, on: bool) -> None:
     """Gradient checkpointing of every block: `gradient_` in transformers until 5.22, `activation_` since."""
     lm: Any = student.lm
     kind = "activation" if hasattr(lm, "activation_checkpointing_enable") else "gradient"
-    if wanted:
+    if on:
         student.train()
         getattr(lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError, unknown
 from linearize.modeling import LinearizedForCausalLM, load
@@ -57,7 +58,7 @@ class Export:
     folder)` writes it. `native`: an architecture of transformers; otherwise the folder carries code."""
 
     misfit: Callable[[Source], str | None]
-    write: Callable[[Any, Source, Path], None]
+    write: Callable[[LinearizedForCausalLM, Source, Path], None]
     native: bool
 
 
@@ -74,7 +75,7 @@ def export_student(
     out: str | Path,
     *,
     overwrite: bool = False,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Write a student as `to`, one of `EXPORTS`; returns the folder, which loads without linearize.
 
@@ -113,19 +114,19 @@ def nearest(source: Source) -> str:
     return next(name for name, export in EXPORTS.items() if export.misfit(source) is None)
 
 
-def same_tokens(tokenizer: Any, folder: Path) -> bool:
+def same_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     """Whether `AutoTokenizer` reads the folder's tokenizer as the one given: for some architectures transformers puts
     a splitting rule of its own in the place of the one that was saved."""
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder)
+        read = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError):
         return False
-    return bool(found(SCRIPTS)["input_ids"] == tokenizer(SCRIPTS)["input_ids"])
+    return bool(read(SCRIPTS)["input_ids"] == tokenizer(SCRIPTS)["input_ids"])
 
 
-def _tokenizer(path: str | Path) -> Any:
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a student, or None where there is none."""
     from transformers import AutoTokenizer
 
@@ -133,7 +134,8 @@ def _tokenizer(path: str | Path) -> Any:
     if folder.is_dir() and not any(folder.glob("*token*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        return tokenizer
     except (OSError, ValueError):
         return None
 

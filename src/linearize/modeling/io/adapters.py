@@ -93,7 +93,7 @@ def save_adapters(kept: KeptAdapters, folder: Path) -> None:
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir()
-    kept.config.save_pretrained(folder / FOLDER)
+    kept.config.save_pretrained(str(folder / FOLDER))
     save_file({k: v.cpu() for k, v in kept.state.items()}, folder / FOLDER / WEIGHTS, {"format": "pt"})
 
 

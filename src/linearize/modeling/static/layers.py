@@ -42,10 +42,10 @@ def static_layers(model: PreTrainedModel, tail: int, capacity: int | None, most:
     """
     if model.training:
         raise InputError("a static step runs models in eval mode: call model.eval() first")
-    found: list[Any] = DynamicCache(config=model.config).layers
-    if not all(isinstance(layer, MixerCacheLayer) for layer in found):
+    layers = DynamicCache(config=model.config).layers
+    if not all(isinstance(layer, MixerCacheLayer) for layer in layers):
         _check_softmax(model)
-    return [_static(index, layer, tail, capacity, max(tail, most)) for index, layer in enumerate(found)]
+    return [_static(index, layer, tail, capacity, max(tail, most)) for index, layer in enumerate(layers)]
 
 
 def _static(
@@ -71,8 +71,8 @@ def _check_softmax(model: PreTrainedModel) -> None:
     for index, (layer, shape) in enumerate(zip(cache.layers, _shapes(model), strict=True)):
         if isinstance(layer, MixerCacheLayer) or layer.keys is None:
             continue
-        held = (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
-        if held != (shape.num_kv_heads, shape.head_dim, shape.value_dim):
+        cached = (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        if cached != (shape.num_kv_heads, shape.head_dim, shape.value_dim):
             raise InputError(f"layer {index} keeps something else than its keys and values: it has no static cache")
 
 
@@ -99,7 +99,7 @@ def static_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     mixer_call: MixerCall | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' calling convention, `q: [B, H, T, D]`, `k, v: [B, G, T, .]` -> `[B, T, H, V]`.
 
@@ -148,8 +148,8 @@ def _seen(layer: StaticAttentionLayer, layout: Layout, position_BT: Tensor) -> T
     key = ("seen", layer.columns, layer.window)
     if key not in layout.memo:
         layout.memo[key] = layer.seen(position_BT)
-    found: Tensor = layout.memo[key]
-    return found
+    seen: Tensor = layout.memo[key]
+    return seen
 
 
 def softmax_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -127,12 +127,12 @@ def _nothing_fits(sizes: BlockSizes, memory_bytes: int | None, disk_bytes: int |
     """Which bound no k satisfies, or why those that satisfy one break the other."""
     least_memory, least_disk = block_peak_bytes(sizes, 1), _disk(sizes, sizes.layers)
     if memory_bytes is not None and least_memory > memory_bytes:
-        told, way = f"even block 1 needs {size_text(least_memory)} of memory", "shorter rows, a smaller micro_batch"
-        return InputError(f"{told}, {size_text(memory_bytes)} given: give more, {way} or a smaller feature map")
+        need, way = f"even block 1 needs {size_text(least_memory)} of memory", "shorter rows, a smaller micro_batch"
+        return InputError(f"{need}, {size_text(memory_bytes)} given: give more, {way} or a smaller feature map")
     assert disk_bytes is not None
     if least_disk > disk_bytes:
-        told = f"even one block of all {sizes.layers} layers needs {size_text(least_disk)} of disk for hidden states"
-        return InputError(f"{told}, {size_text(disk_bytes)} given: give more disk or fewer tokens")
+        need = f"even one block of all {sizes.layers} layers needs {size_text(least_disk)} of disk for hidden states"
+        return InputError(f"{need}, {size_text(disk_bytes)} given: give more disk or fewer tokens")
     largest = max(fitting_blocks(sizes, memory_bytes=memory_bytes))
     smallest = min(fitting_blocks(sizes, disk_bytes=disk_bytes))
     return InputError(

@@ -40,11 +40,11 @@ class StageRows:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return the number of rows and the tokens of a row, by name."""
-        found = {TRAIN: (len(self.order), self.rows.length)}
+        sizes = {TRAIN: (len(self.order), self.rows.length)}
         for name, batches in ((HELDOUT, self.heldout), (SAMPLE, self.sample)):
             if batches:
-                found[name] = (sum(len(b["input_ids"]) for b in batches), batches[0]["input_ids"].shape[1])
-        return found
+                sizes[name] = (sum(len(b["input_ids"]) for b in batches), batches[0]["input_ids"].shape[1])
+        return sizes
 
     @property
     def tokens(self) -> int:

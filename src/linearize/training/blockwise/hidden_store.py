@@ -59,7 +59,7 @@ class HiddenStore:
         boundaries: int,
         model_dim: int,
         dtype: torch.dtype,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Raises InputError for a folder that holds hidden states of something else."""
@@ -138,11 +138,11 @@ class HiddenStore:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(row * size)
-                done, found = 0, xxhash.xxh3_64()
+                done, checksum = 0, xxhash.xxh3_64()
                 while done < size and (got := file.readinto(view[done : done + PIECE_BYTES])):
-                    found.update(view[done : done + got])
+                    checksum.update(view[done : done + got])
                     done += got
-            whole = done == size and found.intdigest() == self._checksums(shard)[row]
+            whole = done == size and checksum.intdigest() == self._checksums(shard)[row]
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -186,21 +186,21 @@ class HiddenStore:
         """Of a shard's rows; none where they are not there."""
         if shard not in self._sums:
             try:
-                found = json.loads(self._paths(shard)[1].read_text("utf-8"))["xxh3_64"]
+                checksums = json.loads(self._paths(shard)[1].read_text("utf-8"))["xxh3_64"]
             except (OSError, ValueError, KeyError, TypeError):
                 return []
-            if len(found) != shard.end - shard.first:
+            if len(checksums) != shard.end - shard.first:
                 return []
-            self._sums[shard] = found
+            self._sums[shard] = checksums
         return self._sums[shard]
 
     def _paths(self, shard: Shard) -> tuple[Path, Path]:
         stem = self.folder / f"{shard.boundary:03d}" / f"{shard.name}-{shard.first // self.shard_rows[shard.name]:05d}"
         return stem.with_suffix(".bin"), stem.with_suffix(".json")
 
-    def _check_manifest(self, identity: Mapping[str, Any]) -> None:
+    def _check_manifest(self, identity: Mapping[str, object]) -> None:
         """Write what the rows are, or compare it with what was written."""
-        wanted = {
+        expected = {
             "format": FORMAT,
             "dtype": str(self.dtype).removeprefix("torch."),
             "model_dim": self.model_dim,
@@ -212,14 +212,15 @@ class HiddenStore:
         path = self.folder / MANIFEST
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(path, json.dumps(wanted, indent=2))
+            atomic_write_text(path, json.dumps(expected, indent=2))
             return
-        found = read_json(path)
-        found = found if isinstance(found, dict) else {}
-        if wrong := [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]:
+        manifest = read_json(path)
+        manifest = manifest if isinstance(manifest, dict) else {}
+        if wrong := [key for key in {**expected, **manifest} if manifest.get(key) != expected.get(key)]:
             key = wrong[0]
             raise InputError(
-                f"{path.parent} holds hidden states of another run ({key} was {found.get(key)}, is {wanted.get(key)}): "
+                f"{path.parent} holds hidden states of another run ({key} was {manifest.get(key)}, is "
+                f"{expected.get(key)}): "
                 "run with the same settings to continue it, or delete it"
             )
 

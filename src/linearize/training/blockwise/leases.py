@@ -64,8 +64,8 @@ class Leases:
 
     def holder(self, name: str) -> str | None:
         """Return who holds a lease, as text."""
-        found = _read(self._path(name))
-        return f"{found.get('host')} (process {found.get('pid')})" if found else None
+        owner = _read(self._path(name))
+        return f"{owner.get('host')} (process {owner.get('pid')})" if owner else None
 
     def _beat(self, lease: Lease, over: threading.Event) -> None:
         while not over.wait(self.stale_seconds / 6) and lease.held:
@@ -96,8 +96,8 @@ class Leases:
 
     def _is_stale(self, path: Path, now: float) -> bool:
         """Whether the holder is dead (where that can be told), or silent for too long."""
-        found = _read(path)
-        if found.get("host") == socket.gethostname() and _born(int(found.get("pid", 0))) != found.get("born"):
+        owner = _read(path)
+        if owner.get("host") == socket.gethostname() and _born(int(owner.get("pid", 0))) != owner.get("born"):
             return True
         try:
             return now - path.stat().st_mtime > self.stale_seconds
@@ -121,10 +121,10 @@ class Leases:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _born(pid: int) -> str | None:

@@ -27,19 +27,19 @@ def assistant_ranges(chat: Chat, text: str, *, first: int = 0, note: Note = igno
     @cache
     def spans() -> Sequence[tuple[int, int]]:
         encoded = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        found: Sequence[tuple[int, int]] = encoded["offset_mapping"]
-        return found
+        offsets: Sequence[tuple[int, int]] = encoded["offset_mapping"]
+        return offsets
 
     turns = [turn for turn in range(first, len(chat.messages)) if chat.messages[turn]["role"] == "assistant"]
-    found = [_found(chat, text, turn, spans) for turn in turns]
-    if not all(found):
+    ranges = [_range_or_none(chat, text, turn, spans) for turn in turns]
+    if not all(ranges):
         note("have answers that are not in the text as the chat template writes it: these do not count")
     if not turns:
         note("have no answer of the assistant: nothing of them counts")
-    return tuple(range_ for range_ in found if range_ is not None)
+    return tuple(range_ for range_ in ranges if range_ is not None)
 
 
-def _found(chat: Chat, text: str, turn: int, spans: Spans) -> tuple[int, int] | None:
+def _range_or_none(chat: Chat, text: str, turn: int, spans: Spans) -> tuple[int, int] | None:
     """The range of one turn; None where it cannot be found, as where the template refuses a part of the chat."""
     try:
         return _turn_range(chat, text, turn, spans)

@@ -39,7 +39,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transform
 _MARK = "\ue000"  # stands for a content that is looked for: no text begins or ends with it
 
 
-def with_template(tokenizer: Any, template: str | None) -> Any:
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer, or with a template given (a name, a file, or the text) a copy that has it.
 
     Raises:

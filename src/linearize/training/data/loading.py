@@ -130,9 +130,9 @@ def load_documents(
             documents += answer(spec.removeprefix(PSEUDO))
         else:
             examples = read_examples(spec, tokenizer, answer_only=answer_only)
-            found = tokenize(examples, tokenizer, answer_only=answer_only)
-            say(f"data {spec!r}: {_sizes(found)}{_separated(spec, tokenizer)}")
-            documents += found
+            read = tokenize(examples, tokenizer, answer_only=answer_only)
+            say(f"data {spec!r}: {_sizes(read)}{_separated(spec, tokenizer)}")
+            documents += read
     return documents
 
 

@@ -21,7 +21,7 @@ IGNORED = -100  # transformers' label for "no loss here"
 
 Batch = dict[str, Tensor]
 _Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-_Pieces = tuple[_Ints, _Ints, _Ints, int]  # start in the token stream, size, start in the rows, number of rows
+_Parts = tuple[_Ints, _Ints, _Ints, int]  # start in the token stream, size, start in the rows, number of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ def pack(
     if not len(lengths):
         raise InputError("there are no documents to pack; give data that holds text")
     cut = _one_per_row if one_per_row else _best_fit if keep_whole else _stream
-    pieces = cut(lengths, length)
-    return _assemble(documents, pieces, length, pad_token_id)
+    parts = cut(lengths, length)
+    return _assemble(documents, parts, length, pad_token_id)
 
 
 def document_rows(
@@ -136,7 +136,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> _Ints:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def _stream(lengths: _Ints, length: int) -> _Pieces:
+def _stream(lengths: _Ints, length: int) -> _Parts:
     """One stream of documents, cut at every multiple of `length`."""
     total = int(lengths.sum())
     starts = np.unique(np.concatenate([np.cumsum(lengths) - lengths, np.arange(0, total, length)]))
@@ -144,21 +144,21 @@ def _stream(lengths: _Ints, length: int) -> _Pieces:
     return starts, sizes, starts, -(-total // length)
 
 
-def _one_per_row(lengths: _Ints, length: int) -> _Pieces:
+def _one_per_row(lengths: _Ints, length: int) -> _Parts:
     """Pieces of at most one row, each at the start of its own."""
     starts, sizes = _cut_long(lengths, length)
     return starts, sizes, np.arange(len(starts)) * length, len(starts)
 
 
-def _best_fit(lengths: _Ints, length: int) -> _Pieces:
+def _best_fit(lengths: _Ints, length: int) -> _Parts:
     """Pieces of at most one row, largest first, each into the row with the least room that suffices."""
     starts, sizes = _cut_long(lengths, length)
     targets = np.empty_like(starts)
     rooms: list[list[int]] = [[] for _ in range(length + 1)]  # rooms[n]: the rows with n free tokens
     open_rooms = 0  # bit n is set where rooms[n] holds a row: the next fit is the lowest bit from the size up
     num_rows = 0
-    for piece in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[piece])
+    for part in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[part])
         fits = open_rooms >> size
         if fits:
             room = size + (fits & -fits).bit_length() - 1
@@ -168,7 +168,7 @@ def _best_fit(lengths: _Ints, length: int) -> _Pieces:
         else:
             room, row = length, num_rows
             num_rows += 1
-        targets[piece] = row * length + length - room
+        targets[part] = row * length + length - room
         rooms[room - size].append(row)
         open_rooms |= 1 << (room - size)
     return starts, sizes, targets, num_rows
@@ -176,16 +176,16 @@ def _best_fit(lengths: _Ints, length: int) -> _Pieces:
 
 def _cut_long(lengths: _Ints, length: int) -> tuple[_Ints, _Ints]:
     """Start in the token stream and size of each piece when every document is cut at its own multiples of `length`."""
-    num_pieces = -(-lengths // length)
-    ends = np.repeat(np.cumsum(lengths), num_pieces)
-    nth = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    starts = ends - np.repeat(lengths, num_pieces) + nth * length
+    num_parts = -(-lengths // length)
+    ends = np.repeat(np.cumsum(lengths), num_parts)
+    nth = np.arange(num_parts.sum()) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
+    starts = ends - np.repeat(lengths, num_parts) + nth * length
     return starts, np.minimum(length, ends - starts)
 
 
-def _assemble(documents: Sequence[Document], pieces: _Pieces, length: int, pad_token_id: int) -> PackedRows:
+def _assemble(documents: Sequence[Document], parts: _Parts, length: int, pad_token_id: int) -> PackedRows:
     """Copy every piece to its place."""
-    starts, sizes, targets, num_rows = pieces
+    starts, sizes, targets, num_rows = parts
     total = int(sizes.sum())
     tokens = np.fromiter(chain.from_iterable(d.tokens for d in documents), dtype=np.int64, count=total)
     counts = np.fromiter(chain.from_iterable(d.loss_mask for d in documents), dtype=bool, count=total)

@@ -141,8 +141,8 @@ def prompt_of(row: object, tokenizer: PreTrainedTokenizerBase, note: Note = igno
         raise InputError(f"wrong fields, found: {', '.join(map(str, row)) or 'none'}; needed is one of: {FORMATS}")
     if field == "instruction":
         plain: str | None = alpaca_prompt(row)
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        messages = [{"role": "user", "content": asked}]
+        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        messages = [{"role": "user", "content": question}]
     else:
         plain = row[field] if isinstance(row[field], str) and field == "prompt" else None
         messages = as_messages(row[field], field, "user") if field == "prompt" else message_list(row, field)
@@ -189,10 +189,10 @@ def _answer_batch(
 ) -> list[list[int]]:
     """Answers in the prompts' order. Rows with room for answers of equal length are written together."""
     ends, pad = end_tokens(model, tokenizer), end_token(tokenizer)
-    limits = [_room(model, len(prompt), config.max_new_tokens) for prompt in prompts]
+    limits = [_answer_limit(model, len(prompt), config.max_new_tokens) for prompt in prompts]
     answers: dict[int, list[int]] = {}
     for limit in sorted(set(limits)):
-        rows = [row for row, room in enumerate(limits) if room == limit]
+        rows = [row for row, most in enumerate(limits) if most == limit]
         inputs_BT, mask_BT = left_padded([prompts[row] for row in rows], pad, model.device)
         settings = generation_config(model, config.temperature, limit, ends, pad)
         answers |= zip(rows, write(model, inputs_BT, mask_BT, settings, ends), strict=True)
@@ -207,7 +207,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _room(model: PreTrainedModel, num_prompt: int, max_new_tokens: int) -> int:
+def _answer_limit(model: PreTrainedModel, num_prompt: int, max_new_tokens: int) -> int:
     """How long an answer to a prompt of this length may be."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return max_new_tokens if context is None else min(max_new_tokens, context - num_prompt)

@@ -144,14 +144,14 @@ class _Sliced(torch.autograd.Function):
         ctx: Any, readout: Readout, loss: SliceLoss, parts: list[slice], hidden_NM: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         total = hidden_NM.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if wanted else []
+        needs_grad = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if needs_grad else []
         for part in parts:
-            hidden_nM = hidden_NM[part].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+            hidden_nM = hidden_NM[part].detach().requires_grad_(needs_grad)
+            with torch.set_grad_enabled(needs_grad):
                 value = loss(readout.logits(hidden_nM), part)
             total += value.detach()
-            if wanted:
+            if needs_grad:
                 with torch.autocast(hidden_NM.device.type, enabled=False):
                     slice_grads = torch.autograd.grad(value, (hidden_nM, *parameters), allow_unused=True)
                 for whole, new in zip((grads[0][part], *grads[1:]), slice_grads, strict=True):

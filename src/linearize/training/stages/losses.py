@@ -129,11 +129,11 @@ def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> LossSum:
     """Cross-entropy of the next token, nats, summed over labels that are not -100."""
-    wanted = labels_BT[:, 1:]
+    targets = labels_BT[:, 1:]
     total = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="sum"
+        logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-    return LossSum(total, float((wanted != -100).sum()))
+    return LossSum(total, float((targets != -100).sum()))
 
 
 def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> LossSum:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
@@ -53,7 +54,7 @@ class LowRankConfig(StageConfig):
     mixer_lr_scale: float = Field(1.0, gt=0)
     merge: bool = True
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and its teacher."""
         return LowRank(self, student, teacher)
 
@@ -61,7 +62,7 @@ class LowRankConfig(StageConfig):
 class LowRank(LogitsRun):
     """The running stage."""
 
-    def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+    def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         self.config = config
         self.student_readout = Readout(student)
         self.teacher_readout = Readout(teacher) if config.loss == "kl" else None
@@ -91,10 +92,10 @@ class LowRank(LogitsRun):
         self.adapters.remove(keep=not self.config.merge)
         super().finish()
 
-    def _train_adapters(self, wanted: bool) -> None:
+    def _train_adapters(self, training: bool) -> None:
         """Whether their dropout is on."""
         for layer in self.adapters.layers.values():
-            layer.train(wanted)
+            layer.train(training)
 
 
 @dataclass(eq=False)

@@ -126,8 +126,8 @@ def fla_decay_linear(
     inputs = (q_BHTK.to(v_BHTV.dtype), k_BHTK.to(v_BHTV.dtype), v_BHTV, log_decay.to(wide))
     state = None if state is None else state.to(wide)
 
-    def call(given: tuple[Tensor, ...], first: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v, g = given
+    def call(tensors: tuple[Tensor, ...], first: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, g = tensors
         y, after = op(q, k, v, g=g, scale=1.0, initial_state=first, output_final_state=True, cu_seqlens=bounds)
         return y, after
 

@@ -84,8 +84,8 @@ def fla_gated_delta(
     inputs = (q_BHTK.to(dtype), k_BHTK.to(dtype), v_BHTV, log_decay_BHT.to(wide), beta_BHT.to(wide))
     state = None if state is None else state.to(wide)
 
-    def call(given: tuple[Tensor, ...], first: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v, g, beta = given
+    def call(tensors: tuple[Tensor, ...], first: Tensor | None, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, g, beta = tensors
         y, after = chunk_gated_delta_rule(
             q=q,
             k=k,
