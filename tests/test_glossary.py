@@ -108,10 +108,15 @@ VAGUE = ("told", "tell", "found", "given")
 FREE_OF_VAGUE = (
     "cli",
     "conversion",
+    "decoding",
+    "mixers",
+    "modeling",
+    "ops",
     "planning",
     "recipes",
     "storage",
-    # "decoding", "demo", "evaluation", "metrics", "mixers", "modeling", "ops", "training": when they are free of them
+    "training",
+    # "demo", "evaluation", "metrics": when they are free of them
 )
 
 

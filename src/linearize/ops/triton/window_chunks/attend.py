@@ -162,9 +162,9 @@ def attend_kernel(
 
 
 @triton.jit
-def reach(linear, beside, asked, phi, far, x_v, DOT: tl.constexpr):
-    """Both sums of a part of phi_q (`asked`) with a tile's keys that lie beyond the window."""
-    r = tl.where(far, tl.dot(asked, tl.trans(phi), input_precision=DOT), 0.0)
+def reach(linear, beside, query, phi, far, x_v, DOT: tl.constexpr):
+    """Both sums of a part of phi_q (`query`) with a tile's keys that lie beyond the window."""
+    r = tl.where(far, tl.dot(query, tl.trans(phi), input_precision=DOT), 0.0)
     most = tl.max(tl.abs(r), 1)
     most = tl.where(most > 0, most, 1.0)  # in fp16 smaller ones would be 0
     sums = tl.dot((r / most[:, None]).to(x_v.dtype), x_v, input_precision=DOT)
@@ -196,14 +196,14 @@ def remember_kernel(
     wq, bq = weight_of(weight_q, bias_q, h, D, F)
     wk, bk = weight_of(weight_k, bias_k, h, D, F)
     keys = (k, v, phi_k, wk, bk)
-    held = read_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), feature, lane, F, V)
+    memory = read_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), feature, lane, F, V)
     for i in range(0, PER):
         n = run * PER + i
         own = chunk_slots(places[0], n, chunks, C)
         asks, index = own >= past, own - past
         x_q = rows(q, index, q_strides[2], dim, D, asks)
-        asked = scale * features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, sign, D, F, MAP, DOT)
-        linear, beside = tl.dot(asked, held[0], input_precision=DOT), tl.sum(asked * held[1][None, :], 1)
+        query = scale * features(x_q, phi_q, index, phi_q_strides[2], asks, wq, bq, feature, sign, D, F, MAP, DOT)
+        linear, beside = tl.dot(query, memory[0], input_precision=DOT), tl.sum(query * memory[1][None, :], 1)
         if FAR:
             position = flag(places[1], n, chunks) + tl.arange(0, C)
             for back in range(0, 2):
@@ -212,11 +212,11 @@ def remember_kernel(
                 )
                 _, far = masks(position, place, live, W, TERRACED)
                 phi = features(x_k, phi_k, slots, steps[2], live, wk, bk, feature, sign, D, F, MAP, DOT)
-                linear, beside = reach(linear, beside, asked, phi, far, x_v, DOT)
+                linear, beside = reach(linear, beside, query, phi, far, x_v, DOT)
         add_rows(numerator + line * V, index, V, lane, V, asks, linear)
         at = denominator + line + index
         tl.store(at, tl.load(at, mask=asks, other=0.0) + beside, mask=asks)
-        held, _ = take_up(  # after the last chunk for nothing: a branch costs registers
-            held, keys, places, steps, n + 1, chunks, dim, lane, feature, sign, D, V, F, SINKS, C, MAP, DOT
+        memory, _ = take_up(  # after the last chunk for nothing: a branch costs registers
+            memory, keys, places, steps, n + 1, chunks, dim, lane, feature, sign, D, V, F, SINKS, C, MAP, DOT
         )
 # fmt: on

@@ -225,9 +225,9 @@ def keys_kernel(
             asks = provided(asks, tl.where(at > n, flag(follows, at, chunks), 1))
             x_q = rows(q, index, q_strides[2], dim, D, asks)
             d_num, d_den, m = query_outputs(index, asks, d_y, y_strides[2], delta, normaliser, shift, line, lane, V)
-            asked = flag(first, at, chunks) + ahead % (C // T) * T + tl.arange(0, T)
-            near = live[:, None] & asks[None, :] & (position[:, None] <= asked[None, :])
-            near = near & in_window(asked[None, :], position[:, None], W, TERRACED)
+            query_position = flag(first, at, chunks) + ahead % (C // T) * T + tl.arange(0, T)
+            near = live[:, None] & asks[None, :] & (position[:, None] <= query_position[None, :])
+            near = near & in_window(query_position[None, :], position[:, None], W, TERRACED)
             query = (x_q, index, asks, d_num, d_den, m)
             d_x, d_more = seen_near(query, (x_k, x_v, slots), near, memory, numbers, CAP, SHARED, DOT)
             gradient, v_gradient = gradient + d_x, v_gradient + d_more
