@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import linearize.ops.recurrent.decay_linear as decay_backends
+import linearize.ops.recurrent.gated_delta as delta_backends
+import linearize.ops.recurrent.selective_scan as scan_backends
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.feature_maps import FeatureMap
@@ -15,9 +18,6 @@ from linearize.ops import dispatch, triton, window_linear
 from linearize.ops.dispatch import Call, Dispatcher, Rule, always, more_than
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent import decay_linear, gated_delta, layer_steps, selective_scan
-from linearize.ops.recurrent.decay_linear import backends as decay_backends
-from linearize.ops.recurrent.gated_delta import backends as delta_backends
-from linearize.ops.recurrent.selective_scan import backends as scan_backends
 from linearize.ops.window_linear import WindowLinear
 from linearize.ops.window_linear import backends as window_backends
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import student_of, tiny
 
+import linearize.ops.recurrent.selective_scan as scan_backends
 from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, AttentionShape
@@ -20,7 +21,6 @@ from linearize.ops import triton, window_linear
 from linearize.ops.dispatch import Query
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent import decay_linear, gated_delta, layer_steps, selective_scan
-from linearize.ops.recurrent.selective_scan import backends as scan_backends
 
 CALLS = {
     "decode": {"tokens": 1, "past": True},

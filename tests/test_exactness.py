@@ -18,9 +18,9 @@ from benchmarks.exactness_cases import problems, window_problem
 from test_triton_multi_step import needs_triton, run_cases
 from torch import Tensor
 
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY
-from linearize.ops.recurrent.gated_delta.backends import DISPATCH as DELTA
-from linearize.ops.recurrent.selective_scan.backends import DISPATCH as SCAN
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY
+from linearize.ops.recurrent.gated_delta import DISPATCH as DELTA
+from linearize.ops.recurrent.selective_scan import DISPATCH as SCAN
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW
 
 PROBLEMS = list(problems(quick=True))

@@ -10,8 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from linearize.training.config import StageConfig
-from linearize.training.schedule import Plateau, as_steps, count_steps, lr_factor
+from linearize.training.config import Plateau, StageConfig, as_steps, count_steps, lr_factor
 
 
 def config(**settings: Any) -> StageConfig:

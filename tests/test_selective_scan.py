@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import linearize.ops.recurrent.selective_scan as backends
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.selective_scan import BACKENDS, backends, chunked, selective_scan, use_backend
+from linearize.ops.recurrent.selective_scan import BACKENDS, chunked, selective_scan, use_backend
 
 B, T, G, P, N = 2, 41, 3, 5, 7
 E = G * P

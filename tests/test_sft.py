@@ -15,6 +15,7 @@ from models import VOCABULARY, tiny
 from torch.nn import functional as F
 
 from linearize.errors import InputError
+from linearize.modeling.io.adapters import AdapterState
 from linearize.training.checkpoint import FILE, PREVIOUS
 from linearize.training.data.documents import Document
 from linearize.training.dataset_stage import count_steps, row_order
@@ -138,7 +139,7 @@ def test_the_callers_random_numbers_continue_as_before(tmp_path: Path) -> None:
 def test_adapters_kept_beside_the_weights_are_merged_when_the_weights_move(tmp_path: Path) -> None:
     for train, kept in (("mixers", True), ("all", False)):
         work = job(tmp_path / train, tokenizer=byte_tokenizer(chat=CHAT))
-        work.student.adapter_state.kept = object()
+        work.student.adapter_state = AdapterState(kept=object())  # type: ignore[arg-type]
         config(tmp_path, train=train, max_steps=1).run(work)
         assert (work.student.adapter_state.kept is not None) is kept
 

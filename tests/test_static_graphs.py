@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linearize.modeling.static.attention import attending_static, softmax_configs
+from linearize.modeling.static.layers import attending_static, softmax_configs
 from linearize.modeling.static.step import StaticStep
 from linearize.ops.layout import Layout
 

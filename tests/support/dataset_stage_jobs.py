@@ -11,8 +11,8 @@ from byte_tokenizer import SIZE, byte_tokenizer
 from models import mixer, student_of, tiny
 from torch import Tensor, nn
 
+from linearize.training.config import Plateau, lr_factor
 from linearize.training.dataset_stage import DatasetStageConfig, StageJob
-from linearize.training.schedule import Plateau, lr_factor
 
 
 class Killed(Exception):  # noqa: N818 (not an error)

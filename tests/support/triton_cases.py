@@ -26,10 +26,10 @@ import linearize.ops.recurrent.selective_scan as scan_op
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.mixers.layer_mixer import LayerMixer, RecurrentState
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.decay_linear.gated import gated_linear
-from linearize.ops.recurrent.decay_linear.reference import reference as decay_reference
-from linearize.ops.recurrent.gated_delta.reference import reference as delta_reference
-from linearize.ops.recurrent.selective_scan.reference import reference as scan_reference
+from linearize.ops.recurrent.decay_linear import gated_linear
+from linearize.ops.recurrent.reference import decay_linear as decay_reference
+from linearize.ops.recurrent.reference import gated_delta as delta_reference
+from linearize.ops.recurrent.reference import selective_scan as scan_reference
 from linearize.ops.triton.channels import selective_scan_steps
 from linearize.ops.triton.fused_heads import HeadSizes, gated_delta_net_steps, mamba2_steps
 from linearize.ops.triton.mamba import ChannelSizes, mamba_steps

@@ -128,7 +128,7 @@ def _keeps_documents_apart(blocks: StreamedBlocks) -> bool:
         placed = {name: tokens.to(blocks.device) for name, tokens in batch.items()}
         return first.outputs(placed, enter(placed))
 
-    return keeps_apart(run, blocks.given.config.get_text_config().vocab_size)
+    return keeps_apart(run, blocks.streamed.config.get_text_config().vocab_size)
 
 
 def _check_plan(recipe: Recipe) -> None:

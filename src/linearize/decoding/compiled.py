@@ -34,8 +34,8 @@ class _Ready:
     weights: int
 
     def serves(self, rows: int, tokens: int, backend: str, weights: int) -> bool:
-        room = not self.step.cache.whole_layers or (self.step.capacity or 0) >= tokens
-        return room and (self.step.batch, self.backend, self.weights) == (rows, backend, weights)
+        fits = not self.step.cache.whole_layers or (self.step.capacity or 0) >= tokens
+        return fits and (self.step.batch, self.backend, self.weights) == (rows, backend, weights)
 
 
 _READY: weakref.WeakKeyDictionary[PreTrainedModel, _Ready] = weakref.WeakKeyDictionary()
@@ -78,8 +78,8 @@ def _check(model: PreTrainedModel, backend: str) -> None:
     config: Any = model.generation_config
     mode, texts = config.get_generation_mode(), config.num_return_sequences or 1
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or texts > 1:
-        asked = f"{texts} texts of a prompt" if texts > 1 else mode.value.replace("_", " ")
-        raise InputError(f"the generation config asks for {asked}: change it, or decode without compile")
+        request = f"{texts} texts of a prompt" if texts > 1 else mode.value.replace("_", " ")
+        raise InputError(f"the generation config asks for {request}: change it, or decode without compile")
 
 
 class StepLoop:

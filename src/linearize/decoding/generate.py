@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -128,17 +128,32 @@ def _check_compile(compile: bool | str, prompt_lookup: bool, draft: object) -> N
         raise InputError(f"compile and {other} were both given: a compiled step does not speculate, choose one")
 
 
-def _settings(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+class GenerateSettings(TypedDict):
+    """Keywords of transformers' `generate`."""
+
+    max_new_tokens: int
+    pad_token_id: int
+    do_sample: bool
+    temperature: NotRequired[float]
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> GenerateSettings:
     """Keywords for `generate`; with sampling, top-k and top-p are those of the model's own generation config."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token(tokenizer)}
-    return settings | ({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False})
+    settings: GenerateSettings = {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": pad_token(tokenizer),
+        "do_sample": temperature > 0,
+    }
+    if temperature > 0:
+        settings["temperature"] = temperature
+    return settings
 
 
 def _speculate(
     model: PreTrainedModel,
     drafter: Drafter,
     ids: list[int],
-    settings: dict[str, Any],
+    settings: GenerateSettings,
     seed: int,
     streamer: BaseStreamer | None,
     *,
@@ -165,7 +180,7 @@ def _speculate(
 def _generate(
     model: PreTrainedModel,
     ids: list[int],
-    settings: dict[str, Any],
+    settings: GenerateSettings,
     seed: int,
     streamer: BaseStreamer | None,
     *,
@@ -176,15 +191,15 @@ def _generate(
     `backend`: of `torch.compile` (None: not compiled).
     """
     input_ids = torch.tensor([ids], device=model.device)
-    road: dict[str, Any] = {"streamer": streamer}
+    loop: dict[str, object] = {"streamer": streamer}
     if backend is not None:
         step = compiled_step(model, rows=1, tokens=len(ids) + settings["max_new_tokens"], backend=backend)
-        road = road if step is None else {"custom_generate": StepLoop(step, streamer)}
+        loop = loop if step is None else {"custom_generate": StepLoop(step, streamer)}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         generate: Any = model.generate
-        out = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **road, **settings)
+        out = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **loop, **settings)
     tokens: list[int] = out[0].tolist()
     return tokens
 

@@ -30,8 +30,8 @@ def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrained
 def is_student(path: str | Path) -> bool:
     """Whether a local folder holds a student (a Hub id or a plain transformers model does not)."""
     config = Path(expand_home(path)) / "config.json"
-    found: Any = read_json(config) if config.is_file() else {}
-    return isinstance(found, dict) and found.get("model_type") == LinearizeConfig.model_type
+    document: Any = read_json(config) if config.is_file() else {}
+    return isinstance(document, dict) and document.get("model_type") == LinearizeConfig.model_type
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -39,11 +39,11 @@ def pick_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU") from error
-    return found
+    return chosen
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,8 +9,9 @@ Letters: B batch, T tokens, H query heads, G key/value heads, D head dimension, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -65,8 +66,11 @@ class MixerState(Protocol):
     def num_bytes(self) -> int:
         """Bytes held."""
 
-    def map_batch(self, change: Any) -> Any:
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same state with a function applied to each tensor (batch first)."""
+
+    def widened(self, more: int) -> Self:
+        """The same state for calls that commit `more` further tokens at once."""
 
 
 class MixerConfig(BaseModel):

@@ -163,8 +163,8 @@ def calibrate_gated_delta_net(mixer: GatedDeltaNet, samples: Sequence[AttentionS
         mixed = _join(samples, core).double()
         normed = rms_norm(mixed, shape.norm_eps)
         gain = (normed * target).mean(-1) / normed.square().mean(-1).clamp(min=1e-12)
-        wanted = inverse_silu((gain / gain.mean(0).clamp(min=1e-6)).clamp(*GAINS))
-        mixer.gate_proj.weight.copy_(ridge(hidden, wanted).repeat_interleave(shape.value_dim, dim=0))
+        gate_input = inverse_silu((gain / gain.mean(0).clamp(min=1e-6)).clamp(*GAINS))
+        mixer.gate_proj.weight.copy_(ridge(hidden, gate_input).repeat_interleave(shape.value_dim, dim=0))
         gate = mixer.gate_proj(hidden).unflatten(-1, (shape.num_heads, -1))
         scale_H = head_scale(norm_then_gate(mixed, gate, mixer.norm_weight, shape.norm_eps), target)
         mixer.out_proj.weight.mul_(scale_H.repeat_interleave(shape.value_dim))
@@ -242,9 +242,9 @@ def fit_value_taps(value_CK: Tensor, core: Core, samples: Sequence[AttentionSamp
     power, right = (x.unflatten(0, (copies, num_heads // copies)).sum(1) for x in (power, right))
     diagonal = power.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(RIDGE * diagonal.mean(-1, keepdim=True))
-    found = torch.linalg.solve(power, right)
-    found = found / found.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    value_CK.copy_(size[:, None] * found.flip(-1).repeat_interleave(width, dim=0))
+    solution = torch.linalg.solve(power, right)
+    solution = solution / solution.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    value_CK.copy_(size[:, None] * solution.flip(-1).repeat_interleave(width, dim=0))
 
 
 def head_scale(given_NHV: Tensor, target_NHV: Tensor) -> Tensor:
@@ -261,8 +261,8 @@ def _skip(mixed_NHV: Tensor, own_NHV: Tensor, target_NHV: Tensor) -> Tensor:
     power = torch.einsum("inhv,jnhv->hij", basis, basis)
     most = 10 * (power[:, 0, 0] / power[:, 1, 1].clamp(min=1e-30)).sqrt()
     power.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE)
-    found = torch.linalg.solve(power, torch.einsum("inhv,nhv->hi", basis, target_NHV))
-    return torch.clamp(found[:, 1] / found[:, 0].clamp(min=1e-12), -most, most)
+    solution = torch.linalg.solve(power, torch.einsum("inhv,nhv->hi", basis, target_NHV))
+    return torch.clamp(solution[:, 1] / solution[:, 0].clamp(min=1e-12), -most, most)
 
 
 def _constant(hidden_NM: Tensor) -> Tensor:

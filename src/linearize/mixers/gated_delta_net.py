@@ -10,7 +10,7 @@ C channels of the convolution, K taps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -39,8 +39,10 @@ from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
 from linearize.ops.conv_heads import Heads
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.front_end import RecurrenceOptions
+from linearize.ops.recurrent.gated_delta import DISPATCH as GATED_DELTA
 from linearize.ops.recurrent.gated_delta import gated_delta
-from linearize.ops.recurrent.gated_delta.backends import DISPATCH as GATED_DELTA
+from linearize.ops.recurrent.layer_steps import KernelOptions
 
 START = 0.02  # standard deviation of new projections (Qwen3-Next's initializer_range)
 
@@ -152,7 +154,7 @@ class GatedDeltaNet(RecurrentMixer):
         return gate, (q, k.transpose(1, 2), v.transpose(1, 2), decay, beta), taps
 
     def recurrence(
-        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Unpack[RecurrenceOptions]
     ) -> tuple[Tensor, Tensor | None]:
         """See `RecurrentMixer.recurrence`: `[B, U, H, V]`."""
         q, k, v, decay, beta = inputs
@@ -164,7 +166,7 @@ class GatedDeltaNet(RecurrentMixer):
         gate = gate_BUE.unflatten(-1, (self.shape.num_heads, -1))
         return norm_then_gate(y, gate, wide(self.norm_weight), self.shape.norm_eps).flatten(-2)
 
-    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_steps(self, *projected: Tensor, **options: Unpack[KernelOptions]) -> tuple[Tensor, Tensor, Tensor]:
         """See `RecurrentMixer.kernel_steps`: `ops/triton/heads.py`."""
         from linearize.ops.triton.fused_heads import gated_delta_net_steps
 

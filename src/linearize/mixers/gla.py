@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -22,8 +22,8 @@ from torch import Tensor
 from linearize.mixers.base import AttentionMixer, AttentionShape, Mixer, MixerConfig, MixerCost
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
-from linearize.ops.recurrent.decay_linear.gated import gated_linear
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY_LINEAR
+from linearize.ops.recurrent.decay_linear import gated_linear
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
@@ -105,9 +105,12 @@ class Gla(AttentionMixer):
         """See `AttentionMixer.forward`. A branch alone keeps its share: the two add up to both."""
         share = self.config.window_share
         spec, ring = self._window(scaling, softcap), None if state is None else state.window
-        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
-        near_BHUV, ring = window_linear(q_BHUD, k_BGTD, v_BGTV, spec=spec, state=ring, **options)
-        far_BHUV, memory = self._recall(q_BHUD, k_BGTD, v_BGTV, keys_BGTD[0], state, **options)
+        near_BHUV, ring = window_linear(
+            q_BHUD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=ring, need_state=need_state, commit=commit
+        )
+        far_BHUV, memory = self._recall(
+            q_BHUD, k_BGTD, v_BGTV, keys_BGTD[0], state, layout=layout, need_state=need_state, commit=commit
+        )
         after = None if ring is None or memory is None else GlaState(ring, memory)
         if branch != "both":
             return (share * near_BHUV if branch == "window" else (1 - share) * far_BHUV), after

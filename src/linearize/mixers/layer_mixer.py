@@ -9,14 +9,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Required, TypedDict
 
 import torch
 from torch import Tensor
 
 from linearize.mixers.base import Mixer, MixerConfig
+from linearize.ops import TensorState
 from linearize.ops.layout import Layout
-from linearize.ops.tensor_state import TensorState
+from linearize.ops.recurrent.front_end import RecurrenceOptions
 
 Initialise = Literal["copy", "calibrate", "random"]
 
@@ -69,6 +70,26 @@ class RecurrentState(TensorState):
     taps: Tensor | None = None
 
 
+class MixOptions(TypedDict, total=False):
+    """Keywords of `LayerMixer.mix` besides `outputs`."""
+
+    layout: Required[Layout]
+    state: RecurrentState | None
+    need_state: bool
+    commit: int | None
+
+
+def recurrence_options(options: MixOptions) -> RecurrenceOptions:
+    """What a layer's recurrence is called with: the memory of the state alone."""
+    state = options.get("state")
+    return {
+        "layout": options["layout"],
+        "state": None if state is None else state.memory,
+        "need_state": options.get("need_state", True),
+        "commit": options.get("commit"),
+    }
+
+
 class LayerMixerConfig(MixerConfig):
     """Base of the configs of layer mixers.
 
@@ -99,10 +120,10 @@ class LayerMixer(Mixer):
         hidden_BTM: Tensor,
         *,
         layout: Layout,
-        state: Any = None,
+        state: RecurrentState | None = None,
         need_state: bool = True,
         cached: Callable[[tuple[Tensor, ...]], Tensor] | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, RecurrentState | None]:
         """`y: [B, T, M]`, output projection included, and the state after the last token (None unless `need_state`).
 
         `cached`: gives y from the raw inputs in the place of `mix`, and keeps the state. A cache calls `mix` inside of
@@ -122,18 +143,18 @@ class LayerMixer(Mixer):
         self,
         *projected: Tensor,
         layout: Layout,
-        state: Any = None,
+        state: RecurrentState | None = None,
         need_state: bool = True,
         commit: int | None = None,
         outputs: int | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, RecurrentState | None]:
         """`y: [B, U, M]` of the last U = `outputs` tokens (None: of all), and the state.
 
         `commit`: the state is that after the first `commit` tokens (None: after all; no state unless `need_state`).
         """
 
     @abstractmethod
-    def advance(self, *projected: Tensor, layout: Layout, state: Any = None) -> Any:
+    def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
         """The state after these tokens, without outputs."""
 
     @abstractmethod

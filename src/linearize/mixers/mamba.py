@@ -14,7 +14,7 @@ channels, N state size, S = E / N sub-heads, K convolution taps.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -35,9 +35,10 @@ from linearize.mixers.layer_mixer import AttentionWeights, LayerMixerConfig, Rec
 from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
-from linearize.ops.recurrent.selective_scan import selective_scan
-from linearize.ops.recurrent.selective_scan.backends import DISPATCH as SELECTIVE_SCAN
-from linearize.ops.recurrent.selective_scan.backends import ScanCall
+from linearize.ops.recurrent.front_end import RecurrenceOptions
+from linearize.ops.recurrent.layer_steps import KernelOptions
+from linearize.ops.recurrent.selective_scan import DISPATCH as SELECTIVE_SCAN
+from linearize.ops.recurrent.selective_scan import ScanCall, selective_scan
 from linearize.ops.short_conv import short_conv
 
 PUBLISHED_STATE = 16
@@ -138,9 +139,15 @@ class Mamba(RecurrentMixer):
         z_BTE, x_BTC, B_BTC, C_BTE = projected_BTR.split(sizes, dim=-1)
         if self.config.repeat == "before":
             x_BTC = self._repeat(x_BTC)
-        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
-        past = None if state is None else state.taps
-        x_BTC, taps = short_conv(x_BTC, self.conv_weight, self.conv_bias, taps_BKC=past, **options)
+        x_BTC, taps = short_conv(
+            x_BTC,
+            self.conv_weight,
+            self.conv_bias,
+            taps_BKC=None if state is None else state.taps,
+            layout=layout,
+            need_state=need_state,
+            commit=commit,
+        )
         x_BTE = F.silu(wide(x_BTC))
         if self.config.repeat == "after":
             x_BTE = self._repeat(x_BTE)
@@ -149,7 +156,7 @@ class Mamba(RecurrentMixer):
         return z_BTE, (x_BTE, dt_BTE, -wide(self.A_log).exp(), B_BTSN, C_BTSN), taps
 
     def recurrence(
-        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Unpack[RecurrenceOptions]
     ) -> tuple[Tensor, Tensor | None]:
         """See `RecurrentMixer.recurrence`: `[B, U, E]`."""
         x_BTE, dt_BTE, A_EN, B_BTSN, C_BTSN = inputs
@@ -160,7 +167,7 @@ class Mamba(RecurrentMixer):
         """See `RecurrentMixer.finish`."""
         return y * F.silu(wide(gate_BUE))
 
-    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_steps(self, *projected: Tensor, **options: Unpack[KernelOptions]) -> tuple[Tensor, Tensor, Tensor]:
         """See `RecurrentMixer.kernel_steps`: `ops/triton/mamba.py`."""
         from linearize.ops.triton.mamba import ChannelSizes, mamba_steps
 
@@ -235,9 +242,9 @@ def _state_dim(config: MambaConfig, shape: AttentionShape) -> int:
     size = config.state_dim or min(PUBLISHED_STATE, dim)
     if dim % size:
         allowed = [n for n in range(1, dim + 1) if dim % n == 0]
-        given = "state_dim" if config.state_dim else "the default state_dim"
+        setting = "state_dim" if config.state_dim else "the default state_dim"
         raise InputError(
-            f"mixer mamba: {given} {size} does not divide the head dimension {dim}: set state_dim to one of "
+            f"mixer mamba: {setting} {size} does not divide the head dimension {dim}: set state_dim to one of "
             + ", ".join(map(str, allowed))
         )
     return size

@@ -10,7 +10,7 @@ dimension, C channels of the convolution, K taps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self, Unpack
 
 import torch
 from pydantic import Field, model_validator
@@ -39,8 +39,10 @@ from linearize.mixers.recurrent_mixer import Inputs, RecurrentMixer
 from linearize.ops.conv_heads import Heads
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY_LINEAR
 from linearize.ops.recurrent.decay_linear import decay_linear
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
+from linearize.ops.recurrent.front_end import RecurrenceOptions
+from linearize.ops.recurrent.layer_steps import KernelOptions
 
 
 class Mamba2Config(LayerMixerConfig):
@@ -152,7 +154,7 @@ class Mamba2(RecurrentMixer):
         return gate, (C, key, x, (dt_BTH * -wide(self.A_log).exp()).transpose(1, 2)), taps
 
     def recurrence(
-        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Unpack[RecurrenceOptions]
     ) -> tuple[Tensor, Tensor | None]:
         """See `RecurrentMixer.recurrence`: `[B, U, H, V]`."""
         C, key, x, decay = inputs
@@ -165,7 +167,7 @@ class Mamba2(RecurrentMixer):
         weight = wide(self.norm_weight).unflatten(0, (heads, -1))
         return gate_then_norm(y, gate_BUE.unflatten(-1, (heads, -1)), weight, self.shape.norm_eps).flatten(-2)
 
-    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def kernel_steps(self, *projected: Tensor, **options: Unpack[KernelOptions]) -> tuple[Tensor, Tensor, Tensor]:
         """See `RecurrentMixer.kernel_steps`: `ops/triton/heads.py`."""
         from linearize.ops.triton.fused_heads import mamba2_steps
 

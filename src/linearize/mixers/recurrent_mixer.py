@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import MixerCost
 from linearize.mixers.gates import l2_norm, repeat_heads, wide
-from linearize.mixers.layer_mixer import LayerMixer, RecurrentState, last
+from linearize.mixers.layer_mixer import LayerMixer, MixOptions, RecurrentState, last, recurrence_options
 from linearize.ops.conv_heads import Heads, can_convolve, conv_heads
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.front_end import RecurrenceOptions
 from linearize.ops.recurrent.layer_steps import DISPATCH as LAYER
-from linearize.ops.recurrent.layer_steps import LayerCall, run_layer
+from linearize.ops.recurrent.layer_steps import KernelOptions, LayerCall, run_layer
 from linearize.ops.short_conv import short_conv
 
 Inputs = tuple[Tensor, tuple[Tensor, ...], Tensor | None]  # gate, what the recurrence takes, taps after
@@ -61,73 +62,70 @@ class RecurrentMixer(LayerMixer):
 
     @abstractmethod
     def recurrence(
-        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Any
+        self, inputs: tuple[Tensor, ...], outputs: int | None, **options: Unpack[RecurrenceOptions]
     ) -> tuple[Tensor, Tensor | None]:
-        """What the operation gives for the last `outputs` tokens, skip included, and the memory; `options`: layout,
-        state, need_state, commit."""
+        """What the operation gives for the last `outputs` tokens, skip included, and the memory."""
 
     @abstractmethod
     def finish(self, y: Tensor, gate_BUE: Tensor) -> Tensor:
         """`[B, U, E]`: gate and norm."""
 
     @abstractmethod
-    def kernel_steps(self, *projected: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """`by_operations` in one launch: y, memory, taps; `options`: memory, taps_BPC, layout, commit, outputs."""
+    def kernel_steps(self, *projected: Tensor, **options: Unpack[KernelOptions]) -> tuple[Tensor, Tensor, Tensor]:
+        """`by_operations` in one launch: y, memory, taps."""
 
     @abstractmethod
     def recurrence_call(self, query: Query) -> tuple[Dispatcher, Call]:
         """The recurrence that such a call runs: see `Mixer.operations`."""
 
     def mix(
-        self,
-        *projected: Tensor,
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = True,
-        commit: int | None = None,
-        outputs: int | None = None,
+        self, *projected: Tensor, outputs: int | None = None, **options: Unpack[MixOptions]
     ) -> tuple[Tensor, RecurrentState | None]:
         """See `LayerMixer.mix`."""
-        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
         y_BUE, after = run_layer(
             projected,
             tuple(getattr(self, name) for name in self.watched),
             self.conv_weight,
-            layout,
+            options["layout"],
             lambda: self.by_kernel(*projected, outputs=outputs, **options),
             lambda: self.by_operations(*projected, outputs=outputs, **options),
         )
         return self.out_proj(y_BUE), after
 
     def by_kernel(
-        self, *projected: Tensor, state: RecurrentState | None, need_state: bool, **options: Any
+        self, *projected: Tensor, outputs: int | None, **options: Unpack[MixOptions]
     ) -> tuple[Tensor, RecurrentState | None]:
-        """`by_operations` in one launch; `options`: layout, commit, outputs."""
-        past = {"memory": None, "taps_BPC": None} if state is None else {"memory": state.memory, "taps_BPC": state.taps}
-        y, memory, taps = self.kernel_steps(*projected, **past, **options)
-        return y, RecurrentState(memory, taps) if need_state else None
+        """`by_operations` in one launch."""
+        state = options.get("state")
+        y, memory, taps = self.kernel_steps(
+            *projected,
+            layout=options["layout"],
+            memory=None if state is None else state.memory,
+            taps_BPC=None if state is None else state.taps,
+            outputs=outputs,
+            commit=options.get("commit"),
+        )
+        return y, RecurrentState(memory, taps) if options.get("need_state", True) else None
 
     def by_operations(
-        self, *projected: Tensor, outputs: int | None, **options: Any
+        self, *projected: Tensor, outputs: int | None, **options: Unpack[MixOptions]
     ) -> tuple[Tensor, RecurrentState | None]:
-        """`y: [B, U, E]` before the output projection, and the state; `options`: those of `recall`."""
+        """`y: [B, U, E]` before the output projection, and the state."""
         y, gate, after = self.recall(*projected, outputs=outputs, **options)
         return self.finish(y, last(gate, outputs)).to(projected[0].dtype), after
 
     def recall(
-        self,
-        *projected: Tensor,
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = True,
-        commit: int | None = None,
-        outputs: int | None = None,
+        self, *projected: Tensor, outputs: int | None = None, **options: Unpack[MixOptions]
     ) -> tuple[Tensor, Tensor, RecurrentState | None]:
         """What the recurrence gives before gate and norm, at least fp32; the gate of all tokens; the state."""
-        gate, inputs, taps = self.inputs(projected, layout, state, need_state, commit)
-        memory = None if state is None else state.memory
-        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
-        y, memory = self.recurrence(inputs, outputs, **options)
+        gate, inputs, taps = self.inputs(
+            projected,
+            options["layout"],
+            options.get("state"),
+            options.get("need_state", True),
+            options.get("commit"),
+        )
+        y, memory = self.recurrence(inputs, outputs, **recurrence_options(options))
         return y, gate, None if memory is None else RecurrentState(memory, taps)
 
     def advance(self, *projected: Tensor, layout: Layout, state: RecurrentState | None = None) -> RecurrentState:
@@ -166,9 +164,15 @@ class RecurrentMixer(LayerMixer):
         if any(part.groups < part.heads for part in parts):
             cut = x_BTC.split([part.groups * part.dim for part in parts], dim=-1)
             x_BTC = torch.cat([repeat_heads(x, p.groups, p.heads) for x, p in zip(cut, parts, strict=True)], dim=-1)
-        options: dict[str, Any] = {"layout": layout, "need_state": need_state, "commit": commit}
-        past = None if state is None else state.taps
-        x_BTC, taps = short_conv(x_BTC, self.conv_weight, self.conv_bias, taps_BKC=past, **options)
+        x_BTC, taps = short_conv(
+            x_BTC,
+            self.conv_weight,
+            self.conv_bias,
+            taps_BKC=None if state is None else state.taps,
+            layout=layout,
+            need_state=need_state,
+            commit=commit,
+        )
         cut = F.silu(wide(x_BTC)).split([part.heads * part.dim for part in parts], dim=-1)
         heads = (x.unflatten(-1, (-1, part.dim)) for x, part in zip(cut, parts, strict=True))
         scaled = (x if part.length is None else l2_norm(x) * part.length for x, part in zip(heads, parts, strict=True))

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, M model width, H query heads, G key/value heads, D h
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,18 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
 from linearize.mixers.gates import copy_projection, repeat_heads, rotate, split_heads, wide
-from linearize.mixers.layer_mixer import AttentionWeights, LayerMixer, LayerMixerConfig, RecurrentState, last
+from linearize.mixers.layer_mixer import (
+    AttentionWeights,
+    LayerMixer,
+    LayerMixerConfig,
+    MixOptions,
+    RecurrentState,
+    recurrence_options,
+)
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
+from linearize.ops.recurrent.decay_linear import DISPATCH as DECAY_LINEAR
 from linearize.ops.recurrent.decay_linear import decay_linear
-from linearize.ops.recurrent.decay_linear.backends import DISPATCH as DECAY_LINEAR
 
 NORM_EPS = 1e-5  # of the published GroupNorm, which has no weights
 
@@ -80,21 +87,13 @@ class Retention(LayerMixer):
         return self.q_proj(hidden_BTM), self.k_proj(hidden_BTM), self.v_proj(hidden_BTM)
 
     def mix(
-        self,
-        *projected: Tensor,
-        layout: Layout,
-        state: RecurrentState | None = None,
-        need_state: bool = True,
-        commit: int | None = None,
-        outputs: int | None = None,
+        self, *projected: Tensor, outputs: int | None = None, **options: Unpack[MixOptions]
     ) -> tuple[Tensor, RecurrentState | None]:
         """See `LayerMixer.mix`."""
-        q, k, v = projected
-        tokens, asked = q.shape[1], q.shape[1] if outputs is None else outputs
-        queries = self._mapped(last(q, outputs), layout.part(tokens - asked, tokens))
-        memory = None if state is None else state.memory
-        options: dict[str, Any] = {"layout": layout, "state": memory, "need_state": need_state, "commit": commit}
-        y, memory = decay_linear(queries, *self._inputs(k, v, layout), **options)
+        (q, k, v), layout = projected, options["layout"]
+        first = 0 if outputs is None else q.shape[1] - outputs
+        queries = self._mapped(q[:, first:], layout.part(first, q.shape[1]))
+        y, memory = decay_linear(queries, *self._inputs(k, v, layout), **recurrence_options(options))
         y = F.layer_norm(y, (self.shape.value_dim,), eps=NORM_EPS)
         out = self.out_proj(y.transpose(1, 2).flatten(-2).to(q.dtype))
         return out, None if memory is None else RecurrentState(memory)
@@ -133,9 +132,9 @@ class Retention(LayerMixer):
         x_BHTD = F.relu(x_BHTD @ wide(self.map_weight) + wide(self.map_bias)[:, None])
         return rotate(x_BHTD, layout, self.shape.rope_theta)
 
-    def operations(self, asked: Query) -> list[tuple[Dispatcher, Call]]:
+    def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
-        return [(DECAY_LINEAR, asked.wide().call(Call))]
+        return [(DECAY_LINEAR, query.wide().call(Call))]
 
     def cost(self, element_size: int) -> MixerCost:
         """State in at least fp32, decayed, written and read; the map of q and k."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Self
+from typing import Self
 
 from pydantic import model_validator
 from torch import Tensor
@@ -61,8 +61,9 @@ class WindowMixer(AttentionMixer):
     ) -> tuple[Tensor, WindowLinearState | None]:
         """See `Mixer.forward`."""
         spec = self.spec(scaling=scaling, softcap=softcap, branch=branch)
-        options: dict[str, Any] = {"layout": layout, "state": state, "need_state": need_state, "commit": commit}
-        return window_linear(q_BHUD, k_BGTD, v_BGTV, spec=spec, **options)
+        return window_linear(
+            q_BHUD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=state, need_state=need_state, commit=commit
+        )
 
     def advance(  # type: ignore[override]
         self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None

@@ -6,21 +6,21 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.utils import TransformersKwargs
 
 from linearize.errors import InputError
-from linearize.modeling.cache import MixerCacheLayer, Pending, Run
+from linearize.modeling.cache import MixerCacheLayer, Pending, Run, RunOptions
 from linearize.modeling.projections import key_projection
 from linearize.modeling.static.cache import Place, StaticMixerLayer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
     from linearize.mixers import LayerMixer
-    from linearize.mixers.base import Mixer
+    from linearize.mixers.base import Mixer, MixerState
     from linearize.ops.window_linear import Branch
 
 
@@ -56,7 +56,7 @@ class MixerCall:
 
 
 @functools.cache
-def parameter_names(forward: Any) -> tuple[str, ...]:
+def parameter_names(forward: Callable[..., object]) -> tuple[str, ...]:
     """Names of the parameters after `self`, without `*args` and `**kwargs`."""
     named: Iterable[inspect.Parameter] = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
@@ -76,13 +76,13 @@ def require_call(mixer_call: MixerCall | None, module: nn.Module) -> MixerCall:
     return mixer_call
 
 
-def refuse_unread(module: nn.Module, given: Mapping[str, Any], known: Collection[str] = ()) -> None:
+def refuse_unread(module: nn.Module, arguments: Mapping[str, object], known: Collection[str] = ()) -> None:
     """Refuse tensors and caches that reach a converted layer under names that nothing reads there.
 
     Raises:
         InputError: one that is neither `known` nor handed through every forward.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if isinstance(value, Tensor | Cache) and name not in known and name not in READ_ELSEWHERE:
             raise InputError(f"{name} reached layer {module.layer_idx}, whose mixer does not read it: leave it out")
 
@@ -99,7 +99,7 @@ def mixer_attention(
     sliding_window: int | None = None,
     mixer_call: MixerCall | None = None,
     mixer_hidden: Tensor | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention through the layer's mixer, in transformers' calling convention.
 
@@ -111,7 +111,10 @@ def mixer_attention(
     """
     mixer_call = require_call(mixer_call, module)
     refuse_unread(module, others)
-    scores: dict[str, Any] = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
+    scores: dict[str, float | None] = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+    }
     layout = mixer_call.layout
     if mixer_call.attention_override is not None:
         y_BHTV = mixer_call.attention_override(
@@ -125,8 +128,8 @@ def mixer_attention(
 
     branch = mixer_call.branch_of(module.layer_idx)  # type: ignore[arg-type]
 
-    def run(raw: Pending, *, outputs: slice, **options: Any) -> tuple[Tensor, Any]:
-        y_and_state: tuple[Tensor, Any] = mixer(
+    def run(raw: Pending, *, outputs: slice, **options: Unpack[RunOptions]) -> tuple[Tensor, MixerState | None]:
+        y_and_state: tuple[Tensor, MixerState | None] = mixer(
             query[:, :, outputs], *raw.inputs, layout=raw.layout, branch=branch, **options, **scores
         )
         return y_and_state
@@ -162,7 +165,7 @@ class MixerLayer(nn.Module):
         self.mixer, self.layer_idx, self.arguments = mixer, layer_idx, frozenset(arguments)
 
     def forward(
-        self, hidden_states: Tensor, *_args: Any, mixer_call: MixerCall | None = None, **others: Any
+        self, hidden_states: Tensor, *_args: object, mixer_call: MixerCall | None = None, **others: object
     ) -> tuple[Tensor, None]:
         """`hidden_states: [B, T, M]` -> `[B, T, M]`. Masks, caches and rotary positions that the teacher's module would
         take are not used: documents, padding and state are in the call.
@@ -180,9 +183,8 @@ class MixerLayer(nn.Module):
         if mixer_call.cache is None:
             return mixer(hidden_states, layout=mixer_call.layout, need_state=False)[0], None
 
-        def run(raw: Pending, *, outputs: slice, **options: Any) -> tuple[Tensor, Any]:
-            asked = outputs.stop - outputs.start
-            return mixer.mix(*raw.inputs, layout=raw.layout, outputs=asked, **options)
+        def run(raw: Pending, *, outputs: slice, **options: Unpack[RunOptions]) -> tuple[Tensor, MixerState | None]:
+            return mixer.mix(*raw.inputs, layout=raw.layout, outputs=outputs.stop - outputs.start, **options)  # type: ignore[arg-type]  # its own state
 
         def cached(projected: tuple[Tensor, ...]) -> Tensor:
             return through_cache(mixer_call, self.layer_idx, mixer, projected, run)

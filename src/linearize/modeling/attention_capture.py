@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from linearize.mixers.layer_mixer import AttentionSample
 from linearize.modeling.probe import probe, routed
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
+
+if TYPE_CHECKING:
+    pass
 
 CAPTURE = "linearize_capture"
 
@@ -37,22 +40,25 @@ def attention_samples(
 
 
 def calibrate(
-    student: Any, teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]], layers: Sequence[int] | None = None
+    student: Any,
+    teacher: PreTrainedModel,
+    batches: Sequence[dict[str, Tensor]],
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Calibrate those mixers of a student (of `layers`, None: of all) whose config asks for it.
 
     Raises:
         InputError: a mixer that has nothing to calibrate.
     """
-    wanted = {
+    calibrated = {
         layer: mixer
         for layer, mixer in student.mixers().items()
         if getattr(mixer.config, "initialise", None) == "calibrate" and (layers is None or layer in layers)
     }
-    if wanted:
-        samples = attention_samples(teacher, batches, sorted(wanted))
+    if calibrated:
+        samples = attention_samples(teacher, batches, sorted(calibrated))
         with torch.no_grad():
-            for layer, mixer in wanted.items():
+            for layer, mixer in calibrated.items():
                 mixer.calibrate(samples[layer])
 
 
@@ -92,7 +98,7 @@ def _capture(
     softcap: float | None = None,
     sliding_window: int | None = None,
     linearize_capture: tuple[Layout, dict[nn.Module, dict[str, Any]]] | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     assert linearize_capture is not None
     layout, inside = linearize_capture

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from linearize.modeling.attention import ATTENTION
+from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.library_internals import set_attention
 from linearize.modeling.probe import attention_configs
 from linearize.modeling.student import LinearizedForCausalLM
@@ -33,7 +34,7 @@ class HiddenInput:
     hidden: Tensor | None = None
     as_tuple: bool = False
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> HiddenInput:
+    def __deepcopy__(self, _memo: dict[int, object]) -> HiddenInput:
         return self
 
     @contextmanager
@@ -137,7 +138,11 @@ class LoadedBlocks:
 
 
 def make_block(
-    teacher: Any, span: range, layers: str, hidden_input: HiddenInput, student: LinearizedForCausalLM | None = None
+    teacher: Any,
+    span: range,
+    layers: str,
+    hidden_input: HiddenInput,
+    student: LinearizedForCausalLM | None = None,
 ) -> Block:
     """A block of trees that hold its layers alone: from now on both start from what `hidden_input` holds."""
     trees = [teacher] if student is None else [teacher, student.lm]
@@ -151,7 +156,7 @@ def make_block(
     )  # fmt: skip
 
 
-def student_around(lm: PreTrainedModel, config: Any) -> LinearizedForCausalLM:
+def student_around(lm: PreTrainedModel, config: LinearizeConfig) -> LinearizedForCausalLM:
     """A student of layers that hold their mixers already."""
     if all(entry is not None for entry in config.plan):  # as `surgery.install`: no layer needs a T x T mask
         for own in attention_configs(lm):
@@ -198,7 +203,7 @@ def reached(
     def stop_before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-    def stop_after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def stop_after(_module: nn.Module, _args: object, _kwargs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
     if before:
@@ -207,8 +212,8 @@ def reached(
         hook = module.register_forward_hook(stop_after, with_kwargs=True)
     try:
         model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **options)
-    except _Reached as found:
-        return found.hidden
+    except _Reached as stop:
+        return stop.hidden
     finally:
         hook.remove()
     raise AssertionError("the module was never called")

@@ -9,9 +9,9 @@ inside the next call, which runs accepted and new tokens as one (The Mamba in th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,17 +23,25 @@ from linearize.modeling.library_internals import register_cache_layer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
-    from linearize.mixers.base import Mixer
+    from linearize.mixers.base import Mixer, MixerState
 
 HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not a draft
+
+
+class RunOptions(TypedDict):
+    """Keywords that a cache layer calls a mixer with: see `Mixer`."""
+
+    state: MixerState | None
+    commit: int | None
+    need_state: bool
 
 
 class Run(Protocol):
     """Runs a mixer over raw inputs, with outputs for the new tokens `outputs` (a slice of them), the last of `raw`."""
 
     def __call__(
-        self, raw: Pending, *, state: Any, commit: int | None, need_state: bool, outputs: slice
-    ) -> tuple[Tensor, Any]: ...
+        self, raw: Pending, *, state: MixerState | None, commit: int | None, need_state: bool, outputs: slice
+    ) -> tuple[Tensor, MixerState | None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +78,7 @@ class Pending:
         """The same inputs in memory of their own: a view would keep what was dropped alive."""
         return Pending(tuple(_owned(x) for x in self.inputs), self.time_dim, self.layout)
 
-    def map_batch(self, change: Any) -> Pending:
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> Pending:
         """The same inputs with `change` applied to each tensor."""
         position = self.layout.position_BT
         if position is not None:
@@ -95,14 +103,14 @@ class MixerCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, **_: object) -> None:
         """Keywords are what transformers tells every layer of a cache (`max_cache_len`): nothing here has a size."""
         super().__init__()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state: Any = None
+        self.state: MixerState | None = None
         self.pending: Pending | None = None
         self.accepted = 0  # pending tokens that no `crop` can drop any more: none of them, or all
         self.has_dead = False  # whether a column may be dead in some row: padding, or tokens that it did not keep
@@ -110,13 +118,15 @@ class MixerCacheLayer(CacheLayerMixin):
         self.record_past = False
         self.cumulative_length = 0
         self.is_initialized = False
-        self._last_pass: weakref.ref[Any] | None = None
+        self._last_pass: weakref.ref[object] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: the mixer makes its first state."""
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values through; `step` does the rest."""
         self.is_initialized = True
         return key_states, value_states
@@ -226,7 +236,7 @@ class MixerCacheLayer(CacheLayerMixin):
         """As a full cache would say: transformers asks the first layer for the mask of kept softmax layers."""
         return self.cumulative_length + query_length, 0
 
-    def _map_batch(self, change: Any) -> None:
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self.state = None if self.state is None else self.state.map_batch(change)
         self.pending = None if self.pending is None else self.pending.map_batch(change)
 

@@ -6,11 +6,13 @@ A forward with `**kwargs` takes the other name without an error and ignores it, 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers import Cache, GenerationMixin
+from transformers.utils import ModelOutput
 
 from linearize.errors import InputError
 
@@ -28,7 +30,7 @@ def with_cache(model: nn.Module, cache: Cache | None) -> dict[str, Cache | None]
     return {cache_argument(model): cache}
 
 
-def cache_of(output: Any) -> Cache | None:
+def cache_of(output: ModelOutput) -> Cache | None:
     """The cache in a model's output, under either name."""
     cache: Cache | None = output.get("cache")
     return cache if cache is not None else output.get("past_key_values")
@@ -52,7 +54,7 @@ def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | N
 
 
 @cache
-def _argument_of(forward: Any) -> CacheArgument:
+def _argument_of(forward: Callable[..., object]) -> CacheArgument:
     parameters = inspect.signature(forward).parameters
     return next((name for name in NAMES if name in parameters), _library_argument())
 

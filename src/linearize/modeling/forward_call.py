@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +84,8 @@ def prepare_call(
     elif position_ids is None and layout.position_BT is not None:
         position_ids = layout.position_BT.clamp(min=0)  # counted from each row's first token
     if use_cache is None:
-        wanted = config.use_cache is not False and getattr(getattr(lm, "config", config), "use_cache", True)
-        use_cache = cache is not None or bool(wanted and not lm.training and not is_packed)
+        by_config = config.use_cache is not False and getattr(getattr(lm, "config", config), "use_cache", True)
+        use_cache = cache is not None or bool(by_config and not lm.training and not is_packed)
     use_cache = use_cache and not replayed
     if use_cache and is_packed and any(entry is None for entry in config.plan):
         raise InputError(
@@ -133,7 +133,7 @@ def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
     Raises:
         InputError: a cache that was filled by another model, or of a kind that holds no mixer's state.
     """
-    layers: list[Any] = cache.layers
+    layers = cache.layers
     is_static = isinstance(cache, StaticCache) and not all(config.plan)
     fits = (
         not (is_static and any(isinstance(layer, StaticLayer) for layer in layers))
@@ -162,22 +162,22 @@ def _apart(position_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Ten
     return position_ids.expand_as(live_BT).masked_fill(~live_BT, 0)
 
 
-def check_keywords(owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+def check_keywords(owner: str, arguments: Mapping[str, object], known: Collection[str]) -> None:
     """Refuse keywords that a forward would take and ignore: a cache, a mask or positions under a name it does not
     handle change the result.
 
     Raises:
         InputError: an unknown keyword, or documents without positions.
     """
-    for name in given:
-        if name not in known and given[name] is not None:
+    for name in arguments:
+        if name not in known and arguments[name] is not None:
             raise unknown(f"argument of {owner}", name, sorted(known))
-        if name.endswith("_mask") and name != "attention_mask" and given[name] is not None:
+        if name.endswith("_mask") and name != "attention_mask" and arguments[name] is not None:
             raise InputError(f"{name}: mixers know one mask, attention_mask: [batch, past + tokens] of 0 and 1")
-    if given.get("is_causal") is False:
+    if arguments.get("is_causal") is False:
         raise InputError("is_causal=False: a mixer looks back only; leave it out")
-    documents = [name for name in DOCUMENT_KEYWORDS if given.get(name) is not None]
-    if documents and given.get("position_ids") is None:
+    documents = [name for name in DOCUMENT_KEYWORDS if arguments.get(name) is not None]
+    if documents and arguments.get("position_ids") is None:
         raise InputError(f"{documents[0]} without position_ids: pack rows with position_ids that restart per document")
 
 
@@ -187,7 +187,7 @@ def known_keywords(*modules: nn.Module) -> frozenset[str]:
 
 
 @functools.cache
-def _known(*forwards: Any) -> frozenset[str]:
+def _known(*forwards: Callable[..., object]) -> frozenset[str]:
     """`known_keywords`, put together once and not for every decoded token."""
     return COMMON.union(*map(parameter_names, forwards))
 
@@ -209,18 +209,18 @@ class BackboneHook:
         """The call's arguments by name, with those of the mixers; None where they are there already."""
         if kwargs.get("mixer_call") is not None or kwargs.get("linearize_probe_calls") is not None:
             return None
-        given = dict(zip(parameter_names(type(backbone).forward), args, strict=False)) | kwargs
-        check_keywords(type(backbone).__name__, given, known_keywords(backbone) | {"cache", "past_key_values"})
-        tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        arguments = dict(zip(parameter_names(type(backbone).forward), args, strict=False)) | kwargs
+        check_keywords(type(backbone).__name__, arguments, known_keywords(backbone) | {"cache", "past_key_values"})
+        tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         call = prepare_call(
             self.config,
             backbone,
             tokens=tokens,
-            attention_mask=given.get("attention_mask"),
-            position_ids=given.get("position_ids"),
-            cache=given_cache(given.pop("cache", None), given.pop("past_key_values", None)),
-            use_cache=given.get("use_cache"),
+            attention_mask=arguments.get("attention_mask"),
+            position_ids=arguments.get("position_ids"),
+            cache=given_cache(arguments.pop("cache", None), arguments.pop("past_key_values", None)),
+            use_cache=arguments.get("use_cache"),
         )
-        given |= {"attention_mask": call.attention_mask, "position_ids": call.position_ids}
-        given |= {cache_argument(backbone): call.cache, "use_cache": call.use_cache, "mixer_call": call.mixer_call}
-        return (), given
+        arguments |= {"attention_mask": call.attention_mask, "position_ids": call.position_ids}
+        arguments |= {cache_argument(backbone): call.cache, "use_cache": call.use_cache, "mixer_call": call.mixer_call}
+        return (), arguments

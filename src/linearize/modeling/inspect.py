@@ -133,12 +133,12 @@ def _sites_by_config(model: PreTrainedModel) -> list[AttentionSite]:
 
 def list_of_blocks(model: nn.Module, count: int) -> str:
     """The name of the list that holds the model's blocks."""
-    found = [
+    lists = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if not found:
+    if not lists:
         raise InputError(f"{type(model).__name__}: has no list of {count} blocks, so its layers cannot be told apart")
-    return found[0]
+    return lists[0]
 
 
 def _layer(lm: nn.Module, site: AttentionSite, config: PreTrainedConfig, element_size: int) -> dict[str, Any]:
@@ -236,8 +236,8 @@ def _backends(config: MixerConfig, shape: AttentionShape, device: str, dtype: to
         mixer = config.build(shape)
     rows = []
     for name, tokens, past, gradients in SITUATIONS:
-        asked = Query(device=device, dtype=dtype, tokens=tokens, past=past, gradients=gradients)
-        for dispatcher, call in mixer.operations(asked):
+        query = Query(device=device, dtype=dtype, tokens=tokens, past=past, gradients=gradients)
+        for dispatcher, call in mixer.operations(query):
             backend, why = dispatcher.choice(call)
             row = {"mixer": str(config.name), "call": name, "operation": dispatcher.operation}  # type: ignore[attr-defined]
             rows.append(row | {"backend": backend, "why": why})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
 
 # transformers 5.23: configs
@@ -71,7 +71,7 @@ def prepare_special_tokens(model: Any, config: GenerationConfig) -> None:
     model._prepare_special_tokens(config, True, device=model.device)
 
 
-def logits_processors(model: Any, config: GenerationConfig, prompt_length: int) -> Any:
+def logits_processors(model: Any, config: GenerationConfig, prompt_length: int) -> LogitsProcessorList:
     """Return the logits processors that `generate` would run (`generation/utils.py`)."""
     return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=model.device)
 
@@ -186,11 +186,11 @@ def remove_pre_hooks(module: nn.Module, kind: type) -> None:
 def without_sharding(unit: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
     """Return the class of a unit before `fully_shard`, and its attributes without sharding (`distributed/fsdp`)."""
     kind: Any = type(unit).__mro__[2]  # after the class that fully_shard made, and its own
-    held = {key: value for key, value in vars(unit).items() if not key.startswith("__composable_api_")}
+    attributes = {key: value for key, value in vars(unit).items() if not key.startswith("__composable_api_")}
     for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-        kept = {key: hook for key, hook in held[hooks].items() if not _is_sharding(hook)}
-        held[hooks] = type(held[hooks])(kept)
-    return kind, held
+        kept = {key: hook for key, hook in attributes[hooks].items() if not _is_sharding(hook)}
+        attributes[hooks] = type(attributes[hooks])(kept)
+    return kind, attributes
 
 
 def _is_sharding(hook: Any) -> bool:

@@ -23,9 +23,9 @@ class ParameterSlot(NamedTuple):
 
     def get(self) -> nn.Parameter:
         """The parameter that is there now."""
-        found = self.module._parameters[self.key]
-        assert found is not None
-        return found
+        parameter = self.module._parameters[self.key]
+        assert parameter is not None
+        return parameter
 
     def put(self, value: nn.Parameter) -> None:
         """Another parameter in its place."""
@@ -37,23 +37,23 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, told without importing it
 
 
-def sync_gradients(model: nn.Module, wanted: bool) -> None:
+def sync_gradients(model: nn.Module, enabled: bool) -> None:
     """Whether the next backward pass adds up gradients of sharded weights over the ranks; off until the last
     micro-batch."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(wanted)
+            module.set_requires_gradient_sync(enabled)
 
 
-def plain_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def plain_copy(unit: nn.Module, memo: dict[int, object]) -> nn.Module:
     """A deep copy of a sharded unit as the module that it was, with parts as they lie in each process; see
     `gather_while_running`. `memo`: as of `copy.deepcopy`."""
-    kind, held = without_sharding(unit)
+    kind, attributes = without_sharding(unit)
     made: nn.Module = kind.__new__(kind)
     memo[id(unit)] = made
-    vars(made).update(copy.deepcopy(held, memo))
+    vars(made).update(copy.deepcopy(attributes, memo))
     return made
 
 
@@ -67,11 +67,11 @@ def gather_while_running(unit: nn.Module) -> None:
     ]
     sharded = [(place, place.get()) for place in places if is_sharded(place.get())]
 
-    def gather(*_: Any) -> None:
+    def gather(*_: object) -> None:
         for place, part in sharded:
             place.put(nn.Parameter(gathered(part.detach()), requires_grad=False))
 
-    def release(*_: Any) -> None:
+    def release(*_: object) -> None:
         for place, part in sharded:
             place.put(part)
 
@@ -104,8 +104,8 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     if is_sharded(value):
         return value
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    found: Tensor = distribute_tensor(value.detach().to(mesh.device_type), mesh, like.placements)  # type: ignore[attr-defined]
-    return found
+    sharded: Tensor = distribute_tensor(value.detach().to(mesh.device_type), mesh, like.placements)  # type: ignore[attr-defined]
+    return sharded
 
 
 @torch.no_grad()
@@ -137,18 +137,18 @@ def _on_first(tensor: Tensor) -> Tensor:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; all ranks call it."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return found
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
 
 
 def units_of(tree: nn.Module) -> list[nn.Module]:
     """What is sharded as a unit: the children of every decoder layer that hold matrices."""
-    found = []
+    units = []
     for block in decoder_layers(tree):
         for child in block.children():
             if any(p.dim() > 1 for _, p in base_parameters(child)):
-                found.append(child)
-    return found
+                units.append(child)
+    return units
 
 
 def base_parameters(unit: nn.Module) -> list[tuple[str, nn.Parameter]]:

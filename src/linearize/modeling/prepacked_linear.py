@@ -82,26 +82,26 @@ class _Store:
         with torch.inference_mode(False), torch.no_grad():
             self.blocks: Tensor = packed_weight(weight.detach(), LAID_OUT_FOR)
         self._shape = weight.shape
-        self._held: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._weights: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
         self._again: dict[int, nn.Parameter] = {}
 
     def take(self, name: int, weight: Tensor) -> nn.Parameter:
         """What stands in the place of the weight, which is remembered by `name`: its shape, no numbers."""
-        self._held[name] = weakref.ref(weight), weight.requires_grad
+        self._weights[name] = weakref.ref(weight), weight.requires_grad
         return nn.Parameter(torch.empty(self._shape, device="meta"), requires_grad=False)
 
     def give_back(self, name: int) -> nn.Parameter:
         """The parameter itself, or one that is equal to it."""
-        reference, trained = self._held[name]
-        if isinstance(found := reference(), nn.Parameter):
-            return found
+        reference, trained = self._weights[name]
+        if isinstance(weight := reference(), nn.Parameter):
+            return weight
         if name not in self._again:
             self._again[name] = nn.Parameter(self._plain(), requires_grad=trained)
         return self._again[name]
 
     def _plain(self) -> Tensor:
         """The numbers: one storage for all parameters that had one."""
-        alive = [found for reference, _ in self._held.values() if (found := reference()) is not None]
+        alive = [weight for reference, _ in self._weights.values() if (weight := reference()) is not None]
         for parameter in (*alive, *self._again.values()):
             return parameter.detach()
         with torch.inference_mode(False), torch.no_grad():

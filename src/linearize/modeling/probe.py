@@ -78,9 +78,9 @@ def _inputs_noted(model: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     hidden: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(given, Tensor):
-            hidden[module] = given
+        arriving = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(arriving, Tensor):
+            hidden[module] = arriving
 
     known = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in known]
@@ -127,12 +127,12 @@ def routed(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
     """The config objects of a model's modules, each once."""
-    found: dict[int, PreTrainedConfig] = {}
+    configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
+            configs[id(config)] = config
+    return list(configs.values())
 
 
 def _probe_attention(

@@ -88,8 +88,8 @@ def are_read_rightly(module: nn.Module, hidden_BTM: Tensor, seen: Parts, shape: 
         return True
     normed = any("norm" in type(part).__name__.lower() for part in module.modules())
     try:
-        given = [layer(hidden_BTM) for layer in layers] if cut is None else cut(layers[0](hidden_BTM), shape)
-        for i, (mine, theirs) in enumerate(zip(given, seen, strict=True)):
+        projected = [layer(hidden_BTM) for layer in layers] if cut is None else cut(layers[0](hidden_BTM), shape)
+        for i, (mine, theirs) in enumerate(zip(projected, seen, strict=True)):
             if i == 2 or not normed:
                 heads = mine.unflatten(-1, (theirs.shape[1], -1)).transpose(1, 2)
                 few = slice(None) if i == 2 else slice(1)
@@ -121,8 +121,8 @@ def _inputs(module: Any) -> tuple[list[Any], Callable[[Tensor, AttentionShape], 
 
 def _output(module: Any) -> nn.Module:
     for name in OUTPUTS:
-        if isinstance(found := getattr(module, name, None), nn.Module):
-            return found
+        if isinstance(layer := getattr(module, name, None), nn.Module):
+            return layer
     raise InputError(f"{type(module).__name__} has no output projection (known: {', '.join(OUTPUTS)})")
 
 

@@ -83,7 +83,7 @@ def _check(index: int, layer: Any, rows: int, total: int, *, ragged: bool) -> No
         )
 
 
-def _is_whole(layer: Any) -> bool:
+def _is_whole(layer: object) -> bool:
     return isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from linearize.memory import MappedFiles
 from linearize.modeling.parallel import ParameterSlot, base_parameters, units_of, whole
@@ -27,16 +28,16 @@ class SharedShards:
     owner: Any
     borrower: nn.Module
     slots: list[tuple[ParameterSlot, ParameterSlot]]  # the borrower's, the owner's
-    handles: list[Any] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     def begin(self) -> None:
         """From now on the borrower's forward gathers the owner's weights, and lets them go at its end."""
 
-        def gather(*_: Any) -> None:
+        def gather(*_: object) -> None:
             self.owner.unshard()
             self._follow()
 
-        def release(*_: Any) -> None:
+        def release(*_: object) -> None:
             self.owner.reshard()
             self._follow()
 
@@ -146,13 +147,13 @@ def set_shards(model: nn.Module, shards: Shards) -> None:
 
 def _slots(trees: Sequence[nn.Module]) -> dict[int, list[ParameterSlot]]:
     """By parameter, every place that holds it."""
-    found: dict[int, list[ParameterSlot]] = {}
+    slots: dict[int, list[ParameterSlot]] = {}
     for tree in trees:
         for module in tree.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    found.setdefault(id(parameter), []).append(ParameterSlot(module, key))
-    return found
+                    slots.setdefault(id(parameter), []).append(ParameterSlot(module, key))
+    return slots
 
 
 def _unit_with(module: nn.Module, trees: Sequence[nn.Module]) -> nn.Module:

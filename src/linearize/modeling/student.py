@@ -49,11 +49,11 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         if lm is None:
             from linearize.modeling.surgery import install
 
-            wanted = attention_of(config)
+            attention = attention_of(config)
             lm = AutoModelForCausalLM.from_config(
                 config.teacher_config(),
                 dtype=torch.get_default_dtype(),
-                attn_implementation=None if wanted == "sdpa" else wanted,
+                attn_implementation=None if attention == "sdpa" else attention,
             )
             install(lm, config.mixers(), config.attention, config.attention_shapes(), start=False)
         self.lm = lm
@@ -170,12 +170,12 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def mixers(self) -> dict[int, Mixer]:
         """The mixers by layer."""
-        found: dict[int, Mixer] = {}
+        mixers: dict[int, Mixer] = {}
         for layer, (name, entry) in enumerate(zip(self.config.attention, self.config.plan, strict=True)):
             if entry is not None:
                 mixer: Any = self.lm.get_submodule(name).mixer
-                found[layer] = mixer
-        return found
+                mixers[layer] = mixer
+        return mixers
 
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that the plan added, by name."""
@@ -242,9 +242,9 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         model, info = loaded
         wrong = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys") if info.get(k)}
         if wrong:
-            told = "; ".join(f"{k.split('_')[0]}: {', '.join(map(str, names))}" for k, names in wrong.items())
+            differences = "; ".join(f"{k.split('_')[0]}: {', '.join(map(str, names))}" for k, names in wrong.items())
             raise InputError(
-                f"the weights in {Path(str(pretrained_model_name_or_path)).name} do not fit its plan ({told})"
+                f"the weights in {Path(str(pretrained_model_name_or_path)).name} do not fit its plan ({differences})"
             )
         apply_adapters(model, pretrained_model_name_or_path)
         return (model, info) if wants_info else model

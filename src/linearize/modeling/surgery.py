@@ -71,8 +71,8 @@ def install(
     Raises:
         InputError: a layer mixer for attention that it cannot start from; `lm` is unchanged then.
     """
-    wanted = range(len(plan)) if layers is None else layers
-    made = {i: _made(lm.get_submodule(names[i]), mixer, shapes[i], start) for i in wanted if (mixer := plan[i])}
+    converted = range(len(plan)) if layers is None else layers
+    made = {i: _made(lm.get_submodule(names[i]), mixer, shapes[i], start) for i in converted if (mixer := plan[i])}
     routed: dict[int, PreTrainedConfig] = {}
     for i, built in made.items():
         if isinstance(built, LayerMixer):
@@ -92,11 +92,11 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
         InputError: weights that are offloaded.
     """
     mixer = config.build(shape)
-    held = list(module.parameters())
-    if not held:
+    parameters = list(module.parameters())
+    if not parameters:
         return mixer
     check_not_offloaded(module)
-    dtype = next((p.dtype for p in held if p.is_floating_point() and p.itemsize > 1), None)
+    dtype = next((p.dtype for p in parameters if p.is_floating_point() and p.itemsize > 1), None)
     if isinstance(mixer, LayerMixer) and start and mixer.config.initialise != "random":
         with whole(module):
             mixer.start_from(attention_weights(module, shape))
@@ -105,9 +105,9 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
                     parameter.data = parameter.data.clone()
     for name, parameter in mixer.named_parameters():
         keeps = dtype is None or mixer.fp32_parameters is None or name in mixer.fp32_parameters
-        parameter.data = parameter.data.to(device=held[0].device, dtype=parameter.dtype if keeps else dtype)
+        parameter.data = parameter.data.to(device=parameters[0].device, dtype=parameter.dtype if keeps else dtype)
     for buffer in mixer.buffers():
-        buffer.data = buffer.data.to(held[0].device)
+        buffer.data = buffer.data.to(parameters[0].device)
     return mixer
 
 
@@ -123,6 +123,8 @@ def _route(module: Any, mixer: Mixer, routed: dict[int, PreTrainedConfig]) -> No
         module.register_forward_pre_hook(_hand_on_hidden, with_kwargs=True)
 
 
-def _hand_on_hidden(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _hand_on_hidden(
+    _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[object, dict[str, object]]:
     """The module's input as a keyword, which transformers passes on to the attention function."""
     return args, {**kwargs, "mixer_hidden": args[0] if args else kwargs["hidden_states"]}

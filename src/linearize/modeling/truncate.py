@@ -107,11 +107,11 @@ def cut_tree(lm: PreTrainedModel, sites: Sequence[str], layers: Sequence[int]) -
 def _cut(config: PreTrainedConfig, layers: Sequence[int]) -> None:
     """What a teacher's config says of its layers, of these alone."""
     for name in ENTRY_PER_LAYER:
-        if given := getattr(config, name, None):
-            setattr(config, name, [given[layer] for layer in layers])
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[layer] for layer in layers])
     for name in LAYER_NUMBERS:
-        if given := getattr(config, name, None):
-            setattr(config, name, [new for new, layer in enumerate(layers) if layer in given])
+        if values := getattr(config, name, None):
+            setattr(config, name, [new for new, layer in enumerate(layers) if layer in values])
     config.num_hidden_layers = len(layers)
 
 
@@ -123,8 +123,8 @@ def _check_config_describes(model: PreTrainedModel, lm: PreTrainedModel, blocks:
             built = type(model)(copy.deepcopy(model.config))
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise InputError(f"{family}: no config describes layers {list(layers)} alone ({one_line(error)})") from error
-    wanted, found = (_described(m.get_submodule(blocks)) for m in (model, built))
-    if different := sorted({name for name, _ in wanted ^ found}):
+    expected, actual = (_described(m.get_submodule(blocks)) for m in (model, built))
+    if different := sorted({name for name, _ in expected ^ actual}):
         layer = layers[int(different[0].partition(".")[0])]
         raise InputError(
             f"{family}: layer {layer} would be another kind of layer in a draft of layers {list(layers)} "
@@ -134,11 +134,11 @@ def _check_config_describes(model: PreTrainedModel, lm: PreTrainedModel, blocks:
 
 def _described(blocks: nn.Module) -> set[tuple[str, str]]:
     """What each module of the layers is: its class, its plain attributes, the sizes of its tensors."""
-    found = set()
+    modules = set()
     for name, module in blocks.named_modules():
         plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, SIMPLE)}
         plain.pop("training", None)
         sizes = {k: tuple(p.shape) for k, p in module.named_parameters(recurse=False)}
         if name:
-            found.add((name, f"{type(module).__name__} {sorted(plain.items(), key=lambda x: x[0])} {sizes}"))
-    return found
+            modules.add((name, f"{type(module).__name__} {sorted(plain.items(), key=lambda x: x[0])} {sizes}"))
+    return modules

@@ -55,8 +55,8 @@ class _GatedNorm(torch.autograd.Function):
         d_weight = weight.new_zeros(y.shape[2:])
         buffers = [torch.empty_like(d_y[:, at]) for at in _chunks(y)[:1] for _ in range(3)]
         for at in _chunks(y):
-            given, r, value = grad[:, at], scale[:, at], y[:, at]
-            slope, silu, normed = (x[:, : given.shape[1]] for x in buffers)
+            d_out, r, value = grad[:, at], scale[:, at], y[:, at]
+            slope, silu, normed = (x[:, : d_out.shape[1]] for x in buffers)
             torch.sigmoid(gate[:, at], out=slope)
             torch.mul(slope, gate[:, at], out=silu)
             slope.addcmul_(slope, silu, value=-1).add_(silu)  # of the SiLU: sigmoid + silu (1 - sigmoid)
@@ -64,7 +64,7 @@ class _GatedNorm(torch.autograd.Function):
                 torch.mul(value, silu, out=normed).mul_(r)
             else:
                 torch.mul(value, r, out=normed)
-            arriving = given if ctx.gate_first else torch.mul(given, silu, out=d_y[:, at])
+            arriving = d_out if ctx.gate_first else torch.mul(d_out, silu, out=d_y[:, at])
             d_weight += torch.mul(arriving, normed, out=d_gate[:, at]).sum((0, 1))
             d_normed = torch.mul(arriving, weight, out=d_y[:, at])
             mean = torch.mul(d_normed, normed, out=d_gate[:, at]).mean(-1, keepdim=True)
@@ -73,5 +73,5 @@ class _GatedNorm(torch.autograd.Function):
                 torch.mul(d_value, value, out=d_gate[:, at]).mul_(slope)
                 d_value.mul_(silu)
             else:
-                torch.mul(given, normed, out=d_gate[:, at]).mul_(weight).mul_(slope)
+                torch.mul(d_out, normed, out=d_gate[:, at]).mul_(weight).mul_(slope)
         return d_y, d_gate, d_weight if weight.dim() == 2 else d_weight.sum(0), None, None

@@ -112,9 +112,9 @@ class _Hedgehog(torch.autograd.Function):
             d_z = memory("z", *rows.shape[:2], heads * features, like=x)
             torch.sub(d_signed[..., 0, :], d_signed[..., 1, :], out=part.like_phi(d_z))
             if d_x is not None:
-                found = memory("rows", *rows.shape, like=x)
-                product_into(found, d_z, part.weight_gDX.mT)
-                block.of(d_x).copy_(found.unflatten(1, (-1, x.shape[-2])).transpose(0, 1))
+                d_rows = memory("rows", *rows.shape, like=x)
+                product_into(d_rows, d_z, part.weight_gDX.mT)
+                block.of(d_x).copy_(d_rows.unflatten(1, (-1, x.shape[-2])).transpose(0, 1))
             product_into(d_weight[block.groups], rows.mT, d_z, beta=1)
         d_weight = d_weight.unflatten(2, (heads, features)).transpose(1, 2)
         return None if d_x is None else d_x.view(x.shape), d_weight, None if d_gain is None else d_gain.view(gain.shape)

@@ -22,9 +22,9 @@ class Layout:
     """Positions of the T new tokens of a call.
 
     Plain (`position_BT` is None): no padding, no packing; token t has position `start + t` in every row.
-    Ragged: `position_BT` holds each token's position in its own document and -1 on dead tokens (padding, and guesses
-    that a row of the batch did not keep). A token whose position does not follow that of the last live token before it
-    opens a new document, from which no mixer may look back.
+    Ragged: `position_BT` holds each token's position in its own document and -1 on dead tokens (padding, and draft
+    tokens that a row of the batch did not keep). A token whose position does not follow that of the last live token
+    before it opens a new document, from which no mixer may look back.
     Static (`tail` is not None): ragged, and known without reading the positions: no token opens a document, and only
     the first `tail` tokens may be dead, each row's live ones in front. Every shape then follows from sizes alone, and
     no call waits for the device, as CUDA graphs demand.
@@ -67,8 +67,8 @@ class Layout:
         if "live" not in self.memo:
             live_BT = self.position_BT >= 0
             self.memo["live"] = live_BT if self.tail is not None or not bool(live_BT.all()) else None
-        found: Tensor | None = self.memo["live"]
-        return found
+        alive_BT: Tensor | None = self.memo["live"]
+        return alive_BT
 
     def gaps(self) -> bool:
         """Whether dead tokens stand between tokens of one document (or between past tokens and new ones)."""
@@ -80,8 +80,8 @@ class Layout:
             opens_BT = self.starts(self.position_BT.shape[1], self.position_BT.device)
             assert opens_BT is not None
             self.memo["gaps"] = bool((live_BT[:, 1:] & ~live_BT[:, :-1] & ~opens_BT[:, 1:]).any())
-        found: bool = self.memo["gaps"]
-        return found
+        has_gaps: bool = self.memo["gaps"]
+        return has_gaps
 
     def following(self) -> Tensor:
         """Of a static layout: the position of each row's first live token, `[B]`, contiguous."""
@@ -90,16 +90,16 @@ class Layout:
             position = self.position_BT
             first_B = position[:, 0] if self.tail == 0 else position.masked_fill(position < 0, MOST).amin(1)
             self.memo["following"] = first_B.contiguous()
-        found: Tensor = self.memo["following"]
-        return found
+        following_B: Tensor = self.memo["following"]
+        return following_B
 
     def live_first(self) -> Tensor:
         """The live tokens of each row in their order, then the dead ones, `[B, T]`."""
         assert self.position_BT is not None
         if "live first" not in self.memo:
             self.memo["live first"] = (self.position_BT < 0).long().argsort(dim=1, stable=True)
-        found: Tensor = self.memo["live first"]
-        return found
+        order_BT: Tensor = self.memo["live first"]
+        return order_BT
 
     def know(self, following_B: Tensor, live_BT: Tensor | None) -> None:
         """Take `following` and `live_first` as they were computed elsewhere."""
@@ -114,16 +114,16 @@ class Layout:
             position = None if self.position_BT is None else self.position_BT[:, start:stop]
             tail = None if self.tail is None else min(max(self.tail - start, 0), stop - start)
             self.memo[key] = Layout(self.start + start, position, tail)
-        found: Layout = self.memo[key]
-        return found
+        layout: Layout = self.memo[key]
+        return layout
 
     def then(self, new: Layout, num_tokens: tuple[int, int], rows: int, device: torch.device) -> Layout:
         """The layout of these tokens and the new ones after them; `num_tokens`: of both."""
         key = ("then", self)
         if key not in new.memo:
             new.memo[key] = _joined(self, new, num_tokens, rows, device)
-        found: Layout = new.memo[key]
-        return found
+        layout: Layout = new.memo[key]
+        return layout
 
     def keeping(self, counts_B: Sequence[int], first: int, num_tokens: int, device: torch.device) -> Layout:
         """The same tokens, of which row b keeps the first `counts_B[b]` from token `first` on: the rest are dead."""
@@ -133,8 +133,8 @@ class Layout:
             dead = torch.arange(num_tokens, device=device) - first >= count
             position = self.positions(num_tokens, device).expand(len(counts_B), -1)
             self.memo[key] = Layout(position_BT=position.masked_fill(dead, -1))
-        found: Layout = self.memo[key]
-        return found
+        layout: Layout = self.memo[key]
+        return layout
 
     def opens_inside(self, num_tokens: int, device: torch.device) -> bool:
         """Whether a document opens behind the first token of a row: rows are packed."""

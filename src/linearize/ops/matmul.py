@@ -29,8 +29,8 @@ def bf16_products(dtype: torch.dtype) -> Iterator[bool]:
     What was given in bf16 loses nothing; weights and sums lose what softmax attention in bf16 loses of its weights. The
     setting is oneDNN's, and the process's: products of other threads are computed so too in the meantime.
     """
-    wanted = dtype == torch.bfloat16 and _SETTING is not None and not torch.compiler.is_compiling()
-    if not (wanted and has_bf16_units()):
+    is_bf16 = dtype == torch.bfloat16 and _SETTING is not None and not torch.compiler.is_compiling()
+    if not (is_bf16 and has_bf16_units()):
         yield False
         return
     with _precision("bf16"):
@@ -86,11 +86,11 @@ def _is_narrow(a: Tensor, b: Tensor) -> bool:
     return b.shape[-1] < NARROW and b.shape[-1] < a.shape[-2]
 
 
-def _blend(out: Tensor, found: Tensor, beta: float, alpha: float) -> Tensor:
+def _blend(out: Tensor, result: Tensor, beta: float, alpha: float) -> Tensor:
     if beta == 0:
-        return torch.mul(found, alpha, out=out) if alpha != 1 else out.copy_(found)
+        return torch.mul(result, alpha, out=out) if alpha != 1 else out.copy_(result)
     assert beta == 1
-    return out.add_(found, alpha=alpha)
+    return out.add_(result, alpha=alpha)
 
 
 def _flat(out: Tensor) -> Tensor | None:

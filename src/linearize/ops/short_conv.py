@@ -57,9 +57,9 @@ def _documents(layout: Layout, past: int, x_BTC: Tensor) -> Tensor | None:
     if key not in layout.memo:
         starts = layout.starts(x_BTC.shape[1], x_BTC.device)
         layout.memo[key] = None if starts is None else F.pad(starts, (past, 0)).long().cumsum(-1)
-    found = layout.memo[key]
-    assert found is None or isinstance(found, Tensor)
-    return found
+    document_BS = layout.memo[key]
+    assert document_BS is None or isinstance(document_BS, Tensor)
+    return document_BS
 
 
 def _order(layout: Layout, past: int, tokens: int) -> Tensor:

@@ -52,6 +52,6 @@ def visible(layout: Layout, num_tokens: int, device: torch.device, sliding_windo
         if sliding_window is not None:
             seen = seen & (slot[:, None] - slot < sliding_window)
         layout.memo[memo] = seen[:, None]
-    found = layout.memo[memo]
-    assert isinstance(found, Tensor)
-    return found
+    mask = layout.memo[memo]
+    assert isinstance(mask, Tensor)
+    return mask

@@ -61,8 +61,8 @@ def packed(layout: Layout, rows: int, tokens: int, device: torch.device) -> Pack
     key = ("packed", rows, tokens)
     if key not in layout.memo:
         layout.memo[key] = _packed(layout, rows, tokens, device)
-    found: Packed = layout.memo[key]
-    return found
+    sequences: Packed = layout.memo[key]
+    return sequences
 
 
 def _packed(layout: Layout, rows: int, tokens: int, device: torch.device) -> Packed:
@@ -112,6 +112,6 @@ def in_sequences(
             torch.promote_types(value.dtype, torch.float32),
         )
         return torch.zeros_like(value), value.new_zeros(sizes, dtype=wide) if state_B is None else state_B
-    given = tuple(where.take(x) for x in inputs_BHT)
-    y, after = call(given, where.first_states(state_B), where.bounds)
+    sequences = tuple(where.take(x) for x in inputs_BHT)
+    y, after = call(sequences, where.first_states(state_B), where.bounds)
     return where.put(y), where.last_states(after, state_B)

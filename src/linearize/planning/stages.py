@@ -16,9 +16,8 @@ from linearize.planning.samples import Measured, Numbers, Whole, measured
 from linearize.recipes.schema import Recipe
 from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_bytes, check_block, choose_block
 from linearize.training.blockwise.budget import fitting_blocks
-from linearize.training.config import BlockwiseConfig, StageConfig
+from linearize.training.config import BlockwiseConfig, StageConfig, as_steps, count_steps
 from linearize.training.dataset_stage import DEFAULT_LENGTH, DatasetStageConfig
-from linearize.training.schedule import as_steps, count_steps
 from linearize.training.stages.distill import DistillConfig
 
 HELDOUT_ROWS = 8

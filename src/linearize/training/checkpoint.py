@@ -33,7 +33,7 @@ class Checkpoint:
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
-    identity: dict[str, Any]
+    identity: dict[str, object]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False) -> None:
@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, last: bool = False)
 
 
 def load_checkpoint(
-    folder: Path, *, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    folder: Path, *, identity: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint | None:
     """The newest intact checkpoint in `folder`, with tensors on the CPU, or None if there is none.
 
@@ -165,7 +165,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return crc32(tensors, "/".join((metadata["scalars"], metadata["identity"])).encode())
 
 
-def check_identity(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_identity(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
     """Raise `InputError` for a checkpoint of another run; the message names the first settings that differ."""
     old, new = _flat(saved), _flat(current)
     differing = [key for key in sorted({*old, *new}) if old.get(key, "unset") != new.get(key, "unset")]
@@ -177,7 +177,7 @@ def check_identity(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
         )
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ from linearize.training.loop import Rows, StageResult, run_stage
 from linearize.training.progress import LineProgress, Progress
 from linearize.training.student_run import unshare
 from linearize.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearize.modeling import LinearizedForCausalLM
 
 DEFAULT_LENGTH = 1024
 _NO_HELDOUT = {"schedule": "plateau", "keep_best": True}
@@ -65,7 +70,7 @@ class DatasetStageConfig(StageConfig):
             raise ValueError(f"{', '.join(wrong)} needs a held-out loss, which stage {self.name!r} does not measure")
         return self
 
-    def check_data(self, tokenizer: Any, context: int | None = None) -> None:
+    def check_data(self, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> None:
         """Read the data and raise early for what the stage cannot use; changes nothing.
 
         Args:
@@ -75,7 +80,7 @@ class DatasetStageConfig(StageConfig):
         """
         self.rows(tokenizer, context)
 
-    def rows(self, tokenizer: Any, context: int | None) -> Sequence[Any]:
+    def rows(self, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Sequence[Sized]:
         """The data as tokens; the length of a row is its tokens. Raises InputError for data that cannot be used."""
         raise NotImplementedError
 
@@ -93,14 +98,14 @@ class DatasetStageConfig(StageConfig):
             )
         return self.length
 
-    def trained_parameters(self, student: Any, teacher: Any) -> ParameterGroup:
+    def trained_parameters(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> ParameterGroup:
         """The parameters to train, in tensors not shared with the teacher. Raises InputError if there are none."""
         names = list(student.mixer_parameters() if self.train == "mixers" else dict(student.named_parameters()))
         if not names:
             raise InputError(f"stage {self.name!r}: the mixers of this student have no parameters; set train to all")
         if self.train == "all" and kept_adapters(student) is not None:
-            student.adapter_state.kept = None  # their product is in the weights, and those move now
-        student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
+            # their product is in the weights, and those move now
+            student.adapter_state = replace(student.adapter_state, kept=None)
         return ParameterGroup(unshare(student, teacher, names))
 
     def run(self, job: StageJob) -> StageResult:
@@ -112,7 +117,7 @@ class DatasetStageConfig(StageConfig):
         Raises:
             InputError: nothing to train, or a folder of another run; RuntimeError: the loss is not finite.
         """
-        rows: Sequence[Any] = current().share(lambda: self.rows(job.tokenizer, job.context))
+        rows: Sequence[Sized] = current().share(lambda: self.rows(job.tokenizer, job.context))
         student, name = job.student, job.name or self.name
         if self.chat_template is not None:
             job.tokenizer.chat_template = template_text(self.chat_template)
@@ -158,11 +163,11 @@ class StageJob:
     progress and logs, None: the stage's. With a `chat_template` in the stage's settings, `tokenizer` gets that one.
     """
 
-    student: Any
-    teacher: Any
-    tokenizer: Any
+    student: LinearizedForCausalLM
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     folder: Path
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, object] = field(default_factory=dict)
     seed: int = 0
     progress: Progress | None = None
     tracker: Tracker | None = None
@@ -230,5 +235,5 @@ def without_dropout(student: nn.Module) -> Iterator[None]:
             setattr(module, key, rate)
 
 
-def _digest(rows: Sequence[Any]) -> str:
+def _digest(rows: Sequence[Sized]) -> str:
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]

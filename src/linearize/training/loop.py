@@ -14,10 +14,9 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.training.checkpoint import Checkpoint
-from linearize.training.config import Batch, StageConfig, StageRun
+from linearize.training.config import Batch, Plateau, StageConfig, StageRun, as_steps, count_steps, lr_factor
 from linearize.training.progress import Progress
 from linearize.training.saved import load_stage, save_stage
-from linearize.training.schedule import Plateau, as_steps, count_steps, lr_factor
 from linearize.training.step import Stepper, check_finite
 from linearize.training.tracking import Tracker
 
@@ -86,7 +85,7 @@ def run_stage(
     length: int,
     rows: Rows | None = None,
     checkpoint_dir: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
+    identity: Mapping[str, object] | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     tracker: Tracker | None = None,
@@ -149,7 +148,7 @@ class _Loop:
         self.state = _State()
         self.best: dict[str, Tensor] = {}
         self.folder: Path | None = None
-        self.identity: dict[str, Any] = {}
+        self.identity: dict[str, object] = {}
         self.progress: Progress | None = None
         self.tracker: Tracker | None = None
         if config.gradient_checkpointing:
@@ -157,7 +156,7 @@ class _Loop:
                 raise InputError(f"stage {name!r} cannot checkpoint gradients: set its gradient_checkpointing to false")
             run.enable_gradient_checkpointing()
 
-    def attach(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def attach(self, folder: Path, identity: Mapping[str, object]) -> None:
         """Continue from the checkpoint in this folder, if any, and save to it from now on."""
         self.folder, self.identity = folder, dict(identity)
         checkpoint = load_stage(folder, self.stepper.group, identity=self.identity, parameters=self.stepper.parameters)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -39,6 +40,10 @@ class Operation(NamedTuple):
     itemsize: int
 
 
+Arguments = tuple[Any, ...]  # of an operation of torch
+Keywords = dict[str, Any]
+
+
 class Meter(TorchDispatchMode):
     """Counts memory and work of operations. `alive`: bytes of tensors made inside that still exist; `peak`: the most
     since `restart`; `operations`: those that compute something, since `restart`."""
@@ -48,7 +53,7 @@ class Meter(TorchDispatchMode):
         self.alive, self.peak = 0, 0
         self.operations: list[Operation] = []
         self._repeats = 1.0
-        self._storages: dict[int, Any] = {}
+        self._storages: dict[int, weakref.ref[UntypedStorage]] = {}
 
     def know(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before."""
@@ -65,7 +70,9 @@ class Meter(TorchDispatchMode):
         """Count each of the operations that follow `factor` times as often as before."""
         self._repeats *= factor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         result = _run(func, args, kwargs)
         made = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
@@ -74,7 +81,7 @@ class Meter(TorchDispatchMode):
             self._note(func, args, kwargs, result, made)
         return result
 
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
+    def _note(self, func: OpOverload, args: Arguments, kwargs: Keywords, result: object, made: list[Tensor]) -> None:
         tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
         count = flop_registry.get(func._overloadpacket)
         flops = int(count(*args, **kwargs, out_val=result)) if count else 0
@@ -91,7 +98,7 @@ class Meter(TorchDispatchMode):
         if key in self._storages:
             return False
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self._storages.pop(key, None)
             self.alive -= size
 
@@ -138,7 +145,7 @@ def _swap(old: Tensor, new: Tensor) -> None:
         _swap_tensors(old, new)
 
 
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
+def _run(func: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     """Run an operation on contents if there are any, else on shapes alone."""
     tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
     if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
@@ -155,7 +162,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _on_contents(func: Any, args: Any, kwargs: Any) -> Any:
+def _on_contents(func: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     """An operation on real tensors, or none: real if its result is whole numbers, not too many, or depends on them."""
     if func in _DEPEND_ON_CONTENTS or func._schema.is_mutable:
         with unset_fake_temporarily():

@@ -72,7 +72,7 @@ def save_stage(folder: Path, checkpoint: Checkpoint, *, sharded: bool = False, l
 
 
 def load_stage(
-    folder: Path, group: Group, *, identity: Mapping[str, Any], parameters: Mapping[str, Tensor]
+    folder: Path, group: Group, *, identity: Mapping[str, object], parameters: Mapping[str, Tensor]
 ) -> Checkpoint | None:
     """The newest intact checkpoint in `folder`, None if there is none; tensors are sharded as the parameters are.
 
@@ -163,13 +163,13 @@ def _read(folder: Path, group: Group, parameters: Mapping[str, Tensor]) -> dict[
             f"{folder} does not fit the stage: {wrong[0]} has shape {here.get(wrong[0])} there, not "
             f"{expected.get(wrong[0])}: delete it to start the stage anew"
         )
-    tensors = {name: _empty_like(parameters[name.partition("/")[2]], shape) for name, shape in stored.items()}
+    tensors = {name: _memory_like(parameters[name.partition("/")[2]], shape) for name, shape in stored.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load(tensors, storage_reader=reader, no_dist=group.ranks == 1)
     return tensors
 
 
-def _empty_like(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _memory_like(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An empty tensor for a parameter or its moments, sharded as the parameter is; AdamW's step count is whole."""
     return torch.empty_like(parameter.detach()) if shape == tuple(parameter.shape) else torch.zeros(shape)

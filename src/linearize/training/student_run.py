@@ -68,9 +68,11 @@ def mlp_parameters(student: LinearizedForCausalLM) -> set[str]:
 def unshare(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The student's parameters of these names, those that share memory with the teacher replaced by copies.
 
+    All parameters are frozen first, so that those of the teacher stay frozen after the copies part from them.
     A copy takes the place of its original wherever the student holds it, so tied weights stay tied. Sharded weights
     that the teacher borrows are copied for the teacher instead.
     """
+    student.requires_grad_(False)
     named, names = dict(student.named_parameters()), list(names)
     if (shards := shards_of(student)) is not None:
         shards.separate(named[name] for name in names)
@@ -93,11 +95,11 @@ def _memory(tensor: Tensor) -> int:
     return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
 
 
-def recompute_blocks(student: LinearizedForCausalLM, enabled: bool) -> None:
+def recompute_blocks(student: LinearizedForCausalLM, on: bool) -> None:
     """Gradient checkpointing of every block: `gradient_` in transformers until 5.22, `activation_` since."""
     lm: Any = student.lm
     kind = "activation" if hasattr(lm, "activation_checkpointing_enable") else "gradient"
-    if enabled:
+    if on:
         student.train()
         getattr(lm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     else:

@@ -40,7 +40,7 @@ class CachedModel:
         self._mask_BS: Tensor | None = None  # None: every column is a token in every row
         self.lengths: list[int] = []
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._held = 0  # tokens read that `keep` has not decided on
+        self._undecided = 0  # tokens read that `keep` has not decided on
 
     def read_prompt(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Read the prompts (padding on the left); return the logits after them, `[B, 1, V]`."""
@@ -48,7 +48,7 @@ class CachedModel:
         if mask_BT is not None and not bool(mask_BT.all()):
             self._mask_BS = mask_BT[:, :0].long()
         logits_B1V = self._forward(input_ids_BT, mask_BT if self._mask_BS is not None else None, prompt=True)[:, -1:]
-        self._held = 0
+        self._undecided = 0
         check_layers(self.cache, self.role)
         self.cache.activate_past_recording()
         self.by_row = all(_keeps_by_row(layer) for layer in self.cache.layers)
@@ -82,35 +82,35 @@ class CachedModel:
             }
         if prompt:
             added = added if new_BT is None else new_BT.sum(1).tolist()
-        options: dict[str, Any] = {"logits_to_keep": 1} if prompt and self._keeps_last else {}
+        options: dict[str, int] = {"logits_to_keep": 1} if prompt and self._keeps_last else {}
         out = self.model(
             input_ids=tokens_BT, use_cache=True, **with_cache(self.model, self.cache), **positions, **options
         )
         self.lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
-        self._held += tokens_BT.shape[1]
+        self._undecided += tokens_BT.shape[1]
         logits: Tensor = out.logits
         return logits
 
     def keep(self, counts: Sequence[int]) -> None:
         """Keep the first `counts[b]` of row b's tokens since the last call; equal counts unless `by_row`."""
-        held, self._held = self._held, 0
-        self.lengths = [length - held + count for length, count in zip(self.lengths, counts, strict=True)]
+        undecided, self._undecided = self._undecided, 0
+        self.lengths = [length - undecided + count for length, count in zip(self.lengths, counts, strict=True)]
         if min(counts) == max(counts):
-            self.cache.crop(counts[0] - held)
+            self.cache.crop(counts[0] - undecided)
             if self._mask_BS is not None:
-                self._mask_BS = self._mask_BS[:, : self._mask_BS.shape[1] - held + counts[0]]
+                self._mask_BS = self._mask_BS[:, : self._mask_BS.shape[1] - undecided + counts[0]]
         else:
-            self._keep_by_row(counts, held)
+            self._keep_by_row(counts, undecided)
         if self.by_row and self._mask_BS is not None:
             self._compact()
 
-    def _keep_by_row(self, counts: Sequence[int], held: int) -> None:
+    def _keep_by_row(self, counts: Sequence[int], undecided: int) -> None:
         """Mask out, as dead, the columns that one row does not keep and another one does."""
         if self._mask_BS is None:
             columns = self.cache.get_seq_length()
             self._mask_BS = torch.ones(len(counts), columns, dtype=torch.long, device=self.model.device)
-        kept_BN = accept_rows(self.cache, counts, held).to(self._mask_BS)
-        self._mask_BS = torch.cat([self._mask_BS[:, : self._mask_BS.shape[1] - held], kept_BN], dim=1)
+        kept_BN = accept_rows(self.cache, counts, undecided).to(self._mask_BS)
+        self._mask_BS = torch.cat([self._mask_BS[:, : self._mask_BS.shape[1] - undecided], kept_BN], dim=1)
 
     def select(self, rows: Sequence[int]) -> None:
         """Only these rows go on; to be called before `keep`."""
@@ -153,6 +153,6 @@ def check_layers(cache: Any, role: str) -> None:
             )
 
 
-def _keeps_by_row(layer: Any) -> bool:
+def _keeps_by_row(layer: object) -> bool:
     whole = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
     return whole or (isinstance(layer, MixerCacheLayer) and hasattr(layer, "accept"))

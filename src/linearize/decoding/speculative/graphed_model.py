@@ -34,9 +34,9 @@ class _Forced:
 
 
 @contextmanager
-def force_graphed(wanted: bool) -> Iterator[None]:
+def force_graphed(graphed: bool) -> Iterator[None]:
     """Make all models graphed that are wrapped inside the `with` block, or none (tests, benchmarks)."""
-    before, _Forced.graphed = _Forced.graphed, wanted
+    before, _Forced.graphed = _Forced.graphed, graphed
     try:
         yield
     finally:
@@ -49,8 +49,8 @@ def cached_model_for(model: PreTrainedModel, role: str) -> CachedModel:
     Raises:
         InputError: a model whose cache cannot roll back; or, under `force_graphed`, one without a static form.
     """
-    wanted = model.device.type == "cuda" if _Forced.graphed is None else _Forced.graphed
-    if not wanted:
+    graphed = model.device.type == "cuda" if _Forced.graphed is None else _Forced.graphed
+    if not graphed:
         return CachedModel(model, role)
     try:
         static_layers(model, 1, 1)

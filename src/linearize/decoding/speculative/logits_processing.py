@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling.library_internals import filled_generation_config, logits_processors, prepare_special_tokens
@@ -118,7 +118,9 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return size
 
 
-def _processors(model: Any, config: GenerationConfig, prompt: int, max_new_tokens: int) -> Any:
+def _processors(
+    model: PreTrainedModel, config: GenerationConfig, prompt: int, max_new_tokens: int
+) -> LogitsProcessorList:
     config.max_length = prompt + max_new_tokens
     return logits_processors(model, config, prompt)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass
@@ -48,7 +47,7 @@ class SpeculationStats:
             self.accepted += accepted
             self.lengths[accepted] = self.lengths.get(accepted, 0) + 1
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, int | float | dict[str, int]]:
         """Return everything as plain numbers, for JSON."""
         return {
             "tokens": self.tokens,

@@ -5,19 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError, unknown
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import granite_hybrid, qwen3_5, remote_code
-from linearize.modeling.export.common import Source, logit_difference
-from linearize.modeling.export.readme import readme
+from linearize.modeling.export.common import Source, listed, logit_difference, name_of
 from linearize.storage.atomic import atomic_folder, check_free
 from linearize.storage.files import check_apart, expand_home
+from linearize.version import __version__
 
 __all__ = ["EXPORTS", "Export", "export_student"]
 
 SCRIPTS = "It's 12345 o'clock,\n\n  हिन्दी में, ภาษาไทย, العَرَبِيَّة, 中文 1.5x -> é\u0301!"
+LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}"{options})
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{options})
+```"""
+NATIVE = (
+    "The architecture is {name}: transformers loads it unchanged, and vLLM and SGLang have it too. Only transformers "
+    "was run with this folder."
+)
+GRANITE_HEADS = (
+    "vLLM and SGLang take the head size of softmax layers to be width / heads, which is not so here: use transformers."
+)
+GRANITE_ROPE = (
+    "llama.cpp: its converter turns rotary positions off in Granite hybrids, so the softmax layers of this model would "
+    "be wrong there (as its source read in 2026; not run)."
+)
+GRANITE_BIAS = (
+    "The Mamba-2 layers have biases in their projections, and transformers' layer lets the bias of padding into its "
+    "convolution: give it texts one by one or of one length, not batches with padding on the left."
+)
+OWN_CODE = (
+    "The folder carries the code of its layers (`modeling_linearized.py` and the files beside it), which "
+    "`trust_remote_code=True` runs. It needs torch, transformers 5, safetensors and pydantic, not linearize. "
+    "`AutoModel` gives the hidden states. Engines other than transformers do not run it."
+)
+TOKENIZER = (
+    "**Tokenizer.** For this architecture `AutoTokenizer` puts a splitting rule of its own in the place of the one in "
+    "`tokenizer.json`, and tokenizes some text otherwise than the model was trained with. Load it with "
+    '`PreTrainedTokenizerFast.from_pretrained("{folder}")`.'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +58,7 @@ class Export:
     folder)` writes it. `native`: an architecture of transformers; otherwise the folder carries code."""
 
     misfit: Callable[[Source], str | None]
-    write: Callable[[Any, Source, Path], None]
+    write: Callable[[LinearizedForCausalLM, Source, Path], None]
     native: bool
 
 
@@ -43,7 +75,7 @@ def export_student(
     out: str | Path,
     *,
     overwrite: bool = False,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Write a student as `to`, one of `EXPORTS`; returns the folder, which loads without linearize.
 
@@ -82,19 +114,19 @@ def nearest(source: Source) -> str:
     return next(name for name, export in EXPORTS.items() if export.misfit(source) is None)
 
 
-def same_tokens(tokenizer: Any, folder: Path) -> bool:
+def same_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     """Whether `AutoTokenizer` reads the folder's tokenizer as the one given: for some architectures transformers puts
     a splitting rule of its own in the place of the one that was saved."""
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder)
+        read = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError):
         return False
-    return bool(found(SCRIPTS)["input_ids"] == tokenizer(SCRIPTS)["input_ids"])
+    return bool(read(SCRIPTS)["input_ids"] == tokenizer(SCRIPTS)["input_ids"])
 
 
-def _tokenizer(path: str | Path) -> Any:
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a student, or None where there is none."""
     from transformers import AutoTokenizer
 
@@ -102,6 +134,50 @@ def _tokenizer(path: str | Path) -> Any:
     if folder.is_dir() and not any(folder.glob("*token*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        return tokenizer
     except (OSError, ValueError):
         return None
+
+
+def readme(to: str, source: Source, folder: str, difference: float | None, same_tokens: bool) -> str:
+    """Return the README.md of an exported folder: how to load it, where it runs, what was checked.
+
+    `difference`: of the logits, as checked; None: not checked. `same_tokens`: whether `AutoTokenizer` reads the
+    folder's tokenizer as the student's.
+    """
+    parts = [f"# {folder}", f"Written by linearize {__version__} (`--to {to}`).", _layers(source)]
+    parts.append(LOAD.format(folder=folder, options="" if to != "hf" else ", trust_remote_code=True"))
+    if to == "hf":
+        parts.append(OWN_CODE)
+    else:
+        parts += _native(to, source)
+    if not same_tokens:
+        parts.append(TOKENIZER.format(folder=folder))
+    if difference is not None:
+        parts.append(
+            f"Checked when it was written: the logits of 24 random tokens differ from the student's by at most "
+            f"{difference:.1e} ({str(source.dtype).removeprefix('torch.')})."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _layers(source: Source) -> str:
+    names = {name_of(mixer) for mixer in source.plan if mixer is not None}
+    lines = [f"- {name}: {listed(source.holding(name))}" for name in sorted(names)]
+    if source.kept:
+        lines.append(f"- softmax attention: {listed(source.kept)}")
+    return f"A {source.family} body with\n\n" + "\n".join(lines)
+
+
+def _native(to: str, source: Source) -> list[str]:
+    if to == "qwen3.5":
+        return [NATIVE.format(name="Qwen3.5 (text)")]
+    shape, notes = source.shapes[0], [NATIVE.format(name="GraniteMoeHybrid")]
+    if source.kept and shape.num_heads * shape.head_dim != source.config.hidden_size:
+        notes.append(GRANITE_HEADS)
+    if 0 < len(source.kept) < len(source.plan):
+        notes.append(GRANITE_ROPE)
+    if any("in_proj.bias" in source.mixer(i) for i in source.holding("mamba2")):
+        notes.append(GRANITE_BIAS)
+    return notes

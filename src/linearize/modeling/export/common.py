@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.mixers import AttentionShape, MixerConfig
@@ -102,8 +102,10 @@ def layer_misfit(source: Source, target: str, mixer: str) -> str | None:
         if config is not None and name_of(config) != mixer:
             others.setdefault(name_of(config), []).append(i)
     if others:
-        told = "; ".join(f"{listed(layers)} hold{'s' * (len(layers) == 1)} {name}" for name, layers in others.items())
-        return f"{told}, {target} takes {mixer} and softmax"
+        layers_text = "; ".join(
+            f"{listed(layers)} hold{'s' * (len(layers) == 1)} {name}" for name, layers in others.items()
+        )
+        return f"{layers_text}, {target} takes {mixer} and softmax"
     if not source.kept:
         return f"no layer keeps softmax, and transformers cannot decode a {target} model without one"
     limited = [i for i in source.kept if source.layer_types[i] != "full_attention"]
@@ -126,7 +128,7 @@ def body_tensors(source: Source) -> dict[str, Tensor]:
     return {name: source.state[name] for name in names}
 
 
-def body_fields(source: Source) -> dict[str, Any]:
+def body_fields(source: Source) -> dict[str, object]:
     """Fields of a config that Llama-like architectures share."""
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -136,14 +138,14 @@ def body_fields(source: Source) -> dict[str, Any]:
     return {name: getattr(source.config, name) for name in names} | {"use_cache": True}
 
 
-def rope_fields(source: Source) -> dict[str, Any]:
+def rope_fields(source: Source) -> dict[str, object]:
     """The teacher's rotary positions, scaling included."""
     rope = dict(getattr(source.config, "rope_parameters", None) or {})
     return {name: value for name, value in rope.items() if value is not None}
 
 
 def write_model(target: type[PreTrainedModel], config: PreTrainedConfig, tensors: dict[str, Tensor], source: Source,
-                generation: Any, folder: Path) -> None:  # fmt: skip
+                generation: GenerationConfig, folder: Path) -> None:  # fmt: skip
     """Config, weights and generation config of another architecture; every tensor of it must be given, and no other.
 
     Matrices get the dtype of the student, vectors (decay, step size, biases) keep theirs.
@@ -173,9 +175,9 @@ def logit_difference(student: LinearizedForCausalLM, folder: Path) -> float:
     training = student.training
     with torch.no_grad():
         expected = student.eval()(input_ids=ids, use_cache=False).logits.float()
-        found = loaded.to(student.device).eval()(input_ids=ids, use_cache=False).logits.float()
+        logits = loaded.to(student.device).eval()(input_ids=ids, use_cache=False).logits.float()
     student.train(training)
-    difference = float((found - expected).abs().max())
+    difference = float((logits - expected).abs().max())
     allowed = FP32_TOLERANCE if student.dtype == torch.float32 else ROUNDED_TOLERANCE
     if not difference <= allowed * max(1.0, float(expected.abs().max())):
         raise InputError(

@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from linearize.mixers import AttentionShape
+from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.export.common import (
     Source,
     body_fields,
@@ -37,8 +38,8 @@ PUBLISHED_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 
 def misfit(source: Source) -> str | None:
     """Why a student cannot be written as GraniteMoeHybrid, or None."""
-    found = layer_misfit(source, TARGET, MIXER) or body_misfit(source, TARGET, FAMILIES)
-    return found or _mamba_misfit(source) or _softmax_misfit(source) or _library_misfit(source)
+    reason = layer_misfit(source, TARGET, MIXER) or body_misfit(source, TARGET, FAMILIES)
+    return reason or _mamba_misfit(source) or _softmax_misfit(source) or _library_misfit(source)
 
 
 def _mamba_misfit(source: Source) -> str | None:
@@ -81,7 +82,7 @@ def _rotary(source: Source) -> set[bool]:
     return {bool(uses[i]) for i in source.kept}
 
 
-def write(student: Any, source: Source, folder: Path) -> None:
+def write(student: LinearizedForCausalLM, source: Source, folder: Path) -> None:
     """Config and weights of the student as GraniteMoeHybrid."""
     from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
@@ -111,7 +112,7 @@ def config_fields(source: Source) -> dict[str, Any]:
     }
 
 
-def _mamba_fields(source: Source) -> dict[str, Any]:
+def _mamba_fields(source: Source) -> dict[str, object]:
     layers = source.holding(MIXER)
     width = source.config.hidden_size
     if not layers:  # sizes that pass the config's own checks
@@ -182,8 +183,8 @@ def mamba_tensors(weights: dict[str, Tensor], shape: AttentionShape, bias: bool)
     made = {"in_proj.weight": _all_heads(weights["in_proj.weight"], shape, gated=True)}
     if bias:
         rows = made["in_proj.weight"].shape[0]
-        given = weights.get("in_proj.bias")
-        made["in_proj.bias"] = weights["dt_bias"].new_zeros(rows) if given is None else _all_heads(given, shape, True)
+        bias_R = weights.get("in_proj.bias")
+        made["in_proj.bias"] = weights["dt_bias"].new_zeros(rows) if bias_R is None else _all_heads(bias_R, shape, True)
         out = weights["out_proj.weight"]
         made["out_proj.bias"] = weights.get("out_proj.bias", out.new_zeros(out.shape[0]))
     conv_weight, conv_bias = weights["conv_weight"], weights["conv_bias"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.mixers import AttentionShape
+from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.export.common import (
     Source,
     body_fields,
@@ -31,9 +32,9 @@ FAMILIES = ("qwen3",)
 
 def misfit(source: Source) -> str | None:
     """Why a student cannot be written as Qwen3.5, or None."""
-    found = layer_misfit(source, TARGET, MIXER) or body_misfit(source, TARGET, FAMILIES)
-    if found:
-        return found
+    reason = layer_misfit(source, TARGET, MIXER) or body_misfit(source, TARGET, FAMILIES)
+    if reason:
+        return reason
     layers = source.holding(MIXER)
     biased = [i for i in layers if any(name.endswith("_proj.bias") for name in source.mixer(i))]
     if biased:
@@ -48,7 +49,7 @@ def _sizes(source: Source, layer: int) -> tuple[int, ...]:
     return shape.num_heads, shape.head_dim, shape.value_dim, source.mixer(layer)["conv_weight"].shape[1]
 
 
-def write(student: Any, source: Source, folder: Path) -> None:
+def write(student: LinearizedForCausalLM, source: Source, folder: Path) -> None:
     """Config and weights of the student as Qwen3.5 text."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 

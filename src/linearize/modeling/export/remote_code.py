@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.export.common import Source
 
 PACKAGE = "linearize"
@@ -49,7 +49,7 @@ def misfit(source: Source) -> str | None:
     return None
 
 
-def write(student: Any, source: Source, folder: Path) -> None:
+def write(student: LinearizedForCausalLM, source: Source, folder: Path) -> None:
     """The student as it is, `auto_map` in its config, and the code of the installed package beside it."""
     student.save_pretrained(folder)
     for name, text in code().items():
@@ -95,16 +95,16 @@ def _entry(originals: dict[str, str]) -> str:
 
 def _closure(roots: list[str]) -> dict[str, str]:
     """The sources of modules and of all modules of ours that they import, by full name."""
-    found: dict[str, str] = {}
-    wanted = list(roots)
-    while wanted:
-        name = wanted.pop()
-        if name not in found:
-            found[name] = _file(name).read_text("utf-8")
-            for node in ast.walk(ast.parse(found[name])):
+    sources: dict[str, str] = {}
+    queue = list(roots)
+    while queue:
+        name = queue.pop()
+        if name not in sources:
+            sources[name] = _file(name).read_text("utf-8")
+            for node in ast.walk(ast.parse(sources[name])):
                 if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
-                    wanted += [module for module, _ in _targets(node)]
-    return found
+                    queue += [module for module, _ in _targets(node)]
+    return sources
 
 
 def _path(name: str) -> Path | None:
@@ -142,13 +142,13 @@ def _targets(node: ast.ImportFrom) -> list[tuple[str, ast.alias | None]]:
 @cache
 def _bound(module: str) -> frozenset[str]:
     """The names that a module binds at its top level by imports of names and definitions (they hide submodules)."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.parse(_file(module).read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom | ast.Import):
-            found |= {alias.asname or alias.name for alias in node.names}
+            names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-    return frozenset(found)
+            names.add(node.name)
+    return frozenset(names)
 
 
 def _rewritten(name: str, text: str) -> str:

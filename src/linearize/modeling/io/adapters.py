@@ -5,16 +5,20 @@ Letters: O outputs, I inputs of a linear layer, R rank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -42,21 +46,26 @@ class KeptAdapters:
     product.
     """
 
-    config: Any
+    config: PeftConfig
     state: dict[str, Tensor]
     weights: dict[str, nn.Parameter]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class AdapterState:
-    """What training with adapters left on a student.
+    """What training with adapters left to save of a student.
 
     `kept`: adapters to save next to the weights. `changes`: changes of layers whose base weights are quantized, by
     name; the saved student adds them to the teacher's own weights.
     """
 
     kept: KeptAdapters | None = None
-    changes: dict[str, list[LowRankChange]] = field(default_factory=dict)
+    changes: Mapping[str, tuple[LowRankChange, ...]] = field(default_factory=dict)
+
+    def with_changes(self, changes: Mapping[str, LowRankChange]) -> AdapterState:
+        """The same with one more change of each of these layers."""
+        added = {name: (*self.changes.get(name, ()), change) for name, change in changes.items()}
+        return replace(self, changes={**self.changes, **added})
 
 
 def kept_adapters(model: nn.Module) -> KeptAdapters | None:
@@ -68,15 +77,15 @@ def kept_adapters(model: nn.Module) -> KeptAdapters | None:
 @contextmanager
 def without_product(student: nn.Module, kept: KeptAdapters | None) -> Iterator[None]:
     """Give adapted layers their weights without the adapters' product inside the `with` block."""
-    others: Mapping[str, nn.Parameter] = {} if kept is None else kept.weights
-    merged: dict[str, Any] = {name: student.get_submodule(name).weight for name in others}
+    bare: Mapping[str, nn.Parameter] = {} if kept is None else kept.weights
+    merged = {name: student.get_parameter(f"{name}.weight") for name in bare}
     try:
-        for name, weight in others.items():
-            student.get_submodule(name).weight = weight
+        for name, weight in bare.items():
+            student.get_submodule(name).register_parameter("weight", weight)
         yield
     finally:
         for name, weight in merged.items():
-            student.get_submodule(name).weight = weight
+            student.get_submodule(name).register_parameter("weight", weight)
 
 
 def save_adapters(kept: KeptAdapters, folder: Path) -> None:
@@ -84,11 +93,11 @@ def save_adapters(kept: KeptAdapters, folder: Path) -> None:
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir()
-    kept.config.save_pretrained(folder / FOLDER)
+    kept.config.save_pretrained(str(folder / FOLDER))
     save_file({k: v.cpu() for k, v in kept.state.items()}, folder / FOLDER / WEIGHTS, {"format": "pt"})
 
 
-def apply_adapters(student: Any, path: Any) -> None:
+def apply_adapters(student: nn.Module, path: str | os.PathLike[str]) -> None:
     """Add the product of the adapters in `path/adapter`, if there are any, to the student's weights in memory.
 
     Raises:

@@ -88,7 +88,7 @@ def check_keys(
         )
 
 
-def _is_harmless(key: str, config: Any) -> bool:
+def _is_harmless(key: str, config: PreTrainedConfig) -> bool:
     """Whether a model computes the same without this tensor."""
     if any(pattern.search(key) for pattern in _HARMLESS):
         return True
@@ -101,13 +101,13 @@ def _is_harmless(key: str, config: Any) -> bool:
 
 def _inserted(missing: Iterable[str], unexpected: Iterable[str], prefix: str) -> str | None:
     """What the names of a file have in them that the model's have not, as `module.`; None: that is not it."""
-    wanted = set(missing)
-    wanted |= {key.removeprefix(f"{prefix}.") for key in wanted}
+    expected = set(missing)
+    expected |= {key.removeprefix(f"{prefix}.") for key in expected}
     for key in unexpected:
         parts = key.split(".")
         for first in range(len(parts) - 1):
             for last in range(first + 1, len(parts)):
-                if ".".join(parts[:first] + parts[last:]) in wanted:
+                if ".".join(parts[:first] + parts[last:]) in expected:
                     return ".".join(parts[first:last]) + "."
     return None
 

@@ -87,9 +87,9 @@ def _check_index(path: Path) -> None:
         raise InputError(
             f"{path} names {absent[0]}, which is not there ({len(absent)} of {len(shards)} missing); {_AGAIN}"
         )
-    held = {shard: tensors_of(path.parent / shard) for shard in shards}
+    stored = {shard: tensors_of(path.parent / shard) for shard in shards}
     for tensor, shard in mapped.items():
-        if tensor not in held[shard]:
+        if tensor not in stored[shard]:
             raise InputError(f"{path.parent / shard} lacks the tensor {tensor}, which {INDEX} says it has; {_AGAIN}")
 
 
@@ -97,29 +97,29 @@ def _check_document(path: Path) -> None:
     if not path.stat().st_size:
         raise InputError(f"{path} is empty; {_AGAIN}")
     try:
-        found = read_json(path)
+        document = read_json(path)
     except InputError as error:
         raise InputError(f"{error}; {_AGAIN}") from error
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise InputError(f"{path} is damaged: it holds no JSON object; {_AGAIN}")
 
 
 def crc32(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
     """CRC-32 over `start`, then over names, types, shapes and values of tensors, whatever their order (3 GB/s)."""
-    found = zlib.crc32(start)
+    checksum = zlib.crc32(start)
     for name in sorted(tensors):
         for part in _bytes(name, tensors[name]):
-            found = zlib.crc32(part, found)
-    return f"{found:08x}"
+            checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x}"
 
 
 def file_crc32(path: Path) -> int:
     """CRC-32 of a file, read in pieces."""
-    found = 0
+    checksum = 0
     with path.open("rb") as file:
         while part := file.read(2**24):
-            found = zlib.crc32(part, found)
-    return found
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def model_fingerprint(model: nn.Module) -> str:

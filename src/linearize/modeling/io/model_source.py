@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.modeling.io.integrity import check_model_files
@@ -40,7 +40,7 @@ class ModelSource:
         return self.name if self.gguf_file is None else str(Path(self.name) / self.gguf_file)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, str]:
         """What `from_pretrained` of transformers takes besides the name."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
@@ -69,12 +69,12 @@ def find_model(name_or_path: str | os.PathLike[str]) -> ModelSource:
     gguf_files = sorted(path.glob("*.gguf"))
     if gguf_files and not any(path.glob("*.safetensors")):
         if len(gguf_files) > 1:
-            found = ", ".join(file.name for file in gguf_files[:5])
-            raise InputError(f"{name} holds {len(gguf_files)} GGUF files ({found}): give the path of one of them")
+            names = ", ".join(file.name for file in gguf_files[:5])
+            raise InputError(f"{name} holds {len(gguf_files)} GGUF files ({names}): give the path of one of them")
         return _gguf(gguf_files[0])
     if not (path / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        raise InputError(f"{name} is not a model folder: it has no config.json (found: {found})")
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise InputError(f"{name} is not a model folder: it has no config.json (found: {names})")
     if not any(path.glob("*.safetensors")):
         pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         if pickles:
@@ -95,15 +95,19 @@ def find_config(name_or_path: str | os.PathLike[str]) -> ModelSource:
     return find_model(name_or_path) if is_gguf else ModelSource(expand_home(name_or_path))
 
 
-def read_config(source: ModelSource, **options: Any) -> PreTrainedConfig:
+def read_config(source: ModelSource, *, trust_remote_code: bool | None = None) -> PreTrainedConfig:
     """The config of a model. Raises InputError where there is none that transformers can read."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **source.options, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.name, **source.options, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # strict configs raise errors of their own besides OSError, ValueError, KeyError
         if is_adapter(source.name):
             raise adapter_alone(source.name) from error
-        told = " ".join(str(error).split())[:300] or type(error).__name__  # strict configs tell the field and its fault
-        raise InputError(f"cannot read the config of {source}: {told}") from error
+        reason = (
+            " ".join(str(error).split())[:300] or type(error).__name__
+        )  # strict configs tell the field and its fault
+        raise InputError(f"cannot read the config of {source}: {reason}") from error
     fit_pad_token_of_config(config)
     return config
 
@@ -159,7 +163,7 @@ def fit_pad_token_of_config(config: PreTrainedConfig) -> None:
         _fit(each, getattr(each, "vocab_size", None))
 
 
-def fit_pad_token(model: Any, tokenizer: Any) -> None:
+def fit_pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a tokenizer, and `generate` of the model, pad with EOS where the pad id has no embedding."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     _fit(model.generation_config, vocabulary)
@@ -171,7 +175,7 @@ def fit_pad_token(model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = None if is_outside(tokenizer.eos_token_id, vocabulary) else tokenizer.eos_token
 
 
-def take_special_tokens(tokenizer: Any, config: PreTrainedConfig) -> None:
+def take_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give a tokenizer the BOS, EOS and pad token that a config names by ids: some versions of transformers read a
     GGUF file's BOS as its EOS."""
     for kind in ("bos", "eos", "pad"):
@@ -185,7 +189,7 @@ def is_outside(token: int | None, vocabulary: int) -> bool:
     return token is not None and not 0 <= token < vocabulary
 
 
-def _fit(config: Any, vocabulary: int | None) -> None:
+def _fit(config: PreTrainedConfig | GenerationConfig, vocabulary: int | None) -> None:
     """The pad id of a config that has EOS ids, one or several, beside it."""
     if vocabulary is None or not is_outside(getattr(config, "pad_token_id", None), vocabulary):
         return

@@ -93,7 +93,7 @@ def nf4_parts(weight: Any) -> dict[str, Tensor]:
     return parts
 
 
-def nf4_states(model: nn.Module) -> Iterator[Any]:
+def nf4_states(model: nn.Module) -> Iterator[object]:
     """What layers in 4 bits keep beside their weights, for module trees that share it."""
     for layer in model.modules():
         if (state := getattr(layer, "quant_state", None)) is not None:

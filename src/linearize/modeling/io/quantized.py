@@ -52,7 +52,7 @@ def is_quantized(tensor: Tensor) -> bool:
     return is_nf4(tensor) or (hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "dequantize"))
 
 
-def parts_of(weight: Any) -> dict[str, Tensor]:
+def parts_of(weight: Tensor) -> dict[str, Tensor]:
     """The plain tensors that a quantized weight is made of, by name; none of a whole one."""
     if is_nf4(weight):
         return nf4_parts(weight)

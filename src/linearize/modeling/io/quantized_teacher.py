@@ -41,10 +41,10 @@ def quantization_of(source: ModelSource, config: PreTrainedConfig) -> str | None
     """What quantized the files of a model; None: nothing did."""
     if source.gguf_file is not None:
         return "gguf"
-    given: Any = getattr(config, "quantization_config", None)
-    if not given:
+    quantization: Any = getattr(config, "quantization_config", None)
+    if not quantization:
         return None
-    fields: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    fields: dict[str, Any] = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         return "bitsandbytes"
     return str(fields.get("quant_method", "an unnamed method")).rpartition(".")[2].lower()

@@ -48,8 +48,7 @@ class StreamedTeacher:
         self.name, self.device = name, device
         self.files = WeightFiles(name)
         source = find_model(name)
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        self.config = read_config(source, **options)
+        self.config = read_config(source, trust_remote_code=trust_remote_code)
         if self.config.model_type == "linearized":
             raise InputError(f"{name} is a student already: give the teacher, a model with softmax attention")
         if (method := quantization_of(source, self.config)) is not None:
@@ -59,16 +58,19 @@ class StreamedTeacher:
             )
         check_numbers(name, self.files.types(), self.config)
         self.files.check_samples()
-        self.tokenizer: Any = load_tokenizer(name, **options)
+        self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         try:
-            asked = getattr(self.config, "dtype", None)
-            self.stored = asked if isinstance(asked, torch.dtype) else torch.float32
+            dtype = getattr(self.config, "dtype", None)
+            self.stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
             half = self.stored in (torch.float16, torch.bfloat16)
             self.dtype = torch.float32 if half and device.type == "cpu" else self.stored
-            self.sites = sites_on_meta(self.config, **options)
+            self.sites = sites_on_meta(self.config, trust_remote_code=trust_remote_code)
             with _parameters_on_meta(), no_init_weights():
                 config = copy.deepcopy(self.config)
-                self.skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **options).eval()
+                skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                )
+                self.skeleton = skeleton.eval()
         except InputError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -82,17 +84,17 @@ class StreamedTeacher:
     def tree(self, span: range, *, embedding: bool = False, head: bool = False) -> PreTrainedModel:
         """The layers `span` with their weights and whatever stands outside of all layers, in a tree that has the other
         layers on meta. Input embedding and head have weights only where they are asked for."""
-        tree: Any = share_weights(self.skeleton)
+        tree = share_weights(self.skeleton)
         without = set()
         if not embedding and not (head and self._tied()):
             without |= _names(tree, tree.get_input_embeddings())
         if not head and not (embedding and self._tied()):
             without |= _names(tree, tree.get_output_embeddings())
-        wanted = {f"{self.layers}.{layer}." for layer in span}
+        prefixes = {f"{self.layers}.{layer}." for layer in span}
 
         def needed(name: str) -> bool:
             inside = name.startswith(f"{self.layers}.")
-            return any(map(name.startswith, wanted)) if inside else name not in without
+            return any(map(name.startswith, prefixes)) if inside else name not in without
 
         self._load(tree, needed)
         if (head or embedding) and self._tied():
@@ -130,9 +132,9 @@ class StreamedTeacher:
             self.name, self.config, missing=named, unexpected=unread, prefix=self.skeleton.base_model_prefix
         )  # fmt: skip
         for name, tensor in self.skeleton.state_dict().items():
-            if name in self.plain and (held := self.files.places[self.plain[name]].shape) != tuple(tensor.shape):
+            if name in self.plain and (shape := self.files.places[self.plain[name]].shape) != tuple(tensor.shape):
                 raise InputError(
-                    f"{self.name} holds {self.plain[name]} of shape {held}, its config.json asks for "
+                    f"{self.name} holds {self.plain[name]} of shape {shape}, its config.json asks for "
                     f"{tuple(tensor.shape)}: they are not of the same model; copy or download the folder again"
                 )
 
@@ -142,23 +144,23 @@ class StreamedBlocks:
 
     def __init__(self, teacher: StreamedTeacher, config: LinearizeConfig, *, seed: int) -> None:
         """`config`: of the whole student. `seed`: drawn from it are the starts of all layers, one after the other."""
-        self.given, self.config, self.seed, self.hidden_input = teacher, config, seed, HiddenInput()
+        self.streamed, self.config, self.seed, self.hidden_input = teacher, config, seed, HiddenInput()
         self.layers, self.model_dim = len(teacher.sites), config.attention_shapes()[0].model_dim
         self.dtype, self.device = teacher.stored, teacher.device
 
     def enter(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """See `Blocks`."""
-        tree = self.given.tree(range(0), embedding=True)
-        layers: Any = tree.get_submodule(self.given.layers)
+        tree = self.streamed.tree(range(0), embedding=True)
+        layers: Any = tree.get_submodule(self.streamed.layers)
         return lambda batch: reached(tree, layers[0], batch, before=True)
 
     def teacher(self, span: range) -> Block:
         """See `Blocks`."""
-        return make_block(self.given.block(span), span, self.given.layers, self.hidden_input)
+        return make_block(self.streamed.block(span), span, self.streamed.layers, self.hidden_input)
 
     def pair(self, span: range) -> Block:
         """See `Blocks`."""
-        teacher = self.given.block(span)
+        teacher = self.streamed.block(span)
         config = cut_student_config(self.config, span)
         plan, shapes = self.config.mixers(), self.config.attention_shapes()
         lm = share_weights(teacher)
@@ -168,11 +170,11 @@ class StreamedBlocks:
                 if (mixer := plan[layer]) is not None:
                     mixer.build(shapes[layer])
             install(lm, [plan[i] for i in span], config.attention, [shapes[i] for i in span], start=True)
-        return make_block(teacher, span, self.given.layers, self.hidden_input, student_around(lm, config))
+        return make_block(teacher, span, self.streamed.layers, self.hidden_input, student_around(lm, config))
 
     def head(self, as_tuple: bool) -> LMHead:
         """What turns the last layer's output into logits."""
-        return LMHead(self.given, self.hidden_input, as_tuple)
+        return LMHead(self.streamed, self.hidden_input, as_tuple)
 
 
 class LMHead:
@@ -193,8 +195,8 @@ class LMHead:
         """`[B, T, V]` from the last layer's output."""
         inputs = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
         with self.hidden_input.holding(hidden_BTM.to(self.device, self.dtype)):
-            found: Tensor = self.model(**inputs, use_cache=False).logits
-        return found
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
 
 
 def sites_on_meta(config: Any, **options: Any) -> list[AttentionSite]:
@@ -229,7 +231,7 @@ def _sources(model: PreTrainedModel, files: WeightFiles) -> tuple[dict[str, str]
     """For each parameter the tensor of the checkpoint that it is; for the first parameter of each conversion (experts
     stacked) the tensors that it is made from; and the tensors that are neither, but for those that the family says it
     does without."""
-    state: dict[str, Any] = model.state_dict()
+    state: dict[str, Tensor] = model.state_dict()
     rename = checkpoint_renamer(model, state)
     plain: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
@@ -273,7 +275,7 @@ def _names(tree: nn.Module, module: nn.Module | None) -> set[str]:
     """Names of a module's parameters in a tree."""
     if module is None:
         return set()
-    where = next(name for name, found in tree.named_modules() if found is module)
+    where = next(name for name, child in tree.named_modules() if child is module)
     return {f"{where}.{name}" for name, _ in module.named_parameters()}
 
 

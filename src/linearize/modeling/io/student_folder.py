@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ from linearize.modeling.parallel import whole_state
 from linearize.modeling.sharding import shards_of
 from linearize.storage.disk import writing
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from linearize.modeling.student import LinearizedForCausalLM
+
 LOG = logging.getLogger("linearize")
 
 
-def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
+def save_student(student: LinearizedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
     """Config, weights (safetensors), generation config and tokenizer; adapters that were not merged go to
     `adapter/`.
 
@@ -47,7 +52,7 @@ def save_student(student: Any, tokenizer: Any, folder: Path | None) -> None:
             save_adapters(kept, folder)
 
 
-def check_saving(student: Any, tokenizer: Any) -> None:
+def check_saving(student: LinearizedForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Try all that saving a student needs but the writing of its weights, before it is trained: write its documents
     into a folder that is removed, read them again, and see that the weights fit them.
 
@@ -61,8 +66,8 @@ def check_saving(student: Any, tokenizer: Any) -> None:
             AutoTokenizer.from_pretrained(name)
             with torch.device("meta"):
                 again = type(student)(type(student.config).from_pretrained(name))
-        held, read = _own_parameters(student), _own_parameters(again)
-        wrong = sorted(name for name in {*held, *read} if held.get(name) != read.get(name))
+        saved, read = _own_parameters(student), _own_parameters(again)
+        wrong = sorted(name for name in {*saved, *read} if saved.get(name) != read.get(name))
         if not wrong and not has_quantized(student) and not student.get_input_embeddings().weight.is_meta:
             without_tied(student.state_dict(), student)  # refuses memory shared otherwise
     except Exception as error:  # whatever keeps it from being saved
@@ -91,17 +96,17 @@ def valid_generation_config(config: GenerationConfig) -> GenerationConfig:
     """
     if _is_valid(config):
         return config
-    default, found = GenerationConfig(), copy.deepcopy(config)
+    default, valid = GenerationConfig(), copy.deepcopy(config)
     left = {name: value for name, value in vars(config).items() if value != getattr(default, name, value)}
     for name in left:
-        setattr(found, name, getattr(default, name))
-    while kept := [name for name, value in left.items() if _is_valid(found, {name: value})]:
-        setattr(found, kept[0], left.pop(kept[0]))
+        setattr(valid, name, getattr(default, name))
+    while kept := [name for name, value in left.items() if _is_valid(valid, {name: value})]:
+        setattr(valid, kept[0], left.pop(kept[0]))
     LOG.warning("the teacher's generation config sets %s, which has no effect there: left out", ", ".join(left))
-    return found
+    return valid
 
 
-def _is_valid(config: GenerationConfig, changes: Mapping[str, Any] | None = None) -> bool:
+def _is_valid(config: GenerationConfig, changes: Mapping[str, object] | None = None) -> bool:
     tried = copy.deepcopy(config)
     for name, value in (changes or {}).items():
         setattr(tried, name, value)
@@ -112,7 +117,7 @@ def _is_valid(config: GenerationConfig, changes: Mapping[str, Any] | None = None
     return True
 
 
-def save_config(student: Any, folder: Path) -> None:
+def save_config(student: LinearizedForCausalLM, folder: Path) -> None:
     """What tells a loader of the weights in a student's folder."""
     student.config.architectures = [type(student).__name__]
     student.config.dtype = student.dtype
@@ -120,7 +125,7 @@ def save_config(student: Any, folder: Path) -> None:
     student.generation_config.save_pretrained(folder)
 
 
-def _save_sharded(student: Any, folder: Path | None) -> None:
+def _save_sharded(student: LinearizedForCausalLM, folder: Path | None) -> None:
     """Never more than one whole tensor in memory, but for families whose tensors transformers joins or splits."""
     entries = _entries(student)
     if entries is None:
@@ -137,12 +142,12 @@ def _save_sharded(student: Any, folder: Path | None) -> None:
         save_config(student, folder)
 
 
-def _entries(student: Any) -> dict[str, Entry] | None:
+def _entries(student: LinearizedForCausalLM) -> dict[str, Entry] | None:
     """Dtype and shape of every tensor of a folder, tied ones once; None: transformers saves others than these."""
-    held: dict[str, Tensor] = student.state_dict(keep_vars=True)
-    marks = {id(tensor): torch.empty(1) for tensor in held.values()}
-    names = without_tied({name: marks[id(held[name])] for name in held}, student)
-    shapes = {name: torch.empty(held[name].shape, dtype=held[name].dtype, device="meta") for name in names}
+    state: dict[str, Tensor] = student.state_dict(keep_vars=True)
+    marks = {id(tensor): torch.empty(1) for tensor in state.values()}
+    names = without_tied({name: marks[id(state[name])] for name in state}, student)
+    shapes = {name: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta") for name in names}
     saved = saved_names(student, shapes)
     if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in shapes.items()}:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.io.checkpoint_checks import check_keys, check_numbers
@@ -39,7 +39,7 @@ def load_teacher(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     base: BaseWeights = "full",
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained causal LM in eval mode, frozen, and its tokenizer.
 
     A folder or a GGUF file is read from disk; anything else is a Hub name. Quantized files are read as plain numbers.
@@ -50,8 +50,7 @@ def load_teacher(
             missing library.
     """
     source = find_model(name_or_path)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = read_config(source, **options)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     if config.model_type == "linearized":
         raise InputError(f"{source} is a student already: give the teacher, a model with softmax attention")
     check_readable(source, config, base)
@@ -62,7 +61,7 @@ def load_teacher(
         how = loading_options(base, numbers, torch.device(device or "cpu")) | reading_options(source) | source.options
         how |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
         with freed_at_once() if base != "full" else nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, **options, **how)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, trust_remote_code=trust_remote_code, **how)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
@@ -74,7 +73,7 @@ def load_teacher(
     keys = {kind: info.get(f"{kind}_keys") or () for kind in ("missing", "unexpected")}
     check_keys(str(source), config, **keys, prefix=model.base_model_prefix)
     if base == "full":
-        make_plain(model, numbers, **options)
+        make_plain(model, numbers, trust_remote_code=trust_remote_code)
     after_loading(model, base)
     tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     fit_pad_token(model, tokenizer)
@@ -82,20 +81,22 @@ def load_teacher(
     return placed.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by folder or Hub name. Raises InputError where there is none that can be used."""
     source = ModelSource(str(name)) if Path(name).is_dir() and _has_tokenizer(Path(name)) else find_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.name, **source.options, trust_remote_code=trust_remote_code
+        )
         if source.gguf_file is not None:
             take_special_tokens(tokenizer, read_config(source))
         return tokenizer
     except Exception as error:  # tokenizers raises nothing more special
-        told = f"cannot load the tokenizer of {source}: {one_line(error)}"
+        message = f"cannot load the tokenizer of {source}: {one_line(error)}"
         folder = Path(source.name)
         if source.gguf_file is None and folder.is_dir() and not _has_tokenizer(folder):
-            told = f"{source} has no tokenizer: tokenizer.json is missing; copy or download the folder again"
-        raise InputError(told) from error
+            message = f"{source} has no tokenizer: tokenizer.json is missing; copy or download the folder again"
+        raise InputError(message) from error
 
 
 def _types_on_hub(source: ModelSource) -> dict[str, str]:

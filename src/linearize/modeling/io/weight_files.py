@@ -105,17 +105,17 @@ class WeightFiles:
 
     def fingerprint(self) -> str:
         """Changes with names, shapes, types and (by samples of each tensor) values; reads little of a large model."""
-        found = 0
+        checksum = 0
         for name in sorted(self.places):
             place = self.places[name]
-            found = zlib.crc32(f"{name} {place.dtype} {place.shape}".encode(), found)
+            checksum = zlib.crc32(f"{name} {place.dtype} {place.shape}".encode(), checksum)
             for part in _samples(place):
-                found = zlib.crc32(part, found)
-        return f"{found:08x}"
+                checksum = zlib.crc32(part, checksum)
+        return f"{checksum:08x}"
 
     def _read_index(self, name_or_path: str, index: Path) -> None:
-        found = read_json(index)
-        weight_map: Mapping[str, str] = found.get("weight_map", {}) if isinstance(found, dict) else {}
+        document = read_json(index)
+        weight_map: Mapping[str, str] = document.get("weight_map", {}) if isinstance(document, dict) else {}
         if not weight_map:
             raise InputError(f"{index} names no weights: fetch it again")
         for file in sorted(set(weight_map.values())):
@@ -152,23 +152,23 @@ def _located(name_or_path: str, file: str) -> Path | None:
         path = folder / file
         return path if path.is_file() else None
     try:
-        found = find_hub_file(name_or_path, file)
+        located = find_hub_file(name_or_path, file)
     except OSError as error:
         raise InputError(f"cannot find {name_or_path} on the Hub: {error}") from error
-    return None if found is None else Path(found)
+    return None if located is None else Path(located)
 
 
 def _places(path: Path) -> dict[str, TensorPlace]:
     """What a file's header says. Raises InputError for a file that is no safetensors file or not whole."""
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
-    found = {}
+    places = {}
     for name, entry in tensors_of(path).items():
         if entry["dtype"] not in DTYPES:
             raise InputError(f"{path} holds {name} as {entry['dtype']}, which cannot be read here: save it as bfloat16")
         start, end = entry["data_offsets"]
-        found[name] = TensorPlace(path, begin + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return found
+        places[name] = TensorPlace(path, begin + start, end - start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return places
 
 
 class ShardedWriter:

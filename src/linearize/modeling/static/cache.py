@@ -22,7 +22,7 @@ from linearize.modeling.cache import Pending, Run
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
-    from linearize.mixers.base import Mixer
+    from linearize.mixers.base import Mixer, MixerState
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +75,13 @@ class StaticMixerLayer(_Layer):
     def __init__(self, tail: int, most: int) -> None:
         super().__init__()
         self.tail, self.most = tail, most
-        self.state: Any = None
+        self.state: MixerState | None = None
         self.raw: tuple[Tensor, ...] = ()
         self.time_dim = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values through; `step` does the rest."""
         return key_states, value_states
 
@@ -111,7 +113,7 @@ class StaticMixerLayer(_Layer):
             memory.index_copy_(dim, place.column_T, x)
         return y
 
-    def _fill(self, state: Any, inputs: tuple[Tensor, ...], time_dim: int) -> None:
+    def _fill(self, state: MixerState, inputs: tuple[Tensor, ...], time_dim: int) -> None:
         """The state after the prompts, in memory of the layer's own."""
         if self.state is None:
             self.time_dim = time_dim
@@ -152,7 +154,9 @@ class StaticAttentionLayer(_Layer):
         super().begin(lengths)
         self.lengths = lengths
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values through; those of the prompts are kept, later ones by `write`."""
         if not self.filled:
             self._fill(key_states, value_states)
@@ -181,10 +185,10 @@ class StaticAttentionLayer(_Layer):
         """Which columns each new token sees, `[B, 1, T, C]`; to be asked after `write`."""
         column = torch.arange(self.columns, device=position_BT.device)
         last_B1 = position_BT[:, -1:]
-        held_BC = last_B1 - (last_B1 - column) % self.columns  # the position in each column, negative in empty ones
-        held, query = held_BC[:, None], position_BT[:, :, None]
-        seen = (held >= 0) & (held <= query)
-        return (seen if self.window is None else seen & (held > query - self.window))[:, None]
+        position_BC = last_B1 - (last_B1 - column) % self.columns  # the position in each column, negative in empty ones
+        key, query = position_BC[:, None], position_BT[:, :, None]
+        seen = (key >= 0) & (key <= query)
+        return (seen if self.window is None else seen & (key > query - self.window))[:, None]
 
     def lengthen(self, columns: int) -> None:
         """More columns for a layer that sees the whole text."""
@@ -224,19 +228,20 @@ class StepCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, StaticAttentionLayer) and layer.window is None]
 
 
-def tensors(state: Any) -> list[Tensor]:
+def tensors(state: MixerState | None) -> list[Tensor]:
     """All tensors of a state, in one order."""
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
 
-    def see(x: Tensor) -> Tensor:
-        found.append(x)
+    def collect(x: Tensor) -> Tensor:
+        collected.append(x)
         return x
 
-    state.map_batch(see)
-    return found
+    assert state is not None
+    state.map_batch(collect)
+    return collected
 
 
-def copy_state(memory: Any, new: Any) -> None:
+def copy_state(memory: MixerState | None, new: MixerState | None) -> None:
     """Put a state into the memory of another one of the same shapes (an operation may have written there itself)."""
     if new is memory:
         return

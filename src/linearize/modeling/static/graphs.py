@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from linearize.errors import one_line
 
 WARM_UPS = 3
 Step = Callable[[Tensor], Tensor]
-Recorder = Callable[[Callable[[], Tensor], Callable[[], None]], tuple[Callable[[], Any], Tensor]]
+Recorder = Callable[[Callable[[], Tensor], Callable[[], None]], tuple[Callable[[], object], Tensor]]
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -36,7 +35,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[Callable[[], Any], Tensor]:
+    def __call__(self, run: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[Callable[[], object], Tensor]:
         """What replays `run`, and the output that a replay fills. `restore` undoes what a run does to memory."""
         with torch.cuda.device(self._device):
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -54,7 +53,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True, eq=False)
 class _Recorded:
-    replay: Callable[[], Any]
+    replay: Callable[[], object]
     tokens_BT: Tensor
     output_BTV: Tensor
 

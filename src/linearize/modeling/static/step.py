@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling.attention import MixerCall
 from linearize.modeling.cache_argument import cache_argument, with_cache
-from linearize.modeling.static.attention import attending_static, softmax_configs
 from linearize.modeling.static.cache import Place, StepCache
 from linearize.modeling.static.graphs import Graphs, Recorder, recorder_for
-from linearize.modeling.static.layers import static_layers
+from linearize.modeling.static.layers import attending_static, softmax_configs, static_layers
 from linearize.modeling.student import LinearizedForCausalLM
 from linearize.ops.dispatch import MAX_MULTI_TOKEN
 from linearize.ops.layout import Layout
@@ -83,9 +82,9 @@ class StaticStep:
     @property
     def model(self) -> PreTrainedModel:
         """The model."""
-        found = self._model()
-        assert found is not None, "the model of this step is gone"
-        return found
+        model = self._model()
+        assert model is not None, "the model of this step is gone"
+        return model
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -99,9 +98,9 @@ class StaticStep:
             raise InputError(f"{rows} prompts were given to a static step of {self.batch} rows: make one of that many")
         self.lengths = [tokens] * rows if attention_mask is None else attention_mask.sum(1).tolist()
         self.held, self._exact = 0, True
-        self._check_room(0)
+        self._check_capacity(0)
         self.cache.begin(self.lengths)
-        options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_last else {}
+        options: dict[str, int | Tensor] = {"logits_to_keep": 1} if self._keeps_last else {}
         if min(self.lengths) < tokens and attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             options |= {"attention_mask": attention_mask, "position_ids": positions}
@@ -221,16 +220,16 @@ class StaticStep:
             self._exact = self._exact and not isinstance(kept, Tensor)
             self.held = tokens
         try:
-            self._check_room(0 if not self.rollback else self.held)
+            self._check_capacity(0 if not self.rollback else self.held)
         except InputError:
             if self._exact:
                 self.lengths, self.held, self._exact = before
                 raise
             decided = self.start_B if kept is None else self.start_B + torch.as_tensor(kept, device=self.start_B.device)
             self.lengths, self._exact = decided.tolist(), True  # the only look at the device, where room runs out
-            self._check_room(self.held)
+            self._check_capacity(self.held)
 
-    def _check_room(self, more: int) -> None:
+    def _check_capacity(self, more: int) -> None:
         if self.capacity is None or not self.cache.whole_layers:
             return
         needed = max(self.lengths) + more

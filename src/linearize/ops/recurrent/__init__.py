@@ -1,6 +1,6 @@
 """The recurrent operations: linear attention with decay, the gated delta rule, the selective scan.
 
-Each has its equation in `reference.py`, a few tokens at once in `multi_token.py`, many in `chunked.py`. What they
-share: `front_end.py` (dispatch, dtypes, `commit`), `pairs.py` (masks and decays of a few tokens), `layer_steps.py` (a
-whole layer between its projections by one kernel).
+`reference.py` has their equations, `multi_token.py` a few tokens at once, and each operation's `chunked.py` many.
+`front_end.py` is what they share around a backend (dispatch, dtypes, `commit`), `layer_steps.py` runs a whole layer
+between its projections by one kernel.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Required, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from linearize.ops.dispatch import Call, Dispatcher, Rule, always, wants_gradien
 from linearize.ops.layout import Layout
 
 MOST_TAPS = 8
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,6 +28,17 @@ class LayerCall(Call):
     """A call of a layer; `taps`: those of its convolution, the current token's included."""
 
     taps: int
+
+
+class KernelOptions(TypedDict, total=False):
+    """Keywords of a layer's kernel: the state before (None: none, both), the tokens with an output (None: all), and
+    after which the state is wanted (None: all)."""
+
+    layout: Required[Layout]
+    memory: Tensor | None
+    taps_BPC: Tensor | None
+    outputs: int | None
+    commit: int | None
 
 
 def kernel_why_not_chosen(call: LayerCall) -> str | None:
@@ -69,10 +81,10 @@ def run_layer(
     watched: tuple[Tensor, ...],
     conv_weight_CW: Tensor,
     layout: Layout,
-    by_kernel: Callable[[], Any],
-    by_operations: Callable[[], Any],
-) -> Any:
-    """What the backend chosen gives. `projected: [B, T, ...]`; `watched`: parameters through which gradients may be
+    by_kernel: Callable[[], Result],
+    by_operations: Callable[[], Result],
+) -> Result:
+    """The result of the backend chosen. `projected: [B, T, ...]`; `watched`: parameters through which gradients may be
     asked for."""
     first = projected[0]
     call = LayerCall(
@@ -84,7 +96,7 @@ def run_layer(
         taps=conv_weight_CW.shape[1],
     )
 
-    def run(backend: str) -> Any:
+    def run(backend: str) -> Result:
         if backend != "triton":
             return by_operations()
         with torch.autocast(first.device.type, enabled=False):

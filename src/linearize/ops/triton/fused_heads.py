@@ -9,7 +9,6 @@ of the projection, C channels of the convolution, P past inputs of the convoluti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,7 +137,7 @@ def gated_delta_net_steps(
 
 
 def _run(
-    given: HeadInputs,
+    inputs: HeadInputs,
     sizes: HeadSizes,
     eps: float,
     layout: Layout,
@@ -146,10 +145,10 @@ def _run(
     span_given: tuple[int | None, int | None],
     memory_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, tokens, _), (channels, width) = given.x_BTR.shape, given.weight_CW.shape
+    (batch, tokens, _), (channels, width) = inputs.x_BTR.shape, inputs.weight_CW.shape
     assert tokens <= MOST_TOKENS and width <= MOST_TAPS, f"{tokens} tokens, {width} taps"
     H, K, V = sizes.heads, sizes.key_dim, sizes.value_dim
-    span, x, device = Span.of(tokens, *span_given), rows_of(given.x_BTR), given.x_BTR.device
+    span, x, device = Span.of(tokens, *span_given), rows_of(inputs.x_BTR), inputs.x_BTR.device
     norm = power_of_two(K) * power_of_two(V) <= WHOLE_TILE
     tile = make_tile(K, V, whole=norm)
     after = state_memory(x, (batch, H, K, V), memory_out)
@@ -157,8 +156,8 @@ def _run(
     y = torch.empty(batch, span.outputs, H * V, dtype=x.dtype if norm else torch.float32, device=device)
     memory, taps, position = read_state(state[0]), state[1], positions(layout, batch)
     taps = taps_out if taps is None else taps.to(x.dtype).contiguous()
-    tensors = _pointers(given, x)
-    flags: dict[str, Any] = {"DELTA": given.beta_BTH is not None, "NORM": norm, "HAS_BIAS": given.bias_C is not None}
+    tensors = _pointers(inputs, x)
+    flags: dict[str, bool] = {"DELTA": inputs.beta_BTH is not None, "NORM": norm, "HAS_BIAS": inputs.bias_C is not None}
     flags |= {"HAS_STATE": memory is not None, "HAS_POSITION": position is not None}
     heads_kernel[(batch * H, tile.blocks(V))](
         *tensors[:4],
@@ -179,37 +178,37 @@ def _run(
         V=V,
         C=channels,
         P=width - 1,
-        QUERY=given.parts[0],
-        KEY=given.parts[1],
-        VALUE=given.parts[2],
+        QUERY=inputs.parts[0],
+        KEY=inputs.parts[1],
+        VALUE=inputs.parts[2],
         BLOCK_K=tile.key,
         BLOCK_V=tile.value,
         **flags,
         num_warps=tile.warps,
     )
-    return (y if norm else _normed(y, given, span, sizes, eps)), after, taps_out
+    return (y if norm else _normed(y, inputs, span, sizes, eps)), after, taps_out
 
 
-def _pointers(given: HeadInputs, x: Tensor) -> tuple[Tensor, ...]:
+def _pointers(inputs: HeadInputs, x: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the kernel's order: four with strides, then parameters; x stands for those that a mixer has not."""
-    gate, step = rows_of(given.gate_BTC), rows_of(given.step_BTH)
-    beta = x if given.beta_BTH is None else rows_of(given.beta_BTH)
-    bias, skip = (x if w is None else w.contiguous() for w in (given.bias_C, given.skip_H))
+    gate, step = rows_of(inputs.gate_BTC), rows_of(inputs.step_BTH)
+    beta = x if inputs.beta_BTH is None else rows_of(inputs.beta_BTH)
+    bias, skip = (x if w is None else w.contiguous() for w in (inputs.bias_C, inputs.skip_H))
     weight, shift, A_log, scale = (
-        w.contiguous() for w in (given.weight_CW, given.step_bias_H, given.A_log_H, given.norm_weight)
+        w.contiguous() for w in (inputs.weight_CW, inputs.step_bias_H, inputs.A_log_H, inputs.norm_weight)
     )
     return x, gate, step, beta, weight, bias, shift, A_log, skip, scale
 
 
-def _normed(y_BUC: Tensor, given: HeadInputs, span: Span, sizes: HeadSizes, eps: float) -> Tensor:
+def _normed(y_BUC: Tensor, inputs: HeadInputs, span: Span, sizes: HeadSizes, eps: float) -> Tensor:
     """Gate and norm of whole heads, in the dtype of the inputs."""
-    gate = rows_of(given.gate_BTC)
+    gate = rows_of(inputs.gate_BTC)
     out = torch.empty_like(y_BUC, dtype=gate.dtype)
     if out.numel():
         norm_kernel[(y_BUC.shape[0] * span.outputs * sizes.heads,)](
             y_BUC,
             gate,
-            given.norm_weight.contiguous(),
+            inputs.norm_weight.contiguous(),
             out,
             gate.stride()[:2],
             span.tokens,
@@ -218,7 +217,7 @@ def _normed(y_BUC: Tensor, given: HeadInputs, span: Span, sizes: HeadSizes, eps:
             H=sizes.heads,
             V=sizes.value_dim,
             BLOCK_V=power_of_two(sizes.value_dim),
-            DELTA=given.beta_BTH is not None,
+            DELTA=inputs.beta_BTH is not None,
             num_warps=1,
         )
     return out

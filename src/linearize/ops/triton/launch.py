@@ -67,16 +67,16 @@ def tile(key_dim: int, value_dim: int, whole: bool = False) -> Tile:
 
 def positions(layout: Layout, rows: int) -> Tensor | None:
     """Positions as the kernels read them, `[B, T]` contiguous; None for plain layouts."""
-    found = layout.position_BT
-    return None if found is None else found.expand(rows, -1).contiguous()
+    position_BT = layout.position_BT
+    return None if position_BT is None else position_BT.expand(rows, -1).contiguous()
 
 
-def state_memory(like: Tensor, size: tuple[int, ...], given: Tensor | None) -> Tensor:
-    """Where the state is written: `given` (which may be the state itself), or new memory, fp32."""
-    if given is None:
+def state_memory(like: Tensor, size: tuple[int, ...], memory: Tensor | None) -> Tensor:
+    """Where the state is written: `memory` (which may be the state itself), or new memory, fp32."""
+    if memory is None:
         return torch.empty(size, dtype=torch.float32, device=like.device)
-    assert given.shape == size and given.dtype == torch.float32 and given.is_contiguous()
-    return given
+    assert memory.shape == size and memory.dtype == torch.float32 and memory.is_contiguous()
+    return memory
 
 
 def read_state(state: Tensor | None) -> Tensor | None:

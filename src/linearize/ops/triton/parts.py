@@ -90,11 +90,11 @@ def at_slot(slots, lag, x, x_stride, column, taps, channel, lane, size, P, C, HA
     which lanes there are.
     """
     slot = ((slots >> (8 * lag)) & 255).to(tl.int32)
-    found = tl.load(x + (slot - P - 1) * x_stride + column, mask=lane < tl.where(slot > P, size, 0), other=0.0)
+    tap_value = tl.load(x + (slot - P - 1) * x_stride + column, mask=lane < tl.where(slot > P, size, 0), other=0.0)
     if HAS_TAPS:
         early = lane < tl.where((slot > 0) & (slot <= P), size, 0)
-        found += tl.load(taps + (slot - 1) * C + channel, mask=early, other=0.0)
-    return found
+        tap_value += tl.load(taps + (slot - 1) * C + channel, mask=early, other=0.0)
+    return tap_value
 
 
 @triton.jit
@@ -120,8 +120,8 @@ def convolve(
         out += tl.load(bias + channel, mask=lane < size, other=0.0).to(tl.float32)
     for lag in tl.static_range(P + 1):
         tap = tl.load(weight + channel * (P + 1) + P - lag, mask=lane < size, other=0.0).to(tl.float32)
-        found = at_slot(slots, lag, x, x_stride, column, taps, channel, lane, size, P, C, HAS_TAPS)
-        out += tap * found.to(tl.float32)
+        tap_value = at_slot(slots, lag, x, x_stride, column, taps, channel, lane, size, P, C, HAS_TAPS)
+        out += tap * tap_value.to(tl.float32)
     return silu(out)
 
 
@@ -131,8 +131,8 @@ def save_taps(
 ):
     """Write the P newest inputs of the list, oldest first, to the row's `out: [P, C]`."""
     for s in tl.static_range(P):
-        found = at_slot(slots, P - 1 - s, x, x_stride, column, taps, channel, lane, size, P, C, HAS_TAPS)
-        tl.store(out + s * C + channel, found, mask=lane < size)
+        tap_value = at_slot(slots, P - 1 - s, x, x_stride, column, taps, channel, lane, size, P, C, HAS_TAPS)
+        tl.store(out + s * C + channel, tap_value, mask=lane < size)
 
 
 @triton.jit

@@ -9,8 +9,6 @@ an output, K key dimension, V value dimension.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -119,8 +117,19 @@ def decay_linear_steps(
     sigmoid of what is given over the divisor (Liger's gated linear attention, 2503.01496). `norm_eps`: each output is
     brought to mean 0 and variance 1 (retention, 2307.08621).
     """
-    options: dict[str, Any] = {"layout": layout, "state": state, "commit": commit, "state_out": state_out}
-    return _run(q_BHUK, k_BGTK, v_BGTV, log_decay, None, divisor=gate_divisor, eps=norm_eps, **options)
+    return _run(
+        q_BHUK,
+        k_BGTK,
+        v_BGTV,
+        log_decay,
+        None,
+        divisor=gate_divisor,
+        eps=norm_eps,
+        layout=layout,
+        state=state,
+        commit=commit,
+        state_out=state_out,
+    )
 
 
 def gated_delta_steps(
@@ -136,8 +145,19 @@ def gated_delta_steps(
     state_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gated_delta`'s backend: `y: [B, H, U, V]` in the dtype of v, and `S: [B, H, K, V]` after `commit` tokens."""
-    options: dict[str, Any] = {"layout": layout, "state": state, "commit": commit, "state_out": state_out}
-    return _run(q_BHUK, k_BHTK, v_BHTV, log_decay_BHT, beta_BHT, divisor=None, eps=None, **options)
+    return _run(
+        q_BHUK,
+        k_BHTK,
+        v_BHTV,
+        log_decay_BHT,
+        beta_BHT,
+        divisor=None,
+        eps=None,
+        layout=layout,
+        state=state,
+        commit=commit,
+        state_out=state_out,
+    )
 
 
 def _run(
@@ -162,7 +182,7 @@ def _run(
     y = torch.empty(batch, heads, outputs, value, dtype=v.dtype, device=v.device)
     beta = g if beta is None else beta
     pointers = (q, k, v, g, beta, y if position is None else position, after if state is None else state, after, y)
-    flags: dict[str, Any] = {"KEY_DECAY": g.dim() == 4, "DELTA": beta is not g, "GATED": divisor is not None}
+    flags: dict[str, bool] = {"KEY_DECAY": g.dim() == 4, "DELTA": beta is not g, "GATED": divisor is not None}
     flags |= {"NORM": eps is not None, "HAS_STATE": state is not None, "HAS_POSITION": position is not None}
     recurrence_kernel[(batch * groups, block.blocks(value))](
         *pointers,

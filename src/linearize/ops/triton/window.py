@@ -230,8 +230,8 @@ def _cursor(state: State | None, layout: Layout) -> tuple[int | Tensor, Tensor |
     return (0, None) if state is None else (state.next, state.begin)
 
 
-def _tensors(found: FeatureWeights | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if found is None else found.tensors
+def _tensors(weights: FeatureWeights | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if weights is None else weights.tensors
 
 
 def _memory(state: State | None, folds: bool) -> Tensor | None:
@@ -245,8 +245,8 @@ def _memory(state: State | None, folds: bool) -> Tensor | None:
     return memory.to(torch.float32).contiguous()
 
 
-def _sizes(found: FeatureWeights | None, dim: int) -> tuple[int, int, int, int]:
+def _sizes(weights: FeatureWeights | None, dim: int) -> tuple[int, int, int, int]:
     """D, C and how many of them a program looks at together in a feature map."""
-    columns = 1 if found is None else dim if found.weight_HDC is None else found.weight_HDC.shape[2]
+    columns = 1 if weights is None else dim if weights.weight_HDC is None else weights.weight_HDC.shape[2]
     block = power_of_two(columns)
     return dim, columns, min(power_of_two(dim), max(1, MAP_NUMBERS // block)), block

@@ -43,17 +43,17 @@ def rows_at(p, want, rows, place, lane, SIZE: tl.constexpr, SINKS: tl.constexpr,
     token = p + origin
     if CODE[2]:
         token = tl.load(index + token, mask=new, other=0).to(tl.int32)
-    found = tl.load(x + token[:, None] * x_stride + lanes, mask=new[:, None] & inside, other=0.0).to(tl.float32)
+    values = tl.load(x + token[:, None] * x_stride + lanes, mask=new[:, None] & inside, other=0.0).to(tl.float32)
     if CODE[1]:
         old = want & (p < entry)
         if SINKS > 0:
             sunk = (old & (p < SINKS))[:, None] & inside
-            found += tl.load(sink + p[:, None] * SIZE + lanes, mask=sunk, other=0.0).to(tl.float32)
+            values += tl.load(sink + p[:, None] * SIZE + lanes, mask=sunk, other=0.0).to(tl.float32)
             old = old & (p >= SINKS)
         slot = p % slots if CODE[3] else p - first
-        held = old[:, None] & inside
-        found += tl.load(ring + slot[:, None] * SIZE + lanes, mask=held, other=0.0).to(tl.float32)
-    return found
+        in_ring = old[:, None] & inside
+        values += tl.load(ring + slot[:, None] * SIZE + lanes, mask=in_ring, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -156,6 +156,6 @@ def write_rows(
     that are not from `lowest` to `highest`."""
     for at in range(begin, stop, S):
         p = at + tl.arange(0, S)
-        found = rows_at(p, (p >= lowest) & (p < tl.minimum(stop, highest)), rows, place, lane, SIZE, SINKS, CODE)
+        values = rows_at(p, (p >= lowest) & (p < tl.minimum(stop, highest)), rows, place, lane, SIZE, SINKS, CODE)
         to = p % place[3] if CIRCLE else p + slot
-        tl.store(out + to[:, None] * SIZE + lane[None, :], found, mask=(p < stop)[:, None] & (lane < SIZE)[None, :])
+        tl.store(out + to[:, None] * SIZE + lane[None, :], values, mask=(p < stop)[:, None] & (lane < SIZE)[None, :])

@@ -142,9 +142,9 @@ def _sinks_by_group(
     """Keys and values of the first tokens of each chunk's document, `[B, G, N, J, D]` and `[B, G, N, J, V]`."""
     if alignment.source_BA is not None:
         return tuple(x.transpose(1, 2) for x in sinks_of(slots, alignment, state, spec))
-    found = plain_sinks(slots.k_BGSD, slots.v_BGSV, slots.num_past, state, spec)
+    sinks = plain_sinks(slots.k_BGSD, slots.v_BGSV, slots.num_past, state, spec)
     chunks = alignment.num_chunks
-    return tuple(pad_slots(x, spec)[:, :, None].expand(-1, -1, chunks, -1, -1) for x in found if x is not None)
+    return tuple(pad_slots(x, spec)[:, :, None].expand(-1, -1, chunks, -1, -1) for x in sinks if x is not None)
 
 
 def sinks_of(
@@ -164,8 +164,8 @@ def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Ali
     if old_BGJD is not None:
         old = pad_slots(old_BGJD, spec).to(x_BGSD.dtype)
         origin = slots.carried_origin[..., None]
-        held = (alignment.origin_BN[..., None] == origin) & (j < slots.num_past - origin)
-        index = torch.where(held, j, index)
+        in_slots = (alignment.origin_BN[..., None] == origin) & (j < slots.num_past - origin)
+        index = torch.where(in_slots, j, index)
     taken = take_slots(torch.cat([old, x_BGSD], dim=2), index.flatten(1).expand(batch, -1))
     return taken.unflatten(2, (-1, spec.num_sinks)).transpose(1, 2)
 
@@ -179,16 +179,16 @@ def attend_chunk_group(
     memory_BHWF: Tensor | None,
     log_g_H: Tensor,
     masks: GroupMasks,
-    given: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
     """`y: [B, H, N, C, V]` and the memory that the chunk group's last chunk sees.
 
     `sinks`: k and v of the document's first tokens, `[B, G, N, J, D]` and `[B, G, N, J, V]`, or nothing. `phi`: phi_q
-    `[B, H, N, C, F]`, and phi_k of the chunks n - 2, or of all M chunks where `masks.far` is given. `given`: the
+    `[B, H, N, C, F]`, and phi_k of the chunks n - 2, or of all M chunks where `masks.far` is given. `dtype`: the
     dtype that the tensors had before they were widened (see `bf16_products`). Differentiable once.
     """
     y, memory = _ChunkGroup.apply(
-        q_BHNCD, k_BGMCD, v_BGMCV, *(sinks or (None, None)), *(phi or (None, None)), memory_BHWF, log_g_H, masks, given
+        q_BHNCD, k_BGMCD, v_BGMCV, *(sinks or (None, None)), *(phi or (None, None)), memory_BHWF, log_g_H, masks, dtype
     )
     return y, memory
 
@@ -196,20 +196,20 @@ def attend_chunk_group(
 class _ChunkGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, masks, given = arguments
+        *tensors, masks, dtype = arguments
         inputs = Inputs(*tensors)
         q, v = inputs.q, inputs.v
         y = q.new_empty(*q.shape[:4], v.shape[-1])
         normaliser = q.new_empty(*q.shape[:4], 1)
         shift = None if masks.bias is None else torch.empty_like(normaliser)
         after = None if inputs.memory is None or inputs.phi_q is None else torch.empty_like(inputs.memory)
-        with bf16_products(given):
+        with bf16_products(dtype):
             for block in head_blocks(q.shape[0], inputs.groups, inputs.numbers()):
                 keys = Keys(inputs, block)
                 for r in alike(range(q.shape[1] // inputs.groups)):
                     QueryHeads(inputs, masks, block, r, keys).forward(y, shift, normaliser, after)
         ctx.save_for_backward(*tensors, shift, normaliser, y)
-        ctx.masks, ctx.given = masks, given
+        ctx.masks, ctx.dtype = masks, dtype
         ctx.set_materialize_grads(False)
         return y, after
 
@@ -219,7 +219,7 @@ class _ChunkGroup(torch.autograd.Function):
         *tensors, shift, normaliser, y = ctx.saved_tensors
         inputs, masks = Inputs(*tensors), ctx.masks
         d = Gradients(inputs, masks)
-        with bf16_products(ctx.given):
+        with bf16_products(ctx.dtype):
             for block in head_blocks(y.shape[0], inputs.groups, inputs.numbers()):
                 keys = Keys(inputs, block)
                 for r in alike(range(y.shape[1] // inputs.groups)):

@@ -158,6 +158,6 @@ class LinearPart:
         if self.fold is None:
             product_into(d_v, self.phi_k, flat[:, :-1].mT, beta=1)
         else:
-            found = product_into(self.scratch("d_folded", *d_v.shape, like=d_v), self.phi_k, flat[:, :-1].mT)
-            d_v.addcmul_(found, self.fold)
+            d_values = product_into(self.scratch("d_folded", *d_v.shape, like=d_v), self.phi_k, flat[:, :-1].mT)
+            d_v.addcmul_(d_values, self.fold)
         return by_chunk[0]

@@ -42,7 +42,7 @@ class Seen:
         """`new_BS`: positions of the keys that are not in the ring (-1: dead); None: the only query's is in it.
         `begin_B`, `held_B`: first position of the document, and first one that the ring does not hold."""
         device, window, sinks, alone = query_BU.device, spec.window, spec.num_sinks, new_BS is None
-        held, query, begin = held_B[:, None, None, None], query_BU[:, None, :, None], begin_B[:, None, None, None]
+        ring_end, query, begin = held_B[:, None, None, None], query_BU[:, None, :, None], begin_B[:, None, None, None]
         edge = fold_boundary(query, window, spec.shape) + (window == 0)
         last = held_B[:, None] - 1
         ring = (last - (last - torch.arange(slots, device=device)) % slots)[:, None, None]
@@ -61,7 +61,7 @@ class Seen:
             sinks_B1UN=(sunk < torch.minimum(edge, state_end[:, None, None])) & (sunk >= begin) if sinks else None,
             new_B1US=new,
             far_BP=far if waiting else None,
-            far_ring_B1UP=(key < edge) & (key >= begin.clamp(min=sinks)) & (key < held) if waiting else None,
+            far_ring_B1UP=(key < edge) & (key >= begin.clamp(min=sinks)) & (key < ring_end) if waiting else None,
             far_new_B1US=far_new,
         )
 
@@ -110,8 +110,8 @@ def _seen(
     key = ("seen", slots, spec.window, spec.shape, spec.num_sinks)
     if key not in layout.memo:
         layout.memo[key] = Seen.of(query_BU, new_BS, state.begin_B, held_B, slots, spec)
-    found: Seen = layout.memo[key]
-    return found
+    masks: Seen = layout.memo[key]
+    return masks
 
 
 def _attend(q_BHUD: Tensor, new: tuple[Tensor, ...], seen: Seen, state: WindowBuffers, spec: WindowLinear) -> Tensor:
@@ -169,13 +169,13 @@ def _window(
 
 def _beyond(new: tuple[Tensor, ...], seen: Seen, state: WindowBuffers) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Keys and values that are in no sum yet and beyond the window of some query, and of which."""
-    found = []
+    parts = []
     if seen.far_BP is not None and seen.far_ring_B1UP is not None:
         place = seen.far_BP % state.k_BGCD.shape[2]
-        found.append((take_slots(state.k_BGCD, place), take_slots(state.v_BGCV, place), seen.far_ring_B1UP))
+        parts.append((take_slots(state.k_BGCD, place), take_slots(state.v_BGCV, place), seen.far_ring_B1UP))
     if seen.far_new_B1US is not None:
-        found.append((new[0], new[1], seen.far_new_B1US))
-    return found
+        parts.append((new[0], new[1], seen.far_new_B1US))
+    return parts
 
 
 def _commit(state: WindowBuffers, k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, spec: WindowLinear) -> None:

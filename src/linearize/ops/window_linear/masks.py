@@ -77,8 +77,8 @@ def masks_of(
     """The masks for chunk groups of `step` chunks; computed once for all layers that share layout and window."""
     memo = ("masks", chunk, step, spec.window, spec.shape, spec.num_sinks, spec.branch, spec.has_linear, dtype)
     if slots.num_past == 0 and memo in layout.memo:
-        found: Masks = layout.memo[memo]
-        return found.with_options(spec)
+        masks: Masks = layout.memo[memo]
+        return masks.with_options(spec)
     chunks = alignment.num_chunks
     if alignment.source_BA is None:
         chunks = min(chunks, -(-UNLIKE // step) * step)
@@ -98,10 +98,10 @@ def _group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLi
     first = alignment.first_BN[:, chunks, None]
     query, key = (first + c[chunk:])[..., None], (first + c)[..., None, :]
     live = (alignment.follows_BN[:, chunks, None] | (c >= 0))[..., None, :] & (key >= spec.num_sinks)
-    held = _held(alignment, chunk)
-    if held is not None and not alignment.whole:
-        before = torch.nn.functional.pad(held[:, :-1], (0, 0, 1, 0))
-        live = live & torch.cat([before, held], dim=-1)[:, chunks, None]
+    present = _present(alignment, chunk)
+    if present is not None and not alignment.whole:
+        before = torch.nn.functional.pad(present[:, :-1], (0, 0, 1, 0))
+        live = live & torch.cat([before, present], dim=-1)[:, chunks, None]
     seen = live & (key <= query)
     near = in_window(query, key, spec.window, spec.shape)
     one_block = spec.shape == "terraced" and chunk == spec.window
@@ -117,22 +117,22 @@ def _group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLi
             shown = torch.cat([early.expand(*shown.shape[:-1], -1), shown], dim=-1)
         bias = torch.zeros(shown.shape, dtype=dtype, device=c.device).masked_fill_(~shown, -torch.inf)
     keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1)[:, chunks]
-    fold = _foldable(alignment, held, chunk, spec)[:, chunks].to(dtype)
+    fold = _foldable(alignment, present, chunk, spec)[:, chunks].to(dtype)
     return GroupMasks(
         bias, far, fold, None if bool(keep.all()) else keep.to(dtype), spec.scaling, spec.softcap, spec.shared_shift
     )
 
 
-def _held(alignment: Alignment, chunk: int) -> Tensor | None:
+def _present(alignment: Alignment, chunk: int) -> Tensor | None:
     """Which aligned slots hold a token, `[B, N, C]` (None: all do, but for the end)."""
     return None if alignment.source_BA is None else (alignment.source_BA >= 0).unflatten(1, (-1, chunk))
 
 
-def _foldable(alignment: Alignment, held: Tensor | None, chunk: int, spec: WindowLinear) -> Tensor:
+def _foldable(alignment: Alignment, present: Tensor | None, chunk: int, spec: WindowLinear) -> Tensor:
     """Which tokens of chunk n - 2 enter the sum before chunk n, `[B or 1, N, C]`: its document's, but for sinks."""
     position = alignment.first_BN[..., None] + torch.arange(chunk, device=alignment.first_BN.device)
     fold = position >= spec.num_sinks
-    if held is not None:
-        fold = fold & held
+    if present is not None:
+        fold = fold & present
     same = alignment.follows_BN[:, 2:] & alignment.follows_BN[:, 1:-1]
     return torch.nn.functional.pad(fold[:, :-2] & same[..., None], (0, 0, 2, 0))[:, : alignment.num_chunks]

@@ -59,20 +59,22 @@ class _Slots:
     far_UP: Tensor | None
 
 
-def _slots(asked: int, end: int, num_new: int, layout: Layout, state: WindowLinearState, spec: WindowLinear) -> _Slots:
+def _slots(
+    num_queries: int, end: int, num_new: int, layout: Layout, state: WindowLinearState, spec: WindowLinear
+) -> _Slots:
     """Where each slot stands for each query; once for all layers that share layout and window."""
     ring, have = state.k_BGRD.shape[2], 0 if state.sink_k_BGND is None else state.sink_k_BGND.shape[2]
-    key = ("multi_token", asked, end, num_new, ring, have, spec.window, spec.shape, spec.num_sinks)
+    key = ("multi_token", num_queries, end, num_new, ring, have, spec.window, spec.shape, spec.num_sinks)
     if key not in layout.memo:
-        layout.memo[key] = _place(asked, end, end - num_new - ring, have, spec, state.k_BGRD.device)
-    found: _Slots = layout.memo[key]
-    return found
+        layout.memo[key] = _place(num_queries, end, end - num_new - ring, have, spec, state.k_BGRD.device)
+    slots: _Slots = layout.memo[key]
+    return slots
 
 
-def _place(asked: int, end: int, oldest: int, have: int, spec: WindowLinear, device: torch.device) -> _Slots:
+def _place(num_queries: int, end: int, oldest: int, have: int, spec: WindowLinear, device: torch.device) -> _Slots:
     """`oldest`: position of the ring's first slot; `end`: of the token after the last."""
     sinks = min(have, max(oldest, 0))
-    query = torch.arange(end - asked, end, device=device)[:, None]
+    query = torch.arange(end - num_queries, end, device=device)[:, None]
     slot = torch.cat([torch.arange(sinks, device=device), torch.arange(oldest, end, device=device)])
     near = (in_window(query, slot, spec.window, spec.shape) | (slot < spec.num_sinks)) & (slot <= query)
     hidden = None if bool(near.all()) else ~near
@@ -112,8 +114,8 @@ def _weights(s_BGMS: Tensor, hidden_US: Tensor | None, spec: WindowLinear) -> tu
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     if hidden_US is not None:
-        asked = hidden_US.shape[0]
-        s = s.unflatten(2, (-1, asked)).masked_fill(hidden_US, -torch.inf).flatten(2, 3)
+        num_queries = hidden_US.shape[0]
+        s = s.unflatten(2, (-1, num_queries)).masked_fill(hidden_US, -torch.inf).flatten(2, 3)
     m = spec.shift(s.amax(-1, keepdim=True))
     p = (s - m).exp()
     if spec.log_window_factor_H is not None:

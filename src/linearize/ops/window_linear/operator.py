@@ -113,8 +113,8 @@ def window_steps(
 ) -> Tensor:
     """`in_place` by the kernel, `y: [B, H, U, V]`; one node of a traced graph. The layout is static."""
     assert layout.position_BT is not None and layout.tail is not None
-    found = [None if f is None else weights_of(f) for f in (spec.feature_q, spec.feature_k)]
-    maps: list[Tensor | None] = [x for w in found for x in ((None,) * 4 if w is None else w.tensors)]
+    weights = [None if f is None else weights_of(f) for f in (spec.feature_q, spec.feature_k)]
+    maps: list[Tensor | None] = [x for w in weights for x in ((None,) * 4 if w is None else w.tensors)]
     y: Tensor = _window_steps(
         q_BHUD,
         k_BGTD,
@@ -127,7 +127,7 @@ def window_steps(
         [spec.log_window_factor_H, spec.linear_factor_H],
         spec.shape,
         spec.branch,
-        "" if found[1] is None else found[1].name,
+        "" if weights[1] is None else weights[1].name,
         [spec.window, spec.num_sinks, layout.tail, commit],
         [spec.shared_shift, spec.logits],
         spec.scaling,

@@ -157,9 +157,9 @@ def align(slots: Slots, layout: Layout, chunk: int, spec: WindowLinear) -> Align
     key = ("align", chunk, spec.window, spec.shape, slots.num_past)
     stateless = slots.num_past == 0
     if stateless and key in layout.memo:
-        found = layout.memo[key]
-        assert isinstance(found, Alignment)
-        return found
+        alignment = layout.memo[key]
+        assert isinstance(alignment, Alignment)
+        return alignment
     made = _align_plain(slots, layout, chunk) if slots.goes_on else _align_ragged(slots, chunk, spec)
     if stateless:
         layout.memo[key] = made

@@ -93,12 +93,12 @@ class FeatureWeights:
 
 def weights_of(feature_map: object) -> FeatureWeights | None:
     """What a map says of itself in `feature_weights()`; None for one that a kernel does not know."""
-    tell = getattr(feature_map, "feature_weights", None)
-    if tell is None:
+    read = getattr(feature_map, "feature_weights", None)
+    if read is None:
         return None
-    found = tell()
-    assert isinstance(found, FeatureWeights) and found.name in KNOWN_MAPS
-    return found
+    weights = read()
+    assert isinstance(weights, FeatureWeights) and weights.name in KNOWN_MAPS
+    return weights
 
 
 @dataclass(frozen=True, kw_only=True)

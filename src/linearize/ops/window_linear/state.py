@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from linearize.ops.tensor_state import TensorState
+from linearize.ops import TensorState
 from linearize.ops.window_linear.spec import (
     WindowLinear,
     WindowShape,
@@ -130,9 +130,9 @@ class WindowBuffers(TensorState):
     def of(state: WindowLinearState, spec: WindowLinear, *, most: int = 1) -> WindowBuffers:
         """Buffers that hold `state`, for calls that commit at most `most` tokens."""
         batch, device = state.k_BGRD.shape[0], state.k_BGRD.device
-        held, slots = state.k_BGRD.shape[2], ring_slots(spec.window, spec.shape) + most
+        size, slots = state.k_BGRD.shape[2], ring_slots(spec.window, spec.shape) + most
         following = state.next if isinstance(state.next, Tensor) else torch.full((batch,), state.next, device=device)
-        position = following[:, None] - held + torch.arange(held, device=device)
+        position = following[:, None] - size + torch.arange(size, device=device)
         begin = torch.zeros_like(following) if state.begin is None else state.begin
         edge = torch.maximum(fold_boundary(following, spec.window, spec.shape), begin)
         live = (position >= edge[:, None])[:, None, :, None]
@@ -171,8 +171,8 @@ class WindowBuffers(TensorState):
 
     def state(self, spec: WindowLinear) -> WindowLinearState:
         """The same as a state of its own memory, the ring oldest first."""
-        held, slots = ring_slots(spec.window, spec.shape), self.k_BGCD.shape[2]
-        place = (self.next_B[:, None] - held + torch.arange(held, device=self.next_B.device)) % slots
+        ring, slots = ring_slots(spec.window, spec.shape), self.k_BGCD.shape[2]
+        place = (self.next_B[:, None] - ring + torch.arange(ring, device=self.next_B.device)) % slots
         has_sinks = self.sink_k_BGND.shape[2] > 0
         return WindowLinearState(
             next=self.next_B.clone(),

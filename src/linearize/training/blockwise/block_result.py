@@ -43,7 +43,7 @@ def result_path(folder: Path, layers: range) -> Path:
     return folder / f"layers-{layers[0]:03d}-{layers[-1]:03d}.safetensors"
 
 
-def save_result(folder: Path, block: BlockResult, identity: Mapping[str, Any]) -> None:
+def save_result(folder: Path, block: BlockResult, identity: Mapping[str, object]) -> None:
     """Write a block's result. Raises OSError where the disk is full."""
     tensors = {f"start/{name}": value for name, value in block.start.items()}
     tensors |= {f"final/{name}": value for name, value in block.final.items()}
@@ -67,7 +67,7 @@ def save_result(folder: Path, block: BlockResult, identity: Mapping[str, Any]) -
         partial.unlink(missing_ok=True)
 
 
-def load_result(folder: Path, layers: range, identity: Mapping[str, Any]) -> BlockResult | None:
+def load_result(folder: Path, layers: range, identity: Mapping[str, object]) -> BlockResult | None:
     """Return the result of these layers, None where there is none; remove a damaged one, with a warning.
 
     Raises:
@@ -146,7 +146,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _canonical(identity: Mapping[str, Any]) -> str:
+def _canonical(identity: Mapping[str, object]) -> str:
     return json.dumps({"format": FORMAT, **identity}, sort_keys=True)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from linearize.modeling.blocks import Blocks
 from linearize.training.blockwise.hidden_store import DamagedShardError, HiddenStore, Shard, in_parts
-from linearize.training.config import Batch, StageConfig
+from linearize.training.config import Batch, StageConfig, count_steps
 from linearize.training.data.packing import PackedRows, epoch_order, step_rows
-from linearize.training.schedule import count_steps
 
 HIDDEN = "hidden"  # the key of a batch's hidden states at the block's input, [B, T, M]
 TRAIN, HELDOUT, SAMPLE = "train", "heldout", "sample"

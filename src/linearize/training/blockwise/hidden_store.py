@@ -59,7 +59,7 @@ class HiddenStore:
         boundaries: int,
         model_dim: int,
         dtype: torch.dtype,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Raises InputError for a folder that holds hidden states of something else."""
@@ -198,7 +198,7 @@ class HiddenStore:
         stem = self.folder / f"{shard.boundary:03d}" / f"{shard.name}-{shard.first // self.shard_rows[shard.name]:05d}"
         return stem.with_suffix(".bin"), stem.with_suffix(".json")
 
-    def _check_manifest(self, identity: Mapping[str, Any]) -> None:
+    def _check_manifest(self, identity: Mapping[str, object]) -> None:
         """Write the manifest, or compare it with the one on disk."""
         manifest = {
             "format": FORMAT,

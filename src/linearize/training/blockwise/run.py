@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linearize.modeling.blocks import Block, Blocks
 from linearize.training.blockwise.block_result import BlockResult, load_result, save_result
@@ -33,6 +33,9 @@ def block_spans(layers: int, block: int) -> list[range]:
     return [range(first, min(first + block, layers)) for first in range(0, layers, block)]
 
 
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockJob:
     """A stage over blocks.
@@ -47,7 +50,7 @@ class BlockJob:
     source: Blocks
     rows: StageRows
     folder: Path
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     only: Sequence[int] | None = None
     calibrate: Callable[[Block, Sequence[Batch]], None] | None = None
     progress: Progress | None = None
@@ -142,6 +145,7 @@ class BlockwiseStage:
 
     def _run_stage(self, number: int, block: Block, lease: Lease) -> StageResult:
         job, rows = self.job, self.job.rows
+        assert block.student is not None
         run = BlockRun(job.stage.build(block.student, block.teacher), block, lease)
         run.calibrate(next(rows.stream(self.store, number, 0)))
         name = f"layers-{block.span[0]:03d}-{block.span[-1]:03d}"
@@ -186,7 +190,7 @@ class BlockRun(StageRun):
         """As the stage's."""
         self.run.finish()
 
-    def _with_hidden(self, work: Callable[[Batch], Any], batch: Batch) -> Any:
+    def _with_hidden(self, work: Callable[[Batch], Result], batch: Batch) -> Result:
         with self.block.hidden_input.holding(self.block.placed(batch[HIDDEN])):
             return work({name: value for name, value in batch.items() if name != HIDDEN})
 
@@ -197,7 +201,7 @@ def mixer_tensors(block: Block) -> dict[str, Tensor]:
     return {name: value for name, value in block.student.state_dict().items() if ".mixer." in name}
 
 
-def block_parameters(block: Block) -> dict[str, Any]:
+def block_parameters(block: Block) -> dict[str, nn.Parameter]:
     """What could train in a block."""
     assert block.student is not None
     return block.student.mixer_parameters()

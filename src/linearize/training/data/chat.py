@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError, one_line, unknown
 from linearize.storage.files import expand_home, read_text
-from linearize.training.data.messages import Message
-from linearize.training.data.row_fields import Note, Row, from_json_text, ignore, is_null
+from linearize.training.data.row_fields import Message, Note, Row, from_json_text, ignore, is_null
 
 TEMPLATES = {
     "plain": (
@@ -40,7 +39,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # transform
 _MARK = "\ue000"  # replaces a content to locate it: no text begins or ends with it
 
 
-def with_template(tokenizer: Any, template: str | None) -> Any:
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer, or a copy with the template (a name, a file, or the text).
 
     Raises:

@@ -17,8 +17,17 @@ from linearize.errors import InputError
 from linearize.training.data.answer_ranges import same_beginning
 from linearize.training.data.chat import Chat, note_unread
 from linearize.training.data.documents import Document, Example, tokenize
-from linearize.training.data.messages import Message, as_messages, with_system
-from linearize.training.data.row_fields import Note, NullError, Row, ignore, is_null, string
+from linearize.training.data.row_fields import (
+    Message,
+    Note,
+    NullError,
+    Row,
+    as_messages,
+    ignore,
+    is_null,
+    string,
+    with_system,
+)
 from linearize.training.data.sources import read_as
 
 LOG = logging.getLogger("linearize")

@@ -22,8 +22,16 @@ from linearize.storage.journal import Journal, default_cache, open_journal
 from linearize.training.data.chat import Chat, note_unread
 from linearize.training.data.documents import Document, end_token
 from linearize.training.data.loading import DataConfig
-from linearize.training.data.messages import CHAT_FIELDS, as_messages, message_list, with_system
-from linearize.training.data.row_fields import Note, NullError, holds, ignore
+from linearize.training.data.row_fields import (
+    CHAT_FIELDS,
+    Note,
+    NullError,
+    as_messages,
+    holds,
+    ignore,
+    message_list,
+    with_system,
+)
 from linearize.training.data.row_formats import alpaca_prompt
 from linearize.training.data.sampling import Progress, cuda_devices, end_tokens, generation_config, write
 from linearize.training.data.sources import read_as

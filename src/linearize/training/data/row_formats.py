@@ -10,8 +10,19 @@ from linearize.errors import InputError
 from linearize.training.data.answer_ranges import assistant_ranges
 from linearize.training.data.chat import Chat, note_unread
 from linearize.training.data.documents import Example
-from linearize.training.data.messages import Message, as_messages, message_list, with_system
-from linearize.training.data.row_fields import Note, NullError, Row, holds, ignore, is_null, string
+from linearize.training.data.row_fields import (
+    Message,
+    Note,
+    NullError,
+    Row,
+    as_messages,
+    holds,
+    ignore,
+    is_null,
+    message_list,
+    string,
+    with_system,
+)
 
 # Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca); the answer begins on a new line, as LoLCATs has it.
 _ALPACA_INPUT = (

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.mixers import LayerMixer, Mixer
@@ -49,7 +50,7 @@ class AttentionTransferConfig(BlockwiseConfig):
             raise ValueError("mse and weights_ce are both 0: give one of them a weight")
         return self
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student; the teacher's attention is computed inside the student's own tree."""
         return AttentionTransfer(self, student)
 

@@ -6,9 +6,10 @@ The teacher may be another, larger model over the same vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
+from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
@@ -48,7 +49,7 @@ class DistillConfig(StageConfig):
             raise ValueError("kl and ce are both 0: give one of them a weight")
         return self
 
-    def check(self, student: Any, teacher: Any) -> None:
+    def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         """Raise for what cannot work, without loading another teacher's weights.
 
         Raises:
@@ -62,7 +63,7 @@ class DistillConfig(StageConfig):
         if self.teacher is not None and self.kl:
             check_vocabulary(self.teacher, student)
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and the teacher that it was made from."""
         self.check(student, teacher)
         return Distill(self, student, teacher)
@@ -71,7 +72,7 @@ class DistillConfig(StageConfig):
 class Distill(LogitsRun):
     """The running stage."""
 
-    def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+    def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         super().__init__(student, *_groups(config, student, teacher))
         self.config = config
         self.student_split = SplitModel(student)
@@ -105,9 +106,8 @@ class Distill(LogitsRun):
         self.teacher_split = None
 
 
-def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: Any) -> list[ParameterGroup]:
+def _groups(config: DistillConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> list[ParameterGroup]:
     """What trains, in memory that the teacher has no part in."""
-    student.requires_grad_(False)  # before tensors part from the teacher's, which stay frozen then
     new = set(student.mixer_parameters())
     old: set[str] = set()
     if config.train != "mixers":

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.adapters import kept_adapters
@@ -43,7 +44,7 @@ class DpoConfig(DatasetStageConfig):
     beta: float = Field(0.1, gt=0)
     loss: PreferenceLoss = "sigmoid"
 
-    def rows(self, tokenizer: Any, context: int | None) -> list[PreferencePair]:
+    def rows(self, tokenizer: PreTrainedTokenizerBase, context: int | None) -> list[PreferencePair]:
         """The preferences as tokens. Raises InputError for data that cannot be used."""
         tokenizer, length = with_template(tokenizer, self.chat_template), self.row_length(context)
         return tokenize_preferences(read_preferences(self.data, tokenizer), tokenizer, length)
@@ -53,7 +54,7 @@ class DpoConfig(DatasetStageConfig):
         documents = list(chain.from_iterable((pair.chosen, pair.rejected) for pair in rows))
         return {name: tensor.unflatten(0, (-1, 2)) for name, tensor in padded(documents, pad).items()}
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student; of the teacher only the tensors that both share matter."""
         return Dpo(self, student, self.trained_parameters(student, teacher))
 

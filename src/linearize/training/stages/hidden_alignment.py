@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
@@ -38,14 +39,14 @@ class HiddenAlignmentConfig(BlockwiseConfig):
     output: Literal["mixer", "block"] = "mixer"
     normalize: Literal["power", "none"] = "power"
 
-    def check(self, student: Any, teacher: Any) -> None:
+    def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         """Raises: InputError: no mixer has parameters."""
         if not student.mixer_parameters():
             raise InputError(
                 "hidden_alignment has nothing to train: no mixer of the plan has parameters (set its tokens to 0)"
             )
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and its teacher."""
         self.check(student, teacher)
         return HiddenAlignment(self, student, teacher)
@@ -54,7 +55,7 @@ class HiddenAlignmentConfig(BlockwiseConfig):
 class HiddenAlignment(StudentRun):
     """The running stage."""
 
-    def __init__(self, config: HiddenAlignmentConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+    def __init__(self, config: HiddenAlignmentConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         super().__init__(student, ParameterGroup(unshare(student, teacher, student.mixer_parameters())))
         self.config, self.teacher = config, teacher
         learning = [layer for layer, mixer in sorted(student.mixers().items()) if list(mixer.parameters())]

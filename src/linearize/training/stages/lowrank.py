@@ -7,11 +7,12 @@ and student share weights, so merging makes new tensors and never touches the te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
@@ -53,7 +54,7 @@ class LowRankConfig(StageConfig):
     mixer_lr_scale: float = Field(1.0, gt=0)
     merge: bool = True
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and its teacher."""
         return LowRank(self, student, teacher)
 
@@ -61,7 +62,7 @@ class LowRankConfig(StageConfig):
 class LowRank(LogitsRun):
     """The running stage."""
 
-    def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+    def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         self.config = config
         self.student_split = SplitModel(student)
         self.teacher_split = SplitModel(teacher) if config.loss == "kl" else None
@@ -87,11 +88,8 @@ class LowRank(LogitsRun):
         return result
 
     def finish(self) -> None:
-        """Merge the adapters; those to be kept beside the weights are remembered for `save_student`."""
-        state = self.adapters.state()
-        before = self.adapters.remove(keep=not self.config.merge)
-        if not self.config.merge:
-            self.student.adapter_state.kept = KeptAdapters(self.adapters.config, state, before)
+        """Merge the adapters; those to be kept next to the weights stay in `adapter_state` for `save_student`."""
+        self.adapters.remove(keep=not self.config.merge)
         super().finish()
 
     def _train_adapters(self, training: bool) -> None:
@@ -118,10 +116,12 @@ class Adapters:
 
         return {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(self.student).items()}
 
-    def remove(self, *, keep: bool) -> dict[str, nn.Parameter]:
-        """Take the LoRA layers out again, their product in new weight tensors; returns the weights from before if they
-        are to be kept."""
+    def remove(self, *, keep: bool) -> None:
+        """Take the LoRA layers out again, their product in new weight tensors; what is left to save of them goes to the
+        student's `adapter_state`."""
+        tensors = self.state() if keep else {}
         before: dict[str, nn.Parameter] = {}
+        changes: dict[str, LowRankChange] = {}
         if (shards := shards_of(self.student)) is not None:
             shards.separate(layer.base_layer.weight for layer in self.layers.values())
         for name, layer in self.layers.items():
@@ -132,14 +132,15 @@ class Adapters:
                 before[name] = weight if shards is None else nn.Parameter(weight.detach().clone(), requires_grad=False)
             if shards is None:
                 if is_quantized(base.weight):
-                    self.student.adapter_state.changes.setdefault(name, []).append(_change(layer))
+                    changes[name] = _change(layer)
                 whole = whole_weight(base.weight)
                 base = with_weight(base, whole + delta.to(whole.dtype))
             else:
                 add_part(base.weight, delta)
             parent, _, child = name.rpartition(".")
             setattr(self.student.get_submodule(parent), child, base)
-        return before
+        left = self.student.adapter_state.with_changes(changes)
+        self.student.adapter_state = replace(left, kept=KeptAdapters(self.config, tensors, before)) if keep else left
 
 
 def _change(layer: Any) -> LowRankChange:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.mixers.layer_mixer import AttentionSample, LayerMixer
@@ -30,10 +31,10 @@ class MatrixAlignmentConfig(StageConfig):
     by_layer: ClassVar[bool] = True
     name: Literal["matrix_alignment"] = "matrix_alignment"
 
-    def check(self, student: Any, teacher: Any) -> None:
+    def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         """Raises: InputError: a mixer without a matrix of its own."""
         mixers = student.mixers().values()
-        if others := sorted({mixer.config.name for mixer in mixers if not isinstance(mixer, LayerMixer)}):
+        if others := sorted({mixer.config.name for mixer in mixers if not isinstance(mixer, LayerMixer)}):  # type: ignore[attr-defined]
             raise InputError(
                 f"matrix_alignment is for mixers in place of the whole attention module, not for {', '.join(others)}: "
                 "use attention_transfer with weights_ce"
@@ -41,7 +42,7 @@ class MatrixAlignmentConfig(StageConfig):
         if not mixers:
             raise InputError("matrix_alignment has nothing to train: the plan converts no layer (set its tokens to 0)")
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and its teacher."""
         self.check(student, teacher)
         return MatrixAlignment(self, student, teacher)
@@ -50,7 +51,7 @@ class MatrixAlignmentConfig(StageConfig):
 class MatrixAlignment(StudentRun):
     """The running stage."""
 
-    def __init__(self, config: MatrixAlignmentConfig, student: LinearizedForCausalLM, teacher: Any) -> None:
+    def __init__(self, config: MatrixAlignmentConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         super().__init__(student, ParameterGroup(unshare(student, teacher, _in_matrices(student))))
         self.config, self.teacher = config, teacher
         self.layers: list[int] = sorted(student.mixers())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
@@ -33,7 +34,7 @@ class SftConfig(DatasetStageConfig):
     name: Literal["sft"] = "sft"
     lr: float = Field(2e-5, gt=0)
 
-    def rows(self, tokenizer: Any, context: int | None) -> list[Document]:
+    def rows(self, tokenizer: PreTrainedTokenizerBase, context: int | None) -> list[Document]:
         """The rows as tokens, `loss_mask` 1 on answers. Raises InputError for data that cannot be used."""
         tokenizer, length = with_template(tokenizer, self.chat_template), self.row_length(context)
         examples = read_examples(self.data, tokenizer, answer_only=True)
@@ -52,7 +53,7 @@ class SftConfig(DatasetStageConfig):
         """One document a row."""
         return padded(rows, pad)
 
-    def build(self, student: Any, teacher: Any) -> StageRun:
+    def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student; of the teacher only the tensors that both share matter."""
         return Sft(student, self.trained_parameters(student, teacher))
 

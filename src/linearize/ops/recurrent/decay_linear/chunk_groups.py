@@ -122,8 +122,8 @@ def documents(
     if key not in layout.memo:
         starts = layout.starts(num_tokens, device)
         layout.memo[key] = None if starts is None else _documents(starts, chunk, dtype)
-    found: Documents | None = layout.memo[key]
-    return found
+    docs: Documents | None = layout.memo[key]
+    return docs
 
 
 def _documents(starts_BT: Tensor, chunk: int, dtype: torch.dtype) -> Documents:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Documents, Rows, documents, masked
 from linearize.ops.recurrent.decay_linear.decays import BLOCK, CallDecays
-from linearize.ops.recurrent.pairs import like_decays
+from linearize.ops.recurrent.multi_token import like_decays
 
 CHUNKS = {32: 32}  # tokens of a chunk for heads up to a width; measured: docs/log.md
 CHUNK = 64  # for wider ones
@@ -152,8 +152,8 @@ class _ChunkGroup:
             d_written, d_writer = masked(d_written, docs.leaves_BNC), masked(d_writer, docs.leaves_BNC)
         d_v = d_written.baddbmm_(self._scores().mT, d_y)
         d_reader = torch.bmm(d_read, self._carried(before_JNKV).mT)
-        given = (self.q, self.k, self.reader, self.writer)
-        d_q, d_k = decays.gradients(torch.bmm(d_y, v.mT), given, d_reader, d_writer)
+        inputs = (self.q, self.k, self.reader, self.writer)
+        d_q, d_k = decays.gradients(torch.bmm(d_y, v.mT), inputs, d_reader, d_writer)
         closings = _closing(before_JNKV[:, 1:], d_after_JNKV[:, :-1], self.per_key)
         d_log_decay = self._decay_gradient(
             (self.q * d_q).addcmul_(self.k, d_k, value=-1), torch.cat([closings, closing[:, None]], dim=1)

@@ -51,10 +51,12 @@ class Decays(ABC):
 
     @abstractmethod
     def gradients(
-        self, d_scores: Tensor, given: tuple[Tensor, Tensor, Tensor, Tensor], d_reader: Tensor, d_writer: Tensor
+        self, d_scores: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], d_reader: Tensor, d_writer: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of q and k. `given`: what `scores` took; `d_reader`, `d_writer`: what the states gave to these. All
-        but `given` is written on."""
+        """Gradients of q and k; all but `inputs` is overwritten.
+
+        `inputs`: what `scores` took. `d_reader`, `d_writer`: gradients of the reads and writes of the states.
+        """
 
     def _seen(self, scores_PCC: Tensor) -> Tensor:
         """0 for the pairs that do not see each other, whatever was there beyond the triangle."""
@@ -79,10 +81,10 @@ class FactoredDecays(Decays):
         return self._seen(torch.bmm(reader_PCK, writer_PCK.mT))
 
     def gradients(
-        self, d_scores: Tensor, given: tuple[Tensor, Tensor, Tensor, Tensor], d_reader: Tensor, d_writer: Tensor
+        self, d_scores: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], d_reader: Tensor, d_writer: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Decays`."""
-        d, (_, _, reader, writer) = self._seen(d_scores), given
+        d, (_, _, reader, writer) = self._seen(d_scores), inputs
         d_q, d_k = d_reader.baddbmm_(d, writer), d_writer.baddbmm_(d.mT, reader)
         return d_q.mul_(self.reading), d_k.mul_(self.writing)
 
@@ -104,10 +106,10 @@ class AnyDecays(Decays):
         """Gradients of q and k through the scores alone."""
 
     def gradients(
-        self, d_scores: Tensor, given: tuple[Tensor, Tensor, Tensor, Tensor], d_reader: Tensor, d_writer: Tensor
+        self, d_scores: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], d_reader: Tensor, d_writer: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Decays`."""
-        d_q, d_k = self.scores_backward(self._seen(d_scores), *given[:2])
+        d_q, d_k = self.scores_backward(self._seen(d_scores), *inputs[:2])
         return d_q.addcmul_(d_reader, self.reading), d_k.addcmul_(d_writer, self.writing)
 
     def _mask(self, docs: Documents | None) -> None:

@@ -184,7 +184,7 @@ class _DeltaChunks(torch.autograd.Function):
             total, document = _parts(group, total_NRC, document_NRC)
             here, strong = decays(total, document, wide), k * beta[..., None]
             memories, deltas, reads, inverses = (x[group] if keep else x[: group.stop - group.start] for x in kept)
-            held, delta, read, inverse = (x.flatten(0, 1) for x in (memories, deltas, reads, inverses))
+            states, delta, read, inverse = (x.flatten(0, 1) for x in (memories, deltas, reads, inverses))
             unit_inverse((strong @ k.mT).mul_(here.pair), inverse)
             torch.bmm(inverse, v * beta[..., None], out=delta)
             torch.bmm(inverse, strong.mul_(here.carried), out=read)
@@ -193,7 +193,7 @@ class _DeltaChunks(torch.autograd.Function):
                 before.copy_(memory)
                 written.baddbmm_(reads[n], memory, alpha=-1)
                 memory = torch.baddbmm(remaining[n] * memory, writing[n].mT, written)
-            out = torch.bmm(q * here.carried, held).baddbmm_((q @ k.mT).mul_(here.pair), delta)
+            out = torch.bmm(q * here.carried, states).baddbmm_((q @ k.mT).mul_(here.pair), delta)
             _put(group, y, out)
         ctx.save_for_backward(q_BHTK, k_BHTK, v_BHTV, beta_BHT, total_NRC, document_NRC, *kept)
         return y, memory
@@ -201,14 +201,14 @@ class _DeltaChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *given, total, document, memories, deltas, reads, inverses = ctx.saved_tensors
+        *tensors, total, document, memories, deltas, reads, inverses = ctx.saved_tensors
         d_y, d_memory = grads
-        outputs, d_total = [torch.empty_like(x) for x in given], torch.empty_like(total)
+        outputs, d_total = [torch.empty_like(x) for x in tensors], torch.empty_like(total)
         for group in reversed(_groups(total, max(memories.shape[2:]))):
-            inputs = _cut(group, total.shape[2], memories.dtype, *given, d_y)
+            inputs = _cut(group, total.shape[2], memories.dtype, *tensors, d_y)
             kept = _parts(group, total, document, memories, deltas, reads, inverses)
-            *found, d_total_PC, d_memory = _backward_group(total.shape[1], tuple(inputs), tuple(kept), d_memory)
-            for out, value in zip(outputs, found, strict=True):
+            *d_inputs, d_total_PC, d_memory = _backward_group(total.shape[1], tuple(inputs), tuple(kept), d_memory)
+            for out, value in zip(outputs, d_inputs, strict=True):
                 _put(group, out, value)
             next(_parts(group, d_total)).copy_(d_total_PC)
         return *outputs, d_total, None, d_memory
@@ -227,7 +227,7 @@ def _backward_group(
 
     `inputs`: q, k, v, beta and the gradient of y; `kept`: total, document and what the forward pass kept.
     """
-    (q, k, v, beta, d_y), (total, document, held, delta, read, inverse) = inputs, kept
+    (q, k, v, beta, d_y), (total, document, before, delta, read, inverse) = inputs, kept
     column = beta[..., None]
     here, strong = decays(total, document, k.dtype), k * column
     d_delta, d_held = (q @ k.mT).mul_(here.pair).mT @ d_y, (q * here.carried).mT @ d_y
@@ -239,12 +239,12 @@ def _backward_group(
     d_p, d_a = (d_y @ delta.mT).mul_(here.pair), (d_v @ delta.mT).mul_(here.pair).tril_(-1).neg_()
     d_writing = (delta @ after.mT).mul_(here.written)
     # q and beta k enter as readers, at exp(total); k as what is read, at exp(-total)
-    d_q = torch.bmm(d_y, held.mT).mul_(here.carried).baddbmm_(d_p, k)
-    d_strong = (d_v @ held.mT).mul_(-here.carried).baddbmm_(d_a, k)
+    d_q = torch.bmm(d_y, before.mT).mul_(here.carried).baddbmm_(d_p, k)
+    d_strong = (d_v @ before.mT).mul_(-here.carried).baddbmm_(d_a, k)
     d_k = torch.baddbmm(d_writing, d_p.mT, q).baddbmm_(d_a.mT, strong)
     d_beta = (d_strong * k).sum(-1).add_((d_v * v).sum(-1))
     d_total = (d_q * q).addcmul_(d_strong, strong).addcmul_(d_k, k, value=-1).sum(-1)
-    d_total[:, -1] += (d_writing * k).sum((-2, -1)) + here.kept[:, 0, 0] * (after * held).sum((-2, -1))
+    d_total[:, -1] += (d_writing * k).sum((-2, -1)) + here.kept[:, 0, 0] * (after * before).sum((-2, -1))
     return d_q, d_k.addcmul_(d_strong, column), d_v.mul_(column), d_beta, d_total, d_memory
 
 

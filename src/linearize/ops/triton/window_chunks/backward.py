@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.triton.launch import rows_of
-from linearize.ops.triton.window_chunks import carry, gradients, key_gradients, linear_gradients, map_gradients
+from linearize.ops.triton.window_chunks import carry, gradients, linear_gradients
 from linearize.ops.triton.window_chunks.call import Call, Mapped, dims, join, pointer, precision, strides, weights
 from linearize.ops.triton.window_chunks.sizes import block
 
@@ -96,7 +96,7 @@ def _key_gradients(
     log_g, factor = factors
     d_k, d_v = (x.new_zeros(batch, heads, x.shape[2], x.shape[3], dtype=torch.float32) for x in (k, v))
     if call.spec.has_window:
-        key_gradients.keys_kernel[(batch * heads, call.runs(call.tables.chunks))](
+        gradients.keys_kernel[(batch * heads, call.runs(call.tables.chunks))](
             *inputs, log_g, *call.places, *outputs, d_k, d_v, *(strides(x) for x in (*inputs, outputs[0], d_k, d_v)),
             *call.tables.strides, call.past, tokens, call.tables.chunks, call.spec.scaling, call.spec.softcap or 1.0,
             R=heads // groups, T=min(TILE, call.sizes.chunk), **call.constants, **call.scores, **dims(k, v),
@@ -158,7 +158,7 @@ def _map_gradients(
     d_weight = d_z.new_empty(batch * heads, runs, dim, call.columns)
     d_bias = d_z.new_empty(batch * heads, runs, call.columns)
     for part in range(call.tiles):
-        map_gradients.maps_kernel[(batch * heads, runs)](
+        linear_gradients.maps_kernel[(batch * heads, runs)](
             x, mapped.weight, call.tables.slot, d_z, d_x, d_weight, d_bias, strides(x), call.tables.strides[0], past,
             size, call.tables.chunks, runs, part, R=heads // x.shape[1], D=dim, BLOCK_D=block(dim), F=call.columns,
             BLOCK_F=call.block, **call.constants, **precision(x),

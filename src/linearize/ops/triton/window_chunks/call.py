@@ -7,7 +7,6 @@ chunks, J sinks, D head dimension, V value dimension, F columns of the feature m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +55,8 @@ class Mapped:
     @property
     def columns(self) -> int:
         """F; of given features all of them."""
-        found = self.phi if self.weight is None else self.weight
-        return 1 if found is None else found.shape[-1]
+        source = self.phi if self.weight is None else self.weight
+        return 1 if source is None else source.shape[-1]
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -98,7 +97,7 @@ class Call:
         return -(-self.columns // self.block)
 
     @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, int]:
         """Constants that every kernel takes, and its warps."""
         warps = max(4, self.sizes.chunk // ROWS_PER_WARP)
         return {
@@ -110,19 +109,19 @@ class Call:
         }
 
     @property
-    def features(self) -> dict[str, Any]:
+    def features(self) -> dict[str, int]:
         """Constants of the kernels of the linear part."""
         return {"F": self.columns, "BLOCK_F": self.block, "MAP": self.kind, "HALVES": self.halves}
 
     @property
-    def window(self) -> dict[str, Any]:
+    def window(self) -> dict[str, int]:
         """Which keys the window has."""
         spec = self.spec
         terraced = spec.shape == "terraced" and spec.window > 0
         return {"W": spec.window, "TERRACED": terraced, "SINKS": spec.num_sinks}
 
     @property
-    def scores(self) -> dict[str, Any]:
+    def scores(self) -> dict[str, int]:
         """Constants of the kernels of the window part."""
         return {**self.window, "CAP": self.spec.softcap is not None, "SHARED": self.spec.shared_shift}
 
@@ -161,11 +160,11 @@ class Call:
         return -(-chunks // self.sizes.per_run)
 
 
-def per_head(given: Tensor | None, default: float, like: Tensor) -> Tensor:
+def per_head(values_H: Tensor | None, default: float, like: Tensor) -> Tensor:
     """A number for each query head, fp32."""
-    if given is None:
+    if values_H is None:
         return torch.full((like.shape[1],), default, device=like.device)
-    return given.float().contiguous()
+    return values_H.float().contiguous()
 
 
 def pointer(x: Tensor | None, other: Tensor) -> Tensor:
@@ -177,12 +176,12 @@ def strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def precision(x: Tensor) -> dict[str, Any]:
+def precision(x: Tensor) -> dict[str, str]:
     """How products of fp32 numbers are made: as they are, or with the 11 bits that fp16 has too."""
     return {"DOT": "ieee" if x.dtype == torch.float32 else "tf32"}
 
 
-def dims(k: Tensor, v: Tensor) -> dict[str, Any]:
+def dims(k: Tensor, v: Tensor) -> dict[str, int]:
     key, value = k.shape[-1], v.shape[-1]
     return {"D": key, "V": value, "BLOCK_D": block(key), "BLOCK_V": block(value)}
 

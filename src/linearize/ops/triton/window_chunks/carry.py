@@ -37,7 +37,7 @@ def taken_up(slot, first, follows, n, chunks, SINKS: tl.constexpr, C: tl.constex
 
 @triton.jit
 def take_up(
-    held, keys, places, strides, n, chunks, dim, lane, feature, sign,
+    memory, keys, places, strides, n, chunks, dim, lane, feature, sign,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, SINKS: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def take_up(
 
     keys: k, v, phi_k, W and b; places: slot, first, follows, keep; strides: of k's, v's and phi_k's tokens.
     """
-    S, z = held
+    S, z = memory
     k, v, phi_k, w, bias = keys
     slot, first, follows, keep = places
     stays = flag(keep, n, chunks).to(tl.float32)
@@ -59,12 +59,12 @@ def take_up(
 
 @triton.jit
 def add_queries(
-    held, x, given, index, stride, asks, d_num, d_den, weight, bias, scale, stays, feature, sign,
+    memory, x, phi_pointer, index, stride, asks, d_num, d_den, weight, bias, scale, stays, feature, sign,
     D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of (S, z) before a chunk, from that after it and the chunk's queries."""
-    S, z = held
-    phi = scale * features(x, given, index, stride, asks, weight, bias, feature, sign, D, F, MAP, DOT)
+    S, z = memory
+    phi = scale * features(x, phi_pointer, index, stride, asks, weight, bias, feature, sign, D, F, MAP, DOT)
     S = stays * (S + tl.dot(tl.trans(phi), d_num, input_precision=DOT))
     return S, stays * (z + tl.sum(phi * d_den[:, None], 0))
 
@@ -124,15 +124,15 @@ def runs_kernel(
     follows += b * chunk_stride
     keep += b * chunk_stride
     carry = tl.full((), 1.0, tl.float32)
-    held = (tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32))
+    memory = (tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32))
     steps = (k_strides[2], v_strides[2], phi_strides[2])
     for i in range(1, PER + 1):
-        held, stays = take_up(
-            held, (k, v, phi_k, w, bias_F), (slot, first, follows, keep), steps, run * PER + i, chunks, dim, lane,
+        memory, stays = take_up(
+            memory, (k, v, phi_k, w, bias_F), (slot, first, follows, keep), steps, run * PER + i, chunks, dim, lane,
             feature, sign, D, V, F, SINKS, C, MAP, DOT,
         )  # fmt: skip
         carry *= stays
-    write_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), held[0], held[1], feature, lane, F, V)
+    write_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), memory[0], memory[1], feature, lane, F, V)
     tl.store(carries + row * runs + run, carry, mask=part == 0)
 
 
@@ -187,7 +187,7 @@ def gradient_runs_kernel(
     slot += b * slot_stride
     keep += b * chunk_stride
     carry = tl.full((), 1.0, tl.float32)
-    held = (tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32))
+    memory = (tl.zeros((BLOCK_F, BLOCK_V), tl.float32), tl.zeros((BLOCK_F,), tl.float32))
     scale = tl.load(factor + h)
     for i in range(0, PER):
         n = run * PER + PER - 1 - i
@@ -196,12 +196,12 @@ def gradient_runs_kernel(
             slot, n, chunks, past, d_y, y_strides[2], delta, normaliser, shift, row * tokens, lane, V, SHARED, C
         )
         x = rows(q, index, q_strides[2], dim, D, asks)
-        held = add_queries(
-            held, x, phi_q, index, phi_strides[2], asks, d_num, d_den, w, bias_F, scale, stays, feature, sign, D,
+        memory = add_queries(
+            memory, x, phi_q, index, phi_strides[2], asks, d_num, d_den, w, bias_F, scale, stays, feature, sign, D,
             F, MAP, DOT,
         )  # fmt: skip
         carry *= stays
-    write_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), held[0], held[1], feature, lane, F, V)
+    write_sum(sum_at(sums, row, run, runs, before, V, F, HALVES), memory[0], memory[1], feature, lane, F, V)
     tl.store(carries + row * runs + run, carry, mask=part == 0)
 
 

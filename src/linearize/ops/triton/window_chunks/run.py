@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.triton.launch import rows_of
-from linearize.ops.triton.window_chunks import attend, linear
+from linearize.ops.triton.window_chunks import attend
 from linearize.ops.triton.window_chunks.backward import backward
 from linearize.ops.triton.window_chunks.call import (
     Call,
@@ -111,8 +111,8 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = rows_of(q), rows_of(k), rows_of(v)
         sink_k, sink_v = (None if x is None else x.contiguous() for x in (sink_k, sink_v))
-        given = (phi_q, weight_q, bias_q, phi_k, weight_k, bias_k)
-        maps = call.maps(*given, like=q)
+        mapped = (phi_q, weight_q, bias_q, phi_k, weight_k, bias_k)
+        maps = call.maps(*mapped, like=q)
         sums = _sums(call, k, v, maps[1], memory)
         batch, heads, tokens = q.shape[:3]
         y = torch.zeros(batch, heads, tokens, v.shape[-1], dtype=q.dtype, device=q.device)
@@ -127,14 +127,14 @@ class _Attend(torch.autograd.Function):
             WINDOW=call.spec.has_window, LINEAR=call.spec.has_linear, **call.constants, **call.scores, **dims(k, v),
             **precision(q),
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, sink_k, sink_v, *given, log_g, factor, sums, y, shift, normaliser, top)
+        ctx.save_for_backward(q, k, v, sink_k, sink_v, *mapped, log_g, factor, sums, y, shift, normaliser, top)
         ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_sinks, given, others = ctx.saved_tensors[:5], ctx.saved_tensors[5:11], ctx.saved_tensors[11:]
-        maps = ctx.call.maps(*given, like=qkv_sinks[0])
+        qkv_sinks, mapped, others = ctx.saved_tensors[:5], ctx.saved_tensors[5:11], ctx.saved_tensors[11:]
+        maps = ctx.call.maps(*mapped, like=qkv_sinks[0])
         factors, outputs = others[:3], others[3:]
         return backward(ctx.call, maps, grads[0], qkv_sinks, factors, outputs)
 
@@ -164,7 +164,7 @@ def _linear(
     denominator = q.new_zeros(batch, heads, tokens, dtype=torch.float32)
     inputs = (*qkv, *(pointer(x.phi, q) for x in maps))
     for part in range(call.parts):
-        linear.remember_kernel[(batch * heads, runs)](
+        attend.remember_kernel[(batch * heads, runs)](
             *inputs, *weights(maps, q), factor, *call.places, sums, numerator, denominator,
             *(strides(x) for x in inputs), *call.tables.strides, call.past, tokens, call.tables.chunks, runs, part,
             R=heads // k.shape[1], FAR=call.far, **call.constants, **call.features, **call.window, **dims(k, v),

@@ -59,8 +59,8 @@ class Tables:
         made = align(slots, layout, chunk, spec)
         key = ("tables", chunk, spec.window, spec.shape, slots.num_past)
         if slots.num_past == 0 and key in layout.memo:
-            found: Tables = layout.memo[key]
-            return found, made
+            tables: Tables = layout.memo[key]
+            return tables, made
         tables = _tables(made, slots, chunk)
         if slots.num_past == 0:
             layout.memo[key] = tables

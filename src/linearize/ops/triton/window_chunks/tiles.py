@@ -28,8 +28,8 @@ def of_head(x, strides, b, h):
 def chunk_slots(slot, n, chunks, C: tl.constexpr):
     """The slots of chunk n, -1 where there is none."""
     exists = (n >= 0) & (n < chunks)
-    found = tl.load(slot + tl.where(exists, n, 0) * C + tl.arange(0, C))
-    return tl.where(exists, found, -1)
+    slots = tl.load(slot + tl.where(exists, n, 0) * C + tl.arange(0, C))
+    return tl.where(exists, slots, -1)
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def part_of(part, BLOCK_F: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
 
 @triton.jit
 def features(
-    x, given, index, stride, valid, weight, bias, feature, sign,
+    x, phi_pointer, index, stride, valid, weight, bias, feature, sign,
     D: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A part of phi of a tile, `[C, BLOCK_F]` fp32; 0 where not valid.
@@ -135,7 +135,7 @@ def features(
     A head's weight is read anew for each tile: held in registers, as an operand of products, it would fill most.
     """
     if MAP == 0:
-        phi = rows(given, index, stride, feature, F, valid).to(tl.float32)
+        phi = rows(phi_pointer, index, stride, feature, F, valid).to(tl.float32)
     else:
         z, inside = projected(x, read_weight(weight, x.shape[1], feature, D, F), DOT), (feature < F)[None, :]
         if MAP == 1:
