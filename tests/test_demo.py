@@ -138,7 +138,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(
     monkeypatch.setattr(run, "_run", stop)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="no earlier demo"):
+    with pytest.raises(InputError, match="not an earlier demo"):
         run.run_demo(out=tmp_path / "mine")
     (tmp_path / "mine" / "demo.json").write_text("{}")  # now it looks like one, and is kept until the new one is done
     capsys.readouterr()

@@ -59,11 +59,11 @@ def legend_below(figure: Figure) -> None:
 
     The figure grows by the legend's rows after the first, so that many names take nothing from the drawing.
     """
-    found = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    if found:
-        columns = _columns(list(found), figure.get_figwidth())
-        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(found) // columns) - 1))
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+    by_label = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    if by_label:
+        columns = _columns(list(by_label), figure.get_figwidth())
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (-(-len(by_label) // columns) - 1))
+        figure.legend(list(by_label.values()), list(by_label), loc="outside lower center", ncols=columns)
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
