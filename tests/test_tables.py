@@ -46,6 +46,14 @@ def test_a_terminal_gets_rules_and_its_width() -> None:
     assert any("─" in line for line in lines) and max(map(len, lines)) <= 40 and len(lines) > 4
 
 
+def test_numbers_are_not_broken_on_a_narrow_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=20, markup=False, color_system=None)
+    print_table(console, [{"name": "lolcats", **{f"number {i}": f"{i}.5 ± 0.25" for i in range(4)}}])
+    (line,) = [line for line in file.getvalue().splitlines() if "lolcats" in line]
+    assert all(f"{i}.5 ± 0.25" in line for i in range(4)) and console.width == 20
+
+
 @pytest.mark.parametrize(
     ("cell", "numeric"),
     [

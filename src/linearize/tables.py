@@ -7,7 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 NOTHING = "-"
@@ -37,16 +39,22 @@ def columns_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def print_table(console: Console, rows: Sequence[Mapping[str, str]], *, title: str = "", note: str = "") -> None:
-    """Print rows with a column per key, numbers to the right, between a title and a note."""
+    """Print rows with a column per key, numbers to the right, between a title and a note.
+
+    Texts wrap in their column where the terminal is too narrow; numbers and the first column are never broken.
+    """
     table = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
+        show_edge=False,
         header_style="bold" if console.is_terminal else "",
     )
     names = columns_of(rows)
     for i, name in enumerate(names):
-        numeric = is_numeric([row.get(name, "") for row in rows])
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0)
+        cells = [row.get(name, "") for row in rows]
+        numeric = is_numeric(cells)
+        least = max(map(cell_len, cells)) if numeric or i == 0 else None
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(row.get(name, "") for name in names))
     if title:
@@ -69,7 +77,10 @@ def print_pairs(console: Console, pairs: Mapping[str, str]) -> None:
 def _print_rows(console: Console, table: Table) -> None:
     """The table; plain text without the spaces that fill the last column."""
     if console.is_terminal:
+        width, unlimited = console.width, console.options.update(max_width=_PLAIN_WIDTH)
+        console.width = max(width, Measurement.get(console, unlimited, table).minimum)
         console.print(table)
+        console.width = width
         return
     with console.capture() as capture:
         console.print(table)
