@@ -1,4 +1,4 @@
-"""The command line: exit codes, errors in one line, one JSON document, and verbs that pass on what was given."""
+"""The command line: exit codes, errors in one line, one JSON document, and verbs that pass on their options."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
 # verbs
 
 
-def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_passes_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls())
     assert main(CONVERT) == 0
     assert calls.arguments is not None
@@ -143,23 +143,23 @@ def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> No
     assert not {"recipe", "device", "track"} & set(calls.arguments), "defaults belong to convert itself"
     more = ["--data", "self", "--recipe", "t2r", "--set", "plan.mixer.window=16", "--set", "seed=3", "--overwrite"]
     assert main([*CONVERT, *more, "--device", "cpu", "--track", "tensorboard", "--trust-remote-code"]) == 0
-    given = calls.arguments
-    assert (given["recipe"], given["device"], given["overwrite"]) == ("t2r", "cpu", True)
-    assert given["overrides"] == {"plan.mixer.window": 16, "seed": 3}
-    assert (list(given["data"]), list(given["track"]), given["trust_remote_code"]) == (
+    passed = calls.arguments
+    assert (passed["recipe"], passed["device"], passed["overwrite"]) == ("t2r", "cpu", True)
+    assert passed["overrides"] == {"plan.mixer.window": 16, "seed": 3}
+    assert (list(passed["data"]), list(passed["track"]), passed["trust_remote_code"]) == (
         ["a.txt", "self"],
         ["tensorboard"],
         True,
     )
-    assert Path(given["out"]) == Path("student")
+    assert Path(passed["out"]) == Path("student")
     blocks = ["--stream", "--blocks", "0-3,7", "--memory", "24GB", "--disk", "2TB"]
     assert main([*CONVERT, "--overwrite", "--track", "wandb", *blocks]) == 0
-    given = calls.arguments
-    assert [given[name] for name in ("stream", "blocks", "memory", "disk")] == [True, "0-3,7", 24 * 10**9, 2 * 10**12]
-    assert (given["overwrite"], list(given["track"])) == (True, ["wandb"])
+    passed = calls.arguments
+    assert [passed[name] for name in ("stream", "blocks", "memory", "disk")] == [True, "0-3,7", 24 * 10**9, 2 * 10**12]
+    assert (passed["overwrite"], list(passed["track"])) == (True, ["wandb"])
 
 
-def test_generate_chat_and_demo_pass_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_chat_and_demo_pass_on_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = stand_in(monkeypatch, "linearize.decoding.generate", "generate_text", Calls())
     assert main(["generate", "model", "--prompt", "Once", "--max-new-tokens", "7", "--compile"]) == 0
     assert generate.arguments is not None
@@ -236,8 +236,8 @@ def test_an_error_is_one_line_with_its_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls(error=error))
-    found, message = failure(CONVERT, capsys)
-    assert found == code
+    exit_code, message = failure(CONVERT, capsys)
+    assert exit_code == code
     assert all(word in message for word in words), message
 
 

@@ -260,7 +260,7 @@ def test_bench_is_the_section_speed(folder: Path, capsys: pytest.CaptureFixture[
     assert {(p["model"], p["context"]) for p in points} == {(m, c) for m in ("teacher", "student") for c in (24, 40)}
 
 
-def test_every_suite_can_be_told_and_kept() -> None:
+def test_every_suite_can_be_described_and_stored() -> None:
     for name, suite in SUITES.items():
         assert suite.description and suite.sections, name
         assert len({section.NAME for section in suite.sections}) == len(suite.sections)
@@ -268,20 +268,20 @@ def test_every_suite_can_be_told_and_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         (["eval", "--compare", "a", "b", "--limit", "3"], ["eval", "--compare", "a", "--compare", "b", "--limit", "3"]),
         (["eval", "x", "--compare", "a"], ["eval", "x", "--compare", "a"]),
         (["--compare", "a", "--compare", "b", "c"], ["--compare", "a", "--compare", "b", "--compare", "c"]),
     ],
 )  # fmt: skip
-def test_compare_takes_several_values(given: list[str], expected: list[str]) -> None:
-    assert each_with_its_option(given, "--compare") == expected
+def test_compare_takes_several_values(arguments: list[str], expected: list[str]) -> None:
+    assert each_with_its_option(arguments, "--compare") == expected
 
 
-@pytest.mark.parametrize("given", [["eval", "--compare", "--json"], ["eval", "x", "--compare"]])
-def test_compare_without_a_value(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(given) == 2
+@pytest.mark.parametrize("arguments", [["eval", "--compare", "--json"], ["eval", "x", "--compare"]])
+def test_compare_without_a_value(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
     assert capsys.readouterr().err == "linearize: --compare without a value: give one or more after it\n"
 
 

@@ -12,7 +12,7 @@ from linearize.tables import columns_of, is_numeric, print_pairs, print_table, s
 ROWS = [{"layer": "0", "mixer": "-"}, {"layer": "11", "mixer": "[red]lolcats[/] :cat:", "kl": "0.10 ± 0.02"}]
 
 
-def test_plain_output_is_aligned_and_holds_what_was_given(
+def test_plain_output_is_aligned_and_holds_every_character(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -1,4 +1,4 @@
-"""The verdict: what students keep, stats and faults, from what sections say of themselves."""
+"""The verdict: what students keep, stats and faults, from what sections present."""
 
 from __future__ import annotations
 

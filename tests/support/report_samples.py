@@ -60,7 +60,7 @@ class Losses(Section):
 
 
 class Memory(Section):
-    """Two plots whose names stand in another section too, no headline."""
+    """Two plots whose names another section has too, no headline."""
 
     NAME: ClassVar[str] = "recall"
     TITLE: ClassVar[str] = "Recall"

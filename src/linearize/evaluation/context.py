@@ -219,5 +219,5 @@ class Section(BaseModel, ABC):
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """What the verdict says of each student, by name: at most three stats. Nothing by default."""
+        """The stats of each student in the verdict, by name: at most three. None by default."""
         return {}

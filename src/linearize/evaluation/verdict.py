@@ -60,7 +60,7 @@ def present_sections(
 
 
 def verdict(students: Sequence[str], presented: Mapping[str, PresentedSection]) -> Verdict:
-    """What a report says first: of each student, and of all of them together."""
+    """The verdict on each student, and the findings that name none of them."""
     ordered = sorted(presented, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     findings = [(name, finding) for name in ordered for finding in presented[name].view.findings]
     verdicts = {}
@@ -95,11 +95,8 @@ def headline(kept: Sequence[KeptShare], *, bad: int, checked: int) -> str:
     """The sentence on a student: what it keeps, and whether it can be believed."""
     keeps = f"Keeps {' and '.join(share.text for share in kept)}. " if kept else ""
     if bad:
-        return (
-            f"{keeps}{bad} faults found: read them before any number."
-            if bad > 1
-            else (f"{keeps}1 fault found: read it before any number.")
-        )
+        faults, them = ("faults", "them") if bad > 1 else ("fault", "it")
+        return f"{keeps}{bad} {faults} found: read {them} before any number."
     return f"{keeps}No fault found{f' in {checked} checks' if checked > 1 else ''}."
 
 

@@ -136,7 +136,7 @@ def new_figure(
 
 
 def draw_plot(draw: Callable[[Figure], None], *, width: float, height: float, stem: Path | None = None) -> bytes:
-    """What `draw` makes of a figure of so many inches, as SVG on white; the same plot gives the same bytes.
+    """Draw a figure of `width` x `height` inches and return it as SVG on white; the same plot gives the same bytes.
 
     `stem`: the path, without suffix, of an SVG and a PNG file that are written as well. Names with a dollar sign are
     names, not formulas.
@@ -162,7 +162,7 @@ def draw_plot(draw: Callable[[Figure], None], *, width: float, height: float, st
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that arranges its parts by itself."""
+    """An empty figure of `width` x `height` inches that arranges its parts by itself."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -67,7 +67,7 @@ def legend_below(figure: Figure) -> None:
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """How many columns of labels fit into so many inches; a letter takes about 0.09, a line's sample 0.6."""
+    """How many columns of labels fit into `width` inches; a letter takes about 0.09, a line's sample 0.6."""
     longest = max(len(label) for label in labels)
     return max(1, min(len(labels), 4, int(width / (0.09 * longest + 0.6))))
 

@@ -15,7 +15,7 @@ class Memory:
     """Bytes on one device at a stage's peak.
 
     `weights`: teacher and student, what they share once, new parameters included. `best`: the best weights so far.
-    `activations`: what is kept for the backward pass and lives beside it, logits included; of the step, of the
+    `activations`: what is kept for the backward pass and what is alive during it, logits included; of the step, of the
     calibration of its loss or of the held-out text, whichever is most. `allocator`: freed
     memory that the process keeps, and what it loads besides. `reserve`: the process or the driver.
     """
@@ -47,8 +47,8 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage. `seconds` with `sending_seconds`, what devices send each other, where that takes longer than the work
-    beside it. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers at once;
+    """One stage. `seconds` includes `sending_seconds` (what devices send each other) where that takes longer than the
+    work it overlaps with. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers at once;
     `peak_bytes` as the stage is run (by blocks where `runs_by_block`); `checkpointed_bytes`: the peak with gradient
     checkpointing where the stage can do it and does not; `cheapest`: the fewest blocks that fit; `advice`: what to do
     where the stage does not fit."""
@@ -76,8 +76,8 @@ class StagePlan:
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
     """The whole conversion. `measuring_bytes`: the peak of the measurements between and after the stages.
-    `loading_bytes`: while the student is read back at the end, its file in memory beside it, and the conversion still
-    there. `reserve_bytes`: of each peak what the process or the driver takes by itself. `disk_bytes`: hidden states,
+    `loading_bytes`: the peak while the student is read back at the end, with its file and the conversion in memory.
+    `reserve_bytes`: the part of each peak that the process or the driver takes by itself. `disk_bytes`: hidden states,
     checkpoints and the student together."""
 
     teacher: str

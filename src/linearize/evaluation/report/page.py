@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page, rendered from a report by the template beside this file."""
+"""`report.html`: one self-contained page, rendered from a report by the template next to this file."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class KeptShare(NumbersModel):
 
 
 class StudentVerdict(NumbersModel):
-    """What the report says first about one student. `checked`: how many findings were good."""
+    """The verdict on one student. `checked`: how many findings were good."""
 
     headline: str
     kept: list[KeptShare]
