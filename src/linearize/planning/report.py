@@ -49,9 +49,9 @@ class BlockPlan:
 class StagePlan:
     """One stage. `seconds` includes `sending_seconds` (what devices send each other) where that takes longer than the
     work it overlaps with. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers
-    at once; `peak_bytes` as the stage is run (by blocks where `runs_by_block`); `checkpointed_bytes`: the peak with gradient
-    checkpointing where the stage can do it and does not; `cheapest`: the fewest blocks that fit; `advice`: what to do
-    where the stage does not fit."""
+    at once; `peak_bytes` as the stage is run (by blocks where `runs_by_block`); `checkpointed_bytes`: the peak with
+    gradient checkpointing where the stage can do it and does not; `cheapest`: the fewest blocks that fit; `advice`:
+    what to do where the stage does not fit."""
 
     stage: str
     tokens: int
