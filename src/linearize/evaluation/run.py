@@ -103,7 +103,7 @@ def evaluate(
     models = [expand_home(path) for path in (*([model] if model is not None else []), *compare)]
     if not models:
         raise InputError("no model to evaluate: name one, or several with --compare")
-    name, planned = _planned_sections(suite, tasks, sections, options)
+    name, planned = _planned(suite, tasks, sections, options)
     teacher = expand_home(teacher) if teacher else None
     final = _checked_out(out, models)
     with contextlib.ExitStack() as stack:
@@ -176,7 +176,7 @@ def _measured(suite: str, planned: Sequence[Section], ctx: EvalContext, notes: l
     return report
 
 
-def _planned_sections(
+def _planned(
     suite: str | None, tasks: Sequence[str], sections: Sequence[Section] | None, options: EvaluationOptions
 ) -> tuple[str, tuple[Section, ...]]:
     """The name of what is measured, and its sections."""
