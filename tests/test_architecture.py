@@ -22,6 +22,7 @@ LAYERS = {
     "version": 0,
     "memory": 0,
     "numbers": 1,
+    "tables": 1,
     "storage": 2,
     "ops": 2,
     "mixers": 3,

@@ -1,4 +1,4 @@
-"""The command line: exit codes, errors in one line, one JSON document, and verbs that pass on what was given."""
+"""The command line: exit codes, errors in one line, one JSON document, and verbs that pass on their options."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from report_samples import report_on
 
 from linearize.cli.main import main
-from linearize.cli.output import lines, plain
+from linearize.cli.output import plain, show
 from linearize.errors import InputError
 from linearize.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
 
@@ -134,7 +135,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
 # verbs
 
 
-def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_passes_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls())
     assert main(CONVERT) == 0
     assert calls.arguments is not None
@@ -142,23 +143,23 @@ def test_convert_passes_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> No
     assert not {"recipe", "device", "track"} & set(calls.arguments), "defaults belong to convert itself"
     more = ["--data", "self", "--recipe", "t2r", "--set", "plan.mixer.window=16", "--set", "seed=3", "--overwrite"]
     assert main([*CONVERT, *more, "--device", "cpu", "--track", "tensorboard", "--trust-remote-code"]) == 0
-    given = calls.arguments
-    assert (given["recipe"], given["device"], given["overwrite"]) == ("t2r", "cpu", True)
-    assert given["overrides"] == {"plan.mixer.window": 16, "seed": 3}
-    assert (list(given["data"]), list(given["track"]), given["trust_remote_code"]) == (
+    passed = calls.arguments
+    assert (passed["recipe"], passed["device"], passed["overwrite"]) == ("t2r", "cpu", True)
+    assert passed["overrides"] == {"plan.mixer.window": 16, "seed": 3}
+    assert (list(passed["data"]), list(passed["track"]), passed["trust_remote_code"]) == (
         ["a.txt", "self"],
         ["tensorboard"],
         True,
     )
-    assert Path(given["out"]) == Path("student")
+    assert Path(passed["out"]) == Path("student")
     blocks = ["--stream", "--blocks", "0-3,7", "--memory", "24GB", "--disk", "2TB"]
     assert main([*CONVERT, "--overwrite", "--track", "wandb", *blocks]) == 0
-    given = calls.arguments
-    assert [given[name] for name in ("stream", "blocks", "memory", "disk")] == [True, "0-3,7", 24 * 10**9, 2 * 10**12]
-    assert (given["overwrite"], list(given["track"])) == (True, ["wandb"])
+    passed = calls.arguments
+    assert [passed[name] for name in ("stream", "blocks", "memory", "disk")] == [True, "0-3,7", 24 * 10**9, 2 * 10**12]
+    assert (passed["overwrite"], list(passed["track"])) == (True, ["wandb"])
 
 
-def test_generate_chat_and_demo_pass_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_chat_and_demo_pass_on_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = stand_in(monkeypatch, "linearize.decoding.generate", "generate_text", Calls())
     assert main(["generate", "model", "--prompt", "Once", "--max-new-tokens", "7", "--compile"]) == 0
     assert generate.arguments is not None
@@ -173,18 +174,25 @@ def test_generate_chat_and_demo_pass_on_what_was_given(monkeypatch: pytest.Monke
     assert demo.arguments == {"out": Path("here")}
 
 
-@pytest.mark.parametrize(
-    ("verb", "module", "name"),
-    [("eval", "linearize.evaluation", "evaluate"), ("inspect", "linearize.modeling.inspect", "inspect_model")],
-)
-def test_json_is_the_only_thing_on_stdout(
-    verb: str, module: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_the_only_thing_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = {"loss": 1.5, "worst": float("inf"), "layers": [{"layer": 0, "mixer": "lolcats"}]}
-    stand_in(monkeypatch, module, name, Calls(result=result))
-    assert main([verb, "student", "--json"]) == 0
+    stand_in(monkeypatch, "linearize.modeling.inspect", "inspect_model", Calls(result=result))
+    assert main(["inspect", "student", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {"loss": 1.5, "worst": None, "layers": [{"layer": 0, "mixer": "lolcats"}]}
+    assert "chatter" in err
+
+
+@pytest.mark.parametrize("verb", ["eval", "bench"])
+def test_the_document_of_an_evaluation_is_its_report(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = report_on(("teacher", "student"), {})
+    name = "evaluate" if verb == "eval" else "bench"
+    stand_in(monkeypatch, "linearize.evaluation", name, Calls(result=report))
+    assert main([verb, "student", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == report.to_json() and "teacher_loss" not in json.loads(out)
     assert "chatter" in err
 
 
@@ -194,13 +202,14 @@ def test_results_are_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys:
     assert main(["inspect", "student"]) == 0
     out = capsys.readouterr().out
     assert "lolcats" in out and "1.5000" in out
-    evaluation = stand_in(monkeypatch, "linearize.evaluation", "evaluate", Calls(result=result))
+    report = report_on(("teacher", "student"), {})
+    evaluation = stand_in(monkeypatch, "linearize.evaluation", "evaluate", Calls(result=report))
     printed = stand_in(monkeypatch, "linearize.evaluation", "print_report", Calls())
     assert main(["eval", "student", "--data", "a.txt", "--limit", "2k", "--teacher", "t"]) == 0
-    found = dict(evaluation.arguments or {})
-    assert found.pop("options").limit == 2000
-    assert found.items() >= {"data": ["a.txt"], "teacher": "t"}.items()
-    assert list((printed.arguments or {}).values()) == [result]
+    arguments = dict(evaluation.arguments or {})
+    assert arguments.pop("options").limit == 2000
+    assert arguments.items() >= {"data": ["a.txt"], "teacher": "t"}.items()
+    assert list((printed.arguments or {}).values()) == [report]
 
 
 # errors
@@ -227,8 +236,8 @@ def test_an_error_is_one_line_with_its_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stand_in(monkeypatch, "linearize.conversion.api", "convert", Calls(error=error))
-    found, message = failure(CONVERT, capsys)
-    assert found == code
+    exit_code, message = failure(CONVERT, capsys)
+    assert exit_code == code
     assert all(word in message for word in words), message
 
 
@@ -261,12 +270,14 @@ def test_results_become_plain_data() -> None:
         plain({"x": object()})
 
 
-def test_results_for_people_are_aligned() -> None:
+def test_results_for_people_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     data = {"loss": 1.25, "tokens": 2000000, "layers": [{"layer": 0, "mixer": None}, {"layer": 11, "mixer": "lolcats"}]}
-    assert list(lines(data)) == [
+    show(data)
+    assert capsys.readouterr().out.splitlines() == [
         "loss    1.2500",
         "tokens  2,000,000",
-        "\nlayers",
+        "",
+        "layers",
         "layer  mixer",
         "    0  -",
         "   11  lolcats",

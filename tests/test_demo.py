@@ -51,14 +51,14 @@ def test_the_tables_show_what_was_measured(demo: SimpleNamespace) -> None:
     assert len(losses) == 2 + len(load_recipe(DEFAULT_RECIPE).stages)
     for loss in losses:
         assert f"{loss:.4f}" in demo.printed
-    found = json.loads((demo.folder / "demo.json").read_text())
+    numbers = json.loads((demo.folder / "demo.json").read_text())
     for name in ("teacher", "student"):
-        assert f"{found['recall'][name]['accuracy']:.0%}" in demo.printed
-        assert found["recall"][name]["items"] == 4
-        assert all(answer["distance"] > found["window"] for answer in found["recall"][name]["answers"])
+        assert f"{numbers['recall'][name]['accuracy']:.0%}" in demo.printed
+        assert numbers["recall"][name]["items"] == 4
+        assert all(answer["distance"] > numbers["window"] for answer in numbers["recall"][name]["answers"])
         assert re.search(rf"\n{name} +{run.PROMPT[:20]}", demo.printed)
-        assert [c["context"] for c in found["decode_cost"] if c["model"] == name] == [17, 70]
-    assert found["report"]["provenance"]["commit"] == found["provenance"]["commit"]
+        assert [c["context"] for c in numbers["decode_cost"] if c["model"] == name] == [17, 70]
+    assert numbers["report"]["provenance"]["commit"] == numbers["provenance"]["commit"]
     assert str(Path("linearize-demo") / "plots") in demo.printed
 
 
@@ -106,8 +106,8 @@ def test_stopped_half_way_the_next_demo_goes_on(
 def test_training_text_holds_no_question_that_is_asked(demo: SimpleNamespace) -> None:
     rows = [json.loads(line)["text"] for line in (demo.folder / "text" / "recall.jsonl").read_text().splitlines()]
     assert len(rows) == 14 and all("What is the code of the" in row for row in rows)
-    found = json.loads((demo.folder / "demo.json").read_text())
-    codes = {answer["expected"] for answer in found["recall"]["student"]["answers"]}
+    numbers = json.loads((demo.folder / "demo.json").read_text())
+    codes = {answer["expected"] for answer in numbers["recall"]["student"]["answers"]}
     assert codes and not any(f" {code}." in row for row in rows for code in codes)
 
 
@@ -138,7 +138,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(
     monkeypatch.setattr(run, "_run", stop)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="no earlier demo"):
+    with pytest.raises(InputError, match="not an earlier demo"):
         run.run_demo(out=tmp_path / "mine")
     (tmp_path / "mine" / "demo.json").write_text("{}")  # now it looks like one, and is kept until the new one is done
     capsys.readouterr()

@@ -110,14 +110,14 @@ def test_a_conversion_and_its_losses_are_those_of_separate_documents(
 
 def test_an_evaluation_gives_each_document_a_row(opt: Path) -> None:
     sections = [Language(), Consistency(), Branches(contexts=(16,))]
-    found = evaluate(
+    report = evaluate(
         opt / "teacher", data=[str(opt / "text.txt")], sections=sections, options=EvaluationOptions(length=64)
     )
-    assert any("documents of a packed row" in note for note in found["notes"])
+    assert any("documents of a packed row" in note for note in report.notes)
     teacher, tokenizer = load_teacher(opt / "teacher")
     documents = pieces(load_documents([str(opt / "text.txt")], tokenizer))
-    assert found["teacher_loss"] == pytest.approx(alone(teacher, documents), abs=1e-5)
-    (checks,) = (model["checks"] for model in found["sections"]["consistency"]["models"].values())
+    assert report.teacher_loss == pytest.approx(alone(teacher, documents), abs=1e-5)
+    (checks,) = (model["checks"] for model in report.sections["consistency"]["models"].values())
     assert "packing" not in checks and "padding" in checks
 
 

@@ -117,7 +117,7 @@ def test_evaluations_and_exports_take_it(home: Path) -> None:
     report = evaluate(
         "~/student", teacher="~/teacher", data=["~/text.txt"], sections=[Language()], out="~/report", options=options
     )
-    assert [contestant["path"] for contestant in report["contestants"]] == [f"{home}/teacher", f"{home}/student"]
+    assert [model.path for model in report.contestants] == [f"{home}/teacher", f"{home}/student"]
     assert (home / "report" / "report.json").is_file()
     assert export_student("~/student", "hf", "~/exported") == home / "exported"
     assert not list((home / "tasks").iterdir())
@@ -130,14 +130,14 @@ def test_the_command_takes_it_and_an_evaluation_finds_its_own_text(home: Path) -
     assert report is not None and report.teacher == f"{home}/teacher" and report.data == [f"{home}/text.txt"]
     assert main(["inspect", "~/made", "--backends", "--device", "cpu"]) == 0
     assert main(["generate", "~/made", "--prompt", "a", "--max-new-tokens", "2", "--device", "cpu"]) == 0
-    found = evaluate("~/made", data=["~/text.txt"], sections=[Language()], options=CPU)
-    assert "the held-out part" in " ".join(found["notes"])
+    evaluated = evaluate("~/made", data=["~/text.txt"], sections=[Language()], options=CPU)
+    assert "the held-out part" in " ".join(evaluated.notes)
     assert not list((home / "tasks").iterdir())
 
 
 def test_text_that_an_older_report_names_by_the_home_folder_is_known_as_seen(home: Path) -> None:
     write_report(some_report(teacher="~/teacher", data=["~/text.txt"]), home / "student")
     (home / "student" / "recipe.yaml").write_text("data:\n  length: 50\n  heldout: 4\n")
-    found = evaluate("~/student", data=[f"{home}/text.txt"], sections=[Language()], options=CPU)
-    assert "the held-out part" in " ".join(found["notes"])
-    assert [contestant["name"] for contestant in found["contestants"]] == ["teacher", "student"]
+    evaluated = evaluate("~/student", data=[f"{home}/text.txt"], sections=[Language()], options=CPU)
+    assert "the held-out part" in " ".join(evaluated.notes)
+    assert [model.name for model in evaluated.contestants] == ["teacher", "student"]

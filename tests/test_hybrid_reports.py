@@ -157,7 +157,7 @@ def test_a_student_of_pseudo_labels_is_evaluated_on_its_held_out_answers(
     settings = {"length": 40, "heldout": 2, "pseudo_max_new_tokens": 12}
     (tmp_path / "student" / "recipe.yaml").write_text(yaml.safe_dump({"data": settings}))
     result = evaluate(tmp_path / "student", options=CPU)
-    assert result["documents"] == 2 and "held-out part" in result["notes"][0]
+    assert result.documents == 2 and "held-out part" in result.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -173,5 +173,5 @@ def test_students_of_any_plan_can_be_evaluated(tmp_path: Path, names: list[str |
     (tmp_path / "text.txt").write_text("\n\n".join(f"Story {i}: the cat sat. {'On. ' * i}" for i in range(9)))
     data = [str(tmp_path / "text.txt")]
     result = evaluate(tmp_path / "student", teacher=tmp_path / "teacher", data=data, options=CPU)
-    assert (result["sections"]["branches"]["models"]["student"]["ablation"] is not None) == branches
-    assert result["student_loss"] > 0
+    assert (result.sections["branches"]["models"]["student"]["ablation"] is not None) == branches
+    assert result.student_loss is not None and result.student_loss > 0

@@ -132,7 +132,7 @@ def test_lm_evals_command_takes_a_student(folder: Path, tmp_path: Path) -> None:
 
 def test_a_student_alone_names_the_command_that_takes_it(folder: Path) -> None:
     options = EvaluationOptions(include_path=folder / "own", device="cpu")
-    found = evaluate(folder / "student", tasks=["colours"], options=options)["sections"]["tasks"]
+    found = evaluate(folder / "student", tasks=["colours"], options=options).sections["tasks"]
     assert found["commands"]["colours"].startswith("python -m linearize.lm_eval --model linearize --model_args ")
 
 

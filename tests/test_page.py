@@ -1,7 +1,8 @@
-"""The page of a report: whole, escaped, self-contained, the same bytes each time."""
+"""The page of a report: complete, escaped, self-contained, the same bytes each time."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -10,22 +11,21 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from matplotlib.figure import Figure
-from report_samples import SECTIONS, Losses, eval_models, losses
+from report_samples import SECTIONS, eval_models, losses, report_on
 
-from linearize.evaluation.context import Plot, Table
-from linearize.evaluation.report import inline_svg, page, save_plot, write_report_page
-from linearize.evaluation.report.parts import NUMBER, cell_text, table_html
-from linearize.evaluation.report.style import DARK, LIGHT
-from linearize.evaluation.verdict import verdict
-from linearize.metrics.theme import GRID, INK, STUDENTS, TEACHER, legend_below
+from linearize.evaluation.context import Table, cell_text
+from linearize.evaluation.report.page import render_page, write_report_page
+from linearize.evaluation.report.schema import EvalReport
+from linearize.evaluation.verdict import present_sections
+from linearize.metrics.theme import STUDENTS, TEACHER
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 STUDENT_NAMES = ("student", '<b>&"q"\'</b>', "a$\\frac$b", "mamba2", "gla")
+SVG = "data:image/svg+xml;base64,"
 
 
 class Checked(HTMLParser):
-    """Every element closed in turn; tags, ids, references and text are kept."""
+    """Every element closed in turn; tags, attributes and text are kept."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -40,10 +40,6 @@ class Checked(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, key, value) for key, value in attrs]
-
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
@@ -55,157 +51,121 @@ class Checked(HTMLParser):
 
 
 def parsed(html: str) -> Checked:
-    found = Checked()
-    found.feed(html)
-    found.close()
-    assert found.open == []
-    return found
+    page = Checked()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
 
 
-def report_of(students: int = 1, **more: Any) -> dict[str, Any]:
+def sample(students: int = 1, **changes: Any) -> EvalReport:
     names = ("teacher", *STUDENT_NAMES[:students])
-    sections = {"language": losses(names, kept=0.9), "recall": {"models": {}}}
-    report = {
-        "format": 1,
-        "suite": "quick",
-        "contestants": eval_models(names),
-        "sections": sections,
-        "notes": ["few <documents>"],
-        "seconds": {"language": 12.34, "recall": 0.5},
-        "provenance": {
-            "command": "linearize eval <x>",
-            "seed": 3,
-            "date": "2026-01-02T03:04:05",
-            "libraries": {"a": "1"},
-        },
-    }
-    return {**report, "verdict": verdict(eval_models(names), sections, SECTIONS), **more}
+    return report_on(names, {"language": losses(names, kept=0.9), "recall": {"models": {}}}).model_copy(update=changes)
+
+
+def page_of(report: EvalReport, plots: Path | None = None) -> str:
+    return render_page(report, present_sections(report.sections, SECTIONS), plots=plots)
+
+
+def table_page(table: Table) -> Checked:
+    """A page whose only section holds the table."""
+    report = sample(sections={"recall": {}})
+    (section,) = present_sections(report.sections, SECTIONS).values()
+    view = type(section.view)(summary="", tables=[table])
+    return parsed(render_page(report, {"recall": type(section)(title="t", numbers={}, view=view, stats={})}))
 
 
 @pytest.mark.parametrize("students", [0, 1, 5])
 def test_page_is_well_formed_and_holds_everything(students: int) -> None:
-    html = page(report_of(students), SECTIONS)
-    found = parsed(html)
-    said = " ".join(found.texts)
+    page = parsed(page_of(sample(students)))
+    text = " ".join(page.texts)
     for name in ("teacher", *STUDENT_NAMES[:students]):
-        assert name in said
-    for piece in (
-        "Loss & co",
-        "By position",
-        "23 rows",
-        "Nothing",
-        "Facts in text.",
-        'Loss "over" tokens <fig>',
-        "few <documents>",
-    ):
-        assert piece in said
-    assert found.tags.count("svg") == 3
-    assert found.tags.count("h1") == 1
-    assert found.tags.count("figure") == found.tags.count("figcaption") == 3
-    assert found.tags.count("table") == found.tags.count("caption") >= 4
-    assert all(key != "scope" or value in ("col", "row") for _, key, value in found.attributes)
-    ids = found.values("id")
+        assert name in text
+    for part in (
+        "Loss & co", "By position", "23 rows", "Nothing", "Facts in text.", "linearize eval <x>", "12.3",
+        'Loss "over" tokens <fig>', "few <documents>",
+    ):  # fmt: skip
+        assert part in text, part
+    assert page.tags.count("h1") == 1
+    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("img") == 3
+    assert 'Loss "over" tokens <fig>' in page.values("alt") and all(page.values("alt"))
+    assert page.tags.count("table") == page.tags.count("caption") >= 4
+    assert page.tags.count("dl") == (2 if students == 1 else 1)  # the stats of one student, and the provenance
+    assert set(page.values("scope")) == {"col", "row"}
+    ids = page.values("id")
     assert len(ids) == len(set(ids))
-    references = [value[1:] for _, key, value in found.attributes if key == "href" and value and value[0] == "#"]
-    references += found.values("aria-labelledby") + re.findall(r"url\(#([^)]+)\)", html)
-    assert references
-    assert set(references) <= set(ids)
+    references = [value[1:] for value in page.values("href") if value.startswith("#")]
+    assert references and set(references) <= set(ids)
 
 
 def test_page_fetches_and_runs_nothing() -> None:
-    html = page(report_of(2), SECTIONS)
-    found = parsed(html)
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(found.tags)
+    html = page_of(sample(2))
+    page = parsed(html)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    sources = page.values("src")
+    assert sources and all(source.startswith(SVG) for source in sources)
+    for source in sources:
+        root = ElementTree.fromstring(base64.b64decode(source.removeprefix(SVG)))
+        assert not [element for element in root.iter() if element.tag.endswith(("script", "foreignObject"))]
+        links = [value for element in root.iter() for key, value in element.attrib.items() if key.endswith("href")]
+        assert all(link.startswith(("#", "data:image/png")) for link in links)
+        html = html.replace(source, "")
     assert "http" not in html.lower()
-    assert not re.search(r"@import|url\((?!#)|javascript:", html)
-    assert not [key for _, key, _ in found.attributes if key.startswith("on")]
-    for tag, key, value in found.attributes:
-        if key in ("href", "src", "xlink:href"):
-            assert value is not None
-            assert value.startswith("#") or (tag == "image" and value.startswith("data:image/png"))
+    assert not re.search(r"@import|url\(|javascript:", html)
+    assert not [key for _, key, _ in page.attributes if key.startswith("on")]
+    assert all(value.startswith("#") for value in page.values("href"))
 
 
 def test_names_are_text_never_markup() -> None:
-    html = page(report_of(2, title="<i>A & B</i>"), SECTIONS)
-    found = parsed(html)
-    assert {"b", "i", "fig", "documents", "x", "modelling"}.isdisjoint(found.tags)
-    assert "&lt;b&gt;&amp;&quot;q&quot;&#x27;&lt;/b&gt;" in html
-    assert "&lt;i&gt;A &amp; B&lt;/i&gt;" in html
+    page = parsed(page_of(sample(2, suite="<i>A & B</i>")))
+    assert {"b", "i", "fig", "documents", "x", "modelling"}.isdisjoint(page.tags)
+    assert STUDENT_NAMES[1] in page.texts
+    assert any("<i>A & B</i>" in text for text in page.texts)
 
 
 def test_same_report_same_bytes(tmp_path: Path) -> None:
-    first = page(report_of(2), SECTIONS)
-    path = write_report_page(json.loads(json.dumps(report_of(2))), tmp_path, SECTIONS)
+    report = sample(2)
+    first = page_of(report)
+    report.write(tmp_path)
+    again = EvalReport.read(tmp_path)
+    assert again == report
+    path = write_report_page(again, tmp_path, present_sections(again.sections, SECTIONS))
     assert path == tmp_path / "report.html"
     assert path.read_text("utf-8") == first
-    other = report_of(2)
+    other = json.loads(json.dumps(report.to_json()))
     other["sections"]["language"]["models"]["student"]["loss"] = 1.75
-    assert page(other, SECTIONS) != first
+    assert page_of(EvalReport.model_validate(other)) != first
 
 
-def test_faults_stand_in_a_box_before_any_section() -> None:
-    report = report_of(1)
-    assert 'class="faults"' not in page(report, SECTIONS)
-    report["sections"]["language"]["models"]["student"]["loss"] = 2.5
-    report["verdict"] = verdict(report["contestants"], report["sections"], SECTIONS)
-    html = page(report, SECTIONS)
-    at = html.index('class="faults"')
-    assert html.index('id="verdict"') < at < html.index('class="tiles"') < html.index('<section id="language"')
-    assert "student: loss 2.5" in html[at : html.index('class="tiles"')]
-    assert '<a href="#language">' in html[at : html.index('class="tiles"')]
+def test_faults_are_in_a_box_before_any_section() -> None:
+    assert 'class="faults"' not in page_of(sample(1))
+    numbers = losses(("teacher", "student"), kept=0.9)
+    numbers["models"]["student"]["loss"] = 2.5
+    html = page_of(report_on(("teacher", "student"), {"language": numbers}))
+    box, stats = html.index('class="faults"'), html.index('class="stats"')
+    assert html.index('id="verdict"') < box < stats < html.index('<section id="language"')
+    assert "student: loss 2.5" in html[box:stats]
+    assert '<a href="#language">' in html[box:stats]
 
 
 def test_sections_that_are_missing_or_unknown() -> None:
-    report = report_of(1)
-    report["sections"] = {"old section": {}, "recall": {}}
-    html = page(report, SECTIONS)
+    html = page_of(sample(1, sections={"old section": {}, "recall": {}}))
     parsed(html)
-    assert "cannot show the section &#x27;old section&#x27;" in html
+    assert "cannot show the section &#39;old section&#39;" in html
     assert 'id="language"' not in html
-    bare = page({"contestants": eval_models(("teacher",)), "sections": {}, "verdict": {}}, SECTIONS)
+    bare = page_of(report_on(("teacher",), {}))
     parsed(bare)
     assert "measured alone" in bare
 
 
-def test_svg_takes_the_colours_of_the_page() -> None:
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        for colour in (TEACHER, *STUDENTS):
-            axis.plot([0, 1], [0, 1], color=colour, marker="o", label=colour)
-        axis.text(0, 0, "on a cell", color="#ffffff")
-        legend_below(figure)
-
-    svg = inline_svg(Plot(name="all colours", caption='Lines & "more" <x>', draw=draw, width=5, height=3), "part")
-    root = ElementTree.fromstring(svg)
-    assert root.tag == "svg"
-    assert root.findtext("title") == 'Lines & "more" <x>'
-    for fixed in (INK, GRID, TEACHER, *STUDENTS):
-        assert fixed not in svg
-    for i in range(1, len(STUDENTS) + 1):
-        assert f"var(--student-{i})" in svg
-    assert all(f"var(--{name})" in svg for name in ("teacher", "grid"))
-    assert "currentColor" in svg
-    assert "#ffffff" in svg  # text on a cell stays as drawn
-    for name in re.findall(r"var\(--([a-z0-9-]+)\)", svg):
-        assert f"--{name}:" in LIGHT
-        assert f"--{name}:" in DARK
-    ids = [element.get("id") for element in root.iter() if element.get("id")]
-    assert ids
-    assert all(name is not None and name.startswith("plot-part-all-colours-") for name in ids)
-    assert root.get("width") is None
-    assert (root.get("viewBox") or "").startswith("0 0 360")
-    assert {"metadata", "style", "script"}.isdisjoint(element.tag for element in root.iter())
-
-
-def test_saved_plots_stand_alone(tmp_path: Path) -> None:
-    plot = Losses.present(losses(("teacher", *STUDENT_NAMES))).plots[0]
-    svg, png = save_plot(plot, tmp_path / "plots")
-    assert (svg.name, png.name) == ("loss.svg", "loss.png")
-    assert ElementTree.parse(svg).getroot().get("width")
-    assert png.read_bytes().startswith(b"\x89PNG")
-    before = svg.read_bytes()
-    save_plot(plot, tmp_path / "plots")
-    assert svg.read_bytes() == before
+def test_plots_are_the_files_next_to_the_page(tmp_path: Path) -> None:
+    page = parsed(page_of(sample(5), tmp_path / "plots"))
+    drawn = [base64.b64decode(source.removeprefix(SVG)) for source in page.values("src")]
+    line = (tmp_path / "plots" / "line.svg").read_bytes()
+    assert drawn[2] == line and ElementTree.fromstring(line).get("width")
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss.svg", "loss.png", "line.svg", "line.png"}
+    assert (tmp_path / "plots" / "line.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(drawn)) == 3
 
 
 @pytest.mark.parametrize(
@@ -220,25 +180,24 @@ def test_cells(cell: Any, shown: str) -> None:
     assert cell_text(cell) == shown
 
 
-@pytest.mark.parametrize(
-    ("cell", "number"),
-    [
-        ("0.123 ± 0.004", True), ("52.0% (48.1 to 55.9)", True), ("3 KiB", True), ("-0.3", True), ("1.2x", True),
-        ("16-31", True),
-        ("4 lolcats, 2 softmax", False), ("llama-7b", False), ("12 documents", False), ("sdpa, static", False),
-    ],
-)  # fmt: skip
-def test_columns_of_numbers_stand_to_the_right(cell: str, number: bool) -> None:
-    assert bool(NUMBER.match(cell)) is number
-    html = table_html(Table(title="t", rows=[{"a": "x", "b": cell}, {"a": "y", "b": None}]))
-    assert ('<td class="number">' in html) is number
+@pytest.mark.parametrize(("cell", "numeric"), [("0.123 ± 0.004", True), ("4 lolcats, 2 softmax", False)])
+def test_columns_of_numbers_are_aligned_to_the_right(cell: str, numeric: bool) -> None:
+    page = table_page(Table(title="t", rows=[{"a": "x", "b": cell}, {"a": "y", "b": None}]))
+    kinds = [value for tag, key, value in page.attributes if (tag, key) == ("td", "class")]
+    assert kinds[-4:-2] == ["number" if numeric else "text"] * 2  # the last two are the seconds
 
 
 def test_rows_may_lack_a_column() -> None:
-    found = parsed(table_html(Table(title="t", rows=[{"a": "x"}, {"a": "y", "b": 2}], note="n & m")))
-    assert found.tags.count("th") == 4
-    assert found.tags.count("td") == 2
-    assert "n & m" in found.texts
+    page = table_page(Table(title="t", rows=[{"a": "x"}, {"a": "y", "b": 2}], note="n & m"))
+    assert "n & m" in page.texts
+    assert page.texts[page.texts.index("x") :][:3] == ["x", "\n", "-"]
+
+
+def test_the_models_are_listed_with_their_layers() -> None:
+    report = sample(1)
+    page = parsed(page_of(report))
+    assert "2 lolcats, 1 softmax" in page.texts and "260,033" in page.texts
+    assert report.contestants == eval_models(("teacher", "student"))
 
 
 def contrast(one: str, other: str) -> float:
@@ -253,13 +212,15 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("scheme", [LIGHT, DARK])
-def test_colours_can_be_told_from_the_paper(scheme: str) -> None:
-    colour = dict(re.findall(r"--([a-z0-9-]+):(#[0-9a-f]{6})", scheme))
-    for name in ("ink", "muted", "link", "bad", "good", "note"):
-        for ground in ("paper", "box"):
-            assert contrast(colour[name], colour[ground]) >= 4.5, (name, ground)
-    assert contrast(colour["bad"], colour["bad-box"]) >= 4.5
-    assert contrast(colour["ink"], colour["bad-box"]) >= 4.5
-    for name in ("teacher", *(f"student-{i}" for i in range(1, len(STUDENTS) + 1))):
-        assert contrast(colour[name], colour["paper"]) >= 3, name
+def test_colours_can_be_read_on_their_ground() -> None:
+    schemes = re.findall(r":root\{([^}]*)\}", page_of(sample(0)))
+    assert ["color-scheme:dark" in scheme for scheme in schemes] == [False, True]
+    for scheme in schemes:
+        colour = dict(re.findall(r"--([a-z0-9-]+):(#[0-9a-f]{6})", scheme))
+        for name in ("ink", "muted", "link", "bad", "good", "note"):
+            for ground in ("paper", "box"):
+                assert contrast(colour[name], colour[ground]) >= 4.5, (name, ground)
+        assert contrast(colour["bad"], colour["bad-box"]) >= 4.5
+        assert contrast(colour["ink"], colour["bad-box"]) >= 4.5
+    for colour_of_plot in (TEACHER, *STUDENTS):
+        assert contrast(colour_of_plot, "#ffffff") >= 3, colour_of_plot

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from models import FAMILIES, tiny
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -14,7 +16,7 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import inspect_model
 from linearize.modeling.io.assemble import student_on_meta
 from linearize.planning import plan_conversion
-from linearize.planning.report import plan_lines
+from linearize.planning.report import print_plan
 from linearize.planning.samples import build, read_config
 from linearize.recipes.schema import Recipe
 from linearize.training.memory_simulation import simulation, weight_bytes
@@ -52,7 +54,9 @@ def test_memory_and_disk_of_a_tied_teacher(family: str, tmp_path: Path) -> None:
     teacher.save_pretrained(tmp_path / "teacher")
     plan = plan_conversion(tmp_path / "teacher", recipe=RECIPE)
     assert plan.parameters == inspect_model(tmp_path / "teacher")["parameters"] == teacher.num_parameters()
-    assert f"{plan.parameters / 1e3:.3g}k parameters" in "\n".join(plan_lines(plan))
+    printed = io.StringIO()
+    print_plan(plan, Console(file=printed, width=500))
+    assert f"{plan.parameters / 1e3:.3g}k parameters" in printed.getvalue()
     student = LinearizedForCausalLM.from_teacher(teacher, RECIPE.plan.resolve(3, [0.0] * 3))
     added = sum(p.numel() for p in student.mixer_parameters().values())
     assert plan.stages[0].trained_parameters == added > 0

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from linearize.evaluation.context import EvalContext, Finding, Numbers, Plot, Section, SectionView, Stat, Table
+from linearize.evaluation.report.schema import EvalReport, ModelEntry, Verdict
+from linearize.evaluation.verdict import present_sections, verdict
 from linearize.metrics.theme import colours, legend_below
 
 
@@ -31,8 +33,8 @@ class Losses(Section):
             legend_below(figure)
 
         findings = [
-            Finding(level="bad" if found["loss"] > 2 else "good", text=f"{name}: loss {found['loss']}", student=name)
-            for name, found in models.items()
+            Finding(level="bad" if model["loss"] > 2 else "good", text=f"{name}: loss {model['loss']}", student=name)
+            for name, model in models.items()
             if name != "teacher"
         ]
         return SectionView(
@@ -41,7 +43,7 @@ class Losses(Section):
             tables=[
                 Table(
                     title="Loss & co",
-                    rows=[{"model": name, "loss": found["loss"], "n": 12345} for name, found in models.items()],
+                    rows=[{"model": name, "loss": model["loss"], "n": 12345} for name, model in models.items()],
                 ),
                 Table(title="By position", rows=[{"tokens": i, "loss": None, "x": f"{i} ± 1"} for i in range(23)]),
             ],
@@ -51,14 +53,14 @@ class Losses(Section):
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
         return {
-            name: [Stat(label="Loss gap", value=f"{found['loss']:.2f}", detail="nats > teacher")]
-            for name, found in numbers["models"].items()
+            name: [Stat(label="loss gap", value=f"{model['loss']:.2f}", detail="nats > teacher")]
+            for name, model in numbers["models"].items()
             if name != "teacher"
         }
 
 
 class Memory(Section):
-    """Two plots whose names stand in another section too, no headline."""
+    """Two plots whose names another section has too, no headline."""
 
     NAME: ClassVar[str] = "recall"
     TITLE: ClassVar[str] = "Recall"
@@ -92,15 +94,43 @@ def losses(names: Sequence[str], kept: float | None = None) -> Numbers:
     return {"models": models}
 
 
-def eval_models(names: Sequence[str]) -> list[dict[str, Any]]:
+def eval_models(names: Sequence[str]) -> list[ModelEntry]:
     """The first one is the teacher."""
     return [
-        {
-            "name": name,
-            "role": "student" if i else "teacher",
-            "path": f"models/{name}",
-            "parameters": 260_032 + i,
-            "mixers": ["lolcats", "lolcats", "softmax"] if i else [],
-        }
+        ModelEntry(
+            name=name,
+            role="student" if i else "teacher",
+            path=f"models/{name}",
+            student=i > 0,
+            parameters=260_032 + i,
+            dtype="float32",
+            mixers=["lolcats", "lolcats", "softmax"] if i else [],
+        )
         for i, name in enumerate(names)
     ]
+
+
+def verdict_on(names: Sequence[str], sections: Mapping[str, Numbers]) -> Verdict:
+    """The verdict on all names but the first, which is the teacher's."""
+    return verdict(names[1:], present_sections(sections, SECTIONS))
+
+
+def report_on(names: Sequence[str], sections: Mapping[str, Numbers]) -> EvalReport:
+    """A report with notes and provenance that an HTML page must escape."""
+    return EvalReport(
+        format=1,
+        suite="quick",
+        contestants=eval_models(names),
+        verdict=verdict_on(names, sections),
+        sections=dict(sections),
+        length=128,
+        documents=7,
+        notes=["few <documents>"],
+        seconds={"language": 12.34, "recall": 0.5},
+        provenance={
+            "command": "linearize eval <x>",
+            "seed": 3,
+            "date": "2026-01-02T03:04:05",
+            "libraries": {"a": "1", "b": None},
+        },
+    )

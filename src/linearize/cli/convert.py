@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, size, specified
-from linearize.cli.output import table
+from linearize.cli.output import show_rows
 
 
 def convert(
@@ -65,11 +64,10 @@ def convert(
     if blocks is not None:
         print(f"blocks {blocks} are trained; the same command without --blocks makes the student")
         return
-    for line in conversion_lines(out):
-        print(line)
+    _print_losses(out)
 
 
-def conversion_lines(folder: Path) -> Iterator[str]:
+def _print_losses(folder: Path) -> None:
     """The losses of a conversion, from the report in the student's folder, and where the student is."""
     from linearize.metrics.report import read_report
 
@@ -78,7 +76,7 @@ def conversion_lines(folder: Path) -> Iterator[str]:
         return
     losses = [("teacher", report.teacher_loss), ("bare swap", report.swap_loss)]
     losses += [(f"after {name}", loss) for name, loss, stage in report.moments() if stage is not None]
-    yield f"held-out loss, nats per token ({report.heldout_tokens:,} tokens)"
-    yield from table([{"": name, "loss": loss, "above": loss - report.teacher_loss} for name, loss in losses])
-    yield f"KL(teacher||student) {report.student_kl:.4f}, same most likely token {report.student_top1:.1%}"
-    yield f"student written to {folder}"
+    print(f"held-out loss, nats per token ({report.heldout_tokens:,} tokens)")
+    show_rows([{"": name, "loss": loss, "above": loss - report.teacher_loss} for name, loss in losses])
+    print(f"KL(teacher||student) {report.student_kl:.4f}, same most likely token {report.student_top1:.1%}")
+    print(f"student written to {folder}")

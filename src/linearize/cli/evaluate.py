@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linearize.cli.options import Data, Device, Json, Model, Teacher, count, counts, names, specified
 from linearize.cli.output import json_only, show
+
+if TYPE_CHECKING:
+    from linearize.evaluation import EvalReport
 
 
 def evaluate(
@@ -125,10 +128,10 @@ def bench(
     _print(report, as_json)
 
 
-def _print(report: Any, as_json: bool) -> None:
+def _print(report: EvalReport, as_json: bool) -> None:
     from linearize.evaluation import print_report
 
     if as_json:
-        show(report, as_json=True)
+        show(report.to_json(), as_json=True)
     else:
         print_report(report)

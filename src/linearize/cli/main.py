@@ -103,7 +103,7 @@ def code_and_message(error: BaseException) -> tuple[int, str]:
 
 
 def _started_by_torchrun() -> bool:
-    """Whether this is one of several processes of torchrun; found out without importing torch."""
+    """Whether this is one of several processes of torchrun; read without importing torch."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
@@ -151,8 +151,8 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"linearize {version('linearize')}")
         raise typer.Exit
 

@@ -106,5 +106,5 @@ def counts(value: str | None) -> tuple[int, ...] | None:
 
 
 def specified(**options: Any) -> dict[str, Any]:
-    """The options that were given; the function that does the work has the defaults of the others."""
+    """The options that the user set; the function that does the work has the defaults of the others."""
     return {name: value for name, value in options.items() if value is not None}

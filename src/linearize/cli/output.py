@@ -1,4 +1,4 @@
-"""How the command line prints results: as text and tables, or as one JSON document."""
+"""How the command line prints results: as tables for people, or as one JSON document."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from rich.console import Console
+
+from linearize.tables import NOTHING, print_pairs, print_table, stdout_console
 
 
 def plain(value: Any) -> Any:
@@ -34,57 +37,45 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def json_only(wanted: bool) -> Iterator[None]:
-    """Where `wanted`, send everything that is printed inside to stderr, so that stdout holds the document alone."""
-    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+def json_only(active: bool) -> Iterator[None]:
+    """While `active`, send everything that is printed to stderr, so that stdout holds the document alone."""
+    with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
         yield
 
 
 def show(result: Any, *, as_json: bool = False) -> None:
-    """Print a result: one JSON document, or `key  value` lines with a table for each list of mappings."""
+    """Print a result: one JSON document, or names and values with a table for each list of mappings."""
     data = plain(result)
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
-        return
-    for line in lines(data):
-        print(line)
-
-
-def lines(data: Any, title: str = "") -> Iterator[str]:
-    """Plain data as aligned lines of text."""
-    if isinstance(data, Mapping):
-        if title:
-            yield f"\n{title}"
-        simple = {key: value for key, value in data.items() if not _is_nested(value)}
-        width = max(map(len, simple), default=0)
-        yield from (f"{key:<{width}}  {text(value)}" for key, value in simple.items())
-        for key, value in data.items():
-            if _is_nested(value):
-                yield from lines(value, f"{title}.{key}" if title else key)
-    elif _is_nested(data):
-        yield from ([f"\n{title}"] if title else [])
-        yield from table(data)
     else:
-        yield text(data)
+        _print(data, stdout_console())
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Mappings as the rows of a table, with a column for every key; numbers are aligned to the right."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    right = [all(isinstance(row.get(column), (int, float, type(None))) for row in rows) for column in columns]
-    for row in cells:
-        padded = (
-            cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(row, widths, right, strict=True)
-        )
-        yield "  ".join(padded).rstrip()
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print mappings as the rows of a table, with a column for every key."""
+    print_table(stdout_console(), [{key: text(value) for key, value in row.items()} for row in rows])
+
+
+def _print(data: Any, console: Console, title: str = "") -> None:
+    """Plain data: single values first, then what is nested, each part under the path of its keys."""
+    if title:
+        console.print(f"\n{title}", style="bold")
+    if isinstance(data, Mapping):
+        nested = {key: value for key, value in data.items() if _is_nested(value)}
+        print_pairs(console, {key: text(value) for key, value in data.items() if key not in nested})
+        for key, value in nested.items():
+            _print(value, console, f"{title}.{key}" if title else key)
+    elif _is_nested(data):
+        show_rows(data)
+    else:
+        console.print(text(data))
 
 
 def text(value: Any) -> str:
     """One value as text: four decimals, thousands separated, `-` for None."""
     if value is None:
-        return "-"
+        return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -42,8 +42,9 @@ def plan(
     The teacher's config is enough; no weights are read.
     """
     from linearize.planning import plan_conversion
-    from linearize.planning.report import plan_lines
+    from linearize.planning.report import print_plan
     from linearize.recipes.overrides import parse_settings
+    from linearize.tables import stdout_console
 
     chosen = specified(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
     if block is not None:
@@ -55,5 +56,4 @@ def plan(
     if as_json:
         show(estimate, as_json=True)
         return
-    for line in plan_lines(estimate):
-        print(line)
+    print_plan(estimate, stdout_console())

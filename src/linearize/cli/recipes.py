@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from linearize.cli.options import Json
-from linearize.cli.output import show, table
+from linearize.cli.output import show, show_rows
 
 
 def recipes(
@@ -28,5 +28,4 @@ def recipes(
     if as_json:
         show(rows, as_json=True)
         return
-    for line in table(rows):
-        print(line)
+    show_rows(rows)

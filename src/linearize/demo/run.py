@@ -31,6 +31,7 @@ from linearize.ops.window_linear.spec import ring_slots
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.storage.atomic import atomic_write_text, resumable_folder
 from linearize.storage.files import expand_home
+from linearize.tables import stdout_console
 from linearize.version import __version__
 
 TEACHER = Path(__file__).parent / "teacher"
@@ -69,7 +70,7 @@ def run_demo(*, out: str | Path = DEFAULT_OUT) -> DemoResult:
     """
     final = Path(expand_home(out))
     _check(final)
-    console = Console(highlight=False)
+    console = stdout_console()
     with resumable_folder(final, __version__) as folder:
         result = _run(folder, console)
         _write(result, folder)
@@ -79,7 +80,7 @@ def run_demo(*, out: str | Path = DEFAULT_OUT) -> DemoResult:
 
 def _check(final: Path) -> None:
     if final.is_dir() and any(final.iterdir()) and not (final / MARK).is_file():
-        raise InputError(f"{final}: exists and is no earlier demo; give another folder with --out")
+        raise InputError(f"{final}: exists and is not an earlier demo; give another folder with --out")
 
 
 def _run(folder: Path, console: Console) -> DemoResult:
@@ -174,7 +175,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Clock:
-    """Says which part begins, and how long each took."""
+    """Prints which part begins, and keeps how long each took."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.seconds = console, {}  # type: tuple[Console, dict[str, float]]
@@ -183,7 +184,7 @@ class _Clock:
     def part(self, name: str, title: str) -> Iterator[None]:
         """One part of the demo."""
         self.console.print(title)
-        self.console.file.flush()  # before what is said on stderr
+        self.console.file.flush()  # before what is printed on stderr
         began = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)

@@ -65,7 +65,7 @@ def recall_questions(hay: Sequence[str], seed: int) -> tuple[RecallItem, ...]:
 
 
 def _question(rng: random.Random, hay: Sequence[str], words: int) -> RecallItem:
-    """The best of a few documents: facts stand between sentences, and a long sentence can put one far off its place."""
+    """The best of a few documents: facts are put between sentences, and a long sentence can move one far away."""
     drawn = [
         recall_document(rng, hay, num_words=words + rng.randint(10, 40), num_facts=1, distance=words) for _ in range(8)
     ]

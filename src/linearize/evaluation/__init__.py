@@ -1,6 +1,7 @@
-"""What a student is worth: held-out loss, agreement, branches, recall, decode cost, report, plots."""
+"""Measure students against their teacher: held-out loss, agreement, branches, recall, speed, tasks, chat, a report."""
 
 from linearize.evaluation.recall import RecallItem, RecallReport, recall_beyond_window
+from linearize.evaluation.report.schema import EvalReport
 from linearize.evaluation.run import EvaluationOptions, bench, evaluate
 from linearize.evaluation.speed import DecodeCost, cache_bytes, decode_cost
 from linearize.evaluation.suites import SUITES
@@ -26,6 +27,7 @@ __all__ = [
     "BranchAblation",
     "ConversionReport",
     "DecodeCost",
+    "EvalReport",
     "EvaluationOptions",
     "LanguageModelingReport",
     "RecallItem",

@@ -1,11 +1,9 @@
-"""A part of an evaluation: measured on the models of one context, stored as JSON, presented from that JSON.
-
-A section is a frozen config (the entry of a suite) that measures, and a function that presents the JSON numbers
-alone, so that a report can be drawn again from its `report.json`.
-"""
+"""What a section of an evaluation measures on and how it is presented: from its JSON numbers alone, so that a report
+can be drawn again from its `report.json`."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize.evaluation.result_cache import ResultCache
 from linearize.mixers import MixerConfig
 from linearize.modeling.config import LinearizeConfig
+from linearize.tables import NOTHING, columns_of
 from linearize.training.data.documents import Document
 from linearize.training.data.packing import PackedRows
 
@@ -44,13 +43,13 @@ class EvalModel:
 
     @property
     def plan(self) -> Sequence[MixerConfig | None]:
-        """By layer the mixer, None where softmax attention stays; empty for a model that is no student of ours."""
+        """By layer the mixer, None where softmax attention stays; empty for a model that is not one of our students."""
         config = self.model.config
         return config.mixers() if isinstance(config, LinearizeConfig) else ()
 
     @property
     def mixer_names(self) -> list[str]:
-        """The plan in words: by layer the mixer's name, or `softmax`."""
+        """By layer the mixer's name, or `softmax`."""
         return ["softmax" if mixer is None else str(mixer.name) for mixer in self.plan]  # type: ignore[attr-defined]
 
 
@@ -61,8 +60,8 @@ class EvalContext:
     `models`: the teacher first, where there is one, then the students (a model alone counts as the teacher); all
     have one tokenizer. `documents`: held-out text, tokenised; `texts`: the same as strings. `length`: the longest row
     in tokens. `batch`: rows at a time. `seed`: every draw of a section comes from it. `limit`: items per task (None:
-    all). `data_root`: the folder of chat questions; `include_path`: one of task definitions
-    (lm-eval's YAML). `judge_*`: for the chat section. `results`: those of an interrupted run.
+    all). `data_root`: the folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML).
+    `judge_*`: for the chat section. `results`: what an interrupted run has measured.
     `one_per_row`: the first model does not keep the documents of a row apart, so that each has a row to itself.
     """
 
@@ -92,8 +91,8 @@ class EvalContext:
 
     @property
     def students(self) -> tuple[EvalModel, ...]:
-        """All others."""
-        return tuple(c for c in self.models if c.role == "student")
+        """All models but the teacher."""
+        return tuple(model for model in self.models if model.role == "student")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,7 +104,7 @@ class EvalContext:
         return self.rows_of(self.documents)
 
     def rows_of(self, documents: Sequence[Document]) -> PackedRows:
-        """Such rows of some documents."""
+        """The same for other documents."""
         from linearize.decoding.loading import pad_token
         from linearize.training.data.packing import document_rows
 
@@ -124,13 +123,31 @@ class Table:
     rows: Sequence[Mapping[str, Cell]]
     note: str = ""
 
+    def texts(self) -> list[dict[str, str]]:
+        """The rows as people read them, every column in each."""
+        columns = columns_of(self.rows)
+        return [{column: cell_text(row.get(column)) for column in columns} for row in self.rows]
+
+
+def cell_text(cell: Cell) -> str:
+    """Four digits of a float, thousands of a large integer separated, a dash for nothing."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return NOTHING
+    if isinstance(cell, (bool, str)):
+        return str(cell)
+    if isinstance(cell, int):
+        return f"{cell:,}" if abs(cell) >= 10_000 else str(cell)
+    if cell and (abs(cell) >= 1e6 or abs(cell) < 1e-4):
+        return f"{cell:.3e}"
+    return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:#.4g}" if cell else "0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawing: `draw(figure)` fills a matplotlib figure of the size given, in inches, with the styles of `plots.py`.
+    """`draw(figure)` fills a matplotlib figure of `width` x `height` inches, with the style of `metrics/theme.py`.
 
-    `name`: file name without suffix; `caption`: one sentence under it, which also says what the picture shows to those
-    who cannot see it.
+    `name`: file name without suffix; `caption`: one sentence under it, which also tells those who cannot see the plot
+    what it shows.
     """
 
     name: str
@@ -172,7 +189,7 @@ class Stat:
 
 
 class Section(BaseModel, ABC):
-    """One part of an evaluation. Subclasses are frozen configs; their fields are what a suite may set.
+    """A part of an evaluation. Subclasses are frozen configs; their fields are what a suite may set.
 
     `NAME`: its key in `report.json` and in the table SECTIONS; `TITLE`: its heading.
     """
@@ -202,5 +219,5 @@ class Section(BaseModel, ABC):
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """What the verdict says of each student, by name: at most three stats. Nothing by default."""
+        """The stats of each student in the verdict, by name: at most three. None by default."""
         return {}

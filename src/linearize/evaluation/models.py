@@ -1,4 +1,4 @@
-"""The models of an evaluation, loaded: the teacher first, then the students, each with a name of its own."""
+"""Loads the models of an evaluation: the teacher first, then the students, each under a unique name."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ def load_models(
 ) -> tuple[EvalModel, ...]:
     """Teacher and students; a plain model without a teacher is measured alone, as the teacher.
 
-    `teacher` None: the one that the students' reports name; a note says so where it cannot be loaded.
-    Raises InputError for what is no model, and for tokenizers that differ.
+    `teacher` None: the one that the students' reports name; where it cannot be loaded, `notes` gets a line.
+    Raises InputError for a path that is not a model, and for tokenizers that differ.
     """
     for path in [*models, *([teacher] if teacher else [])]:
         find_model(path)
     if teacher is None and len(models) == 1 and not is_student(models[0]):
         return (_load(models[0], TEACHER, "teacher", device),)
-    found = []
+    loaded = []
     if (named := teacher or recorded_teacher(origins)) is not None:
         try:
-            found.append(_load(named, TEACHER, "teacher", device))
+            loaded.append(_load(named, TEACHER, "teacher", device))
         except (InputError, OSError) as error:
             if teacher is not None:
                 raise
             notes.append(f"the recorded teacher {named} cannot be loaded, name one with --teacher ({error})")
     for name, path in zip(unique_names(models), models, strict=True):
-        found.append(_load(path, name, "student", device))
-    _check_tokenizers(found)
-    return tuple(found)
+        loaded.append(_load(path, name, "student", device))
+    _check_tokenizers(loaded)
+    return tuple(loaded)
 
 
 def recorded_teacher(origins: Sequence[Origin]) -> str | None:
     """The teacher that the students' own reports name. Raises InputError if they name different ones."""
     named = {expand_home(origin.report.teacher): origin.path for origin in origins if origin.report is not None}
     if len(named) > 1:
-        told = ", ".join(f"{path} of {teacher}" for teacher, path in named.items())
-        raise InputError(f"students of different teachers ({told}): name the one to compare with by --teacher")
+        pairs = ", ".join(f"{path} of {teacher}" for teacher, path in named.items())
+        raise InputError(f"students of different teachers ({pairs}): name the one to compare with by --teacher")
     return next(iter(named), None)
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """A short name per path: its last part, numbered where two are alike."""
+    """A short name per path: its last part, numbered where two are the same."""
     names: list[str] = []
     for path in paths:
         short = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rsplit("/", 1)[-1]
@@ -77,8 +77,8 @@ def _fingerprint(path: str, config: object) -> str:
     if not folder.exists():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
     files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}) if folder.is_dir() else [folder]
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:20]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:20]
 
 
 def _check_tokenizers(eval_models: Sequence[EvalModel]) -> None:

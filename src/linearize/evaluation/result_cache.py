@@ -21,7 +21,7 @@ class ResultCache:
     folder: Path | None = None
 
     def result(self, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-        """What was measured under this key before, else `measure()`, which is then kept. Both come back through JSON.
+        """What was measured under this key before, else what `measure()` returns, which is kept; as JSON gives it back.
 
         The key must hold everything that the result depends on, the model's fingerprint and the seed included.
         """
@@ -31,18 +31,18 @@ class ResultCache:
         path = self.folder / f"{key.get('section', 'result')}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
         if path.is_file():
             try:
-                found = read_json(path)
+                kept = read_json(path)
             except InputError:
-                found = {}
-            if isinstance(found, dict) and found.get("key") == json.loads(text):
-                return found["result"]
+                kept = {}
+            if isinstance(kept, dict) and kept.get("key") == json.loads(text):
+                return kept["result"]
         result = measure()
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps({"key": key, "result": result}))
         return json.loads(json.dumps(result))
 
     def path(self, name: str) -> Path | None:
-        """A file for what a section keeps by itself (its folder is made); None: nothing kept."""
+        """The path of a file that a section keeps by itself (its folder is made); None where nothing is kept."""
         if self.folder is None:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)

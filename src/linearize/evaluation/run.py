@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,40 +16,37 @@ from pydantic import ValidationError
 
 from linearize.decoding.loading import is_student
 from linearize.errors import InputError, unknown
-from linearize.evaluation.context import EvalContext, EvalModel, Section
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section
 from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
 from linearize.evaluation.models import load_models
-from linearize.evaluation.report.html import write_report_page
-from linearize.evaluation.report.svg import save_plot
+from linearize.evaluation.report.page import write_report_page
+from linearize.evaluation.report.schema import FORMAT, EvalReport, ModelEntry
 from linearize.evaluation.result_cache import ResultCache
-from linearize.evaluation.sections import SECTIONS
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
 from linearize.evaluation.terminal import SectionProgress
-from linearize.evaluation.verdict import verdict
+from linearize.evaluation.verdict import present_sections, verdict
 from linearize.metrics.report import provenance
 from linearize.modeling.probe import keeps_documents_apart
-from linearize.storage.atomic import atomic_write_text
 from linearize.storage.disk import not_created, writing
 from linearize.storage.files import expand_home
 from linearize.storage.locks import output_lock
 from linearize.training.data.documents import Document
 
-FORMAT = 1
 DEFAULT_LENGTH = 1024
 DEFAULT_TOKENS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What an evaluation may be asked for besides models, text and sections.
+    """Options of an evaluation besides models, text and sections.
 
-    `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about so many; `limit`:
-    at most so many items of each task and so many documents; `batch`: rows at a time; `seed`: of every draw;
-    `data_root`: a folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come
-    before lm-eval's own; `skip_missing`: leave out chat questions whose file is not there; `allow_code`: run the code
-    that models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
+    `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about this many; `limit`:
+    the most items of each task, and the most documents; `batch`: rows at a time; `seed`: of every draw; `data_root`: a
+    folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come before
+    lm-eval's own; `skip_missing`: leave out chat questions whose file is missing; `allow_code`: run the code that
+    models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
     """
 
     length: int | None = None
@@ -87,64 +84,47 @@ def evaluate(
     sections: Sequence[Section] | None = None,
     out: str | Path | None = None,
     options: EvaluationOptions | None = None,
-) -> dict[str, Any]:
-    """Measure students beside their teacher on the same items; returns the report, JSON-able.
+) -> EvalReport:
+    """Measure students and their teacher on the same items; returns the report.
 
     `compare`: further students in the same report. `teacher` and `data` default to what the students' own reports
     name; of the data that they were made from only the part that training never saw is used. `suite`: a name of
     `SUITES`; `tasks`: lm-eval's names (`mmlu:5` for five shots), instead of the suite's. `sections`: instead of a
-    suite. With `out`, `report.json`, `report.html` and what sections write are left there, and an interrupted run
-    continues when called again. A plain transformers model without a teacher is measured alone, as a teacher.
-    Raises InputError for what cannot be used, before anything is measured.
+    suite. With `out`, `report.json`, `report.html`, the plots and the files of the sections are written there, and an
+    interrupted run continues when called again. A plain transformers model without a teacher is measured alone, as a
+    teacher. Raises InputError for what cannot be used, before anything is measured.
     """
-    chosen = options or EvaluationOptions()
-    chosen.check()
-    if chosen.data_root is not None:
-        chosen = replace(chosen, data_root=Path(expand_home(chosen.data_root)))
-    if chosen.include_path is not None:
-        chosen = replace(chosen, include_path=Path(expand_home(chosen.include_path)))
-    models = [expand_home(m) for m in (*([model] if model is not None else []), *compare)]
+    options = options or EvaluationOptions()
+    options.check()
+    folders = {
+        name: Path(expand_home(path)) for name in ("data_root", "include_path") if (path := getattr(options, name))
+    }
+    options = replace(options, **folders)  # type: ignore[arg-type]
+    models = [expand_home(path) for path in (*([model] if model is not None else []), *compare)]
     if not models:
-        raise InputError("no model given: name one, or several with --compare")
-    name, planned = _planned(suite, tasks, sections, chosen)
+        raise InputError("no model to evaluate: name one, or several with --compare")
+    name, planned = _planned(suite, tasks, sections, options)
+    teacher = expand_home(teacher) if teacher else None
     final = _checked_out(out, models)
     with contextlib.ExitStack() as stack:
         if final is not None:
             stack.enter_context(output_lock(final))
             stack.enter_context(writing("what the evaluation keeps", final))
-            _make(final)
-        guide = expand_home(teacher) if teacher else None
-        return _evaluated(models, name, planned, guide, data, final, chosen)
-
-
-def _evaluated(
-    models: list[str],
-    name: str,
-    planned: tuple[Section, ...],
-    teacher: str | None,
-    data: Sequence[str] | None,
-    final: Path | None,
-    chosen: EvaluationOptions,
-) -> dict[str, Any]:
-    """The report of what is planned, written to `final` where there is one."""
-    notes: list[str] = []
-    if name in SUITES and SUITES[name].offline_tasks and not any(isinstance(section, Tasks) for section in planned):
-        notes.append("no tasks in this report: the suite runs them where --include-path gives their definitions")
-    origins = [Origin.read(path) for path in models]
-    eval_models = load_models(models, teacher, origins, chosen.device, notes)
-    wanted = any(section.needs_text for section in planned)  # text that a teacher must write takes its time
-    documents = _documents(list(data or ()), origins, eval_models, chosen, notes) if wanted else []
-    planned = _with_text(planned, bool(documents), models, notes)
-    ctx = _context(eval_models, documents, origins, chosen, final)
-    if ctx.one_per_row:
-        notes.append(f"{eval_models[0].name} does not keep the documents of a packed row apart: each has its own row")
-    for section in planned:
-        section.check(ctx)
-    numbers, seconds = _run(planned, ctx)
-    report = _report(name, ctx, numbers, seconds, notes)
-    if final is not None:
-        _write(report, final, ctx.results)
-    return report
+            try:
+                final.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise not_created(final, error) from error
+        notes: list[str] = []
+        if name in SUITES and SUITES[name].offline_tasks and not any(isinstance(section, Tasks) for section in planned):
+            notes.append("no tasks in this report: the suite runs them where --include-path gives their definitions")
+        origins = [Origin.read(path) for path in models]
+        eval_models = load_models(models, teacher, origins, options.device, notes)
+        documents: list[Document] = []
+        if any(section.needs_text for section in planned):  # text that a teacher must write takes its time
+            documents = _documents(list(data or ()), origins, eval_models, options, notes)
+        planned = _sections_with_text(planned, bool(documents), models, notes)
+        ctx = _context(eval_models, documents, origins, options, final)
+        return _measured(name, planned, ctx, notes)
 
 
 def bench(
@@ -154,7 +134,7 @@ def bench(
     out: str | Path | None = None,
     options: EvaluationOptions | None = None,
     **sizes: Any,
-) -> dict[str, Any]:
+) -> EvalReport:
     """`linearize bench`: the section Speed alone; `sizes` are its fields. Returns the report, as `evaluate` does.
 
     Raises InputError for a size that cannot be measured.
@@ -164,8 +144,36 @@ def bench(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(f"bench: {where}: {first['msg']}, given {first['input']}") from error
+        raise InputError(f"bench: {where} {first['input']}: {first['msg']}") from error
     return evaluate(model, teacher=teacher, sections=[section], out=out, options=options)
+
+
+def _measured(suite: str, planned: Sequence[Section], ctx: EvalContext, notes: list[str]) -> EvalReport:
+    """The report of what is planned, written to the context's folder where there is one."""
+    if ctx.one_per_row:
+        notes.append(f"{ctx.models[0].name} does not keep the documents of a packed row apart: each has its own row")
+    for section in planned:
+        section.check(ctx)
+    numbers, seconds = _run(planned, ctx)
+    presented = present_sections(numbers)
+    report = EvalReport(
+        format=FORMAT,
+        suite=suite,
+        contestants=[_entry(eval_model) for eval_model in ctx.models],
+        **_conversion_losses(numbers.get("language", {}), ctx),
+        verdict=verdict([student.name for student in ctx.students], presented),
+        sections=numbers,
+        length=ctx.length,
+        documents=len(ctx.documents),
+        notes=notes,
+        seconds=seconds,
+        provenance=provenance(seed=ctx.seed),
+    )
+    if ctx.out is not None:
+        report.write(ctx.out)
+        write_report_page(report, ctx.out, presented)
+        shutil.rmtree(_work_folder(ctx.out), ignore_errors=True)
+    return report
 
 
 def _planned(
@@ -176,16 +184,16 @@ def _planned(
         return "sections", tuple(sections)
     if suite is None and tasks:
         return "tasks", (Tasks(tasks=tuple(tasks)),)
-    if (suite or DEFAULT_SUITE) not in SUITES:
-        raise unknown("suite", str(suite), SUITES)
-    chosen = SUITES[suite or DEFAULT_SUITE]
-    offline = chosen.offline_tasks if options.include_path is not None else ()
-    planned = chosen.sections
+    name = suite or DEFAULT_SUITE
+    if name not in SUITES:
+        raise unknown("suite", name, SUITES)
+    offline = SUITES[name].offline_tasks if options.include_path is not None else ()
+    planned = SUITES[name].sections
     if own := (Tasks(tasks=tuple(tasks)),) if tasks else offline:
         planned = (*(section for section in planned if not isinstance(section, Tasks)), *own)
     if options.include_path is not None and not any(isinstance(section, Tasks) for section in planned):
         raise InputError(f"include path {options.include_path} without tasks of it: name them with --tasks A,B")
-    return suite or DEFAULT_SUITE, planned
+    return name, planned
 
 
 def _checked_out(out: str | Path | None, models: Sequence[str]) -> Path | None:
@@ -193,17 +201,10 @@ def _checked_out(out: str | Path | None, models: Sequence[str]) -> Path | None:
         return None
     final = Path(expand_home(out)).resolve()
     if final.exists() and not final.is_dir():
-        raise InputError(f"{out}: exists and is no folder; give another output folder")
+        raise InputError(f"{out}: exists and is not a folder; give another output folder")
     if (final / "config.json").exists() or any(Path(m).exists() and Path(m).resolve() == final for m in models):
         raise InputError(f"{out}: is a model's folder, whose own report.json would be lost; give another output folder")
     return final
-
-
-def _make(final: Path) -> None:
-    try:
-        final.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_created(final, error) from error
 
 
 def _documents(
@@ -223,14 +224,16 @@ def _documents(
     return first_documents(documents, tokens=options.tokens, limit=options.limit, notes=notes)
 
 
-def _with_text(planned: Sequence[Section], text: bool, models: Sequence[str], notes: list[str]) -> tuple[Section, ...]:
+def _sections_with_text(
+    planned: Sequence[Section], text: bool, models: Sequence[str], notes: list[str]
+) -> tuple[Section, ...]:
     """The sections that can run: without text only those that need none."""
     able = tuple(section for section in planned if text or not section.needs_text)
     if not able:
         raise InputError(f"{', '.join(models)}: no data named in the model's folder; give text with --data")
-    left = [section.TITLE for section in planned if section not in able]
-    if left:
-        notes.append(f"no held-out text, so not measured: {', '.join(left)}; give text with --data")
+    skipped = [section.TITLE for section in planned if section not in able]
+    if skipped:
+        notes.append(f"no held-out text, so not measured: {', '.join(skipped)}; give text with --data")
     return able
 
 
@@ -241,12 +244,12 @@ def _context(
     options: EvaluationOptions,
     out: Path | None,
 ) -> EvalContext:
-    tokenizer = eval_models[0].tokenizer
+    first = eval_models[0]
     ctx = EvalContext(
         models=eval_models,
         documents=documents,
-        texts=[str(tokenizer.decode(document.tokens, skip_special_tokens=True)) for document in documents],
-        length=options.length or _length(origins, eval_models[0]),
+        texts=[str(first.tokenizer.decode(document.tokens, skip_special_tokens=True)) for document in documents],
+        length=options.length or _row_length(origins, first),
         batch=options.batch,
         seed=options.seed,
         limit=options.limit,
@@ -257,103 +260,73 @@ def _context(
         judge_url=options.judge_url,
         judge_model=options.judge_model,
         out=out,
-        one_per_row=bool(documents) and not keeps_documents_apart(eval_models[0].model),
+        one_per_row=bool(documents) and not keeps_documents_apart(first.model),
     )
-    return ctx if out is None else replace(ctx, results=ResultCache(_work(out) / _identity(ctx)))
+    return ctx if out is None else replace(ctx, results=ResultCache(_work_folder(out) / _identity(ctx)))
 
 
-def _length(origins: Sequence[Origin], first: EvalModel) -> int:
+def _row_length(origins: Sequence[Origin], first: EvalModel) -> int:
     """Tokens per row: what the first student was trained with, else what its model can take."""
     trained = next((origin.data.length for origin in origins if origin.data is not None), None)
     longest = getattr(first.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
     return trained or min(DEFAULT_LENGTH, longest)
 
 
-def _work(out: Path) -> Path:
-    """Where results lie until the report is whole: beside it."""
+def _work_folder(out: Path) -> Path:
+    """Where results are kept until the report is complete: next to it."""
     return out.parent / f".{out.name}.run"
 
 
 def _identity(ctx: EvalContext) -> str:
     """Changes with everything that every result depends on."""
-    told = {
-        "models": [(c.name, c.role, c.fingerprint) for c in ctx.models],
+    dependencies = {
+        "models": [(model.name, model.role, model.fingerprint) for model in ctx.models],
         "documents": [document.tokens for document in ctx.documents],
         "options": [ctx.length, ctx.batch, ctx.seed, ctx.limit, str(ctx.data_root)],
         "include_path": str(ctx.include_path),
         "judge": [ctx.judge_url, ctx.judge_model],
         "package": provenance()["package_version"],
     }
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:20]
 
 
-def _run(planned: Sequence[Section], ctx: EvalContext) -> tuple[dict[str, Any], dict[str, float]]:
+def _run(planned: Sequence[Section], ctx: EvalContext) -> tuple[dict[str, Numbers], dict[str, float]]:
     """Numbers and seconds of each section; a section that an earlier run finished is not run again."""
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Numbers] = {}
     seconds: dict[str, float] = {}
     with SectionProgress(len(planned)) as progress:
+        watched = replace(ctx, progress=progress.step)
         for section in planned:
             progress.begin(section.TITLE)
             began = time.monotonic()
-            watched = replace(ctx, progress=progress.step)
             key = {"section": section.NAME, "config": section.model_dump(mode="json")}
-            numbers[section.NAME] = ctx.results.result(key, lambda s=section, w=watched: s.run(w))  # type: ignore[misc]
+            numbers[section.NAME] = ctx.results.result(key, lambda s=section: s.run(watched))  # type: ignore[misc]
             seconds[section.NAME] = round(time.monotonic() - began, 1)
     return numbers, seconds
 
 
-def _report(
-    suite: str, ctx: EvalContext, numbers: dict[str, Any], seconds: Mapping[str, float], notes: list[str]
-) -> dict[str, Any]:
-    eval_models = [_described(c) for c in ctx.models]
-    return {
-        "format": FORMAT,
-        "suite": suite,
-        "contestants": eval_models,
-        **_as_after_convert(numbers.get("language", {}), ctx),
-        "verdict": verdict(eval_models, numbers),
-        "sections": numbers,
-        "length": ctx.length,
-        "documents": len(ctx.documents),
-        "notes": notes,
-        "seconds": dict(seconds),
-        "provenance": provenance(seed=ctx.seed),
-    }
-
-
-def _as_after_convert(language: Mapping[str, Any], ctx: EvalContext) -> dict[str, Any]:
+def _conversion_losses(language: Numbers, ctx: EvalContext) -> dict[str, Any]:
     """Losses and agreement of the teacher and the first student, under the names that a conversion's report has."""
     if not language:
         return {}
-    told: dict[str, Any] = {"tokens": language["tokens"]}
+    losses: dict[str, Any] = {"tokens": language["tokens"]}
     if ctx.teacher is not None:
-        told["teacher_loss"] = language["models"][ctx.teacher.name]["loss"]["value"]
+        losses["teacher_loss"] = language["models"][ctx.teacher.name]["loss"]["value"]
     if ctx.students:
         first = language["models"][ctx.students[0].name]
-        told["student_loss"] = first["loss"]["value"]
-        named = {"gap": "gap", "student_kl": "kl", "student_top1": "top1"}
-        told |= {name: first[key]["value"] for name, key in named.items() if key in first}
-    return told
+        keys = {"student_loss": "loss", "gap": "gap", "student_kl": "kl", "student_top1": "top1"}
+        losses |= {name: first[key]["value"] for name, key in keys.items() if key in first}
+    return losses
 
 
-def _described(eval_model: EvalModel) -> dict[str, Any]:
+def _entry(eval_model: EvalModel) -> ModelEntry:
     model = eval_model.model
-    return {
-        "name": eval_model.name,
-        "role": eval_model.role,
-        "path": eval_model.path,
-        "student": is_student(eval_model.path),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "mixers": eval_model.mixer_names,
-    }
-
-
-def _write(report: dict[str, Any], out: Path, results: ResultCache) -> None:
-    """`report.json`, `report.html`, the plots as files; then what was kept for an interruption goes."""
-    atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    write_report_page(report, out)
-    for name, numbers in report["sections"].items():
-        for plot in SECTIONS[name].present(numbers).plots:
-            save_plot(plot, out / "plots")
-    shutil.rmtree(_work(out), ignore_errors=True)
+    return ModelEntry(
+        name=eval_model.name,
+        role=eval_model.role,
+        path=eval_model.path,
+        student=is_student(eval_model.path),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        mixers=eval_model.mixer_names,
+    )

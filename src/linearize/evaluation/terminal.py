@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
+from rich.text import Text
 
-from linearize.evaluation.context import Finding, Table
-from linearize.evaluation.report.parts import cell_text
-from linearize.evaluation.sections import SECTIONS
+from linearize.evaluation.report.schema import EvalReport
+from linearize.evaluation.verdict import present_sections
+from linearize.tables import print_table, stdout_console
 
-MARKS = {"good": "[green]ok[/]   ", "note": "[yellow]note[/] ", "bad": "[bold red]FAULT[/]"}
+LEVELS = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("FAULT", "bold red")}
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -61,33 +58,19 @@ class SectionProgress:
             print(f"{self._title}: {what} {done}/{total}", file=sys.stderr, flush=True)
 
 
-def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Tables and findings of a report for people; plots are in its `report.html`."""
-    console = console or Console(highlight=False)
-    for student in report["verdict"]["students"].values():
-        console.print(escape(str(student["headline"])), style="bold")
-    for name, numbers in report["sections"].items():
-        section = SECTIONS[name]
-        view = section.present(numbers)
-        console.print(f"\n[bold]{escape(section.TITLE)}[/]  {escape(view.summary)}")
-        for finding in view.findings:
-            console.print(_finding(finding))
-        for table in view.tables:
-            console.print(_table(table))
-    for note in report["notes"]:
-        console.print(f"note: {escape(note)}")
-
-
-def _finding(finding: Finding) -> str:
-    return f"{MARKS[finding.level]} {escape(finding.text)}"
-
-
-def _table(table: Table) -> RichTable:
-    """First column text, the others to the right."""
-    columns = list(dict.fromkeys(key for row in table.rows for key in row))
-    made = RichTable(title=escape(table.title), title_justify="left", caption=escape(table.note) or None)
-    for number, column in enumerate(columns):
-        made.add_column(escape(column), justify="left" if number == 0 else "right")
-    for row in table.rows:
-        made.add_row(*(escape(cell_text(row.get(column))) for column in columns))
-    return made
+def print_report(report: EvalReport, console: Console | None = None) -> None:
+    """Print the verdict, then findings and tables of each section; plots are in `report.html`."""
+    console = console or stdout_console()
+    students = report.verdict.students
+    for name, student in students.items():
+        console.print(f"{name}: {student.headline}" if len(students) > 1 else student.headline, style="bold")
+    for section in present_sections(report.sections).values():
+        console.print(Text.assemble("\n", (section.title, "bold"), f"  {section.view.summary}"))
+        for finding in section.view.findings:
+            level, style = LEVELS[finding.level]
+            console.print(Text.assemble((f"{level}: ", style), finding.text))
+        for table in section.view.tables:
+            console.print()
+            print_table(console, table.texts(), title=table.title, note=table.note)
+    for note in report.notes:
+        console.print(f"note: {note}")

@@ -1,18 +1,14 @@
-"""The plots of a report, each as SVG and PNG. matplotlib is imported when the first one is drawn."""
+"""Plots as SVG and PNG, and those of a conversion. matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.metrics.theme import (
-    COLOURS,
-    count_label,
-    legend_below,
-    styled,
-)
+from linearize.metrics.theme import COLOURS, count_label, legend_below, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +61,7 @@ def plot_stages(report: ConversionReport, folder: Path | str, *, window_loss: fl
 
 
 def _named_moments(moments: Sequence[Moment]) -> list[int]:
-    """Of too many moments those that are named and told in numbers: the first, and ends of steps, spread evenly."""
+    """Of too many moments those that get a name and a number: the first, and ends of steps, spread evenly."""
     last = len(moments) - 1
     ends = [at for at in range(1, last) if moments[at + 1].stage is None] or list(range(1, last))
     evenly = [i * last / (MOST_NAMED - 1) for i in range(MOST_NAMED)]
@@ -130,16 +126,49 @@ def new_figure(
     stem: Path, *, panels: int = 1, width: float = 5.6, height: float = 3.6
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure with its panels; saved under both suffixes when the block ends well."""
+    with styled():
+        figure = blank_figure(width, height)
+        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
+        svg, png = figure_files(stem.parent, stem.name)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png)
+
+
+def draw_plot(draw: Callable[[Figure], None], *, width: float, height: float, stem: Path | None = None) -> bytes:
+    """Draw a figure of `width` x `height` inches and return it as SVG on white; the same plot gives the same bytes.
+
+    `stem`: the path, without suffix, of an SVG and a PNG file that are written as well. Names with a dollar sign are
+    names, not formulas.
+    """
+    from matplotlib.text import Text
+
+    with styled():
+        figure = blank_figure(width, height)
+        draw(figure)
+        axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
+        ticks = {id(label) for axis in axes for label in axis.get_ticklabels(which="both")}
+        for text in figure.findobj(Text):
+            if isinstance(text, Text) and id(text) not in ticks:
+                text.set_parse_math(False)
+        drawing = io.BytesIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
+        if stem is not None:
+            svg, png = figure_files(stem.parent, stem.name)
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            svg.write_bytes(drawing.getvalue())
+            figure.savefig(png)
+    return drawing.getvalue()
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` x `height` inches that arranges its parts by itself."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with styled():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure, list(figure.subplots(1, panels, squeeze=False)[0])
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def figure_files(folder: Path | str, name: str) -> list[Path]:

@@ -1,11 +1,13 @@
-"""The result of `linearize plan`: values (JSON-able, sizes in bytes, times in seconds), and its lines of text."""
+"""The result of `linearize plan`: values (JSON-able, sizes in bytes, times in seconds), and how it is printed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from linearize.numbers import size_text
+from linearize.tables import NOTHING, print_pairs, print_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +15,7 @@ class Memory:
     """Bytes on one device at a stage's peak.
 
     `weights`: teacher and student, what they share once, new parameters included. `best`: the best weights so far.
-    `activations`: what is kept for the backward pass and lives beside it, logits included; of the step, of the
+    `activations`: what is kept for the backward pass and what is alive during it, logits included; of the step, of the
     calibration of its loss or of the held-out text, whichever is most. `allocator`: freed
     memory that the process keeps, and what it loads besides. `reserve`: the process or the driver.
     """
@@ -45,11 +47,11 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage. `seconds` with `sending_seconds`, what devices send each other, where that takes longer than the work
-    beside it. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers at once;
-    `peak_bytes` as the stage is run (by blocks where `runs_by_block`); `checkpointed_bytes`: the peak with gradient
-    checkpointing where the stage can do it and does not; `cheapest`: the fewest blocks that fit; `advice`: what to do
-    where the stage does not fit."""
+    """One stage. `seconds` includes `sending_seconds` (what devices send each other) where that takes longer than the
+    work it overlaps with. `tokens` as trained on; `flops` as torch's FlopCounterMode counts; `memory` with all layers
+    at once; `peak_bytes` as the stage is run (by blocks where `runs_by_block`); `checkpointed_bytes`: the peak with
+    gradient checkpointing where the stage can do it and does not; `cheapest`: the fewest blocks that fit; `advice`:
+    what to do where the stage does not fit."""
 
     stage: str
     tokens: int
@@ -74,8 +76,8 @@ class StagePlan:
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
     """The whole conversion. `measuring_bytes`: the peak of the measurements between and after the stages.
-    `loading_bytes`: while the student is read back at the end, its file in memory beside it, and the conversion still
-    there. `reserve_bytes`: of each peak what the process or the driver takes by itself. `disk_bytes`: hidden states,
+    `loading_bytes`: the peak while the student is read back at the end, with its file and the conversion in memory.
+    `reserve_bytes`: the part of each peak that the process or the driver takes by itself. `disk_bytes`: hidden states,
     checkpoints and the student together."""
 
     teacher: str
@@ -99,28 +101,32 @@ class ConversionPlan:
     notices: tuple[str, ...]
 
 
-def plan_lines(plan: ConversionPlan) -> Iterator[str]:
-    """The plan: a table of the stages, then totals, blocks, and what does not fit."""
-    many = f"{plan.devices} x {plan.device}" if plan.devices > 1 else plan.device
-    yield f"{plan.teacher}: {count_text(plan.parameters)} parameters, recipe {plan.recipe}, on {many} "\
-          f"({size_text(plan.device_bytes)} each)"  # fmt: skip
-    yield ""
-    yield from _columns([_HEAD, *(_row(stage) for stage in plan.stages)])
-    yield ""
-    yield f"measuring     {size_text(plan.measuring_bytes)} at the peak, between the stages and at the end"
-    yield f"disk          {size_text(plan.disk_bytes)}: student {size_text(plan.student_bytes)}, "\
-          f"hidden states {size_text(plan.hidden_bytes)}, the rest checkpoints"  # fmt: skip
-    yield f"in all        {plan.flops:.3g} FLOPs, about {time_text(plan.seconds)}, "\
-          f"{size_text(plan.peak_bytes)} a device"  # fmt: skip
+def print_plan(plan: ConversionPlan, console: Console) -> None:
+    """Print the plan: a table of the stages, then totals, blocks, and what does not fit."""
+    device = f"{plan.devices} x {plan.device}" if plan.devices > 1 else plan.device
+    console.print(
+        f"{plan.teacher}: {count_text(plan.parameters)} parameters, recipe {plan.recipe}, on {device} "
+        f"({size_text(plan.device_bytes)} each)\n"
+    )
+    print_table(console, [_row(stage) for stage in plan.stages])
+    console.print()
+    disk = f"student {size_text(plan.student_bytes)}, hidden states {size_text(plan.hidden_bytes)}"
+    totals = {
+        "measuring": f"{size_text(plan.measuring_bytes)} at the peak, between the stages and at the end",
+        "disk": f"{size_text(plan.disk_bytes)}: {disk}, the rest checkpoints",
+        "in all": f"{plan.flops:.3g} FLOPs, about {time_text(plan.seconds)}, {size_text(plan.peak_bytes)} a device",
+    }
+    print_pairs(console, totals)
     for stage in plan.stages:
         if stage.cheapest is not None:
-            yield f"{stage.stage} by blocks: {_blocks(stage.cheapest)} is the cheapest that fits"
+            console.print(f"{stage.stage} by blocks: {_blocks(stage.cheapest)} is the cheapest that fits")
         if stage.runs_by_block is not None:
-            yield f"{stage.stage} runs by blocks: {_blocks(stage.runs_by_block)}"
+            console.print(f"{stage.stage} runs by blocks: {_blocks(stage.runs_by_block)}")
     for stage in plan.stages:
         if stage.advice:
-            yield f"does not fit: {stage.advice}"
-    yield from (f"note: {notice}" for notice in plan.notices)
+            console.print(f"does not fit: {stage.advice}")
+    for notice in plan.notices:
+        console.print(f"note: {notice}")
 
 
 def time_text(seconds: float) -> str:
@@ -139,31 +145,23 @@ def count_text(count: float) -> str:
     return f"{count:.0f}"
 
 
-_HEAD = ("stage", "tokens", "rows", "trains", "weights", "grads", "AdamW", "best", "activations", "peak",
-         "checkpointed", "FLOPs", "time")  # fmt: skip
-
-
-def _row(stage: StagePlan) -> tuple[str, ...]:
+def _row(stage: StagePlan) -> dict[str, str]:
     memory = stage.memory
-    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.best, memory.activations, memory.peak)
-    return (
-        stage.stage,
-        count_text(stage.tokens),
-        f"{stage.micro_batch}x{stage.length}",
-        count_text(stage.trained_parameters),
-        *(size_text(size) for size in sizes),
-        "-" if stage.checkpointed_bytes is None else size_text(stage.checkpointed_bytes),
-        f"{stage.flops:.3g}",
-        time_text(stage.seconds),
-    )
-
-
-def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+    return {
+        "stage": stage.stage,
+        "tokens": count_text(stage.tokens),
+        "rows": f"{stage.micro_batch}x{stage.length}",
+        "trains": count_text(stage.trained_parameters),
+        "weights": size_text(memory.weights),
+        "grads": size_text(memory.gradients),
+        "AdamW": size_text(memory.optimizer),
+        "best": size_text(memory.best),
+        "activations": size_text(memory.activations),
+        "peak": size_text(memory.peak),
+        "checkpointed": NOTHING if stage.checkpointed_bytes is None else size_text(stage.checkpointed_bytes),
+        "FLOPs": f"{stage.flops:.3g}",
+        "time": time_text(stage.seconds),
+    }
 
 
 def _blocks(block: BlockPlan) -> str:
