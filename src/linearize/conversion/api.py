@@ -16,6 +16,7 @@ from linearize.conversion.run import Conversion
 from linearize.conversion.streamed import StreamedConversion, train_streamed_blocks
 from linearize.conversion.work_folder import is_written, log_folder, make_work
 from linearize.modeling import LinearizedForCausalLM, load
+from linearize.phases import shown
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe
 from linearize.storage.atomic import check_free, discard
 from linearize.storage.disk import writing
@@ -85,7 +86,8 @@ def convert(
     if from_disk:
         block_stage(request.recipe)
     lock = output_lock(final, shared=request.only_blocks) if group.leads else nullcontext()
-    with lock, writing("what the conversion keeps", final.parent):
+    phases = shown() if group.leads else nullcontext()
+    with lock, phases, writing("what the conversion keeps", final.parent):
         if group.share(lambda: _already_written(request)):
             return load(final, device=device) if request.needs_whole else None
         tracker = make_tracker(log_folder(request.work, group), track if group.leads else ())

@@ -17,7 +17,7 @@ from linearize.conversion.checks import (
     context_length,
     fit_length,
 )
-from linearize.conversion.text import SENSITIVITY_TOKENS, read_text, sample_batches
+from linearize.conversion.text import SENSITIVITY_TOKENS, read_text, sample_batches, with_measured_tokens
 from linearize.decoding.loading import is_student, pick_device
 from linearize.errors import InputError
 from linearize.metrics.sensitivity import LayerScore, layer_sensitivity
@@ -31,6 +31,7 @@ from linearize.modeling.io.teacher import load_teacher, load_tokenizer
 from linearize.modeling.probe import AttentionSite, probe
 from linearize.modeling.surgery import check_plan
 from linearize.modeling.truncate import truncate
+from linearize.phases import phase
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.config import Batch
@@ -38,6 +39,7 @@ from linearize.training.data.loading import PSEUDO
 from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.student_run import unshare
 
+FINITE_TOKENS = 64  # of held-out text, for which the teacher must give numbers
 LOG = logging.getLogger("linearize")
 
 
@@ -94,11 +96,13 @@ def prepare(
     check_starts(recipe.plan)
     makes_draft = recipe.plan.depth is not None
     runs = recipe.plan.needs_scores or any(spec == "self" or spec.startswith(PSEUDO) for spec in specs)
-    teacher, tokenizer = _load_teacher(
-        name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs,
-        base=checked_base(recipe),
-    )  # fmt: skip
+    with phase(f"loading {name}"):
+        teacher, tokenizer = _load_teacher(
+            name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs,
+            base=checked_base(recipe),
+        )  # fmt: skip
     recipe, notices = fit_length(recipe, context_length(teacher), overridden)
+    recipe = with_measured_tokens(recipe, teacher, pick_device(device))
     layers = recipe.plan.draft_layers(teacher.config.get_text_config().num_hidden_layers)
     base = teacher if layers is None else truncate(teacher, layers)
     if isinstance(base, LinearizedForCausalLM):
@@ -111,7 +115,7 @@ def prepare(
     check_saving(student, tokenizer)
     text, heldout = read_text(teacher, tokenizer, recipe.data, specs)
     if not stage_on_cpu:
-        check_finite_outputs(teacher, name, heldout[0]["input_ids"][:1])
+        check_finite_outputs(teacher, name, heldout[0]["input_ids"][:1, :FINITE_TOKENS])
     check_rows(recipe, text, len(steps))
     if recipe.plan.needs_scores:
         assert recipe.plan.mixer is not None

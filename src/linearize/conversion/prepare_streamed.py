@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from linearize.conversion.checks import check_rows, check_stages, context_length, fit_length
 from linearize.conversion.prepare import resolve_plan
 from linearize.conversion.request import is_blockwise
-from linearize.conversion.text import read_text
+from linearize.conversion.text import read_text, with_measured_tokens
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
@@ -75,6 +75,7 @@ def prepare_streamed(
     target = pick_device(device)
     teacher = StreamedTeacher(name, device=target, trust_remote_code=trust_remote_code)
     recipe, notices = fit_length(recipe, context_length(teacher), overridden)
+    recipe = with_measured_tokens(recipe, teacher.skeleton, target)
     applied, _, untouched = resolve_plan(recipe.plan, teacher.sites, teacher.skeleton, [])
     config = student_config(teacher.skeleton, teacher.sites, applied, name)
     config.dtype = teacher.stored

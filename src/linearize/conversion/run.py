@@ -17,7 +17,14 @@ from linearize.conversion.prepare import Prepared
 from linearize.conversion.request import BlockOptions, is_blockwise
 from linearize.conversion.text import CALIBRATION_TOKENS, EVALUATION_BATCH
 from linearize.metrics.branches import window_reach
-from linearize.metrics.language_model import branch_ablation, held_out_report, loss_only
+from linearize.metrics.language_model import (
+    BranchAblation,
+    LanguageModelingReport,
+    ablation_of,
+    ablation_views,
+    loss_only,
+    report_of,
+)
 from linearize.metrics.layer_error import layer_errors
 from linearize.metrics.report import (
     ConversionReport,
@@ -26,9 +33,11 @@ from linearize.metrics.report import (
     provenance,
     stage_report,
 )
-from linearize.modeling.attention_capture import calibrate
+from linearize.metrics.token_scores import View, score_batches
+from linearize.modeling.attention_capture import calibrate, to_calibrate
 from linearize.modeling.io.assemble import whole_student
 from linearize.modeling.io.student_folder import save_student
+from linearize.phases import phase
 from linearize.recipes.schedule import share_of
 from linearize.training.blockwise.block_result import BlockResult
 from linearize.training.blockwise.hidden_rows import StageRows
@@ -42,6 +51,9 @@ from linearize.training.stages.attention_transfer import AttentionTransferConfig
 from linearize.training.step import Stage, computed_on
 from linearize.training.tracking import Tracker
 
+LAYER_ERROR_TOKENS = 1024
+CALIBRATION_NUMBERS = 2**26
+"""Tokens times width of the samples that are in memory at once; a sample has several tensors of that size."""
 LOG = logging.getLogger("linearize")
 
 
@@ -70,6 +82,8 @@ class Conversion:
             "seed": self.recipe.seed,
             **self._draft(),
         }
+        self.report: LanguageModelingReport | None = None
+        self.ablation: BranchAblation | None = None
         self.before: dict[str, Any] = {}
         self.losses: list[float] = []
         self.errors: dict[str, list[float]] = {}
@@ -79,14 +93,11 @@ class Conversion:
         """Run all steps and their stages, measure before and after each, and return the report."""
         for step in range(len(self.steps)):
             self._start_step(step)
-            self._measure("swap", step)
-            for number, stage in enumerate(self.recipe.stages):
-                if stage.at == "last" and step < len(self.steps) - 1:
-                    continue
-                if reason := self._why_skipped(stage):
-                    LOG.warning("stage %d (%s) is skipped: %s", number, stage.name, reason)
-                    continue
-                self._run_stage(number, step)
+            stages = self._stages_of(step)
+            self._measure("swap", step, final=not stages and step == len(self.steps) - 1)
+            for number in stages:
+                self._run_stage(number, step, final=number == stages[-1] and step == len(self.steps) - 1)
+        assert self.report is not None
         return build_report(
             teacher=self.prepared.name,
             recipe=self.recipe.name,
@@ -94,8 +105,8 @@ class Conversion:
             mixers=[None if mixer is None else str(mixer["name"]) for mixer in self.student.config.plan],
             swap_loss=self.losses[0],
             stages=self.stages,
-            held_out=held_out_report(self.student, self.teacher, self.heldout),
-            ablation=self._ablation(),
+            held_out=self.report,
+            ablation=self.ablation,
             layer_error={k: v for k, v in self.errors.items() if v},
             provenance=provenance(seed=self.recipe.seed) | self._choices() | self._processes(),
         )
@@ -130,11 +141,31 @@ class Conversion:
             mixers = ((layer, self.prepared.plan[layer]) for layer in new)
             self.student.convert_layers({layer: mixer for layer, mixer in mixers if mixer is not None})
         text, length = self.prepared.text, self.recipe.data.length
-        sample = text.sample(length, CALIBRATION_TOKENS, EVALUATION_BATCH, self.student.device)
-        for layer in new:  # one at a time: samples of all layers may not fit into memory
-            calibrate(self.student, self.prepared.layer_teacher, sample, [layer])
+        asking = to_calibrate(self.student, new)
+        if not asking:
+            return
+        tokens = min(CALIBRATION_TOKENS, max(self.recipe.data.measured_tokens or 0, length))
+        sample = text.sample(length, tokens, EVALUATION_BATCH, self.student.device)
+        at_once = max(1, CALIBRATION_NUMBERS // (tokens * self.student.config.get_text_config().hidden_size))
+        with phase("calibrating mixers", len(asking), "layers") as advance:
+            for first in range(0, len(asking), at_once):  # samples of all layers may not fit into memory
+                layers = asking[first : first + at_once]
+                calibrate(self.student, self.prepared.layer_teacher, sample, layers)
+                advance(len(layers))
 
-    def _run_stage(self, number: int, step: int) -> None:
+    def _stages_of(self, step: int) -> list[int]:
+        """The numbers of the stages that run at a step of the schedule."""
+        numbers = []
+        for number, stage in enumerate(self.recipe.stages):
+            if stage.at == "last" and step < len(self.steps) - 1:
+                continue
+            if reason := self._why_skipped(stage):
+                LOG.warning("stage %d (%s) is skipped: %s", number, stage.name, reason)
+                continue
+            numbers.append(number)
+        return numbers
+
+    def _run_stage(self, number: int, step: int, *, final: bool) -> None:
         """Run one stage at one step of the schedule, from its checkpoint if there is one."""
         stage, steps = self.recipe.stages[number], len(self.steps)
         share, part = share_of(stage, step, steps)
@@ -148,7 +179,7 @@ class Conversion:
             result = self._run_in_loop(self._on_this_device(number, share, step), key, identity, part)
         self.before[key] = share.settings()
         before = self.losses[-1]
-        self._measure(key, step)
+        self._measure(key, step, final=final)
         self.stages.append(stage_report(stage, result, before, self.losses[-1], self.steps, step))
 
     def _key(self, number: int, step: int) -> str:
@@ -207,12 +238,31 @@ class Conversion:
             )
         )  # fmt: skip
 
-    def _measure(self, moment: str, step: int) -> None:
-        """Record the held-out loss, and the error of each layer once all layers are converted."""
-        self.losses.append(loss_only(self.student, self.heldout)[0])
+    def _measure(self, moment: str, step: int, *, final: bool) -> None:
+        """Record the held-out loss, and the error of each layer once all layers are converted; at the end of the
+        conversion everything that the report says of the student."""
+        if final:
+            self.report, self.ablation = self._compare()
+            assert self.report.student_loss is not None
+            self.losses.append(self.report.student_loss)
+        else:
+            self.losses.append(loss_only(self.student, self.heldout)[0])
         teacher = self.prepared.layer_teacher
         if step == len(self.steps) - 1 and teacher is not None:
-            self.errors[moment] = layer_errors(self.student, teacher, self.heldout[0])
+            rows = max(1, LAYER_ERROR_TOKENS // self.heldout[0]["input_ids"].shape[1])
+            with phase("measuring the error of each layer"):
+                batch = {name: tensor[:rows] for name, tensor in self.heldout[0].items()}
+                self.errors[moment] = layer_errors(self.student, teacher, batch)
+
+    def _compare(self) -> tuple[LanguageModelingReport, BranchAblation | None]:
+        """The student and its branches against the teacher, in one pass over the held-out text."""
+        reach = window_reach(self.student.config.mixers())
+        views = {"teacher": View(model=self.teacher), "student": View(model=self.student)}
+        if reach:
+            views |= ablation_views(self.student)
+        scores = score_batches(self.heldout, views, reference="teacher")
+        report = report_of(scores)
+        return report, ablation_of(scores, window=reach) if reach else None
 
     def _why_skipped(self, stage: StageConfig) -> str | None:
         if stage.tokens == 0:
@@ -238,10 +288,6 @@ class Conversion:
     def _processes(self) -> dict[str, Any]:
         ranks = current().ranks
         return {"processes": ranks} if ranks > 1 else {}
-
-    def _ablation(self) -> Any:
-        reach = window_reach(self.student.config.mixers())
-        return branch_ablation(self.student, self.heldout, window=reach, teacher=self.teacher) if reach else None
 
 
 def note(line: str) -> None:

@@ -8,19 +8,54 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from linearize.modeling.probe import keeps_documents_apart
+from linearize.phases import phase
 from linearize.recipes.schema import Recipe
 from linearize.training.config import Batch
-from linearize.training.data.loading import DataConfig, document_rows, load_documents, split
+from linearize.training.data.loading import (
+    DataConfig,
+    document_rows,
+    load_documents,
+    shortened,
+    split,
+)
 from linearize.training.data.pseudo_labels import pseudo_labeller
 from linearize.training.data.sampling import self_sampler
 from linearize.training.data.train_dataset import TrainDataset
 
 CALIBRATION_TOKENS = 16_384
+MIN_MEASURED_TOKENS = 256
+TRAINED_PER_MEASURED = 64
+"""Trained tokens of a stage per measured token: measuring, about 30 passes, is then a tenth of two stages' work."""
+FREE_PARAMETER_TOKENS = 2.5e9
+"""Measured tokens times parameters whose 30 passes take a few seconds anywhere, however short the training."""
+MAX_CPU_PARAMETER_TOKENS = 3e11
+"""Measured tokens times parameters that two cores measure in about 20 seconds, so that training begins soon."""
 EVALUATION_BATCH = 8
 SENSITIVITY_TOKENS = 16_384
 LOG = logging.getLogger("linearize")
+
+
+def measured_tokens(recipe: Recipe, parameters: int, device: str) -> int:
+    """Tokens to measure at most: what the recipe says, else what follows from the tokens that its stages train on.
+
+    `parameters`: of the teacher. `device`: the type of the device that measures, as `cpu`.
+    """
+    if recipe.data.measured_tokens is not None:
+        return recipe.data.measured_tokens
+    trained = max((stage.tokens or 0 for stage in recipe.stages), default=0)
+    tokens = max(trained / TRAINED_PER_MEASURED, FREE_PARAMETER_TOKENS / parameters, MIN_MEASURED_TOKENS)
+    if device == "cpu":
+        tokens = min(tokens, max(MAX_CPU_PARAMETER_TOKENS / parameters, MIN_MEASURED_TOKENS))
+    return round(min(tokens, recipe.data.max_heldout_tokens))
+
+
+def with_measured_tokens(recipe: Recipe, teacher: nn.Module, device: torch.device) -> Recipe:
+    """The recipe with `data.measured_tokens` as a number; `device`: what measures."""
+    parameters = sum(parameter.numel() for parameter in teacher.parameters())
+    return recipe.override({"data.measured_tokens": measured_tokens(recipe, parameters, device.type)})
 
 
 def read_text(
@@ -46,6 +81,7 @@ def read_text(
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     parts = split(documents, data)
+    heldout = shortened(parts.heldout, data.measured_tokens or data.max_heldout_tokens, data.length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     alone = not (keeps_documents_apart(teacher) if packs is None else packs())
     if alone:
@@ -54,7 +90,9 @@ def read_text(
             "document and padding, so that long documents or a smaller data.length train faster"
         )
     text = TrainDataset(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
-    rows = document_rows(parts.heldout, data.length, pad_token_id=pad, one_per_row=alone)
+    with phase("packing the text into rows"):
+        text.rows(data.length)
+        rows = document_rows(heldout, data.length, pad_token_id=pad, one_per_row=alone)
     return text, [
         {k: x.to(device or teacher.device) for k, x in batch.items()} for batch in rows.in_order(EVALUATION_BATCH)
     ]

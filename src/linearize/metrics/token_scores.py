@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import InputError
+from linearize.phases import phase
 
 Batch = Mapping[str, Tensor]
 
@@ -78,8 +79,14 @@ def score_batches(
     modes = {id(view.model): (view.model, view.model.training) for view in views.values()}
     for model, _ in modes.values():
         model.eval()
+    batches = list(batches)
+    total = sum(batch["input_ids"].numel() for batch in batches)
+    parts = []
     try:
-        parts = list(_score_all(batches, views, reference, rows))
+        with phase("measuring held-out text", total) as advance:
+            for part, tokens in _score_all(batches, views, reference, rows):
+                parts.append(part)
+                advance(tokens)
     finally:
         for model, was_training in modes.values():
             model.train(was_training)
@@ -99,7 +106,7 @@ def _check_vocabularies(views: Mapping[str, View]) -> None:
 
 def _score_all(
     batches: Iterable[Batch], views: Mapping[str, View], reference: str | None, rows: int | None
-) -> Iterator[TokenScores]:
+) -> Iterator[tuple[TokenScores, int]]:
     documents = 0
     for batch in batches:
         total, length = batch["input_ids"].shape
@@ -110,7 +117,7 @@ def _score_all(
             part, seen = score_rows(some_rows, views, reference)
             part.documents.add_(documents)
             documents += seen
-            yield part
+            yield part, some_rows["input_ids"].numel()
 
 
 def score_rows(batch: Batch, views: Mapping[str, View], reference: str | None) -> tuple[TokenScores, int]:

@@ -50,16 +50,22 @@ def calibrate(
     Raises:
         InputError: a mixer that has nothing to calibrate.
     """
-    calibrated = {
-        layer: mixer
-        for layer, mixer in student.mixers().items()
-        if getattr(mixer.config, "initialise", None) == "calibrate" and (layers is None or layer in layers)
-    }
-    if calibrated:
-        samples = attention_samples(teacher, batches, sorted(calibrated))
+    mixers = student.mixers()
+    if asking := to_calibrate(student, sorted(mixers) if layers is None else layers):
+        samples = attention_samples(teacher, batches, asking)
         with torch.no_grad():
-            for layer, mixer in calibrated.items():
-                mixer.calibrate(samples[layer])
+            for layer in asking:
+                mixers[layer].calibrate(samples[layer])
+
+
+def to_calibrate(student: Any, layers: Sequence[int]) -> list[int]:
+    """Those of these layers whose mixer is calibrated on text."""
+    mixers = student.mixers()
+    return [
+        layer
+        for layer in sorted(layers)
+        if layer in mixers and getattr(mixers[layer].config, "initialise", None) == "calibrate"
+    ]
 
 
 def _run(teacher: PreTrainedModel, batch: dict[str, Tensor], sites: Mapping[int, str]) -> dict[int, AttentionSample]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linearize.errors import InputError
+from linearize.phases import phase
 from linearize.training.checkpoint import Checkpoint
 from linearize.training.config import Batch, Plateau, StageConfig, StageRun, as_steps, count_steps, lr_factor
 from linearize.training.progress import Progress
@@ -252,7 +253,9 @@ class _Loop:
         """Measure the held-out loss, keep the weights if they are the best so far, and update the plateau rule."""
         if self.heldout is None:
             return
-        state, loss = self.state, self.stepper.heldout_loss(self.heldout)
+        state = self.state
+        with phase(f"{self.name}: measuring held-out text"):
+            loss = self.stepper.heldout_loss(self.heldout)
         where = f"after step {state.step} of stage {self.config.name!r}"
         check_finite(loss, f"the held-out loss {where}", trained=state.step > 0)
         state.heldout.append((state.step, loss))

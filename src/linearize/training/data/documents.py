@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError
+from linearize.phases import phase
 
-_BATCH = 2048  # texts per tokenizer call: enough for its threads, small enough for memory
+_TEXTS, _CHARACTERS = 2048, 2**22  # at most, per tokenizer call: enough for its threads, small enough for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,27 @@ def tokenize(
     if answer_only and not tokenizer.is_fast:
         raise InputError("answer_only needs a fast tokenizer (tokenizer.json); save one, or set data.answer_only=false")
     documents = []
-    for first in range(0, len(examples), _BATCH):
-        part = examples[first : first + _BATCH]
-        for example, tokens, offsets in _encode(part, tokenizer, answer_only):
-            mask = _answer_mask(example, offsets) if answer_only else [1] * len(tokens)
-            documents.append(_framed(tokens, mask, example, tokenizer, answer_only))
+    with phase("tokenizing", sum(len(example.text) for example in examples), "characters") as advance:
+        for part in _portions(examples):
+            for example, tokens, offsets in _encode(part, tokenizer, answer_only):
+                mask = _answer_mask(example, offsets) if answer_only else [1] * len(tokens)
+                documents.append(_framed(tokens, mask, example, tokenizer, answer_only))
+                advance(len(example.text))
     return documents
+
+
+def _portions(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples for one tokenizer call after the other."""
+    part: list[Example] = []
+    characters = 0
+    for example in examples:
+        part.append(example)
+        characters += len(example.text)
+        if len(part) == _TEXTS or characters >= _CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def _encode(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.numbers import Count, Number, parse_number
+from linearize.phases import phase
 from linearize.storage.files import expand_home
 from linearize.training.data.documents import Document, end_token, tokenize
 from linearize.training.data.files import END_OF_TEXT, EXTENSIONS
@@ -57,6 +58,9 @@ class DataConfig(BaseModel):
     """Documents never trained on: a fraction of all if below 1, else their number."""
     max_heldout_tokens: Annotated[Count, Field(ge=1)] = 65536
     """No further document is held out once the next one would pass this many tokens."""
+    measured_tokens: Annotated[Count, Field(ge=2)] | None = None
+    """Held-out tokens that a conversion measures before, during and after its stages, at most; none: so many that this
+    takes little of the time (see `conversion.text.measured_tokens`)."""
     seed: int = Field(default=0, ge=0)
     """Draws the held-out documents; nothing else that training uses."""
     keep_whole: bool = False
@@ -129,7 +133,8 @@ def load_documents(
         elif spec.startswith(PSEUDO) and answer is not None:
             documents += answer(spec.removeprefix(PSEUDO))
         else:
-            examples = read_examples(spec, tokenizer, answer_only=answer_only)
+            with phase(f"reading {spec}"):
+                examples = read_examples(spec, tokenizer, answer_only=answer_only)
             read = tokenize(examples, tokenizer, answer_only=answer_only)
             say(f"data {spec!r}: {_sizes(read)}{_separated(spec, tokenizer)}")
             documents += read
@@ -175,6 +180,19 @@ def split(documents: Sequence[Document], config: DataConfig) -> Split:
     train = [document for document in documents if tuple(document.tokens) not in keys]
     _check_train(train, len(drawn), len(documents), config)
     return Split(train, [documents[index] for index in sorted(drawn)], len(documents) - len(train) - len(drawn))
+
+
+def shortened(documents: Sequence[Document], max_tokens: int, length: int) -> list[Document]:
+    """The first documents, at most `max_tokens` tokens in all (but a document of 2 at least), each of at most a row of
+    `length` tokens, or of several where there are too few documents."""
+    share = max_tokens // len(documents)
+    size = max(2, min(length, max_tokens) if share < length else share // length * length)
+    kept: list[Document] = []
+    for document in documents:
+        if kept and sum(map(len, kept)) + min(len(document), size) > max_tokens:
+            break
+        kept.append(document if len(document) <= size else Document(document.tokens[:size], document.loss_mask[:size]))
+    return kept
 
 
 def _draw(documents: Sequence[Document], config: DataConfig) -> list[int]:
