@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linearize.ops.blocking import alike
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear.chunk_groups import Cutting, Documents, Rows, documents, masked
 from linearize.ops.recurrent.decay_linear.decays import BLOCK, CallDecays
@@ -75,9 +76,9 @@ class _Chunked(torch.autograd.Function):
         y, after = torch.empty_like(v), torch.empty_like(state)
         keep = any(ctx.needs_input_grad)
         kept = state.new_empty(*state.shape[:2], cutting.chunks if keep else 0, *state.shape[2:])
-        for rows in cutting.rows:
+        for rows in alike(cutting.rows):
             memory_JKV = rows.of(state).flatten(0, 1)
-            for span in cutting.spans:
+            for span in alike(cutting.spans):
                 if keep:
                     before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
                 else:
@@ -97,10 +98,10 @@ class _Chunked(torch.autograd.Function):
         cutting, per_key = call.cutting, inputs[3].dim() == 4
         grads = [torch.empty_like(x) for x in inputs]
         d_state = torch.empty_like(d_after)
-        for rows in cutting.rows:
+        for rows in alike(cutting.rows):
             d_memory_JKV = rows.of(d_after).flatten(0, 1)
             closing = _closing(rows.of(after).flatten(0, 1), d_memory_JKV, per_key)
-            for span in reversed(cutting.spans):
+            for span in alike(cutting.spans[::-1]):
                 (d_y_PCV,) = cutting.cut(rows, span, call.dtype, d_y)
                 before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
                 group = _ChunkGroup(call, rows, span, *inputs)
@@ -190,7 +191,7 @@ def _accumulate(
     """S <- through S + added, chunk after chunk in the order of `step`; writes S before each, gives that at the end."""
     added, through, before = (x.unbind(1)[::step] for x in (added_JNKV, through_JN1, before_JNKV))
     before[0].copy_(first_JKV)
-    for n, following in enumerate((*before[1:], torch.empty_like(first_JKV))):
+    for n, following in alike([*enumerate((*before[1:], torch.empty_like(first_JKV)))]):
         torch.addcmul(added[n], through[n], before[n], out=following)
     return following
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from linearize.ops.blocking import alike
 from linearize.ops.layout import Layout
 from linearize.ops.matmul import decay_factors_
 
@@ -179,7 +181,7 @@ class _DeltaChunks(torch.autograd.Function):
         kept = [
             memory.new_empty(chunks if keep else groups[0].stop, rows, *size) for size in _sizes(tokens, key, value)
         ]
-        for group in groups:
+        for group in alike(groups):
             q, k, v, beta = _cut(group, tokens, wide, q_BHTK, k_BHTK, v_BHTV, beta_BHT)
             total, document = _parts(group, total_NRC, document_NRC)
             here, strong = decays(total, document, wide), k * beta[..., None]
@@ -189,7 +191,7 @@ class _DeltaChunks(torch.autograd.Function):
             torch.bmm(inverse, v * beta[..., None], out=delta)
             torch.bmm(inverse, strong.mul_(here.carried), out=read)
             writing, remaining = (x.unflatten(0, (-1, rows)).unbind(0) for x in (k * here.written, here.kept))
-            for n, (before, written) in enumerate(zip(memories.unbind(0), deltas.unbind(0), strict=True)):
+            for n, before, written in alike([*zip(count(), memories.unbind(0), deltas.unbind(0), strict=False)]):
                 before.copy_(memory)
                 written.baddbmm_(reads[n], memory, alpha=-1)
                 memory = torch.baddbmm(remaining[n] * memory, writing[n].mT, written)
@@ -204,7 +206,7 @@ class _DeltaChunks(torch.autograd.Function):
         *tensors, total, document, memories, deltas, reads, inverses = ctx.saved_tensors
         d_y, d_memory = grads
         outputs, d_total = [torch.empty_like(x) for x in tensors], torch.empty_like(total)
-        for group in reversed(_groups(total, max(memories.shape[2:]))):
+        for group in alike(_groups(total, max(memories.shape[2:]))[::-1]):
             inputs = _cut(group, total.shape[2], memories.dtype, *tensors, d_y)
             kept = _parts(group, total, document, memories, deltas, reads, inverses)
             *d_inputs, d_total_PC, d_memory = _backward_group(total.shape[1], tuple(inputs), tuple(kept), d_memory)
@@ -258,7 +260,7 @@ def _backward_states(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states after each chunk, `[P, K, V]`, and before the first; adds theirs to `d_delta_NRCV`."""
     after = torch.empty_like(d_held_NRKV)
-    for n in range(after.shape[0] - 1, -1, -1):
+    for n in alike(range(after.shape[0] - 1, -1, -1)):
         after[n] = d_memory
         d_delta_NRCV[n].baddbmm_(writing_NRCK[n], d_memory)
         d_memory = torch.addcmul(d_held_NRKV[n], kept_NR11[n], d_memory)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linearize.ops.blocking import alike
 from linearize.ops.layout import Layout
 
 BLOCK = 32
@@ -68,7 +69,7 @@ class _Scan(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         starts = h_BGNP.new_empty((-(-tokens // BLOCK) if keep else 0, *h_BGNP.shape))
         scratch = torch.empty_like(block.decay)
-        for i, at in enumerate(range(0, tokens, BLOCK)):
+        for i, at in alike([*enumerate(range(0, tokens, BLOCK))]):
             if keep:
                 starts[i] = h_BGNP
             end = min(at + BLOCK, tokens)
@@ -87,7 +88,7 @@ class _Scan(torch.autograd.Function):
         grad_u, grad_dt, grad_B, grad_C = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (u, dt, B, C))
         grad_A = torch.zeros_like(A)
         scratch, buffer = torch.empty_like(block.decay), torch.empty_like(block.decay)
-        for i in reversed(range(starts.shape[0])):
+        for i in alike(range(starts.shape[0] - 1, -1, -1)):
             at, end = i * BLOCK, min((i + 1) * BLOCK, tokens)
             here, some, grad_h = slice(at, end), scratch[: end - at], buffer[: end - at]
             h_QBGNP = block.states(at, end, starts[i])
@@ -121,7 +122,7 @@ class _Block:
         h[0] = start_BGNP
         torch.mul(self.B[at:end].unsqueeze(-1), self.u[at:end].unsqueeze(-2), out=h[1:])
         before, *after = h.unbind(0)
-        for decay_t, h_t in zip(decay.unbind(0), after, strict=True):
+        for decay_t, h_t in alike([*zip(decay.unbind(0), after, strict=True)]):
             before = h_t.addcmul_(decay_t, before)
         return h[1:]
 
@@ -133,6 +134,6 @@ class _Block:
         """Add to each state's gradient, in place, what the later tokens give; returns the first state's gradient."""
         decays, grads = self.decay[: len(grad_h)].unbind(0), grad_h.unbind(0)
         later = grads[-1].add_(carry_BGNP)
-        for t in reversed(range(len(grads) - 1)):
+        for t in alike(range(len(grads) - 2, -1, -1)):
             later = grads[t].addcmul_(decays[t + 1], later)
         return decays[0] * later
