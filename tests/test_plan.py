@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import tiny
+from models import mixer as mixer_config
+from models import student_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -22,6 +25,7 @@ from linearize.planning.devices import Device, load_device
 from linearize.planning.samples import look_at, measured, on_sample
 from linearize.recipes import load_recipe
 from linearize.recipes.schema import Recipe
+from linearize.training import memory_simulation
 from linearize.training.config import StageConfig
 from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.memory_simulation import Meter, Operation, simulation
@@ -247,3 +251,25 @@ def test_simulation_leaves_nothing_behind() -> None:
 
 def test_own_loops_are_known() -> None:
     assert {name for name, stage in STAGES.items() if issubclass(stage, DatasetStageConfig)} == {"sft", "dpo"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lolcats", "gated_delta_net", "mamba", "mamba2", "gla"])
+def test_one_of_what_is_alike_is_counted_for_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several rows, head blocks, chunk groups and chunks: the first of them alone gives the work and memory of all."""
+
+    def cost() -> tuple[int, int, int]:
+        with simulation() as meter:
+            student = student_of(tiny("llama", attention="sdpa"), mixer_config(name)).train()
+            before = meter.restart()
+            student(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False).logits.sum().backward()
+            return sum(one.flops for one in meter.operations), len(meter.operations), meter.peak - before
+
+    monkeypatch.setattr("linearize.ops.blocking.BLOCK", 1 << 11)
+    for module in ("gated_delta.chunked", "decay_linear.chunk_groups"):  # `chunked` is a function's name, too
+        monkeypatch.setattr(sys.modules[f"linearize.ops.recurrent.{module}"], "GROUP_NUMBERS", 1 << 11)
+    short = cost()
+    monkeypatch.setattr(memory_simulation, "counting_repeats", lambda scale: nullcontext())
+    whole = cost()
+    assert short[0] == pytest.approx(whole[0], rel=0.01) and short[1] == pytest.approx(whole[1], rel=0.1)
+    assert short[2] == pytest.approx(whole[2], rel=0.01)

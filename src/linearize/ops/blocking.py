@@ -47,14 +47,14 @@ def head_blocks(batch: int, groups: int, numbers: int) -> Iterator[HeadBlock]:
     ])  # fmt: skip
 
 
-def alike(items: Sequence[T]) -> Iterator[T]:
+def alike(items: Sequence[T], *, reverse: bool = False) -> Iterator[T]:
     """All items, where the work on each is the same and writes to memory that exists already.
 
-    A simulation of costs sees the first item alone, and is told how often to count its work.
+    A simulation of costs sees the first item alone (the last may be smaller), and how often to count its work.
     """
     scale = _LOCAL.scale
     if scale is None or len(items) < 2:
-        yield from items
+        yield from reversed(items) if reverse else items
         return
     scale(len(items))
     try:

@@ -101,7 +101,7 @@ class _Chunked(torch.autograd.Function):
         for rows in alike(cutting.rows):
             d_memory_JKV = rows.of(d_after).flatten(0, 1)
             closing = _closing(rows.of(after).flatten(0, 1), d_memory_JKV, per_key)
-            for span in alike(cutting.spans[::-1]):
+            for span in alike(cutting.spans, reverse=True):
                 (d_y_PCV,) = cutting.cut(rows, span, call.dtype, d_y)
                 before_JNKV = rows.of(kept)[:, :, span].flatten(0, 1)
                 group = _ChunkGroup(call, rows, span, *inputs)

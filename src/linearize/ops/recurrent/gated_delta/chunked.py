@@ -206,7 +206,7 @@ class _DeltaChunks(torch.autograd.Function):
         *tensors, total, document, memories, deltas, reads, inverses = ctx.saved_tensors
         d_y, d_memory = grads
         outputs, d_total = [torch.empty_like(x) for x in tensors], torch.empty_like(total)
-        for group in alike(_groups(total, max(memories.shape[2:]))[::-1]):
+        for group in alike(_groups(total, max(memories.shape[2:])), reverse=True):
             inputs = _cut(group, total.shape[2], memories.dtype, *tensors, d_y)
             kept = _parts(group, total, document, memories, deltas, reads, inverses)
             *d_inputs, d_total_PC, d_memory = _backward_group(total.shape[1], tuple(inputs), tuple(kept), d_memory)
@@ -260,7 +260,7 @@ def _backward_states(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states after each chunk, `[P, K, V]`, and before the first; adds theirs to `d_delta_NRCV`."""
     after = torch.empty_like(d_held_NRKV)
-    for n in alike(range(after.shape[0] - 1, -1, -1)):
+    for n in alike(range(after.shape[0]), reverse=True):
         after[n] = d_memory
         d_delta_NRCV[n].baddbmm_(writing_NRCK[n], d_memory)
         d_memory = torch.addcmul(d_held_NRKV[n], kept_NR11[n], d_memory)

@@ -88,7 +88,7 @@ class _Scan(torch.autograd.Function):
         grad_u, grad_dt, grad_B, grad_C = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (u, dt, B, C))
         grad_A = torch.zeros_like(A)
         scratch, buffer = torch.empty_like(block.decay), torch.empty_like(block.decay)
-        for i in alike(range(starts.shape[0] - 1, -1, -1)):
+        for i in alike(range(starts.shape[0]), reverse=True):
             at, end = i * BLOCK, min((i + 1) * BLOCK, tokens)
             here, some, grad_h = slice(at, end), scratch[: end - at], buffer[: end - at]
             h_QBGNP = block.states(at, end, starts[i])
@@ -134,6 +134,6 @@ class _Block:
         """Add to each state's gradient, in place, what the later tokens give; returns the first state's gradient."""
         decays, grads = self.decay[: len(grad_h)].unbind(0), grad_h.unbind(0)
         later = grads[-1].add_(carry_BGNP)
-        for t in alike(range(len(grads) - 2, -1, -1)):
+        for t in alike(range(len(grads) - 1), reverse=True):
             later = grads[t].addcmul_(decays[t + 1], later)
         return decays[0] * later
