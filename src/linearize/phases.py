@@ -27,7 +27,7 @@ class _Phase:
     name: str
     total: int | None
     unit: str
-    stream: TextIO
+    stream: TextIO | None
     quiet: float
     every: float
     done: int = 0
@@ -56,13 +56,14 @@ class _Phase:
         return f": {self.done:,} of {self.total:,} {self.unit}{left}"
 
     def _print(self, line: str) -> None:
-        print(f"linearize: {line}", file=self.stream, flush=True)
+        print(f"linearize: {line}", file=self.stream or sys.stderr, flush=True)
 
 
 @dataclass
 class _Shown:
     """Whether phases are shown, and the one that is running: phases inside another one are part of it."""
 
+    on: bool = False
     stream: TextIO | None = None
     quiet: float = QUIET_SECONDS
     every: float = SECONDS_BETWEEN_LINES
@@ -76,9 +77,10 @@ _SHOWN = _Shown()
 def shown(
     stream: TextIO | None = None, *, quiet: float = QUIET_SECONDS, every: float = SECONDS_BETWEEN_LINES
 ) -> Iterator[None]:
-    """Inside, phases print lines to `stream` (default stderr) once they take `quiet` seconds, then each `every`."""
+    """Inside, phases print lines to `stream` (None: the stderr of the moment, which a progress bar may redirect) once
+    they take `quiet` seconds, then each `every`."""
     global _SHOWN
-    before, _SHOWN = _SHOWN, _Shown(stream or sys.stderr, quiet, every)
+    before, _SHOWN = _SHOWN, _Shown(True, stream, quiet, every)
     try:
         yield
     finally:
@@ -88,7 +90,7 @@ def shown(
 @contextmanager
 def phase(name: str, total: int | None = None, unit: str = "tokens") -> Iterator[Advance]:
     """A piece of work that may take long, of `total` units where that is known; yields what counts them."""
-    if _SHOWN.stream is None or _SHOWN.running:
+    if not _SHOWN.on or _SHOWN.running:
         yield lambda units: None
         return
     current = _Phase(name, total, unit, _SHOWN.stream, _SHOWN.quiet, _SHOWN.every)

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from linearize.cli.options import each_with_its_option
 from linearize.cli.plan import plan
 from linearize.cli.recipes import recipes
 from linearize.errors import InputError
+from linearize.phases import shown
 from linearize.storage.disk import DiskFullError, is_disk_full
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not debug:
             _quiet_libraries()
         arguments = each_with_its_option(arguments, "--compare")
-        with get_command(app).make_context("linearize", arguments) as context:
+        leads = os.environ.get("RANK", "0") == "0"
+        with get_command(app).make_context("linearize", arguments) as context, shown() if leads else nullcontext():
             context.command.invoke(context)
         sys.stdout.flush()
         return DONE

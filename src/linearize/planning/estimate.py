@@ -11,11 +11,12 @@ import torch
 
 from linearize.conversion.checks import checked_base
 from linearize.errors import InputError
-from linearize.planning.costs import error_costs, quantized_bytes, score_costs, text
+from linearize.phases import phase
+from linearize.planning.costs import error_costs, quantized_bytes, score_costs
 from linearize.planning.devices import CPU, Device, fits, load_device
 from linearize.planning.report import ConversionPlan
 from linearize.planning.samples import look_at, measured, on_sample, read_config
-from linearize.planning.stages import HELDOUT_ROWS, PlanRequest, plan_stage, vocabulary
+from linearize.planning.stages import PlanRequest, heldout_text, plan_stage
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
 from linearize.training.step import bf16_pays
 
@@ -65,10 +66,14 @@ def plan_conversion(
 
 def _plan(request: PlanRequest, teacher: str, device: str, notices: list[str]) -> ConversionPlan:
     whole, kind = request.whole, request.device
-    stages = tuple(
-        plan_stage(number, request) for number, stage in enumerate(request.recipe.stages) if stage.tokens != 0
-    )
-    heldout = text(HELDOUT_ROWS, request.recipe.data.length, vocabulary(whole))
+    numbers = [number for number, stage in enumerate(request.recipe.stages) if stage.tokens != 0]
+    planned = []
+    with phase("simulating a step of each stage", len(numbers), "stages") as advance:
+        for number in numbers:
+            planned.append(plan_stage(number, request))
+            advance(1)
+    stages = tuple(planned)
+    heldout = heldout_text(request)
     errors = measured(whole, lambda sample: error_costs(sample, heldout, by_layer=whole.draft is None)).total
     scores = on_sample(whole, [kind[0] for kind in whole.kinds], lambda sample: score_costs(sample, heldout))["scores"]
     blockwise = bool(stages) and all(stage.runs_by_block for stage in stages)

@@ -7,20 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from linearize.conversion.text import EVALUATION_BATCH, measured_tokens
 from linearize.errors import InputError
 from linearize.numbers import size_text
 from linearize.planning.costs import stage_costs, text
-from linearize.planning.devices import Device, fits
+from linearize.planning.devices import CPU, Device, fits
 from linearize.planning.report import BlockPlan, Memory, StagePlan
 from linearize.planning.samples import Measured, Numbers, Whole, measured
 from linearize.recipes.schema import Recipe
 from linearize.training.blockwise import BlockSizes, block_peak_bytes, boundary_bytes, check_block, choose_block
 from linearize.training.blockwise.budget import fitting_blocks
-from linearize.training.config import BlockwiseConfig, StageConfig, as_steps, count_steps
+from linearize.training.config import Batch, BlockwiseConfig, StageConfig, as_steps, count_steps
 from linearize.training.dataset_stage import DEFAULT_LENGTH, DatasetStageConfig
 from linearize.training.stages.distill import DistillConfig
-
-HELDOUT_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +43,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     share = math.ceil(stage.batch / request.devices)
     rows = min(stage.micro_batch or share, share)
     length = stage.length or (DEFAULT_LENGTH if isinstance(stage, DatasetStageConfig) else request.recipe.data.length)
-    heldout = text(HELDOUT_ROWS, request.recipe.data.length, vocabulary(whole))
+    heldout = heldout_text(request)
     costs = measured(whole, lambda sample: stage_costs(stage, sample, rows, length, heldout, device))
     tokens = stage.tokens if stage.tokens is not None else request.tokens
     if tokens is None:
@@ -59,7 +58,7 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     evaluations = (
         0 if isinstance(stage, DatasetStageConfig) else 1 + steps // max(1, as_steps(stage.evaluate_every, steps))
     )
-    batches = request.recipe.data.max_heldout_tokens / (HELDOUT_ROWS * request.recipe.data.length)
+    batches = _measured_tokens(request) / heldout["input_ids"].numel()
     heldout_seconds = evaluations * batches * costs.total["heldout_seconds"] / request.devices
     micro_batches = math.ceil(share / rows)
     sending = 0.0 if runs else steps * _sending_seconds(stage, request, costs, micro_batches)
@@ -96,6 +95,17 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
             request.devices,
         ),
     )
+
+
+def heldout_text(request: PlanRequest) -> Batch:
+    """A batch of the text that a conversion measures: rows of the recipe's length."""
+    length = request.recipe.data.length
+    rows = max(1, min(EVALUATION_BATCH, math.ceil(_measured_tokens(request) / length)))
+    return text(rows, length, vocabulary(request.whole))
+
+
+def _measured_tokens(request: PlanRequest) -> int:
+    return measured_tokens(request.recipe, request.whole.parameters, "cpu" if request.device.kind == CPU else "cuda")
 
 
 def _sending_seconds(stage: StageConfig, request: PlanRequest, costs: Measured, micro_batches: int) -> float:
