@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize.evaluation.numbers import Role
 from linearize.evaluation.result_cache import ResultCache
 from linearize.mixers import MixerConfig
 from linearize.modeling.config import LinearizeConfig
@@ -23,6 +24,7 @@ from linearize.training.data.packing import PackedRows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Level = Literal["good", "note", "bad"]
 Numbers = dict[str, Any]
 """What a section measured, JSON-able: mappings, lists, text, numbers, None."""
 
@@ -35,7 +37,7 @@ class EvalModel:
     """
 
     name: str
-    role: Literal["teacher", "student"]
+    role: Role
     path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -164,9 +166,14 @@ class Finding:
     `text` names the student and holds the numbers that the judgement rests on.
     """
 
-    level: Literal["good", "note", "bad"]
+    level: Level
     text: str
     student: str | None = None
+
+    @classmethod
+    def on(cls, name: str, role: Role, level: Level, text: str) -> Finding:
+        """A judgement on a model; one on the teacher counts against no student."""
+        return cls(level=level, text=f"{name}: {text}", student=name if role == "student" else None)
 
 
 @dataclass(frozen=True, kw_only=True)

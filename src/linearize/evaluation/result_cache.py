@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from linearize.errors import InputError
+from linearize.evaluation.numbers import NumbersModel
 from linearize.storage.atomic import atomic_write_text
 from linearize.storage.files import read_json
+
+N = TypeVar("N", bound=NumbersModel)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class ResultCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps({"key": key, "result": result}))
         return json.loads(json.dumps(result))
+
+    def numbers(self, kind: type[N], key: Mapping[str, Any], measure: Callable[[], N]) -> N:
+        """As `result`, for numbers of one model class."""
+        return kind.model_validate(self.result(key, lambda: measure().to_json()))
 
     def path(self, name: str) -> Path | None:
         """The path of a file that a section keeps by itself (its folder is made); None where nothing is kept."""
