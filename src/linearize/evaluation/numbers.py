@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from linearize.metrics.intervals import Mean, interval, plus_minus, share_text
+from linearize.metrics.intervals import Mean, Proportion, interval, paired_difference, plus_minus, share_text
 
 Role = Literal["teacher", "student"]
 
@@ -66,6 +67,11 @@ class DifferenceNumbers(NumbersModel):
     high: float
     n: int
 
+    @classmethod
+    def of(cls, first: Sequence[float], second: Sequence[float]) -> DifferenceNumbers:
+        """First minus second, item by item."""
+        return cls.model_validate(paired_difference(first, second).to_dict())
+
     @property
     def text(self) -> str:
         """In per cent, with the interval."""
@@ -85,6 +91,11 @@ class ShareNumbers(NumbersModel):
     high: float
     successes: int
     n: int
+
+    @classmethod
+    def of(cls, hits: Iterable[bool | int]) -> ShareNumbers:
+        """Count the hits."""
+        return cls.model_validate(Proportion.of(hits).to_dict())
 
     @property
     def text(self) -> str:

@@ -130,8 +130,8 @@ class Consistency(Section):
         lengths = ", ".join(map(str, own.tokens))
         return SectionView(
             summary=(
-                f"Texts of {lengths} tokens, each fed to each model at once and in every other way; the first {own.prefill} "
-                "tokens of the longest are its prompt. All ways must give the same logits up to rounding."
+                f"Texts of {lengths} tokens, each fed to each model at once and in every other way; the first "
+                f"{own.prefill} tokens of the longest are its prompt. All must give the same logits up to rounding."
             ),
             findings=[
                 finding for name, model in own.models.items() for finding in _findings(name, model, own.tokens[0])

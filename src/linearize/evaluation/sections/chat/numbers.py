@@ -9,7 +9,6 @@ from linearize.evaluation.chat.answering import Answers, Turn
 from linearize.evaluation.chat.judge import Judge
 from linearize.evaluation.chat.scoring import Judgment
 from linearize.evaluation.numbers import DifferenceNumbers, MeanNumbers, NumbersModel
-from linearize.metrics.intervals import paired_difference
 
 Values = dict[int | str, float]
 """By question, the mean over its turns."""
@@ -125,8 +124,7 @@ def _mean(values: Sequence[float]) -> MeanNumbers:
 def _difference(first: Values, second: Values) -> DifferenceNumbers:
     """First minus second, over the questions that have both."""
     both = [question for question in first if question in second]
-    paired = paired_difference([first[q] for q in both], [second[q] for q in both])
-    return DifferenceNumbers.model_validate(paired.to_dict())
+    return DifferenceNumbers.of([first[q] for q in both], [second[q] for q in both])
 
 
 def _win_rate(outcomes: Values) -> DifferenceNumbers:
