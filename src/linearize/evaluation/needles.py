@@ -99,14 +99,14 @@ def sentences(story: str) -> list[tuple[str, str]]:
     """Cut a story into (separator, sentence) pairs, never inside quoted speech; joined they give the stripped story."""
     pairs: list[tuple[str, str]] = []
     open_quote = False
-    for piece in _SENTENCE_END.split(story.strip()):
-        body = piece.lstrip()
-        separator = piece[: len(piece) - len(body)]
+    for part in _SENTENCE_END.split(story.strip()):
+        body = part.lstrip()
+        separator = part[: len(part) - len(body)]
         if open_quote:
-            pairs[-1] = (pairs[-1][0], pairs[-1][1] + piece)
+            pairs[-1] = (pairs[-1][0], pairs[-1][1] + part)
         else:
             pairs.append((separator, body))
-        open_quote ^= piece.count('"') % 2 == 1
+        open_quote ^= part.count('"') % 2 == 1
     return pairs
 
 
