@@ -43,7 +43,7 @@ class Layers(Section):
     """Output error, attention entropy, effective length and distance of every converted layer.
 
     `texts`: the longest documents, each alone; `tokens`: of each, at most (T x T matrices for all heads of one layer
-    exist at once). `far`: tokens back where "far" begins (None: the longest window's reach, else a quarter of a text).
+    exist at once).
     """
 
     NAME: ClassVar[str] = "layers"
@@ -51,7 +51,6 @@ class Layers(Section):
 
     texts: int = Field(6, ge=1)
     tokens: int = Field(384, ge=16)
-    far: int | None = Field(None, ge=1)
 
     def check(self, ctx: EvalContext) -> None:
         """Raises InputError where no document is long enough."""
@@ -61,7 +60,7 @@ class Layers(Section):
     def run(self, ctx: EvalContext) -> Numbers:
         """Every model, on the same texts; queries of the second half of a text count."""
         batches = self._batches(ctx)
-        far = self.far or max(longest_reach(c.plan) or 0 for c in ctx.models) or batches[0]["input_ids"].shape[1] // 4
+        far = max(longest_reach(c.plan) or 0 for c in ctx.models) or batches[0]["input_ids"].shape[1] // 4
         models: dict[str, ModelLayers] = {}
         for done, eval_model in enumerate(ctx.models):
             ctx.progress(f"layers of {eval_model.name}", done, len(ctx.models))
