@@ -30,17 +30,19 @@ from linearize.evaluation.sections.speed.numbers import SpeedNumbers, TimedRows
 from linearize.evaluation.speed import cache_bytes, peak_bytes, running, weight_bytes
 from linearize.evaluation.speed.equality import check_config, check_model, reference, row_difference
 from linearize.evaluation.speed.running import (
+    DecodeRun,
     RunConfig,
     decode,
     fastest,
     feed,
+    interleaved,
     measuring,
     prefill,
     random_text,
     repeated,
     run_configs,
+    time_decode,
 )
-from linearize.evaluation.speed.timing import DecodeRun, interleaved, time_decode
 from linearize.modeling.cache import MixerCacheLayer
 
 SMALL = {

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from linearize.decoding.loading import is_student
 from linearize.errors import InputError, unknown
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section
-from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
-from linearize.evaluation.models import load_models
+from linearize.evaluation.loading import Origin, first_documents, held_out_documents, load_models
 from linearize.evaluation.report.page import write_report_page
 from linearize.evaluation.report.schema import FORMAT, EvalReport, ModelEntry
 from linearize.evaluation.result_cache import ResultCache

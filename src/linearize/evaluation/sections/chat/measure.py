@@ -12,8 +12,7 @@ from pydantic import Field
 from linearize.errors import InputError
 from linearize.evaluation.chat.answering import answer_all
 from linearize.evaluation.chat.data import FASTCHAT, Question, answer_row, file_name, read_questions, write_rows
-from linearize.evaluation.chat.judge import Judge
-from linearize.evaluation.chat.scoring import Judgment, Texts, judge_tasks
+from linearize.evaluation.chat.judge import Judge, Judgment, Texts, judge_tasks
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
 from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.chat.numbers import BenchmarkNumbers, ChatNumbers, benchmark_numbers, judge_numbers

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from linearize.evaluation.chat.answering import Answers, Turn
-from linearize.evaluation.chat.judge import Judge
-from linearize.evaluation.chat.scoring import Judgment
+from linearize.evaluation.chat.judge import Judge, Judgment
 from linearize.evaluation.numbers import DifferenceNumbers, MeanNumbers, NumbersModel
 
 Values = dict[int | str, float]

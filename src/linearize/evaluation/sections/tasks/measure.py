@@ -7,12 +7,10 @@ from typing import ClassVar
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.harness.contrast import average_share, averages, contrast, mean, standard_error
 from linearize.evaluation.harness.definitions import load, need_harness, task_specs
-from linearize.evaluation.harness.outcome import Outcome
+from linearize.evaluation.harness.outcome import Outcome, average_share, averages, contrast, mean, standard_error
 from linearize.evaluation.harness.run import Run
-from linearize.evaluation.sections.tasks.numbers import TaskScore, TasksNumbers
-from linearize.evaluation.sections.tasks.present import headline, present
+from linearize.evaluation.sections.tasks.present import TaskScore, TasksNumbers, headline, present
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 

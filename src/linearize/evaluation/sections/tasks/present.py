@@ -1,4 +1,4 @@
-"""Task scores as people read them: a table, the differences to the teacher, a plot with intervals, findings."""
+"""Numbers of the tasks section, by model, and how they are presented."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
-from linearize.evaluation.harness.contrast import CLEAR, Average, Contrast, Share
-from linearize.evaluation.sections.tasks.numbers import TaskScore, TasksNumbers
+from linearize.evaluation.harness.outcome import CLEAR, Average, AverageShare, Contrast, Scored, Share
+from linearize.evaluation.numbers import NumbersModel
 from linearize.metrics import theme
 from linearize.metrics.intervals import Z95
 
@@ -16,6 +16,39 @@ if TYPE_CHECKING:
 
 KEPT_WELL = 0.9  # a share whose interval ends below is a fault
 AVERAGES: dict[Literal["all", "without_mmlu"], str] = {"all": "average", "without_mmlu": "average without MMLU"}
+
+
+class TaskScore(Scored):
+    """A task on a model: `score`, the mean of the first metric, its standard error, and what guessing scores."""
+
+    score: float
+    stderr: float | None
+    chance: float
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the model is clearly above chance."""
+        above = self.score - self.chance
+        return self.stderr is not None and above > 0 and above > CLEAR * self.stderr and not self.lower_is_better
+
+
+class TasksNumbers(NumbersModel):
+    """`source`: where the items come from; `batch` rows of at most `max_length` tokens; `limit`: items of each task.
+
+    `notes`, `commands`: by task. `models`, `averages`: by model. `against_teacher`, `kept`: by student.
+    """
+
+    lm_eval: str
+    source: str
+    batch: int
+    max_length: int
+    limit: int | None
+    notes: dict[str, str]
+    commands: dict[str, str]
+    models: dict[str, dict[str, TaskScore]]
+    averages: dict[str, dict[Literal["all", "without_mmlu"], Average]]
+    against_teacher: dict[str, dict[str, Contrast]]
+    kept: dict[str, AverageShare | None]
 
 
 def present(numbers: TasksNumbers) -> SectionView:
