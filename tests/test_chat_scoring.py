@@ -27,12 +27,11 @@ from chat_stand_in import (
 )  # fmt: skip
 
 from linearize.errors import InputError
-from linearize.evaluation.chat import answering, data
-from linearize.evaluation.chat import judge as judge_module
-from linearize.evaluation.chat.data import Question, file_name
-from linearize.evaluation.chat.judge import Judge
 from linearize.evaluation.context import EvalModel
-from linearize.evaluation.sections.chat import Chat
+from linearize.evaluation.sections.chat import Chat, answering, data
+from linearize.evaluation.sections.chat import judge as judge_module
+from linearize.evaluation.sections.chat.data import Question, file_name
+from linearize.evaluation.sections.chat.judge import Judge
 from linearize.storage.journal import Journal
 
 pytest.importorskip("openai")

@@ -18,7 +18,7 @@ import linearize.evaluation.sections.consistency as consistency
 from linearize.errors import InputError
 from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _Total, check
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.sections.consistency import Consistency, ModelChecks
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.layout import Layout

@@ -92,11 +92,11 @@ NAMES = {
     "take_parts": "load_trained_blocks",
     "train_parts": "train_streamed_blocks",
     "write_papers": "write_student_files",
-    # "FEW_TOKENS": "a name that says what is bounded",  # evaluation/sections/language
+    "FEW_TOKENS": "a name that says what is bounded",
     # "Part": "BlockResult",  # ops/triton/fused_heads.py
-    # "Piece": "HeadBlock",  # evaluation/haystack.py
+    "Piece": "HeadBlock",
     # "Tile": "Stat",  # ops/triton/launch.py
-    # "pieces": "head_blocks",  # evaluation
+    "pieces": "head_blocks",
     # "room": "ring_buffer",  # decoding, evaluation
 }
 
@@ -111,7 +111,6 @@ STILL_VAGUE = (
     "src/linearize/cli/output.py",
     "src/linearize/decoding/",
     "src/linearize/demo/",
-    "src/linearize/evaluation/",
     "src/linearize/metrics/theme.py",
     "src/linearize/mixers/",
     "src/linearize/modeling/",

@@ -24,8 +24,8 @@ from linearize.decoding.loading import load_any
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
 from linearize.evaluation.haystack import NOISE, Hay, Ruler, association_questions
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.recall import Generated, answer_greedily, full_forward
-from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.recall import Recall
 from linearize.metrics.intervals import wilson
 from linearize.metrics.theme import styled

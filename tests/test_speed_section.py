@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.sections.speed import Speed, points
 from linearize.evaluation.sections.speed import measure as section
 from linearize.evaluation.sections.speed.largest_batch import (

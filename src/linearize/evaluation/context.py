@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.evaluation.numbers import Role
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache, Role
 from linearize.mixers import MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.tables import NOTHING, columns_of

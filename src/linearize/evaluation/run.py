@@ -18,9 +18,9 @@ from linearize.decoding.loading import is_student
 from linearize.errors import InputError, unknown
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section
 from linearize.evaluation.loading import Origin, first_documents, held_out_documents, load_models
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.report.page import write_report_page
 from linearize.evaluation.report.schema import FORMAT, EvalReport, ModelEntry
-from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.suites import DEFAULT_SUITE, SUITES

@@ -1,4 +1,4 @@
-"""The suites: which sections an evaluation has, and with what sizes. One literal table."""
+"""The sections of an evaluation in the order of a report, and the suites: which of them, with what sizes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from linearize.evaluation.sections.recall import Recall
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 
+SECTIONS: dict[str, type[Section]] = {
+    section.NAME: section for section in (Consistency, Language, Branches, Layers, Cloze, Recall, Tasks, Chat, Speed)
+}
 LOLCATS_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 OPEN_LLM_TASKS = ("arc_challenge:25", "hellaswag:10", "mmlu:5", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5")
 MAMBA_TASKS = (

@@ -14,8 +14,7 @@ from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.harness.definitions import LoadedTask
 from linearize.evaluation.harness.model import TooLongError, choose_batch, harness_model, isolated, longest_row
 from linearize.evaluation.harness.outcome import Outcome, Results, outcomes, write_samples
-from linearize.evaluation.numbers import NumbersModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import NumbersModel, ResultCache
 
 BOOTSTRAP = 1000  # draws for metrics without a formula for their error (perplexity); lm-eval's command takes 100,000
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234}  # lm-eval's own

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from linearize.evaluation.cache_checks import CacheProbe, check
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
-from linearize.evaluation.numbers import MeanNumbers
-from linearize.evaluation.result_cache import N
+from linearize.evaluation.numbers import MeanNumbers, N
 from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.evaluation.sections.branches.numbers import (
     Ablation,

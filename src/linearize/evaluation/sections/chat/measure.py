@@ -10,13 +10,26 @@ from typing import ClassVar
 from pydantic import Field
 
 from linearize.errors import InputError
-from linearize.evaluation.chat.answering import answer_all
-from linearize.evaluation.chat.data import FASTCHAT, Question, answer_row, file_name, read_questions, write_rows
-from linearize.evaluation.chat.judge import Judge, Judgment, Texts, judge_tasks
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.result_cache import ResultCache
-from linearize.evaluation.sections.chat.numbers import BenchmarkNumbers, ChatNumbers, benchmark_numbers, judge_numbers
-from linearize.evaluation.sections.chat.present import headline, present
+from linearize.evaluation.numbers import ResultCache
+from linearize.evaluation.sections.chat.answering import answer_all
+from linearize.evaluation.sections.chat.data import (
+    FASTCHAT,
+    Question,
+    answer_row,
+    file_name,
+    read_questions,
+    write_rows,
+)
+from linearize.evaluation.sections.chat.judge import Judge, Judgment, Texts, judge_tasks
+from linearize.evaluation.sections.chat.present import (
+    BenchmarkNumbers,
+    ChatNumbers,
+    benchmark_numbers,
+    headline,
+    judge_numbers,
+    present,
+)
 from linearize.storage.journal import Journal
 
 

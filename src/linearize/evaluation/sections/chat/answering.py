@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
-from linearize.evaluation.chat.data import Question
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.numbers import NumbersModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import NumbersModel, ResultCache
+from linearize.evaluation.sections.chat.data import Question
 from linearize.training.data.chat import render, with_template
 from linearize.training.data.pseudo_labels import left_padded
 from linearize.training.data.sampling import cuda_devices, end_tokens, generation_config, write

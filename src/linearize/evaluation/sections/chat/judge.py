@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError, one_line
-from linearize.evaluation.chat.data import (
+from linearize.evaluation.sections.chat.data import (
     ALPACA,
     MT_BENCH,
     FileRow,
