@@ -333,7 +333,6 @@ def test_everything_is_shown_for_any_number_of_models(count: int) -> None:
         ({"lengths": ()}, "give at least one"),
         ({"depths": (0.5, 1.2)}, "from 0 to 1"),
         ({"keys": (0, 2)}, "allowed are 1 to 100"),
-        ({"hay": "nowhere.txt"}, "'nowhere.txt' is not a text file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], told: str) -> None:
@@ -344,21 +343,12 @@ def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], tol
 def test_lengths_and_texts_too_short_are_refused() -> None:
     with pytest.raises(InputError, match="40 tokens are too few"):
         Recall(lengths=(40,)).questions(eval_context(Reader(9)))
-    with pytest.raises(InputError, match="no held-out text"):
+    with pytest.raises(InputError, match="no sentence to use"):
         Recall().check(eval_context(Reader(9), texts=()))
     with pytest.raises(InputError, match="no sentence to use"):
         Recall().check(eval_context(Reader(9), texts=["The code of the red hat is 1111."]))
     with pytest.raises(InputError, match="table of 256 positions"):
         Recall(lengths=(300,)).check(eval_context(tiny("gpt2")))
-
-
-def test_own_hay(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"One {name} sentence. " * 40)
-    section = Recall(hay=str(tmp_path), lengths=(300,), depths=(0.5,), items=2)
-    section.check(eval_context(Reader(9), texts=()))
-    for question in section.questions(eval_context(Reader(9), texts=()))["needle"]:
-        assert "One a sentence." in question.prompt or "One b sentence." in question.prompt
 
 
 def test_the_embedded_teacher_finds_its_needles() -> None:

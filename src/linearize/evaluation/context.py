@@ -197,18 +197,15 @@ class Stat:
 class Section(BaseModel, ABC):
     """A part of an evaluation. Subclasses are frozen configs; their fields are what a suite may set.
 
-    `NAME`: its key in `report.json` and in the table SECTIONS; `TITLE`: its heading.
+    `NAME`: its key in `report.json` and in the table SECTIONS; `TITLE`: its heading; `NEEDS_TEXT`: whether it measures
+    on the context's documents, else it also runs where there are none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     NAME: ClassVar[str]
     TITLE: ClassVar[str]
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether it measures on the context's documents; else it also runs where there are none."""
-        return True
+    NEEDS_TEXT: ClassVar[bool] = True
 
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError, before anything is measured, for what the section cannot do in this context."""

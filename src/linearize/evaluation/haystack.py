@@ -101,7 +101,7 @@ class Hay:
         self.texts = [text for text in texts if text.strip()]
         self._sentences: dict[int, list[Sentence]] = {}
         if not any(self._of(i) for i in range(len(self.texts))):
-            raise InputError("recall: the texts to hide facts in hold no sentence to use; give `hay` a file of prose")
+            raise InputError("recall: the texts to hide facts in hold no sentence to use; give prose with --data")
 
     def draw(self, rng: random.Random, usable: Callable[[str], bool]) -> Iterator[Sentence]:
         """Sentences without end: from anywhere in a random text on, then whole texts in random order."""

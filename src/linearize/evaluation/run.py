@@ -119,7 +119,7 @@ def evaluate(
         origins = [Origin.read(path) for path in models]
         eval_models = load_models(models, teacher, origins, options.device, notes)
         documents: list[Document] = []
-        if any(section.needs_text for section in planned):  # text that a teacher must write takes its time
+        if any(section.NEEDS_TEXT for section in planned):  # text that a teacher must write takes its time
             documents = _documents(list(data or ()), origins, eval_models, options, notes)
         planned = _sections_with_text(planned, bool(documents), models, notes)
         ctx = _context(eval_models, documents, origins, options, final)
@@ -227,7 +227,7 @@ def _sections_with_text(
     planned: Sequence[Section], text: bool, models: Sequence[str], notes: list[str]
 ) -> tuple[Section, ...]:
     """The sections that can run: without text only those that need none."""
-    able = tuple(section for section in planned if text or not section.needs_text)
+    able = tuple(section for section in planned if text or not section.NEEDS_TEXT)
     if not able:
         raise InputError(f"{', '.join(models)}: no data named in the model's folder; give text with --data")
     skipped = [section.TITLE for section in planned if section not in able]

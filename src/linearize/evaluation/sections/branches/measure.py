@@ -81,12 +81,10 @@ class Branches(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Findings, tables and plots."""
         return present(BranchesNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """The share of the window's loss that the linear branch wins back, or what more context is worth."""
         return headline(BranchesNumbers.model_validate(numbers))
 
 

@@ -42,17 +42,13 @@ class Chat(Section):
 
     NAME: ClassVar[str] = "chat"
     TITLE: ClassVar[str] = "Chat"
+    NEEDS_TEXT: ClassVar[bool] = False
 
     max_new_tokens: int = Field(default=1024, ge=1)
     pairwise: bool = True
     judge_parallel: int = Field(default=4, ge=1)
     price_in: float | None = Field(default=None, ge=0)
     price_out: float | None = Field(default=None, ge=0)
-
-    @property
-    def needs_text(self) -> bool:
-        """No: it has its own questions."""
-        return False
 
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError for a missing file (and where to get it), or a judge that cannot be asked."""
@@ -98,12 +94,10 @@ class Chat(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """A table for each benchmark, and what it means."""
         return present(ChatNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """The rating and the win rates, or without a judge how many answers loop."""
         return headline(ChatNumbers.model_validate(numbers))
 
 

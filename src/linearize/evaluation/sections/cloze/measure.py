@@ -86,12 +86,10 @@ class Cloze(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """A table, a plot, findings, and some items."""
         return present(ClozeNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """The share of words that each student writes, next to the teacher's."""
         return headline(ClozeNumbers.model_validate(numbers))
 
 

@@ -105,12 +105,10 @@ class Language(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Tables, a plot and findings."""
         return present(LanguageNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Perplexity, how much of the teacher's probability is kept, how often both choose the same next token."""
         return headline(LanguageNumbers.model_validate(numbers))
 
 

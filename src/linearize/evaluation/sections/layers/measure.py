@@ -86,7 +86,6 @@ class Layers(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """A table per model, and error and shape of attention as plots."""
         return present(LayersNumbers.model_validate(numbers))
 
 

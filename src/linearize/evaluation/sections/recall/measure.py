@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -32,7 +31,6 @@ from linearize.evaluation.haystack import (
 from linearize.evaluation.recall import answer_greedily, full_forward
 from linearize.evaluation.sections.recall.numbers import Answer, FactNumbers, RecallNumbers, TestName, recall_numbers
 from linearize.evaluation.sections.recall.present import headline, present
-from linearize.storage.files import expand_home
 
 MORE = 3
 """Pass keys for each length, and questions for each number of facts, by the `items` of a needle's cell."""
@@ -43,9 +41,9 @@ class Recall(Section):
 
     `lengths`: tokens of an item, its question and answer included; `depths`: share of the text before the needle;
     `items`: for each cell of the needle's grid; three times as many for each length of the pass key and each number of
-    facts. `hay`: a text file, or a folder of them (None: the evaluation's held-out text). `passkey`: what the noise
-    hides, a pass key or the same fact as the needle (for models that only know that). `keys`: numbers of facts in one
-    document, with a quarter of the longest length in tokens of hay; `queries`: how many of them are asked, at most.
+    facts. `passkey`: what the noise hides, a pass key or the same fact as the needle (for models that only know that).
+    `keys`: numbers of facts in one document, with a quarter of the longest length in tokens of held-out text;
+    `queries`: how many of them are asked, at most.
     """
 
     NAME: ClassVar[str] = "recall"
@@ -54,18 +52,12 @@ class Recall(Section):
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     items: int = Field(default=6, ge=1)
-    hay: str | None = None
     passkey: Literal["passkey", "needle"] = "passkey"
     keys: tuple[int, ...] = (1, 4, 8, 16)
     queries: int = Field(default=4, ge=1)
 
-    @property
-    def needs_text(self) -> bool:
-        """As hay, where none is named."""
-        return self.hay is None
-
     def check(self, ctx: EvalContext) -> None:
-        """Raises InputError for lengths, depths or keys out of range, and for hay that cannot be read."""
+        """Raises InputError for lengths, depths or keys out of range, and for text without a sentence."""
         if not self.lengths or min(self.lengths) < 1:
             raise InputError(f"recall: lengths are {list(self.lengths)}: give at least one, in tokens above 0")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
@@ -73,7 +65,7 @@ class Recall(Section):
         most = len(CODE.things)
         if not self.keys or not all(1 <= keys <= most for keys in self.keys):
             raise InputError(f"recall: keys are {list(self.keys)}: allowed are 1 to {most} facts in a document")
-        Hay(self._texts(ctx))
+        Hay(ctx.texts)
         for eval_model in ctx.models:
             _check_positions(eval_model, max(self.lengths))
 
@@ -100,17 +92,15 @@ class Recall(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Heat maps next to the teacher's, shares by length and by number of facts, and what they mean."""
         return present(RecallNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """How much of what the teacher recalls the student recalls too."""
         return headline(RecallNumbers.model_validate(numbers))
 
     def questions(self, ctx: EvalContext) -> dict[TestName, list[HiddenFact]]:
         """The items of each test, by group; each is drawn from the seed and its own place alone."""
-        ruler, hay = Ruler(ctx.tokenizer), Hay(self._texts(ctx))
+        ruler, hay = Ruler(ctx.tokenizer), Hay(ctx.texts)
         passkey = PASS_KEY if self.passkey == "passkey" else CODE
 
         def rng(*place: object) -> random.Random:
@@ -140,18 +130,6 @@ class Recall(Section):
                 keys=keys, queries=self.queries, hay_tokens=max(1, max(self.lengths) // 4),
             )  # fmt: skip
         return questions[: MORE * self.items]
-
-    def _texts(self, ctx: EvalContext) -> Sequence[str]:
-        """The texts to hide facts in."""
-        if self.hay is None:
-            if not ctx.texts:
-                raise InputError("recall: there is no held-out text to hide facts in; set `hay` to a file or folder")
-            return ctx.texts
-        path = Path(expand_home(self.hay))
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
-            raise InputError(f"recall: hay {self.hay!r} is not a text file or a folder of .txt files")
-        return [file.read_text("utf-8", errors="replace") for file in files]
 
 
 def _kept_answers(ctx: EvalContext, eval_model: EvalModel, test: str, questions: Sequence[HiddenFact]) -> list[Answer]:

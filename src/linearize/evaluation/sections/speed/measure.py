@@ -36,11 +36,7 @@ class Speed(SpeedSettings, Section):
 
     NAME: ClassVar[str] = "speed"
     TITLE: ClassVar[str] = "Speed and memory"
-
-    @property
-    def needs_text(self) -> bool:
-        """No: it brings its own items."""
-        return False
+    NEEDS_TEXT: ClassVar[bool] = False
 
     def run(self, ctx: EvalContext) -> Numbers:
         """Check the outputs of every configuration, then time every model at every context and batch."""
@@ -124,12 +120,10 @@ class Speed(SpeedSettings, Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return tables, plots of time and memory against context, and from where on a student is faster."""
         return present(SpeedNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return decode, prefill and cache at the longest context."""
         return headline(SpeedNumbers.model_validate(numbers))
 
 

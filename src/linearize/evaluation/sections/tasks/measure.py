@@ -21,14 +21,10 @@ class Tasks(Section):
 
     NAME: ClassVar[str] = "tasks"
     TITLE: ClassVar[str] = "Tasks"
+    NEEDS_TEXT: ClassVar[bool] = False
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
     limit: int | None = None
-
-    @property
-    def needs_text(self) -> bool:
-        """Tasks bring their own text."""
-        return False
 
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError for an unknown task, code that may not run, or lm-eval missing."""
@@ -76,12 +72,10 @@ class Tasks(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return tables of scores and differences, a plot and findings."""
         return present(TasksNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return the share kept of the teacher's score above chance, and MMLU's."""
         return headline(TasksNumbers.model_validate(numbers))
 
 
