@@ -42,9 +42,9 @@ class Run:
     def prepare(cls, ctx: EvalContext, limit: int | None) -> Run:
         """Choose the length and the batch, the same for all models."""
         length = longest_row(ctx.models)
-        models = [[c.fingerprint, c.model.device.type, str(c.model.dtype)] for c in ctx.models]
+        models = [[m.fingerprint, m.model.device.type, str(m.model.dtype)] for m in ctx.models]
         key = {"section": "tasks-batch", "models": models, "length": length}
-        cache = ctx.results if all(c.fingerprint for c in ctx.models) else ResultCache()
+        cache = ctx.results if all(m.fingerprint for m in ctx.models) else ResultCache()
         batch = cache.result(key, lambda: choose_batch(ctx.models, length))
         return cls(ctx=ctx, length=length, batch=batch, limit=limit)
 

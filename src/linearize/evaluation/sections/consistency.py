@@ -110,7 +110,7 @@ class Consistency(Section):
 
     def _rows(self, ctx: EvalContext) -> tuple[list[Tensor], int]:
         """Texts of unequal odd lengths from the held-out text, end to end, and where decoding begins in the first."""
-        reach = max((longest_reach(c.plan) or 0 for c in ctx.models), default=0)
+        reach = max((longest_reach(m.plan) or 0 for m in ctx.models), default=0)
         stream = [token for document in ctx.documents for token in document.tokens]
         enough = reach + self.prefill + max(self.steps, reach + 5)
         longest = min([enough, ctx.length, len(stream), *map(_positions, ctx.models)])

@@ -93,7 +93,7 @@ class _Work:
 
     def __init__(self, section: Branches, ctx: EvalContext) -> None:
         self.section, self.ctx = section, ctx
-        self.reach = max((longest_reach(c.plan) or 0 for c in ctx.models), default=0)
+        self.reach = max((longest_reach(m.plan) or 0 for m in ctx.models), default=0)
 
     def cached(self, kind: type[N], eval_model: EvalModel, part: str, measure: Callable[[EvalModel], N]) -> N:
         """Numbers of one measurement, made unless an earlier run did."""
@@ -102,7 +102,7 @@ class _Work:
             "section": self.section.NAME,
             "part": part,
             "config": self.section.model_dump(mode="json"),
-            "models": [(c.name, c.fingerprint) for c in (eval_model, ctx.teacher) if c is not None],
+            "models": [(m.name, m.fingerprint) for m in (eval_model, ctx.teacher) if m is not None],
             "setting": [ctx.length, ctx.seed, self.reach, sum(map(len, ctx.documents))],
         }
         return ctx.results.numbers(kind, key, lambda: measure(eval_model))

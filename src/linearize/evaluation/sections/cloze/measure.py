@@ -57,7 +57,7 @@ class Cloze(Section):
             )
 
     def _cut(self, ctx: EvalContext) -> list[ClozeItem]:
-        contexts = (getattr(c.model.config.get_text_config(), "max_position_embeddings", None) for c in ctx.models)
+        contexts = (getattr(m.model.config.get_text_config(), "max_position_embeddings", None) for m in ctx.models)
         longest = min([ctx.length, *filter(None, contexts)])
         return cut_items(
             ctx.texts, ctx.tokenizer, items=self.items, choices=self.choices, min_words=self.min_words,
@@ -80,7 +80,7 @@ class Cloze(Section):
             items=len(items),
             choices=self.choices,
             tokens=sum(len(item.choice_ids[0]) for item in items) / max(len(items), 1),
-            models={c.name: _numbers(c, answers, ctx.teacher) for c in ctx.models},
+            models={m.name: _numbers(m, answers, ctx.teacher) for m in ctx.models},
             examples=_examples(items, answers),
         ).to_json()
 

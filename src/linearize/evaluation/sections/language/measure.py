@@ -70,7 +70,7 @@ class Language(Section):
         key = {
             "section": self.NAME,
             "config": self.model_dump(),
-            "models": [[c.name, c.role, c.fingerprint] for c in ctx.models],
+            "models": [[m.name, m.role, m.fingerprint] for m in ctx.models],
             "rows": hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.labels.numpy().tobytes()).hexdigest(),
         }
         numbers: Numbers = ctx.results.result(key, lambda: self._measure(ctx, rows).to_json())
@@ -78,28 +78,28 @@ class Language(Section):
 
     def _measure(self, ctx: EvalContext, rows: PackedRows) -> LanguageNumbers:
         teacher = ctx.teacher.name if ctx.teacher else None
-        views = {c.name: View(model=c.model) for c in ctx.models}
+        views = {m.name: View(model=m.model) for m in ctx.models}
         views |= {
-            _alone(c.name): View(model=c.model, branch="window")
-            for c in ctx.students
-            if window_reach(c.plan) is not None
+            _alone(m.name): View(model=m.model, branch="window")
+            for m in ctx.students
+            if window_reach(m.plan) is not None
         }
         batches = _with_progress(rows, ctx.batch, ctx.progress)
         text = _Text(score_batches(batches, views, reference=teacher, rows=ctx.batch), teacher)
         names = [eval_model.name for eval_model in ctx.models]
         document_BT, _ = number_documents(rows.position_ids)
         length_N = document_BT.flatten().bincount()[text.documents]
-        vocabulary = max(View(model=c.model).vocabulary for c in ctx.models)
+        vocabulary = max(View(model=m.model).vocabulary for m in ctx.models)
         bytes_N, is_text_N = bytes_of_targets(ctx.tokenizer, vocabulary, rows, text.scores.targets)
         return LanguageNumbers(
             tokens=len(text.documents),
             documents=len(text.documents.unique()),
             bytes=int(bytes_N.sum()),
             length=rows.length,
-            models={c.name: text.model(c, bytes_N, is_text_N) for c in ctx.models},
+            models={m.name: text.model(m, bytes_N, is_text_N) for m in ctx.models},
             positions=text.bins(text.scores.positions, self.first_bin, names),
             lengths=text.bins(length_N, self.first_bin, names),
-            growth=_growth(text, [c.name for c in ctx.students]),
+            growth=_growth(text, [m.name for m in ctx.students]),
             evidence=_evidence(text, ctx, rows),
         )
 
@@ -205,7 +205,7 @@ def _evidence(text: _Text, ctx: EvalContext, rows: PackedRows) -> list[EvidenceN
     entries = []
     for reach, names in sorted(reaches.items()):
         masks = evidence_classes(distance_N, reach)
-        own = [c.name for c in ctx.models if c.role == "teacher" or c.name in names]
+        own = [m.name for m in ctx.models if m.role == "teacher" or m.name in names]
         entry = EvidenceNumbers(
             reach=reach,
             students=[name for name in names if name != text.teacher],

@@ -60,7 +60,7 @@ class Layers(Section):
     def run(self, ctx: EvalContext) -> Numbers:
         """Every model, on the same texts; queries of the second half of a text count."""
         batches = self._batches(ctx)
-        far = max(longest_reach(c.plan) or 0 for c in ctx.models) or batches[0]["input_ids"].shape[1] // 4
+        far = max(longest_reach(m.plan) or 0 for m in ctx.models) or batches[0]["input_ids"].shape[1] // 4
         models: dict[str, ModelLayers] = {}
         for done, eval_model in enumerate(ctx.models):
             ctx.progress(f"layers of {eval_model.name}", done, len(ctx.models))
@@ -68,7 +68,7 @@ class Layers(Section):
             key = {
                 "section": self.NAME,
                 "config": self.model_dump(),
-                "models": [(c.name, c.fingerprint) for c in (eval_model, ctx.teacher) if c is not None],
+                "models": [(m.name, m.fingerprint) for m in (eval_model, ctx.teacher) if m is not None],
                 "texts": [batch["input_ids"][0].tolist() for batch in batches],
                 "far": far,
             }

@@ -29,7 +29,14 @@ from linearize.evaluation.haystack import (
     passkey_question,
 )
 from linearize.evaluation.recall import answer_greedily, full_forward
-from linearize.evaluation.sections.recall.numbers import Answer, FactNumbers, RecallNumbers, TestName, recall_numbers
+from linearize.evaluation.sections.recall.numbers import (
+    Answer,
+    Answers,
+    FactNumbers,
+    RecallNumbers,
+    TestName,
+    recall_numbers,
+)
 from linearize.evaluation.sections.recall.present import headline, present
 
 MORE = 3
@@ -87,7 +94,7 @@ class Recall(Section):
         teacher = answers.get(ctx.teacher.name) if ctx.teacher else None
         return RecallNumbers(
             tests={test: [FactNumbers.of(question) for question in questions] for test, questions in tests.items()},
-            models={c.name: recall_numbers(c, tests, answers[c.name], teacher) for c in ctx.models},
+            models={m.name: recall_numbers(m, tests, answers[m.name], teacher) for m in ctx.models},
         ).to_json()
 
     @classmethod
@@ -140,18 +147,19 @@ def _kept_answers(ctx: EvalContext, eval_model: EvalModel, test: str, questions:
         "section": Recall.NAME, "test": test, "group": questions[0].group, "prompts": prompts, "batch": rows,
         "model": eval_model.fingerprint, "name": eval_model.name,
     }  # fmt: skip
-    return list(ctx.results.result(key, partial(_answers, eval_model, questions, rows)))
+    return ctx.results.numbers(Answers, key, partial(_answers, eval_model, questions, rows)).answers
 
 
-def _answers(eval_model: EvalModel, questions: Sequence[HiddenFact], rows: int) -> list[Answer]:
+def _answers(eval_model: EvalModel, questions: Sequence[HiddenFact], rows: int) -> Answers:
     model, tokenizer = eval_model.model, eval_model.tokenizer
     answers: list[Answer] = []
     for start in range(0, len(questions), rows):
         batch = questions[start : start + rows]
         for question, generated in zip(batch, answer_greedily(model, tokenizer, batch), strict=True):
             full = full_forward(model, tokenizer, question, generated)
-            answers.append([generated.text, generated.correct, full.right, full.agrees])
-    return answers
+            answer = Answer(text=generated.text, correct=generated.correct, right=full.right, agrees=full.agrees)
+            answers.append(answer)
+    return Answers(answers=answers)
 
 
 def _check_positions(eval_model: EvalModel, longest: int) -> None:

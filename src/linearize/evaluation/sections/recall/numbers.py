@@ -13,11 +13,23 @@ from linearize.metrics.branches import window_reach
 ABLE = 0.5
 """The teacher's share below which a length or a number of facts says nothing about a student."""
 
-Answer = list[Any]
-"""What one item gave: [text, correct, right in the full forward, whether cache and full forward agree]."""
-
 TestName = Literal["needle", "passkey", "keys"]
 TEST_NAMES: tuple[TestName, ...] = ("needle", "passkey", "keys")
+
+
+class Answer(NumbersModel):
+    """A model's answer to one item; `right` and `agrees`: see `FullForward`."""
+
+    text: str
+    correct: bool
+    right: bool
+    agrees: Literal["yes", "no", "tie"]
+
+
+class Answers(NumbersModel):
+    """The answers to one group of items."""
+
+    answers: list[Answer]
 
 
 class FactNumbers(NumbersModel):
@@ -125,7 +137,7 @@ def recall_numbers(
     """Count one model's answers; a student's also against the teacher's."""
     context = getattr(eval_model.model.config.get_text_config(), "max_position_embeddings", None)
     reach = window_reach(eval_model.plan)
-    agree = [answer[3] for group in answers.values() for answer in group]
+    agree = [answer.agrees for group in answers.values() for answer in group]
 
     def counted(test: TestName) -> RecallTest:
         facts, own = tests[test], answers[test]
@@ -134,9 +146,9 @@ def recall_numbers(
             compared["against_teacher"] = _against(test, facts, own, teacher[test], reach)
         return RecallTest(
             **dict(_share(own)),
-            full_forward=ShareNumbers.of(answer[2] for answer in own),
+            full_forward=ShareNumbers.of(answer.right for answer in own),
             cells=_cells(test, facts, own, context),
-            answers=[answer[0] for answer in own],
+            answers=[answer.text for answer in own],
             **compared,
         )
 
@@ -152,7 +164,7 @@ def recall_numbers(
 
 
 def _share(answers: Sequence[Answer]) -> ShareNumbers:
-    return ShareNumbers.of(answer[1] for answer in answers)
+    return ShareNumbers.of(answer.correct for answer in answers)
 
 
 def _cells(
@@ -189,7 +201,7 @@ def _against(
         return ComparedNumbers(
             student=_share([own[i] for i in indices]),
             teacher=_share([teacher[i] for i in indices]),
-            kept=_share([own[i] for i in indices if teacher[i][1]]),
+            kept=_share([own[i] for i in indices if teacher[i].correct]),
         )
 
     beyond = None if reach is None else compared([i for i in able if facts[i].distance >= reach])

@@ -52,7 +52,7 @@ class Tasks(Section):
             if note := run.note(task, length):
                 notes[spec.task] = note
         teacher = outcomes[ctx.teacher.name] if ctx.teacher else {}
-        students = {c.name: outcomes[c.name] for c in ctx.students} if ctx.teacher else {}
+        students = {m.name: outcomes[m.name] for m in ctx.students} if ctx.teacher else {}
         return TasksNumbers(
             lm_eval=lm_eval.__version__,
             source=", ".join(dict.fromkeys(str(spec.folder or "Hugging Face Hub") for spec in specs)),
