@@ -1,4 +1,4 @@
-"""What a section of an evaluation measures on and how it is presented: from its JSON numbers alone, so that a report
+"""What a section of an evaluation measures on, and how it is presented: from its JSON numbers alone, so that a report
 can be drawn again from its `report.json`."""
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class EvalModel:
 
     @property
     def plan(self) -> Sequence[MixerConfig | None]:
-        """By layer the mixer, None where softmax attention stays; empty for a model that is not one of our students."""
+        """The mixer of each layer, None where softmax attention stays; empty for a model that is not a student of ours."""
         config = self.model.config
         return config.mixers() if isinstance(config, LinearizeConfig) else ()
 
     @property
     def mixer_names(self) -> list[str]:
-        """By layer the mixer's name, or `softmax`."""
+        """The mixer's name of each layer, or `softmax`."""
         return ["softmax" if mixer is None else str(mixer.name) for mixer in self.plan]  # type: ignore[attr-defined]
 
 
@@ -75,7 +75,6 @@ class EvalContext:
     limit: int | None = None
     data_root: Path | None = None
     include_path: Path | None = None
-    skip_missing: bool = False
     allow_code: bool = False
     judge_url: str | None = None
     judge_model: str | None = None
@@ -105,7 +104,7 @@ class EvalContext:
         return self.rows_of(self.documents)
 
     def rows_of(self, documents: Sequence[Document]) -> PackedRows:
-        """The same for other documents."""
+        """Other documents as such rows."""
         from linearize.decoding.loading import pad_token
         from linearize.training.data.packing import document_rows
 
@@ -212,8 +211,8 @@ class Section(BaseModel, ABC):
 
     @abstractmethod
     def run(self, ctx: EvalContext) -> Numbers:
-        """Measure. The same context and seed give the same numbers (times apart, which are under keys `*_seconds`,
-        `*_per_second` or `ms_*`)."""
+        """Measure. The same context and seed give the same numbers, except times, which are under keys
+        `*_seconds`, `*_per_second` or `ms_*`."""
 
     @classmethod
     @abstractmethod

@@ -30,7 +30,7 @@ FILLERS = 24
 """Sentences further on that are tried where the next one is too long for the tokens that are left."""
 
 Sentence = tuple[str, str]
-"""What parts a sentence from the one before it, and the sentence."""
+"""The separator from the sentence before, and the sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +73,21 @@ PASS_KEY_TASK = "There is a pass key hidden in this text. Find it and remember i
 
 
 class Ruler:
-    """Counts tokens; those of a sentence only once."""
+    """Counts tokens; each sentence is tokenised once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._counts: dict[Sentence, int] = {}
 
     def count(self, sentence: Sentence) -> int:
-        """Tokens of a sentence, with what parts it from the one before, by itself."""
+        """Tokens of a sentence and its separator, counted alone."""
         if sentence not in self._counts:
             ids = self.tokenizer("".join(sentence), add_special_tokens=False, verbose=False)["input_ids"]
             self._counts[sentence] = len(ids)
         return self._counts[sentence]
 
     def prompt(self, text: str) -> int:
-        """Tokens of a prompt, the first special one included."""
+        """Tokens of a prompt, BOS included."""
         return len(prompt_tokens(self.tokenizer, text))
 
 

@@ -111,7 +111,7 @@ def _located(spec: str, origins: Sequence[Origin]) -> str:
 
 
 def _drawing(config: DataConfig | None) -> object:
-    """What decides which documents are held out, and what they are."""
+    """The settings that decide which documents are held out, and their text."""
     return None if config is None else config.model_dump(exclude={"length", "keep_whole"})
 
 

@@ -11,7 +11,7 @@ import random
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from linearize.errors import InputError
@@ -74,7 +74,8 @@ def recall_document(
     words_after = _words_after(hay)
     facts = _facts(rng, num_facts, len(hay))
     if distance is not None:
-        facts[0] = _Fact(facts[0].thing, facts[0].code, _place_at(words_after, distance))
+        place = min(range(len(words_after)), key=lambda place: abs(words_after[place] - distance))
+        facts[0] = replace(facts[0], place=place)
     questions = [(len(hay), facts[0])]
     questions += [_extra_question(rng, facts, words_after) for _ in range(num_questions - 1)]
     return _assemble(hay, facts, questions)
@@ -119,10 +120,6 @@ def _words_after(hay: Sequence[tuple[str, str, int]]) -> list[int]:
     for _, _, words in reversed(hay):
         after.append(after[-1] + words)
     return after[::-1]
-
-
-def _place_at(words_after: Sequence[int], distance: int) -> int:
-    return min(range(len(words_after)), key=lambda place: abs(words_after[place] - distance))
 
 
 def _facts(rng: random.Random, num_facts: int, num_sentences: int) -> list[_Fact]:

@@ -44,7 +44,7 @@ class EvaluationOptions:
     `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about this many; `limit`:
     the most items of each task, and the most documents; `batch`: rows at a time; `seed`: of every draw; `data_root`: a
     folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come before
-    lm-eval's own; `skip_missing`: leave out chat questions whose file is missing; `allow_code`: run the code that
+    lm-eval's own; `allow_code`: run the code that
     models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
     """
 
@@ -55,7 +55,6 @@ class EvaluationOptions:
     seed: int = 0
     data_root: Path | None = None
     include_path: Path | None = None
-    skip_missing: bool = False
     allow_code: bool = False
     judge_url: str | None = None
     judge_model: str | None = None
@@ -254,7 +253,6 @@ def _context(
         limit=options.limit,
         data_root=options.data_root,
         include_path=options.include_path,
-        skip_missing=options.skip_missing,
         allow_code=options.allow_code,
         judge_url=options.judge_url,
         judge_model=options.judge_model,

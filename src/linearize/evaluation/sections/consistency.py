@@ -1,4 +1,4 @@
-"""The gate of every report: a model must give the same logits however a text comes to it."""
+"""The gate of every report: a model must give the same logits however a text is fed to it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ConsistencyNumbers(NumbersModel):
 
 
 class Consistency(Section):
-    """Logits of one full forward pass against those of every other way that a text can take.
+    """Logits of one full forward pass against those of every other way of feeding a text.
 
     `steps`: tokens decoded one by one, at least (a window is crossed in any case); `prefill`: tokens before them beyond
     the longest window.

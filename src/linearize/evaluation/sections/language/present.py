@@ -109,7 +109,7 @@ def _growth(numbers: LanguageNumbers, name: str) -> Judgement:
 
 
 def _far_evidence(numbers: LanguageNumbers, name: str) -> Judgement:
-    """Bad where a window's student wins back next to nothing beyond it, or any other loses much more there."""
+    """Bad where a student with a window wins back next to nothing beyond it, or any other loses much more there."""
     entry = numbers.evidence_of(name)
     far, beyond = entry.compared[name], entry.classes["beyond"]
     if far is None or beyond.tokens < LEAST_FAR_TOKENS or far.over_all.error is None:
@@ -129,7 +129,7 @@ def _far_evidence(numbers: LanguageNumbers, name: str) -> Judgement:
         return "bad", f"loses what is far back in the text: {gaps}"
     if far.over_inside.clearly_positive:
         return "note", f"recalls less from far back than from near: {gaps}"
-    return "good", f"far evidence serves it as well as near one: {gaps}"
+    return "good", f"uses far evidence as well as near evidence: {gaps}"
 
 
 def _loss_table(numbers: LanguageNumbers) -> Table:

@@ -52,7 +52,7 @@ class TasksNumbers(NumbersModel):
 
 
 def present(numbers: TasksNumbers) -> SectionView:
-    """Return the section as people read it."""
+    """The section as people read it."""
     first = _first(numbers)
     limit = f", at most {numbers.limit} items each" if numbers.limit else ""
     summary = (
@@ -62,7 +62,8 @@ def present(numbers: TasksNumbers) -> SectionView:
     tables = [_scores(numbers)]
     if numbers.against_teacher:
         tables.append(_differences(numbers))
-    tables.append(_reproduce(numbers))
+    commands: list[dict[str, Cell]] = [{"task": task, "command": command} for task, command in numbers.commands.items()]
+    tables.append(Table(title="The first model's numbers by lm-eval's own command", rows=commands))
     findings = [*_at_chance(numbers), *_students(numbers)]
     return SectionView(summary=summary, findings=findings, tables=tables, plots=[_plot(numbers)])
 
@@ -117,13 +118,6 @@ def _differences(numbers: TasksNumbers) -> Table:
         rows=rows,
         note="Paired differences with 95% intervals. Kept: (student - chance) / (teacher - chance), where the teacher "
         f"is at least {CLEAR:g} standard errors above chance.",
-    )
-
-
-def _reproduce(numbers: TasksNumbers) -> Table:
-    return Table(
-        title="The first model's numbers by lm-eval's own command",
-        rows=[{"task": task, "command": command} for task, command in numbers.commands.items()],
     )
 
 
