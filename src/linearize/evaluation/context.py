@@ -44,7 +44,7 @@ class EvalModel:
 
     @property
     def plan(self) -> Sequence[MixerConfig | None]:
-        """The mixer of each layer, None where softmax attention stays; empty for a model that is not a student of ours."""
+        """The mixer of each layer, None where softmax attention stays; empty for a model that is no student of ours."""
         config = self.model.config
         return config.mixers() if isinstance(config, LinearizeConfig) else ()
 
