@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Level = Literal["good", "note", "bad"]
+Judgement = tuple[Level, str]
+"""A finding before it names its model."""
+
 Numbers = dict[str, Any]
 """What a section measured, JSON-able: mappings, lists, text, numbers, None."""
 

@@ -85,7 +85,7 @@ SUITES: dict[str, Suite] = {
 def plan_sections(
     suite: str | None, tasks: Sequence[str], sections: Sequence[Section] | None, include_path: Path | None
 ) -> tuple[str, tuple[Section, ...]]:
-    """The name of what is measured, and its sections: those given, or the suite's with these tasks in place of its own.
+    """The name of what is measured, and its sections: `sections`, or the suite's with `tasks` in place of its own.
 
     Raises InputError for an unknown suite, and for a folder of task definitions without tasks.
     """

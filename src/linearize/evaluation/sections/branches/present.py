@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from linearize.evaluation.cache_checks import tolerance
-from linearize.evaluation.context import Cell, Finding, Level, Plot, SectionView, Stat, Table
+from linearize.evaluation.context import Cell, Finding, Judgement, Plot, SectionView, Stat, Table
 from linearize.evaluation.numbers import MeanNumbers
 from linearize.evaluation.sections.branches.numbers import (
     Ablation,
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_SHARE = 0.1  # of what the window alone loses: below it a linear branch counts as bypassed
-Judgement = tuple[Level, str]
 SUMMARY = (
     "A window + linear student is run with one branch off: what the window alone loses against the teacher, and "
     "how much of that the linear branch wins back on tokens beyond the window's reach. Every model is also given "

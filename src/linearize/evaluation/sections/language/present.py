@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from linearize.evaluation.context import Cell, Finding, Level, Plot, SectionView, Stat, Table
+from linearize.evaluation.context import Cell, Finding, Judgement, Plot, SectionView, Stat, Table
 from linearize.evaluation.numbers import MeanNumbers
 from linearize.evaluation.sections.language.numbers import (
     BinNumbers,
@@ -28,7 +28,6 @@ WON_BACK = 0.25  # share of the window's loss below which a linear branch is cal
 LOST_THERE = 0.405  # nats: half as much perplexity again as the teacher's
 CLASSES = {"beyond": "beyond the window", "inside": "inside the window", "none": "no evidence"}
 ERRORS = "± is one standard error, over documents."
-Judgement = tuple[Level, str]
 
 
 def present(numbers: LanguageNumbers) -> SectionView:
