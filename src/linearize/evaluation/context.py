@@ -46,6 +46,17 @@ class EvalModel:
     fingerprint: str = ""
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model has positions for; None where its config does not say."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    @property
+    def dtype(self) -> str:
+        """`float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def plan(self) -> Sequence[MixerConfig | None]:
         """The mixer of each layer, None where softmax attention stays; empty for a model that is no student of ours."""
         config = self.model.config

@@ -231,8 +231,7 @@ def _context(
 def _row_length(origins: Sequence[Origin], first: EvalModel) -> int:
     """Tokens per row: what the first student was trained with, else what its model can take."""
     trained = next((origin.data.length for origin in origins if origin.data is not None), None)
-    longest = getattr(first.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
-    return trained or min(DEFAULT_LENGTH, longest)
+    return trained or min(DEFAULT_LENGTH, first.context or DEFAULT_LENGTH)
 
 
 def _work_folder(out: Path) -> Path:

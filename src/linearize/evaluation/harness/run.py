@@ -118,7 +118,7 @@ class Run:
         model, spec, seed = eval_model.model, task.spec, self.ctx.seed
         settings = {
             "pretrained": eval_model.path,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": eval_model.dtype,
             "attn_implementation": model.config._attn_implementation,
             "max_length": length,
         }

@@ -33,14 +33,13 @@ class ModelEntry(NumbersModel):
     @classmethod
     def of(cls, eval_model: EvalModel) -> ModelEntry:
         """Describe a model that was measured."""
-        model = eval_model.model
         return cls(
             name=eval_model.name,
             role=eval_model.role,
             path=eval_model.path,
             student=is_student(eval_model.path),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            dtype=str(model.dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in eval_model.model.parameters()),
+            dtype=eval_model.dtype,
             mixers=eval_model.mixer_names,
         )
 

@@ -113,7 +113,7 @@ class Consistency(Section):
         reach = max((longest_reach(m.plan) or 0 for m in ctx.models), default=0)
         stream = [token for document in ctx.documents for token in document.tokens]
         enough = reach + self.prefill + max(self.steps, reach + 5)
-        longest = min([enough, ctx.length, len(stream), *map(_positions, ctx.models)])
+        longest = min([enough, ctx.length, len(stream), *filter(None, (m.context for m in ctx.models))])
         prefill = reach + self.prefill if longest == enough else longest // 2
         lengths = [longest - (longest % 2 == 0), int(longest * 0.61) | 1, max(longest // 4, PADDED_STEPS + 1) | 1]
         rows, at = [], 0
@@ -151,12 +151,6 @@ class Consistency(Section):
         return stats
 
 
-def _positions(eval_model: EvalModel) -> int:
-    """Tokens that a model has positions for."""
-    positions = getattr(eval_model.model.config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else 2**31
-
-
 def _measured(eval_model: EvalModel, rows: Sequence[Tensor], prefill: int, ctx: EvalContext) -> ModelChecks:
     probe = CacheProbe(eval_model.model.eval(), rows, prefill, seed=ctx.seed)
     skipped = {"static"} if isinstance(eval_model.model, LinearizedForCausalLM) else set()
@@ -164,7 +158,7 @@ def _measured(eval_model: EvalModel, rows: Sequence[Tensor], prefill: int, ctx: 
     return ModelChecks(
         role=eval_model.role,
         reach=longest_reach(eval_model.plan) or 0,
-        dtype=str(eval_model.model.dtype).removeprefix("torch."),
+        dtype=eval_model.dtype,
         checks={name: _checked(name, probe) for name in CHECKS if name not in skipped},
     )
 

@@ -165,7 +165,7 @@ class _Work:
         if len(row) < 8:
             return None
         deviation = check("decode", CacheProbe(eval_model.model.eval(), [row], len(row) // 2))
-        return Decoded(**asdict(deviation), dtype=str(eval_model.model.dtype).removeprefix("torch."))
+        return Decoded(**asdict(deviation), dtype=eval_model.dtype)
 
     def layers(self, eval_model: EvalModel, layers: Sequence[int]) -> list[LayerCost]:
         """What turning off one branch of one layer costs, on tokens beyond the window where there are any."""

@@ -194,8 +194,9 @@ def _context_table(contexts: Mapping[str, ContextNumbers]) -> Table:
         for i, loss in enumerate(first.losses)
     ]
     shares = {name: context.share_of_gain for name, context in contexts.items()}
-    percent = {name: "" if share is None else share.percent for name, share in shares.items()}
-    rows.append({"context": "share of the teacher's gain", **percent})
+    if any(share is not None for share in shares.values()):
+        percent = {name: "" if share is None else share.percent for name, share in shares.items()}
+        rows.append({"context": "share of the teacher's gain", **percent})
     note = (
         f"Nats per token ± standard error on the same {first.tokens} tokens, from position {first.from_position} on. "
         "With context N a token sees the last N / 2 to N tokens."

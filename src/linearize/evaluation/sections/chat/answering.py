@@ -65,7 +65,7 @@ def converse(
     answer, and a prompt that does not fit loses its first tokens.
     """
     model, tokenizer = eval_model.model.eval(), eval_model.tokenizer
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = eval_model.context or 2**31
     limit = max(1, min(max_new_tokens, context // 2))
     ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
     config = generation_config(model, questions[0].temperature, limit, ends, pad)

@@ -57,8 +57,7 @@ class Cloze(Section):
             )
 
     def _cut(self, ctx: EvalContext) -> list[ClozeItem]:
-        contexts = (getattr(m.model.config.get_text_config(), "max_position_embeddings", None) for m in ctx.models)
-        longest = min([ctx.length, *filter(None, contexts)])
+        longest = min([ctx.length, *filter(None, (m.context for m in ctx.models))])
         return cut_items(
             ctx.texts, ctx.tokenizer, items=self.items, choices=self.choices, min_words=self.min_words,
             max_words=self.max_words, max_tokens=longest - SPARE_TOKENS, seed=ctx.seed,

@@ -135,7 +135,7 @@ def recall_numbers(
     teacher: Mapping[TestName, Sequence[Answer]] | None,
 ) -> ModelRecall:
     """Count one model's answers; a student's also against the teacher's."""
-    context = getattr(eval_model.model.config.get_text_config(), "max_position_embeddings", None)
+    context = eval_model.context
     reach = window_reach(eval_model.plan)
     agree = [answer.agrees for group in answers.values() for answer in group]
 
