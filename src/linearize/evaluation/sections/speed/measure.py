@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
-from linearize.evaluation.numbers import NumbersModel, Role
+from linearize.evaluation.numbers import NumbersModel
 from linearize.evaluation.sections.speed.largest_batch import largest_batch, peak_of_rows
 from linearize.evaluation.sections.speed.numbers import (
     LargestBatch,
@@ -60,7 +60,7 @@ class Speed(SpeedSettings, Section):
                 ctx.progress(f"speed at {context:,} tokens, batch {batch}", len(points) // len(ctx.models), steps)
                 points += self._points(ctx, own_checks, context, batch)
         return SpeedNumbers(
-            models={eval_model.name: _facts(eval_model.model, eval_model.role) for eval_model in ctx.models},
+            models={eval_model.name: _facts(eval_model) for eval_model in ctx.models},
             settings=SpeedSettings(**self.model_dump()),
             points=points,
             checks=checks,
@@ -137,12 +137,11 @@ def _largest_batch(model: PreTrainedModel, config: RunConfig, bounds: Mapping[st
     return largest_batch(model, config, **bounds).to_json()
 
 
-def _facts(model: PreTrainedModel, role: Role) -> ModelFacts:
-    text_config = getattr(model, "lm", model).config.get_text_config()
+def _facts(eval_model: EvalModel) -> ModelFacts:
     return ModelFacts(
-        role=role,
-        weight_bytes=weight_bytes(model),
-        trained_length=getattr(text_config, "max_position_embeddings", None),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
+        role=eval_model.role,
+        weight_bytes=weight_bytes(eval_model.model),
+        trained_length=eval_model.context,
+        dtype=eval_model.dtype,
+        device=eval_model.model.device.type,
     )
