@@ -47,7 +47,7 @@ class GenerationWorkload:
     `most` rows.
 
     `fills`: tokens in the caches where steps are timed, `span` of them each. Each fill is moved on by `span` tokens
-    more than the one before, so that all parts of a window's block are met. `chunk`: tokens of a piece of prefill.
+    more than the one before, so that all parts of a window's block are met. `chunk`: tokens of one chunk of prefill.
     """
 
     generated: int = 4096
@@ -78,9 +78,9 @@ class GenerationWorkload:
 class Filled(RepeatedRow):
     """A row at some fill, in one configuration; its keys and values were read with a growing cache or its own."""
 
-    def __init__(self, model: PreTrainedModel, config: RunConfig, cache: Any, after_1T: Tensor, room: int) -> None:
+    def __init__(self, model: PreTrainedModel, config: RunConfig, cache: Any, after_1T: Tensor, cache_len: int) -> None:
         super().__init__(model, config, cache, after_1T)
-        self.room = room
+        self.cache_len = cache_len
         self._peaks: dict[int, int] = {}
 
     def peak(self, rows: int) -> int:
@@ -93,7 +93,7 @@ class Filled(RepeatedRow):
         """See `RepeatedRow`; a preallocated cache has room for the whole text."""
         if self.config.cache != "static":
             return super().filled(rows)
-        static: Any = StaticCache(config=self.model.config, max_cache_len=self.room)
+        static: Any = StaticCache(config=self.model.config, max_cache_len=self.cache_len)
         for layer, full in zip(static.layers, self.cache.layers, strict=True):
             layer.update(full.keys.expand(rows, -1, -1, -1), full.values.expand(rows, -1, -1, -1))
         return static
@@ -150,8 +150,8 @@ class _Run:
         name: str,
     ) -> None:
         self.model, self.config, self.workload = model, config, workload
-        room = workload.generated + 1
-        self.at = {stop: Filled(model, config, cache, text_1T[:, stop:], room) for stop, cache in filled.items()}
+        cache_len = workload.generated + 1
+        self.at = {stop: Filled(model, config, cache, text_1T[:, stop:], cache_len) for stop, cache in filled.items()}
         self.steps: dict[int, dict[str, Any]] = {}
         self.outcome: dict[str, Any] = {"way": str(config), "batch": 0, "reason": self._wrong(name)}
         if not self.outcome["reason"]:

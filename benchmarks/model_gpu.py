@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.generation import GenerationWorkload, throughput
-from benchmarks.on_gpu import Clock, arguments, device_for, facts, ratio, told
+from benchmarks.on_gpu import Clock, arguments, device_for, facts, ratio, timings_json
 from benchmarks.throughput import plan_of
 from benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.running import Timing
@@ -111,7 +111,7 @@ def side_by_side(clock: Clock, models: dict[str, Any], context: int, chosen: Any
             runs = {name: _made_once(partial(make, model)) for name, model in models.items()}
             times = clock.interleaved(runs, chosen.repeats, warmup=2)
         speed = {name: counted / x.seconds for name, x in times.items() if isinstance(x, Timing)}
-        row = {"what": kind, "context": context, "milliseconds": told(times), "tokens_per_second": speed}
+        row = {"what": kind, "context": context, "milliseconds": timings_json(times), "tokens_per_second": speed}
         rows.append(row | {"speedup": ratio(times, "teacher", "student")})
         del runs
         free(clock.device)
@@ -130,7 +130,7 @@ def prepared(model: Any, learns: bool) -> None:
 
 
 def _made_once(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """A run that is set up at its first call: what fails there is told like any failure of a run."""
+    """A run that is set up at its first call: a failure there is reported like any failure of a run."""
     made: list[Callable[[], Any]] = []
 
     def run() -> Any:
@@ -179,7 +179,7 @@ def measure(clock: Clock, chosen: Any, dtype: torch.dtype) -> list[dict[str, Any
     return [*rows, *alone, {"what": "largest batch, student over teacher", **times}]
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run and publish; says so in one line where there is no GPU."""
     options = parser(__doc__)
     options.set_defaults(repeats=5)
@@ -195,8 +195,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--fills", type=int, nargs="+", default=[256, 2048, 4096], help="where steps are timed")
     options.add_argument("--most", type=int, default=4096, help="the most rows to try")
     options.add_argument("--budget-bytes", type=int, help="default: 95%% of the device's memory")
-    chosen = arguments(options, given, SMALL)
-    device = device_for(chosen, "benchmarks.model_gpu", given)
+    chosen = arguments(options, argv, SMALL)
+    device = device_for(chosen, "benchmarks.model_gpu", argv)
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16

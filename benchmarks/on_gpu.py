@@ -147,7 +147,7 @@ def shares(timing: Timing, peak: Peaks, *, flops: float, moved: float) -> dict[s
     }
 
 
-def told(times: Mapping[str, Timing | str]) -> dict[str, Any]:
+def timings_json(times: Mapping[str, Timing | str]) -> dict[str, Any]:
     """For JSON: milliseconds (median, lowest, highest), or the reason."""
     return {
         name: x if isinstance(x, str) else [round(1e3 * t, 6) for t in (x.seconds, x.lowest, x.highest)]

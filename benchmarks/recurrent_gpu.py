@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.on_gpu import Clock, arguments, device_for, facts, fastest, ratio, told
+from benchmarks.on_gpu import Clock, arguments, device_for, facts, fastest, ratio, timings_json
 from benchmarks.timing import SEED, parser, publish
 from linearize.errors import unknown
 from linearize.ops.dispatch import MAX_MULTI_TOKEN
@@ -106,7 +106,7 @@ def measure(clock: Clock, name: str, tokens: int, chosen: Any, dtype: torch.dtyp
         own = fastest(times, [backend for backend in names if backend not in THEIRS])
         other = fastest(times, [backend for backend in names if backend in THEIRS])
         slower = ratio(times, other, own)
-        row = {"operation": name, "tokens": tokens, "backward": gradients, "milliseconds": told(times)}
+        row = {"operation": name, "tokens": tokens, "backward": gradients, "milliseconds": timings_json(times)}
         rows.append(row | {"theirs_over_ours": slower, "take": own if slower is None or slower > MARGIN else other})
     return rows
 

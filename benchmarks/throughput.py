@@ -68,15 +68,15 @@ def compare(
 
 def summary(rows: Sequence[Mapping[str, Any]], workload: GenerationWorkload) -> str:
     """One line for people."""
-    told = []
+    parts = []
     for row in rows:
         speed = row.get("tokens_per_second")
         if speed is None:
-            told.append(f"{row['model']}: {row['reason']}")
+            parts.append(f"{row['model']}: {row['reason']}")
             continue
         times = f", {row['speedup']:.1f}x" if row.get("speedup") else ""
-        told.append(f"{row['model']} {speed:.0f} tokens/s (batch {row['batch']}{times})")
-    return f"{workload.generated} tokens in {size_text(workload.budget)}: " + "; ".join(told)
+        parts.append(f"{row['model']} {speed:.0f} tokens/s (batch {row['batch']}{times})")
+    return f"{workload.generated} tokens in {size_text(workload.budget)}: " + "; ".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.on_gpu import Clock, Peaks, arguments, device_for, facts, fastest, peaks, ratio, shares, told
+from benchmarks.on_gpu import Clock, Peaks, arguments, device_for, facts, fastest, peaks, ratio, shares, timings_json
 from benchmarks.timing import SEED, parser, publish
 from linearize.evaluation.speed.running import Timing
 from linearize.mixers import MIXERS, AttentionShape
@@ -107,7 +107,7 @@ def measure(clock: Clock, peak: Peaks, shape: AttentionShape, tokens: int, chose
         times = clock.interleaved(runs, chosen.repeats, warmup=0 if chosen.interpret else 3)
         best = fastest(times, [name for name in times if name != "ours"])
         flops, moved = work(mixer, tokens, chosen.batch, dtype.itemsize)
-        row[kind] = {"milliseconds": told(times), "speedup": ratio(times, best, "ours")}
+        row[kind] = {"milliseconds": timings_json(times), "speedup": ratio(times, best, "ours")}
         if isinstance(taken := times["ours"], Timing):
             more = 1.0 if kind == "forward" else 1 + BACKWARD
             row[kind] |= shares(taken, peak, flops=more * flops, moved=more * moved)

@@ -74,7 +74,7 @@ def layer_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("code", "package", "found"),
+    ("code", "package", "layers"),
     [
         ("import linearize.ops.layout as layout", (), ["ops"]),
         ("from linearize.mixers import MIXERS", (), ["mixers"]),
@@ -86,8 +86,8 @@ def layer_of(path: Path) -> str:
         ("import torch, linearizer", (), []),
     ],
 )
-def test_imports_are_found(code: str, package: tuple[str, ...], found: list[str]) -> None:
-    assert list(imported(code, package)) == found
+def test_imports_are_found(code: str, package: tuple[str, ...], layers: list[str]) -> None:
+    assert list(imported(code, package)) == layers
 
 
 def test_every_module_has_a_layer() -> None:
@@ -150,10 +150,10 @@ def roads() -> dict[str, list[tuple[str, str]]]:
     """The roads of docs/architecture.md: title to rows of file and function."""
     text = (SOURCE.parents[1] / "docs" / "architecture.md").read_text("utf-8")
     text = text[text.index("## Three roads") : text.index("## Packages")]
-    found = {}
+    tables = {}
     for title, table in re.findall(r"\n(One [^\n]+):\n\n((?:\|[^\n]*\n)+)", text):
-        found[title] = re.findall(r"\| \d \| `([^`]+)` \| `([^`]+)` \|", table)
-    return found
+        tables[title] = re.findall(r"\| \d \| `([^`]+)` \| `([^`]+)` \|", table)
+    return tables
 
 
 THROUGH_TRANSFORMERS = {  # called by the teacher's modules, which a student keeps

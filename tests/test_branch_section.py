@@ -34,11 +34,11 @@ def teacher() -> Any:
 def documents() -> list[Document]:
     """Odd lengths, BOS first, some tokens that do not count."""
     drawn = torch.Generator().manual_seed(3)
-    found = []
+    random_documents = []
     for seed, length in enumerate(LENGTHS):
         tokens = [1, *text(1, length - 1, seed=seed)[0].tolist()]
-        found.append(Document(tokens, (torch.rand(length, generator=drawn) < 0.8).long().tolist()))
-    return found
+        random_documents.append(Document(tokens, (torch.rand(length, generator=drawn) < 0.8).long().tolist()))
+    return random_documents
 
 
 def eval_context(*models: Any, **changes: Any) -> EvalContext:
@@ -52,8 +52,8 @@ def eval_context(*models: Any, **changes: Any) -> EvalContext:
     return EvalContext(**{"models": eval_models, "documents": documents(), "length": 64, "batch": 3, **changes})
 
 
-def measured(section: Branches, given: EvalContext) -> Any:
-    return json.loads(json.dumps(section.run(given), allow_nan=False))
+def measured(section: Branches, context: EvalContext) -> Any:
+    return json.loads(json.dumps(section.run(context), allow_nan=False))
 
 
 def alone(model: Any, tokens: list[int], **extra: Any) -> Tensor:
@@ -99,10 +99,10 @@ def test_the_share_is_one_ratio_over_documents() -> None:
     document = torch.tensor([0] * 9 + [1] * 14 + [2] * 5 + [3] * 30)
     worst = 3 + torch.rand(58, generator=drawn)
     best = worst - 1 - torch.rand(58, generator=drawn)
-    found = worst - 0.4 - 0.5 * torch.rand(58, generator=drawn)
-    share = share_won(worst, found, best, document)
+    middle = worst - 0.4 - 0.5 * torch.rand(58, generator=drawn)
+    share = share_won(worst, middle, best, document)
     assert share is not None and share.error is not None
-    won, lost = (worst - found).double(), (worst - best).double()
+    won, lost = (worst - middle).double(), (worst - best).double()
     assert share.value == pytest.approx(float(won.sum() / lost.sum()))
     sums = [(float(won[document == d].sum()), float(lost[document == d].sum())) for d in range(4)]
     totals = [
@@ -112,29 +112,31 @@ def test_the_share_is_one_ratio_over_documents() -> None:
     centre = sum(left_out) / 4
     jackknife = (3 / 4 * sum((x - centre) ** 2 for x in left_out)) ** 0.5
     assert share.error == pytest.approx(jackknife, rel=0.35)
-    assert share_won(worst, found, worst + 0.1 * torch.randn(58, generator=drawn), document) is None
+    assert share_won(worst, middle, worst + 0.1 * torch.randn(58, generator=drawn), document) is None
 
 
 @pytest.mark.parametrize("size", [4, 10, 16])
 def test_a_context_is_what_a_token_sees(teacher: Any, size: int) -> None:
     few = documents()[:2]
     assert ContextText.choose(few, (4, 10, 16), length=64, tokens=10_000, bos=1) is None, "too few tokens for any size"
-    given = ContextText(tuple(Document(d.tokens[:64], d.loss_mask[:64]) for d in documents()), (4, 10, 16), 16, 1)
+    context_text = ContextText(
+        tuple(Document(d.tokens[:64], d.loss_mask[:64]) for d in documents()), (4, 10, 16), 16, 1
+    )
     student = student_of(teacher, [mixer("mamba2"), mixer(), None])
-    found, full = (given.losses(View(model=student), n, tokens=130) for n in (size, None))
+    limited, full = (context_text.losses(View(model=student), n, tokens=130) for n in (size, None))
     expected, whole = [], []
-    for document in given.documents:
+    for document in context_text.documents:
         losses = alone(student, document.tokens)
         for target in range(16, len(document)):
             if document.loss_mask[target]:
                 start = (target // (size // 2) - 1) * (size // 2)
-                piece = ([1] if start else []) + document.tokens[start : target + 1]
+                visible = ([1] if start else []) + document.tokens[start : target + 1]
                 assert size // 2 <= target - start < size
-                expected.append(alone(student, piece)[-1])
+                expected.append(alone(student, visible)[-1])
                 whole.append(losses[target - 1])
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(limited, torch.stack(expected), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(full, torch.stack(whole), rtol=1e-4, atol=1e-4)
-    assert len(given.token_documents) == len(found) and not torch.allclose(found, full)
+    assert len(context_text.token_documents) == len(limited) and not torch.allclose(limited, full)
 
 
 def test_sizes_go_as_far_as_the_text() -> None:
@@ -149,9 +151,9 @@ def test_sizes_go_as_far_as_the_text() -> None:
 
 def test_numbers_are_those_of_documents_alone(teacher: Any) -> None:
     student = student_of(teacher, [mixer(), None, mixer("gla", window=3)])
-    given = eval_context(teacher, student)
-    numbers = measured(SMALL, given)
-    assert measured(SMALL, given) == numbers
+    context = eval_context(teacher, student)
+    numbers = measured(SMALL, context)
+    assert measured(SMALL, context) == numbers
     assert json.loads(json.dumps(BranchesNumbers.model_validate(numbers).to_json())) == numbers
     ablation = numbers["models"]["student1"]["ablation"]
     assert ablation["reach"] == 8 and ablation["layers"] == [0, 2] and numbers["models"]["teacher"]["ablation"] is None

@@ -53,13 +53,13 @@ def context_of(models: dict[str, PreTrainedModel], **changes: Any) -> EvalContex
 
 def test_where_items_are_cut() -> None:
     text = 'a b c d e Mr. Fox, he saw 12. f g h the red-hot iron. He said "come to mother\'s!" x y z, so it is (big).'
-    found = cut((text,), choices=2, max_words=99)
-    assert {(item.context.split()[-1], item.word) for item in found} == {
+    items = cut((text,), choices=2, max_words=99)
+    assert {(item.context.split()[-1], item.word) for item in items} == {
         ("e", "Mr"),
         ("red-hot", "iron"),
         ("to", "mother's"),
     }
-    assert all(text.startswith(item.context) for item in found)
+    assert all(text.startswith(item.context) for item in items)
     assert not cut((text,), min_words=30)
     assert not cut(("one word here is all the text that there is and it has no end",))
     assert not cut(("a b c d e f same. a b c d e f Same.",), choices=2)  # no other word to choose
@@ -124,14 +124,14 @@ def plain(model: PreTrainedModel, item: ClozeItem) -> tuple[list[float], list[in
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_scores_against_plain_passes(models: dict[str, PreTrainedModel], who: str) -> None:
     items = cut()
-    found = score_words(models[who], items, batch=5, pad=1)
-    assert len(set(found["choice"])) > 1, "a test that tells choices apart"
+    scores = score_words(models[who], items, batch=5, pad=1)
+    assert len(set(scores["choice"])) > 1, "all choices are equal: the test is blind"
     for i, item in enumerate(items):
         totals, tokens, margin = plain(models[who], item)
-        assert found["choice"][i] == max(range(3), key=totals.__getitem__)
-        assert found["scored"][i] == (found["choice"][i] == 0)
-        assert found["greedy"][i] == (tuple(tokens) == item.choice_ids[0])
-        assert found["margin"][i] == pytest.approx(margin, abs=1e-4)
+        assert scores["choice"][i] == max(range(3), key=totals.__getitem__)
+        assert scores["scored"][i] == (scores["choice"][i] == 0)
+        assert scores["greedy"][i] == (tuple(tokens) == item.choice_ids[0])
+        assert scores["margin"][i] == pytest.approx(margin, abs=1e-4)
 
 
 def greedy_items(model: PreTrainedModel, items: list[ClozeItem], own: int = 2) -> list[ClozeItem]:
@@ -156,9 +156,9 @@ def greedy_items(model: PreTrainedModel, items: list[ClozeItem], own: int = 2) -
 def test_generation_through_the_cache_is_the_argmax(models: dict[str, PreTrainedModel], who: str) -> None:
     items = greedy_items(models[who], cut(items=7, max_words=6))
     for batch in (1, 4):
-        found = word_answers(models[who], TOKENIZER, items, batch=batch)
-        assert found["same_tokens"] == found["greedy"] == [i % 2 for i in range(len(items))]
-        assert min(found["margin"]) > found["tie"] == 1e-3
+        answers = word_answers(models[who], TOKENIZER, items, batch=batch)
+        assert answers["same_tokens"] == answers["greedy"] == [i % 2 for i in range(len(items))]
+        assert min(answers["margin"]) > answers["tie"] == 1e-3
 
 
 def test_settings_of_a_model_do_not_change_what_greedy_means(models: dict[str, PreTrainedModel]) -> None:
@@ -176,13 +176,14 @@ def test_a_word_must_end_where_it_ends(models: dict[str, PreTrainedModel], monke
     """` balloon` begins with the tokens of ` ball` and is not the word; ` ball.` and ` ball-room` are."""
     text = "they went up the long hill to see the ball. then the tall one said to buy a bee."
     (item,) = cut((text,), items=1, choices=2)
-    for said, right in ((f" {item.word}. A", 1), (f" {item.word}oon", 0), (f" {item.word}-r", 1), (" x", 0), ("", 0)):
-        ids = TOKENIZER(said, add_special_tokens=False)["input_ids"]
+    word = item.word
+    for continuation, right in ((f" {word}. A", 1), (f" {word}oon", 0), (f" {word}-r", 1), (" x", 0), ("", 0)):
+        ids = TOKENIZER(continuation, add_special_tokens=False)["input_ids"]
         row = [*item.context_ids, *(ids + [1] * 12)[:12]]
-        monkeypatch.setattr(models["teacher"], "generate", lambda row=row, **given: torch.tensor([row]))
-        found = write_words(models["teacher"], TOKENIZER, [item], batch=2)
-        assert found["generated"] == [right], said
-        assert found["same_tokens"] == [int(said.startswith(f" {item.word}"))]
+        monkeypatch.setattr(models["teacher"], "generate", lambda row=row, **kwargs: torch.tensor([row]))
+        answers = write_words(models["teacher"], TOKENIZER, [item], batch=2)
+        assert answers["generated"] == [right], continuation
+        assert answers["same_tokens"] == [int(continuation.startswith(f" {word}"))]
 
 
 class Forgetful:
@@ -191,16 +192,16 @@ class Forgetful:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
         inner = model.forward
 
-        def forward(*args: Any, **given: Any) -> Any:
-            if given.get("past_key_values") is not None and given["input_ids"].shape[1] == 1:
-                given = {
-                    **given,
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("past_key_values") is not None and kwargs["input_ids"].shape[1] == 1:
+                kwargs = {
+                    **kwargs,
                     "past_key_values": None,
                     "attention_mask": None,
                     "position_ids": None,
                     "use_cache": False,
                 }
-            return inner(*args, **given)
+            return inner(*args, **kwargs)
 
         monkeypatch.setattr(model, "forward", forward)
 
@@ -215,8 +216,8 @@ def test_a_faulty_cache_is_found(models: dict[str, PreTrainedModel], monkeypatch
     faulty = Cloze().run(context_of(models))
     assert faulty["models"]["student"]["cache_differs"] > 1
     assert faulty["models"]["student"]["greedy"] == healthy["models"]["student"]["greedy"]
-    found = [f for f in Cloze.present(faulty).findings if "cache" in f.text]
-    assert [f.level for f in found] == ["bad"] and "does not do what the full forward does" in found[0].text
+    findings = [f for f in Cloze.present(faulty).findings if "cache" in f.text]
+    assert [f.level for f in findings] == ["bad"] and "does not do what the full forward does" in findings[0].text
 
 
 def test_numbers_of_the_section(models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def shown_with(drops: dict[str, tuple[float, float, float]]) -> list[str]:
     share = {"value": 0.5, "low": 0.4, "high": 0.6, "successes": 50, "n": 100}
     model = {"role": "student", "scored": share, "greedy": share, "generated": share, "cache_differs": 0, "ties": 1}
     keys = ("value", "low", "high")
-    model |= {name: {**dict(zip(keys, given, strict=True)), "n": 100} for name, given in drops.items()}
+    model |= {name: {**dict(zip(keys, drop, strict=True)), "n": 100} for name, drop in drops.items()}
     numbers = {"items": 100, "choices": 4, "tokens": 1.5, "models": {"s": model}, "examples": []}
     return [finding.level for finding in Cloze.present(numbers).findings]
 

@@ -54,13 +54,13 @@ def eval_context(*models: Any, tokens: int = 61, **changes: Any) -> EvalContext:
     return EvalContext(models=eval_models, documents=documents, length=128, **changes)
 
 
-def run(section: Consistency, given: EvalContext) -> Any:
-    return json.loads(json.dumps(section.run(given), allow_nan=False))
+def run(section: Consistency, context: EvalContext) -> Any:
+    return json.loads(json.dumps(section.run(context), allow_nan=False))
 
 
 def test_every_kind_of_student_and_its_teacher_pass(teacher: Any) -> None:
-    given = eval_context(teacher, *(student_of(teacher, plan) for plan in PLANS.values()))
-    numbers = run(SMALL, given)
+    context = eval_context(teacher, *(student_of(teacher, plan) for plan in PLANS.values()))
+    numbers = run(SMALL, context)
     assert [len(model["checks"]) for model in numbers["models"].values()] == [7, *[6] * len(PLANS)]
     assert len({len(set(numbers["tokens"])), 3}) == 1 and all(n % 2 for n in numbers["tokens"])
     assert numbers["tokens"][0] > max(model["reach"] for model in numbers["models"].values())
@@ -69,8 +69,8 @@ def test_every_kind_of_student_and_its_teacher_pass(teacher: Any) -> None:
     assert len(shown.tables[0].rows) == 7 + 6 * len(PLANS)
     assert {stats[0].value for stats in Consistency.headline(numbers).values()} == {"right"}
     for model in numbers["models"].values():
-        for found in model["checks"].values():
-            assert 0 <= found["rms"] <= found["largest"] < 1e-4 and found["expected_loss"] > 1
+        for deviation in model["checks"].values():
+            assert 0 <= deviation["rms"] <= deviation["largest"] < 1e-4 and deviation["expected_loss"] > 1
 
 
 def test_the_full_pass_is_what_is_expected(teacher: Any) -> None:
@@ -79,34 +79,34 @@ def test_the_full_pass_is_what_is_expected(teacher: Any) -> None:
         logits = [teacher(input_ids=row[None]).logits[0, :-1] for row in rows]
     expected = F.cross_entropy(torch.cat(logits), torch.cat([row[1:] for row in rows])).item()
     for name in ("chunks", "padding", "order", "packing"):
-        found = check(name, CacheProbe(teacher, rows, 13))
-        assert found.expected_loss == pytest.approx(expected, abs=1e-5) and found.tokens == 54
+        deviation = check(name, CacheProbe(teacher, rows, 13))
+        assert deviation.expected_loss == pytest.approx(expected, abs=1e-5) and deviation.tokens == 54
     tail = F.cross_entropy(logits[0][13:], rows[0][14:]).item()
     for name in ("decode", "rollback", "static"):
-        found = check(name, CacheProbe(teacher, rows, 13))
-        assert found.expected_loss == pytest.approx(tail, abs=1e-5) and found.tokens == 17
+        deviation = check(name, CacheProbe(teacher, rows, 13))
+        assert deviation.expected_loss == pytest.approx(tail, abs=1e-5) and deviation.tokens == 17
 
 
 def test_a_deviation_is_what_it_says() -> None:
     torch.manual_seed(0)
     expected, targets = 3 * torch.randn(23, 11).double(), torch.randint(11, (23,))
-    found = expected + 0.7 * torch.randn(23, 11)
+    logits = expected + 0.7 * torch.randn(23, 11)
     total = _Total()
     for part in (slice(0, 9), slice(9, 23)):
-        total.add(found[part], expected[part], targets[part])
-    told, spread = total.deviation(), expected.var(-1, correction=0).mean().sqrt()
-    assert told.largest == pytest.approx(float((found - expected).abs().max() / spread))
-    assert told.rms == pytest.approx(float((found - expected).square().mean().sqrt() / spread))
-    assert told.flips == int((found.argmax(-1) != expected.argmax(-1)).sum()) > 0
-    assert told.loss == pytest.approx(F.cross_entropy(found, targets).item())
-    assert told.expected_loss == pytest.approx(F.cross_entropy(expected, targets).item())
+        total.add(logits[part], expected[part], targets[part])
+    deviation, spread = total.deviation(), expected.var(-1, correction=0).mean().sqrt()
+    assert deviation.largest == pytest.approx(float((logits - expected).abs().max() / spread))
+    assert deviation.rms == pytest.approx(float((logits - expected).square().mean().sqrt() / spread))
+    assert deviation.flips == int((logits.argmax(-1) != expected.argmax(-1)).sum()) > 0
+    assert deviation.loss == pytest.approx(F.cross_entropy(logits, targets).item())
+    assert deviation.expected_loss == pytest.approx(F.cross_entropy(expected, targets).item())
 
 
 def _plain(patch: pytest.MonkeyPatch) -> None:
     """Padding and packing are not seen."""
     original = Layout.from_inputs
     hidden = {"attention_mask": None, "position_ids": None}
-    patch.setattr(Layout, "from_inputs", lambda **given: original(**{**given, **hidden}))
+    patch.setattr(Layout, "from_inputs", lambda **inputs: original(**{**inputs, **hidden}))
 
 
 def _no_crop(patch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def _no_crop(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forgets(patch: pytest.MonkeyPatch) -> None:
-    """Every second piece is not kept."""
+    """Every second chunk is not kept."""
     original = MixerCacheLayer.step
 
     def step(layer: MixerCacheLayer, mixer: Any, inputs: Any, run: Any, *, layout: Any) -> Any:
@@ -149,9 +149,9 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_fails_its_own_checks(teacher: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     plant, expected = FAULTS[fault]
-    given = eval_context(teacher, student_of(teacher, PLANS["lolcats"]))
+    context = eval_context(teacher, student_of(teacher, PLANS["lolcats"]))
     plant(monkeypatch)
-    numbers = run(SMALL, given)
+    numbers = run(SMALL, context)
     student = numbers["models"]["student1"]
     assert set(ModelChecks.model_validate(student).failed) == expected
     shown = Consistency.present(numbers)
@@ -177,24 +177,24 @@ def test_half_precision_is_allowed_its_rounding_and_no_more(teacher: Any) -> Non
     numbers = run(SMALL, eval_context(teacher, student))
     model = numbers["models"]["student1"]
     assert model["dtype"] == "bfloat16" and [f.level for f in Consistency.present(numbers).findings] == ["good"]
-    assert max(found["largest"] for found in model["checks"].values()) > 1e-3, "nothing was rounded"
+    assert max(deviation["largest"] for deviation in model["checks"].values()) > 1e-3, "nothing was rounded"
     assert not Deviation(tokens=9, largest=0.1, rms=0.1, flips=0, loss=1, expected_loss=1).within((0.6, 0.06, 0.03))
     assert not Deviation(tokens=9, largest=0.1, rms=0.01, flips=0, loss=1.1, expected_loss=1).within((0.6, 0.06, 0.03))
 
 
 def test_the_same_again_and_kept(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = eval_context(teacher, student_of(teacher, PLANS["gla"]), results=ResultCache(tmp_path))
-    first = run(SMALL, given)
+    context = eval_context(teacher, student_of(teacher, PLANS["gla"]), results=ResultCache(tmp_path))
+    first = run(SMALL, context)
     monkeypatch.setattr(consistency, "_measured", lambda *_: pytest.fail("measured again"))
-    assert run(SMALL, given) == first
+    assert run(SMALL, context) == first
     monkeypatch.undo()
-    assert run(SMALL, replace(given, results=ResultCache())) == first
+    assert run(SMALL, replace(context, results=ResultCache())) == first
 
 
-def test_short_text_is_told_and_a_model_alone_is_enough(teacher: Any) -> None:
-    given = eval_context(teacher, tokens=7)
+def test_short_text_is_refused_and_a_model_alone_is_enough(teacher: Any) -> None:
+    context = eval_context(teacher, tokens=7)
     with pytest.raises(InputError, match="the text has 21 tokens"):
-        SMALL.check(given)
+        SMALL.check(context)
     student = student_of(teacher, mixer("lolcats", window=16))
     numbers = run(SMALL, eval_context(teacher, student, tokens=9))
     assert [(f.level, "reaches 32" in f.text) for f in Consistency.present(numbers).findings] == [

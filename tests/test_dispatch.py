@@ -80,7 +80,7 @@ def test_what_each_operation_looks_at_besides() -> None:
         assert choice(window_backends, spec=spec, cursor="rows") == backend
 
 
-def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "has_triton", lambda: False)
     backend, why = decay_backends.choice(Call(device="cuda", dtype=torch.float32, tokens=3))
     assert backend == "multi_token" and "not triton: triton is not installed" in why
@@ -142,11 +142,11 @@ def test_a_mixer_goes_on_where_its_kernel_does_not_build(name: str, monkeypatch:
     monkeypatch.setattr(type(mixer), "by_kernel", fails)
     monkeypatch.setattr(layer_steps, "DISPATCH", Dispatcher("layer", [Rule("triton", always, "", built=True), *RULES]))
     with torch.no_grad(), pytest.warns(UserWarning, match="no compiler"):
-        found, _ = mixer(hidden, layout=Layout())
+        output, _ = mixer(hidden, layout=Layout())
     monkeypatch.undo()
     with torch.no_grad():
         expected, _ = mixer(hidden, layout=Layout())
-    assert asked == [name] and torch.equal(found, expected)
+    assert asked == [name] and torch.equal(output, expected)
 
 
 RULES = [Rule("operations", always, "")]

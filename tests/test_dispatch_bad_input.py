@@ -86,8 +86,8 @@ def test_fp64_is_computed_in_pytorch_and_halves_by_kernels(name: str) -> None:
 )
 def test_wide_heads_are_prefilled_in_pytorch(name: str, dim: int, backend: str) -> None:
     for call in ("prefill", "training"):
-        found, why = backends(name, call, dim=dim)["window_linear"]
-        assert found == backend and (backend == "triton_chunks" or "not triton_chunks: heads of more than 128" in why)
+        chosen, why = backends(name, call, dim=dim)["window_linear"]
+        assert chosen == backend and (backend == "triton_chunks" or "not triton_chunks: heads of more than 128" in why)
     assert backends(name, "decode", dim=dim)["window_linear"][0] == "triton"
 
 
@@ -103,8 +103,8 @@ def test_wide_heads_are_prefilled_in_pytorch(name: str, dim: int, backend: str) 
     ],
 )
 def test_windows_too_large_for_a_kernel_go_to_pytorch(window: int, shape: str, backend: str) -> None:
-    found, why = backends("lolcats", "prefill", window=window, window_shape=shape)["window_linear"]
-    assert found == backend and (
+    chosen, why = backends("lolcats", "prefill", window=window, window_shape=shape)["window_linear"]
+    assert chosen == backend and (
         backend == "triton_chunks" or "not triton_chunks: a window whose reach is more than 128" in why
     )
 
@@ -154,9 +154,11 @@ def attend(
 def test_a_forced_backend_says_in_one_line_why_it_cannot(backend: str, change: dict, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
         attend(backend, **change)
-    said = str(caught.value)
+    message = str(caught.value)
     assert (
-        said.startswith(f"window_linear: the backend {backend!r} is forced") and "\n" not in said and "chunked" in said
+        message.startswith(f"window_linear: the backend {backend!r} is forced")
+        and "\n" not in message
+        and "chunked" in message
     )
 
 

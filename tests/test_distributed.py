@@ -101,7 +101,7 @@ def test_the_losses_are_those_of_one_process(folder: Path, recipe: str, ranks: i
     assert together(ranks, command, argv(folder, recipe, f"{recipe}-{ranks}"), folder / recipe) == [0] * ranks
     result = differences(folder / f"{recipe}-1", folder / f"{recipe}-{ranks}")
     weights = result.pop("weights")
-    assert max(result.values()) < 1e-5, result
+    assert max(result.values()) < 1e-4, result  # by processor up to 5e-5: AdamW turns a rounding into a part of a step
     assert 0 < weights < 1e-3  # AdamW turns a rounding into a part of a step; and it was another computation
     assert not any(
         (folder / f"{recipe}.{kind}.{rank}").read_text() for kind in ("out", "err") for rank in range(1, ranks)

@@ -31,7 +31,7 @@ MIXING = {"opt": {}, "biogpt": WIDE, "bart": BART}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "biogpt", "bart", "gpt_bigcode"])
-def test_a_family_is_told_by_what_it_computes(family: str) -> None:
+def test_a_family_is_recognised_by_what_it_computes(family: str) -> None:
     teacher = tiny(family, attention=None, **{"biogpt": WIDE, "bart": BART, "gpt_bigcode": WIDE}.get(family, {}))
     assert keeps_documents_apart(teacher) == (family not in MIXING)
     if "experts" not in str(teacher):  # products of experts need rows of 16 bytes
@@ -39,7 +39,7 @@ def test_a_family_is_told_by_what_it_computes(family: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lolcats", "mamba2", "retention"])
-def test_a_student_is_told_as_well(name: str) -> None:
+def test_a_student_is_recognised_as_well(name: str) -> None:
     assert keeps_documents_apart(student_of(tiny("llama"), mixer(name)))
     assert not keeps_documents_apart(student_of(tiny("opt"), [mixer(name), None, None]))
 
@@ -53,8 +53,8 @@ def test_a_row_holds_one_document() -> None:
     lengths = [5, 17, 1, 9]
     documents = [Document(list(range(100 * i, 100 * i + n)), [1] * n) for i, n in enumerate(lengths, 1)]
     for rows in (pack(documents, 8, one_per_row=True), document_rows(documents, 8, one_per_row=True)):
-        pieces = [ids[:n] for ids, n in zip(rows.input_ids.tolist(), [5, 8, 8, 1, 1, 8, 1], strict=True)]
-        assert [token for piece in pieces for token in piece] == [t for d in documents for t in d.tokens]
+        chunks = [ids[:n] for ids, n in zip(rows.input_ids.tolist(), [5, 8, 8, 1, 1, 8, 1], strict=True)]
+        assert [token for chunk in chunks for token in chunk] == [t for d in documents for t in d.tokens]
         assert all(row[0] == 0 for row in rows.position_ids.tolist()) and rows.num_targets == 25
         assert rows.labels[0].tolist() == [-100, 101, 102, 103, 104, -100, -100, -100]
 
@@ -68,7 +68,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pieces(documents: Sequence[Document]) -> list[list[int]]:
+def cut_rows(documents: Sequence[Document]) -> list[list[int]]:
     """Documents cut into rows of 64 tokens."""
     return [list(document.tokens[i : i + 64]) for document in documents for i in range(0, len(document), 64)]
 
@@ -101,7 +101,7 @@ def test_a_conversion_and_its_losses_are_those_of_separate_documents(
     report = json.loads((tmp_path / "s" / "report.json").read_text())
     teacher, tokenizer = load_teacher(opt / "teacher")
     heldout = split(load_documents([str(opt / "text.txt")], tokenizer), DataConfig(length=64, heldout=8)).heldout
-    documents = pieces(heldout)
+    documents = cut_rows(heldout)
     assert sum(map(len, documents)) < 64 * len(documents), "each is a row: the test is blind"
     assert report["teacher_loss"] == pytest.approx(alone(teacher, documents), abs=1e-5)
     loaded = linearize.load(tmp_path / "s") if student is None else student
@@ -115,7 +115,7 @@ def test_an_evaluation_gives_each_document_a_row(opt: Path) -> None:
     )
     assert any("documents of a packed row" in note for note in report.notes)
     teacher, tokenizer = load_teacher(opt / "teacher")
-    documents = pieces(load_documents([str(opt / "text.txt")], tokenizer))
+    documents = cut_rows(load_documents([str(opt / "text.txt")], tokenizer))
     assert report.teacher_loss == pytest.approx(alone(teacher, documents), abs=1e-5)
     (checks,) = (model["checks"] for model in report.sections["consistency"]["models"].values())
     assert "packing" not in checks and "padding" in checks

@@ -77,17 +77,17 @@ def by_document(
     model: nn.Module, batches: list[dict[str, Tensor]], **extra: Any
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The plain way: every document alone in the model. (logits [n, V], targets [n], positions [n]) of each."""
-    found = []
+    results = []
     for batch in batches:
         for ids, positions, labels in zip(batch["input_ids"], batch["position_ids"], batch["labels"], strict=True):
             starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
             for a, b in pairwise(starts):
-                given = {"input_ids": ids[None, a:b], "position_ids": torch.arange(b - a)[None]}
+                inputs = {"input_ids": ids[None, a:b], "position_ids": torch.arange(b - a)[None]}
                 with torch.no_grad():
-                    logits = model(**given, **extra).logits[0, :-1].double()
+                    logits = model(**inputs, **extra).logits[0, :-1].double()
                 keep = labels[a + 1 : b] != -100
-                found.append((logits[keep], labels[a + 1 : b][keep], torch.arange(b - a - 1)[keep]))
-    return found
+                results.append((logits[keep], labels[a + 1 : b][keep], torch.arange(b - a - 1)[keep]))
+    return results
 
 
 def test_packed_teacher_equals_documents_alone(batches: list[dict[str, Tensor]]) -> None:
@@ -125,9 +125,9 @@ def test_report_against_full_logits(batches: list[dict[str, Tensor]], rows: int 
 def test_loss_by_position(batches: list[dict[str, Tensor]]) -> None:
     teacher, student = tiny_llama(1), tiny_llama(2)
     report = held_out_report(student, teacher, batches, position_bins=[0, 3, 8, 40])
-    found = by_document(student, batches)
-    losses = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y, _ in found])
-    positions = torch.cat([p for _, _, p in found])
+    by_hand = by_document(student, batches)
+    losses = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y, _ in by_hand])
+    positions = torch.cat([p for _, _, p in by_hand])
     for b in report.by_position:
         inside = (positions >= b.start) & (positions < b.end)
         assert b.tokens == inside.sum()
@@ -165,16 +165,16 @@ def test_alone_and_modes(batches: list[dict[str, Tensor]]) -> None:
 def test_branch_ablation(batches: list[dict[str, Tensor]]) -> None:
     student, teacher = Branched(2, 3, 4), tiny_llama(1)
     window = 6
-    found = branch_ablation(student, batches, window=window, teacher=teacher)
+    ablation = branch_ablation(student, batches, window=window, teacher=teacher)
     for name in ("both", "window", "linear"):
         parts = by_document(student, batches, branch=name)
         loss = torch.cat([F.cross_entropy(x, y, reduction="none") for x, y, _ in parts])
         beyond = torch.cat([p for _, _, p in parts]) >= window
-        assert getattr(found.all_tokens, name) == pytest.approx(loss.mean().item(), abs=1e-5)
-        assert getattr(found.beyond_window, name) == pytest.approx(loss[beyond].mean().item(), abs=1e-5)
-        assert found.beyond_window.tokens == beyond.sum() < found.all_tokens.tokens
+        assert getattr(ablation.all_tokens, name) == pytest.approx(loss.mean().item(), abs=1e-5)
+        assert getattr(ablation.beyond_window, name) == pytest.approx(loss[beyond].mean().item(), abs=1e-5)
+        assert ablation.beyond_window.tokens == beyond.sum() < ablation.all_tokens.tokens
         assert loss_only(student, batches, name)[0] == pytest.approx(loss.mean().item(), abs=1e-5)
-    a = found.all_tokens
+    a = ablation.all_tokens
     share = (a.window - a.both) / (a.window - a.teacher)
     assert a.share == (pytest.approx(share) if a.window > a.teacher else None)
     assert branch_ablation(student, batches).beyond_window is None
@@ -183,8 +183,8 @@ def test_branch_ablation(batches: list[dict[str, Tensor]]) -> None:
 def test_share_of_the_gap() -> None:
     """Both branches as good as the teacher: all of it; where the window alone is as good, there is nothing to share."""
     batches = packed_batches([[23], [23], [23], [23], [23]])
-    found = {seed: loss_only(tiny_llama(seed), batches)[0] for seed in (1, 2)}
-    better, worse = sorted(found, key=found.__getitem__)
+    losses = {seed: loss_only(tiny_llama(seed), batches)[0] for seed in (1, 2)}
+    better, worse = sorted(losses, key=losses.__getitem__)
     teacher = tiny_llama(better)
     assert branch_ablation(Branched(better, worse, 3), batches, teacher=teacher).all_tokens.share == pytest.approx(1)
     assert branch_ablation(Branched(worse, worse, 3), batches, teacher=teacher).all_tokens.share == 0

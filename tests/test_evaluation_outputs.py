@@ -94,8 +94,8 @@ class ShortSighted:
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             text = self.tokenizer.decode(ids[mask.bool()])
-            found = re.search(r"\d+", text[-self.reach :])
-            answer = f" {found[0]}." if found else " zero"
+            match = re.search(r"\d+", text[-self.reach :])
+            answer = f" {match[0]}." if match else " zero"
             new = self.tokenizer(answer)["input_ids"][:max_new_tokens]
             rows.append(torch.cat([ids, torch.tensor(new + [pad_token_id] * (max_new_tokens - len(new)))]))
         return torch.stack(rows)
@@ -221,10 +221,10 @@ def test_report_holds_what_is_pinned_and_comes_back(tmp_path: Path) -> None:
     assert written["student_kl"] == 0.05 and written["student_top1"] == 0.91
     keys = {"name", "loss_before", "loss_after", "tokens", "trainable_parameters", "seconds"}
     assert all(keys <= stage.keys() for stage in written["stages"])
-    found = written["provenance"]
-    assert found["command"] == "linearize convert 'a b'" and found["seed"] == 3
-    assert found["libraries"]["torch"] == torch.__version__ and found["hardware"]["cores"] >= 1
-    assert found.keys() >= {"package_version", "commit", "date"}
+    provenance = written["provenance"]
+    assert provenance["command"] == "linearize convert 'a b'" and provenance["seed"] == 3
+    assert provenance["libraries"]["torch"] == torch.__version__ and provenance["hardware"]["cores"] >= 1
+    assert provenance.keys() >= {"package_version", "commit", "date"}
     assert read_report(tmp_path) == report
     assert read_report(tmp_path / "nowhere") is None
     (tmp_path / "report.json").write_text(json.dumps(written | {"teacher_loss": "low"}))

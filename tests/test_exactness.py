@@ -105,9 +105,9 @@ def test_a_rounding_in_a_backend_is_seen(backend, where, monkeypatch):
 
 def test_errors_are_of_the_worst_head_and_a_nan_is_infinite():
     exact = {"y": torch.ones(1, 2, 3, 5).double()}
-    found = {"y": exact["y"].clone()}
-    found["y"][0, 1, 2, 3] += 0.5
-    got = errors(found, exact)["y"]
+    outputs = {"y": exact["y"].clone()}
+    outputs["y"][0, 1, 2, 3] += 0.5
+    got = errors(outputs, exact)["y"]
     assert got["max"] == pytest.approx(0.25) and got["rms"] == pytest.approx((0.25 / 15) ** 0.5)
-    found["y"][0, 0, 0, 0] = float("nan")
-    assert not errors(found, exact)["y"]["max"] < 1e9
+    outputs["y"][0, 0, 0, 0] = float("nan")
+    assert not errors(outputs, exact)["y"]["max"] < 1e9

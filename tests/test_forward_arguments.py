@@ -39,10 +39,10 @@ def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def full(model: Any, ids: Tensor, **given: Any) -> Tensor:
+def full(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
     """Logits of one pass without a cache."""
     with torch.no_grad():
-        return model(ids, use_cache=False, **given).logits
+        return model(ids, use_cache=False, **inputs).logits
 
 
 # The cache argument.
@@ -123,10 +123,10 @@ def test_a_cache_that_the_teacher_filled_is_refused() -> None:
 def test_a_static_cache_generates_the_same_tokens(name: str, kept: bool) -> None:
     model, ids = student(name, kept=kept), text(2, 9)
     model.generation_config.eos_token_id = None
-    wanted = model.generate(ids, max_new_tokens=11, do_sample=False)
-    assert len(set(wanted[:, 9:].flatten().tolist())) > 3
-    found = model.generate(ids, max_new_tokens=11, do_sample=False, cache_implementation="static")
-    assert torch.equal(found, wanted)
+    expected = model.generate(ids, max_new_tokens=11, do_sample=False)
+    assert len(set(expected[:, 9:].flatten().tolist())) > 3
+    generated = model.generate(ids, max_new_tokens=11, do_sample=False, cache_implementation="static")
+    assert torch.equal(generated, expected)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
         parts = [model(part, cache=cache, use_cache=True).logits for part in ids.split([5, 1, 3], dim=1)]
@@ -139,10 +139,10 @@ def test_a_static_cache_generates_the_same_tokens(name: str, kept: bool) -> None
 @pytest.mark.parametrize("argument", ["past", "memory", "attn_mask", "decoder_attention_mask", "positions", "labls"])
 def test_an_unknown_keyword_is_refused_by_every_forward(argument: str) -> None:
     model = student("mamba2", kept=True)
-    ids, given = text(1, 5), {argument: torch.ones(1, 5, dtype=torch.long)}
+    ids, unknown = text(1, 5), {argument: torch.ones(1, 5, dtype=torch.long)}
     for forward in (model, model.lm, model.base_model, model.model):
         with pytest.raises(InputError, match=argument):
-            forward(ids, **given)
+            forward(ids, **unknown)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "lolcats"])
@@ -176,22 +176,24 @@ def test_looking_ahead_is_refused() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 def test_gradients_under_checkpointing_with_use_cache(name: str, reentrant: bool, kept: bool) -> None:
-    def gradients(checkpointing: bool, **given: Any) -> dict[str, Tensor]:
+    def gradients(checkpointing: bool, **options: Any) -> dict[str, Tensor]:
         model = copy.deepcopy(start).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        model(ids, labels=ids, **given).loss.backward()
+        model(ids, labels=ids, **options).loss.backward()
         return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
     start, ids = student(name, kept=kept), text(2, 21)
     expected = gradients(False, use_cache=False)
     assert any(".mixer." in k for k in expected) or name in ("sliding_window", "gla")
-    for given in ({"use_cache": True}, {"cache": DynamicCache(config=start.config), "use_cache": True}):
-        found = gradients(True, **given)
-        assert found.keys() == expected.keys()
+    for options in ({"use_cache": True}, {"cache": DynamicCache(config=start.config), "use_cache": True}):
+        checkpointed = gradients(True, **options)
+        assert checkpointed.keys() == expected.keys()
         for key, gradient in expected.items():
-            torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-6 + 1e-5 * float(gradient.abs().max()))
+            torch.testing.assert_close(
+                checkpointed[key], gradient, rtol=0, atol=1e-6 + 1e-5 * float(gradient.abs().max())
+            )
 
 
 def test_a_filled_cache_cannot_be_left_out_under_checkpointing() -> None:
@@ -208,7 +210,7 @@ def test_a_filled_cache_cannot_be_left_out_under_checkpointing() -> None:
 
 @pytest.mark.parametrize("name", ["lolcats", "mamba2"])
 def test_a_layer_that_is_recomputed_with_a_cache_is_refused(name: str) -> None:
-    """As wrappers from outside do it (FSDP's activation checkpointing): nothing tells the student beforehand."""
+    """As wrappers from outside do it (FSDP's activation checkpointing): the student is not notified beforehand."""
     model, ids = student(name).train(), text(1, 9)
     layer = model.base_model.layers[1]
     plain = layer.forward
@@ -235,32 +237,32 @@ def test_left_padding_changes_nothing_wherever_positions_begin(name: str, positi
     }[positions]  # fmt: skip
     for use_cache in (False, True):
         with torch.no_grad():
-            found = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=use_cache).logits
+            logits = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=use_cache).logits
         for i, row in enumerate(rows):
             own = None if position_ids is None else position_ids[i : i + 1, 17 - len(row) :]
             expected = full(model, row[None], position_ids=own)[0]
-            torch.testing.assert_close(found[i, 17 - len(row) :], expected, **CLOSE)
+            torch.testing.assert_close(logits[i, 17 - len(row) :], expected, **CLOSE)
 
 
 @every_mixer
-@pytest.mark.parametrize("given", ["nothing", "mask of ones", "padding on the right", "padding on the left"])
-def test_packed_rows_through_kept_layers_equal_their_documents(name: str, given: str) -> None:
+@pytest.mark.parametrize("padding", ["nothing", "mask of ones", "padding on the right", "padding on the left"])
+def test_packed_rows_through_kept_layers_equal_their_documents(name: str, padding: str) -> None:
     model = student(name, kept=True)
     assert not model.training
     first, second = text(1, 13, seed=1), text(1, 8, seed=2)
     ids, position_ids = torch.cat([first, second], 1), torch.cat([torch.arange(13), torch.arange(8)])[None]
     mask, pad = None, (0, 0)
-    if given != "nothing":
-        pad = {"mask of ones": (0, 0), "padding on the right": (0, 4), "padding on the left": (3, 0)}[given]
+    if padding != "nothing":
+        pad = {"mask of ones": (0, 0), "padding on the right": (0, 4), "padding on the left": (3, 0)}[padding]
         mask = torch.nn.functional.pad(torch.ones(1, 21, dtype=torch.long), pad)
         ids, position_ids = (torch.nn.functional.pad(x, pad, value=1) for x in (ids, position_ids))
     with torch.no_grad():
         output = model(ids, position_ids=position_ids, attention_mask=mask)
     assert cache_of(output) is None, "documents of packed rows have no common past"
-    found = output.logits[:, pad[0] : pad[0] + 21]
+    logits = output.logits[:, pad[0] : pad[0] + 21]
     expected = torch.cat([full(model, first), full(model, second)], 1)
-    torch.testing.assert_close(found, expected, **CLOSE)
-    assert float((found[:, 13:] - full(model, torch.cat([first, second], 1))[:, 13:]).abs().max()) > 0.1
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert float((logits[:, 13:] - full(model, torch.cat([first, second], 1))[:, 13:]).abs().max()) > 0.1
 
 
 def test_packed_rows_do_not_fill_a_cache_of_kept_layers() -> None:
@@ -294,8 +296,8 @@ def test_a_second_turn_of_unequal_lengths_goes_on_from_the_cache(name: str, side
             logits = model(ids, attention_mask=mask, position_ids=positions, cache=cache).logits
     for i in range(3):
         expected = full(model, torch.cat([turn[i] for turn in turns])[None])[0, -len(turns[2][i]) :]
-        found = logits[i][new[i].bool()]
-        torch.testing.assert_close(found, expected, **CLOSE)
+        turn_logits = logits[i][new[i].bool()]
+        torch.testing.assert_close(turn_logits, expected, **CLOSE)
 
 
 def test_a_mask_that_denies_what_was_read_is_refused() -> None:
@@ -327,13 +329,13 @@ def test_the_backbone_called_by_itself_gives_the_students_hidden_states(name: st
         live = mask.bool()  # what is computed on padding is nobody's
         expected = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[-1]
         for backbone in (model.base_model, model.model, model.lm.base_model):
-            found = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            torch.testing.assert_close(found[live], expected[live], **CLOSE)
+            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            torch.testing.assert_close(hidden[live], expected[live], **CLOSE)
         logits = model.get_output_embeddings()(model.base_model(ids, mask).last_hidden_state)
         by_head = model.lm(ids, attention_mask=mask).logits
-    for found in (logits, by_head):
+    for row_logits in (logits, by_head):
         expected = full(model, ids, attention_mask=mask)
-        torch.testing.assert_close(found[live], expected[live], **CLOSE)
+        torch.testing.assert_close(row_logits[live], expected[live], **CLOSE)
 
 
 def test_the_backbone_called_by_itself_keeps_its_state_in_the_cache() -> None:

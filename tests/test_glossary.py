@@ -93,11 +93,11 @@ NAMES = {
     "train_parts": "train_streamed_blocks",
     "write_papers": "write_student_files",
     "FEW_TOKENS": "a name that says what is bounded",
-    # "Part": "BlockResult",  # ops/triton/fused_heads.py
+    "Part": "BlockResult",
     "Piece": "HeadBlock",
-    # "Tile": "Stat",  # ops/triton/launch.py
+    "Tile": "StateTile",
     "pieces": "head_blocks",
-    # "room": "ring_buffer",  # decoding, evaluation
+    "room": "ring_buffer",
 }
 
 # Words that say nothing of what they name, or are pictures where the field has a term.
@@ -105,59 +105,8 @@ VAGUE = {
     "told", "tell", "found", "given", "said", "wanted", "guess", "guesses", "papers", "piece", "pieces", "room", "slab",
     "slabs",
 }  # fmt: skip
-# Where some of them are still in use; an entry goes when its renames are merged.
-STILL_VAGUE = (
-    "src/linearize/cli/main.py",
-    "src/linearize/cli/output.py",
-    "src/linearize/decoding/",
-    "src/linearize/demo/",
-    "src/linearize/metrics/theme.py",
-    "src/linearize/mixers/",
-    "src/linearize/modeling/",
-    "src/linearize/ops/",
-    "benchmarks/model_gpu.py",
-    "benchmarks/on_gpu.py",
-    "benchmarks/throughput.py",
-    "tests/support/report_samples.py",
-    "tests/support/triton_cases.py",
-    "tests/test_architecture.py",
-    "tests/test_branch_section.py",
-    "tests/test_chat_answers.py",
-    "tests/test_chat_judge.py",
-    "tests/test_cli.py",
-    "tests/test_cloze.py",
-    "tests/test_consistency.py",
-    "tests/test_demo.py",
-    "tests/test_dispatch.py",
-    "tests/test_dispatch_bad_input.py",
-    "tests/test_document_probe.py",
-    "tests/test_evaluate.py",
-    "tests/test_evaluation.py",
-    "tests/test_evaluation_outputs.py",
-    "tests/test_exactness.py",
-    "tests/test_forward_arguments.py",
-    "tests/test_home_paths.py",
-    "tests/test_hybrid_reports.py",
-    "tests/test_language_section.py",
-    "tests/test_layer_mixers.py",
-    "tests/test_layers_section.py",
-    "tests/test_mixer_contract.py",
-    "tests/test_needles.py",
-    "tests/test_own_tasks.py",
-    "tests/test_page.py",
-    "tests/test_planted_faults.py",
-    "tests/test_recall_section.py",
-    "tests/test_selective_scan.py",
-    "tests/test_speed_section.py",
-    "tests/test_tasks_data.py",
-    "tests/test_tasks_section.py",
-    "tests/test_tasks_shown.py",
-    "tests/test_throughput.py",
-    "tests/test_verdict.py",
-)
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
 PROSE = ("beside", "guess", "guesses", "is no folder", "lies in", "slab", "slabs", "stands in", "tell", "told")
-STILL_IN_PROSE = ("docs/evaluation.md",)
 
 
 def modules() -> list[Path]:
@@ -208,8 +157,7 @@ def test_names_say_what_they_name(folder: str) -> None:
     back = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         where = path.relative_to(ROOT).as_posix()
-        if not where.startswith(STILL_VAGUE):
-            back += [f"{where}: {name}" for name in sorted(set(defined(path.read_text("utf-8"))) & VAGUE)]
+        back += [f"{where}: {name}" for name in sorted(set(defined(path.read_text("utf-8"))) & VAGUE)]
     assert not back, "\n".join(back)
 
 
@@ -217,7 +165,7 @@ def test_names_say_what_they_name(folder: str) -> None:
 def test_pages_are_in_plain_words(page: Path) -> None:
     lines = page.read_text("utf-8").splitlines()
     used = [f"{n}: {line}" for n, line in enumerate(lines, 1) if re.search(rf"\b({'|'.join(PROSE)})\b", line)]
-    assert not used or page.relative_to(ROOT).as_posix() in STILL_IN_PROSE, "\n".join(used)
+    assert not used, "\n".join(used)
 
 
 def entries() -> list[tuple[str, ...]]:

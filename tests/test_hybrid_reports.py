@@ -44,16 +44,16 @@ def card(report: ConversionReport, *names: str | None) -> str:
 # the report
 
 
-def test_stages_of_one_name_are_told_apart() -> None:
+def test_stages_of_one_name_are_numbered() -> None:
     report = some_report(stages=[stage("distill", 2.5, 2.0), stage("dpo", 2.0, 1.9), stage("distill", 1.9, 1.5)])
     assert report.stage_names() == ["distill #1", "dpo", "distill #2"]
     assert [name for name, _, _ in report.moments()] == ["swap", "distill #1", "dpo", "distill #2"]
 
 
 def test_each_swap_of_a_schedule_is_a_moment() -> None:
-    found = scheduled(3).moments()
-    assert [moment.stage is None for moment in found] == [True, False, False] * 3
-    assert [moment.loss for moment in found][:4] == pytest.approx([2.0, 1.8, 1.6, 2.0 + 1 / 64])
+    moments = scheduled(3).moments()
+    assert [moment.stage is None for moment in moments] == [True, False, False] * 3
+    assert [moment.loss for moment in moments][:4] == pytest.approx([2.0, 1.8, 1.6, 2.0 + 1 / 64])
 
 
 def test_the_mixers_by_layer_come_back(tmp_path: Path) -> None:
@@ -82,14 +82,14 @@ def test_the_card_counts_tokens_where_they_were_read() -> None:
         stage("distill", 2.0, 1.5, 300),
         stage("dpo", 1.5, 1.6, 50, data="p.json"),
     ]
-    told = card(some_report(stages=stages), "mamba2")
-    assert "trained on 1,000 tokens of `a.txt`, `b.jsonl` and 50 tokens of `p.json`." in told
-    assert "| after `distill #2` | 1.5000 |" in told
+    card_text = card(some_report(stages=stages), "mamba2")
+    assert "trained on 1,000 tokens of `a.txt`, `b.jsonl` and 50 tokens of `p.json`." in card_text
+    assert "| after `distill #2` | 1.5000 |" in card_text
 
 
 def test_the_card_shows_every_swap_of_a_schedule() -> None:
-    told = card(scheduled(3), "mamba2", "mamba2", "mamba2")
-    rows = [line for line in told.splitlines() if "untrained" in line]
+    card_text = card(scheduled(3), "mamba2", "mamba2", "mamba2")
+    rows = [line for line in card_text.splitlines() if "untrained" in line]
     assert [row.split(" | ")[0] for row in rows] == [f"| after swap {i} of 3, untrained" for i in (1, 2, 3)]
     assert rows[2].split(" | ")[1] == "2.0312"
 

@@ -66,16 +66,16 @@ def numbers(models: dict[str, PreTrainedModel]) -> Numbers:
     return json.loads(json.dumps(Language(first_bin=5).run(context_of(models)), allow_nan=False))
 
 
-def pieces() -> list[list[int]]:
+def cut_rows() -> list[list[int]]:
     """The documents cut at multiples of the row's length, as packing does."""
     documents = tokenize([Example(text) for text in TEXTS], TOKENIZER)
     return [d.tokens[i : i + LENGTH] for d in documents for i in range(0, len(d), LENGTH) if len(d.tokens[i:]) > 1]
 
 
 def alone(model: PreTrainedModel, **extra: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Each piece alone in the model: losses and log-probabilities of its tokens but the first."""
+    """Each row alone in the model: losses and log-probabilities of its tokens but the first."""
     losses, log_p = [], []
-    for ids in pieces():
+    for ids in cut_rows():
         with torch.no_grad():
             logits = model(torch.tensor([ids]), use_cache=False, **extra).logits[0, :-1].double()
         losses.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
@@ -89,31 +89,31 @@ def test_losses_and_agreement(numbers: Numbers, models: dict[str, PreTrainedMode
     assert numbers["tokens"] == sum(map(len, t_loss)) and numbers["documents"] == len(t_loss)
     for name, model in models.items():
         losses, log_p = alone(model)
-        found, mean = numbers["models"][name], torch.cat(losses).mean().item()
-        assert found["loss"]["value"] == pytest.approx(mean, abs=2e-5)
-        assert found["perplexity"]["value"] == pytest.approx(math.exp(mean), rel=1e-4)
-        assert found["perplexity"]["low"] < found["perplexity"]["value"] < found["perplexity"]["high"]
+        measured, mean = numbers["models"][name], torch.cat(losses).mean().item()
+        assert measured["loss"]["value"] == pytest.approx(mean, abs=2e-5)
+        assert measured["perplexity"]["value"] == pytest.approx(math.exp(mean), rel=1e-4)
+        assert measured["perplexity"]["low"] < measured["perplexity"]["value"] < measured["perplexity"]["high"]
         if name == "teacher":
-            assert "gap" not in found
+            assert "gap" not in measured
             continue
         own = torch.cat(log_p)
         gap = mean - torch.cat(t_loss).mean().item()
-        assert found["gap"]["value"] == pytest.approx(gap, abs=2e-5)
-        assert found["kept"]["value"] == pytest.approx(math.exp(-gap), rel=1e-4)
-        assert found["kept"]["low"] < found["kept"]["value"] < found["kept"]["high"]
+        assert measured["gap"]["value"] == pytest.approx(gap, abs=2e-5)
+        assert measured["kept"]["value"] == pytest.approx(math.exp(-gap), rel=1e-4)
+        assert measured["kept"]["low"] < measured["kept"]["value"] < measured["kept"]["high"]
         kl = F.kl_div(own, teacher, log_target=True, reduction="batchmean").item()
-        assert found["kl"]["value"] == pytest.approx(kl, abs=2e-5)
-        assert found["top1"]["value"] == pytest.approx((own.argmax(-1) == teacher.argmax(-1)).double().mean().item())
+        assert measured["kl"]["value"] == pytest.approx(kl, abs=2e-5)
+        assert measured["top1"]["value"] == pytest.approx((own.argmax(-1) == teacher.argmax(-1)).double().mean().item())
         sets = zip(own.topk(5).indices.tolist(), teacher.topk(5).indices.tolist(), strict=True)
         overlap = [len(set(a) & set(b)) / 5 for a, b in sets]
-        assert found["top5"]["value"] == pytest.approx(sum(overlap) / len(overlap), abs=1e-6)
+        assert measured["top5"]["value"] == pytest.approx(sum(overlap) / len(overlap), abs=1e-6)
 
 
 def test_bits_per_byte(numbers: Numbers, models: dict[str, PreTrainedModel]) -> None:
-    """BOS is not predicted and EOS has no bytes; the first token of a later piece is not predicted either."""
-    text = [torch.tensor(ids[1:]) > 1 for ids in pieces()]
+    """BOS is not predicted and EOS has no bytes; the first token of a later row is not predicted either."""
+    text = [torch.tensor(ids[1:]) > 1 for ids in cut_rows()]
     size = sum(int(mask.sum()) for mask in text)
-    assert numbers["bytes"] == size == sum(len(t.encode()) for t in TEXTS) - sum(ids[0] > 1 for ids in pieces())
+    assert numbers["bytes"] == size == sum(len(t.encode()) for t in TEXTS) - sum(ids[0] > 1 for ids in cut_rows())
     for name, model in models.items():
         losses, _ = alone(model)
         bits = sum(loss[mask].sum().item() for loss, mask in zip(losses, text, strict=True)) / math.log(2)
@@ -138,15 +138,15 @@ def test_positions_and_lengths(numbers: Numbers, models: dict[str, PreTrainedMod
 
 def evidence_by_hand(ids: list[int]) -> list[int]:
     """For each token but the first, how far its last equal pair ends before the token that predicts it."""
-    found = []
+    distances = []
     for t in range(1, len(ids)):
         places = [s for s in range(1, t) if ids[s - 1 : s + 1] == ids[t - 1 : t + 1]]
-        found.append(t - 1 - places[-1] if places else -1)
-    return found
+        distances.append(t - 1 - places[-1] if places else -1)
+    return distances
 
 
 def test_evidence(numbers: Numbers, models: dict[str, PreTrainedModel]) -> None:
-    distance = torch.cat([torch.tensor(evidence_by_hand(ids)) for ids in pieces()])
+    distance = torch.cat([torch.tensor(evidence_by_hand(ids)) for ids in cut_rows()])
     reach = longest_reach(
         EvalModel(name="s", role="student", path="", model=models["window"], tokenizer=TOKENIZER).plan
     )
@@ -211,8 +211,8 @@ def faulty(models: dict[str, PreTrainedModel], numbers: Numbers, **gaps: float) 
             changed["models"]["window"]["gap"] = {"value": value, "error": 0.001}
     for kind in changed["evidence"][0]["classes"].values():
         kind["tokens"] += 1000
-    found = [f for f in Language.present(changed).findings if f.student == "window"]
-    return {name: f.level for name, f in zip(("loss", "growth", "evidence"), found, strict=False)}
+    findings = [f for f in Language.present(changed).findings if f.student == "window"]
+    return {name: f.level for name, f in zip(("loss", "growth", "evidence"), findings, strict=False)}
 
 
 def test_findings(models: dict[str, PreTrainedModel], numbers: Numbers) -> None:
@@ -231,11 +231,11 @@ def test_shown_for_any_number_of_models(models: dict[str, PreTrainedModel], numb
     lone = Language().run(context_of({"teacher": models["teacher"]}))
     orphan = Language().run(context_of({"window": models["window"]}))
     many = Language().run(context_of({"teacher": models["teacher"], **{f"s{i}": models["window"] for i in range(5)}}))
-    for found in (numbers, lone, orphan, many):
-        found = json.loads(json.dumps(found, allow_nan=False))
-        shown = Language.present(found)
+    for section_numbers in (numbers, lone, orphan, many):
+        section_numbers = json.loads(json.dumps(section_numbers, allow_nan=False))
+        shown = Language.present(section_numbers)
         assert shown.tables and all(len({tuple(row) for row in table.rows}) == 1 for table in shown.tables)
-        assert all(f.student in found["models"] for f in shown.findings)
+        assert all(f.student in section_numbers["models"] for f in shown.findings)
         for plot in shown.plots:
             with styled():
                 figure = Figure(figsize=(plot.width, plot.height), layout="constrained")

@@ -25,8 +25,8 @@ every_layer_mixer = pytest.mark.parametrize("name", LAYER_MIXERS)
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(ids).logits
-    return found
+        output: Tensor = model(ids).logits
+    return output
 
 
 @every_layer_mixer
@@ -64,10 +64,10 @@ def test_saved_in_bf16_what_must_stay_in_fp32_does(name: str, tmp_path: Path) ->
     student = student_of(teacher, [mixer(name), None, mixer(name)])
     student.save_pretrained(tmp_path / "s")
     loaded = linearize.load(tmp_path / "s")
-    own, found = dict(student.named_parameters()), dict(loaded.named_parameters())
-    assert own.keys() == found.keys()
+    own, restored = dict(student.named_parameters()), dict(loaded.named_parameters())
+    assert own.keys() == restored.keys()
     for key, value in own.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+        assert restored[key].dtype == value.dtype and torch.equal(restored[key], value), key
     kinds = {x.dtype for x in student.mixer_parameters().values()}
     assert torch.bfloat16 in kinds
     assert torch.equal(logits(loaded, text(2, 9)), logits(student, text(2, 9)))
@@ -83,11 +83,11 @@ def test_layers_converted_later_start_from_the_weights_of_then(name: str) -> Non
     with torch.no_grad():  # a stage has moved the kept layer
         moved = student.lm.model.layers[2].self_attn
         moved.q_proj.weight = nn.Parameter(moved.q_proj.weight + 0.25)
-    wanted = attention_weights(moved, student.config.attention_shapes()[2]).q
+    q_weight = attention_weights(moved, student.config.attention_shapes()[2]).q
     student.convert_layers({2: mixer(name)})
     assert sorted(student.mixers()) == [0, 2] and isinstance(student.lm.model.layers[2].self_attn, MixerLayer)
-    own = [x for x in student.mixers()[2].parameters() if x.dim() == 2 and x.shape[1] == wanted.shape[1]]
-    assert any(torch.equal(x[i : i + len(wanted)], wanted) for x in own for i in range(len(x) - len(wanted) + 1))
+    own = [x for x in student.mixers()[2].parameters() if x.dim() == 2 and x.shape[1] == q_weight.shape[1]]
+    assert any(torch.equal(x[i : i + len(q_weight)], q_weight) for x in own for i in range(len(x) - len(q_weight) + 1))
     assert student.config.layer_types == ["linearize_mixer", "full_attention", "linearize_mixer"]
     assert logits(student, text(1, 9)).shape == (1, 9, VOCABULARY)
 

@@ -55,8 +55,8 @@ def eval_context(*models: Any) -> EvalContext:
     return EvalContext(models=eval_models, documents=[Document(row, [1] * len(row)) for row in rows], length=64)
 
 
-def measured(section: Layers, given: EvalContext) -> Any:
-    return json.loads(json.dumps(section.run(given), allow_nan=False))
+def measured(section: Layers, context: EvalContext) -> Any:
+    return json.loads(json.dumps(section.run(context), allow_nan=False))
 
 
 def test_shapes_of_known_rows() -> None:
@@ -74,13 +74,13 @@ def test_shapes_of_known_rows() -> None:
 def test_the_teachers_rows_are_transformers_own(teacher: Any) -> None:
     with torch.no_grad():
         attentions = teacher(**{k: v for k, v in batch().items() if k != "labels"}, output_attentions=True).attentions
-    found = teacher_shapes(teacher, batch(), far=FAR, first=FIRST)
-    assert list(found) == [0, 1, 2]
+    shapes = teacher_shapes(teacher, batch(), far=FAR, first=FIRST)
+    assert list(shapes) == [0, 1, 2]
     for layer, weights in enumerate(attentions):
         p = weights[0, :, FIRST:].double()
         entropy = torch.distributions.Categorical(p).entropy()
         back = torch.tensor([[n - i for i in range(T)] for n in range(FIRST, T)])
-        shape = found[layer]
+        shape = shapes[layer]
         assert shape.entropy == pytest.approx(float(entropy.mean()), abs=1e-4)
         assert shape.effective == pytest.approx(float(entropy.exp().mean()), abs=1e-3)
         assert shape.distance == pytest.approx(float((p * back).sum(-1).mean()), abs=1e-3)
@@ -91,9 +91,9 @@ def test_the_teachers_rows_are_transformers_own(teacher: Any) -> None:
     "config", [mixer(), mixer("gla", window=3), mixer("sliding_window"), mixer(window=0, num_sinks=0)], ids=str
 )
 def test_implied_weights_give_the_mixers_output(teacher: Any, config: Any) -> None:
-    student, given = student_of(teacher, config), batch()
-    layout, name = batch_layout(given), student.config.attention[1]
-    call, module = module_calls(teacher, given, [name])[name], student.lm.get_submodule(name)
+    student, inputs = student_of(teacher, config), batch()
+    layout, name = batch_layout(inputs), student.config.attention[1]
+    call, module = module_calls(teacher, inputs, [name])[name], student.lm.get_submodule(name)
     with torch.no_grad():
         weights_HTT = implied_weights(module, call, layout)[0]
         values = module.v_proj(call.hidden)[0].unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
@@ -105,38 +105,38 @@ def test_implied_weights_give_the_mixers_output(teacher: Any, config: Any) -> No
 
 def test_errors_are_those_of_hidden_alignment(teacher: Any) -> None:
     student = student_of(teacher, [mixer(), mixer("mamba2"), mixer("retention")])
-    found = student_shapes(student, teacher, batch(), far=FAR, first=FIRST)
+    shapes = student_shapes(student, teacher, batch(), far=FAR, first=FIRST)
     run = HiddenAlignment(HiddenAlignmentConfig(tokens=0, lr=1.0), student, teacher)
     whole = {**batch(), "labels": torch.ones(1, T + 1, dtype=torch.long)[:, :T]}
     calls = module_calls(teacher, whole, student.config.attention)
     for layer, (output, call) in run._outputs(whole).items():
         expected = (output - call.output).detach().square().sum() / call.output.square().sum()
-        shape = found[layer]
+        shape = shapes[layer]
         assert shape.error is not None and shape.power is not None
         assert shape.error / shape.power == pytest.approx(float(expected), rel=1e-4)
-    assert len(calls) == len(found) == 3
+    assert len(calls) == len(shapes) == 3
 
 
 def test_the_section_measures_all_layers_of_all_contestants(teacher: Any) -> None:
     from matplotlib.figure import Figure
 
     students = [student_of(teacher, plan) for plan in (PLAN, [None, mixer("sliding_window"), None])]
-    given, section = eval_context(teacher, *students), Layers(texts=3, tokens=33)
-    numbers = measured(section, given)
-    assert measured(section, given) == numbers and numbers["tokens"] == [33, 29, 23] and numbers["far"] == 8
+    context, section = eval_context(teacher, *students), Layers(texts=3, tokens=33)
+    numbers = measured(section, context)
+    assert measured(section, context) == numbers and numbers["tokens"] == [33, 29, 23] and numbers["far"] == 8
     models = numbers["models"]
     assert [layer["layer"] for layer in models["student1"]["layers"]] == [0, 1, 2]
     assert [(layer["layer"], layer["mixer"]) for layer in models["student2"]["layers"]] == [(1, "sliding_window")]
-    first = given.documents[1].tokens[:33]
+    first = context.documents[1].tokens[:33]
     one = {"input_ids": torch.tensor([first]), "position_ids": torch.arange(33)[None]}
     shapes = [student_shapes(students[0], teacher, one, far=8, first=16)]
-    for n, row in ((29, given.documents[3].tokens), (23, given.documents[2].tokens)):
+    for n, row in ((29, context.documents[3].tokens), (23, context.documents[2].tokens)):
         one = {"input_ids": torch.tensor([row]), "position_ids": torch.arange(n)[None]}
         shapes.append(student_shapes(students[0], teacher, one, far=8, first=n // 2))
     for layer in models["student1"]["layers"]:
-        found = torch.tensor([getattr(s[layer["layer"]], "entropy") for s in shapes], dtype=torch.float64)  # noqa: B009
-        assert layer["entropy"]["value"] == pytest.approx(float(found.mean()))
-        assert layer["entropy"]["error"] == pytest.approx(float(found.std() / 3**0.5))
+        entropies = torch.tensor([s[layer["layer"]].entropy for s in shapes], dtype=torch.float64)
+        assert layer["entropy"]["value"] == pytest.approx(float(entropies.mean()))
+        assert layer["entropy"]["error"] == pytest.approx(float(entropies.std() / 3**0.5))
         errors = [s[layer["layer"]] for s in shapes]
         assert layer["error"]["value"] == pytest.approx(sum(e.error for e in errors) / sum(e.power for e in errors))
     shown = Layers.present(numbers)
@@ -155,8 +155,8 @@ def test_the_section_measures_all_layers_of_all_contestants(teacher: Any) -> Non
 def test_without_a_teacher_of_its_kind_a_student_is_given_its_own_states(teacher: Any) -> None:
     student, other = student_of(teacher, PLAN), tiny("qwen3")
     section = Layers(texts=2, tokens=24)
-    for given, name in ((eval_context(other, student), "student1"), (eval_context(student), "teacher")):
-        numbers = measured(section, given)
+    for context, name in ((eval_context(other, student), "student1"), (eval_context(student), "teacher")):
+        numbers = measured(section, context)
         model = numbers["models"][name]
         assert model["source"] == name and [layer["error"] for layer in model["layers"]] == [None] * 3
         assert all(layer["entropy"]["value"] > 0 for layer in model["layers"])
@@ -172,6 +172,6 @@ def module_calls_of(teacher: Any, ids: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def test_text_without_a_document_to_look_at(teacher: Any) -> None:
-    given = eval_context(teacher)
+    context = eval_context(teacher)
     with pytest.raises(InputError, match="no document has 8 tokens"):
-        Layers().check(EvalContext(models=given.models, documents=[Document([1, 5, 2], [1, 1, 1])]))
+        Layers().check(EvalContext(models=context.models, documents=[Document([1, 5, 2], [1, 1, 1])]))

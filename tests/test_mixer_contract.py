@@ -80,28 +80,28 @@ def inputs(mixer: Mixer, *, rows: int = B, tokens: int = T, seed: int = 2) -> li
     return [torch.randn(rows, n, tokens, d, dtype=dtype) for n, d in sizes]
 
 
-def cut(mixer: Mixer, given: list[Tensor], start: int, stop: int) -> list[Tensor]:
-    return [x.narrow(mixer.time_dim, start, stop - start) for x in given]
+def cut(mixer: Mixer, sequences: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    return [x.narrow(mixer.time_dim, start, stop - start) for x in sequences]
 
 
-def run(mixer: Mixer, given: list[Tensor], cuts: list[int]) -> tuple[Tensor, Any]:
+def run(mixer: Mixer, sequences: list[Tensor], cuts: list[int]) -> tuple[Tensor, Any]:
     """Outputs and state when the sequence is cut at these tokens."""
-    state, parts, tokens = None, [], given[0].shape[mixer.time_dim]
+    state, parts, tokens = None, [], sequences[0].shape[mixer.time_dim]
     scores = {} if isinstance(mixer, LayerMixer) else SCORES
     for a, b in itertools.pairwise([0, *cuts, tokens]):
-        y, state = mixer(*cut(mixer, given, a, b), layout=Layout(a), state=state, **scores)
+        y, state = mixer(*cut(mixer, sequences, a, b), layout=Layout(a), state=state, **scores)
         parts.append(y)
     return torch.cat(parts, dim=mixer.time_dim), state
 
 
-def raw(mixer: Mixer, given: list[Tensor]) -> list[Tensor]:
+def raw(mixer: Mixer, sequences: list[Tensor]) -> list[Tensor]:
     """The inputs that `advance` takes."""
-    return list(mixer.project(*given)) if isinstance(mixer, LayerMixer) else given[1:]
+    return list(mixer.project(*sequences)) if isinstance(mixer, LayerMixer) else sequences[1:]
 
 
-def same_state(given: Any, expected: Any, tolerance: float) -> None:
+def same_state(actual: Any, expected: Any, tolerance: float) -> None:
     tensors: list[list[Tensor]] = []
-    for state in (given, expected):
+    for state in (actual, expected):
         tensors.append([])
         state.map_batch(lambda x: tensors[-1].append(x) or x)
     assert len(tensors[0]) == len(tensors[1]) > 0
@@ -118,15 +118,15 @@ def student(config: MixerConfig, **changes: Any) -> LinearizedForCausalLM:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=str)
 def test_a_cutting_anywhere_changes_nothing(config: MixerConfig, dtype: torch.dtype, tolerance: float) -> None:
     built = build(config, dtype)
-    given = [x.to(dtype) for x in inputs(built)]
-    whole, end = run(built, given, [])
+    sequences = [x.to(dtype) for x in inputs(built)]
+    whole, end = run(built, sequences, [])
     assert whole.shape == ((B, T, M) if isinstance(built, LayerMixer) else (B, H, T, V)) and whole.dtype == dtype
     for cuts in ([1], [T - 1], [5, 6, 29], [33], list(range(1, T))):
-        y, state = run(built, given, cuts)
+        y, state = run(built, sequences, cuts)
         torch.testing.assert_close(y, whole, rtol=tolerance, atol=tolerance)
         same_state(state, end, tolerance)
-    advanced = built.advance(*cut(built, raw(built, given), 0, 20), layout=Layout())
-    advanced = built.advance(*cut(built, raw(built, given), 20, T), layout=Layout(20), state=advanced)
+    advanced = built.advance(*cut(built, raw(built, sequences), 0, 20), layout=Layout())
+    advanced = built.advance(*cut(built, raw(built, sequences), 20, T), layout=Layout(20), state=advanced)
     same_state(advanced, end, tolerance)
 
 
@@ -164,9 +164,9 @@ def test_b_left_padding_changes_nothing(config: MixerConfig, sizes: list[int]) -
 @every_mixer
 def test_b_batch_order_changes_nothing(config: MixerConfig) -> None:
     built, order = build(config), torch.tensor([2, 0, 1])
-    given = inputs(built, rows=3)
-    y, state = run(built, given, [20])
-    shuffled, after = run(built, [x[order] for x in given], [20])
+    sequences = inputs(built, rows=3)
+    y, state = run(built, sequences, [20])
+    shuffled, after = run(built, [x[order] for x in sequences], [20])
     torch.testing.assert_close(shuffled, y[order], rtol=0, atol=1e-12)
     same_state(after, state.map_batch(lambda x: x[order]), 1e-12)
 
@@ -187,19 +187,19 @@ def test_b_packing_changes_nothing(config: MixerConfig) -> None:
 @every_mixer
 def test_c_nothing_stays_on_the_module(config: MixerConfig) -> None:
     built = build(config)
-    given = inputs(built)
+    sequences = inputs(built)
 
     def picture() -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        contents: dict[str, Any] = {}
         for name, module in built.named_modules():
             tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-            found |= {f"{name}.{key}": value.clone() for key, value in tensors}
-            found |= {f"{name}!{key}": repr(value) for key, value in vars(module).items() if key[0] != "_"}
-        return found
+            contents |= {f"{name}.{key}": value.clone() for key, value in tensors}
+            contents |= {f"{name}!{key}": repr(value) for key, value in vars(module).items() if key[0] != "_"}
+        return contents
 
     before = picture()
-    run(built, given, [13])
-    built.advance(*raw(built, given), layout=Layout())
+    run(built, sequences, [13])
+    built.advance(*raw(built, sequences), layout=Layout())
     after = picture()
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -361,5 +361,5 @@ def test_the_mixing_matrix_is_what_the_layer_does_between_values_and_outputs(con
 def test_both_branches_are_there_where_the_mixer_has_two(config: MixerConfig) -> None:
     """Guards the tests above: window alone and linear branch alone differ from both together, so neither is dead."""
     model, ids = student(config), text(1, T)
-    found = {branch: model(ids, branch=branch).logits for branch in ("both", "window", "linear")}
-    assert all((found["both"] - found[other]).abs().max() > 1e-3 for other in ("window", "linear"))
+    logits = {branch: model(ids, branch=branch).logits for branch in ("both", "window", "linear")}
+    assert all((logits["both"] - logits[other]).abs().max() > 1e-3 for other in ("window", "linear"))

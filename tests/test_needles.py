@@ -49,25 +49,25 @@ def test_prompt_ends_right_before_the_digits_of_the_last_question() -> None:
     assert item.answers[-1] == (len(item.prompt), len(item.prompt) + CODE_DIGITS)
 
 
-@pytest.mark.parametrize("wanted", [0, 37, 90, 149])
-def test_distance_is_the_words_between_the_fact_and_the_answer(wanted: int) -> None:
-    item = _document(7, distance=wanted)
+@pytest.mark.parametrize("distance", [0, 37, 90, 149])
+def test_distance_is_the_words_between_the_fact_and_the_answer(distance: int) -> None:
+    item = _document(7, distance=distance)
     fact_end = item.text.index(f"{item.answer}.") + CODE_DIGITS + 1
     assert item.distance == len(item.prompt[fact_end:].split())
     asking = "What is the code of the red box? The code of the red box is".count(" ") + 1
-    assert abs(item.distance - asking - wanted) <= 6, "half of the longest sentence"
+    assert abs(item.distance - asking - distance) <= 6, "half of the longest sentence"
 
 
 def test_hay_is_whole_stories_text_in_order() -> None:
     item = _document(3, num_facts=2, num_questions=3)
     question = r"(?: |^)What is the code of the \w+ \w+\? The code of the \w+ \w+ is \d{4}\."
     hay = re.sub(r"(?: |^)The code of the \w+ \w+ is \d{4}\.", "", re.sub(question, "", item.text))
-    pieces = hay.split("\n\n")
+    paragraphs = hay.split("\n\n")
     whole = [part for story in STORIES for part in story.split("\n\n")]
     assert 150 <= len(hay.split()) < 150 + 12
-    assert len(pieces) > 3
-    assert all(piece.strip() in whole for piece in pieces[:-1])
-    assert any(part.startswith(pieces[-1].strip()) for part in whole)
+    assert len(paragraphs) > 3
+    assert all(paragraph.strip() in whole for paragraph in paragraphs[:-1])
+    assert any(part.startswith(paragraphs[-1].strip()) for part in whole)
 
 
 def test_sentences_rejoin_and_never_open_inside_speech() -> None:
@@ -92,7 +92,7 @@ def test_codes_keep_their_leading_zeros() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"num_words": 0}, "num_words is 0"),
         ({"num_facts": 0}, "allowed are 1 to 10"),
@@ -102,8 +102,8 @@ def test_codes_keep_their_leading_zeros() -> None:
         ({"distance": -1}, "distance is -1"),
     ],
 )
-def test_numbers_outside_their_range_are_refused(settings: dict[str, int], told: str) -> None:
-    with pytest.raises(InputError, match=re.escape(told)):
+def test_numbers_outside_their_range_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         _document(**settings)
 
 

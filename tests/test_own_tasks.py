@@ -75,15 +75,15 @@ def by_lm_eval(model: Path, task: str, own: Path) -> dict[str, float]:
     from lm_eval.tasks import TaskManager
 
     with isolated():
-        found = simple_evaluate(
+        output = simple_evaluate(
             "hf",
             model_args={"pretrained": str(model)},
             tasks=[task],
             device="cpu",
             task_manager=TaskManager(include_path=str(own), include_defaults=False),
         )
-    assert found is not None
-    return numbers(found["results"][task])
+    assert output is not None
+    return numbers(output["results"][task])
 
 
 def numbers(results: dict[str, Any]) -> dict[str, float]:
@@ -98,11 +98,11 @@ def test_the_command_takes_definitions_of_ones_own(
     argv = ["eval", str(folder / "student"), "--teacher", str(folder / "teacher"), "--tasks", task]
     argv += ["--include-path", str(folder / "own"), "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
-    found = json.loads(capsys.readouterr().out)["sections"]["tasks"]
-    assert found["models"]["teacher"][row]["n"] == len(ITEMS)
-    assert f"--include_path {folder / 'own'}" in found["commands"][task]
+    section = json.loads(capsys.readouterr().out)["sections"]["tasks"]
+    assert section["models"]["teacher"][row]["n"] == len(ITEMS)
+    assert f"--include_path {folder / 'own'}" in section["commands"][task]
     for name in ("teacher", "student"):
-        ours = numbers(found["models"][name][row]["metrics"])
+        ours = numbers(section["models"][name][row]["metrics"])
         assert ours == by_lm_eval(folder / name, row, folder / "own") and len(ours) == 2
     lines = (tmp_path / "out" / "samples" / f"{task}.student.jsonl").read_text().splitlines()
     assert [json.loads(line)["doc"]["question"] for line in lines[:2]] == ["The sky is", "The grass is"]
@@ -125,14 +125,14 @@ def test_lm_evals_command_takes_a_student(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for model in ("linearize", "hf"):
         (written,) = (tmp_path / model).rglob("results_*.json")
-        found = json.loads(written.read_text())
-        assert numbers(found["results"]["colours"]) == by_lm_eval(student, "colours", own)
+        output = json.loads(written.read_text())
+        assert numbers(output["results"]["colours"]) == by_lm_eval(student, "colours", own)
 
 
 def test_a_student_alone_names_the_command_that_takes_it(folder: Path) -> None:
     options = EvaluationOptions(include_path=folder / "own", device="cpu")
-    found = evaluate(folder / "student", tasks=["colours"], options=options).sections["tasks"]
-    assert found["commands"]["colours"].startswith("python -m linearize.lm_eval --model linearize --model_args ")
+    section = evaluate(folder / "student", tasks=["colours"], options=options).sections["tasks"]
+    assert section["commands"]["colours"].startswith("python -m linearize.lm_eval --model linearize --model_args ")
 
 
 def test_what_cannot_be_used_is_refused(folder: Path) -> None:

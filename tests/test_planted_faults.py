@@ -111,16 +111,16 @@ def zero_state(patch: pytest.MonkeyPatch) -> None:
 def drop_window(patch: pytest.MonkeyPatch) -> None:
     """No softmax over near tokens."""
     original = Lolcats.spec
-    patch.setattr(Lolcats, "spec", lambda mixer, **given: replace(original(mixer, **given), branch="linear"))
+    patch.setattr(Lolcats, "spec", lambda mixer, **options: replace(original(mixer, **options), branch="linear"))
 
 
 def fold_twice(patch: pytest.MonkeyPatch) -> None:
     """What a cached step folds into the state is folded again; passes without a cache are as they were."""
     original = MixerCacheLayer.step
 
-    def step(layer: MixerCacheLayer, *given: Any, **named: Any) -> Any:
+    def step(layer: MixerCacheLayer, *inputs: Any, **named: Any) -> Any:
         before = layer.state
-        y = original(layer, *given, **named)
+        y = original(layer, *inputs, **named)
         if before is not None and before.memory_BHFV is not None:
             layer.state = replace(layer.state, memory_BHFV=2 * layer.state.memory_BHFV - before.memory_BHFV)
         return y
@@ -129,11 +129,11 @@ def fold_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_healthy_student_passes(made: SimpleNamespace) -> None:
-    found = {section.NAME: judged(section, made, made.student) for section in (GATE, ABLATION, NEEDLES)}
-    for name, findings in found.items():
+    by_section = {section.NAME: judged(section, made, made.student) for section in (GATE, ABLATION, NEEDLES)}
+    for name, findings in by_section.items():
         assert bad(findings) == ""
         assert any(finding.level == "good" for finding in findings), name
-    won, window, decoded = found["branches"]
+    won, window, decoded = by_section["branches"]
     assert "wins back" in won.text and "the window works" in window.text and "through the cache" in decoded.text
 
 

@@ -157,7 +157,7 @@ def test_the_spec_in_data_and_the_answers_alone(tmp_path: Path) -> None:
             size = 1 + len(prompt)
             assert document.loss_mask == [0 if answer_only else 1] * size + [1] * (len(document) - size)
     assert len(list((tmp_path / "cache").iterdir())) == 1  # answer_only is no part of what the answers depend on
-    with pytest.raises(InputError, match="there is no teacher here"):
+    with pytest.raises(InputError, match="no teacher"):
         load_documents([spec], byte_tokenizer())
 
 

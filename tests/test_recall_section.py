@@ -42,7 +42,7 @@ SMALL = {"lengths": (260, 410), "depths": (0.1, 0.6, 1.0), "items": 3, "keys": (
 
 
 class Reader(torch.nn.Module):
-    """Answers from the last `reach` characters only; the cache and the full forward can be told to differ."""
+    """Answers from the last `reach` characters only; the cache and the full forward can be made to differ."""
 
     def __init__(self, reach: int, *, cached_reach: int | None = None, plan: Any = None) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ def measured(*models: Any, **changes: Any) -> Numbers:
     section = Recall(**{**SMALL, **changes})
     chosen = eval_context(*models)
     section.check(chosen)
-    found: Numbers = json.loads(json.dumps(section.run(chosen)))
-    return found
+    numbers: Numbers = json.loads(json.dumps(section.run(chosen)))
+    return numbers
 
 
 def back(prompt: str, answer: str) -> int:
@@ -109,10 +109,10 @@ def test_needles_stand_at_their_depth_in_texts_of_their_length() -> None:
         assert code == question.answer and question.prompt.count(code) == 1
         asked = f"What is the code of the {thing}? The code of the {thing} is"
         assert question.prompt.endswith(asked)
-        told = f"The code of the {thing} is {code}."
+        fact = f"The code of the {thing} is {code}."
         hay = question.prompt.removesuffix(asked).rstrip()
-        before = hay.index(told)
-        assert abs(before - question.depth * (len(hay) - len(told))) < 50, "half of the longest sentence"
+        before = hay.index(fact)
+        assert abs(before - question.depth * (len(hay) - len(fact))) < 50, "half of the longest sentence"
         assert "1111" not in question.prompt, "another fact of the same form"
     assert {q.depth for q in questions} == {0.1, 0.6, 1.0}
 
@@ -122,9 +122,9 @@ def test_pass_keys_hide_in_noise_alone() -> None:
         "passkey"
     ]:
         text = question.prompt
-        told = f"The pass key is {question.answer}. Remember it. {question.answer} is the pass key."
-        assert text.count(told) == 1 and text.count(NOISE[0]) > 1
-        for part in (*NOISE, told):
+        fact = f"The pass key is {question.answer}. Remember it. {question.answer} is the pass key."
+        assert text.count(fact) == 1 and text.count(NOISE[0]) > 1
+        for part in (*NOISE, fact):
             text = text.replace(part, "")
         assert re.fullmatch(r"There is a pass key .* What is the pass key\? The pass key is", re.sub(r"\s+", " ", text))
         assert len(question.prompt) == question.tokens <= question.group
@@ -169,8 +169,8 @@ def test_numbers_count_what_each_reader_can_see() -> None:
         assert (student[test]["low"], student[test]["high"]) == pytest.approx(wilson(sum(sees), len(sees)))
         assert student[test]["against_teacher"]["all"]["kept"]["successes"] == sum(sees)
         assert sum(cell["successes"] for cell in student[test]["cells"]) == sum(sees)
-        told = [text.startswith(f" {q.answer}.") for text, q in zip(student[test]["answers"], items, strict=True)]
-        assert told == sees
+        answered = [text.startswith(f" {q.answer}.") for text, q in zip(student[test]["answers"], items, strict=True)]
+        assert answered == sees
     assert [cell["n"] for cell in student["needle"]["cells"]] == [3] * 6
     assert [(cell["keys"], cell["n"], cell["chance"]) for cell in student["keys"]["cells"]] == [
         (1, 9, 1), (3, 9, 1 / 3), (12, 9, 1 / 12)
@@ -204,11 +204,11 @@ def _levels(numbers: Numbers, title: str) -> list[str]:
 def test_findings_say_what_the_numbers_allow() -> None:
     plan = mixer("lolcats", window=64, window_shape="sliding")
     sighted = Reader(10_000)
-    found = measured(sighted, Reader(60, plan=plan), sighted, Reader(260))
-    assert _levels(found, "needle") == ["bad", "good", "note"]
-    bad = next(f for f in Recall.present(found).findings if f.level == "bad")
+    numbers = measured(sighted, Reader(60, plan=plan), sighted, Reader(260))
+    assert _levels(numbers, "needle") == ["bad", "good", "note"]
+    bad = next(f for f in Recall.present(numbers).findings if f.level == "bad")
     assert bad.student == "student" and "0 of" in bad.text and "beyond the window" in bad.text
-    stats = Recall.headline(found)
+    stats = Recall.headline(numbers)
     assert stats["student"][0].value == "0%" and stats["other"][0].value == "100%" and "teacher" not in stats
     blind = measured(Reader(3), sighted)
     assert _levels(blind, "says nothing") == ["note"] * 3
@@ -217,17 +217,17 @@ def test_findings_say_what_the_numbers_allow() -> None:
 
 
 def test_lengths_that_the_teacher_cannot_do_do_not_count() -> None:
-    found = measured(Reader(300), Reader(300), lengths=(260, 900), depths=(0.0,), items=5)
-    against = found["models"]["student"]["needle"]["against_teacher"]
+    numbers = measured(Reader(300), Reader(300), lengths=(260, 900), depths=(0.0,), items=5)
+    against = numbers["models"]["student"]["needle"]["against_teacher"]
     assert against["groups"] == [260] and against["all"]["kept"]["n"] == 5
-    (told,) = (f.text for f in Recall.present(found).findings if "needle" in f.text)
-    assert "counted at lengths 260" in told
+    (text,) = (f.text for f in Recall.present(numbers).findings if "needle" in f.text)
+    assert "counted at lengths 260" in text
 
 
 def test_kept_is_a_share_of_what_the_teacher_answers() -> None:
-    found = measured(Reader(280), Reader(150), lengths=(410,), depths=(0.1, 0.6, 1.0))["models"]
-    teacher, against = found["teacher"]["needle"], found["student"]["needle"]["against_teacher"]
-    assert (teacher["successes"], teacher["n"], found["student"]["needle"]["successes"]) == (6, 9, 3)
+    models = measured(Reader(280), Reader(150), lengths=(410,), depths=(0.1, 0.6, 1.0))["models"]
+    teacher, against = models["teacher"]["needle"], models["student"]["needle"]["against_teacher"]
+    assert (teacher["successes"], teacher["n"], models["student"]["needle"]["successes"]) == (6, 9, 3)
     assert (against["all"]["kept"]["successes"], against["all"]["kept"]["n"]) == (3, 6)
 
 
@@ -254,9 +254,9 @@ def test_near_ties_are_no_fault() -> None:
     for gap, agrees in ((1e-5, "tie"), (0.1, "no"), (-0.1, "yes")):
         model = Tied(10_000)
         model.gap = gap
-        (given,) = answer_greedily(model, TOKENIZER, [item])
-        assert given.correct
-        assert full_forward(model, TOKENIZER, item, given).agrees == agrees
+        (answer,) = answer_greedily(model, TOKENIZER, [item])
+        assert answer.correct
+        assert full_forward(model, TOKENIZER, item, answer).agrees == agrees
 
 
 def _random_student() -> Any:
@@ -270,8 +270,8 @@ def _differ(model: Any) -> tuple[int, set[str]]:
 
 def test_a_healthy_student_decodes_what_its_full_forward_says(monkeypatch: pytest.MonkeyPatch) -> None:
     student = _random_student()
-    differ, given = _differ(student)
-    assert differ == 0 and len(given) > 3, "answers of a random model, not all the same"
+    differ, answers = _differ(student)
+    assert differ == 0 and len(answers) > 3, "answers of a random model, not all the same"
     healthy = MixerCacheLayer.step
 
     def doubled(self: Any, *args: Any, **settings: Any) -> Tensor:
@@ -328,15 +328,15 @@ def test_everything_is_shown_for_any_number_of_models(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"lengths": ()}, "give at least one"),
         ({"depths": (0.5, 1.2)}, "from 0 to 1"),
         ({"keys": (0, 2)}, "allowed are 1 to 100"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=re.escape(told)):
+def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         Recall(**settings).check(eval_context(Reader(9)))
 
 

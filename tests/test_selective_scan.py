@@ -38,10 +38,10 @@ def inputs(tokens: int = T, *, rows: int = B, dtype: torch.dtype = torch.float64
     return [torch.randn(rows, tokens, E, dtype=dtype), dt, A, *groups, torch.randn(rows, E, N, dtype=dtype)]
 
 
-def naive(given: list[Tensor], position_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def naive(tensors: list[Tensor], position_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One number after the other; -1 is padding, a position that does not follow the last one forgets."""
-    x, dt, A, w_B, w_C, state = (w.tolist() for w in given)
-    rows, tokens = given[0].shape[:2]
+    x, dt, A, w_B, w_C, state = (w.tolist() for w in tensors)
+    rows, tokens = tensors[0].shape[:2]
     y = torch.zeros(rows, tokens, E, dtype=torch.float64)
     for b, e in itertools.product(range(rows), range(E)):
         h, last = list(state[b][e]), None
@@ -59,9 +59,9 @@ def naive(given: list[Tensor], position_BT: Tensor | None = None) -> tuple[Tenso
     return y, torch.tensor(state, dtype=torch.float64)
 
 
-def scan(backend: str, given: list[Tensor], layout: Layout, **settings: Any) -> tuple[Tensor, Tensor | None]:
+def scan(backend: str, tensors: list[Tensor], layout: Layout, **settings: Any) -> tuple[Tensor, Tensor | None]:
     with use_backend(backend):
-        return selective_scan(*given[:5], layout=layout, state=given[5], **settings)
+        return selective_scan(*tensors[:5], layout=layout, state=tensors[5], **settings)
 
 
 RAGGED = torch.stack(
@@ -75,16 +75,16 @@ RAGGED = torch.stack(
 @every_backend
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, T])
 def test_it_is_the_equation(backend: str, tokens: int) -> None:
-    given = inputs(tokens)
-    for y, expected in zip(scan(backend, given, Layout(3)), naive(given), strict=True):
+    tensors = inputs(tokens)
+    for y, expected in zip(scan(backend, tensors, Layout(3)), naive(tensors), strict=True):
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
 
 
 @every_backend
 def test_documents_and_padding_are_kept_apart(backend: str) -> None:
-    given = inputs()
-    y, state = scan(backend, given, Layout(position_BT=RAGGED))
-    expected, end = naive(given, RAGGED)
+    tensors = inputs()
+    y, state = scan(backend, tensors, Layout(position_BT=RAGGED))
+    expected, end = naive(tensors, RAGGED)
     live = (RAGGED >= 0)[..., None]
     torch.testing.assert_close(y * live, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
@@ -93,23 +93,23 @@ def test_documents_and_padding_are_kept_apart(backend: str) -> None:
 
 @every_backend
 def test_one_layout_row_serves_every_row(backend: str) -> None:
-    given = inputs()
-    y, state = scan(backend, given, Layout(position_BT=RAGGED[:1]))
-    expected, end = naive(given, RAGGED[:1].expand(B, -1))
+    tensors = inputs()
+    y, state = scan(backend, tensors, Layout(position_BT=RAGGED[:1]))
+    expected, end = naive(tensors, RAGGED[:1].expand(B, -1))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
 
 
 @every_backend
 def test_cutting_changes_nothing(backend: str) -> None:
-    given = inputs()
+    tensors = inputs()
     for position_BT in (torch.arange(4, 4 + T)[None], RAGGED):
-        whole, end = scan(backend, given, Layout(position_BT=position_BT))
+        whole, end = scan(backend, tensors, Layout(position_BT=position_BT))
         for cuts in ([0, 1, T], [0, 8, 9, 30, T], [0, T - 1, T]):
-            state, parts = given[5], []
+            state, parts = tensors[5], []
             for a, b in itertools.pairwise(cuts):
-                pieces = [w[:, a:b] if w.dim() > 2 else w for w in given[:5]]
-                y, state = scan(backend, [*pieces, state], Layout(position_BT=position_BT[:, a:b]))
+                chunk = [w[:, a:b] if w.dim() > 2 else w for w in tensors[:5]]
+                y, state = scan(backend, [*chunk, state], Layout(position_BT=position_BT[:, a:b]))
                 parts.append(y)
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
             torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
@@ -122,29 +122,29 @@ def test_gradients_of_all_inputs_are_those_of_the_reference(layout: Layout, with
     weight_y, weight_h = torch.randn(B, T, E, dtype=torch.float64), torch.randn(B, E, N, dtype=torch.float64)
     if not layout.is_plain:
         weight_y *= (RAGGED >= 0)[..., None]
-    found = {}
+    gradients = {}
     for backend in PLAIN_BACKENDS:
-        given = [w.requires_grad_() for w in inputs()]
+        tensors = [w.requires_grad_() for w in inputs()]
         with use_backend(backend):
-            y, h = selective_scan(*given[:5], layout=layout, state=given[5] if with_state else None)
+            y, h = selective_scan(*tensors[:5], layout=layout, state=tensors[5] if with_state else None)
         loss = (weight_y * y).sum() + (weight_h * h).sum()
-        found[backend] = torch.autograd.grad(loss, given[: 5 + with_state])
-    assert all(g.abs().max() > 0.1 for g in found["reference"])
-    for given_gradient, expected in zip(found["chunked"], found["reference"], strict=True):
-        torch.testing.assert_close(given_gradient, expected, rtol=1e-9, atol=1e-10)
+        gradients[backend] = torch.autograd.grad(loss, tensors[: 5 + with_state])
+    assert all(g.abs().max() > 0.1 for g in gradients["reference"])
+    for gradient, expected in zip(gradients["chunked"], gradients["reference"], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_are_the_slopes() -> None:
     """Against finite differences, not against another backend."""
     torch.manual_seed(3)
     sizes = [(1, 10, 4), (1, 10, 4), (4, 2), (1, 10, 2, 2), (1, 10, 2, 2), (1, 4, 2)]
-    given = [torch.randn(size, dtype=torch.float64) for size in sizes]
-    given[1], given[2] = given[1].abs(), -given[2].exp()
+    tensors = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    tensors[1], tensors[2] = tensors[1].abs(), -tensors[2].exp()
 
     def run(*w: Tensor) -> tuple[Tensor, Tensor]:
         return chunked(*w[:5], layout=Layout(2), state=w[5])  # type: ignore[return-value]
 
-    assert torch.autograd.gradcheck(run, [w.requires_grad_() for w in given])
+    assert torch.autograd.gradcheck(run, [w.requires_grad_() for w in tensors])
 
 
 @every_backend
@@ -164,8 +164,8 @@ def test_strong_decay_neither_overflows_nor_loses_the_rest(backend: str) -> None
 
 @every_backend
 def test_half_precision_inputs_give_their_dtype_and_a_wide_state(backend: str) -> None:
-    given = inputs()
-    half = [given[0].bfloat16(), given[1].bfloat16(), given[2].float(), given[3].bfloat16(), given[4].bfloat16(), None]
+    x, dt, A, w_B, w_C, _ = inputs()
+    half = [x.bfloat16(), dt.bfloat16(), A.float(), w_B.bfloat16(), w_C.bfloat16(), None]
     y, state = scan(backend, half, Layout())
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     expected, _ = scan("reference", [*(w.double() for w in half[:5]), None], Layout())
@@ -174,11 +174,11 @@ def test_half_precision_inputs_give_their_dtype_and_a_wide_state(backend: str) -
 
 
 def test_few_tokens_and_many_take_different_backends_and_agree() -> None:
-    given = inputs()
-    whole, end = selective_scan(*given[:5], layout=Layout())
+    tensors = inputs()
+    whole, end = selective_scan(*tensors[:5], layout=Layout())
     state, parts = None, []
     for t in range(T):
-        token = [w[:, t : t + 1] if w.dim() > 2 else w for w in given[:5]]
+        token = [w[:, t : t + 1] if w.dim() > 2 else w for w in tensors[:5]]
         y, state = selective_scan(*token, layout=Layout(t), state=state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
@@ -220,17 +220,17 @@ def _kernel(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("position_BT", [None, RAGGED, RAGGED[:1]], ids=["plain", "ragged", "one row"])
 def test_the_kernel_is_called_as_it_documents(position_BT: Tensor | None) -> None:
-    given = [*(w.float().requires_grad_() for w in inputs()[:5]), None]
+    tensors = [*(w.float().requires_grad_() for w in inputs()[:5]), None]
     layout = Layout(position_BT=position_BT)
-    y, state = scan("mamba_ssm", given, layout)
-    expected, end = scan("reference", given, layout)
+    y, state = scan("mamba_ssm", tensors, layout)
+    expected, end = scan("reference", tensors, layout)
     torch.testing.assert_close(state, end, rtol=1e-5, atol=1e-5)
     live = torch.ones(B, T, 1) if position_BT is None else (position_BT >= 0)[..., None]
     torch.testing.assert_close(y * live, expected * live, rtol=1e-5, atol=1e-5)
-    assert scan("mamba_ssm", given, layout, need_state=False)[1] is None
-    gradients = [torch.autograd.grad((out * live).square().sum(), given[:5]) for out in (y, expected)]
-    for found, right in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert scan("mamba_ssm", tensors, layout, need_state=False)[1] is None
+    gradients = [torch.autograd.grad((out * live).square().sum(), tensors[:5]) for out in (y, expected)]
+    for gradient, expected_gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("_kernel")

@@ -75,8 +75,8 @@ def without_times(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def numbers() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(speed(most_rows=40).run(both())))
-    return found
+    measured: dict[str, Any] = json.loads(json.dumps(speed(most_rows=40).run(both())))
+    return measured
 
 
 def test_every_point_is_measured(numbers: dict[str, Any]) -> None:
@@ -107,16 +107,16 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
 
 def test_cache_bytes_grow_for_the_teacher_and_not_for_the_student() -> None:
-    found = {}
+    cache_bytes = {}
     for kind in ("static", "dynamic"):
         small = speed(batches=(3,), repeats=1, prefill_repeats=1, caches=(kind,), attentions=("eager",))
         points = small.run(both())["points"]
-        found[kind] = {(row["model"], row["context"]): row["cache_bytes"] for row in points}
+        cache_bytes[kind] = {(row["model"], row["context"]): row["cache_bytes"] for row in points}
     layers, heads, dim = 3, 3, 10
     for context in (14, 70):
-        assert found["dynamic"]["teacher", context] == layers * 2 * 3 * heads * context * dim * 4
-        assert found["static"]["teacher", context] == layers * (2 * 3 * heads * (context + 10) * dim * 4 + 8)
-        assert found["dynamic"]["student", context] == found["static"]["student", 14]
+        assert cache_bytes["dynamic"]["teacher", context] == layers * 2 * 3 * heads * context * dim * 4
+        assert cache_bytes["static"]["teacher", context] == layers * (2 * 3 * heads * (context + 10) * dim * 4 + 8)
+        assert cache_bytes["dynamic"]["student", context] == cache_bytes["static"]["student", 14]
 
 
 def folded_twice(self: MixerCacheLayer, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,15 +133,15 @@ STEP = MixerCacheLayer.step
 
 def test_a_wrong_cache_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MixerCacheLayer, "step", folded_twice)
-    found = speed(contexts=(20,), batches=(1,), most_rows=12, **ONE_WAY).run(both())
-    teacher, student = found["points"]
+    measured = speed(contexts=(20,), batches=(1,), most_rows=12, **ONE_WAY).run(both())
+    teacher, student = measured["points"]
     assert teacher["reason"] == "" and teacher["decode_tokens_per_second"] > 0
     assert "wrong output" in student["reason"]
     assert not [key for key in student if "per_second" in key or key.startswith("ms_")]
-    assert set(found["largest_batch"]["models"]) == {"teacher"}
-    bad = [finding for finding in Speed.present(found).findings if finding.level == "bad"]
+    assert set(measured["largest_batch"]["models"]) == {"teacher"}
+    bad = [finding for finding in Speed.present(measured).findings if finding.level == "bad"]
     assert [finding.student for finding in bad] == ["student"] and "wrong output" in bad[0].text
-    assert Speed.headline(found) == {}
+    assert Speed.headline(measured) == {}
 
 
 def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +150,10 @@ def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.Monk
             return super().update(keys, 1.1 * values, *args, **kwargs)
 
     monkeypatch.setattr(running, "StaticCache", Broken)
-    found = speed(contexts=(20,), batches=(1,)).run(both())
-    row = found["points"][0]
+    measured = speed(contexts=(20,), batches=(1,)).run(both())
+    row = measured["points"][0]
     assert (row["reason"], row["cache"], row["prefill_cache"]) == ("", "dynamic", "dynamic")
-    wrong = [check["way"] for check in found["checks"] if not check["equal"]]
+    wrong = [check["way"] for check in measured["checks"] if not check["equal"]]
     assert wrong == ["static cache, sdpa", "static cache, eager"]
     only = speed(contexts=(20,), batches=(1,), caches=("static",)).run(both())
     assert "wrong output" in only["points"][0]["reason"]
@@ -161,7 +161,7 @@ def test_a_teacher_is_timed_only_in_ways_that_are_right(monkeypatch: pytest.Monk
     assert len(teachers) == 1 and teachers[0].student is None
 
 
-@pytest.mark.parametrize("fault", ["position", "pieces", "decode", "nan", "crash"])
+@pytest.mark.parametrize("fault", ["position", "chunks", "decode", "nan", "crash"])
 def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny()
     config = RunConfig("dynamic", "sdpa")
@@ -170,14 +170,14 @@ def test_the_check_sees_what_a_cache_does_wrong(fault: str, monkeypatch: pytest.
         assert check_config("teacher", teacher, config, expected).equal
         right = teacher.forward
 
-        def wrong(**given: Any) -> Any:
-            past, new = given["past_key_values"].get_seq_length(), given["input_ids"].shape[1]
+        def wrong(**kwargs: Any) -> Any:
+            past, new = kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1]
             if past and fault == "crash":
                 raise RuntimeError("no such kernel\nat line 3")
-            at_fault = {"position": past > 0, "pieces": past > 0 and new > 1, "decode": past > 19}
+            at_fault = {"position": past > 0, "chunks": past > 0 and new > 1, "decode": past > 19}
             if at_fault.get(fault, False):
-                given["position_ids"] = torch.arange(past, past + new)[None] + 1
-            out = right(**given)
+                kwargs["position_ids"] = torch.arange(past, past + new)[None] + 1
+            out = right(**kwargs)
             if fault == "nan":
                 out.logits[1, -1, 3] = torch.nan
             return out
@@ -277,11 +277,11 @@ def test_the_largest_batch_uses_the_budget_and_stays_within(kind: Any) -> None:
     model = student_of(teacher, mixer("lolcats")) if kind == "own" else teacher
     config, sizes = RunConfig(kind, "sdpa"), {"context": 40, "chunk": 16, "seed": 0}
     budget = peak_of_rows(model, config, rows=20, **sizes) + 100
-    found = largest_batch(model, config, budget=budget, most=500, **sizes)
-    assert isinstance(found, TimedRows) and found.peak_bytes is not None
-    assert 18 <= found.batch <= 20 and not found.capped
-    assert 0 < found.peak_bytes <= budget < peak_of_rows(model, config, rows=found.batch + 3, **sizes)
-    assert found.decode_tokens_per_second == pytest.approx(1000 * found.batch / found.ms_per_token)
+    largest = largest_batch(model, config, budget=budget, most=500, **sizes)
+    assert isinstance(largest, TimedRows) and largest.peak_bytes is not None
+    assert 18 <= largest.batch <= 20 and not largest.capped
+    assert 0 < largest.peak_bytes <= budget < peak_of_rows(model, config, rows=largest.batch + 3, **sizes)
+    assert largest.decode_tokens_per_second == pytest.approx(1000 * largest.batch / largest.ms_per_token)
     capped = largest_batch(model, config, budget=budget, most=max(PROBES), **sizes)
     assert (capped.batch, capped.capped) == (max(PROBES), True)
     none = largest_batch(model, config, budget=1000, most=500, **sizes)
@@ -306,8 +306,8 @@ def test_rows_that_disturb_each_other_have_no_speed(monkeypatch: pytest.MonkeyPa
         row = read_row(model, RunConfig("dynamic", "sdpa"), context=12, chunk=8, seed=0)
     right = model.forward
 
-    def wrong(**given: Any) -> Any:
-        out = right(**given)
+    def wrong(**kwargs: Any) -> Any:
+        out = right(**kwargs)
         out.logits[1:] = out.logits[1:] * 0.9
         return out
 
@@ -322,9 +322,9 @@ def test_the_budget_is_given_or_eight_rows_of_the_first(numbers: dict[str, Any])
     assert largest["models"]["teacher"]["batch"] in (7, 8)
     assert largest["models"]["student"]["batch"] > 10
     small = speed(contexts=(30,), batches=(1,), memory_budget_bytes=400_000, most_rows=12, **ONE_WAY)
-    given = small.run(both())["largest_batch"]
-    assert (given["budget_from"], given["budget_bytes"]) == ("given", 400_000)
-    assert all(0 < row["peak_bytes"] <= 400_000 for row in given["models"].values())
+    section = small.run(both())["largest_batch"]
+    assert (section["budget_from"], section["budget_bytes"]) == ("given", 400_000)
+    assert all(0 < row["peak_bytes"] <= 400_000 for row in section["models"].values())
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,10 +382,12 @@ def test_numbers_come_back_from_json_as_they_were(numbers: dict[str, Any]) -> No
 
 def test_a_context_that_a_model_cannot_read_has_a_reason() -> None:
     model = tiny("gpt2", attention="sdpa", max_position_embeddings=64)
-    found = speed(contexts=(40, 90), batches=(1,), **ONE_WAY).run(EvalContext(models=(eval_model("teacher", model),)))
-    assert found["points"][0]["reason"] == ""
-    assert "does not run at a context of 90" in found["points"][1]["reason"]
-    shown = Speed.present(json.loads(json.dumps(found)))
+    measured = speed(contexts=(40, 90), batches=(1,), **ONE_WAY).run(
+        EvalContext(models=(eval_model("teacher", model),))
+    )
+    assert measured["points"][0]["reason"] == ""
+    assert "does not run at a context of 90" in measured["points"][1]["reason"]
+    shown = Speed.present(json.loads(json.dumps(measured)))
     assert [finding.level for finding in shown.findings] == ["bad"]
     assert "Contexts beyond 64 tokens" in shown.summary
 
@@ -417,21 +419,23 @@ def test_the_usual_way_stays_unless_another_is_clearly_faster() -> None:
 def test_eager_scores_that_would_fill_the_memory_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert points.eager_bytes(tiny(), 3, 70, 31) == 4 * 3 * 6 * 70 * 31
     monkeypatch.setattr(points, "EAGER_BYTES", 4 * 6 * 20 * 19)
-    found = speed(contexts=(14, 20), batches=(1,)).run(both())["points"]
-    tried = [set(row["ms_trials"]["prefill"]) for row in found if row["model"] == "teacher"]
+    rows = speed(contexts=(14, 20), batches=(1,)).run(both())["points"]
+    tried = [set(row["ms_trials"]["prefill"]) for row in rows if row["model"] == "teacher"]
     assert "static cache, sdpa" in tried[1] and not any("eager" in config for config in tried[1])
-    assert any("eager" in config for config in tried[0]) and len(found[2]["ms_trials"]["token"]) == 4
+    assert any("eager" in config for config in tried[0]) and len(rows[2]["ms_trials"]["token"]) == 4
 
 
-def crafted(found: dict[str, Any], own: list[tuple[float, float]], other: list[tuple[float, float]]) -> dict[str, Any]:
+def crafted(
+    numbers: dict[str, Any], own: list[tuple[float, float]], other: list[tuple[float, float]]
+) -> dict[str, Any]:
     """Numbers with medians and half spreads of milliseconds, at contexts 100, 200, 400."""
-    rows = {row["model"]: row for row in found["points"] if row["batch"] == 1}
+    rows = {row["model"]: row for row in numbers["points"] if row["batch"] == 1}
     points = [
         rows[name] | {"context": c, "ms_per_token": ms, "ms_spread": [ms - half, ms + half]}
         for name, series in (("teacher", other), ("student", own))
         for c, (ms, half) in zip((100, 200, 400), series, strict=True)
     ]
-    return found | {"points": points, "largest_batch": found["largest_batch"] | {"models": {}}}
+    return numbers | {"points": points, "largest_batch": numbers["largest_batch"] | {"models": {}}}
 
 
 @pytest.mark.parametrize(
@@ -447,10 +451,10 @@ def crafted(found: dict[str, Any], own: list[tuple[float, float]], other: list[t
 def test_the_crossover_is_judged_beyond_noise(
     own: list[tuple[float, float]], level: str, words: str, numbers: dict[str, Any]
 ) -> None:
-    found = crafted(numbers, own, [(1, 0.1), (3, 0.1), (4, 0.2)])
-    finding = Speed.present(found).findings[-1]
+    changed = crafted(numbers, own, [(1, 0.1), (3, 0.1), (4, 0.2)])
+    finding = Speed.present(changed).findings[-1]
     assert (finding.level, finding.student) == (level, "student") and words in finding.text
-    assert Speed.headline(found)["student"][0].value == f"{4 / own[-1][0]:.2g}x"
+    assert Speed.headline(changed)["student"][0].value == f"{4 / own[-1][0]:.2g}x"
 
 
 @pytest.mark.parametrize("names", [("teacher",), ("teacher", "student"), ("teacher", "a", "b"), ("a",)])

@@ -61,7 +61,7 @@ def by_lm_eval(numbers: dict[str, Any], task: str, path: str, tokens: int | None
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
+    output = simple_evaluate(
         "hf",
         model_args={"pretrained": path},
         tasks=[task],
@@ -71,8 +71,8 @@ def by_lm_eval(numbers: dict[str, Any], task: str, path: str, tokens: int | None
         gen_kwargs={"max_gen_toks": tokens} if tokens else None,
         task_manager=TaskManager(include_path=str(DEFINITIONS), include_defaults=False),
     )
-    assert found is not None
-    return dict(found)
+    assert output is not None
+    return dict(output)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_the_teachers_numbers_are_lm_evals(ctx: EvalContext, task: str, shots: i
     numbers = run(ctx, f"{task}:{shots}")
     assert ctx.out is not None
     ours = numbers["models"]["teacher"][task]
-    found = by_lm_eval(numbers, task, ctx.models[0].path, tokens)
-    assert ours["metrics"] == {key: value for key, value in found["results"][task].items() if "," in key}
+    reference = by_lm_eval(numbers, task, ctx.models[0].path, tokens)
+    assert ours["metrics"] == {key: value for key, value in reference["results"][task].items() if "," in key}
     lines = (ctx.out / "samples" / f"{task}.teacher.jsonl").read_text().split("\n")
-    ours_said = [json.loads(line)["resps"] for line in lines if line]
-    theirs = json.loads(json.dumps([sample["resps"] for sample in found["samples"][task]]))
-    assert ours_said == theirs and len({str(said) for said in ours_said}) > 1  # to the last bit
+    own_responses = [json.loads(line)["resps"] for line in lines if line]
+    theirs = json.loads(json.dumps([sample["resps"] for sample in reference["samples"][task]]))
+    assert own_responses == theirs and len({str(response) for response in own_responses}) > 1  # to the last bit
     assert ours["score"] == pytest.approx(ours["metrics"][ours["metric"]])
     assert (ours["n"], ours["shots"], ours["chance"]) == (items, shots, 0.0 if tokens else 0.5)
     command = numbers["commands"][task]
@@ -231,7 +231,7 @@ def test_humaneval_runs_where_it_may(ctx: EvalContext) -> None:
 def test_without_network_and_definitions_it_fails_with_one_line(
     ctx: EvalContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda **given: (_ for _ in ()).throw(ConnectionError("no network")))
+    monkeypatch.setattr("datasets.load_dataset", lambda **kwargs: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(InputError, match=r"'boolq': .*--include-path"):
         run(replace(ctx, include_path=None), "boolq")
 

@@ -31,23 +31,23 @@ def test_the_batch_fits_with_the_weights_and_a_larger_one_does_not(kind: str) ->
     plans = {"student": mixer("lolcats"), "hybrid": [mixer("mamba2"), None, None]}
     model = teacher if kind == "teacher" else student_of(teacher, plans[kind])
     budget = weight_bytes(model) + 280_000
-    found = written(model)
-    assert found["reason"] == "" and found["tokens_per_second"] > 0 and found["tokens_per_second_cpu"] > 0
-    assert weight_bytes(model) < found["peak_bytes"] <= budget and not found["capped"]
-    config = found["ways"][found["way"]]
-    assert len(found["ways"]) == (4 if kind == "teacher" else 1) and config["batch"] == found["batch"] > 1
-    assert [step["fill"] for step in found["steps"]] == [9, 36, 66]
-    tight = throughput(model, GenerationWorkload(budget=found["peak_bytes"] - 1, **SMALL))
-    assert 0 < tight["batch"] <= found["batch"]
+    report = written(model)
+    assert report["reason"] == "" and report["tokens_per_second"] > 0 and report["tokens_per_second_cpu"] > 0
+    assert weight_bytes(model) < report["peak_bytes"] <= budget and not report["capped"]
+    config = report["ways"][report["way"]]
+    assert len(report["ways"]) == (4 if kind == "teacher" else 1) and config["batch"] == report["batch"] > 1
+    assert [step["fill"] for step in report["steps"]] == [9, 36, 66]
+    tight = throughput(model, GenerationWorkload(budget=report["peak_bytes"] - 1, **SMALL))
+    assert 0 < tight["batch"] <= report["batch"]
     if kind != "teacher":
-        assert tight["batch"] < found["batch"]
+        assert tight["batch"] < report["batch"]
     assert written(model, most=2)["capped"]
 
 
 def test_a_memory_of_less_than_one_row_says_so() -> None:
     model = tiny()
-    found = throughput(model, GenerationWorkload(budget=weight_bytes(model) + 10, **SMALL))
-    assert found["batch"] == 0 and found["reason"] == "one row does not fit" and "tokens_per_second" not in found
+    report = throughput(model, GenerationWorkload(budget=weight_bytes(model) + 10, **SMALL))
+    assert report["batch"] == 0 and report["reason"] == "one row does not fit" and "tokens_per_second" not in report
 
 
 def test_costs_are_added_up_between_the_fills_and_level_outside() -> None:
@@ -74,31 +74,31 @@ def test_wrong_outputs_have_no_speed(rows: str, monkeypatch: pytest.MonkeyPatch)
     model = tiny()
     right, first = model.forward, 1 if rows == "others" else 0
 
-    def wrong(*args: Any, **given: Any) -> Any:
-        out = right(*args, **given)
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out = right(*args, **kwargs)
         if out.logits.shape[0] > 3 or first == 0:
-            factor = 0.8 if given.get("past_key_values") is not None else 1.0
+            factor = 0.8 if kwargs.get("past_key_values") is not None else 1.0
             out.logits[first:] = out.logits[first:] * factor
         return out
 
     monkeypatch.setattr(model, "forward", wrong)
-    found = written(model, rows_of=20)
-    assert found["batch"] > 3 or rows == "all"
-    assert "tokens_per_second" not in found and "wrong output" in found["reason"]
+    report = written(model, rows_of=20)
+    assert report["batch"] > 3 or rows == "all"
+    assert "tokens_per_second" not in report and "wrong output" in report["reason"]
 
 
 def test_a_pruned_configuration_is_not_measured_further(monkeypatch: pytest.MonkeyPatch) -> None:
     model, real = tiny(), module.Filled.step_seconds
 
     def slow(self: Any, rows: int, span: int) -> dict[str, Any]:
-        found = real(self, rows, span)
-        return found | {"seconds": rows * (50.0 if self.config.attention == "eager" else 1.0)}
+        measured = real(self, rows, span)
+        return measured | {"seconds": rows * (50.0 if self.config.attention == "eager" else 1.0)}
 
     monkeypatch.setattr(module.Filled, "step_seconds", slow)
-    found = written(model)
-    told = {name: "not measured further" in config["reason"] for name, config in found["ways"].items()}
-    assert {name for name, pruned in told.items() if pruned} == {name for name in told if "eager" in name}
-    assert found["reason"] == "" and "sdpa" in found["way"]
+    report = written(model)
+    is_pruned = {name: "not measured further" in config["reason"] for name, config in report["ways"].items()}
+    assert {name for name, pruned in is_pruned.items() if pruned} == {name for name in is_pruned if "eager" in name}
+    assert report["reason"] == "" and "sdpa" in report["way"]
 
 
 def test_a_plan_keeps_the_share_that_was_asked_for() -> None:
@@ -119,10 +119,10 @@ def test_the_benchmark_writes_ratios_and_says_them_in_one_line(
     threads = torch.get_num_threads()
     benchmark.main([*sizes, *text, "--student", "lolcats", "gated_delta_net@0.25", "--out", str(out)])
     torch.set_num_threads(threads)
-    document, told = json.loads(out.read_text()), capsys.readouterr().err
+    document, printed = json.loads(out.read_text()), capsys.readouterr().err
     teacher, *students = document["rows"]
     for row in students:
         assert row["speedup"] == pytest.approx(row["tokens_per_second"] / teacher["tokens_per_second"])
-        assert row["speedup_cpu"] > 0 and f"{row['model']} " in told
+        assert row["speedup_cpu"] > 0 and f"{row['model']} " in printed
     assert [row["kept_layers"] for row in students] == [[], [2]]
-    assert told.startswith("41 tokens in 600 kB: teacher ") and document["setting"]["writing"]["budget"] == 600_000
+    assert printed.startswith("41 tokens in 600 kB: teacher ") and document["setting"]["writing"]["budget"] == 600_000

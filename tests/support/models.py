@@ -96,7 +96,9 @@ def student_of(teacher: PreTrainedModel, plan: Sequence[MixerConfig | None] | Mi
     """The student with its mixers away from their start; one mixer alone goes into all layers."""
     layers = teacher.config.get_text_config().num_hidden_layers
     plan = [plan] * layers if isinstance(plan, MixerConfig) else plan
-    return randomize_mixers(LinearizedForCausalLM.from_teacher(teacher, plan))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return randomize_mixers(LinearizedForCausalLM.from_teacher(teacher, plan))
 
 
 def text(rows: int, tokens: int, seed: int = 11) -> Tensor:

@@ -71,8 +71,8 @@ def gap(x: Tensor, y: Tensor) -> float:
     """Largest difference; inf where a NaN is."""
     if not x.numel():
         return 0.0
-    found = (x.double() - y.double()).abs().max().item()
-    return found if found == found else float("inf")
+    difference = (x.double() - y.double()).abs().max().item()
+    return difference if difference == difference else float("inf")
 
 
 # The recurrences as given ---------------------------------------------------------------------------------------------
@@ -120,23 +120,25 @@ def op_case(
     """`query`: which input has the outputs' tokens alone; `dim`: which dimension counts tokens."""
 
     def run(*, dtype: torch.dtype, commit: int, dead: bool, in_place: bool = False) -> dict[str, float]:
-        given = [x.to(dtype, copy=True) for x in inputs]
-        y0, s0 = by_row(backend, tuple(x.double() for x in given), state.double(), commit, dead, dim)
-        y1, _ = by_row(backend, tuple(x.float() for x in given), state, commit, dead, dim)
+        call_inputs = [x.to(dtype, copy=True) for x in inputs]
+        y0, s0 = by_row(backend, tuple(x.double() for x in call_inputs), state.double(), commit, dead, dim)
+        y1, _ = by_row(backend, tuple(x.float() for x in call_inputs), state, commit, dead, dim)
         layout = Layout(position_BT=DEAD) if dead else Layout(start=7)
-        given[query] = given[query].narrow(dim, commit, given[query].shape[dim] - commit)
-        given = [padded(x) if x.dim() == 4 else x for x in given]
-        held = state.clone()
+        call_inputs[query] = call_inputs[query].narrow(dim, commit, call_inputs[query].shape[dim] - commit)
+        call_inputs = [padded(x) if x.dim() == 4 else x for x in call_inputs]
+        own_state = state.clone()
         if dead:
-            for x in given:
+            for x in call_inputs:
                 if x.dim() > 2 and x.shape[dim] == DEAD.shape[1]:
                     x.masked_fill_((DEAD < 0).view(*[n if d in (0, dim) else 1 for d, n in enumerate(x.shape)]), NAN)
-        y, s = kernel(*given, layout=layout, state=held, commit=commit, state_out=held if in_place else None)
+        y, s = kernel(
+            *call_inputs, layout=layout, state=own_state, commit=commit, state_out=own_state if in_place else None
+        )
         return {
             "y": gap(alive(y, commit, dead, dim), y0),
             "torch": gap(y1.to(dtype), y0),
             "state": gap(s, s0),
-            "in_place": float(s is held),
+            "in_place": float(s is own_state),
         }
 
     return run
@@ -178,12 +180,12 @@ def dispatched() -> dict[str, float]:
     }
     gaps = {}
     for name, (op, inputs, state) in calls.items():
-        found = {}
+        results = {}
         for backend in ("triton", "reference"):
             with op.use_backend(backend):
                 run = getattr(op, op.__name__.rpartition(".")[2])
-                found[backend] = run(*inputs, layout=Layout(start=7), state=state.clone(), commit=4)
-        gaps[name] = max(gap(a, b) for a, b in zip(found["triton"], found["reference"], strict=True))
+                results[backend] = run(*inputs, layout=Layout(start=7), state=state.clone(), commit=4)
+        gaps[name] = max(gap(a, b) for a, b in zip(results["triton"], results["reference"], strict=True))
     return gaps
 
 
@@ -210,16 +212,16 @@ def gla_dispatched() -> dict[str, float]:
     g = torch.Generator().manual_seed(6)
     q, k, keys = (torch.randn(2, n, t, 5, generator=g) for n, t in ((6, 3), (3, 7), (3, 7)))
     v, S = torch.randn(2, 3, 7, 9, generator=g), torch.randn(2, 3, 5, 9, generator=g)
-    found, operations = {}, {}
+    results, operations = {}, {}
     for backend in ("triton", "multi_token"):
         for need in (True, False):
             with decay_op.use_backend(backend), Operations() as seen:
                 options = {"layout": Layout(3), "state": S, "commit": 4, "need_state": need}
-                found[backend, need] = gated_linear(q, k, v, keys, gate_divisor=16.0, **options)
+                results[backend, need] = gated_linear(q, k, v, keys, gate_divisor=16.0, **options)
             operations[backend] = seen.computing
-    (y, s), (y0, s0) = found["triton", True], found["multi_token", True]
-    none = float(found["triton", False][1] is not None)
-    alone = gap(found["triton", False][0], y0)
+    (y, s), (y0, s0) = results["triton", True], results["multi_token", True]
+    none = float(results["triton", False][1] is not None)
+    alone = gap(results["triton", False][0], y0)
     counts = {"beside the kernel": float(operations["triton"]), "one by one": float(operations["multi_token"])}
     return {"y": gap(y, y0), "state": gap(s, s0), "without": alone, "none": none, **counts}
 
@@ -332,13 +334,13 @@ def mixer_case(
     wide = None if state is None else RecurrentState(state.memory.double(), state.taps.double())
     y0, memory0, taps0 = truth(exact, hidden.double(), wide, commit, dead)
     y1, memory1, _ = truth(mixer, hidden, state, commit, dead)
-    given = hidden.clone()
+    kernel_hidden = hidden.clone()
     if dead:
-        given[DEAD < 0] = NAN
+        kernel_hidden[DEAD < 0] = NAN
     layout = Layout(position_BT=DEAD) if dead else Layout(start=0 if fresh else 3)
     memory, taps = (None, None) if state is None else (state.memory.clone(), state.taps)
     options: dict[str, Any] = {"outputs": hidden.shape[1] - commit, "commit": commit, "memory_out": memory}
-    y, after, taps = kernel_call(mixer, project(mixer, given), memory, taps, layout=layout, **options)
+    y, after, taps = kernel_call(mixer, project(mixer, kernel_hidden), memory, taps, layout=layout, **options)
     return {
         "y": gap(alive(mixer.out_proj(y), commit, dead, 1), y0),
         "torch": gap(y1, y0),
@@ -394,11 +396,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def cases() -> dict[str, Callable[[], dict[str, float]]]:
-    found: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case, "dispatched": dispatched}
-    found["gla dispatched"] = gla_dispatched
+    runs: dict[str, Callable[[], dict[str, float]]] = {"gla and norm": gla_case, "dispatched": dispatched}
+    runs["gla dispatched"] = gla_dispatched
     for op, run in op_cases().items():
         for label, setting in SETTINGS.items():
-            found[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)
+            runs[f"{op}; {label}"] = lambda run=run, s=setting: run(**s, in_place=s["commit"] > 0)
     for name in ("mamba", "mamba2", "gated_delta_net"):
         multi_token = {"state_dim": 3} if name == "mamba" else {}
         shape, grouped = (SQUARE, SQUARE) if name == "mamba" else (SHAPE, GROUPED)
@@ -409,12 +411,12 @@ def cases() -> dict[str, Callable[[], dict[str, float]]]:
             "fresh": (shape, {**SETTINGS["fp32, tail"], "repeat": "before", "rows": 1, "fresh": True}),
         }
         for label, (size, setting) in more.items():
-            found[f"{name}; {label}"] = lambda n=name, s=size, o=setting: mixer_case(n, s, **o)
-        found[f"{name}; same bits"] = lambda n=name: same_bits(n)
-        found[f"{name}; documents"] = lambda n=name: documents(n)
+            runs[f"{name}; {label}"] = lambda n=name, s=size, o=setting: mixer_case(n, s, **o)
+        runs[f"{name}; same bits"] = lambda n=name: same_bits(n)
+        runs[f"{name}; documents"] = lambda n=name: documents(n)
     cut = {**SETTINGS["fp32, tail"], "rows": 1, "conv_taps": 2}
-    found["mamba2; cut"] = lambda: mixer_case("mamba2", WIDE, **cut)
-    return found
+    runs["mamba2; cut"] = lambda: mixer_case("mamba2", WIDE, **cut)
+    return runs
 
 
 def quicken() -> None:

@@ -20,7 +20,7 @@ from linearize.ops.triton.heads import heads_kernel, norm_kernel
 from linearize.ops.triton.launch import WHOLE_TILE, Span, positions, power_of_two, read_state, rows_of, state_memory
 from linearize.ops.triton.launch import tile as make_tile
 
-Part = tuple[int, int, int, int]  # first column, heads there, first channel, heads there
+HeadRange = tuple[int, int, int, int]  # first column, heads there, first channel, heads there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class HeadInputs:
     A_log_H: Tensor
     skip_H: Tensor | None
     norm_weight: Tensor
-    parts: tuple[Part, Part, Part]
+    parts: tuple[HeadRange, HeadRange, HeadRange]
 
 
 def mamba2_steps(

@@ -17,7 +17,7 @@ NUMBERS_PER_WARP = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
+class StateTile:
     """The part of a state that one program holds, powers of two."""
 
     key: int
@@ -59,10 +59,10 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def tile(key_dim: int, value_dim: int, whole: bool = False) -> Tile:
+def tile(key_dim: int, value_dim: int, whole: bool = False) -> StateTile:
     """All keys, and as many values as fit; `whole`: all values, for norms over them."""
     key, value = power_of_two(key_dim), power_of_two(value_dim)
-    return Tile(key=key, value=value if whole else max(1, min(value, WHOLE_TILE // key)))
+    return StateTile(key=key, value=value if whole else max(1, min(value, WHOLE_TILE // key)))
 
 
 def positions(layout: Layout, rows: int) -> Tensor | None:

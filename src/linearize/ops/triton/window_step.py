@@ -105,10 +105,10 @@ def run_block(
         live, opens, last, entry, origin, lowest, known, count = document(at, last, entry, origin, lowest, known, count)
         place = (entry, origin, ring_first, slots)
         M, z, folded = tl.where(opens, 0.0, M), tl.where(opens, 0.0, z), tl.where(opens, at, folded)
-        wanted = live if W == 0 else t + 1 < tokens
+        needs_fold = live if W == 0 else t + 1 < tokens
         if NEED_STATE:
-            wanted = wanted | (t + 1 == commit)
-        leave = tl.where(wanted, window_edge(last + 1, W, WINDOW[1]), 0)
+            needs_fold = needs_fold | (t + 1 == commit)
+        leave = tl.where(needs_fold, window_edge(last + 1, W, WINDOW[1]), 0)
         if CODE[0] != "" and W == 0:  # the token itself is beyond the window
             M, z = fold(folded, leave, M, z, k_rows, v_rows, place, maps_k, value, SIZES, V, CODE)
         if t >= first:
