@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.op_speed import OURS
 from benchmarks.timing import SEED, parser, publish, random_llama
 from linearize.evaluation.speed import cache_bytes
-from linearize.evaluation.speed.timing import Timing, interleaved
+from linearize.evaluation.speed.running import Timing, interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache_argument import cache_of, with_cache

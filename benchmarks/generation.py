@@ -29,11 +29,11 @@ from linearize.evaluation.speed.running import (
     decode,
     measuring,
     new_cache,
+    now,
     prefill,
     random_text,
     run_configs,
 )
-from linearize.evaluation.speed.timing import now
 
 CHECKED = (3, 7, 3)  # rows, tokens and new tokens of the check against a plain forward
 PRUNED_BEYOND = 3.0  # times as slow as another way at the end of the text: then not measured at other fills

@@ -20,7 +20,7 @@ from benchmarks.generation import GenerationWorkload, throughput
 from benchmarks.on_gpu import Clock, arguments, device_for, facts, ratio, timings_json
 from benchmarks.throughput import plan_of
 from benchmarks.timing import SEED, parser, publish
-from linearize.evaluation.speed.timing import Timing
+from linearize.evaluation.speed.running import Timing
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.static.step import StaticStep
 

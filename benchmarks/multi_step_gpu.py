@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.on_gpu import arguments, device_for
 from benchmarks.timing import SEED, parser, publish
-from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.running import interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.layer_steps import use_backend as use_layer_backend

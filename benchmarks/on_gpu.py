@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from linearize.evaluation.speed.timing import Timing
+from linearize.evaluation.speed.running import Timing
 from linearize.ops.triton import has_triton
 
 PACKAGES = ("triton", "flash-attn", "flash-linear-attention", "mamba-ssm", "causal-conv1d")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.peak import matmul_peak
 from benchmarks.timing import SEED, parser, publish
-from linearize.evaluation.speed.timing import Timing, interleaved
+from linearize.evaluation.speed.running import Timing, interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.spec import in_window

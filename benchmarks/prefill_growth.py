@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from benchmarks.op_speed import OURS
 from benchmarks.timing import parser, publish, random_llama
-from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.running import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache_argument import with_cache

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.peak import attention_flops, matmul_peak, product_flops
 from benchmarks.timing import SEED, parser, publish
 from linearize.errors import unknown
-from linearize.evaluation.speed.timing import Timing, interleaved
+from linearize.evaluation.speed.running import Timing, interleaved
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear
 from linearize.ops.recurrent.gated_delta import gated_delta

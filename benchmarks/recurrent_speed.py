@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import SEED, parser, publish
 from linearize.errors import unknown
-from linearize.evaluation.speed.timing import Timing, interleaved
+from linearize.evaluation.speed.running import Timing, interleaved
 from linearize.mixers import MIXERS, AttentionShape, LayerMixer
 from linearize.ops.layout import Layout
 from linearize.ops.recurrent.decay_linear import decay_linear

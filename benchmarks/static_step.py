@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.timing import SEED, parser, publish, random_llama
 from linearize.errors import unknown
-from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.running import interleaved
 from linearize.mixers import MIXERS
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache_argument import cache_of

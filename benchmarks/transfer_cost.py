@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.timing import SEED, parser, publish, random_llama
-from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.running import interleaved
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.stages.attention_transfer import AttentionTransferConfig

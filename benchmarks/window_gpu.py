@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.on_gpu import Clock, Peaks, arguments, device_for, facts, fastest, peaks, ratio, shares, timings_json
 from benchmarks.timing import SEED, parser, publish
-from linearize.evaluation.speed.timing import Timing
+from linearize.evaluation.speed.running import Timing
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import use_backend

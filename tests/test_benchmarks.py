@@ -15,7 +15,7 @@ from benchmarks import (
     verify_cost,
 )
 
-from linearize.evaluation.speed.timing import interleaved
+from linearize.evaluation.speed.running import interleaved
 from linearize.mixers import AttentionShape
 
 TINY = ["--hidden", "24", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "37", "--threads", "1"]

@@ -12,13 +12,12 @@ from byte_tokenizer import CHAT, byte_tokenizer
 from chat_stand_in import ALPACA, QUESTIONS, alpaca_root, data_root, eval_context, eval_models, lines, read_lines
 
 from linearize.errors import InputError
-from linearize.evaluation.chat import answering, data
-from linearize.evaluation.chat.answering import Turn, converse, prompt_tokens
-from linearize.evaluation.chat.data import Question, file_name
 from linearize.evaluation.context import EvalModel
 from linearize.evaluation.numbers import DifferenceNumbers, MeanNumbers
-from linearize.evaluation.sections.chat import Chat
-from linearize.evaluation.sections.chat.numbers import BenchmarkNumbers, ChatNumbers, benchmark_numbers, loops, repeated
+from linearize.evaluation.sections.chat import Chat, answering, data
+from linearize.evaluation.sections.chat.answering import Turn, converse, prompt_tokens
+from linearize.evaluation.sections.chat.data import Question, file_name
+from linearize.evaluation.sections.chat.present import BenchmarkNumbers, ChatNumbers, benchmark_numbers, loops, repeated
 
 CHAT_ONLY = Chat(max_new_tokens=9)
 ANSWERS = ("mt_bench/model_answer/teacher.jsonl", f"mt_bench/model_answer/{file_name('org/student')}.jsonl")

@@ -23,10 +23,10 @@ from chat_stand_in import (
 )
 
 from linearize.errors import InputError
-from linearize.evaluation.chat import judge as judge_module
-from linearize.evaluation.chat.judge import FAILED, Judge
 from linearize.evaluation.sections.chat import Chat
-from linearize.evaluation.sections.chat.numbers import judge_numbers
+from linearize.evaluation.sections.chat import judge as judge_module
+from linearize.evaluation.sections.chat.judge import FAILED, Judge
+from linearize.evaluation.sections.chat.present import judge_numbers
 from linearize.storage.journal import Journal
 
 pytest.importorskip("openai")

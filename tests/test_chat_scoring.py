@@ -27,12 +27,11 @@ from chat_stand_in import (
 )  # fmt: skip
 
 from linearize.errors import InputError
-from linearize.evaluation.chat import answering, data, scoring
-from linearize.evaluation.chat import judge as judge_module
-from linearize.evaluation.chat.data import Question, file_name
-from linearize.evaluation.chat.judge import Judge
 from linearize.evaluation.context import EvalModel
-from linearize.evaluation.sections.chat import Chat
+from linearize.evaluation.sections.chat import Chat, answering, data
+from linearize.evaluation.sections.chat import judge as judge_module
+from linearize.evaluation.sections.chat.data import Question, file_name
+from linearize.evaluation.sections.chat.judge import Judge
 from linearize.storage.journal import Journal
 
 pytest.importorskip("openai")
@@ -71,12 +70,12 @@ def judged(server: StandIn, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_ratings_are_read_as_officially(reply: str, value: float | None) -> None:
-    assert scoring.rating(reply) == value
+    assert judge_module.rating(reply) == value
 
 
 def test_verdicts_are_read_as_officially() -> None:
     replies = {"so [[A]]": "A", "[[B]]": "B", "[[C]]": "C", "A": "", "[[B]] no, [[A]]": "A"}
-    assert {reply: scoring.winner(reply) for reply in replies} == replies
+    assert {reply: judge_module.winner(reply) for reply in replies} == replies
 
 
 def test_what_is_asked(tmp_path: Path, root: Path, models: tuple[EvalModel, EvalModel]) -> None:
@@ -262,7 +261,7 @@ def test_both_orders_of_alpaca_are_read() -> None:
     question = Question(id="i", category="d", turns=("i",), reference=("base",), generator="b")
     with serving(lambda request, number: "m") as server:  # always the one shown first
         judge = Judge(server.url, "m", Journal(None))
-        values = [scoring.judge_alpaca(judge, prompt, question, "o", "own", seed).value for seed in range(40)]
+        values = [judge_module.judge_alpaca(judge, prompt, question, "o", "own", seed).value for seed in range(40)]
     assert server.prompts() == (["base>own", "own>base"] if values[0] == 0.0 else ["own>base", "base>own"])
     assert 8 < sum(value or 0.0 for value in values) < 32 and set(values) == {0.0, 1.0}
 
@@ -274,7 +273,7 @@ def test_all_official_prompts_are_filled(shared_dir: Path) -> None:
     used = set()
     with serving(lambda request, number: "[[7]]") as server:
         judge = Judge(server.url, "m", Journal(None))
-        tasks = scoring.judge_tasks(judge, chat, questions, texts, "TTT", 0)
+        tasks = judge_module.judge_tasks(judge, chat, questions, texts, "TTT", 0)
         assert len(tasks) == 320 + 160
         for task in [*tasks[:160], *tasks[320:]]:
             judgment = task()

@@ -14,10 +14,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.sections.cloze import Cloze
-from linearize.evaluation.sections.cloze.answers import score_words, word_answers, write_words
-from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items
+from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items, score_words, word_answers, write_words
 from linearize.metrics.theme import styled
 
 NOUNS = ("ball", "balloon", "cat", "hill", "well-being", "pond", "ice", "mother's", "tree", "sun", "bee", "fox")

@@ -14,13 +14,12 @@ import torch
 from models import mixer, student_of, text, tiny
 from torch.nn import functional as F
 
-import linearize.evaluation.sections.consistency.measure as consistency
+import linearize.evaluation.sections.consistency as consistency
 from linearize.errors import InputError
 from linearize.evaluation.cache_checks import CHECKS, CacheProbe, Deviation, _Total, check
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.result_cache import ResultCache
-from linearize.evaluation.sections.consistency import Consistency
-from linearize.evaluation.sections.consistency.numbers import ModelChecks
+from linearize.evaluation.numbers import ResultCache
+from linearize.evaluation.sections.consistency import Consistency, ModelChecks
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.ops.layout import Layout
 from linearize.training.data.documents import Document

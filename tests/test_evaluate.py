@@ -26,8 +26,7 @@ from linearize.evaluation import (
     print_report,
     write_report,
 )
-from linearize.evaluation.held_out import Origin, held_out_documents
-from linearize.evaluation.models import unique_names
+from linearize.evaluation.loading import Origin, held_out_documents, unique_names
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.language import Language
 from linearize.evaluation.sections.speed import Speed

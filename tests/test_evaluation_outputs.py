@@ -127,11 +127,11 @@ def test_recall_by_distance() -> None:
 def test_recall_is_the_same_in_any_batch() -> None:
     model, tokenizer = tiny_llama(3), tiny_tokenizer()
     together = recall_beyond_window(model, tokenizer, ITEMS, batch_size=3)
-    alone = [recall_beyond_window(model, tokenizer, [item]).answers[0].given for item in ITEMS]
-    shortest = [min(len(a), len(b.given)) for a, b in zip(alone, together.answers, strict=True)]
+    alone = [recall_beyond_window(model, tokenizer, [item]).answers[0].answer for item in ITEMS]
+    shortest = [min(len(a), len(b.answer)) for a, b in zip(alone, together.answers, strict=True)]
     assert min(shortest) > 0
     for n, one, other in zip(shortest, alone, together.answers, strict=True):
-        assert one[:n] == other.given[:n]
+        assert one[:n] == other.answer[:n]
 
 
 def test_recall_refuses_what_it_cannot_measure() -> None:

@@ -17,7 +17,7 @@ import linearize
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
-from linearize.evaluation.models import load_models
+from linearize.evaluation.loading import load_models
 from linearize.modeling.inspect import inspect_model
 from linearize.modeling.io.model_source import find_model
 from linearize.modeling.io.streamed_teacher import StreamedTeacher

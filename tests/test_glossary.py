@@ -92,12 +92,12 @@ NAMES = {
     "take_parts": "load_trained_blocks",
     "train_parts": "train_streamed_blocks",
     "write_papers": "write_student_files",
-    # "FEW_TOKENS": "a name that says what is bounded",  # evaluation/sections/language
-    # "Part": "BlockResult",  # evaluation/sections/branches
+    "FEW_TOKENS": "a name that says what is bounded",
+    "Part": "BlockResult",
     "Piece": "HeadBlock",
     "Tile": "StateTile",
     "pieces": "head_blocks",
-    # "room": "ring_buffer",  # evaluation/sections/cloze
+    "room": "ring_buffer",
 }
 
 # Words that say nothing of what they name, or are pictures where the field has a term.
@@ -105,11 +105,8 @@ VAGUE = {
     "told", "tell", "found", "given", "said", "wanted", "guess", "guesses", "papers", "piece", "pieces", "room", "slab",
     "slabs",
 }  # fmt: skip
-# Where some of them are still in use; an entry goes when its renames are merged.
-STILL_VAGUE = ("src/linearize/evaluation/",)
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
 PROSE = ("beside", "guess", "guesses", "is no folder", "lies in", "slab", "slabs", "stands in", "tell", "told")
-STILL_IN_PROSE = ("docs/evaluation.md",)
 
 
 def modules() -> list[Path]:
@@ -160,8 +157,7 @@ def test_names_say_what_they_name(folder: str) -> None:
     back = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         where = path.relative_to(ROOT).as_posix()
-        if not where.startswith(STILL_VAGUE):
-            back += [f"{where}: {name}" for name in sorted(set(defined(path.read_text("utf-8"))) & VAGUE)]
+        back += [f"{where}: {name}" for name in sorted(set(defined(path.read_text("utf-8"))) & VAGUE)]
     assert not back, "\n".join(back)
 
 
@@ -169,7 +165,7 @@ def test_names_say_what_they_name(folder: str) -> None:
 def test_pages_are_in_plain_words(page: Path) -> None:
     lines = page.read_text("utf-8").splitlines()
     used = [f"{n}: {line}" for n, line in enumerate(lines, 1) if re.search(rf"\b({'|'.join(PROSE)})\b", line)]
-    assert not used or page.relative_to(ROOT).as_posix() in STILL_IN_PROSE, "\n".join(used)
+    assert not used, "\n".join(used)
 
 
 def entries() -> list[tuple[str, ...]]:

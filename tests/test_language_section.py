@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.sections.language import Language
 from linearize.evaluation.sections.language.numbers import LanguageNumbers
 from linearize.evaluation.sections.language.token_facts import (

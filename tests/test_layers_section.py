@@ -14,7 +14,7 @@ from models import mixer, student_of, text, tiny
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.sections.layers import Layers
-from linearize.evaluation.sections.layers.attention_shape import (
+from linearize.evaluation.sections.layers.measure import (
     implied_weights,
     shape_of,
     student_shapes,
@@ -158,7 +158,7 @@ def test_without_a_teacher_of_its_kind_a_student_is_given_its_own_states(teacher
     for context, name in ((eval_context(other, student), "student1"), (eval_context(student), "teacher")):
         numbers = measured(section, context)
         model = numbers["models"][name]
-        assert model["given"] == name and [layer["error"] for layer in model["layers"]] == [None] * 3
+        assert model["source"] == name and [layer["error"] for layer in model["layers"]] == [None] * 3
         assert all(layer["entropy"]["value"] > 0 for layer in model["layers"])
         assert not Layers.present(numbers).findings and len(Layers.present(numbers).plots) == 2
     ids = torch.tensor([eval_context(student).documents[1].tokens[:24]])

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from linearize.errors import InputError
-from linearize.evaluation.needles import CODE_DIGITS, RecallItem, recall_document, sentences
+from linearize.evaluation.needles import CODE_DIGITS, RecallDocument, recall_document, sentences
 
 STORIES = [
     'Tom had a red box. "Look! It is new. I like it," he said. He ran home.\nHis mom smiled! Was it late? Yes, it was.',
@@ -18,7 +18,7 @@ STORIES = [
 FACT = re.compile(r"The code of the (\w+ \w+) is (\d+)\.")
 
 
-def _document(seed: int = 5, **settings: int) -> RecallItem:
+def _document(seed: int = 5, **settings: int) -> RecallDocument:
     return recall_document(random.Random(seed), STORIES, **{"num_words": 150, **settings})
 
 

@@ -20,9 +20,8 @@ from linearize.evaluation import EvaluationOptions, evaluate
 from linearize.evaluation.harness import definitions
 from linearize.evaluation.harness.definitions import folder_manager, refers_outside, task_specs
 from linearize.evaluation.harness.model import isolated
-from linearize.evaluation.run import _planned as planned_sections
 from linearize.evaluation.sections.tasks import Tasks
-from linearize.evaluation.suites import LOLCATS_TASKS, MAMBA_TASKS
+from linearize.evaluation.suites import LOLCATS_TASKS, MAMBA_TASKS, plan_sections
 
 pytest.importorskip("lm_eval", reason="tasks need lm-eval")
 ITEMS = [
@@ -213,7 +212,6 @@ def test_each_known_task_is_defined_in_the_folder_named() -> None:
 def test_tasks_of_a_suite(
     suite: str | None, tasks: tuple[str, ...], include: bool, names: tuple[str, ...] | None, folder: Path
 ) -> None:
-    options = EvaluationOptions(include_path=folder / "own" if include else None)
-    _, sections = planned_sections(suite, tasks, None, options)
+    _, sections = plan_sections(suite, tasks, None, folder / "own" if include else None)
     chosen = [section.tasks for section in sections if isinstance(section, Tasks)]
     assert chosen == ([] if names is None else [names])

@@ -23,9 +23,9 @@ import linearize.demo
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers
-from linearize.evaluation.haystack import CODE, NOISE, Hay, Ruler, association_questions, needle_question
+from linearize.evaluation.haystack import NOISE, Hay, Ruler, association_questions
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.recall import Generated, answer_greedily, full_forward
-from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.recall import Recall
 from linearize.metrics.intervals import wilson
 from linearize.metrics.theme import styled
@@ -132,9 +132,7 @@ def test_pass_keys_hide_in_noise_alone() -> None:
 
 
 def test_queries_follow_each_other_and_the_earlier_ones_stand_answered() -> None:
-    asked = association_questions(
-        Ruler(TOKENIZER), Hay(STORIES, CODE), CODE, random.Random(4), keys=7, queries=4, hay_tokens=300
-    )
+    asked = association_questions(Ruler(TOKENIZER), Hay(STORIES), random.Random(4), keys=7, queries=4, hay_tokens=300)
     assert len(asked) == 4
     document = asked[0].prompt[: asked[0].prompt.index(" What is the code")]
     facts = dict(FACT.findall(document))
@@ -171,7 +169,7 @@ def test_numbers_count_what_each_reader_can_see() -> None:
         assert (student[test]["low"], student[test]["high"]) == pytest.approx(wilson(sum(sees), len(sees)))
         assert student[test]["against_teacher"]["all"]["kept"]["successes"] == sum(sees)
         assert sum(cell["successes"] for cell in student[test]["cells"]) == sum(sees)
-        answered = [text.startswith(f" {q.answer}.") for text, q in zip(student[test]["given"], items, strict=True)]
+        answered = [text.startswith(f" {q.answer}.") for text, q in zip(student[test]["answers"], items, strict=True)]
         assert answered == sees
     assert [cell["n"] for cell in student["needle"]["cells"]] == [3] * 6
     assert [(cell["keys"], cell["n"], cell["chance"]) for cell in student["keys"]["cells"]] == [
@@ -267,7 +265,7 @@ def _random_student() -> Any:
 
 def _differ(model: Any) -> tuple[int, set[str]]:
     numbers = measured(model, lengths=(150,), depths=(0.3,), items=2, keys=(2,))["models"]["teacher"]
-    return numbers["cache"]["differ"], {text for test in ("needle", "keys") for text in numbers[test]["given"]}
+    return numbers["cache"]["differ"], {text for test in ("needle", "keys") for text in numbers[test]["answers"]}
 
 
 def test_a_healthy_student_decodes_what_its_full_forward_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +333,6 @@ def test_everything_is_shown_for_any_number_of_models(count: int) -> None:
         ({"lengths": ()}, "give at least one"),
         ({"depths": (0.5, 1.2)}, "from 0 to 1"),
         ({"keys": (0, 2)}, "allowed are 1 to 100"),
-        ({"keys": (25,), "needle": "city"}, "allowed are 1 to 24"),
-        ({"hay": "nowhere.txt"}, "'nowhere.txt' is no text file"),
-        ({"needle": "custom", "statement": "The best tea is green."}, "needs a `statement`"),
-        ({"needle": "custom", "statement": "Tea {x} {answer}", "question": "Tea?"}, "no other braces"),
-        ({"statement": "Tea is {answer}."}, "set needle to 'custom'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], message: str) -> None:
@@ -350,31 +343,12 @@ def test_what_cannot_be_measured_is_refused_before(settings: dict[str, Any], mes
 def test_lengths_and_texts_too_short_are_refused() -> None:
     with pytest.raises(InputError, match="40 tokens are too few"):
         Recall(lengths=(40,)).questions(eval_context(Reader(9)))
-    with pytest.raises(InputError, match="no held-out text"):
+    with pytest.raises(InputError, match="no sentence to use"):
         Recall().check(eval_context(Reader(9), texts=()))
     with pytest.raises(InputError, match="no sentence to use"):
         Recall().check(eval_context(Reader(9), texts=["The code of the red hat is 1111."]))
     with pytest.raises(InputError, match="table of 256 positions"):
         Recall(lengths=(300,)).check(eval_context(tiny("gpt2")))
-
-
-def test_own_needles_and_own_hay(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(f"One {name} sentence. " * 40)
-    own = {
-        "statement": "The best tea is {answer}.",
-        "question": "Which tea is best? The best tea is",
-        "answer": "oolong",
-    }
-    section = Recall(needle="custom", hay=str(tmp_path), **own, lengths=(300,), depths=(0.5,), items=2)
-    section.check(eval_context(Reader(9), texts=()))
-    for question in section.questions(eval_context(Reader(9), texts=()))["needle"]:
-        assert question.answer == "oolong" and question.prompt.count("The best tea is oolong.") == 1
-        assert "One a sentence." in question.prompt or "One b sentence." in question.prompt
-    city = needle_question(
-        Ruler(TOKENIZER), Hay(STORIES, CODE), Recall(needle="city")._form(), random.Random(2), length=400, depth=0.5
-    )
-    assert re.search(r"The special number of the city of (\w+) is \d{7}\..*city of \1 is$", city.prompt, re.DOTALL)
 
 
 def test_the_embedded_teacher_finds_its_needles() -> None:

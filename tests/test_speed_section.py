@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.sections.speed import Speed, points
 from linearize.evaluation.sections.speed import measure as section
 from linearize.evaluation.sections.speed.largest_batch import (
@@ -30,17 +30,19 @@ from linearize.evaluation.sections.speed.numbers import SpeedNumbers, TimedRows
 from linearize.evaluation.speed import cache_bytes, peak_bytes, running, weight_bytes
 from linearize.evaluation.speed.equality import check_config, check_model, reference, row_difference
 from linearize.evaluation.speed.running import (
+    DecodeRun,
     RunConfig,
     decode,
     fastest,
     feed,
+    interleaved,
     measuring,
     prefill,
     random_text,
     repeated,
     run_configs,
+    time_decode,
 )
-from linearize.evaluation.speed.timing import DecodeRun, interleaved, time_decode
 from linearize.modeling.cache import MixerCacheLayer
 
 SMALL = {

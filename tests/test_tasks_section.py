@@ -16,7 +16,7 @@ from task_files import DEFINITIONS, write_data
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.sections.tasks import Tasks
 
 pytest.importorskip("lm_eval", reason="tasks need lm-eval")

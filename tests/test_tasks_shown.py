@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from linearize.evaluation.harness.contrast import average_share, averages, contrast, standard_error
-from linearize.evaluation.harness.outcome import Outcome
+from linearize.evaluation.harness.outcome import Outcome, average_share, averages, contrast, standard_error
 from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.sections.tasks.measure import task_score
-from linearize.evaluation.sections.tasks.numbers import TasksNumbers
+from linearize.evaluation.sections.tasks.present import TasksNumbers
 
 
 def test_shares_and_errors_against_a_bootstrap() -> None:

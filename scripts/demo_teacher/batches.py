@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from demo_teacher.text import BOS_ID, EOS_ID, PAD_ID
-from linearize.evaluation.needles import CODE_DIGITS, RecallItem, recall_document
+from linearize.evaluation.needles import CODE_DIGITS, RecallDocument, recall_document
 
 Level = tuple[int, tuple[int, int], tuple[int, int]]
 CURRICULA: dict[str, tuple[Level, ...]] = {
@@ -107,7 +107,7 @@ class RecallAndStories(Dataset[tuple[Rows, Rows]]):
         drawn = np.random.default_rng(rng.getrandbits(32)).random(len(answer)) < self.plan.hay_share
         return np.where(answer, self.plan.answer_weight, self.plan.hay_weight * drawn)
 
-    def _document(self, rng: random.Random, level: int, length: int) -> RecallItem:
+    def _document(self, rng: random.Random, level: int, length: int) -> RecallDocument:
         """A recall document of at most about `length` tokens."""
         num_facts, num_questions = (rng.randint(*span) for span in CURRICULA[self.plan.curriculum][level][1:])
         overhead = 2 + FACT_TOKENS * num_facts + QUESTION_TOKENS * num_questions
@@ -156,7 +156,7 @@ class WordEncoder:
         """`<s> text </s>` as ids."""
         return [BOS_ID, *(token for _, ids in self.words(text) for token in ids), EOS_ID]
 
-    def recall(self, item: RecallItem) -> tuple[list[int], np.ndarray]:
+    def recall(self, item: RecallDocument) -> tuple[list[int], np.ndarray]:
         """Ids of the whole document and a bool mask of its answers' digits."""
         ids, starts, offset = [BOS_ID], {start - 1 for start, _ in item.answers}, 0
         answers: list[int] = []

@@ -40,9 +40,6 @@ def evaluate(
             metavar="DIR", help="Folder of task definitions (lm-eval's YAML); they come before lm-eval's own."
         ),
     ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out chat questions that have no local file.")
-    ] = False,
     limit: Annotated[
         int | None, typer.Option(metavar="N", parser=count, help="At most N items of each task, and N documents.")
     ] = None,
@@ -76,7 +73,6 @@ def evaluate(
     from linearize.evaluation import evaluate as run_evaluate
 
     options = EvaluationOptions(
-        skip_missing=skip_missing,
         allow_code=allow_code,
         **specified(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
         **specified(include_path=include_path, judge_url=judge_url, judge_model=judge_model, device=device),

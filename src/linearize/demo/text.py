@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.evaluation.needles import RecallItem, recall_document
+from linearize.evaluation.needles import RecallDocument, recall_document
 from linearize.training.data.sampling import sample_documents
 
 KEPT = Path("text", ".kept")  # what the teacher has written, until the demo is whole
@@ -33,7 +33,7 @@ class DemoText:
     files: tuple[str, ...]
     num_stories: int
     num_recall: int
-    questions: tuple[RecallItem, ...]
+    questions: tuple[RecallDocument, ...]
 
 
 def write_text(
@@ -58,13 +58,13 @@ def write_text(
     )
 
 
-def recall_questions(hay: Sequence[str], seed: int) -> tuple[RecallItem, ...]:
+def recall_questions(hay: Sequence[str], seed: int) -> tuple[RecallDocument, ...]:
     """Documents with one fact each, asked at the end, at each distance (among several, the teacher errs)."""
     rng = random.Random(seed + 1)
     return tuple(_question(rng, hay, words) for words in ASKED_AFTER_WORDS for _ in range(ASKED_PER_DISTANCE))
 
 
-def _question(rng: random.Random, hay: Sequence[str], words: int) -> RecallItem:
+def _question(rng: random.Random, hay: Sequence[str], words: int) -> RecallDocument:
     """The best of a few documents: facts are put between sentences, and a long sentence can move one far away."""
     drawn = [
         recall_document(rng, hay, num_words=words + rng.randint(10, 40), num_facts=1, distance=words) for _ in range(8)
@@ -72,7 +72,7 @@ def _question(rng: random.Random, hay: Sequence[str], words: int) -> RecallItem:
     return min(drawn, key=lambda item: abs(item.distance - words))
 
 
-def _training_document(rng: random.Random, hay: Sequence[str]) -> RecallItem:
+def _training_document(rng: random.Random, hay: Sequence[str]) -> RecallDocument:
     """A document as the teacher was trained on: several facts, asked again and again."""
     return recall_document(
         rng, hay, num_words=rng.randint(*WORDS), num_facts=rng.randint(*FACTS), num_questions=rng.randint(*QUESTIONS)

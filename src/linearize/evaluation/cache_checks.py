@@ -103,9 +103,13 @@ class CacheProbe:
 
 def _decode(probe: CacheProbe) -> Iterator[Pair]:
     """A prefill, then one token at a time."""
+    yield _one_by_one(probe, probe.new_cache())
+
+
+def _one_by_one(probe: CacheProbe, cache: Cache) -> Pair:
     row = probe.rows[0]
     sizes = [probe.prefill, *[1] * (len(row) - probe.prefill)]
-    yield probe.pair(probe.feed(row[None], probe.new_cache(), sizes)[0, probe.prefill :], 0, probe.prefill)
+    return probe.pair(probe.feed(row[None], cache, sizes)[0, probe.prefill :], 0, probe.prefill)
 
 
 def _chunks(probe: CacheProbe) -> Iterator[Pair]:
@@ -172,10 +176,7 @@ def _wrong(row: Tensor, at: int, count: int, probe: CacheProbe, drawn: random.Ra
 
 def _static(probe: CacheProbe) -> Iterator[Pair]:
     """As `_decode`, through transformers' cache of fixed size."""
-    row = probe.rows[0]
-    sizes = [probe.prefill, *[1] * (len(row) - probe.prefill)]
-    cache = StaticCache(config=probe.model.config, max_cache_len=len(row) + 3)
-    yield probe.pair(probe.feed(row[None], cache, sizes)[0, probe.prefill :], 0, probe.prefill)
+    yield _one_by_one(probe, StaticCache(config=probe.model.config, max_cache_len=len(probe.rows[0]) + 3))
 
 
 def _chunk_sizes(tokens: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a section of an evaluation measures on and how it is presented: from its JSON numbers alone, so that a report
+"""What a section of an evaluation measures on, and how it is presented: from its JSON numbers alone, so that a report
 can be drawn again from its `report.json`."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import ResultCache, Role
 from linearize.mixers import MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.tables import NOTHING, columns_of
@@ -22,6 +22,10 @@ from linearize.training.data.packing import PackedRows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Level = Literal["good", "note", "bad"]
+Judgement = tuple[Level, str]
+"""A finding before it names its model."""
 
 Numbers = dict[str, Any]
 """What a section measured, JSON-able: mappings, lists, text, numbers, None."""
@@ -35,21 +39,32 @@ class EvalModel:
     """
 
     name: str
-    role: Literal["teacher", "student"]
+    role: Role
     path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str = ""
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model has positions for; None where its config does not say."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    @property
+    def dtype(self) -> str:
+        """`float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def plan(self) -> Sequence[MixerConfig | None]:
-        """By layer the mixer, None where softmax attention stays; empty for a model that is not one of our students."""
+        """The mixer of each layer, None where softmax attention stays; empty for a model that is no student of ours."""
         config = self.model.config
         return config.mixers() if isinstance(config, LinearizeConfig) else ()
 
     @property
     def mixer_names(self) -> list[str]:
-        """By layer the mixer's name, or `softmax`."""
+        """The mixer's name of each layer, or `softmax`."""
         return ["softmax" if mixer is None else str(mixer.name) for mixer in self.plan]  # type: ignore[attr-defined]
 
 
@@ -74,7 +89,6 @@ class EvalContext:
     limit: int | None = None
     data_root: Path | None = None
     include_path: Path | None = None
-    skip_missing: bool = False
     allow_code: bool = False
     judge_url: str | None = None
     judge_model: str | None = None
@@ -104,7 +118,7 @@ class EvalContext:
         return self.rows_of(self.documents)
 
     def rows_of(self, documents: Sequence[Document]) -> PackedRows:
-        """The same for other documents."""
+        """Other documents as such rows."""
         from linearize.decoding.loading import pad_token
         from linearize.training.data.packing import document_rows
 
@@ -164,9 +178,14 @@ class Finding:
     `text` names the student and holds the numbers that the judgement rests on.
     """
 
-    level: Literal["good", "note", "bad"]
+    level: Level
     text: str
     student: str | None = None
+
+    @classmethod
+    def on(cls, name: str, role: Role, level: Level, text: str) -> Finding:
+        """A judgement on a model; one on the teacher counts against no student."""
+        return cls(level=level, text=f"{name}: {text}", student=name if role == "student" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,26 +210,23 @@ class Stat:
 class Section(BaseModel, ABC):
     """A part of an evaluation. Subclasses are frozen configs; their fields are what a suite may set.
 
-    `NAME`: its key in `report.json` and in the table SECTIONS; `TITLE`: its heading.
+    `NAME`: its key in `report.json` and in the table SECTIONS; `TITLE`: its heading; `NEEDS_TEXT`: whether it measures
+    on the context's documents, else it also runs where there are none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     NAME: ClassVar[str]
     TITLE: ClassVar[str]
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether it measures on the context's documents; else it also runs where there are none."""
-        return True
+    NEEDS_TEXT: ClassVar[bool] = True
 
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError, before anything is measured, for what the section cannot do in this context."""
 
     @abstractmethod
     def run(self, ctx: EvalContext) -> Numbers:
-        """Measure. The same context and seed give the same numbers (times apart, which are under keys `*_seconds`,
-        `*_per_second` or `ms_*`)."""
+        """Measure. The same context and seed give the same numbers, except times, which are under keys
+        `*_seconds`, `*_per_second` or `ms_*`."""
 
     @classmethod
     @abstractmethod

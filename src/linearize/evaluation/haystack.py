@@ -8,7 +8,6 @@ has its own tokens and distance.
 from __future__ import annotations
 
 import random
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,6 @@ from linearize.evaluation.needles import COLOURS, OBJECTS, QUESTION, STATEMENT
 from linearize.evaluation.needles import sentences as cut_sentences
 from linearize.evaluation.recall import SPARE_TOKENS, answer_tokens, prompt_tokens
 
-CITIES = (
-    "Accra", "Bogota", "Cairo", "Dublin", "Geneva", "Hanoi", "Jakarta", "Kyoto", "Lagos", "Lima", "Lisbon", "Madrid",
-    "Manila", "Nairobi", "Oslo", "Prague", "Quito", "Riga", "Seoul", "Toronto", "Vienna", "Warsaw", "York", "Zagreb",
-)  # fmt: skip
 NOISE = (
     "The sun was warm.", "The wind was soft.", "The river ran on and on.", "Birds sat in the old tree.",
     "And so the day went by.",
@@ -35,17 +30,16 @@ FILLERS = 24
 """Sentences further on that are tried where the next one is too long for the tokens that are left."""
 
 Sentence = tuple[str, str]
-"""What parts a sentence from the one before it, and the sentence."""
+"""The separator from the sentence before, and the sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a fact is stated and asked for; `{thing}` and `{answer}` are filled in. `answer`: always this one."""
+    """How a fact is stated and asked for; `{thing}` and `{answer}` are filled in."""
 
     statement: str
     question: str
     digits: int = 4
-    answer: str | None = None
     things: tuple[str, ...] = ("",)
 
 
@@ -70,12 +64,6 @@ CODE = Form(
     question=(QUESTION + STATEMENT).rstrip(),
     things=tuple(f"{colour} {thing}" for colour in COLOURS for thing in OBJECTS),
 )
-CITY = Form(
-    statement="The special number of the city of {thing} is {answer}.",
-    question="What is the special number of the city of {thing}? The special number of the city of {thing} is",
-    digits=7,
-    things=CITIES,
-)
 PASS_KEY = Form(
     statement="The pass key is {answer}. Remember it. {answer} is the pass key.",
     question="What is the pass key? The pass key is",
@@ -85,36 +73,35 @@ PASS_KEY_TASK = "There is a pass key hidden in this text. Find it and remember i
 
 
 class Ruler:
-    """Counts tokens; those of a sentence only once."""
+    """Counts tokens; each sentence is tokenised once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._counts: dict[Sentence, int] = {}
 
     def count(self, sentence: Sentence) -> int:
-        """Tokens of a sentence, with what parts it from the one before, by itself."""
+        """Tokens of a sentence and its separator, counted alone."""
         if sentence not in self._counts:
             ids = self.tokenizer("".join(sentence), add_special_tokens=False, verbose=False)["input_ids"]
             self._counts[sentence] = len(ids)
         return self._counts[sentence]
 
     def prompt(self, text: str) -> int:
-        """Tokens of a prompt, the first special one included."""
+        """Tokens of a prompt, BOS included."""
         return len(prompt_tokens(self.tokenizer, text))
 
 
 class Hay:
-    """Texts to hide facts in, cut into sentences when needed; sentences that state facts of the same form are left out.
+    """Texts to hide facts in, cut into sentences when needed; sentences that state codes of their own are left out.
 
     Raises InputError for texts without a word.
     """
 
-    def __init__(self, texts: Sequence[str], form: Form) -> None:
+    def __init__(self, texts: Sequence[str]) -> None:
         self.texts = [text for text in texts if text.strip()]
-        self.competes = _competitor(form)
         self._sentences: dict[int, list[Sentence]] = {}
         if not any(self._of(i) for i in range(len(self.texts))):
-            raise InputError("recall: the texts to hide facts in hold no sentence to use; give `hay` a file of prose")
+            raise InputError("recall: the texts to hide facts in hold no sentence to use; give prose with --data")
 
     def draw(self, rng: random.Random, usable: Callable[[str], bool]) -> Iterator[Sentence]:
         """Sentences without end: from anywhere in a random text on, then whole texts in random order."""
@@ -134,17 +121,15 @@ class Hay:
     def _of(self, index: int) -> list[Sentence]:
         if index not in self._sentences:
             sentences = [sentence for pair in cut_sentences(self.texts[index]) for sentence in _cut(*pair)]
-            self._sentences[index] = [
-                sentence for sentence in sentences if sentence[1] and not self.competes(sentence[1])
-            ]
+            self._sentences[index] = [(gap, body) for gap, body in sentences if body and not _states_code(body)]
         return self._sentences[index]
 
 
-def needle_question(ruler: Ruler, hay: Hay, form: Form, rng: random.Random, *, length: int, depth: float) -> HiddenFact:
-    """One fact in `length` tokens of hay (fact, question and answer included), `depth` of the hay before it."""
-    thing, answer = _facts(form, rng, 1)[0]
+def needle_question(ruler: Ruler, hay: Hay, rng: random.Random, *, length: int, depth: float) -> HiddenFact:
+    """One code in `length` tokens of hay (fact, question and answer included), `depth` of the hay before it."""
+    thing, answer = _facts(CODE, rng, 1)[0]
     sentences = hay.draw(rng, lambda body: answer not in body)
-    return _hidden(ruler, sentences, form, thing, answer, length=length, depth=depth)
+    return _hidden(ruler, sentences, CODE, thing, answer, length=length, depth=depth)
 
 
 def passkey_question(ruler: Ruler, form: Form, rng: random.Random, *, length: int) -> HiddenFact:
@@ -156,14 +141,13 @@ def passkey_question(ruler: Ruler, form: Form, rng: random.Random, *, length: in
 
 
 def association_questions(
-    ruler: Ruler, hay: Hay, form: Form, rng: random.Random, *, keys: int, queries: int, hay_tokens: int
+    ruler: Ruler, hay: Hay, rng: random.Random, *, keys: int, queries: int, hay_tokens: int
 ) -> list[HiddenFact]:
-    """`keys` facts anywhere in about `hay_tokens` tokens of hay, `queries` of them asked one after the other.
+    """`keys` codes anywhere in about `hay_tokens` tokens of hay, `queries` of them asked one after the other.
 
-    Each query is a question of its own; the earlier ones are answered before it. Raises InputError for more keys
-    than the form has things.
+    Each query is a question of its own; the earlier ones are answered before it. `keys`: at most `len(CODE.things)`.
     """
-    facts = _facts(form, rng, keys)
+    facts = _facts(CODE, rng, keys)
     answers = [answer for _, answer in facts]
     sentences = _first(ruler, hay.draw(rng, lambda body: not any(a in body for a in answers)), hay_tokens)
     places = [rng.randrange(len(sentences) + 1) for _ in facts]
@@ -171,12 +155,12 @@ def association_questions(
     for place in range(len(sentences) + 1):
         for (thing, answer), at in zip(facts, places, strict=True):
             if at == place:
-                text = _joined(text, " ", form.statement.format(thing=thing, answer=answer))
+                text = _joined(text, " ", CODE.statement.format(thing=thing, answer=answer))
                 ends[thing] = text
         text = _joined(text, *sentences[place]) if place < len(sentences) else text
     questions = []
     for thing, answer in rng.sample(facts, min(queries, keys)):
-        text = _joined(text, " ", form.question.format(thing=thing))
+        text = _joined(text, " ", CODE.question.format(thing=thing))
         tokens = ruler.prompt(text)
         distance = tokens - ruler.prompt(ends[thing])
         questions.append(HiddenFact(prompt=text, answer=answer, group=keys, tokens=tokens, distance=distance))
@@ -188,7 +172,7 @@ def _hidden(
     ruler: Ruler, source: Iterator[Sentence], form: Form, thing: str, answer: str, *, length: int, depth: float,
     before: str = "",
 ) -> HiddenFact:  # fmt: skip
-    """As many sentences as fit, the fact at the border nearest to its depth, the question at the end."""
+    """As many sentences as fit, the fact between the two nearest to its depth, the question at the end."""
     statement, question = form.statement.format(thing=thing, answer=answer), form.question.format(thing=thing)
     limit = length - SPARE_TOKENS - len(answer_tokens(ruler.tokenizer, question, answer))
 
@@ -254,22 +238,17 @@ def _facts(form: Form, rng: random.Random, count: int) -> list[tuple[str, str]]:
 
     Up to ten coloured things differ in colour and in object; more of them must share one or the other.
     """
-    if count > len(form.things):
-        raise InputError(f"recall: {count} keys: this form of facts knows {len(form.things)} different things")
     if form.things == CODE.things and count <= min(len(COLOURS), len(OBJECTS)):
         pairs = zip(rng.sample(COLOURS, count), rng.sample(OBJECTS, count), strict=True)
         things = [f"{colour} {thing}" for colour, thing in pairs]
     else:
         things = rng.sample(form.things, count)
     codes = rng.sample(range(10**form.digits), count)
-    answers = [form.answer or f"{code:0{form.digits}d}" for code in codes]
-    return list(zip(things, answers, strict=True))
+    return [(thing, f"{code:0{form.digits}d}") for thing, code in zip(things, codes, strict=True)]
 
 
-def _competitor(form: Form) -> Callable[[str], bool]:
-    """Whether a sentence holds the longest fixed part of the form's statement, if that has two words or more."""
-    part = max((" ".join(part.split()) for part in re.split(r"\{\w+\}", form.statement)), key=len).lower()
-    return lambda body: " " in part and part in " ".join(body.lower().split())
+def _states_code(sentence: str) -> bool:
+    return STATEMENT.partition(" {")[0].lower() in " ".join(sentence.lower().split())
 
 
 def _cut(separator: str, body: str) -> Iterator[Sentence]:

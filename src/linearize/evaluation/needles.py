@@ -11,7 +11,7 @@ import random
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from linearize.errors import InputError
@@ -28,7 +28,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[.!?][\"'])(?=\s)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecallItem:
+class RecallDocument:
     """One document and its last question.
 
     `text` is the whole document; `prompt` the part of it that ends right before the last answer's digits, with a space;
@@ -51,21 +51,6 @@ class _Fact:
     """Number of hay sentences before it."""
 
 
-class _Builder:
-    """A growing text that knows its length; the separator is left out at the very start."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-        self.length = 0
-
-    def add(self, text: str, separator: str = " ") -> int:
-        """Append and return the offset, in characters, just behind what was added."""
-        for part in (separator if self.parts else "", text):
-            self.parts.append(part)
-            self.length += len(part)
-        return self.length
-
-
 def recall_document(
     rng: random.Random,
     stories: Sequence[str],
@@ -74,7 +59,7 @@ def recall_document(
     num_facts: int = 1,
     distance: int | None = None,
     num_questions: int = 1,
-) -> RecallItem:
+) -> RecallDocument:
     """Hide `num_facts` facts in about `num_words` words of stories and ask `num_questions` times, the last at the end.
 
     `distance` is the number of story words between the last question and the fact it asks for (None: anywhere);
@@ -89,7 +74,8 @@ def recall_document(
     words_after = _words_after(hay)
     facts = _facts(rng, num_facts, len(hay))
     if distance is not None:
-        facts[0] = _Fact(facts[0].thing, facts[0].code, _place_at(words_after, distance))
+        place = min(range(len(words_after)), key=lambda place: abs(words_after[place] - distance))
+        facts[0] = replace(facts[0], place=place)
     questions = [(len(hay), facts[0])]
     questions += [_extra_question(rng, facts, words_after) for _ in range(num_questions - 1)]
     return _assemble(hay, facts, questions)
@@ -99,14 +85,14 @@ def sentences(story: str) -> list[tuple[str, str]]:
     """Cut a story into (separator, sentence) pairs, never inside quoted speech; joined they give the stripped story."""
     pairs: list[tuple[str, str]] = []
     open_quote = False
-    for piece in _SENTENCE_END.split(story.strip()):
-        body = piece.lstrip()
-        separator = piece[: len(piece) - len(body)]
+    for part in _SENTENCE_END.split(story.strip()):
+        body = part.lstrip()
+        separator = part[: len(part) - len(body)]
         if open_quote:
-            pairs[-1] = (pairs[-1][0], pairs[-1][1] + piece)
+            pairs[-1] = (pairs[-1][0], pairs[-1][1] + part)
         else:
             pairs.append((separator, body))
-        open_quote ^= piece.count('"') % 2 == 1
+        open_quote ^= part.count('"') % 2 == 1
     return pairs
 
 
@@ -136,10 +122,6 @@ def _words_after(hay: Sequence[tuple[str, str, int]]) -> list[int]:
     return after[::-1]
 
 
-def _place_at(words_after: Sequence[int], distance: int) -> int:
-    return min(range(len(words_after)), key=lambda place: abs(words_after[place] - distance))
-
-
 def _facts(rng: random.Random, num_facts: int, num_sentences: int) -> list[_Fact]:
     colours, objects = rng.sample(COLOURS, num_facts), rng.sample(OBJECTS, num_facts)
     codes = rng.sample(range(10**CODE_DIGITS), num_facts)
@@ -160,9 +142,9 @@ def _extra_question(rng: random.Random, facts: Sequence[_Fact], words_after: Seq
 
 def _assemble(
     hay: Sequence[tuple[str, str, int]], facts: Sequence[_Fact], questions: Sequence[tuple[int, _Fact]]
-) -> RecallItem:
+) -> RecallDocument:
     """Write sentences, facts and questions in order; at one place facts come first, the last question last."""
-    text = _Builder()
+    text = ""
     facts_end: dict[str, int] = {}
     answers: list[tuple[int, int]] = []
     last = questions[0][1]
@@ -170,20 +152,19 @@ def _assemble(
     for place in range(len(hay) + 1):
         for fact in facts:
             if fact.place == place:
-                text.add(STATEMENT.format(thing=fact.thing) + fact.code)
-                facts_end[fact.thing] = text.add(".", "")
+                text += (" " if text else "") + STATEMENT.format(thing=fact.thing) + fact.code + "."
+                facts_end[fact.thing] = len(text)
         while ordered and ordered[0][0] == place:
             asked = ordered.pop(0)[1]
-            text.add(QUESTION.format(thing=asked.thing) + STATEMENT.format(thing=asked.thing))
-            end = text.add(asked.code, "")
-            answers.append((end - CODE_DIGITS, end))
-            text.add(".", "")
+            text += (" " if text else "") + (QUESTION + STATEMENT).format(thing=asked.thing) + asked.code
+            answers.append((len(text) - CODE_DIGITS, len(text)))
+            text += "."
         if place < len(hay):
-            text.add(hay[place][1], hay[place][0])
-    whole = "".join(text.parts)
-    prompt = whole[: answers[-1][0]]
+            separator, sentence, _ = hay[place]
+            text += (separator if text else "") + sentence
+    prompt = text[: answers[-1][0]]
     words = len(prompt[facts_end[last.thing] :].split())
-    return RecallItem(text=whole, prompt=prompt, answer=last.code, distance=words, answers=tuple(answers))
+    return RecallDocument(text=text, prompt=prompt, answer=last.code, distance=words, answers=tuple(answers))
 
 
 def _check(stories: Sequence[str], *, num_words: int, num_facts: int, distance: int | None, num_questions: int) -> None:

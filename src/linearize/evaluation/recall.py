@@ -44,7 +44,7 @@ class RecallAnswer:
 
     distance: int
     expected: str
-    given: str
+    answer: str
     correct: bool
 
 
@@ -93,8 +93,8 @@ def recall_beyond_window(
     for start in range(0, len(items), batch_size):
         generated += answer_greedily(model, tokenizer, items[start : start + batch_size])
     answers = tuple(
-        RecallAnswer(distance=d, expected=item.answer.strip(), given=answer.text, correct=answer.correct)
-        for d, item, answer in zip(distances, items, generated, strict=True)
+        RecallAnswer(distance=d, expected=item.answer.strip(), answer=own.text, correct=own.correct)
+        for d, item, own in zip(distances, items, generated, strict=True)
     )
     edges = list(distance_edges) if distance_edges is not None else _powers_of_two(min(distances), max(distances))
     return RecallReport(

@@ -14,17 +14,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from linearize.decoding.loading import is_student
-from linearize.errors import InputError, unknown
+from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section
-from linearize.evaluation.held_out import Origin, first_documents, held_out_documents
-from linearize.evaluation.models import load_models
+from linearize.evaluation.loading import Origin, first_documents, held_out_documents, load_models
+from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.report.page import write_report_page
 from linearize.evaluation.report.schema import FORMAT, EvalReport, ModelEntry
-from linearize.evaluation.result_cache import ResultCache
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
-from linearize.evaluation.suites import DEFAULT_SUITE, SUITES
+from linearize.evaluation.suites import SUITES, plan_sections, sections_with_text
 from linearize.evaluation.terminal import SectionProgress
 from linearize.evaluation.verdict import present_sections, verdict
 from linearize.metrics.report import provenance
@@ -45,7 +43,7 @@ class EvaluationOptions:
     `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about this many; `limit`:
     the most items of each task, and the most documents; `batch`: rows at a time; `seed`: of every draw; `data_root`: a
     folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come before
-    lm-eval's own; `skip_missing`: leave out chat questions whose file is missing; `allow_code`: run the code that
+    lm-eval's own; `allow_code`: run the code that
     models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
     """
 
@@ -56,7 +54,6 @@ class EvaluationOptions:
     seed: int = 0
     data_root: Path | None = None
     include_path: Path | None = None
-    skip_missing: bool = False
     allow_code: bool = False
     judge_url: str | None = None
     judge_model: str | None = None
@@ -103,7 +100,7 @@ def evaluate(
     models = [expand_home(path) for path in (*([model] if model is not None else []), *compare)]
     if not models:
         raise InputError("no model to evaluate: name one, or several with --compare")
-    name, planned = _planned(suite, tasks, sections, options)
+    name, planned = plan_sections(suite, tasks, sections, options.include_path)
     teacher = expand_home(teacher) if teacher else None
     final = _checked_out(out, models)
     with contextlib.ExitStack() as stack:
@@ -120,9 +117,9 @@ def evaluate(
         origins = [Origin.read(path) for path in models]
         eval_models = load_models(models, teacher, origins, options.device, notes)
         documents: list[Document] = []
-        if any(section.needs_text for section in planned):  # text that a teacher must write takes its time
+        if any(section.NEEDS_TEXT for section in planned):  # text that a teacher must write takes its time
             documents = _documents(list(data or ()), origins, eval_models, options, notes)
-        planned = _sections_with_text(planned, bool(documents), models, notes)
+        planned = sections_with_text(planned, bool(documents), models, notes)
         ctx = _context(eval_models, documents, origins, options, final)
         return _measured(name, planned, ctx, notes)
 
@@ -159,7 +156,7 @@ def _measured(suite: str, planned: Sequence[Section], ctx: EvalContext, notes: l
     report = EvalReport(
         format=FORMAT,
         suite=suite,
-        contestants=[_entry(eval_model) for eval_model in ctx.models],
+        contestants=[ModelEntry.of(eval_model) for eval_model in ctx.models],
         **_conversion_losses(numbers.get("language", {}), ctx),
         verdict=verdict([student.name for student in ctx.students], presented),
         sections=numbers,
@@ -174,26 +171,6 @@ def _measured(suite: str, planned: Sequence[Section], ctx: EvalContext, notes: l
         write_report_page(report, ctx.out, presented)
         shutil.rmtree(_work_folder(ctx.out), ignore_errors=True)
     return report
-
-
-def _planned(
-    suite: str | None, tasks: Sequence[str], sections: Sequence[Section] | None, options: EvaluationOptions
-) -> tuple[str, tuple[Section, ...]]:
-    """The name of what is measured, and its sections."""
-    if sections is not None:
-        return "sections", tuple(sections)
-    if suite is None and tasks:
-        return "tasks", (Tasks(tasks=tuple(tasks)),)
-    name = suite or DEFAULT_SUITE
-    if name not in SUITES:
-        raise unknown("suite", name, SUITES)
-    offline = SUITES[name].offline_tasks if options.include_path is not None else ()
-    planned = SUITES[name].sections
-    if own := (Tasks(tasks=tuple(tasks)),) if tasks else offline:
-        planned = (*(section for section in planned if not isinstance(section, Tasks)), *own)
-    if options.include_path is not None and not any(isinstance(section, Tasks) for section in planned):
-        raise InputError(f"include path {options.include_path} without tasks of it: name them with --tasks A,B")
-    return name, planned
 
 
 def _checked_out(out: str | Path | None, models: Sequence[str]) -> Path | None:
@@ -224,19 +201,6 @@ def _documents(
     return first_documents(documents, tokens=options.tokens, limit=options.limit, notes=notes)
 
 
-def _sections_with_text(
-    planned: Sequence[Section], text: bool, models: Sequence[str], notes: list[str]
-) -> tuple[Section, ...]:
-    """The sections that can run: without text only those that need none."""
-    able = tuple(section for section in planned if text or not section.needs_text)
-    if not able:
-        raise InputError(f"{', '.join(models)}: no data named in the model's folder; give text with --data")
-    skipped = [section.TITLE for section in planned if section not in able]
-    if skipped:
-        notes.append(f"no held-out text, so not measured: {', '.join(skipped)}; give text with --data")
-    return able
-
-
 def _context(
     eval_models: tuple[EvalModel, ...],
     documents: list[Document],
@@ -255,7 +219,6 @@ def _context(
         limit=options.limit,
         data_root=options.data_root,
         include_path=options.include_path,
-        skip_missing=options.skip_missing,
         allow_code=options.allow_code,
         judge_url=options.judge_url,
         judge_model=options.judge_model,
@@ -268,8 +231,7 @@ def _context(
 def _row_length(origins: Sequence[Origin], first: EvalModel) -> int:
     """Tokens per row: what the first student was trained with, else what its model can take."""
     trained = next((origin.data.length for origin in origins if origin.data is not None), None)
-    longest = getattr(first.model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
-    return trained or min(DEFAULT_LENGTH, longest)
+    return trained or min(DEFAULT_LENGTH, first.context or DEFAULT_LENGTH)
 
 
 def _work_folder(out: Path) -> Path:
@@ -317,16 +279,3 @@ def _conversion_losses(language: Numbers, ctx: EvalContext) -> dict[str, Any]:
         keys = {"student_loss": "loss", "gap": "gap", "student_kl": "kl", "student_top1": "top1"}
         losses |= {name: first[key]["value"] for name, key in keys.items() if key in first}
     return losses
-
-
-def _entry(eval_model: EvalModel) -> ModelEntry:
-    model = eval_model.model
-    return ModelEntry(
-        name=eval_model.name,
-        role=eval_model.role,
-        path=eval_model.path,
-        student=is_student(eval_model.path),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        dtype=str(model.dtype).removeprefix("torch."),
-        mixers=eval_model.mixer_names,
-    )

@@ -1,9 +1,12 @@
-"""The suites: which sections an evaluation has, and with what sizes. One literal table."""
+"""The sections of an evaluation in the order of a report, and the suites: which of them, with what sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from linearize.errors import InputError, unknown
 from linearize.evaluation.context import Section
 from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.chat import Chat
@@ -15,6 +18,9 @@ from linearize.evaluation.sections.recall import Recall
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 
+SECTIONS: dict[str, type[Section]] = {
+    section.NAME: section for section in (Consistency, Language, Branches, Layers, Cloze, Recall, Tasks, Chat, Speed)
+}
 LOLCATS_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 OPEN_LLM_TASKS = ("arc_challenge:25", "hellaswag:10", "mmlu:5", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5")
 MAMBA_TASKS = (
@@ -74,3 +80,39 @@ SUITES: dict[str, Suite] = {
     ),
     "chat": Suite(description="MT-Bench and AlpacaEval answers, judged where a judge is given", sections=(Chat(),)),
 }
+
+
+def plan_sections(
+    suite: str | None, tasks: Sequence[str], sections: Sequence[Section] | None, include_path: Path | None
+) -> tuple[str, tuple[Section, ...]]:
+    """The name of what is measured, and its sections: `sections`, or the suite's with `tasks` in place of its own.
+
+    Raises InputError for an unknown suite, and for a folder of task definitions without tasks.
+    """
+    if sections is not None:
+        return "sections", tuple(sections)
+    if suite is None and tasks:
+        return "tasks", (Tasks(tasks=tuple(tasks)),)
+    name = suite or DEFAULT_SUITE
+    if name not in SUITES:
+        raise unknown("suite", name, SUITES)
+    offline = SUITES[name].offline_tasks if include_path is not None else ()
+    planned = SUITES[name].sections
+    if own := (Tasks(tasks=tuple(tasks)),) if tasks else offline:
+        planned = (*(section for section in planned if not isinstance(section, Tasks)), *own)
+    if include_path is not None and not any(isinstance(section, Tasks) for section in planned):
+        raise InputError(f"include path {include_path} without tasks of it: name them with --tasks A,B")
+    return name, planned
+
+
+def sections_with_text(
+    planned: Sequence[Section], text: bool, models: Sequence[str], notes: list[str]
+) -> tuple[Section, ...]:
+    """The sections that can run: without text only those that need none."""
+    able = tuple(section for section in planned if text or not section.NEEDS_TEXT)
+    if not able:
+        raise InputError(f"{', '.join(models)}: no data named in the model's folder; give text with --data")
+    skipped = [section.TITLE for section in planned if section not in able]
+    if skipped:
+        notes.append(f"no held-out text, so not measured: {', '.join(skipped)}; give text with --data")
+    return able

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from linearize.evaluation.context import Finding, Numbers, Section, SectionView, Stat
 from linearize.evaluation.report.schema import KeptShare, Statement, StatEntry, StudentVerdict, Verdict
-from linearize.evaluation.sections import SECTIONS
+from linearize.evaluation.suites import SECTIONS
 from linearize.metrics.intervals import plus_minus, share_text
 
 ORDER = ("language", "tasks", "recall", "speed", "cloze", "branches", "consistency", "layers", "chat")

@@ -122,7 +122,7 @@ def longest_row(eval_models: Sequence[EvalModel]) -> int:
     """Tokens that every model can take, found as lm-eval does for a model alone."""
     from lm_eval.models.utils import resolve_max_length
 
-    return int(min(resolve_max_length(c.model.config, c.tokenizer, default=2048) for c in eval_models))
+    return int(min(resolve_max_length(m.model.config, m.tokenizer, default=2048) for m in eval_models))
 
 
 def choose_batch(eval_models: Sequence[EvalModel], max_length: int) -> int:

@@ -14,8 +14,7 @@ from linearize.evaluation.context import EvalContext, EvalModel
 from linearize.evaluation.harness.definitions import LoadedTask
 from linearize.evaluation.harness.model import TooLongError, choose_batch, harness_model, isolated, longest_row
 from linearize.evaluation.harness.outcome import Outcome, Results, outcomes, write_samples
-from linearize.evaluation.numbers import NumbersModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import NumbersModel, ResultCache
 
 BOOTSTRAP = 1000  # draws for metrics without a formula for their error (perplexity); lm-eval's command takes 100,000
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234}  # lm-eval's own
@@ -43,9 +42,9 @@ class Run:
     def prepare(cls, ctx: EvalContext, limit: int | None) -> Run:
         """Choose the length and the batch, the same for all models."""
         length = longest_row(ctx.models)
-        models = [[c.fingerprint, c.model.device.type, str(c.model.dtype)] for c in ctx.models]
+        models = [[m.fingerprint, m.model.device.type, str(m.model.dtype)] for m in ctx.models]
         key = {"section": "tasks-batch", "models": models, "length": length}
-        cache = ctx.results if all(c.fingerprint for c in ctx.models) else ResultCache()
+        cache = ctx.results if all(m.fingerprint for m in ctx.models) else ResultCache()
         batch = cache.result(key, lambda: choose_batch(ctx.models, length))
         return cls(ctx=ctx, length=length, batch=batch, limit=limit)
 
@@ -119,7 +118,7 @@ class Run:
         model, spec, seed = eval_model.model, task.spec, self.ctx.seed
         settings = {
             "pretrained": eval_model.path,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": eval_model.dtype,
             "attn_implementation": model.config._attn_implementation,
             "max_length": length,
         }

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from linearize.decoding.loading import is_student
 from linearize.errors import InputError
-from linearize.evaluation.context import Numbers
+from linearize.evaluation.context import EvalModel, Numbers
 from linearize.evaluation.numbers import NumbersModel, Role
 from linearize.storage.atomic import atomic_write_text
 from linearize.storage.files import read_json
@@ -28,6 +29,19 @@ class ModelEntry(NumbersModel):
     parameters: int
     dtype: str
     mixers: list[str]
+
+    @classmethod
+    def of(cls, eval_model: EvalModel) -> ModelEntry:
+        """Describe a model that was measured."""
+        return cls(
+            name=eval_model.name,
+            role=eval_model.role,
+            path=eval_model.path,
+            student=is_student(eval_model.path),
+            parameters=sum(parameter.numel() for parameter in eval_model.model.parameters()),
+            dtype=eval_model.dtype,
+            mixers=eval_model.mixer_names,
+        )
 
 
 class Statement(NumbersModel):

@@ -17,8 +17,15 @@ from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.evaluation.speed.memory import cache_bytes
-from linearize.evaluation.speed.running import RunConfig, measuring, new_cache, prefill, random_text
-from linearize.evaluation.speed.timing import DecodeRun, time_decode
+from linearize.evaluation.speed.running import (
+    DecodeRun,
+    RunConfig,
+    measuring,
+    new_cache,
+    prefill,
+    random_text,
+    time_decode,
+)
 from linearize.metrics.plots import figure_files, new_figure
 from linearize.metrics.theme import COLOURS, bytes_label, legend_below, log_log, plain_label
 

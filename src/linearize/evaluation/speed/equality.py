@@ -1,4 +1,4 @@
-"""Is what we time right? Logits through a cache against those of a plain forward over the text, at a small length.
+"""Checks what is timed: logits through a cache against those of a plain forward over the text, at a small length.
 
 Letters: B rows, T tokens, N new tokens, V vocabulary.
 """

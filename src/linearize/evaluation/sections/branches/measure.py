@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
-from typing import Any, ClassVar, TypeVar
+from functools import cache, cached_property, partial
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from linearize.evaluation.cache_checks import CacheProbe, check
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
-from linearize.evaluation.numbers import MeanNumbers, NumbersModel
+from linearize.evaluation.numbers import MeanNumbers, N
 from linearize.evaluation.sections.branches.context_loss import ContextText
 from linearize.evaluation.sections.branches.numbers import (
     Ablation,
@@ -36,8 +36,6 @@ from linearize.metrics.intervals import Mean, mean_over_documents
 from linearize.metrics.token_scores import TokenScores, View, score_batches
 from linearize.training.data.documents import Document
 from linearize.training.data.packing import PackedRows
-
-Part = TypeVar("Part", bound=NumbersModel)
 
 
 class Branches(Section):
@@ -75,20 +73,18 @@ class Branches(Section):
             models[eval_model.name] = ModelBranches(
                 role=eval_model.role,
                 mixers=eval_model.mixer_names,
-                ablation=work.kept(Ablation, eval_model, "ablation", work.ablation) if layers else None,
+                ablation=work.cached(Ablation, eval_model, "ablation", work.ablation) if layers else None,
                 layers=work.layers(eval_model, layers) if self.per_layer else [],
-                context=work.kept(ContextNumbers, eval_model, "context", work.context) if work.context_text else None,
+                context=work.cached(ContextNumbers, eval_model, "context", work.context) if work.context_text else None,
             )
         return BranchesNumbers(models=models).to_json()
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return findings, tables and plots."""
         return present(BranchesNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return the share of the window's loss that the linear branch wins back, or what more context is worth."""
         return headline(BranchesNumbers.model_validate(numbers))
 
 
@@ -97,19 +93,19 @@ class _Work:
 
     def __init__(self, section: Branches, ctx: EvalContext) -> None:
         self.section, self.ctx = section, ctx
-        self.reach = max((longest_reach(c.plan) or 0 for c in ctx.models), default=0)
+        self.reach = max((longest_reach(m.plan) or 0 for m in ctx.models), default=0)
 
-    def kept(self, kind: type[Part], eval_model: EvalModel, part: str, measure: Callable[[EvalModel], Part]) -> Part:
-        """A part's numbers, measured unless an earlier run did."""
+    def cached(self, kind: type[N], eval_model: EvalModel, part: str, measure: Callable[[EvalModel], N]) -> N:
+        """Numbers of one measurement, made unless an earlier run did."""
         ctx = self.ctx
         key = {
             "section": self.section.NAME,
             "part": part,
             "config": self.section.model_dump(mode="json"),
-            "models": [(c.name, c.fingerprint) for c in (eval_model, ctx.teacher) if c is not None],
+            "models": [(m.name, m.fingerprint) for m in (eval_model, ctx.teacher) if m is not None],
             "setting": [ctx.length, ctx.seed, self.reach, sum(map(len, ctx.documents))],
         }
-        return kind.model_validate(ctx.results.result(key, lambda: measure(eval_model).to_json()))
+        return ctx.results.numbers(kind, key, lambda: measure(eval_model))
 
     def text(self, tokens: int) -> PackedRows:
         """Rows of about so many tokens, documents that are longer than every window first."""
@@ -126,10 +122,6 @@ class _Work:
     @cached_property
     def rows(self) -> PackedRows:
         return self.text(self.section.tokens)
-
-    @cached_property
-    def layer_rows(self) -> PackedRows:
-        return self.text(self.section.layer_tokens)
 
     def teacher_of(self, eval_model: EvalModel) -> EvalModel | None:
         """The teacher that a model is compared with."""
@@ -173,29 +165,30 @@ class _Work:
         if len(row) < 8:
             return None
         deviation = check("decode", CacheProbe(eval_model.model.eval(), [row], len(row) // 2))
-        return Decoded(**asdict(deviation), dtype=str(eval_model.model.dtype).removeprefix("torch."))
+        return Decoded(**asdict(deviation), dtype=eval_model.dtype)
 
     def layers(self, eval_model: EvalModel, layers: Sequence[int]) -> list[LayerCost]:
         """What turning off one branch of one layer costs, on tokens beyond the window where there are any."""
+        rows = self.text(self.section.layer_tokens)
+        whole = cache(lambda: self.scores({"both": View(model=eval_model.model)}, rows))  # only if a layer is measured
         costs: list[LayerCost] = []
-        whole: list[TokenScores] = []
         for done, layer in enumerate(layers):
             self.ctx.progress(f"layers of {eval_model.name}", done, len(layers))
-            costs.append(self.kept(LayerCost, eval_model, f"layer {layer}", partial(self._layer, layer, whole)))
+            measure = partial(self._layer, layer, rows, whole)
+            costs.append(self.cached(LayerCost, eval_model, f"layer {layer}", measure))
         return costs
 
-    def _layer(self, layer: int, scored: list[TokenScores], eval_model: EvalModel) -> LayerCost:
-        """`scored` keeps the scores of the whole student from layer to layer."""
-        if not scored:
-            scored.append(self.scores({"both": View(model=eval_model.model)}, self.layer_rows))
-        whole = scored[0]
+    def _layer(
+        self, layer: int, rows: PackedRows, scores: Callable[[], TokenScores], eval_model: EvalModel
+    ) -> LayerCost:
+        whole = scores()
         far_N = whole.positions >= (longest_reach(eval_model.plan) or 0)
         far_N = far_N if far_N.any() else ~far_N
         views: dict[str, View] = {
             "linear": AblatedView(model=eval_model.model, only=without("linear", [layer])),
             "window": AblatedView(model=eval_model.model, only=without("window", [layer])),
         }
-        loss = self.scores(views, self.layer_rows).loss
+        loss = self.scores(views, rows).loss
         costs = {
             name: MeanNumbers.of(difference(loss_N[far_N], whole.loss["both"][far_N], whole.documents[far_N]))
             for name, loss_N in loss.items()

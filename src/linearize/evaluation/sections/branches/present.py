@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from linearize.evaluation.cache_checks import tolerance
-from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
+from linearize.evaluation.context import Cell, Finding, Judgement, Plot, SectionView, Stat, Table
 from linearize.evaluation.numbers import MeanNumbers
 from linearize.evaluation.sections.branches.numbers import (
     Ablation,
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_SHARE = 0.1  # of what the window alone loses: below it a linear branch counts as bypassed
-Judgement = tuple[Literal["good", "note", "bad"], str]
 SUMMARY = (
     "A window + linear student is run with one branch off: what the window alone loses against the teacher, and "
     "how much of that the linear branch wins back on tokens beyond the window's reach. Every model is also given "
@@ -31,7 +30,7 @@ SUMMARY = (
 
 
 def present(numbers: BranchesNumbers) -> SectionView:
-    """Return the section as people read it."""
+    """The section as people read it."""
     models = numbers.models
     contexts = {name: model.context for name, model in models.items() if model.context is not None}
     layers = {name: model.layers for name, model in models.items() if model.layers}
@@ -41,7 +40,7 @@ def present(numbers: BranchesNumbers) -> SectionView:
     return SectionView(
         summary=SUMMARY,
         findings=[
-            Finding(level=level, text=f"{name}: {text}", student=name if model.role == "student" else None)
+            Finding.on(name, model.role, level, text)
             for name, model in models.items()
             for level, text in _judgements(model)
         ],
@@ -51,7 +50,7 @@ def present(numbers: BranchesNumbers) -> SectionView:
 
 
 def headline(numbers: BranchesNumbers) -> Mapping[str, Sequence[Stat]]:
-    """Return at most one stat per student."""
+    """What the linear branch wins back, or what context is worth; at most one stat per student."""
     stats: dict[str, Sequence[Stat]] = {}
     for name, model in numbers.models.items():
         if model.role != "student":
@@ -129,7 +128,7 @@ def _decoded(decoded: Decoded) -> Judgement:
 
 
 def _memory(model: ModelBranches) -> Judgement:
-    """For a student whose branches cannot run alone: is context worth anything to it?"""
+    """Judge a student whose branches cannot run alone by what context is worth to it."""
     context = model.context
     if context is None:
         return "note", "the text is too short to measure what context is worth to it; give longer documents"
@@ -150,15 +149,13 @@ def _ablation_table(models: Mapping[str, ModelBranches]) -> Table:
     for name, model in models.items():
         if model.ablation is None:
             continue
-        for losses, which in (
-            (model.ablation.beyond, f" beyond {model.ablation.reach}"),
-            (model.ablation.all, ", all"),
-        ):
+        parts = {f" beyond {model.ablation.reach}": model.ablation.beyond, ", all": model.ablation.all}
+        for which, losses in parts.items():
             if losses is not None:
                 row: dict[str, Cell] = {
                     "model": name,
                     "tokens": f"{losses.tokens}{which}",
-                    "teacher": _text(losses.teacher),
+                    "teacher": "" if losses.teacher is None else losses.teacher.text,
                     "both": losses.both.text,
                     "window alone": losses.window.text,
                     "linear alone": losses.linear.text,
@@ -167,10 +164,6 @@ def _ablation_table(models: Mapping[str, ModelBranches]) -> Table:
                 rows.append(row)
     note = "Nats per token ± standard error over documents. Won back: (window alone - both) / (window alone - teacher)."
     return Table(title="One branch at a time", rows=rows, note=note)
-
-
-def _text(mean: MeanNumbers | None) -> str:
-    return "" if mean is None else mean.text
 
 
 def _layer_table(layers: Mapping[str, Sequence[LayerCost]]) -> Table:
@@ -201,8 +194,9 @@ def _context_table(contexts: Mapping[str, ContextNumbers]) -> Table:
         for i, loss in enumerate(first.losses)
     ]
     shares = {name: context.share_of_gain for name, context in contexts.items()}
-    percent = {name: "" if share is None else share.percent for name, share in shares.items()}
-    rows.append({"context": "share of the teacher's gain", **percent})
+    if any(share is not None for share in shares.values()):
+        percent = {name: "" if share is None else share.percent for name, share in shares.items()}
+        rows.append({"context": "share of the teacher's gain", **percent})
     note = (
         f"Nats per token ± standard error on the same {first.tokens} tokens, from position {first.from_position} on. "
         "With context N a token sees the last N / 2 to N tokens."
@@ -252,9 +246,5 @@ def _context_plot(models: Mapping[str, ModelBranches], contexts: Mapping[str, Co
         axis.set(title="Loss against context", xlabel="tokens of context", ylabel="nats per token")
         legend_below(figure)
 
-    ends = "; ".join(
-        f"{name} from {context.losses[0].value:.3f} to {context.losses[-1].value:.3f}"
-        for name, context in contexts.items()
-    )
-    caption = f"The same tokens with less and more context in sight. {ends}. Flat: nothing is remembered."
+    caption = "The same tokens with less and more context in sight. Flat: nothing is remembered."
     return Plot(name="loss_by_context", caption=caption, draw=draw)

@@ -10,14 +10,26 @@ from typing import ClassVar
 from pydantic import Field
 
 from linearize.errors import InputError
-from linearize.evaluation.chat.answering import answer_all
-from linearize.evaluation.chat.data import FASTCHAT, Question, answer_row, file_name, read_questions, write_rows
-from linearize.evaluation.chat.judge import Judge
-from linearize.evaluation.chat.scoring import Judgment, Texts, judge_tasks
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.result_cache import ResultCache
-from linearize.evaluation.sections.chat.numbers import BenchmarkNumbers, ChatNumbers, benchmark_numbers, judge_numbers
-from linearize.evaluation.sections.chat.present import headline, present
+from linearize.evaluation.numbers import ResultCache
+from linearize.evaluation.sections.chat.answering import answer_all
+from linearize.evaluation.sections.chat.data import (
+    FASTCHAT,
+    Question,
+    answer_row,
+    file_name,
+    read_questions,
+    write_rows,
+)
+from linearize.evaluation.sections.chat.judge import Judge, Judgment, Texts, judge_tasks
+from linearize.evaluation.sections.chat.present import (
+    BenchmarkNumbers,
+    ChatNumbers,
+    benchmark_numbers,
+    headline,
+    judge_numbers,
+    present,
+)
 from linearize.storage.journal import Journal
 
 
@@ -30,17 +42,13 @@ class Chat(Section):
 
     NAME: ClassVar[str] = "chat"
     TITLE: ClassVar[str] = "Chat"
+    NEEDS_TEXT: ClassVar[bool] = False
 
     max_new_tokens: int = Field(default=1024, ge=1)
     pairwise: bool = True
     judge_parallel: int = Field(default=4, ge=1)
     price_in: float | None = Field(default=None, ge=0)
     price_out: float | None = Field(default=None, ge=0)
-
-    @property
-    def needs_text(self) -> bool:
-        """No: it has its own questions."""
-        return False
 
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError for a missing file (and where to get it), or a judge that cannot be asked."""
@@ -86,12 +94,10 @@ class Chat(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """A table for each benchmark, and what it means."""
         return present(ChatNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """The rating and the win rates, or without a judge how many answers loop."""
         return headline(ChatNumbers.model_validate(numbers))
 
 

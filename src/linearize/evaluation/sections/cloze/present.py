@@ -1,12 +1,12 @@
-"""What people read of the cloze section: tables, a plot, findings, from the JSON numbers alone."""
+"""Numbers of the cloze section, by model, and how they are presented."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
-from linearize.evaluation.sections.cloze.numbers import ClozeNumbers, LostShares
+from linearize.evaluation.numbers import DifferenceNumbers, NumbersModel, Role, ShareNumbers
 from linearize.metrics.theme import colours, legend_below, percent_label
 
 if TYPE_CHECKING:
@@ -15,23 +15,74 @@ if TYPE_CHECKING:
 WAYS = ("scored", "generated")
 
 
+class ModelCloze(NumbersModel):
+    """Shares of right words: chosen among others (`scored`), argmax of a full forward (`greedy`), and `generated`.
+
+    `cache_differs`: items where greedy generation and the full forward disagree beyond `ties`.
+    """
+
+    role: Role
+    scored: ShareNumbers
+    greedy: ShareNumbers
+    generated: ShareNumbers
+    cache_differs: int
+    ties: int
+
+
+class ComparedCloze(ModelCloze):
+    """A student with a teacher: teacher less student on the same items; `gap`: generated less scored."""
+
+    scored_drop: DifferenceNumbers
+    generated_drop: DifferenceNumbers
+    gap: DifferenceNumbers
+
+
+class ExampleAnswer(NumbersModel):
+    """What one model chose and wrote for an item."""
+
+    chose: str
+    wrote: str
+
+
+class ClozeExample(NumbersModel):
+    """An item with the answers to it, by model; `context`: the last words before the one asked for."""
+
+    context: str
+    word: str
+    models: dict[str, ExampleAnswer]
+
+
+class ClozeNumbers(NumbersModel):
+    """`items`: how many; `choices`: of each; `tokens`: of a right word, on average."""
+
+    items: int
+    choices: int
+    tokens: float
+    models: dict[str, ComparedCloze | ModelCloze]
+    examples: list[ClozeExample]
+
+    @property
+    def compared(self) -> dict[str, ComparedCloze]:
+        """The students that have a teacher."""
+        return {name: model for name, model in self.models.items() if isinstance(model, ComparedCloze)}
+
+
 def present(numbers: ClozeNumbers) -> SectionView:
     """The section as people read it."""
-    lost = {name: model.lost for name, model in numbers.models.items() if model.lost is not None}
-    findings = [_gap_finding(name, shares) for name, shares in lost.items()] + _cache_findings(numbers)
+    findings = [_gap_finding(name, model) for name, model in numbers.compared.items()]
     return SectionView(
         summary=(
             f"The last word of {numbers.items:,} sentences: chosen among {numbers.choices} by log-likelihood, "
             "and written freely, on the same items."
         ),
-        findings=findings,
-        tables=[table for table in (_table(numbers), _drop_table(lost), _examples(numbers)) if table.rows],
+        findings=[*findings, *_cache_findings(numbers)],
+        tables=[table for table in (_table(numbers), _examples(numbers)) if table.rows],
         plots=[_plot(numbers)],
     )
 
 
-def headline(numbers: ClozeNumbers) -> Mapping[str, list[Stat]]:
-    """Stats of the verdict, by student."""
+def headline(numbers: ClozeNumbers) -> Mapping[str, Sequence[Stat]]:
+    """The share of words that each student writes, next to the teacher's."""
     models = numbers.models
     teacher = next((m for m in models.values() if m.role == "teacher"), None)
     detail = f"teacher {teacher.generated.percent}" if teacher else "last words written freely"
@@ -43,37 +94,23 @@ def headline(numbers: ClozeNumbers) -> Mapping[str, list[Stat]]:
 
 
 def _table(numbers: ClozeNumbers) -> Table:
-    rows: list[dict[str, Cell]] = [
-        {
-            "model": name,
-            "scored": model.scored.text,
-            "generated": model.generated.text,
-            "word is argmax": model.greedy.percent,
-            "cache differs": model.cache_differs,
-        }
-        for name, model in numbers.models.items()
-    ]
+    rows: list[dict[str, Cell]] = []
+    for name, model in numbers.models.items():
+        row: dict[str, Cell] = {"model": name, "scored": model.scored.text, "generated": model.generated.text}
+        row |= {"word is argmax": model.greedy.percent, "cache differs": model.cache_differs}
+        if numbers.compared:
+            lost = numbers.compared.get(name)
+            row["lost when scored"] = lost.scored_drop.text if lost else ""
+            row["lost when generating"] = lost.generated_drop.text if lost else ""
+            row["difference"] = lost.gap.text if lost else ""
+        rows.append(row)
     note = (
         f"Right words, with 95% intervals; chance is {1 / numbers.choices:.0%} when scored, next to nothing when "
         "generating. Word is argmax: every token of the word is the most likely one in a full forward pass. Cache "
         "differs: items where greedy generation wrote those tokens and the full forward pass would not, or the reverse "
-        "(0 for a faultless cache)."
+        "(0 for a faultless cache). Lost: teacher less student on the same items, with intervals of paired differences."
     )
     return Table(title="Last words", rows=rows, note=note)
-
-
-def _drop_table(lost: Mapping[str, LostShares]) -> Table:
-    rows = [
-        {
-            "student": name,
-            "lost when scored": shares.scored_drop.text,
-            "lost when generating": shares.generated_drop.text,
-            "difference": shares.gap.text,
-        }
-        for name, shares in lost.items()
-    ]
-    note = "Teacher less student on the same items, in points, with 95% intervals of paired differences."
-    return Table(title="What the student lost, by way of asking", rows=rows, note=note)
 
 
 def _examples(numbers: ClozeNumbers) -> Table:
@@ -85,35 +122,27 @@ def _examples(numbers: ClozeNumbers) -> Table:
     return Table(title="The first items", rows=rows)
 
 
-def _gap_finding(name: str, lost: LostShares) -> Finding:
+def _gap_finding(name: str, lost: ComparedCloze) -> Finding:
     scored, generated, gap = lost.scored_drop, lost.generated_drop, lost.gap
     behind = f"behind the teacher by {scored.points} when scored, by {generated.points} when generating"
-    level: Literal["good", "note", "bad"]
     if gap.low > 0:
-        level, text = "bad", f"scores hide what is lost when it writes: {behind}; the difference is {gap.points}"
-    elif generated.low > 0 or scored.low > 0:
-        level, text = "note", f"{behind}; scoring and generating agree within noise"
-    else:
-        level, text = "good", f"no loss beyond noise either way: {behind}"
-    return Finding(level=level, text=f"{name}: {text}.", student=name)
+        text = f"scores hide what is lost when it writes: {behind}; the difference is {gap.points}."
+        return Finding.on(name, lost.role, "bad", text)
+    if generated.low > 0 or scored.low > 0:
+        return Finding.on(name, lost.role, "note", f"{behind}; scoring and generating agree within noise.")
+    return Finding.on(name, lost.role, "good", f"no loss beyond noise either way: {behind}.")
 
 
-def _cache_findings(numbers: ClozeNumbers) -> list[Finding]:
-    found = []
+def _cache_findings(numbers: ClozeNumbers) -> Iterator[Finding]:
     for name, model in numbers.models.items():
-        student = name if model.role == "student" else None
-        count, ties = model.cache_differs, model.ties
-        if count:
-            text = (
-                f"{name}: decoding through the cache does not do what the full forward does: {count} of "
-                f"{numbers.items} words differ."
-            )
-            found.append(Finding(level="bad", text=text, student=student))
-        elif student is not None:
-            few = f" ({ties} ties within the precision)" if ties else ""
-            text = f"{name}: writes through its cache what the full forward pass predicts, on all {numbers.items} words"
-            found.append(Finding(level="good", text=f"{text}{few}.", student=student))
-    return found
+        differ, ties = model.cache_differs, model.ties
+        if differ:
+            text = "decoding through the cache does not do what the full forward does"
+            yield Finding.on(name, model.role, "bad", f"{text}: {differ} of {numbers.items} words differ.")
+        elif model.role == "student":
+            near = f" ({ties} ties within the precision)" if ties else ""
+            text = f"writes through its cache what the full forward pass predicts, on all {numbers.items} words{near}."
+            yield Finding.on(name, model.role, "good", text)
 
 
 def _plot(numbers: ClozeNumbers) -> Plot:

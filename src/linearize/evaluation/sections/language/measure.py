@@ -36,35 +36,28 @@ from linearize.evaluation.sections.language.numbers import (
     RatioNumbers,
 )
 from linearize.evaluation.sections.language.present import headline, present
-from linearize.evaluation.sections.language.token_facts import (
-    bytes_of_tokens,
-    evidence_classes,
-    evidence_distance,
-    prefix_bytes,
-)
+from linearize.evaluation.sections.language.token_facts import bytes_of_targets, evidence_classes, evidence_distance
 from linearize.metrics.branches import longest_reach, window_reach
 from linearize.metrics.intervals import contrast_over_documents, mean_over_documents, ratio_over_documents
-from linearize.metrics.token_scores import IGNORED, Batch, TokenScores, View, number_documents, score_batches
+from linearize.metrics.token_scores import Batch, TokenScores, View, number_documents, score_batches
 from linearize.training.data.packing import PackedRows
 
 LN2 = math.log(2)
+DEFAULT_REACH = 64  # tokens: how far back evidence is called near for a model without a window
 LATE_DOCUMENTS = 8  # a stretch of positions that fewer documents reach says nothing on its own
 
 
 class Language(Section):
     """Loss, perplexity, bits per byte, agreement with the teacher; by position, document length and evidence.
 
-    `first_bin`: end of the first bin of positions, from which on they double. `default_reach`: how far back evidence is
-    called near for a model without a window. `ablate`: students with a window and a linear branch also run with the
-    window alone, which shows what the linear branch brings where the evidence is beyond the window.
+    `first_bin`: end of the first bin of positions, from which on they double. Students with a window and a linear
+    branch also run with the window alone, which shows what the linear branch brings where the evidence is beyond it.
     """
 
     NAME: ClassVar[str] = "language"
     TITLE: ClassVar[str] = "Language modelling"
 
     first_bin: int = Field(default=8, ge=1)
-    default_reach: int = Field(default=64, ge=1)
-    ablate: bool = True
 
     def check(self, ctx: EvalContext) -> None:
         """Raises InputError where there is no text."""
@@ -77,7 +70,7 @@ class Language(Section):
         key = {
             "section": self.NAME,
             "config": self.model_dump(),
-            "models": [[c.name, c.role, c.fingerprint] for c in ctx.models],
+            "models": [[m.name, m.role, m.fingerprint] for m in ctx.models],
             "rows": hashlib.sha256(rows.input_ids.numpy().tobytes() + rows.labels.numpy().tobytes()).hexdigest(),
         }
         numbers: Numbers = ctx.results.result(key, lambda: self._measure(ctx, rows).to_json())
@@ -85,58 +78,37 @@ class Language(Section):
 
     def _measure(self, ctx: EvalContext, rows: PackedRows) -> LanguageNumbers:
         teacher = ctx.teacher.name if ctx.teacher else None
-        views = {c.name: View(model=c.model) for c in ctx.models}
-        if self.ablate:
-            views |= {
-                _alone(c.name): View(model=c.model, branch="window")
-                for c in ctx.students
-                if window_reach(c.plan) is not None
-            }
+        views = {m.name: View(model=m.model) for m in ctx.models}
+        views |= {
+            _alone(m.name): View(model=m.model, branch="window")
+            for m in ctx.students
+            if window_reach(m.plan) is not None
+        }
         batches = _with_progress(rows, ctx.batch, ctx.progress)
         text = _Text(score_batches(batches, views, reference=teacher, rows=ctx.batch), teacher)
         names = [eval_model.name for eval_model in ctx.models]
         document_BT, _ = number_documents(rows.position_ids)
         length_N = document_BT.flatten().bincount()[text.documents]
-        bytes_N, is_text_N = _bytes_of_targets(ctx, rows, text.scores.targets)
+        vocabulary = max(View(model=m.model).vocabulary for m in ctx.models)
+        bytes_N, is_text_N = bytes_of_targets(ctx.tokenizer, vocabulary, rows, text.scores.targets)
         return LanguageNumbers(
             tokens=len(text.documents),
             documents=len(text.documents.unique()),
             bytes=int(bytes_N.sum()),
             length=rows.length,
-            models={c.name: text.model(c, bytes_N, is_text_N) for c in ctx.models},
+            models={m.name: text.model(m, bytes_N, is_text_N) for m in ctx.models},
             positions=text.bins(text.scores.positions, self.first_bin, names),
             lengths=text.bins(length_N, self.first_bin, names),
-            growth=_growth(text, [c.name for c in ctx.students]),
-            evidence=self._evidence(text, ctx, rows),
+            growth=_growth(text, [m.name for m in ctx.students]),
+            evidence=_evidence(text, ctx, rows),
         )
-
-    def _evidence(self, text: _Text, ctx: EvalContext, rows: PackedRows) -> list[EvidenceNumbers]:
-        """Losses by where the evidence is, for each reach of a window that a student (or the default) has."""
-        distance_N = evidence_distance(rows)
-        reaches: dict[int, list[str]] = {}
-        for eval_model in ctx.students or ctx.models:
-            reaches.setdefault(longest_reach(eval_model.plan) or self.default_reach, []).append(eval_model.name)
-        entries = []
-        for reach, names in sorted(reaches.items()):
-            masks = evidence_classes(distance_N, reach)
-            shown = [c.name for c in ctx.models if c.role == "teacher" or c.name in names]
-            entry = EvidenceNumbers(
-                reach=reach,
-                students=[name for name in names if name != text.teacher],
-                classes={kind: text.part(mask_N, shown) for kind, mask_N in masks.items()},
-                compared={name: _far_evidence(text, masks, name) for name in names if text.compares(name)},
-            )
-            entries.append(entry)
-        return entries
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return tables, plots and findings."""
         return present(LanguageNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return perplexity, how much of the teacher's probability is kept, how often both would say the same."""
         return headline(LanguageNumbers.model_validate(numbers))
 
 
@@ -224,16 +196,24 @@ def _exponential(mean: MeanNumbers, sign: int = 1) -> RatioNumbers:
     return RatioNumbers(value=value, low=min(ends) if known else None, high=max(ends) if known else None)
 
 
-def _bytes_of_targets(ctx: EvalContext, rows: PackedRows, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes [N] of the text that each counted token stands for, and whether [N] it is text, which no EOS is.
-
-    The space that some tokenizers put before a text is no part of it, so it is taken from a document's first token.
-    """
-    vocabulary = max(View(model=c.model).vocabulary for c in ctx.models)
-    bytes_N = bytes_of_tokens(ctx.tokenizer, vocabulary)[target_N]
-    begins_BT = (rows.position_ids == 0) & (rows.input_ids == ctx.tokenizer.bos_token_id)
-    first_N = begins_BT[:, :-1][rows.labels[:, 1:] != IGNORED]
-    return (bytes_N - prefix_bytes(ctx.tokenizer) * first_N).clamp(min=0), bytes_N > 0
+def _evidence(text: _Text, ctx: EvalContext, rows: PackedRows) -> list[EvidenceNumbers]:
+    """Losses by where the evidence is, for each reach of a student's window (or the default)."""
+    distance_N = evidence_distance(rows)
+    reaches: dict[int, list[str]] = {}
+    for eval_model in ctx.students or ctx.models:
+        reaches.setdefault(longest_reach(eval_model.plan) or DEFAULT_REACH, []).append(eval_model.name)
+    entries = []
+    for reach, names in sorted(reaches.items()):
+        masks = evidence_classes(distance_N, reach)
+        own = [m.name for m in ctx.models if m.role == "teacher" or m.name in names]
+        entry = EvidenceNumbers(
+            reach=reach,
+            students=[name for name in names if name != text.teacher],
+            classes={kind: text.part(mask_N, own) for kind, mask_N in masks.items()},
+            compared={name: _far_evidence(text, masks, name) for name in names if text.compares(name)},
+        )
+        entries.append(entry)
+    return entries
 
 
 def _growth(text: _Text, students: Sequence[str]) -> GrowthNumbers:

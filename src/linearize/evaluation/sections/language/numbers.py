@@ -127,5 +127,5 @@ class LanguageNumbers(NumbersModel):
         return {name: model for name, model in self.models.items() if isinstance(model, ComparedLanguage)}
 
     def evidence_of(self, student: str) -> EvidenceNumbers:
-        """Return the losses by evidence at a student's own reach."""
+        """The losses by evidence at a student's own reach."""
         return next(entry for entry in self.evidence if student in entry.students)

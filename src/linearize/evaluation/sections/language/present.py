@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
+from linearize.evaluation.context import Cell, Finding, Judgement, Plot, SectionView, Stat, Table
 from linearize.evaluation.numbers import MeanNumbers
 from linearize.evaluation.sections.language.numbers import (
     BinNumbers,
@@ -23,16 +23,15 @@ if TYPE_CHECKING:
 
 KEEPS_MOST, KEEPS_LITTLE = 1.05, 1.5  # perplexity against the teacher's
 SMALL = 0.02  # growth in nats per token that is no fault, whatever its ratio
-FEW_TOKENS = 100
+LEAST_FAR_TOKENS = 100  # whose evidence is beyond the window
 WON_BACK = 0.25  # share of the window's loss below which a linear branch is called idle
 LOST_THERE = 0.405  # nats: half as much perplexity again as the teacher's
 CLASSES = {"beyond": "beyond the window", "inside": "inside the window", "none": "no evidence"}
 ERRORS = "± is one standard error, over documents."
-Judgement = tuple[Literal["good", "note", "bad"], str]
 
 
 def present(numbers: LanguageNumbers) -> SectionView:
-    """Return the section as people read it."""
+    """The section as people read it."""
     models = "all models" if len(numbers.models) > 1 else "the model"
     summary = (
         f"Held-out text: {numbers.tokens:,} tokens of {numbers.documents:,} documents, in rows of up to "
@@ -42,7 +41,7 @@ def present(numbers: LanguageNumbers) -> SectionView:
     return SectionView(
         summary=summary,
         findings=[
-            Finding(level=level, text=f"{name}: {text}.", student=name)
+            Finding.on(name, "student", level, f"{text}.")
             for name in numbers.compared
             for level, text in _judgements(numbers, name)
         ],
@@ -52,7 +51,7 @@ def present(numbers: LanguageNumbers) -> SectionView:
 
 
 def headline(numbers: LanguageNumbers) -> Mapping[str, Sequence[Stat]]:
-    """Return the stats of the verdict, by student."""
+    """Perplexity, probability kept and same next token, by student."""
     teacher = next((model for model in numbers.models.values() if model.role == "teacher"), None)
     detail = f"teacher {teacher.perplexity.value:.3g}" if teacher else "on held-out text"
     stats = {
@@ -109,12 +108,12 @@ def _growth(numbers: LanguageNumbers, name: str) -> Judgement:
 
 
 def _far_evidence(numbers: LanguageNumbers, name: str) -> Judgement:
-    """Bad where a window's student wins back next to nothing beyond it, or any other loses much more there."""
+    """Bad where a student with a window wins back next to nothing beyond it, or any other loses much more there."""
     entry = numbers.evidence_of(name)
     far, beyond = entry.compared[name], entry.classes["beyond"]
-    if far is None or beyond.tokens < FEW_TOKENS or far.over_all.error is None:
+    if far is None or beyond.tokens < LEAST_FAR_TOKENS or far.over_all.error is None:
         few = f"{beyond.tokens} tokens whose evidence is {entry.reach} tokens or more back"
-        return "note", f"{few}: too few to judge; give longer text"
+        return "note", f"{few} are too few to judge; give longer text"
     there, near = beyond.models[name].gap, entry.classes["inside"].models[name].gap
     assert there is not None and near is not None
     gaps = (
@@ -129,7 +128,7 @@ def _far_evidence(numbers: LanguageNumbers, name: str) -> Judgement:
         return "bad", f"loses what is far back in the text: {gaps}"
     if far.over_inside.clearly_positive:
         return "note", f"recalls less from far back than from near: {gaps}"
-    return "good", f"far evidence serves it as well as near one: {gaps}"
+    return "good", f"uses far evidence as well as near evidence: {gaps}"
 
 
 def _loss_table(numbers: LanguageNumbers) -> Table:

@@ -1,4 +1,4 @@
-"""What the text says of its tokens, whatever the model: where a token's evidence is, how many bytes it stands for.
+"""Facts about the tokens of a text, whatever the model: where a token's evidence is, how many bytes it stands for.
 
 A token that completes a pair of tokens seen before in the document can be recalled from there (associative recall
 hits: Zoology, 2312.04927). Bytes turn losses into bits per byte, which compare across tokenizers.
@@ -69,6 +69,19 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
         if name is not None and i not in special:
             table[i] = len(name) if byte_level and i not in added else _bytes(name)
     return table
+
+
+def bytes_of_targets(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, rows: PackedRows, target_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Bytes [N] of the text that each counted token stands for, and whether [N] it is text, which no EOS is.
+
+    The space that some tokenizers put before a text is not counted: it is taken off a document's first token.
+    """
+    bytes_N = bytes_of_tokens(tokenizer, vocabulary)[target_N]
+    begins_BT = (rows.position_ids == 0) & (rows.input_ids == tokenizer.bos_token_id)
+    first_N = begins_BT[:, :-1][rows.labels[:, 1:] != IGNORED]
+    return (bytes_N - prefix_bytes(tokenizer) * first_N).clamp(min=0), bytes_N > 0
 
 
 def prefix_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,27 +1,63 @@
-"""The layers section as people read it: a table per model, and plots of error, entropy and far attention by layer."""
+"""Numbers of the layers section, by model and converted layer, and how they are presented."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Table
-from linearize.evaluation.sections.layers.numbers import LayersNumbers, Measure, ModelLayers
+from linearize.evaluation.numbers import MeanNumbers, NumbersModel, Role
 from linearize.metrics.theme import colours, legend_below, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Measure = Literal["entropy", "effective", "distance", "far", "error"]
+
+
+class LayerNumbers(NumbersModel):
+    """Means over texts: see `AttentionShape`. `error`: of the output, by the teacher's power (None: no teacher)."""
+
+    layer: int
+    mixer: str
+    entropy: MeanNumbers
+    effective: MeanNumbers
+    distance: MeanNumbers
+    far: MeanNumbers
+    error: MeanNumbers | None
+
+    def mean(self, measure: Measure) -> MeanNumbers | None:
+        """One of the measures."""
+        means = {"entropy": self.entropy, "effective": self.effective, "distance": self.distance, "far": self.far}
+        return self.error if measure == "error" else means[measure]
+
+
+class ModelLayers(NumbersModel):
+    """The layers of one model. `source`: whose hidden states they read; `error`: why nothing was measured."""
+
+    role: Role
+    source: str | None
+    layers: list[LayerNumbers]
+    error: str | None = None
+
+
+class LayersNumbers(NumbersModel):
+    """`tokens`: of each text; `far`: tokens back where "far" begins."""
+
+    tokens: list[int]
+    far: int
+    models: dict[str, ModelLayers]
+
 
 def present(numbers: LayersNumbers) -> SectionView:
     """Return the section as people read it."""
     lengths = numbers.tokens
     summary = (
-        f"Each converted layer on what the teacher's own layer is given: {len(lengths)} texts of {min(lengths)} to "
+        f"Each converted layer on the input of the teacher's own layer: {len(lengths)} texts of {min(lengths)} to "
         f"{max(lengths)} tokens, queries of their second half. Signed mixing matrices (recurrent mixers) count by "
-        f"the absolute value of their entries, normalised."
+        "the absolute value of their entries, normalised."
     )
     return SectionView(
         summary=summary,
@@ -33,21 +69,20 @@ def present(numbers: LayersNumbers) -> SectionView:
 
 def _findings(name: str, model: ModelLayers) -> list[Finding]:
     if model.error is not None:
-        return [Finding(level="note", text=f"{name}: its attention cannot be looked at: {model.error}")]
+        return [Finding(level="note", text=f"{name}: its attention cannot be measured: {model.error}")]
     errors = {layer.layer: layer.error.value for layer in model.layers if layer.error}
     if not errors:
         return []
     worst = max(errors, key=errors.__getitem__)
     mean = math.fsum(errors.values()) / len(errors)
     text = (
-        f"{name}: output error {mean:.3f} of the teacher's power on average over {len(errors)} layers, worst in layer "
-        f"{worst}: {errors[worst]:.3f} (0 exact, 1 as bad as no output)"
+        f"output error {mean:.3f} of the teacher's power on average over {len(errors)} layers, worst in layer {worst}: "
+        f"{errors[worst]:.3f} (0 exact, 1 as bad as no output)"
     )
-    return [Finding(level="note", text=text, student=name)]
+    return [Finding.on(name, "student", "note", text)]
 
 
 def _table(name: str, numbers: LayersNumbers) -> Table:
-    """Return student and teacher by layer; a teacher alone where it has no student."""
     has_teacher = "teacher" in numbers.models and name != "teacher"
     teacher = {layer.layer: layer for layer in numbers.models["teacher"].layers} if has_teacher else {}
     rows = []
@@ -118,8 +153,4 @@ def _plot(name: str, title: str, unit: str, caption: str, models: Mapping[str, M
         axis.set(title=title, xlabel="layer", ylabel=unit)
         legend_below(figure)
 
-    values = "; ".join(
-        f"{who}: {', '.join(f'{mean.value:.3g}' for _, mean in means) or 'not measured'}"
-        for who, means in points.items()
-    )
-    return Plot(name=name, caption=f"{caption} {values}.", draw=draw, height=3.2)
+    return Plot(name=name, caption=caption, draw=draw, height=3.2)

@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -20,10 +19,8 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
 from linearize.evaluation.haystack import (
-    CITY,
     CODE,
     PASS_KEY,
-    Form,
     Hay,
     HiddenFact,
     Ruler,
@@ -32,10 +29,15 @@ from linearize.evaluation.haystack import (
     passkey_question,
 )
 from linearize.evaluation.recall import answer_greedily, full_forward
-from linearize.evaluation.sections.recall.counts import Answer, described, measured
-from linearize.evaluation.sections.recall.numbers import RecallNumbers, TestName
+from linearize.evaluation.sections.recall.numbers import (
+    Answer,
+    Answers,
+    FactNumbers,
+    RecallNumbers,
+    TestName,
+    recall_numbers,
+)
 from linearize.evaluation.sections.recall.present import headline, present
-from linearize.storage.files import expand_home
 
 MORE = 3
 """Pass keys for each length, and questions for each number of facts, by the `items` of a needle's cell."""
@@ -46,12 +48,9 @@ class Recall(Section):
 
     `lengths`: tokens of an item, its question and answer included; `depths`: share of the text before the needle;
     `items`: for each cell of the needle's grid; three times as many for each length of the pass key and each number of
-    facts. `hay`: a text file, or a folder of them (None: the evaluation's held-out text). `needle`:
-    how the fact is told (`code`: `The code of the red box is 4821.`; `city`: seven digits for a city; `custom`: your
-    own `statement` with `{answer}` and `question`, the answer `answer` or random digits). `passkey`: what stands in the
-    noise, a pass key or the same form as the needle (for models that only know that). `keys`: numbers of facts in
-    one document of `keys_hay` tokens of hay (None: a quarter of the longest length); `queries`: how many of them are
-    asked, at most.
+    facts. `passkey`: what the noise hides, a pass key or the same fact as the needle (for models that only know that).
+    `keys`: numbers of facts in one document, with a quarter of the longest length in tokens of held-out text;
+    `queries`: how many of them are asked, at most.
     """
 
     NAME: ClassVar[str] = "recall"
@@ -60,37 +59,25 @@ class Recall(Section):
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     items: int = Field(default=6, ge=1)
-    hay: str | None = None
-    needle: Literal["code", "city", "custom"] = "code"
-    statement: str | None = None
-    question: str | None = None
-    answer: str | None = None
     passkey: Literal["passkey", "needle"] = "passkey"
     keys: tuple[int, ...] = (1, 4, 8, 16)
-    keys_hay: int | None = Field(default=None, ge=1)
     queries: int = Field(default=4, ge=1)
 
-    @property
-    def needs_text(self) -> bool:
-        """As hay, where none is named."""
-        return self.hay is None
-
     def check(self, ctx: EvalContext) -> None:
-        """Lengths and depths in range, a needle that can be told and asked, hay that can be read."""
+        """Raises InputError for lengths, depths or keys out of range, and for text without a sentence."""
         if not self.lengths or min(self.lengths) < 1:
             raise InputError(f"recall: lengths are {list(self.lengths)}: give at least one, in tokens above 0")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"recall: depths are {list(self.depths)}: give shares of the text from 0 to 1")
-        form = self._form()
-        most = len(self._keys_form().things)
+        most = len(CODE.things)
         if not self.keys or not all(1 <= keys <= most for keys in self.keys):
             raise InputError(f"recall: keys are {list(self.keys)}: allowed are 1 to {most} facts in a document")
-        Hay(self._texts(ctx), form)
+        Hay(ctx.texts)
         for eval_model in ctx.models:
             _check_positions(eval_model, max(self.lengths))
 
     def run(self, ctx: EvalContext) -> Numbers:
-        """Every model answers every item; shares, intervals, and each student against the teacher."""
+        """Every model answers every item."""
         tests = self.questions(ctx)
         total = sum(map(len, tests.values())) * len(ctx.models)
         answers: dict[str, dict[TestName, list[Answer]]] = {}
@@ -106,33 +93,29 @@ class Recall(Section):
                     ctx.progress(f"recall: {eval_model.name}", done, total)
         teacher = answers.get(ctx.teacher.name) if ctx.teacher else None
         return RecallNumbers(
-            tests={test: [described(question) for question in found] for test, found in tests.items()},
-            models={c.name: measured(c, tests, answers[c.name], teacher) for c in ctx.models},
+            tests={test: [FactNumbers.of(question) for question in questions] for test, questions in tests.items()},
+            models={m.name: recall_numbers(m, tests, answers[m.name], teacher) for m in ctx.models},
         ).to_json()
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return heat maps next to the teacher's, shares by length and by number of facts, and what they mean."""
         return present(RecallNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return how much of what the teacher recalls the student recalls too."""
         return headline(RecallNumbers.model_validate(numbers))
 
     def questions(self, ctx: EvalContext) -> dict[TestName, list[HiddenFact]]:
         """The items of each test, by group; each is drawn from the seed and its own place alone."""
-        ruler, form = Ruler(ctx.tokenizer), self._form()
-        needle_hay, hay = Hay(self._texts(ctx), form), Hay(self._texts(ctx), self._keys_form())
-
-        passkey = PASS_KEY if self.passkey == "passkey" else form
+        ruler, hay = Ruler(ctx.tokenizer), Hay(ctx.texts)
+        passkey = PASS_KEY if self.passkey == "passkey" else CODE
 
         def rng(*place: object) -> random.Random:
             return random.Random(f"{ctx.seed} {place}")
 
         return {
             "needle": [
-                needle_question(ruler, needle_hay, form, rng("needle", length, depth, i), length=length, depth=depth)
+                needle_question(ruler, hay, rng("needle", length, depth, i), length=length, depth=depth)
                 for length in sorted(set(self.lengths)) for depth in sorted(set(self.depths)) for i in range(self.items)
             ],
             "passkey": [
@@ -146,45 +129,14 @@ class Recall(Section):
         }  # fmt: skip
 
     def _associations(self, seed: int, ruler: Ruler, hay: Hay, keys: int) -> list[HiddenFact]:
-        """Documents with `keys` facts each, until there are questions enough."""
-        found: list[HiddenFact] = []
-        while len(found) < MORE * self.items:
-            found += association_questions(
-                ruler, hay, self._keys_form(), random.Random(f"{seed} keys {keys} {len(found)}"),
-                keys=keys, queries=self.queries, hay_tokens=self.keys_hay or max(1, max(self.lengths) // 4),
+        """Documents with `keys` facts each, until there are enough questions."""
+        questions: list[HiddenFact] = []
+        while len(questions) < MORE * self.items:
+            questions += association_questions(
+                ruler, hay, random.Random(f"{seed} keys {keys} {len(questions)}"),
+                keys=keys, queries=self.queries, hay_tokens=max(1, max(self.lengths) // 4),
             )  # fmt: skip
-        return found[: MORE * self.items]
-
-    def _form(self) -> Form:
-        """How the needle is told and asked for."""
-        own = (self.statement, self.question, self.answer)
-        if self.needle != "custom":
-            if any(text is not None for text in own):
-                raise InputError(f"recall: needle {self.needle!r} has its own words; for yours set needle to 'custom'")
-            return CITY if self.needle == "city" else CODE
-        if not self.statement or not self.question:
-            raise InputError("recall: needle 'custom' needs a `statement` with {answer} in it and a `question`")
-        if "{answer}" not in self.statement or "{" in self.statement.replace("{answer}", "") + self.question:
-            raise InputError(
-                f"recall: the statement {self.statement!r} must hold {{answer}}, and no other braces are allowed there "
-                "or in the question"
-            )
-        return Form(statement=self.statement, question=self.question, answer=self.answer)
-
-    def _keys_form(self) -> Form:
-        return CITY if self.needle == "city" else CODE
-
-    def _texts(self, ctx: EvalContext) -> Sequence[str]:
-        """The texts to hide facts in."""
-        if self.hay is None:
-            if not ctx.texts:
-                raise InputError("recall: there is no held-out text to hide facts in; set `hay` to a file or folder")
-            return ctx.texts
-        path = Path(expand_home(self.hay))
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
-            raise InputError(f"recall: hay {self.hay!r} is no text file and no folder of .txt files")
-        return [file.read_text("utf-8", errors="replace") for file in files]
+        return questions[: MORE * self.items]
 
 
 def _kept_answers(ctx: EvalContext, eval_model: EvalModel, test: str, questions: Sequence[HiddenFact]) -> list[Answer]:
@@ -195,18 +147,19 @@ def _kept_answers(ctx: EvalContext, eval_model: EvalModel, test: str, questions:
         "section": Recall.NAME, "test": test, "group": questions[0].group, "prompts": prompts, "batch": rows,
         "model": eval_model.fingerprint, "name": eval_model.name,
     }  # fmt: skip
-    return list(ctx.results.result(key, partial(_answers, eval_model, questions, rows)))
+    return ctx.results.numbers(Answers, key, partial(_answers, eval_model, questions, rows)).answers
 
 
-def _answers(eval_model: EvalModel, questions: Sequence[HiddenFact], rows: int) -> list[Answer]:
+def _answers(eval_model: EvalModel, questions: Sequence[HiddenFact], rows: int) -> Answers:
     model, tokenizer = eval_model.model, eval_model.tokenizer
-    found: list[Answer] = []
+    answers: list[Answer] = []
     for start in range(0, len(questions), rows):
-        part = questions[start : start + rows]
-        for question, given in zip(part, answer_greedily(model, tokenizer, part), strict=True):
-            full = full_forward(model, tokenizer, question, given)
-            found.append([given.text, given.correct, full.right, full.agrees])
-    return found
+        batch = questions[start : start + rows]
+        for question, generated in zip(batch, answer_greedily(model, tokenizer, batch), strict=True):
+            full = full_forward(model, tokenizer, question, generated)
+            answer = Answer(text=generated.text, correct=generated.correct, right=full.right, agrees=full.agrees)
+            answers.append(answer)
+    return Answers(answers=answers)
 
 
 def _check_positions(eval_model: EvalModel, longest: int) -> None:

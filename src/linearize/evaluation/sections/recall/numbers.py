@@ -1,13 +1,35 @@
-"""What the recall section measures: by model and test, shares of exact answers, by cell and against the teacher."""
+"""Numbers of the recall section: by model and test, shares of exact answers, by cell and against the teacher."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from linearize.evaluation.context import EvalModel
+from linearize.evaluation.haystack import HiddenFact
 from linearize.evaluation.numbers import NumbersModel, Role, ShareNumbers
+from linearize.metrics.branches import window_reach
+
+ABLE = 0.5
+"""The teacher's share below which a length or a number of facts says nothing about a student."""
 
 TestName = Literal["needle", "passkey", "keys"]
 TEST_NAMES: tuple[TestName, ...] = ("needle", "passkey", "keys")
+
+
+class Answer(NumbersModel):
+    """A model's answer to one item; `right` and `agrees`: see `FullForward`."""
+
+    text: str
+    correct: bool
+    right: bool
+    agrees: Literal["yes", "no", "tie"]
+
+
+class Answers(NumbersModel):
+    """The answers to one group of items."""
+
+    answers: list[Answer]
 
 
 class FactNumbers(NumbersModel):
@@ -18,6 +40,11 @@ class FactNumbers(NumbersModel):
     tokens: int
     distance: int
     answer: str
+
+    @classmethod
+    def of(cls, fact: HiddenFact) -> FactNumbers:
+        """Leave the text out."""
+        return cls(group=fact.group, depth=fact.depth, tokens=fact.tokens, distance=fact.distance, answer=fact.answer)
 
 
 class CellNumbers(ShareNumbers):
@@ -66,7 +93,7 @@ class RecallTest(ShareNumbers):
 
     full_forward: ShareNumbers
     cells: list[CellNumbers]
-    given: list[str]
+    answers: list[str]
     against_teacher: AgainstTeacher | None = None
 
 
@@ -90,7 +117,7 @@ class ModelRecall(NumbersModel):
     keys: RecallTest
 
     def test(self, name: TestName) -> RecallTest:
-        """Return the numbers of a test."""
+        """The numbers of a test."""
         return {"needle": self.needle, "passkey": self.passkey, "keys": self.keys}[name]
 
 
@@ -99,3 +126,90 @@ class RecallNumbers(NumbersModel):
 
     tests: dict[TestName, list[FactNumbers]]
     models: dict[str, ModelRecall]
+
+
+def recall_numbers(
+    eval_model: EvalModel,
+    tests: Mapping[TestName, Sequence[HiddenFact]],
+    answers: Mapping[TestName, Sequence[Answer]],
+    teacher: Mapping[TestName, Sequence[Answer]] | None,
+) -> ModelRecall:
+    """Count one model's answers; a student's also against the teacher's."""
+    context = eval_model.context
+    reach = window_reach(eval_model.plan)
+    agree = [answer.agrees for group in answers.values() for answer in group]
+
+    def counted(test: TestName) -> RecallTest:
+        facts, own = tests[test], answers[test]
+        compared = {}
+        if teacher is not None and eval_model.role == "student":
+            compared["against_teacher"] = _against(test, facts, own, teacher[test], reach)
+        return RecallTest(
+            **dict(_share(own)),
+            full_forward=ShareNumbers.of(answer.right for answer in own),
+            cells=_cells(test, facts, own, context),
+            answers=[answer.text for answer in own],
+            **compared,
+        )
+
+    return ModelRecall(
+        role=eval_model.role,
+        context=context,
+        window_reach=reach,
+        cache=CacheAgreement(items=len(agree), differ=agree.count("no"), ties=agree.count("tie")),
+        needle=counted("needle"),
+        passkey=counted("passkey"),
+        keys=counted("keys"),
+    )
+
+
+def _share(answers: Sequence[Answer]) -> ShareNumbers:
+    return ShareNumbers.of(answer.correct for answer in answers)
+
+
+def _cells(
+    test: TestName, facts: Sequence[HiddenFact], answers: Sequence[Answer], context: int | None
+) -> list[CellNumbers]:
+    """A cell for each length and depth, length, or number of facts; tokens and distance are means."""
+    places: dict[tuple[int, float | None], list[int]] = {}
+    for index, fact in enumerate(facts):
+        places.setdefault((fact.group, fact.depth if test == "needle" else None), []).append(index)
+    cells = []
+    for (group, depth), indices in places.items():
+        tokens, distances = [facts[i].tokens for i in indices], [facts[i].distance for i in indices]
+        place: dict[str, Any] = {"keys": group, "chance": 1 / group} if test == "keys" else {"length": group}
+        place |= {} if depth is None else {"depth": depth}
+        cell = CellNumbers(
+            **dict(_share([answers[i] for i in indices])),
+            tokens=sum(tokens) / len(indices),
+            distance=sum(distances) / len(indices),
+            beyond_context=context is not None and max(tokens) >= context,
+            **place,
+        )
+        cells.append(cell)
+    return cells
+
+
+def _against(
+    test: TestName, facts: Sequence[HiddenFact], own: Sequence[Answer], teacher: Sequence[Answer], reach: int | None
+) -> AgainstTeacher:
+    """Compare both on all items of the groups that the teacher can do, and on those beyond the student's window."""
+    groups = [group for group in sorted({fact.group for fact in facts}) if _able(test, group, facts, teacher)]
+    able = [i for i, fact in enumerate(facts) if fact.group in groups]
+
+    def compared(indices: Sequence[int]) -> ComparedNumbers:
+        return ComparedNumbers(
+            student=_share([own[i] for i in indices]),
+            teacher=_share([teacher[i] for i in indices]),
+            kept=_share([own[i] for i in indices if teacher[i].correct]),
+        )
+
+    beyond = None if reach is None else compared([i for i in able if facts[i].distance >= reach])
+    return AgainstTeacher(groups=groups, all=compared(able), beyond_window=beyond)
+
+
+def _able(test: TestName, group: int, facts: Sequence[HiddenFact], teacher: Sequence[Answer]) -> bool:
+    """Whether the teacher answers half of a group or more and, among several facts, more than by guessing."""
+    share = _share([answer for fact, answer in zip(facts, teacher, strict=True) if fact.group == group])
+    guessed = test == "keys" and group > 1 and share.low <= 1 / group
+    return share.value >= ABLE and not guessed

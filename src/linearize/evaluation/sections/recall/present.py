@@ -29,11 +29,11 @@ TESTS: dict[TestName, str] = {
 KEPT, NOTHING = 0.9, 0.2
 """Of the teacher's answers: kept well from here on; nothing recalled below."""
 SPELLED_OUT = 6
-"""Columns of a heat map whose cells still have room for their number."""
+"""Columns of a heat map whose cells are wide enough for their number."""
 
 
 def present(numbers: RecallNumbers) -> SectionView:
-    """Sentence, findings, tables, plots."""
+    """The section as people read it."""
     models = numbers.models
     first = _any(models)
     lengths = sorted({cell.group for cell in first.needle.cells})
@@ -47,8 +47,8 @@ def present(numbers: RecallNumbers) -> SectionView:
 
 
 def headline(numbers: RecallNumbers) -> dict[str, list[Stat]]:
-    """One per student with a teacher beside it: the first test that the teacher can do."""
-    found: dict[str, list[Stat]] = {}
+    """How much each student keeps of what its teacher recalls, in the first test that the teacher can do."""
+    stats: dict[str, list[Stat]] = {}
     for name, model in numbers.models.items():
         if model.needle.against_teacher is None:
             continue
@@ -59,8 +59,8 @@ def headline(numbers: RecallNumbers) -> dict[str, list[Stat]]:
             detail = f"{compared.kept.count} answers of the teacher{where}: {TESTS[test]}"
             value = f"{compared.kept.value:.0%}" if compared.kept.n else "-"
             stat = Stat(label="Recall kept", value=value, detail=detail)
-        found[name] = [stat]
-    return found
+        stats[name] = [stat]
+    return stats
 
 
 def _any(models: Mapping[str, ModelRecall]) -> ModelRecall:
@@ -68,13 +68,13 @@ def _any(models: Mapping[str, ModelRecall]) -> ModelRecall:
 
 
 def _groups(model: ModelRecall, test: TestName) -> list[int]:
-    """Return the lengths, or numbers of facts, that the teacher can do."""
+    """The lengths, or numbers of facts, that the teacher can do."""
     against = model.test(test).against_teacher
     return against.groups if against is not None else []
 
 
 def _counted(model: ModelRecall, test: TestName) -> tuple[ComparedNumbers, str]:
-    """Return the items beyond the student's window, where it has one and there are such items, else all; and which."""
+    """The items beyond the student's window, where it has one and there are such items, else all; and which."""
     against = model.test(test).against_teacher
     assert against is not None
     beyond = against.beyond_window
@@ -99,19 +99,19 @@ def _findings(models: Mapping[str, ModelRecall]) -> list[Finding]:
 
 
 def _judged(name: str, title: str, model: ModelRecall, test: TestName) -> Finding:
-    """Return the judgement on a student against its teacher, on the items that count."""
+    """The judgement on a student against its teacher, on the items that count."""
     compared, where = _counted(model, test)
     student, teacher, kept = compared.student, compared.teacher, compared.kept
-    facts = f"{name}, {title}: {student.count} facts{where} recalled, the teacher {teacher.count}{_only(model, test)}"
+    facts = f"{title}: {student.count} facts{where} recalled, the teacher {teacher.count}{_only(model, test)}"
     share = f"of the teacher's answers {kept.count} are kept, {kept.text}"
     apart = student.high < teacher.low
     if apart and student.value < NOTHING * teacher.value:
-        return Finding(level="bad", text=f"{facts}: next to nothing comes back from there.", student=name)
+        return Finding.on(name, model.role, "bad", f"{facts}: next to nothing comes back from there.")
     if kept.value >= KEPT:
-        return Finding(level="good", text=f"{facts}; {share}.", student=name)
+        return Finding.on(name, model.role, "good", f"{facts}; {share}.")
     if apart or kept.high < KEPT:
-        return Finding(level="note", text=f"{facts}, clearly less; {share}.", student=name)
-    return Finding(level="note", text=f"{facts}; {share}: too few items to tell whether it lags.", student=name)
+        return Finding.on(name, model.role, "note", f"{facts}, clearly less; {share}.")
+    return Finding.on(name, model.role, "note", f"{facts}; {share}: too few items to tell whether it lags.")
 
 
 def _only(model: ModelRecall, test: TestName) -> str:
@@ -124,14 +124,13 @@ def _only(model: ModelRecall, test: TestName) -> str:
 
 
 def _cache_finding(name: str, model: ModelRecall) -> Finding:
-    cache, student = model.cache, name if model.role == "student" else None
+    cache, way = model.cache, "decoding through the cache, in padded batches,"
     ties = f" ({cache.ties} near ties apart)" if cache.ties else ""
     if cache.differ:
-        told = "decoding through the cache, in padded batches, does not do what the full forward does"
-        counted = f"{cache.differ} of {cache.items} items"
-        return Finding(level="bad", text=f"{name}: {told}: {counted} differ{ties}.", student=student)
-    told = "greedy decoding through the cache, in padded batches, gives what the full forward gives"
-    return Finding(level="good", text=f"{name}: {told}, on all {cache.items} items{ties}.", student=student)
+        text = f"{way} does not do what the full forward does: {cache.differ} of {cache.items} items differ{ties}."
+        return Finding.on(name, model.role, "bad", text)
+    text = f"{way} gives what the full forward gives, on all {cache.items} items{ties}."
+    return Finding.on(name, model.role, "good", text)
 
 
 def _tables(models: Mapping[str, ModelRecall]) -> list[Table]:
@@ -181,7 +180,7 @@ def _beyond_context(models: Mapping[str, ModelRecall], test: TestName) -> str:
 
 
 def _heat_plots(models: Mapping[str, ModelRecall]) -> list[Plot]:
-    """The teacher beside each student, a plot each; a model alone by itself."""
+    """A plot per student, next to the teacher; a model alone by itself."""
     teacher = next((name for name, model in models.items() if model.role == "teacher"), None)
     students = [name for name in models if name != teacher]
     pairs = [[teacher, name] if teacher else [name] for name in students] or [list(models)]
@@ -203,14 +202,14 @@ def _heat_plot(pair: Mapping[str, ModelRecall]) -> Plot:
 
     return Plot(
         name=f"recall_needle_{re.sub(r'[^A-Za-z0-9]+', '_', names[-1])}",
-        caption=f"Share of needles found, by length of the text and depth of the needle in it: {shares}.",
+        caption=f"Share of needles recalled, by length of the text and depth of the needle in it: {shares}.",
         draw=draw,
         height=1.5 + 0.42 * min(depths, 10),
     )
 
 
 def _heat(axis: Axes, cells: Sequence[CellNumbers], name: str) -> Any:
-    """One model's grid, the start of the text on top; every cell says its share where there is room."""
+    """One model's grid, the start of the text on top; every cell shows its share where it is wide enough."""
     lengths = sorted({cell.group for cell in cells})
     depths = sorted({cell.depth for cell in cells if cell.depth is not None})
     share = {(cell.group, cell.depth): cell.value for cell in cells}
@@ -232,9 +231,9 @@ def _heat(axis: Axes, cells: Sequence[CellNumbers], name: str) -> Any:
 
 
 def _line_plot(models: Mapping[str, ModelRecall], test: TestName) -> Plot:
-    """Share by number of facts or by length, with intervals; models stand side by side at each."""
+    """Share by number of facts or by length, with intervals; models side by side at each."""
     label = "facts in the document" if test == "keys" else "tokens of text"
-    title = "Answers among several facts" if test == "keys" else "Pass key found"
+    title = "Answers among several facts" if test == "keys" else "Pass key recalled"
     shares = ", ".join(f"{name} {model.test(test).count}" for name, model in models.items())
     guessing = " The dashed line is a guess among the document's answers." if test == "keys" else ""
 

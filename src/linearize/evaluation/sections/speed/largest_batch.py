@@ -20,6 +20,7 @@ from linearize.evaluation.sections.speed.numbers import Rows, TimedRows, decode_
 from linearize.evaluation.speed.equality import row_difference
 from linearize.evaluation.speed.memory import peak_bytes
 from linearize.evaluation.speed.running import (
+    DecodeRun,
     RunConfig,
     attending,
     decode,
@@ -29,8 +30,8 @@ from linearize.evaluation.speed.running import (
     prefill,
     random_text,
     repeated,
+    time_decode,
 )
-from linearize.evaluation.speed.timing import DecodeRun, time_decode
 
 TOKENS, REPEATS = 4, 3  # of the timed decode
 PROBES = (2, 10)  # batches whose memory is measured on a CPU

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
-from linearize.evaluation.numbers import Role
+from linearize.evaluation.numbers import NumbersModel
 from linearize.evaluation.sections.speed.largest_batch import largest_batch, peak_of_rows
 from linearize.evaluation.sections.speed.numbers import (
     LargestBatch,
@@ -26,9 +25,19 @@ from linearize.evaluation.speed.equality import Check, check_model, length_neede
 from linearize.evaluation.speed.memory import weight_bytes
 from linearize.evaluation.speed.running import RunConfig, measuring, random_text, run_configs
 
-POINTS = TypeAdapter(list[TimedPoint | Point])
-CHECKS = TypeAdapter(list[Check])
 SHARED_ROWS = 8  # where no memory budget is given: as much as this many rows of the first model take
+
+
+class Checks(NumbersModel):
+    """The checks of one model's configurations, as they are cached."""
+
+    checks: list[Check]
+
+
+class Points(NumbersModel):
+    """All models at one context and batch, as they are cached."""
+
+    points: list[TimedPoint | Point]
 
 
 class Speed(SpeedSettings, Section):
@@ -36,11 +45,7 @@ class Speed(SpeedSettings, Section):
 
     NAME: ClassVar[str] = "speed"
     TITLE: ClassVar[str] = "Speed and memory"
-
-    @property
-    def needs_text(self) -> bool:
-        """No: it brings its own items."""
-        return False
+    NEEDS_TEXT: ClassVar[bool] = False
 
     def run(self, ctx: EvalContext) -> Numbers:
         """Check the outputs of every configuration, then time every model at every context and batch."""
@@ -53,50 +58,45 @@ class Speed(SpeedSettings, Section):
             checks += [check for model_checks in own_checks.values() for check in model_checks]
             for context in contexts:
                 ctx.progress(f"speed at {context:,} tokens, batch {batch}", len(points) // len(ctx.models), steps)
-                points += self._point(ctx, own_checks, context, batch)
+                points += self._points(ctx, own_checks, context, batch)
         return SpeedNumbers(
-            models={eval_model.name: _facts(eval_model.model, eval_model.role) for eval_model in ctx.models},
+            models={eval_model.name: _facts(eval_model) for eval_model in ctx.models},
             settings=SpeedSettings(**self.model_dump()),
             points=points,
             checks=checks,
             largest_batch=self._largest(ctx, points, steps),
         ).to_json()
 
-    def _kept(
-        self, ctx: EvalContext, what: str, models: Sequence[EvalModel], measure: Callable[[], Any], **sizes: Any
-    ) -> Any:
-        """Measure, unless an earlier run did with the same settings, on the same device: speeds do not travel."""
+    def _key(self, what: str, models: Sequence[EvalModel], seed: int, **sizes: Any) -> dict[str, Any]:
+        """What a result depends on; the device too, since speeds do not travel."""
         settings = self.model_dump(mode="json", exclude={"contexts", "batches", "memory_budget_bytes", "most_rows"})
-        key = {
-            "section": self.NAME, "what": what, **settings, "seed": ctx.seed, "device": str(models[0].model.device),
+        return {
+            "section": self.NAME, "what": what, **settings, "seed": seed, "device": str(models[0].model.device),
             "models": [[eval_model.name, eval_model.fingerprint] for eval_model in models], **sizes,
         }  # fmt: skip
-        return ctx.results.result(key, measure)
 
     def _checks(self, ctx: EvalContext, eval_model: EvalModel, batch: int) -> list[Check]:
         """Compare each configuration with a plain forward, at a small length."""
         model = eval_model.model
         length = min(max(self.contexts), length_needed(model, self.check_tokens))
 
-        def measure() -> Any:
+        def measure() -> Checks:
             configs = run_configs(model, self.caches, self.attentions)
             with measuring([model]):
                 ids_BT = random_text([model], batch, length, ctx.seed)
-                return CHECKS.dump_python(check_model(eval_model.name, model, configs, ids_BT))
+                return Checks(checks=check_model(eval_model.name, model, configs, ids_BT))
 
-        return CHECKS.validate_python(self._kept(ctx, "checks", [eval_model], measure, batch=batch, length=length))
+        key = self._key("checks", [eval_model], ctx.seed, batch=batch, length=length)
+        return ctx.results.numbers(Checks, key, measure).checks
 
-    def _point(
+    def _points(
         self, ctx: EvalContext, checks: Mapping[str, Sequence[Check]], context: int, batch: int
     ) -> list[TimedPoint | Point]:
         models = {eval_model.name: eval_model.model for eval_model in ctx.models}
-
-        def measure() -> Any:
-            return POINTS.dump_python(
-                measure_point(models, checks, self, context=context, batch=batch, seed=ctx.seed), exclude_unset=True
-            )
-
-        return POINTS.validate_python(self._kept(ctx, "point", ctx.models, measure, context=context, batch=batch))
+        sizes = {"context": context, "batch": batch}
+        key = self._key("point", ctx.models, ctx.seed, **sizes)
+        measure = partial(measure_point, models, checks, self, **sizes, seed=ctx.seed)
+        return ctx.results.numbers(Points, key, lambda: Points(points=measure())).points
 
     def _largest(self, ctx: EvalContext, points: Sequence[Point], steps: int) -> LargestBatch:
         """Find the largest batch of each model that has speeds, at the longest context."""
@@ -113,23 +113,23 @@ class Speed(SpeedSettings, Section):
             first = able[0]
             source, shared = f"{SHARED_ROWS} rows of {first.name}", {"rows": SHARED_ROWS, **sizes}
             measure_budget = partial(peak_of_rows, first.model, configs[first.name], **shared)
-            budget = self._kept(ctx, "budget", [first], measure_budget, config=str(configs[first.name]), **shared)
+            key = self._key("budget", [first], config=str(configs[first.name]), **shared)
+            budget = ctx.results.result(key, measure_budget)
         models: dict[str, Any] = {}
         for done, one in enumerate(able):
             ctx.progress("speed: the largest batch", steps - len(able) + done, steps)
-            bounds = {"budget": budget, "most": self.most_rows, **sizes}
+            bounds: dict[str, Any] = {"budget": budget, "most": self.most_rows, **sizes}
+            key = self._key("largest batch", [one], config=str(configs[one.name]), **bounds)
             measure = partial(_largest_batch, one.model, configs[one.name], bounds)
-            models[one.name] = self._kept(ctx, "largest batch", [one], measure, config=str(configs[one.name]), **bounds)
+            models[one.name] = ctx.results.result(key, measure)
         return LargestBatch(context=context, budget_bytes=budget, budget_from=source, models=models)
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return tables, plots of time and memory against context, and from where on a student is faster."""
         return present(SpeedNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return decode, prefill and cache at the longest context."""
         return headline(SpeedNumbers.model_validate(numbers))
 
 
@@ -137,12 +137,11 @@ def _largest_batch(model: PreTrainedModel, config: RunConfig, bounds: Mapping[st
     return largest_batch(model, config, **bounds).to_json()
 
 
-def _facts(model: PreTrainedModel, role: Role) -> ModelFacts:
-    text_config = getattr(model, "lm", model).config.get_text_config()
+def _facts(eval_model: EvalModel) -> ModelFacts:
     return ModelFacts(
-        role=role,
-        weight_bytes=weight_bytes(model),
-        trained_length=getattr(text_config, "max_position_embeddings", None),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
+        role=eval_model.role,
+        weight_bytes=weight_bytes(eval_model.model),
+        trained_length=eval_model.context,
+        dtype=eval_model.dtype,
+        device=eval_model.model.device.type,
     )

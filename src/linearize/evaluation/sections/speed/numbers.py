@@ -8,8 +8,7 @@ from pydantic import Field
 
 from linearize.evaluation.numbers import NumbersModel, Role
 from linearize.evaluation.speed.equality import Check
-from linearize.evaluation.speed.running import CacheKind
-from linearize.evaluation.speed.timing import Timing
+from linearize.evaluation.speed.running import CacheKind, Timing
 from linearize.numbers import size_text
 
 AtLeastOne = Annotated[int, Field(ge=1)]

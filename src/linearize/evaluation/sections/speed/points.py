@@ -20,18 +20,22 @@ from linearize.evaluation.sections.speed.numbers import Point, SpeedSettings, Ti
 from linearize.evaluation.speed.equality import Check
 from linearize.evaluation.speed.memory import cache_bytes, peak_bytes
 from linearize.evaluation.speed.running import (
+    DecodeRun,
     RunConfig,
+    Timing,
     attending,
     decode,
     fastest,
     feed,
+    interleaved,
     measuring,
     new_cache,
+    now,
     prefill,
     random_text,
     run_configs,
+    time_decode,
 )
-from linearize.evaluation.speed.timing import DecodeRun, Timing, interleaved, now, time_decode
 
 TRIAL_TOKENS = 10
 EAGER_BYTES = 2**30  # scores of one layer beyond which a prefill with eager attention is not tried

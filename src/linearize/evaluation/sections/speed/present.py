@@ -52,7 +52,7 @@ def present(numbers: SpeedNumbers) -> SectionView:
     findings = [finding for name in numbers.models for finding in _checked(numbers, name)]
     if numbers.teacher is not None:
         students = [name for name in numbers.models if name != numbers.teacher]
-        findings += [finding for name in students for finding in _against(numbers, name, numbers.teacher)]
+        findings += [finding for name in students for finding in _against_teacher(numbers, name)]
     return SectionView(
         summary=_summary(numbers),
         findings=findings,
@@ -106,30 +106,30 @@ def _summary(numbers: SpeedNumbers) -> str:
 
 
 def _checked(numbers: SpeedNumbers, name: str) -> list[Finding]:
-    """Return whether the timed outputs are right; the reasons where there is no speed."""
-    student = name if numbers.models[name].role == "student" else None
+    """Whether the timed outputs are right; the reasons where there is no speed."""
+    role = numbers.models[name].role
     missing = [point for point in numbers.points if point.model == name and point.reason]
     if missing:
         where = ", ".join(f"{point.context:,} x {point.batch}" for point in missing)
-        return [Finding(level="bad", student=student, text=f"{name}: no speed at {where}: {missing[0].reason}")]
+        return [Finding.on(name, role, "bad", f"no speed at {where}: {missing[0].reason}")]
     checks = [check for check in numbers.checks if check.model == name and check.equal]
     if not checks:
         return []
     worst = max(checks, key=lambda check: (check.difference or 0.0) / max(check.allowed, 1e-12))
     text = (
-        f"{name}: what was timed gives the logits and greedy tokens of a plain forward (largest difference "
+        "the timed configurations give the logits and greedy tokens of a plain forward (largest difference "
         f"{worst.difference or 0.0:.1g}, allowed {worst.allowed:.1g})"
     )
-    return [Finding(level="good", student=student, text=text)]
+    return [Finding.on(name, role, "good", text)]
 
 
-def _against(numbers: SpeedNumbers, name: str, teacher: str) -> list[Finding]:
-    """Return from which context on the student decodes faster, and how it compares at the longest."""
+def _against_teacher(numbers: SpeedNumbers, name: str) -> list[Finding]:
+    """From which context on the student decodes faster, and whether its largest batch has a speed."""
     pairs = numbers.pairs(name)
     if not pairs:
         return []
     own, other = pairs[-1]
-    (decode, prefill), faster = _ratios(own, other), _faster_from(pairs)
+    (decode, _), faster = _ratios(own, other), _faster_from(pairs)
     times = f"{own.ms_per_token:.3g} ms a token against {other.ms_per_token:.3g}"
     if faster is not None:
         where = "at every context measured" if faster == pairs[0][0].context else f"from {faster:,} tokens on"
@@ -138,26 +138,12 @@ def _against(numbers: SpeedNumbers, name: str, teacher: str) -> list[Finding]:
         verdict = "decodes slower than the teacher"
     else:
         verdict = "decodes as fast as the teacher, within the spread of repeats"
-    text = (
-        f"{name} {verdict}; at {own.context:,} tokens of context {times} ({decode} as fast); prefill {prefill} as "
-        f"fast; cache {_size(own.cache_bytes)} against {_size(other.cache_bytes)}"
-    )
+    text = f"{name} {verdict}; at {own.context:,} tokens of context {times} ({decode} as fast)"
     findings = [Finding(level="note" if faster is None else "good", student=name, text=text)]
-    return [*findings, *_batch_finding(numbers.largest_batch, name, teacher)]
-
-
-def _batch_finding(largest: LargestBatch, name: str, teacher: str) -> list[Finding]:
-    own, other = largest.models.get(name), largest.models.get(teacher)
-    if own is None or other is None or not own.batch or not other.batch:
-        return []
-    if not isinstance(own, TimedRows):
-        return [Finding(level="bad", student=name, text=f"{name}: no speed at its largest batch: {own.reason}")]
-    speeds = f" ({own.rate} against {other.rate} tokens/s)" if isinstance(other, TimedRows) else ""
-    text = (
-        f"{name}: {'at least ' if own.capped else ''}{own.batch:,} rows decode at once at {largest.place}, the "
-        f"teacher's {other.batch:,}{speeds}"
-    )
-    return [Finding(level="good" if own.batch > other.batch else "note", student=name, text=text)]
+    rows = numbers.largest_batch.models.get(name)
+    if rows is not None and rows.batch and not isinstance(rows, TimedRows):
+        findings.append(Finding.on(name, "student", "bad", f"no speed at its largest batch: {rows.reason}"))
+    return findings
 
 
 def _faster_from(pairs: Sequence[tuple[TimedPoint, TimedPoint]]) -> int | None:

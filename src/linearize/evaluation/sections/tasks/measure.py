@@ -7,12 +7,10 @@ from typing import ClassVar
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, Numbers, Section, SectionView, Stat
-from linearize.evaluation.harness.contrast import average_share, averages, contrast, mean, standard_error
 from linearize.evaluation.harness.definitions import load, need_harness, task_specs
-from linearize.evaluation.harness.outcome import Outcome
+from linearize.evaluation.harness.outcome import Outcome, average_share, averages, contrast, mean, standard_error
 from linearize.evaluation.harness.run import Run
-from linearize.evaluation.sections.tasks.numbers import TaskScore, TasksNumbers
-from linearize.evaluation.sections.tasks.present import headline, present
+from linearize.evaluation.sections.tasks.present import TaskScore, TasksNumbers, headline, present
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 
@@ -23,14 +21,10 @@ class Tasks(Section):
 
     NAME: ClassVar[str] = "tasks"
     TITLE: ClassVar[str] = "Tasks"
+    NEEDS_TEXT: ClassVar[bool] = False
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
     limit: int | None = None
-
-    @property
-    def needs_text(self) -> bool:
-        """Tasks bring their own text."""
-        return False
 
     def check(self, ctx: EvalContext) -> None:
         """Raise InputError for an unknown task, code that may not run, or lm-eval missing."""
@@ -58,7 +52,7 @@ class Tasks(Section):
             if note := run.note(task, length):
                 notes[spec.task] = note
         teacher = outcomes[ctx.teacher.name] if ctx.teacher else {}
-        students = {c.name: outcomes[c.name] for c in ctx.students} if ctx.teacher else {}
+        students = {m.name: outcomes[m.name] for m in ctx.students} if ctx.teacher else {}
         return TasksNumbers(
             lm_eval=lm_eval.__version__,
             source=", ".join(dict.fromkeys(str(spec.folder or "Hugging Face Hub") for spec in specs)),
@@ -78,12 +72,10 @@ class Tasks(Section):
 
     @classmethod
     def present(cls, numbers: Numbers) -> SectionView:
-        """Return tables of scores and differences, a plot and findings."""
         return present(TasksNumbers.model_validate(numbers))
 
     @classmethod
     def headline(cls, numbers: Numbers) -> Mapping[str, Sequence[Stat]]:
-        """Return the share kept of the teacher's score above chance, and MMLU's."""
         return headline(TasksNumbers.model_validate(numbers))
 
 

@@ -1,4 +1,4 @@
-"""Task scores as people read them: a table, the differences to the teacher, a plot with intervals, findings."""
+"""Numbers of the tasks section, by model, and how they are presented."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
-from linearize.evaluation.harness.contrast import CLEAR, Average, Contrast, Share
-from linearize.evaluation.sections.tasks.numbers import TaskScore, TasksNumbers
+from linearize.evaluation.harness.outcome import CLEAR, Average, AverageShare, Contrast, Scored, Share
+from linearize.evaluation.numbers import NumbersModel
 from linearize.metrics import theme
 from linearize.metrics.intervals import Z95
 
@@ -18,8 +18,41 @@ KEPT_WELL = 0.9  # a share whose interval ends below is a fault
 AVERAGES: dict[Literal["all", "without_mmlu"], str] = {"all": "average", "without_mmlu": "average without MMLU"}
 
 
+class TaskScore(Scored):
+    """A task on a model: `score`, the mean of the first metric, its standard error, and what guessing scores."""
+
+    score: float
+    stderr: float | None
+    chance: float
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the model is clearly above chance."""
+        above = self.score - self.chance
+        return self.stderr is not None and above > 0 and above > CLEAR * self.stderr and not self.lower_is_better
+
+
+class TasksNumbers(NumbersModel):
+    """`source`: where the items come from; `batch` rows of at most `max_length` tokens; `limit`: items of each task.
+
+    `notes`, `commands`: by task. `models`, `averages`: by model. `against_teacher`, `kept`: by student.
+    """
+
+    lm_eval: str
+    source: str
+    batch: int
+    max_length: int
+    limit: int | None
+    notes: dict[str, str]
+    commands: dict[str, str]
+    models: dict[str, dict[str, TaskScore]]
+    averages: dict[str, dict[Literal["all", "without_mmlu"], Average]]
+    against_teacher: dict[str, dict[str, Contrast]]
+    kept: dict[str, AverageShare | None]
+
+
 def present(numbers: TasksNumbers) -> SectionView:
-    """Return the section as people read it."""
+    """The section as people read it."""
     first = _first(numbers)
     limit = f", at most {numbers.limit} items each" if numbers.limit else ""
     summary = (
@@ -29,7 +62,8 @@ def present(numbers: TasksNumbers) -> SectionView:
     tables = [_scores(numbers)]
     if numbers.against_teacher:
         tables.append(_differences(numbers))
-    tables.append(_reproduce(numbers))
+    commands: list[dict[str, Cell]] = [{"task": task, "command": command} for task, command in numbers.commands.items()]
+    tables.append(Table(title="The first model's numbers by lm-eval's own command", rows=commands))
     findings = [*_at_chance(numbers), *_students(numbers)]
     return SectionView(summary=summary, findings=findings, tables=tables, plots=[_plot(numbers)])
 
@@ -84,13 +118,6 @@ def _differences(numbers: TasksNumbers) -> Table:
         rows=rows,
         note="Paired differences with 95% intervals. Kept: (student - chance) / (teacher - chance), where the teacher "
         f"is at least {CLEAR:g} standard errors above chance.",
-    )
-
-
-def _reproduce(numbers: TasksNumbers) -> Table:
-    return Table(
-        title="The first model's numbers by lm-eval's own command",
-        rows=[{"task": task, "command": command} for task, command in numbers.commands.items()],
     )
 
 

@@ -1,7 +1,8 @@
-"""The text of an evaluation: documents that no student was trained on, according to the students' own reports."""
+"""Loads models and text of an evaluation: teacher and students, and documents that no student was trained on."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,19 @@ import yaml
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.decoding.loading import is_student
+from linearize.decoding.loading import is_student, load_any
 from linearize.errors import InputError
+from linearize.evaluation.context import EvalModel
+from linearize.evaluation.numbers import Role
 from linearize.metrics.report import ConversionReport, read_report
-from linearize.storage.files import read_text
+from linearize.modeling.io.model_source import find_model
+from linearize.storage.files import expand_home, read_text
 from linearize.training.data.loading import DataConfig, Document, load_documents, local_spec, split
 from linearize.training.data.pseudo_labels import pseudo_labeller
 from linearize.training.data.sampling import self_sampler
 
+TEACHER = "teacher"
+_WEIGHTS = ("*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model")
 SEEN = (
     "{seen}: {who} was trained on it; give other text, or exactly the data of its conversion in the same order, "
     "of which only the held-out part is used"
@@ -105,7 +111,7 @@ def _located(spec: str, origins: Sequence[Origin]) -> str:
 
 
 def _drawing(config: DataConfig | None) -> object:
-    """What decides which documents are held out, and what they are."""
+    """The settings that decide which documents are held out, and their text."""
     return None if config is None else config.model_dump(exclude={"length", "keep_whole"})
 
 
@@ -118,3 +124,76 @@ def _data_config(folder: Path) -> DataConfig | None:
         return DataConfig.model_validate((yaml.safe_load(read_text(path)) or {}).get("data", {}))
     except (ValidationError, yaml.YAMLError, AttributeError) as error:
         raise InputError(f"{path}: not a valid recipe; take the recipe.yaml that convert wrote") from error
+
+
+def load_models(
+    models: Sequence[str], teacher: str | None, origins: Sequence[Origin], device: str | None, notes: list[str]
+) -> tuple[EvalModel, ...]:
+    """Teacher and students; a plain model without a teacher is measured alone, as the teacher.
+
+    `teacher` None: the one that the students' reports name; where it cannot be loaded, `notes` gets a line.
+    Raises InputError for a path that is not a model, and for tokenizers that differ.
+    """
+    for path in [*models, *([teacher] if teacher else [])]:
+        find_model(path)
+    if teacher is None and len(models) == 1 and not is_student(models[0]):
+        return (_load(models[0], TEACHER, "teacher", device),)
+    loaded = []
+    if (named := teacher or recorded_teacher(origins)) is not None:
+        try:
+            loaded.append(_load(named, TEACHER, "teacher", device))
+        except (InputError, OSError) as error:
+            if teacher is not None:
+                raise
+            notes.append(f"the recorded teacher {named} cannot be loaded, name one with --teacher ({error})")
+    for name, path in zip(unique_names(models), models, strict=True):
+        loaded.append(_load(path, name, "student", device))
+    _check_tokenizers(loaded)
+    return tuple(loaded)
+
+
+def recorded_teacher(origins: Sequence[Origin]) -> str | None:
+    """The teacher that the students' own reports name. Raises InputError if they name different ones."""
+    named = {expand_home(origin.report.teacher): origin.path for origin in origins if origin.report is not None}
+    if len(named) > 1:
+        pairs = ", ".join(f"{path} of {teacher}" for teacher, path in named.items())
+        raise InputError(f"students of different teachers ({pairs}): name the one to compare with by --teacher")
+    return next(iter(named), None)
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """A short name per path: its last part, numbered where two are the same."""
+    names: list[str] = []
+    for path in paths:
+        short = Path(path).resolve().name if Path(path).exists() else path.rstrip("/").rsplit("/", 1)[-1]
+        taken = {TEACHER, *names}
+        numbered = (short, *(f"{short}-{i}" for i in range(2, len(paths) + 2)))
+        names.append(next(name for name in numbered if name not in taken))
+    return names
+
+
+def _load(path: str, name: str, role: Role, device: str | None) -> EvalModel:
+    model, tokenizer = load_any(path, device=device)
+    return EvalModel(
+        name=name, role=role, path=path, model=model, tokenizer=tokenizer, fingerprint=_fingerprint(path, model.config)
+    )
+
+
+def _fingerprint(path: str, config: object) -> str:
+    """Changes with a folder's files, or a GGUF file, by name, size and time of change; or with a Hub model's commit."""
+    folder = Path(expand_home(path))
+    if not folder.exists():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}) if folder.is_dir() else [folder]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:20]
+
+
+def _check_tokenizers(eval_models: Sequence[EvalModel]) -> None:
+    first = eval_models[0]
+    for other in eval_models[1:]:
+        if other.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            raise InputError(
+                f"{other.path}: its vocabulary is not that of {first.path}, so they cannot be compared on the same "
+                "tokens; name the student's own teacher"
+            )

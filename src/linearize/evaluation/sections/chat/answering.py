@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from linearize.decoding.loading import pad_token
-from linearize.evaluation.chat.data import Question
 from linearize.evaluation.context import EvalContext, EvalModel
-from linearize.evaluation.numbers import NumbersModel
-from linearize.evaluation.result_cache import ResultCache
+from linearize.evaluation.numbers import NumbersModel, ResultCache
+from linearize.evaluation.sections.chat.data import Question
 from linearize.training.data.chat import render, with_template
 from linearize.training.data.pseudo_labels import left_padded
 from linearize.training.data.sampling import cuda_devices, end_tokens, generation_config, write
@@ -66,7 +65,7 @@ def converse(
     answer, and a prompt that does not fit loses its first tokens.
     """
     model, tokenizer = eval_model.model.eval(), eval_model.tokenizer
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = eval_model.context or 2**31
     limit = max(1, min(max_new_tokens, context // 2))
     ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
     config = generation_config(model, questions[0].temperature, limit, ends, pad)
