@@ -21,6 +21,7 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "memory": 0,
+    "phases": 0,
     "numbers": 1,
     "tables": 1,
     "storage": 2,
