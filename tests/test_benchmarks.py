@@ -49,6 +49,7 @@ def test_a_benchmark_writes_its_number_and_birth_certificate(program, options, n
     assert document["provenance"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_exports_are_compared_where_linearize_is_not(tmp_path, capsys):
     out = tmp_path / "parity.json"
     size = ["--tokens", "11", "--prompt", "4", "--new", "5", "--threads", "1"]

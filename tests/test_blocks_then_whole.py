@@ -167,6 +167,7 @@ def test_killed_in_a_block_and_after_them_the_same_command_continues(folder: Pat
     check_like_memory(folder, tmp_path / "out", joint=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_trained_elsewhere_are_taken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = arguments(folder, tmp_path / "out")
     for blocks in ("1-2", "0"):

@@ -80,6 +80,7 @@ def test_bytes_are_those_of_the_formula_and_of_rows_that_are_used(tmp_path: Path
     assert work.store.payload_bytes == boundary_bytes(tokens, 30, LAYERS, 2, 4) == work.store.written_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_written_anew_and_never_trained_on(tmp_path: Path) -> None:
     its_teacher = teacher()
     whole, _, expected = blockwise(stage(block=2), 2, tmp_path / "whole", student(its_teacher), its_teacher)
@@ -104,6 +105,7 @@ def test_a_damaged_shard_is_written_anew_and_never_trained_on(tmp_path: Path) ->
     assert whole.store.missing(1) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_block_continues_and_a_damaged_part_is_trained_again(tmp_path: Path) -> None:
     its_teacher = teacher()
     _, expected, _ = blockwise(stage(block=2), 2, tmp_path / "whole", student(its_teacher), its_teacher)

@@ -73,6 +73,7 @@ def test_one_block_gives_the_joint_student_and_report(folder: Path, joint: Path,
     assert not (tmp_path / ".out.run").exists()
 
 
+@pytest.mark.slow
 def test_some_blocks_here_and_the_others_there(folder: Path, tmp_path: Path) -> None:
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     linearize.convert(folder / "teacher", **arguments(folder, whole, block=2))
@@ -122,8 +123,8 @@ def config_of(out: Path) -> dict[str, Any]:
     ("family", "mixer"),
     [
         ("llama", {"name": "lolcats", "window": 4, "feature_dim": 3}),
-        ("gpt2", {"name": "lolcats", "window": 4, "feature_dim": 3}),
-        ("mixtral", {"name": "gated_delta_net", "initialise": "calibrate"}),
+        pytest.param("gpt2", {"name": "lolcats", "window": 4, "feature_dim": 3}, marks=pytest.mark.slow),
+        pytest.param("mixtral", {"name": "gated_delta_net", "initialise": "calibrate"}, marks=pytest.mark.slow),
     ],
 )
 def test_streamed_conversion_is_the_one_in_memory(family: str, mixer: dict[str, Any], tmp_path: Path) -> None:

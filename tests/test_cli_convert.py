@@ -150,6 +150,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not (folder / "bad").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_leaves_nothing_at_the_final_name_and_the_same_command_continues(folder: Path) -> None:
     endless = [*SMALL, "--set", "stages.0.evaluate_every=1"]
     endless[endless.index("stages.0.tokens=256")] = "stages.0.tokens=1e9"

@@ -215,6 +215,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_real_kill_leaves_nothing_and_the_same_command_continues(student: Path, folder: Path, tmp_path: Path) -> None:
     out, script, tests = tmp_path / "student", tmp_path / "run.py", Path(__file__).parent
     script.write_text(

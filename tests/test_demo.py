@@ -73,6 +73,7 @@ def test_the_folder_is_complete_and_moves(demo: SimpleNamespace) -> None:
     assert report is not None and report.data == ["text/stories.jsonl", "text/recall.jsonl"]
 
 
+@pytest.mark.slow
 def test_stopped_half_way_the_next_demo_goes_on(
     demo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def metric_differences(one: Path, other: Path) -> dict[str, float]:
     return results
 
 
+@pytest.mark.slow
 def test_losses_and_margins_are_those_of_one_process(folder: Path) -> None:
     for ranks in (1, 2):
         assert together(ranks, command, argv(folder, "aligned", f"al-{ranks}"), folder / f"al{ranks}") == [0] * ranks

@@ -124,6 +124,7 @@ def test_blocks_are_a_selection_in_text(wrong: Any, folder: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_streamed_from_python_as_from_the_command(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

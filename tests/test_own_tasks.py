@@ -108,6 +108,7 @@ def test_the_command_takes_definitions_of_ones_own(
     assert [json.loads(line)["doc"]["question"] for line in lines[:2]] == ["The sky is", "The grass is"]
 
 
+@pytest.mark.slow
 def test_lm_evals_command_takes_a_student(folder: Path, tmp_path: Path) -> None:
     own, student = folder / "own", folder / "student"
     argv = [

@@ -34,6 +34,7 @@ def full(llama_8b: Path) -> ConversionPlan:
     return plan_of(llama_8b, "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "kept"), [("8bit", 0.5), ("4bit", 0.258)])
 def test_rounded_layers_take_a_part_of_their_memory(
     base: BaseWeights, kept: float, full: ConversionPlan, llama_8b: Path

@@ -48,7 +48,9 @@ def test_parameters_are_those_of_the_model(family: str, tied: bool, tmp_path: Pa
         assert weight_bytes(planned) == weight_bytes(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2"))]
+)
 def test_memory_and_disk_of_a_tied_teacher(family: str, tmp_path: Path) -> None:
     teacher = tiny(family, tie_word_embeddings=True)
     teacher.save_pretrained(tmp_path / "teacher")

@@ -69,6 +69,7 @@ def full(demo_teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "library", "near"), BASES)
 def test_a_conversion(
     base: str, library: str, near: float, full: ConversionReport, demo_teacher: Path, text: Path, tmp_path: Path

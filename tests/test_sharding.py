@@ -95,6 +95,7 @@ def gradients(model: nn.Module, expected: nn.Module, part: str) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "draft"), [("llama", False), ("gpt2", False), ("mixtral", False), ("qwen3", True)])
 def test_outputs_and_gradients_are_those_of_whole_weights(family: str, draft: bool) -> None:
     for rank, result in enumerate(together(2, look, family, draft)):

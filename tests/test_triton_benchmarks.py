@@ -56,6 +56,7 @@ def test_without_a_gpu_they_say_so(script: str) -> None:
         assert "nothing was measured" in run("-m", f"benchmarks.{script}", interpret=False)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_benchmark_of_the_kernels_runs_without_a_gpu() -> None:
     small = ["--interpret", "--mixers", "mamba2", "sliding_window", "--tokens", "1", "--heads", "1", "--tail", "1"]

@@ -116,6 +116,7 @@ def test_the_gates_of_gated_linear_attention_are_no_launches_of_their_own(result
     assert numbers["beside the kernel"] == 0 and numbers["one by one"] > 10
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_kernel_builds_for_gpus_that_are_not_here() -> None:
     quick = ["--arch", "90", "--dtype", "bfloat16", "--head-dim", "16"]

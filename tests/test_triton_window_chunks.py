@@ -16,7 +16,10 @@ from test_triton_multi_step import run_cases
 from linearize.ops.window_linear import WindowLinear
 from linearize.ops.window_linear.backends import WindowCall, choice
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (the extra `gpu`, Linux)"),
+]
 EXACT = 1e-5  # relative to fp64; sums of fp32 in another order differ by 3e-6
 HALF = {"fp16": 4e-3, "bf16": 3e-2}  # a sum of such numbers of both signs
 
