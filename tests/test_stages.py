@@ -403,3 +403,22 @@ def test_an_unknown_target_names_what_there_is() -> None:
 
 def test_every_stage_is_in_the_table() -> None:
     assert {name: cls.model_fields["name"].default for name, cls in STAGES.items()} == {n: n for n in STAGES}
+
+
+@pytest.mark.parametrize("weights_ce", [0.0, 0.3])
+def test_gradients_of_the_transfer_are_those_of_the_sum_over_layers(weights_ce: float) -> None:
+    student = student_of(tiny("llama", attention="sdpa"), [mixer("lolcats"), None, mixer("lolcats")])
+    run = AttentionTransfer(AttentionTransferConfig(tokens=1, lr=1.0, weights_ce=weights_ce), student)
+    batch = make_batch()
+    run.calibrate(batch)
+    terms = run._pass(batch)
+    assert len(terms) == 2
+    expected = sum(term for term, _ in terms.values())
+    parameters = named(run)
+    gradients = torch.autograd.grad(expected, list(parameters.values()), torch.tensor(0.7))
+    loss = run.loss(batch)
+    (0.7 * loss.sum).backward()
+    torch.testing.assert_close(loss.sum, expected)
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))

@@ -10,16 +10,19 @@ Letters: B batch, H query heads, G key/value heads, T tokens, V value dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.mixers import LayerMixer, Mixer
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.parallel import is_sharded
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
@@ -75,9 +78,17 @@ class AttentionTransfer(StudentRun):
             self.power = {layer: float(outputs[layer][1].square().mean()) for layer in self.layers}
 
     def loss(self, batch: Batch) -> LossSum:
-        """Sum over layers of the transfer loss, as a sum over tokens that are not padding."""
-        terms = self._pass(batch)
+        """Sum over layers of the transfer loss, as a sum over tokens that are not padding.
+
+        Gradients of a layer are computed with its loss, so that the graph of one layer alone is in memory.
+        """
+        parameters = [p for p in self.student.mixer_parameters().values() if p.requires_grad]
+        at_once = torch.is_grad_enabled() and not any(map(is_sharded, parameters))
+        gradients = _Gradients(parameters) if at_once else None
+        terms = self._pass(batch, gradients=gradients)
         total = sum((term for term, _ in terms.values()), torch.zeros((), device=batch["input_ids"].device))
+        if gradients is not None:
+            total = _WithGradients.apply(total, gradients.sums(), *parameters)
         return LossSum(total, float(counted(batch["labels"]).sum()))
 
     def layer_errors(self, batch: Batch) -> list[float]:
@@ -90,7 +101,9 @@ class AttentionTransfer(StudentRun):
             for y, target in (outputs[layer] for layer in self.layers)
         ]
 
-    def _pass(self, batch: Batch, keep: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
+    def _pass(
+        self, batch: Batch, keep: bool = False, gradients: _Gradients | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
         """One pass of the teacher's hidden states; per layer (loss, -), or with `keep` the two outputs."""
         by_layer: dict[int, tuple[Tensor, Tensor]] = {}
         live = counted(batch["labels"])
@@ -110,11 +123,11 @@ class AttentionTransfer(StudentRun):
             layer: Any = module.layer_idx
             with torch.set_grad_enabled(grad):
                 y, _ = module.mixer(q, k, v, layout=layout, need_state=False, **scores)  # type: ignore[operator]
-                by_layer[layer] = (
-                    (y, target)
-                    if keep
-                    else (self._layer_loss(module, (q, k, v), y, target, live, layout, sliding_window, scores), y)
-                )
+                if keep:
+                    by_layer[layer] = (y, target)
+                    return target
+                loss = self._layer_loss(module, (q, k, v), y, target, live, layout, sliding_window, scores)
+                by_layer[layer] = (loss if gradients is None else gradients.add(loss), target)
             return target
 
         with torch.no_grad():
@@ -146,6 +159,44 @@ class AttentionTransfer(StudentRun):
             rows_BT = weights_cross_entropy(module.mixer, qkv, layout, scores, sliding_window=sliding_window)
             total = total + config.weights_ce * (rows_BT * live_BT).sum()
         return total
+
+
+class _Gradients:
+    """Gradients of parameters, added up loss by loss."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.by_parameter: dict[int, Tensor] = {}
+
+    def add(self, loss: Tensor) -> Tensor:
+        """Add the gradients of a loss; returns it without its graph."""
+        if not loss.requires_grad:
+            return loss
+        with torch.autocast(loss.device.type, enabled=False):
+            new = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for number, gradient in enumerate(new):
+            if gradient is not None:
+                before = self.by_parameter.get(number)
+                self.by_parameter[number] = gradient if before is None else before + gradient
+        return loss.detach()
+
+    def sums(self) -> list[Tensor | None]:
+        """The sum for each parameter; None where no loss depends on it."""
+        return [self.by_parameter.get(number) for number in range(len(self.parameters))]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: nn.Parameter) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.gradients)
 
 
 def _between_projections(student: LinearizedForCausalLM) -> dict[int, Mixer]:
