@@ -30,6 +30,9 @@ def convert(
         list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
     ] = None,
     base: Base = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write mixers and LoRA alone; the teacher is needed to load them.")
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the teacher from disk block by block: it need not fit into memory.")
     ] = False,
@@ -57,6 +60,7 @@ def convert(
         out=out,
         overrides=parse_settings(settings or []) | specified(base_weights=base),
         overwrite=overwrite,
+        adapter_only=adapter_only,
         stream=stream,
         trust_remote_code=trust_remote_code,
         **specified(recipe=recipe, device=device, track=track, blocks=blocks, memory=memory, disk=disk),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Device, MaxNewTokens, Model, Seed, Temperature, count, specified
+from linearize.cli.options import Adapter, Device, MaxNewTokens, Model, Seed, Temperature, count, specified
 
 
 def generate(
@@ -34,12 +34,14 @@ def generate(
         bool,
         typer.Option("--compile", help="Run torch.compile first: takes half a minute or more, pays for long texts."),
     ] = False,
+    adapter: Adapter = None,
     device: Device = None,
 ) -> None:
     """Continue a prompt."""
     from linearize.decoding.generate import generate_text
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
+    chosen |= specified(adapter=adapter)
     if draft_tokens is not None:
         chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
     generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, compile=compile, **chosen)
@@ -50,9 +52,11 @@ def chat(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    adapter: Adapter = None,
     device: Device = None,
 ) -> None:
     """Chat with a model on the terminal."""
     from linearize.decoding.generate import chat as run_chat
 
-    run_chat(model, **specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device))
+    chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
+    run_chat(model, **chosen | specified(adapter=adapter))

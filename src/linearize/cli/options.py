@@ -36,6 +36,10 @@ def _parsed(parse: Callable[[str], int | float], value: str) -> int | float:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A student's folder, or any causal language model (folder or Hub name).")
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="A student in adapter form (convert --adapter-only); MODEL is its teacher."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(

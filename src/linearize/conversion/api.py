@@ -15,6 +15,7 @@ from linearize.conversion.request import ConversionRequest, is_blockwise, read_r
 from linearize.conversion.run import Conversion
 from linearize.conversion.streamed import StreamedConversion, train_streamed_blocks
 from linearize.conversion.work_folder import is_written, log_folder, make_work
+from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.phases import shown
 from linearize.recipes.schema import DEFAULT_RECIPE, Recipe
@@ -36,6 +37,7 @@ def convert(
     recipe: str | Recipe = DEFAULT_RECIPE,
     overrides: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    adapter_only: bool = False,
     device: str | None = None,
     track: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -64,6 +66,7 @@ def convert(
         out: folder for the student; it must not exist unless `overwrite`.
         recipe: a name, a YAML file or a `Recipe`.
         overrides: dotted recipe keys and their values.
+        adapter_only: write mixers and LoRA alone, pinned to the teacher's weights: `load(teacher, adapter=out)`.
         blocks: train these blocks of the first stage alone (`0-3,7`, counted from 0, or `all`: whatever no other
             process trains) and return None; the same call without `blocks` makes the student. Any number of processes
             and machines that see `.OUT.run` may do so at once.
@@ -76,10 +79,12 @@ def convert(
     """
     request = read_request(
         teacher, data=data, out=out, recipe=recipe, overrides=overrides, blocks=blocks, stream=stream, memory=memory,
-        disk=disk, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code,
+        disk=disk, overwrite=overwrite, adapter_only=adapter_only, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     final, group = request.final, start()
     check_processes(request.recipe, group)
+    if adapter_only and group.ranks > 1:
+        raise InputError("--adapter-only is for one process: leave it out, or convert without torchrun")
     reading = {"way of reading (--stream)": str(stream), "choice of blocks (--blocks)": str(blocks)}
     group.agree(run_signature(request.teacher, request.specs, request.recipe, final) | reading)
     from_disk = stream or (group.ranks > 1 and any(map(is_blockwise, request.recipe.stages)))
@@ -133,7 +138,7 @@ def _finish_in_memory(conversion: Conversion, request: ConversionRequest, group:
     """Run all stages on the models in memory, write the student's folder and return the student."""
     report = conversion.run()
     with student_folder(request, group) as folder:
-        conversion.write(folder, report)
+        conversion.write(folder, report, adapter_only=request.adapter_only)
     group.wait()
     student = load(request.final, device=request.device) if group.ranks == 1 else conversion.student
     if group.leads:

@@ -16,6 +16,7 @@ from linearize.recipes.schema import Recipe, load_recipe
 from linearize.storage.files import check_apart, expand_home, real_name
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.loading import PSEUDO, local_spec
+from linearize.training.stages.lowrank import LowRankConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class ConversionRequest:
     options: BlockOptions
     stream: bool
     overwrite: bool
+    adapter_only: bool
     device: str | None
     trust_remote_code: bool
     final: Path
@@ -69,7 +71,9 @@ class ConversionRequest:
         recipe = self.recipe.model_dump(mode="json")
         for stage, fields in zip(self.recipe.stages, recipe["stages"], strict=True):
             fields |= {place: real_name(fields[place]) for place in stage.places if fields[place] is not None}
-        return {"teacher": real_name(self.teacher), "data": [_real_spec(spec) for spec in self.specs], "recipe": recipe}
+        form = {"form": "adapter"} if self.adapter_only else {}
+        data = [_real_spec(spec) for spec in self.specs]
+        return {"teacher": real_name(self.teacher), "data": data, "recipe": recipe, **form}
 
 
 def read_request(
@@ -84,12 +88,15 @@ def read_request(
     memory: int | str | None,
     disk: int | str | None,
     overwrite: bool,
+    adapter_only: bool,
     device: str | None,
     trust_remote_code: bool,
 ) -> ConversionRequest:
     """Check the arguments of `convert` as far as they can be checked by themselves. Raises InputError."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(dict(overrides or {}))
+    if adapter_only:
+        chosen = for_adapter(chosen, stream=stream)
     checked_base(chosen)
     bounds = {name: None if size is None else parse_size(size) for name, size in (("memory", memory), ("disk", disk))}
     options = BlockOptions(only=blocks, **bounds)
@@ -99,9 +106,35 @@ def read_request(
     check_apart(final, teacher, *(spec.removeprefix(PSEUDO) for spec in specs))
     return ConversionRequest(
         teacher=teacher, specs=specs, recipe=chosen, overridden=frozenset(overrides or ()), options=options,
-        stream=stream, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code, final=final,
-        work=work_folder(final),
+        stream=stream, overwrite=overwrite, adapter_only=adapter_only, device=device,
+        trust_remote_code=trust_remote_code, final=final, work=work_folder(final),
     )  # fmt: skip
+
+
+def for_adapter(recipe: Recipe, *, stream: bool) -> Recipe:
+    """The recipe with LoRA kept apart from the weights, as a student in adapter form needs it.
+
+    Raises:
+        InputError: a stage that changes the teacher's weights, several with LoRA, or a way of converting that writes
+            whole weights.
+    """
+    running = [(number, stage) for number, stage in enumerate(recipe.stages) if stage.tokens != 0]
+    for number, stage in running:
+        if stage.changes_teacher_weights:
+            raise InputError(
+                f"an adapter holds mixers and LoRA alone, and stages.{number} ({stage.name}) trains the teacher's "
+                f"weights: set stages.{number}.train=mixers or its tokens to 0, or leave out --adapter-only"
+            )
+    low_rank = [number for number, stage in running if isinstance(stage, LowRankConfig)]
+    if len(low_rank) > 1:
+        raise InputError(f"an adapter holds the LoRA of one stage, this recipe has it in stages {low_rank}: keep one")
+    unsupported = {
+        "--stream": stream, "a draft (plan.depth)": recipe.plan.depth is not None,
+        f"--base {recipe.base_weights}": recipe.base_weights != "full",
+    }  # fmt: skip
+    if present := [name for name, is_set in unsupported.items() if is_set]:
+        raise InputError(f"{present[0]} writes whole weights: leave it out, or leave out --adapter-only")
+    return recipe.override({f"stages.{number}.merge": False for number in low_rank})
 
 
 def parse_blocks(text: str, count: int | None = None) -> list[int]:

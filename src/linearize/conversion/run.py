@@ -35,6 +35,7 @@ from linearize.metrics.report import (
 )
 from linearize.metrics.token_scores import View, score_batches
 from linearize.modeling.attention_capture import calibrate, to_calibrate
+from linearize.modeling.io.adapter_folder import save_adapter_folder
 from linearize.modeling.io.assemble import whole_student
 from linearize.modeling.io.student_folder import save_student
 from linearize.phases import phase
@@ -122,13 +123,16 @@ class Conversion:
         self._start_step(0)
         self._blockwise(next(i for i, stage in enumerate(self.recipe.stages) if stage.tokens != 0), 0)
 
-    def write(self, folder: Path | None, report: ConversionReport) -> None:
-        """Write weights, tokenizer, recipe, report, plots and model card into an empty folder.
+    def write(self, folder: Path | None, report: ConversionReport, *, adapter_only: bool = False) -> None:
+        """Write weights (or the adapter alone), tokenizer, recipe, report, plots and model card into an empty folder.
 
         `folder` is None on all ranks but the first; they contribute their shards of the weights.
         """
         student = whole_student(self.student) if self.recipe.base_weights != "full" else self.student
-        save_student(student, self.prepared.tokenizer, folder)
+        if adapter_only and folder is not None:
+            save_adapter_folder(student, self.prepared.tokenizer, folder)
+        else:
+            save_student(student, self.prepared.tokenizer, folder)
         if folder is not None:
             write_student_files(report, self.recipe, student.config.to_dict(), folder)
 

@@ -35,6 +35,7 @@ def generate_text(
     stats: bool = False,
     compile: bool | str = False,
     device: str | None = None,
+    adapter: str | Path | None = None,
 ) -> str:
     """Continue a prompt with a student or any causal LM, and return prompt and continuation.
 
@@ -49,7 +50,7 @@ def generate_text(
     _check(max_new_tokens, temperature)
     _check_draft(prompt_lookup, draft, draft_tokens, stats)
     _check_compile(compile, prompt_lookup, draft)
-    model, tokenizer = load_any(model_path, device=device)
+    model, tokenizer = load_any(model_path, adapter=adapter, device=device)
     draft_model = None
     if draft is not None:
         draft_model, draft_tokenizer = load_any(draft, device=device)
@@ -211,6 +212,7 @@ def chat(
     temperature: float = 0.7,
     seed: int = 0,
     device: str | None = None,
+    adapter: str | Path | None = None,
     read: Callable[[str], str] = input,
 ) -> None:
     """Talk with a model on the terminal until Ctrl-C or the end of input.
@@ -219,7 +221,7 @@ def chat(
     `read` asks for a line, as `input` does.
     """
     _check(max_new_tokens, temperature)
-    model, tokenizer = load_any(model_path, device=device)
+    model, tokenizer = load_any(model_path, adapter=adapter, device=device)
     print(_greeting(tokenizer))
     history: list[int] = []
     messages: list[dict[str, str]] = []

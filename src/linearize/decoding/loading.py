@@ -15,12 +15,17 @@ from linearize.modeling.io.teacher import load_teacher, load_tokenizer
 from linearize.storage.files import expand_home, read_json
 
 
-def load_any(path: str | Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_any(
+    path: str | Path, *, adapter: str | Path | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode on `device` (None: the GPU if there is one) and tokenizer.
 
-    Raises InputError for a folder that is no model, and for a device that is not there.
+    `adapter`: the folder of a student in adapter form, whose teacher is `path`. Raises InputError for a folder that is
+    not a model, and for a device that is not there.
     """
     where = pick_device(device)
+    if adapter is not None:
+        return modeling.load(path, adapter=adapter, device=where), load_tokenizer(adapter)
     if is_student(path):
         return modeling.load(path, device=where), load_tokenizer(path)
     model, tokenizer = load_teacher(path, device=where)

@@ -16,6 +16,7 @@ from linearize.errors import InputError
 from linearize.evaluation.context import EvalModel
 from linearize.evaluation.numbers import Role
 from linearize.metrics.report import ConversionReport, read_report
+from linearize.modeling.io.adapter_folder import is_adapter_folder
 from linearize.modeling.io.model_source import find_model
 from linearize.storage.files import expand_home, read_text
 from linearize.training.data.loading import DataConfig, Document, load_documents, local_spec, split
@@ -147,7 +148,7 @@ def load_models(
                 raise
             notes.append(f"the recorded teacher {named} cannot be loaded, name one with --teacher ({error})")
     for name, path in zip(unique_names(models), models, strict=True):
-        loaded.append(_load(path, name, "student", device))
+        loaded.append(_load(path, name, "student", device, teacher=teacher))
     _check_tokenizers(loaded)
     return tuple(loaded)
 
@@ -172,8 +173,11 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _load(path: str, name: str, role: Role, device: str | None) -> EvalModel:
-    model, tokenizer = load_any(path, device=device)
+def _load(path: str, name: str, role: Role, device: str | None, *, teacher: str | None = None) -> EvalModel:
+    """`teacher`: of a student in adapter form, in place of the one that it was made with."""
+    of_teacher = teacher is not None and is_adapter_folder(path)
+    place = {"path": teacher, "adapter": path} if of_teacher else {"path": path}
+    model, tokenizer = load_any(**place, device=device)
     return EvalModel(
         name=name, role=role, path=path, model=model, tokenizer=tokenizer, fingerprint=_fingerprint(path, model.config)
     )

@@ -25,19 +25,26 @@ AutoModelForCausalLM.register(LinearizeConfig, LinearizedForCausalLM)
 def load(
     path: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
 ) -> LinearizedForCausalLM:
     """A student from its folder (or Hub name), in eval mode.
 
-    `attn_implementation` is that of the kept softmax layers. `dtype`: default is that of the checkpoint.
+    With `adapter`, `path` is the teacher, and the student is what the adapter makes of it; the folder of an adapter by
+    itself takes the teacher that it was made with. `attn_implementation` is that of the kept softmax layers. `dtype`:
+    default is that of the checkpoint.
 
     Raises:
         InputError: a missing folder, a model that is no student, or weights that do not fit the plan.
     """
+    from linearize.modeling.io.adapter_folder import is_adapter_folder, load_adapter
     from linearize.modeling.io.model_source import find_model
 
+    if adapter is not None or is_adapter_folder(path):
+        folder, teacher = (path, None) if adapter is None else (adapter, path)
+        return load_adapter(folder, teacher, dtype=dtype, device=device, attn_implementation=attn_implementation)
     source = find_model(path)
     if source.gguf_file is not None:
         raise InputError(f"{source} is a GGUF file, not a student: load it with transformers")

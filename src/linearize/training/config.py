@@ -69,6 +69,11 @@ class StageConfig(BaseModel):
             raise ValueError(f"{value} is neither a fraction below 1 nor a whole number of steps")
         return value
 
+    @property
+    def changes_teacher_weights(self) -> bool:
+        """Whether the stage trains weights of the teacher themselves, beyond LoRA and mixers."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """What distinguishes this stage from others, as JSON. Paths are left out, since they have many spellings: their
         contents are part of the stage's `identity`, or of a digest of its data."""

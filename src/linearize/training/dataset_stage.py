@@ -70,6 +70,11 @@ class DatasetStageConfig(StageConfig):
             raise ValueError(f"{', '.join(wrong)} needs a held-out loss, which stage {self.name!r} does not measure")
         return self
 
+    @property
+    def changes_teacher_weights(self) -> bool:
+        """Unless only mixers train."""
+        return self.train != "mixers"
+
     def check_data(self, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> None:
         """Read the data and raise early for what the stage cannot use; changes nothing.
 

@@ -39,6 +39,7 @@ def load_teacher(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     base: BaseWeights = "full",
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained causal LM in eval mode, frozen, and its tokenizer.
 
@@ -59,6 +60,7 @@ def load_teacher(
     numbers = getattr(torch, numbers) if isinstance(numbers, str) else numbers
     try:
         how = loading_options(base, numbers, torch.device(device or "cpu")) | reading_options(source) | source.options
+        how |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         how |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
         with freed_at_once() if base != "full" else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, trust_remote_code=trust_remote_code, **how)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import xxhash
 from torch import Tensor
 
 from linearize.errors import InputError
@@ -31,7 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SAMPLE_BYTES = 64  # of each tensor's start and middle, for the fingerprint
+SAMPLE_BYTES = 4096  # of each tensor's start and middle, for the fingerprint
 
 
 class TensorPlace(NamedTuple):
@@ -104,14 +104,15 @@ class WeightFiles:
         return {name: _NAMES[place.dtype] for name, place in self.places.items()}
 
     def fingerprint(self) -> str:
-        """Changes with names, shapes, types and (by samples of each tensor) values; reads little of a large model."""
-        checksum = 0
+        """Changes with names, shapes, types and (by samples of each tensor) values, not with the division into files;
+        reads little of a large model."""
+        digest = xxhash.xxh3_128()
         for name in sorted(self.places):
             place = self.places[name]
-            checksum = zlib.crc32(f"{name} {place.dtype} {place.shape}".encode(), checksum)
+            digest.update(f"{name} {place.dtype} {place.shape}".encode())
             for part in _samples(place):
-                checksum = zlib.crc32(part, checksum)
-        return f"{checksum:08x}"
+                digest.update(part)
+        return str(digest.hexdigest())
 
     def _read_index(self, name_or_path: str, index: Path) -> None:
         document = read_json(index)

@@ -49,6 +49,11 @@ class DistillConfig(StageConfig):
             raise ValueError("kl and ce are both 0: give one of them a weight")
         return self
 
+    @property
+    def changes_teacher_weights(self) -> bool:
+        """Unless only mixers train."""
+        return self.train != "mixers"
+
     def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         """Raise for what cannot work, without loading another teacher's weights.
 
