@@ -91,7 +91,8 @@ def test_the_folder_is_complete(student: Path) -> None:
     config = json.loads((student / "config.json").read_text())
     assert [entry and entry["name"] for entry in config["plan"]] == ["lolcats", None, "lolcats"]
     assert config["plan"][0]["window"] == 4 and config["linearize_version"] == linearize.__version__
-    assert load_recipe(student / "recipe.yaml").model_dump() == Recipe.from_data(RECIPE).model_dump()
+    as_run = Recipe.from_data(RECIPE).override({"data.measured_tokens": 65536})  # all: the model is tiny
+    assert load_recipe(student / "recipe.yaml").model_dump() == as_run.model_dump()
     card = (student / "README.md").read_text()
     assert all(x in card for x in ("linearize.load", "attention_transfer", "lowrank", "tiny", "teacher"))
 

@@ -79,7 +79,7 @@ def test_a_conversion_is_asked_for_by_whole_paths(home: Path) -> None:
     request = read_request(
         "~/teacher", data=["~/text.txt", "pseudo:~/rows.json", "self", "owner/name"], out="~/new", recipe="~/own.yaml",
         overrides=None, blocks=None, stream=False, memory=None, disk=None, overwrite=False, device=None,
-        trust_remote_code=False,
+        trust_remote_code=False, adapter_only=False,
     )  # fmt: skip
     assert request.teacher == str(home / "teacher") and request.final == home / "new"
     assert request.specs == [str(home / "text.txt"), f"pseudo:{home / 'rows.json'}", "self", "owner/name"]

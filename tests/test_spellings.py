@@ -128,7 +128,7 @@ def test_names_that_are_no_places(place: Path) -> None:
     assert {real_name(name) for name in spellings(place, "teacher")} == {str(place / "teacher")}
     assert real_name("someone/model") == "someone/model" and real_name("self") == "self"
     rest: Any = dict.fromkeys(("overrides", "blocks", "memory", "disk", "device"))
-    rest |= {"out": "o", "stream": False, "overwrite": False, "trust_remote_code": False}
+    rest |= {"out": "o", "stream": False, "overwrite": False, "trust_remote_code": False, "adapter_only": False}
     asked = [
         read_request(teacher, data=[f"pseudo:{text}", "self"], recipe=recipe(other), **rest)
         for teacher, text, other in zip(*(spellings(place, n) for n in ("teacher", "text.txt", "other")), strict=True)

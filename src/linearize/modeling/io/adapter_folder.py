@@ -6,12 +6,12 @@ A folder holds `config.json`, `mixers.safetensors`, LoRA in peft's format under 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -70,7 +70,7 @@ def weights_fingerprint(source: ModelSource) -> str:
     """
     if source.gguf_file is None:
         return WeightFiles(source.name).fingerprint()
-    path, digest = Path(str(source)), xxhash.xxh3_128()
+    path, digest = Path(str(source)), hashlib.blake2b(digest_size=16)
     size = path.stat().st_size
     with path.open("rb") as file:
         for number in range(GGUF_SAMPLES):

@@ -5,6 +5,7 @@ Nothing is mapped into memory, so that memory holds what was asked for and no mo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import xxhash
 from torch import Tensor
 
 from linearize.errors import InputError
@@ -106,13 +106,13 @@ class WeightFiles:
     def fingerprint(self) -> str:
         """Changes with names, shapes, types and (by samples of each tensor) values, not with the division into files;
         reads little of a large model."""
-        digest = xxhash.xxh3_128()
+        digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self.places):
             place = self.places[name]
             digest.update(f"{name} {place.dtype} {place.shape}".encode())
             for part in _samples(place):
                 digest.update(part)
-        return str(digest.hexdigest())
+        return digest.hexdigest()
 
     def _read_index(self, name_or_path: str, index: Path) -> None:
         document = read_json(index)
