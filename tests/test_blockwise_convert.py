@@ -119,12 +119,13 @@ def config_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mixer"),
     [
         ("llama", {"name": "lolcats", "window": 4, "feature_dim": 3}),
-        pytest.param("gpt2", {"name": "lolcats", "window": 4, "feature_dim": 3}, marks=pytest.mark.slow),
-        pytest.param("mixtral", {"name": "gated_delta_net", "initialise": "calibrate"}, marks=pytest.mark.slow),
+        ("gpt2", {"name": "lolcats", "window": 4, "feature_dim": 3}),
+        ("mixtral", {"name": "gated_delta_net", "initialise": "calibrate"}),
     ],
 )
 def test_streamed_conversion_is_the_one_in_memory(family: str, mixer: dict[str, Any], tmp_path: Path) -> None:

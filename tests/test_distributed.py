@@ -95,7 +95,8 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     return results
 
 
-@pytest.mark.parametrize(("recipe", "ranks"), [pytest.param("between", 4, marks=pytest.mark.slow), ("whole", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "ranks"), [("between", 4), ("whole", 2)])
 def test_the_losses_are_those_of_one_process(folder: Path, recipe: str, ranks: int) -> None:
     assert together(1, command, argv(folder, recipe, f"{recipe}-1"), folder / "one") == [0]
     assert together(ranks, command, argv(folder, recipe, f"{recipe}-{ranks}"), folder / recipe) == [0] * ranks

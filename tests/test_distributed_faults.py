@@ -70,6 +70,7 @@ def test_bad_input_on_one_rank_ends_all(folder: Path) -> None:
     assert list(lines) == [1] and len(lines[1]) == 1 and "missing.yaml" in lines[1][0]
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_its_line(folder: Path) -> None:
     arguments = argv(folder, "whole", "wrong")
     assert together(2, broken, arguments, folder / "wrong", 1, 1, False) == [1, 1]

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from linearize.mixers import MIXERS
 from linearize.modeling.export import export_student
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = '''
 """Load a folder with only the four named packages and those that they need."""
 import json, re, sys

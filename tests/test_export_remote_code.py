@@ -19,6 +19,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from linearize.mixers import MIXERS
 from linearize.modeling.export import export_student, remote_code
 
+pytestmark = pytest.mark.slow
+
 TOKENS, PROMPT, NEW = 21, 4, 7
 NOT_OURS = {"torch", "transformers", "pydantic", "safetensors"}
 SCRIPT = """

@@ -136,6 +136,7 @@ def test_where_nothing_compiles(
     assert capfd.readouterr().err == MESSAGE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_inductor() -> None:
     """For real, in a model of one layer."""

@@ -63,6 +63,7 @@ def test_pages_of_a_mapped_tensor_are_let_go_and_its_values_stay(tmp_path: Path)
         assert torch.equal(tensors[name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_blocks_leave_the_process() -> None:
     held = {}

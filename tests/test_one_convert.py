@@ -101,6 +101,7 @@ def test_blocks_keep_every_other_option(
     assert Recorder.stages == ["0-attention_transfer/layers-002-003"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", STREAM)
 def test_some_blocks_are_not_a_student(stream: bool, folder: Path, tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"

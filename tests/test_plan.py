@@ -127,6 +127,7 @@ def _plan(mixer: str) -> list[Any]:
     return [None if layer == 3 else MIXERS[mixer]() for layer in range(5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mixer", "name"), [("lolcats", "lowrank"), ("gla", "distill")])
 def test_the_numbers_are_those_of_a_real_step(mixer: str, name: str, tmp_path: Path) -> None:
     """Samples of two and three layers, carried on to five, against five real ones."""

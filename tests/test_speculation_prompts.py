@@ -15,6 +15,8 @@ from torch import Tensor
 from linearize.decoding.speculative import LookupDrafter, speculate
 from linearize.mixers import MIXERS
 
+pytestmark = pytest.mark.slow
+
 FILES = ("alpaca", "gsm8k", "humaneval", "mt_bench", "qa", "sum")
 EACH, LONGEST, NEW = 10, 41, 11
 RATIOS: dict[str, Any] = {

@@ -13,6 +13,8 @@ from test_triton_multi_step import needs_triton, run
 
 import linearize.ops.triton as triton_package
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = [
     ("window_gpu", ["--tokens", "18", "--head-dim", "4", "--window", "4"]),
     ("recurrent_gpu", ["--tokens", "3", "--operation", "decay per key", "gated delta"]),

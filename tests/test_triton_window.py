@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from test_triton_multi_step import ROUNDING, case, needs_triton, run_cases
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     "hedgehog, terraced, dead",
     "gain, sliding, shared, dead, fp16",
