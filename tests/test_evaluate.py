@@ -218,6 +218,10 @@ def test_only_text_that_training_never_saw(folder: Path, tmp_path: Path) -> None
     (folder / "second-split" / "recipe.yaml").write_text("data:\n  length: 16\n  heldout: 3\n")
     with pytest.raises(InputError, match="different parts"):
         held_out_documents([spec], [origin, Origin.read(folder / "second-split")], tokenizer, None, notes)
+    (folder / "second-split" / "recipe.yaml").write_text("data:\n  length: 16\n  heldout: 4\n  measured_tokens: 77\n")
+    assert (
+        held_out_documents([spec], [origin, Origin.read(folder / "second-split")], tokenizer, None, notes) == documents
+    )
     other = tmp_path / "other.txt"
     other.write_text("A new story.\n\nAnd one more.")
     assert len(held_out_documents([str(other)], [origin], tokenizer, None, notes)) == 2

@@ -113,7 +113,7 @@ def _located(spec: str, origins: Sequence[Origin]) -> str:
 
 def _drawing(config: DataConfig | None) -> object:
     """The settings that decide which documents are held out, and their text."""
-    return None if config is None else config.model_dump(exclude={"length", "keep_whole"})
+    return None if config is None else config.model_dump(exclude={"length", "keep_whole", "measured_tokens"})
 
 
 def _data_config(folder: Path) -> DataConfig | None:
