@@ -61,7 +61,7 @@ PLACES = {
     "sampling": "linearize.training.data.sampling:write",
     "a step": "linearize.training.step:Stepper.step",
     "held-out loss": "linearize.conversion.run:loss_only",
-    "the report's numbers": "linearize.conversion.run:held_out_report",
+    "the report's numbers": "linearize.conversion.run:report_of",
     "weights": "linearize.modeling.io.student_folder:writing",
     "the card": "linearize.conversion.outputs:model_card",
     "the last rename": "linearize.storage.atomic:_swap_in",
