@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from linearize.mixers.layer_mixer import AttentionSample
 from linearize.modeling.probe import probe, routed
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
-
-if TYPE_CHECKING:
-    pass
 
 CAPTURE = "linearize_capture"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from linearize.errors import InputError, one_line
-from linearize.modeling.io.adapters import FOLDER, WEIGHTS, apply_adapters, kept_adapters, save_adapters
+from linearize.modeling.io.adapters import apply_adapters, kept_adapters, save_adapters
 from linearize.modeling.io.model_source import ModelSource, find_model
 from linearize.modeling.io.teacher import load_teacher
 from linearize.modeling.io.weight_files import WeightFiles
@@ -98,9 +99,7 @@ def save_adapter_folder(student: LinearizedForCausalLM, tokenizer: PreTrainedTok
         tokenizer.save_pretrained(folder)
         save_file(mixers, folder / MIXERS, {"format": "pt"})
         if (kept := kept_adapters(student)) is not None:
-            save_adapters(kept, folder)
-            lora = {name: tensor.to(stored) for name, tensor in load_file(folder / FOLDER / WEIGHTS).items()}
-            save_file(lora, folder / FOLDER / WEIGHTS, {"format": "pt"})
+            save_adapters(replace(kept, state={name: x.to(stored) for name, x in kept.state.items()}), folder)
         pin = Pin(teacher=str(student.config.teacher_name), fingerprint=weights_fingerprint(source))
         (folder / PIN).write_text(pin.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
