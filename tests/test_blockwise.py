@@ -152,7 +152,7 @@ def test_hidden_alignment_by_blocks_is_hidden_alignment(tmp_path: Path) -> None:
     assert all(torch.equal(parts[0].final[name], value) for name, value in mixers_of(one).items())
 
 
-def test_claims_belong_to_one_and_are_free_when_their_holder_is_gone(tmp_path: Path) -> None:
+def test_leases_belong_to_one_and_are_free_when_their_holder_is_gone(tmp_path: Path) -> None:
     leases, others = Leases(tmp_path), Leases(tmp_path, stale_seconds=0.2)
     with leases.take("block-0") as mine:
         assert mine is not None

@@ -188,7 +188,7 @@ def test_numbers_are_those_of_documents_alone(teacher: Any) -> None:
     assert decoded["loss"] == pytest.approx(decoded["expected_loss"], abs=1e-5) and decoded["tokens"] > 10
 
 
-def test_every_contestant_has_a_place_and_a_plot(teacher: Any) -> None:
+def test_every_model_has_a_place_and_a_plot(teacher: Any) -> None:
     from matplotlib.figure import Figure
 
     long = [Document(d.tokens * 2, d.loss_mask * 2) for d in documents()]

@@ -117,7 +117,7 @@ def test_errors_are_those_of_hidden_alignment(teacher: Any) -> None:
     assert len(calls) == len(shapes) == 3
 
 
-def test_the_section_measures_all_layers_of_all_contestants(teacher: Any) -> None:
+def test_the_section_measures_all_layers_of_all_models(teacher: Any) -> None:
     from matplotlib.figure import Figure
 
     students = [student_of(teacher, plan) for plan in (PLAN, [None, mixer("sliding_window"), None])]

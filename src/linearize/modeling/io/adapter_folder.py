@@ -21,6 +21,7 @@ from torch import Tensor
 from linearize.errors import InputError, one_line
 from linearize.modeling.io.adapters import apply_adapters, kept_adapters, save_adapters
 from linearize.modeling.io.model_source import ModelSource, find_model
+from linearize.modeling.io.student_folder import save_config
 from linearize.modeling.io.teacher import load_teacher
 from linearize.modeling.io.weight_files import WeightFiles
 from linearize.modeling.library_internals import fp32_names
@@ -93,9 +94,7 @@ def save_adapter_folder(student: LinearizedForCausalLM, tokenizer: PreTrainedTok
         for name, tensor in _mixer_tensors(student).items()
     }
     with writing("the adapter", folder, sum(tensor.nbytes for tensor in mixers.values())):
-        student.config.architectures = [type(student).__name__]
-        student.config.save_pretrained(folder)
-        student.generation_config.save_pretrained(folder)
+        save_config(student, folder)
         tokenizer.save_pretrained(folder)
         save_file(mixers, folder / MIXERS, {"format": "pt"})
         if (kept := kept_adapters(student)) is not None:
