@@ -65,7 +65,7 @@ ROWS = {
         },
     ),
     "lolcats": Row("lolcats"),
-    "window-linear": Row("window-linear"),
+    "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
     **{
         f"{mixer}-{share}": Row(recipe, {"plan.layers.keep": share / 100} if share else {"plan.layers": "all"}, True)
         for mixer, recipe in (("gdn-hybrid", "gdn-hybrid"), ("mamba2", "mamba2-in-llama"))
@@ -74,8 +74,9 @@ ROWS = {
 }  # fmt: skip
 
 
-def train(name: str, teacher: str, data: Sequence[str], tokens: int, length: int, batch: int) -> None:
+def train(name: str, options: argparse.Namespace) -> None:
     """Convert one row into its folder in adapter form."""
+    tokens, length, batch = options.tokens, options.length, options.batch
     row = ROWS[name]
     recipe = linearize.load_recipe(row.recipe)
     overrides: dict[str, Any] = {"data.length": length}
@@ -85,11 +86,17 @@ def train(name: str, teacher: str, data: Sequence[str], tokens: int, length: int
         document["stages"] = [*first, {**STAGE_2, "tokens": tokens}]
         recipe = type(recipe).from_data(document)
     for number, stage in enumerate(recipe.stages):
-        overrides |= {f"stages.{number}.tokens": tokens, f"stages.{number}.batch": batch}
+        settings = {"tokens": tokens, "batch": batch, "precision": options.precision}
+        overrides |= {f"stages.{number}.{key}": value for key, value in settings.items()}
         if stage.length is not None:
             overrides[f"stages.{number}.length"] = length
     linearize.convert(
-        teacher, recipe=recipe, data=data, out=FOLDER / name, overrides=overrides | row.settings, adapter_only=True
+        options.teacher,
+        recipe=recipe,
+        data=options.data,
+        out=FOLDER / name,
+        overrides=overrides | row.settings,
+        adapter_only=True,
     )
 
 
@@ -182,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trains.add_argument("--data", action="append", required=True)
     trains.add_argument("--tokens", type=parse_count, default=500_000, help="of each stage")
     trains.add_argument("--length", type=parse_count, default=2048)
-    trains.add_argument("--batch", type=int, default=2)
+    trains.add_argument("--batch", type=int, default=1)
+    trains.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="fp32 where bf16 is slower")
     measures.add_argument("rows", nargs="+", choices=[TEACHER, *ROWS])
     measures.add_argument("--text", action="append", required=True)
     measures.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
@@ -198,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with shown():
         if options.verb == "train":
-            train(options.row, options.teacher, options.data, options.tokens, options.length, options.batch)
+            train(options.row, options)
             return
         if options.verb == "table":
             print(table())

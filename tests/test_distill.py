@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch, LossSum
-from linearize.training.stages.chunked_logits import SplitModel
+from linearize.training.stages.chunked_logits import SplitModel, without_head
 from linearize.training.stages.distill import Distill, DistillConfig
 from linearize.training.stages.losses import distillation_loss, divergence
 from linearize.training.stages.lowrank import LowRankConfig
@@ -135,6 +135,40 @@ def test_slices_give_the_whole_loss_and_its_gradients(family: str, kind: Any, mo
         assert (gradients[name] is None) == (p.grad is None)
         if p.grad is not None:
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=2e-5)
+
+
+def test_under_autocast_a_frozen_head_is_copied_once() -> None:
+    """Two slices and two steps use one copy; a head that trains is left to autocast; outside, nothing is exchanged."""
+    teacher = tiny("llama")
+    split, head = SplitModel(teacher.requires_grad_(False)), teacher.lm_head.weight
+    hidden = torch.randn(7, head.shape[1], generator=torch.Generator().manual_seed(3))
+    exact = split.logits(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = split.logits(hidden)
+        copies = [copy for _, copy in split._halved.values()]
+        assert [(copy.dtype, copy.shape) for copy in copies] == [(torch.bfloat16, head.shape)]
+        assert torch.equal(split.logits(hidden), first)
+        assert all(copy is before for (_, copy), before in zip(split._halved.values(), copies, strict=True))
+        assert first.dtype == torch.bfloat16
+    assert teacher.lm_head.weight is head
+    assert torch.equal(split.logits(hidden), exact)
+    torch.testing.assert_close(first.float(), exact, rtol=0.05, atol=0.05)
+    teacher.lm_head.weight = torch.nn.Parameter(2 * head)
+    trained = SplitModel(teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(trained.logits(hidden), 2 * first, rtol=0.05, atol=0.05)
+    assert not trained._halved
+
+
+def test_without_head_a_model_ends_at_its_hidden_states() -> None:
+    teacher, batch = tiny("llama"), make_batch()
+    head = teacher.lm_head
+    with torch.no_grad(), without_head(teacher):
+        assert whole_logits(teacher, batch).shape[-1] == teacher.config.hidden_size
+    assert teacher.lm_head is head
+    with pytest.raises(ZeroDivisionError), without_head(teacher):
+        raise ZeroDivisionError
+    assert teacher.lm_head is head
 
 
 def test_bf16_gives_the_gradients_of_whole_logits() -> None:

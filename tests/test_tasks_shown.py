@@ -15,6 +15,8 @@ from linearize.evaluation.sections.tasks import Tasks
 from linearize.evaluation.sections.tasks.measure import task_score
 from linearize.evaluation.sections.tasks.present import TasksNumbers
 
+REACH = 128  # tokens
+
 
 def test_shares_and_errors_against_a_bootstrap() -> None:
     draw = random.Random(3)
@@ -38,7 +40,7 @@ def test_shares_and_errors_against_a_bootstrap() -> None:
 def outcome(items: Sequence[float], chance: float, shots: int = 0) -> Outcome:
     return Outcome(
         metric="acc,none", metrics={}, parts={}, n=len(items), shots=shots, version=1.0, lower_is_better=False,
-        prompts="p", items=list(items), chance=[chance] * len(items),
+        prompts="p", items=list(items), chance=[chance] * len(items), tokens=[60 + i for i in range(len(items))],
     )  # fmt: skip
 
 
@@ -50,8 +52,9 @@ def task_numbers(students: int) -> dict[str, Any]:
         rows[name] = {"piqa": outcome(can, 0.5), "mmlu": outcome(worse, 0.25, 5), "race": outcome(cannot, 0.5)}
     teacher, *others = rows
     numbers = TasksNumbers(
-        lm_eval="0", source="x", batch=4, max_length=99, limit=None, notes={}, commands={"piqa": "lm_eval"},
-        models={name: {task: task_score(row) for task, row in tasks.items()} for name, tasks in rows.items()},
+        lm_eval="0", source="x", batch=4, max_length=99, limit=None, window_reach=REACH, notes={},
+        commands={"piqa": "lm_eval"},
+        models={name: {task: task_score(row, REACH) for task, row in tasks.items()} for name, tasks in rows.items()},
         averages={name: averages(tasks) for name, tasks in rows.items()},
         against_teacher={
             name: {task: contrast(rows[teacher][task], row) for task, row in rows[name].items()} for name in others
@@ -69,6 +72,7 @@ def test_what_is_shown(students: int) -> None:
     shown = Tasks.present(numbers)
     assert [row["task"] for row in shown.tables[0].rows] == ["piqa", "mmlu", "race", "average", "average without MMLU"]
     assert shown.tables[0].rows[0]["teacher"] == "80.0 ± 4.0%"
+    assert shown.tables[0].rows[0]["inside the window"] == "69%"  # 60 to 128 of 60 to 159 tokens
     for plot in shown.plots:
         figure = Figure(figsize=(plot.width, plot.height), layout="constrained")
         plot.draw(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,26 @@ class Scored(NumbersModel):
 
 
 class Outcome(Scored):
-    """`items`: the first metric of each item; `chance`: what guessing scores there."""
+    """`items`: the first metric of each item; `chance`: what guessing scores there; `tokens`: of its longest request,
+    prompt and given answer together."""
 
     items: list[float]
     chance: list[float]
+    tokens: list[int]
 
 
-def outcomes(task: str, results: Results) -> dict[str, Outcome]:
-    """Return one outcome for a task or a group that has numbers of its own, else one for each task that it names."""
+def outcomes(task: str, results: Results, count: Callable[[str], int]) -> dict[str, Outcome]:
+    """Return one outcome for a task or a group that has numbers of its own, else one for each task that it names.
+
+    `count`: the tokens of a text.
+    """
     leaves = list(results["samples"])
     if _numbers(results["results"].get(task, {})):
-        return {task: _outcome(task, leaves, results)}
-    return {leaf: _outcome(leaf, [leaf], results) for leaf in leaves}
+        return {task: _outcome(task, leaves, results, count)}
+    return {leaf: _outcome(leaf, [leaf], results, count) for leaf in leaves}
 
 
-def _outcome(name: str, leaves: list[str], results: Results) -> Outcome:
+def _outcome(name: str, leaves: list[str], results: Results, count: Callable[[str], int]) -> Outcome:
     metrics = _numbers(results["results"][name])
     metric = _first(name, metrics)
     key, _, chosen = metric.partition(",")
@@ -66,7 +71,20 @@ def _outcome(name: str, leaves: list[str], results: Results) -> Outcome:
         prompts=hashlib.sha256(asked.encode()).hexdigest()[:16],
         items=[float(sample[key]) for sample in items],
         chance=[_chance(sample) if has_choices else 0.0 for sample in items],
+        tokens=[max(count(_request(arguments)) for arguments in _requests(sample)) for sample in items],
     )
+
+
+def _requests(sample: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an item's requests; lm-eval gives a list, or from its own log a mapping by number."""
+    arguments = sample["arguments"]
+    return list(arguments.values() if isinstance(arguments, Mapping) else arguments)
+
+
+def _request(arguments: Any) -> str:
+    """Prompt and given answer of a request; of one that generates, the prompt."""
+    parts = list(arguments.values() if isinstance(arguments, Mapping) else arguments)
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:

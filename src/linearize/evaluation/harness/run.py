@@ -61,7 +61,8 @@ class Run:
                 path.unlink()
             if self.ctx.out is not None:
                 write_samples(self.ctx.out / "samples" / f"{task.spec.task}.{eval_model.name}.jsonl", results)
-            return Measured(max_length=length, outcomes=outcomes(task.spec.task, results)).to_json()
+            found = outcomes(task.spec.task, results, lambda text: len(eval_model.tokenizer(text)["input_ids"]))
+            return Measured(max_length=length, outcomes=found).to_json()
 
         def fresh() -> dict[str, Any]:
             try:
@@ -140,6 +141,7 @@ class Run:
 
         return {
             "section": "tasks",
+            "fields": sorted(Outcome.model_fields),
             "task": task.spec.task,
             "definition": [str(task.spec.folder), task.digest],
             "shots": task.spec.shots,

@@ -26,6 +26,7 @@ from linearize.modeling.parallel import is_sharded
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
+from linearize.training.stages.chunked_logits import without_head
 from linearize.training.stages.losses import counted
 from linearize.training.student_run import StudentRun
 
@@ -130,7 +131,7 @@ class AttentionTransfer(StudentRun):
                 by_layer[layer] = (loss if gradients is None else gradients.add(loss), target)
             return target
 
-        with torch.no_grad():
+        with torch.no_grad(), without_head(self.student.lm):
             self.student(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.parallel import is_sharded
 from linearize.training.config import Batch
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
@@ -39,8 +40,10 @@ class SplitModel:
         self.model: Any = model
         inner: Any = model.lm if isinstance(model, LinearizedForCausalLM) else model
         self.lm = inner
+        self.sharded = any(is_sharded(parameter) for parameter in self.lm.parameters())
         self.vocabulary = int(self.lm.config.get_text_config().vocab_size)
         self.output: type[Any] = type(None)
+        self._halved: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self.decoder = self._find_decoder()
         if self.decoder is not None and not self._comes_apart():
             self.decoder = None
@@ -50,13 +53,14 @@ class SplitModel:
         if self.decoder is None:
             whole: Tensor = self._run(batch).logits
             return whole
-        return self._pass(batch, logits_to_keep=1)[0]
+        with without_head(self.lm):
+            return self._pass(batch, logits_to_keep=1)[0]
 
     def logits(self, hidden_NM: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states."""
         if self.decoder is None:
             return hidden_NM
-        with self._decoder_gives(hidden_NM[None]):
+        with self._decoder_gives(hidden_NM[None]), self._weights_in_autocast_dtype():
             tokens = torch.zeros(1, len(hidden_NM), dtype=torch.long, device=hidden_NM.device)
             logits: Tensor = self.lm(input_ids=tokens, use_cache=False).logits
         return logits[0]
@@ -67,6 +71,36 @@ class SplitModel:
             return []
         with self._decoder_gives(torch.empty(0)):
             return [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def _weights_in_autocast_dtype(self) -> Iterator[None]:
+        """Inside autocast, the head's frozen matrices as copies in its dtype, made once for all slices and steps:
+        autocast keeps copies of trained weights alone, and would copy a whole head for each slice of tokens."""
+        device = self.lm.device.type
+        if self.sharded or not torch.is_autocast_enabled(device):
+            yield
+            return
+        dtype, exchanged = torch.get_autocast_dtype(device), list[tuple[nn.Module, str, nn.Parameter]]()
+        for path, module in self.lm.named_modules():  # the decoder is not among them: a stand-in has its place
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if type(weight) is not nn.Parameter or weight.requires_grad or weight.dim() < 2:
+                    continue
+                if weight.dtype == torch.float32:
+                    exchanged.append((module, name, weight))
+                    setattr(module, name, self._in_dtype(f"{path}.{name}", weight, dtype))
+        try:
+            yield
+        finally:
+            for module, name, weight in exchanged:
+                setattr(module, name, weight)
+
+    def _in_dtype(self, name: str, weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        """The copy of a frozen weight in a dtype, made anew when there is another weight."""
+        original, copy = self._halved.get(name, (None, weight))
+        if original is not weight or copy.dtype != dtype:
+            copy = nn.Parameter(weight.to(dtype), requires_grad=False)
+            self._halved[name] = (weight, copy)
+        return copy
 
     def _run(self, batch: Batch, **options: Any) -> Any:
         return self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **options)
@@ -110,6 +144,24 @@ class SplitModel:
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             return False
         return logits.shape == expected[0].shape and torch.allclose(logits.float(), expected[0].float(), 1e-2, 1e-3)
+
+
+@contextmanager
+def without_head(lm: Any) -> Iterator[None]:
+    """Inside, a causal LM ends before the product with its head, for who wants hidden states alone; its logits mean
+    nothing there."""
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    name = next((name for name, module in lm.named_modules() if name and module is head), None)
+    if name is None:
+        yield
+        return
+    parent, _, child = name.rpartition(".")
+    owner = lm.get_submodule(parent)
+    setattr(owner, child, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(owner, child, head)
 
 
 class _FixedDecoder(nn.Module):

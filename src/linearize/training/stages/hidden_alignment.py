@@ -22,6 +22,7 @@ from linearize.modeling.attention import MixerCall
 from linearize.modeling.truncate import block_name
 from linearize.ops.layout import Layout
 from linearize.training.config import Batch, BlockwiseConfig, LossSum, ParameterGroup, StageRun
+from linearize.training.stages.chunked_logits import without_head
 from linearize.training.stages.losses import counted
 from linearize.training.student_run import StudentRun, unshare
 
@@ -136,7 +137,8 @@ def module_calls(teacher: nn.Module, batch: Batch, names: Iterable[str]) -> dict
 
     hooks = [teacher.get_submodule(name).register_forward_hook(writer(name), with_kwargs=True) for name in names]
     try:
-        teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=1)
+        with without_head(teacher):
+            teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

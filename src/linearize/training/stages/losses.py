@@ -7,10 +7,11 @@ Letters: B batch, T tokens, V vocabulary, M model width, N tokens that count, n 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -111,15 +112,45 @@ def divergence(
     midpoint (Jensen-Shannon, at most log 2; 2306.13649, section 2, with beta 1/2). Softmaxes are at `temperature`, and
     the result is times its square, so that gradients keep their size (1503.02531, section 2).
     """
-    p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher_NV, student_NV))
     if kind == "forward":
-        total = _kl(p, q)
-    elif kind == "reverse":
+        forward: Tensor = _ForwardKL.apply(teacher_NV, student_NV, temperature)
+        return forward
+    p, q = (_log_probs(logits, temperature) for logits in (teacher_NV, student_NV))
+    if kind == "reverse":
         total = _kl(q, p)
     else:
         middle = torch.logaddexp(p, q) - math.log(2)
         total = 0.5 * (_kl(p, middle) + _kl(q, middle))
     return total * temperature**2
+
+
+def _log_probs(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities at a temperature, fp32."""
+    logits_NV = logits_NV.float()
+    return (logits_NV if temperature == 1 else logits_NV / temperature).log_softmax(-1)
+
+
+class _ForwardKL(torch.autograd.Function):
+    """temperature^2 KL(teacher||student), summed over tokens. Its gradient, temperature (q - p), is made with it in the
+    memory of q, since passes over tokens times vocabulary are what a distillation step of a small model waits for. The
+    teacher gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
+        p, q = _log_probs(teacher_NV, temperature), _log_probs(student_NV, temperature)
+        weights = p.exp()
+        total = p.sub_(q).mul_(weights).sum() * temperature**2
+        if ctx.needs_input_grad[1]:
+            gradient = q.exp_().sub_(weights)
+            ctx.gradient = gradient if temperature == 1 else gradient.mul_(temperature)
+            ctx.dtype = student_NV.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[None, Tensor, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # it is scaled in place: a second backward pass fails
+        return None, gradient.mul_(factor).to(ctx.dtype), None
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from linearize.evaluation.harness.definitions import load, need_harness, task_sp
 from linearize.evaluation.harness.outcome import Outcome, average_share, averages, contrast, mean, standard_error
 from linearize.evaluation.harness.run import Run
 from linearize.evaluation.sections.tasks.present import TaskScore, TasksNumbers, headline, present
+from linearize.metrics.branches import longest_reach
 
 DEFAULT_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 
@@ -53,6 +54,7 @@ class Tasks(Section):
                 notes[spec.task] = note
         teacher = outcomes[ctx.teacher.name] if ctx.teacher else {}
         students = {m.name: outcomes[m.name] for m in ctx.students} if ctx.teacher else {}
+        reach = min((tokens for m in ctx.models if (tokens := longest_reach(m.plan)) is not None), default=None)
         return TasksNumbers(
             lm_eval=lm_eval.__version__,
             source=", ".join(dict.fromkeys(str(spec.folder or "Hugging Face Hub") for spec in specs)),
@@ -61,7 +63,10 @@ class Tasks(Section):
             limit=run.limit,
             notes=notes,
             commands=commands,
-            models={name: {task: task_score(row) for task, row in rows.items()} for name, rows in outcomes.items()},
+            window_reach=reach,
+            models={
+                name: {task: task_score(row, reach) for task, row in rows.items()} for name, rows in outcomes.items()
+            },
             averages={name: averages(rows) for name, rows in outcomes.items()},
             against_teacher={
                 name: {task: contrast(teacher[task], row) for task, row in rows.items()}
@@ -79,10 +84,15 @@ class Tasks(Section):
         return headline(TasksNumbers.model_validate(numbers))
 
 
-def task_score(row: Outcome) -> TaskScore:
-    """Reduce the scores of items to their mean."""
-    shared = row.model_dump(exclude={"items", "chance"})
-    return TaskScore(**shared, score=mean(row.items), stderr=standard_error(row.items), chance=mean(row.chance))
+def task_score(row: Outcome, reach: int | None = None) -> TaskScore:
+    """Reduce the scores of items to their mean; `reach`: tokens that a student's window holds."""
+    return TaskScore(
+        **row.model_dump(exclude={"items", "chance", "tokens"}),
+        score=mean(row.items),
+        stderr=standard_error(row.items),
+        chance=mean(row.chance),
+        inside_window=None if reach is None else mean([float(tokens <= reach) for tokens in row.tokens]),
+    )
 
 
 def _check_code(ctx: EvalContext, executing: Sequence[str]) -> None:

@@ -19,11 +19,14 @@ AVERAGES: dict[Literal["all", "without_mmlu"], str] = {"all": "average", "withou
 
 
 class TaskScore(Scored):
-    """A task on a model: `score`, the mean of the first metric, its standard error, and what guessing scores."""
+    """A task on a model: `score`, the mean of the first metric, its standard error, and what guessing scores.
+
+    `inside_window`: the share of items that the students' window holds whole, prompt and answer (None: no window)."""
 
     score: float
     stderr: float | None
     chance: float
+    inside_window: float | None
 
     @property
     def above_chance(self) -> bool:
@@ -33,7 +36,8 @@ class TaskScore(Scored):
 
 
 class TasksNumbers(NumbersModel):
-    """`source`: where the items come from; `batch` rows of at most `max_length` tokens; `limit`: items of each task.
+    """`source`: where the items come from; `batch` rows of at most `max_length` tokens; `limit`: items of each task;
+    `window_reach`: tokens that the shortest window among the models holds (None: there is none).
 
     `notes`, `commands`: by task. `models`, `averages`: by model. `against_teacher`, `kept`: by student.
     """
@@ -43,6 +47,7 @@ class TasksNumbers(NumbersModel):
     batch: int
     max_length: int
     limit: int | None
+    window_reach: int | None
     notes: dict[str, str]
     commands: dict[str, str]
     models: dict[str, dict[str, TaskScore]]
@@ -94,13 +99,18 @@ def _scores(numbers: TasksNumbers) -> Table:
     for task, first in _first(numbers).items():
         row: dict[str, Cell] = {"task": task, "shots": str(first.shots), "metric": first.metric.replace(",none", "")}
         row |= {name: _score(scores[task]) for name, scores in numbers.models.items()}
-        rows.append({**row, "chance": f"{first.chance:.1%}", "items": str(first.n)})
+        row |= {"chance": f"{first.chance:.1%}", "items": str(first.n)}
+        if first.inside_window is not None:
+            row["inside the window"] = f"{first.inside_window:.0%}"
+        rows.append(row)
     for kind, title in AVERAGES.items():
         means = {name: averages[kind] for name, averages in numbers.averages.items() if kind in averages}
         if len(_first(numbers)) > 1 and len(means) == len(numbers.models):
             shown: dict[str, Cell] = {name: _percent(average) for name, average in means.items()}
             rows.append({"task": title, "shots": "", "metric": "", **shown, "chance": "", "items": ""})
     notes = [f"{task}: {note}" for task, note in numbers.notes.items()]
+    if numbers.window_reach is not None:
+        notes.insert(0, f"inside the window: items of at most {numbers.window_reach} tokens, where softmax sees all")
     return Table(title="Scores", rows=rows, note="; ".join(["± is one standard error", *notes]) + ".")
 
 
