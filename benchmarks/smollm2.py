@@ -1,8 +1,8 @@
-"""Students of SmolLM2-135M, or of any teacher: train a row of the table, measure it, print the table.
+"""Students of SmolLM2-135M, or of any teacher: train a row of the table, and measure it.
 
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
-    python -m benchmarks.smollm2 table
+    python -m benchmarks.smollm2_page
 
 A row is trained in adapter form into `benchmarks/smollm2/ROW` (the same command continues a run that was stopped) and
 measured into `benchmarks/smollm2/ROW.json`. Losses are in nats per token, on text that no row was trained or tuned on.
@@ -11,35 +11,18 @@ measured into `benchmarks/smollm2/ROW.json`. Losses are in nats per token, on te
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import linearize
-from linearize.decoding.loading import load_any
-from linearize.evaluation.run import EvaluationOptions, evaluate
-from linearize.evaluation.sections.recall import Recall
-from linearize.metrics.intervals import mean_over_documents
-from linearize.metrics.report import provenance
-from linearize.metrics.token_scores import Batch, TokenScores, View, score_batches
-from linearize.modeling.inspect import inspect_model
-from linearize.modeling.io.teacher import load_tokenizer
+from benchmarks.smollm2_measure import TEACHER, measure
 from linearize.numbers import parse_count
 from linearize.phases import shown
-from linearize.training.data.documents import Document
-from linearize.training.data.loading import load_documents
-from linearize.training.data.packing import document_rows
 
 FOLDER = Path(os.environ.get("LINEARIZE_SMOLLM2", Path(__file__).parent / "smollm2"))
-TASKS = Path(__file__).parent / "tasks"
-TASK_NAMES = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai")
-TEACHER = "teacher"
-LATE = 1024  # losses from this position on have a column of their own
 STAGE_2 = {
     "name": "lowrank", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05, "evaluate_every": 0.2, "rank": 16,
     "alpha": 32, "targets": ["all"], "loss": "kl", "train_mixers": True,
@@ -100,86 +83,6 @@ def train(name: str, options: argparse.Namespace) -> None:
     )
 
 
-def measure(name: str, teacher: str, text: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Losses at two lengths, recall, tasks and state bytes of a row."""
-    path = teacher if name == TEACHER else str(FOLDER / name)
-    guide, tokenizer = load_any(teacher)
-    student = guide if name == TEACHER else load_any(teacher, adapter=path)[0]
-    documents = load_documents(list(text), load_tokenizer(teacher))
-    torch.set_flush_denormal(True)
-    numbers: dict[str, Any] = {"name": name, "provenance": provenance(seed=0)}
-    for length in options.lengths:
-        rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
-        numbers[f"loss at {length}"] = losses(guide, None if name == TEACHER else student, rows)
-    numbers["cache"] = inspect_model(path, contexts=[4096])["cache"]
-    if name != TEACHER:
-        report = json.loads((FOLDER / name / "report.json").read_text(encoding="utf-8"))
-        numbers["stages"] = [{key: stage[key] for key in ("name", "tokens", "seconds")} for stage in report["stages"]]
-    del guide, student
-    if options.recall:
-        recall = Recall(lengths=tuple(options.recall), depths=(0.1, 0.5, 0.9), items=options.items)
-        numbers["recall"] = evaluate(path, teacher=teacher, sections=[recall], data=text).sections["recall"]
-    if options.limit:
-        settings = EvaluationOptions(limit=options.limit, include_path=TASKS)
-        numbers["tasks"] = evaluate(path, teacher=teacher, tasks=TASK_NAMES, options=settings).sections["tasks"]
-    return numbers
-
-
-def first_rows(documents: Sequence[Document], length: int, count: int, pad: int) -> list[Batch]:
-    """The first `length` tokens of the first `count` documents that have so many, one row to a batch."""
-    long = [document for document in documents if len(document) >= length][:count]
-    cut = [Document(document.tokens[:length], document.loss_mask[:length]) for document in long]
-    return list(document_rows(cut, length, pad_token_id=pad).in_order(1))
-
-
-def losses(teacher: Any, student: Any, rows: Sequence[Batch]) -> dict[str, Any]:
-    """The teacher's loss, and of a student its gap, KL, agreement, its gap beyond `LATE`, and that of its window."""
-    views = {"teacher": View(model=teacher)}
-    if student is not None:
-        views["student"] = View(model=student)
-        if any(getattr(mixer, "name", None) == "lolcats" for mixer in student.config.mixers()):
-            views["window"] = View(model=student, branch="window")
-    scores = score_batches(rows, views, reference="teacher")
-    late = scores.positions >= LATE
-    numbers = {"documents": len(rows), "teacher": _mean(scores, scores.loss["teacher"])}
-    for view in list(views)[1:]:
-        gap = scores.loss[view] - scores.loss["teacher"]
-        numbers[view] = {
-            "gap": _mean(scores, gap), "kl": _mean(scores, scores.kl[view]), "top1": _mean(scores, scores.top1[view]),
-            "gap beyond": float(gap[late].mean()) if late.any() else None,
-        }  # fmt: skip
-    return numbers
-
-
-def table() -> str:
-    """Losses of all measured rows as a table in Markdown."""
-    measured = [
-        json.loads((FOLDER / f"{name}.json").read_text("utf-8")) for name in ROWS if (FOLDER / f"{name}.json").is_file()
-    ]
-    lengths = sorted({int(key.split()[-1]) for row in measured for key in row if key.startswith("loss at ")})
-    head = [
-        "row",
-        "tokens",
-        *(f"{what} at {length}" for length in lengths for what in ("gap", "KL", "top-1", "window alone")),
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in measured:
-        cells = [row["name"], str(max((stage["tokens"] for stage in row["stages"]), default=0))]
-        for length in lengths:
-            losses_at = row[f"loss at {length}"]
-            student, window = losses_at["student"], losses_at.get("window")
-            cells += [f"{student[key][0]:.3f}" for key in ("gap", "kl", "top1")]
-            cells.append(f"{window['gap'][0]:.3f}" if window else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _mean(scores: TokenScores, values: torch.Tensor) -> list[float | None]:
-    """Mean and standard error over documents."""
-    mean = mean_over_documents(values, scores.documents)
-    return [mean.value, mean.error]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     measures.add_argument("--items", type=int, default=4)
     measures.add_argument("--limit", type=int, default=200, help="items of each task; 0: no tasks")
-    verbs.add_parser("table")
+    measures.add_argument("--kept", help="folder in which recall and tasks keep what they measured")
     for verb in (trains, measures):
         verb.add_argument("--teacher", required=True)
     options = parser.parse_args(arguments)
@@ -208,14 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.verb == "train":
             train(options.row, options)
             return
-        if options.verb == "table":
-            print(table())
-            return
         for name in options.rows:
-            numbers = measure(name, options.teacher, options.text, options)
+            numbers = measure(name, FOLDER, options)
             FOLDER.mkdir(exist_ok=True)
-            (FOLDER / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-            print(json.dumps({key: value for key, value in numbers.items() if key.startswith("loss")}), flush=True)
+            (FOLDER / f"{name}.json").write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            print(name, numbers.losses, flush=True)
 
 
 if __name__ == "__main__":

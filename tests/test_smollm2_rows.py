@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from benchmarks import smollm2
+from benchmarks import smollm2, smollm2_page
+from benchmarks.smollm2_measure import RowNumbers
 
 import linearize
 
@@ -16,7 +16,7 @@ TEACHER = str(Path(linearize.__file__).parent / "demo" / "teacher")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["window-linear", "window-alone", "gdn-hybrid-50"])
 def test_a_row_is_trained_in_adapter_form_and_measured(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2, "FOLDER", tmp_path)
     story = "Once upon a time, Lily saw a big dog. She was very happy and wanted to play with it in the park. "
@@ -27,10 +27,13 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     assert (tmp_path / name / "mixers.safetensors").is_file() or name == "window-alone"
     sizes = ["--lengths", "48", "64", "--loss-tokens", "256", "--recall", "--limit", "0"]
     smollm2.main(["measure", name, "--teacher", TEACHER, "--text", str(text), *sizes])
-    numbers = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
-    student = numbers["loss at 64"]["student"]
-    assert student["kl"][0] > 0 and 0 < student["top1"][0] <= 1
-    assert ("window" in numbers["loss at 64"]) == (name == "window-linear")
-    capsys.readouterr()
-    smollm2.main(["table"])
-    assert capsys.readouterr().out.count("\n") == 3
+    numbers = RowNumbers.model_validate_json((tmp_path / f"{name}.json").read_text("utf-8"))
+    losses = numbers.losses[64]
+    assert losses.student is not None
+    assert losses.student.kl.value > 0 and 0 < losses.student.top1.value <= 1
+    assert (losses.window is not None) == (name == "window-linear")
+    assert [len(text) > 0 for text in numbers.continuations] == [True, True, True]
+    assert sum(stage.tokens for stage in numbers.stages) == 512 * (1 if name == "window-alone" else 2)
+    shown = smollm2_page.page(smollm2_page.measured(tmp_path))
+    assert f"{losses.student.kl.value:.3f}" in shown.replace("2,048", "") or 64 not in smollm2_page.LENGTHS
+    assert shown.count("not measured") > len(smollm2.ROWS)

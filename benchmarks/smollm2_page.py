@@ -1,0 +1,215 @@
+"""The page of the SmolLM2 students and README's first table, made from `benchmarks/smollm2/*.json`.
+
+    python -m benchmarks.smollm2_page
+
+Writes `docs/results_smollm2.md`, and README's table between its two markers. Rows that were not measured say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.smollm2 import FOLDER, ROWS
+from benchmarks.smollm2_measure import BOOK_TOKENS, LATE, PROMPTS, TASK_NAMES, TEACHER, Distance, RowNumbers
+
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "results_smollm2.md", ROOT / "README.md"
+BEGIN, END = "<!-- students of SmolLM2: python -m benchmarks.smollm2_page -->", "<!-- end -->"
+MISSING = "not measured"
+LENGTHS = (2048, 4096)
+WHAT = {
+    TEACHER: "the teacher, SmolLM2-135M-Instruct",
+    "window-alone": "softmax in the same window with the same sink, LoRA and tokens, no linear branch",
+    "lolcats": "LoLCATs as published (cross-entropy, LoRA of rank 8 on q, k, v, o)",
+    "window-linear": "the default recipe",
+    **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention" for share in (50, 25, 0)},
+    **{f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention" for share in (50, 25, 0)},
+}
+Measured = dict[str, RowNumbers]
+
+
+def measured(folder: Path = FOLDER) -> Measured:
+    """The rows that have numbers, in the table's order."""
+    paths = {name: folder / f"{name}.json" for name in (TEACHER, *ROWS)}
+    return {
+        name: RowNumbers.model_validate_json(path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, names on the left and numbers on the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def by_row(rows: Measured, head: Sequence[str], cells: Callable[[RowNumbers], Sequence[str]]) -> str:
+    """One line for each row of the table; those that were not measured say so."""
+    lines = []
+    for name in (TEACHER, *ROWS):
+        label = f"**`{name}`**" if name == "window-linear" else f"`{name}`" if name != TEACHER else name
+        lines.append([label, *(cells(rows[name]) if name in rows else [MISSING, *[""] * (len(head) - 2)])])
+    return table(head, lines)
+
+
+def loss_table(rows: Measured, length: int) -> str:
+    """Distances from the teacher at one length."""
+
+    def cells(row: RowNumbers) -> list[str]:
+        losses = row.losses.get(length)
+        if losses is None:
+            return [MISSING, "", "", "", ""]
+        if losses.student is None:
+            return [f"loss {losses.teacher.value:.3f}", "0", "100%", "0", ""]
+        return [*_distance(losses.student), "" if losses.window is None else f"{losses.window.gap.value:+.3f}"]
+
+    return by_row(rows, ["row", "gap", "KL", "same top token", f"gap from {LATE:,} on", "its window alone"], cells)
+
+
+def _distance(student: Distance) -> list[str]:
+    error = "" if student.gap.error is None else f" ± {student.gap.error:.3f}"
+    beyond = "" if student.gap_beyond is None else f"{student.gap_beyond:+.3f}"
+    return [f"{student.gap.value:+.3f}{error}", f"{student.kl.value:.3f}", f"{student.top1.value:.1%}", beyond]
+
+
+def recall_table(rows: Measured) -> str:
+    """Right answers of all, by test and length."""
+    lengths = sorted({length for row in rows.values() for test in row.recall.values() for length in test})
+    asked = [(test, length) for test in ("passkey", "needle") for length in lengths]
+
+    def cells(row: RowNumbers) -> list[str]:
+        found = [row.recall.get(test, {}).get(length) for test, length in asked]
+        return ["" if hits is None else f"{hits[0]}/{hits[1]}" for hits in found]
+
+    return by_row(rows, ["row", *(f"{test} {length:,}" for test, length in asked)], cells)
+
+
+def task_table(rows: Measured) -> str:
+    """Scores in percent, and how many prompts the window holds whole."""
+
+    def cells(row: RowNumbers) -> list[str]:
+        scores = [row.tasks.get(task) for task in TASK_NAMES]
+        return ["" if x is None else f"{100 * x.score:.1f} ± {100 * (x.error or 0):.1f}" for x in scores]
+
+    text = by_row(rows, ["row", *(name.replace("_", " ") for name in TASK_NAMES)], cells)
+    shares = [
+        next((f"{x.inside_window:.0%}" for row in rows.values()
+              if (x := row.tasks.get(task)) is not None and x.inside_window is not None), "")
+        for task in TASK_NAMES
+    ]  # fmt: skip
+    return text + "\n| items that the window of 64 holds whole | " + " | ".join(shares) + " |"
+
+
+def cost_table(rows: Measured) -> str:
+    """Bytes of state, training tokens and time."""
+
+    def cells(row: RowNumbers) -> list[str]:
+        stages = [stage for stage in row.stages if stage.tokens]
+        tokens = " + ".join(f"{stage.tokens:,}" for stage in stages)
+        minutes = " + ".join(f"{stage.seconds / 60:.0f}" for stage in stages)
+        return [f"{row.state_bytes / 2**20:.1f} MiB", tokens, minutes]
+
+    return by_row(rows, ["row", "cache at 4,096 tokens", "tokens of each stage", "minutes of each stage"], cells)
+
+
+def prompts(rows: Measured) -> str:
+    """What each row writes after three prompts, greedily."""
+    parts = []
+    shown = (*PROMPTS, f"(the first {BOOK_TOKENS:,} tokens of a held-out novel)")
+    for number, prompt in enumerate(shown):
+        parts.append(f"*{prompt}*\n")
+        parts += [f"- {name}: {' '.join(row.continuations[number].split())}" for name, row in rows.items()]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def page(rows: Measured) -> str:
+    """The whole page."""
+    facts = next(iter(rows.values())).provenance if rows else {}
+    versions = ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items())
+    losses = next((row.losses for row in rows.values()), {})
+    documents = ", ".join(f"{x.documents} of {length:,}" for length, x in losses.items())
+    kinds = "\n".join(f"- `{name}`: {what}" for name, what in WHAT.items())
+    tables = "\n\n".join(f"At {length:,} tokens:\n\n{loss_table(rows, length)}" for length in LENGTHS)
+    return f"""# Students of SmolLM2-135M
+
+The teacher is SmolLM2-135M-Instruct: 30 layers, 9 query and 3 key/value heads of 64, context 8,192. Every row was
+trained on whole novels (`novels_a`, `novels_b`) at 2,048 tokens, one row of text a step, seed 0, and measured on the
+first tokens of novels of `novels_c` ({documents} tokens), which no row was trained or tuned on. Losses are in nats per
+token above the teacher's; ± is one standard error over documents. There is one run per row. Two CPU cores, {versions}.
+
+{kinds}
+
+In rows with `lowrank` as their last stage, the stage is that of `window-linear`: KL to the teacher on LoRA of rank 16
+(every linear layer of the blocks) and on the mixers.
+
+## Losses
+
+{tables}
+
+*Its window alone*: the same student without its linear branch.
+
+## Recall
+
+Right answers of all, by greedy generation through the cache.
+
+{recall_table(rows)}
+
+## Tasks
+
+lm-eval's scores in percent with one standard error, on the first items of each task.
+
+{task_table(rows)}
+
+An item that the window holds whole says nothing about what lies beyond it.
+
+## Cost
+
+{cost_table(rows)}
+
+## Three prompts
+
+Chosen before any student had been looked at; greedy, 40 tokens.
+
+{prompts(rows)}
+## How to repeat
+
+The students are committed as adapters under `benchmarks/smollm2/`, so that measuring needs no training:
+
+    python -m benchmarks.smollm2 train window-linear --teacher DIR --data novels_a.jsonl --data novels_b.jsonl
+    python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text novels_c.jsonl
+    python -m benchmarks.smollm2_page
+"""
+
+
+def readme_table(rows: Measured) -> str:
+    """The short table: how far each student is, what it holds, and what it cost."""
+
+    def cells(row: RowNumbers) -> list[str]:
+        losses = row.losses.get(2048)
+        student = None if losses is None else losses.student
+        gap = "0" if student is None else f"{student.gap.value:+.3f}"
+        same = "100%" if student is None else f"{student.top1.value:.1%}"
+        tokens = sum(stage.tokens for stage in row.stages)
+        minutes = sum(stage.seconds for stage in row.stages) / 60
+        cost = f"{tokens / 1e6:.1f}M, {minutes:.0f} min" if tokens else ""
+        return [gap, same, f"{row.state_bytes / 2**20:.1f} MiB", cost]
+
+    head = ["student of SmolLM2-135M", "loss gap at 2k tokens", "same top token", "cache at 4k", "training on 2 cores"]
+    return by_row({name: row for name, row in rows.items()}, head, cells)
+
+
+def main() -> None:
+    """Write the page and README's table."""
+    rows = measured()
+    PAGE.write_text(page(rows), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n\n{readme_table(rows)}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
