@@ -15,7 +15,7 @@ from linearize.conversion.blockwise import load_trained_blocks, train_loaded_blo
 from linearize.conversion.outputs import write_student_files
 from linearize.conversion.prepare import Prepared
 from linearize.conversion.request import BlockOptions, is_blockwise
-from linearize.conversion.text import CALIBRATION_TOKENS, EVALUATION_BATCH
+from linearize.conversion.text import calibration_batches
 from linearize.metrics.branches import window_reach
 from linearize.metrics.language_model import (
     BranchAblation,
@@ -144,12 +144,11 @@ class Conversion:
         if step:
             mixers = ((layer, self.prepared.plan[layer]) for layer in new)
             self.student.convert_layers({layer: mixer for layer, mixer in mixers if mixer is not None})
-        text, length = self.prepared.text, self.recipe.data.length
         asking = to_calibrate(self.student, new)
         if not asking:
             return
-        tokens = min(CALIBRATION_TOKENS, max(self.recipe.data.measured_tokens or 0, length))
-        sample = text.sample(length, tokens, EVALUATION_BATCH, self.student.device)
+        sample = calibration_batches(self.recipe, self.prepared.text, self.student.device)
+        tokens = sum(batch["input_ids"].numel() for batch in sample)
         at_once = max(1, CALIBRATION_NUMBERS // (tokens * self.student.config.get_text_config().hidden_size))
         with phase("calibrating mixers", len(asking), "layers") as advance:
             for first in range(0, len(asking), at_once):  # samples of all layers may not fit into memory

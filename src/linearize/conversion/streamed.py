@@ -14,7 +14,7 @@ from linearize.conversion.outputs import write_student_files
 from linearize.conversion.prepare_streamed import StreamedPrepared, prepare_streamed
 from linearize.conversion.request import BlockOptions, ConversionRequest, parse_blocks
 from linearize.conversion.sizes import check_whole, chosen_block
-from linearize.conversion.text import CALIBRATION_TOKENS, EVALUATION_BATCH
+from linearize.conversion.text import calibration_batches
 from linearize.conversion.work_folder import make_work
 from linearize.metrics.branches import window_reach
 from linearize.metrics.intervals import mean_over_documents
@@ -185,5 +185,4 @@ class StreamedConversion:
     def _sample(self) -> list[Batch]:
         """The rows that calibrate mixers; none where no mixer asks for it."""
         asks = any(getattr(mixer, "initialise", None) == "calibrate" for mixer in self.config.mixers())
-        length = self.recipe.data.length
-        return self.prepared.text.sample(length, CALIBRATION_TOKENS, EVALUATION_BATCH) if asks else []
+        return calibration_batches(self.recipe, self.prepared.text) if asks else []

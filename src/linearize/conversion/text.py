@@ -98,6 +98,12 @@ def read_text(
     ]
 
 
+def calibration_batches(recipe: Recipe, text: TrainDataset, device: torch.device | str = "cpu") -> list[Batch]:
+    """Batches of the training text that mixers are calibrated on: as many tokens as are measured, or one row."""
+    tokens = min(CALIBRATION_TOKENS, max(recipe.data.measured_tokens or 0, recipe.data.length))
+    return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, device)
+
+
 def sample_batches(recipe: Recipe, text: TrainDataset, teacher: Any, tokens: int) -> list[Batch]:
     """Batches of about so many tokens of the training text, on the teacher's device."""
     return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
