@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape
-from linearize.ops.hedgehog import hedgehog
+from linearize.ops.hedgehog import hedgehog, project
 from linearize.ops.window_linear.spec import FeatureWeights
 
 FeatureMapName = Literal["hedgehog", "t2r", "elu", "exp", "gain"]
@@ -88,9 +88,7 @@ class FeatureMap(nn.Module):
         return torch.cat([(z - z.amax(-1, keepdim=True)).exp(), (z.amin(-1, keepdim=True) - z).exp()], dim=-1)
 
     def _project(self, x: Tensor, weight_HDF: Tensor) -> Tensor:
-        groups = x.shape[-3]
-        weight = weight_HDF.to(x.dtype).unflatten(0, (groups, -1))
-        return torch.einsum("...gcd,grdf->...grcf", x, weight).flatten(-4, -3)
+        return project(x, weight_HDF.to(x.dtype))
 
     def _repeat(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.heads // x.shape[-3], dim=-3)

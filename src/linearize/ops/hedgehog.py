@@ -27,15 +27,23 @@ def hedgehog(x: Tensor, weight_HDF: Tensor, log_gain: Tensor | None = None) -> T
     weight_GRDF = weight_HDF.unflatten(0, (x.shape[-3], -1))
     decoded = x.shape[-2] == 1 and not torch.is_grad_enabled()  # nothing to keep or to cut
     if decoded or torch.compiler.is_compiling():
-        return _in_one(x, weight_GRDF, log_gain)
+        return _in_one(project(x, weight_HDF), log_gain)
     phi: Tensor = _Hedgehog.apply(x, weight_GRDF, log_gain)
     return phi
 
 
-def _in_one(x: Tensor, weight_GRDF: Tensor, log_gain: Tensor | None) -> Tensor:
-    """The same in few operations, which a compiler fuses."""
-    z = torch.einsum("...gcd,grdf->...grcf", x, weight_GRDF).flatten(-4, -3)
-    phi = torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1).clamp(min=SMALLEST)
+def project(x: Tensor, weight_HDF: Tensor) -> Tensor:
+    """x W for each query head, `[..., G, C, D] -> [..., H, C, F]`; keys of a group are not repeated."""
+    if x.dim() == 4 and x.shape[2] == 1 and x.shape[1] == weight_HDF.shape[0]:  # a decoded token's queries
+        return torch.bmm(x[:, :, 0].transpose(0, 1), weight_HDF).transpose(0, 1)[:, :, None]
+    weight_GRDF = weight_HDF.unflatten(0, (x.shape[-3], -1))
+    return torch.einsum("...gcd,grdf->...grcf", x, weight_GRDF).flatten(-4, -3)
+
+
+def _in_one(z: Tensor, log_gain: Tensor | None) -> Tensor:
+    """Features of x W in few operations, which a compiler fuses."""
+    both = torch.cat([z, -z], dim=-1).unflatten(-1, (2, -1)).softmax(-1)
+    phi = both.flatten(-2).clamp(min=SMALLEST)
     return phi if log_gain is None else phi * log_gain.exp()
 
 

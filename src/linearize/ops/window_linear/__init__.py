@@ -175,8 +175,13 @@ def _in_torch(
     """A backend in PyTorch, in at least fp32 (the chunked one widens group by group)."""
     dtype = inputs[0].dtype
     wide = dtype if backend is chunked else torch.promote_types(dtype, torch.float32)
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        y, after = backend(*(x.to(wide) for x in inputs), **options)
+    if wide != dtype:
+        inputs = tuple(x.to(wide) for x in inputs)
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            y, after = backend(*inputs, **options)
+    else:
+        y, after = backend(*inputs, **options)
     return y.to(dtype), after if after is None else _narrow(after, dtype)
 
 
