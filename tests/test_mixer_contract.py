@@ -34,6 +34,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"window": 0, "feature_map": "elu"},
         {"window": 0, "feature_map": "t2r", "shift": "shared"},
         {"window": 3, "feature_map": "exp", "num_sinks": 1, "shift": "shared"},
+        {"window": 3, "num_sinks": 1, "store": 5, "shift": "shared"},
+        {"window": 4, "feature_map": "gain", "store": 3, "affine": True},
     ],
     "sliding_window": [{}, {"window": 6, "window_shape": "terraced", "num_sinks": 3}],
     "mamba": [{}, {"repeat": "after"}],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from linearize.mixers.base import AttentionShape, Mixer, MixerCost
@@ -25,6 +25,7 @@ class LolcatsConfig(WindowMixerConfig):
     window term is
     shifted by its maximum) or `shared` (both branches are, so that a token weighs the same on either side of the
     window's edge).
+    `store`: pairs of key and value that each key/value head keeps exact beyond a terraced window (LoLA, 2505.23666).
     `feature_start`: `identity` copies, or copies at several `scales`.
     """
 
@@ -36,7 +37,17 @@ class LolcatsConfig(WindowMixerConfig):
     feature_start: FeatureStart = "identity"
     affine: bool = False
     num_sinks: int = Field(0, ge=0)
+    store: int = Field(0, ge=0)
     shift: Literal["window", "shared"] = "window"
+
+    @model_validator(mode="after")
+    def _store_fits(self) -> Self:
+        if self.store and not (self.window and self.window_shape == "terraced"):
+            raise ValueError(
+                f"store {self.store} needs a terraced window, whose blocks it decides on, and this one is "
+                f"{self.window_shape} of {self.window} tokens: set window_shape=terraced, window above 0, or store=0"
+            )
+        return self
 
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer, initialised."""
@@ -76,6 +87,7 @@ class Lolcats(WindowMixer):
             linear_factor_H=factor_H if self.config.affine else None,
             logits=True,
             branch=branch,
+            store=self.config.store,
         )
 
     def cost(self, element_size: int) -> MixerCost:
@@ -83,9 +95,10 @@ class Lolcats(WindowMixer):
         window, shape = super().cost(element_size), self.shape
         features, heads = self.feature_q.num_features, shape.num_heads
         memory = heads * features * (shape.value_dim + 1)
+        stored = self.config.store * shape.num_kv_heads * (shape.head_dim + shape.value_dim)
         maps = 4 * heads * shape.head_dim * self.config.feature_dim * (self.config.feature_map != "elu")
         return MixerCost(
-            state_bytes=window.state_bytes + memory * max(4, element_size),
+            state_bytes=window.state_bytes + memory * max(4, element_size) + stored * element_size,
             bytes_per_token=0,
-            flops_per_token=window.flops_per_token + 4 * memory + maps,
+            flops_per_token=window.flops_per_token + 4 * memory + maps + 2 * stored * heads // shape.num_kv_heads,
         )

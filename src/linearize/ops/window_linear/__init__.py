@@ -49,6 +49,7 @@ from linearize.ops.window_linear.reference import reference
 from linearize.ops.window_linear.slots import gather_slots
 from linearize.ops.window_linear.spec import Branch, WindowLinear, WindowShape, weights_of
 from linearize.ops.window_linear.state import WindowBuffers, WindowLinearState
+from linearize.ops.window_linear.store import advance_with_store, with_store
 from linearize.ops.window_linear.update import next_state
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
 BACKENDS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {
     "reference": reference,
     "chunked": chunked,
+    "store": with_store,
 }
 use_backend = DISPATCH.use  # of BACKENDS, or one of the kernels'
 
@@ -97,7 +99,9 @@ def window_linear(
         if name == "triton" and (spec.has_window or spec.has_linear):
             return _steps(q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         options["spec"] = spec.resolved()
-        if name == "multi_token" and (spec.has_window or spec.has_linear):
+        if spec.store and (name != "step" or not whole) and commit is None:
+            return _in_torch(with_store, q_BHUD, k_BGTD, v_BGTV, **options)
+        if name == "multi_token" and not spec.store and (spec.has_window or spec.has_linear):
             return _in_torch(multi_token, q_BHUD, k_BGTD, v_BGTV, commit=commit, **options)
         if name == "triton_chunks" and commit is None and (spec.has_window or spec.has_linear):
             return _chunks(q_BHUD, k_BGTD, v_BGTV, **options)
@@ -230,6 +234,9 @@ def advance(
     dtype = k_BGTD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(k_BGTD.device.type, enabled=False):
+        if spec.store:
+            options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state}
+            return _narrow(advance_with_store(k_BGTD.to(wide), v_BGTV.to(wide), **options), dtype)
         slots = gather_slots(k_BGTD.to(wide), v_BGTV.to(wide), layout, state, spec)
         return _narrow(next_state(slots, layout, state, spec), dtype)
 
@@ -239,7 +246,7 @@ def _narrow(state: WindowLinearState, dtype: torch.dtype) -> WindowLinearState:
     be rounded call by call. The sums stay wide."""
     if state.k_BGRD.dtype == dtype and (state.sink_k_BGND is None or state.sink_k_BGND.dtype == dtype):
         return state
-    names = ("k_BGRD", "v_BGRV", "sink_k_BGND", "sink_v_BGNV")
+    names = ("k_BGRD", "v_BGRV", "sink_k_BGND", "sink_v_BGNV", "store_k_BGPD", "store_v_BGPV")
     return replace(
         state, **{n: x.to(dtype) for n in names if (x := getattr(state, n)) is not None and not x.requires_grad}
     )

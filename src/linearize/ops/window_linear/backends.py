@@ -50,6 +50,8 @@ def kernel_unsupported(call: WindowCall) -> str | None:
 def _unknown_map(call: WindowCall) -> str | None:
     maps = (call.spec.feature_q, call.spec.feature_k)
     unknown = any(m is not None and weights_of(m) is None for m in maps)
+    if call.spec.store:
+        return "an exact store, which has no kernel yet"
     return "a feature map that the kernel does not know" if unknown else None
 
 
@@ -68,6 +70,8 @@ def chunks_unsupported(call: WindowCall) -> str | None:
 
 
 def _too_large(call: WindowCall) -> str | None:
+    if call.spec.store:
+        return "an exact store, which has no kernel yet"
     if chunk_of(call.spec.window, call.spec.shape) > MOST_CHUNK:
         return f"a window whose reach is more than {MOST_CHUNK} tokens"
     if call.widest > MOST_HEAD_DIM:
@@ -82,6 +86,10 @@ def _in_place_why_not_chosen(call: WindowCall) -> str | None:
 def _step_why_not_chosen(call: WindowCall) -> str | None:
     one = call.whole and call.tokens == 1 and call.layout.is_plain and call.cursor == "same"
     return None if one else "not one token after the same state in every row"
+
+
+def _store_why_not_chosen(call: WindowCall) -> str | None:
+    return None if call.spec.store and not call.in_place else "no exact store"
 
 
 def _multi_token_why_not_chosen(call: WindowCall) -> str | None:
@@ -123,6 +131,12 @@ DISPATCH = Dispatcher(
             unsupported=_in_place_why_not_chosen,
         ),
         Rule("step", _step_why_not_chosen, "one token: nothing is masked", unsupported=_step_unsupported),
+        Rule(
+            "store",
+            _store_why_not_chosen,
+            "an exact store: block after block",
+            unsupported=_store_why_not_chosen,
+        ),
         Rule(
             "multi_token",
             _multi_token_why_not_chosen,

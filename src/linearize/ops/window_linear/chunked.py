@@ -61,7 +61,7 @@ def chunked(
     k, v = (alignment.gather(x, chunk) for x in (slots.k_BGSD, slots.v_BGSV))
     sinks: tuple[Tensor, ...] = ()
     if spec.num_sinks and spec.has_window:
-        sinks = _sinks_by_group(slots, alignment, state, spec)
+        sinks = sinks_by_group(slots, alignment, state, spec)
     memory = None if state is None else state.memory_BHFV
     step = _chunks_per_group(q)
     masks = masks_of(alignment, slots, layout, chunk, step, spec, state_dtype(q_BHTD))
@@ -136,7 +136,7 @@ def _after(
     )
 
 
-def _sinks_by_group(
+def sinks_by_group(
     slots: Slots, alignment: Alignment, state: WindowLinearState | None, spec: WindowLinear
 ) -> tuple[Tensor, ...]:
     """Keys and values of the first tokens of each chunk's document, `[B, G, N, J, D]` and `[B, G, N, J, V]`."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.spec import WindowLinear, fold_boundary, most_leaving, ring_slots, with_ones
 from linearize.ops.window_linear.state import WindowBuffers, take_slots
+from linearize.ops.window_linear.store import Store, num_stored
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,15 +92,36 @@ def in_place(
         y = _attend(q_BHUD, (), seen, state, spec)
         _settle(state, spec, state.next_B + 1, 1)
         return y
+    if spec.store and commit == tokens:
+        return _one_by_one(q_BHUD, k_BGTD, v_BGTV, layout, state, spec)
     early = commit if commit < tokens else 0
     if early:
         _commit(state, k_BGTD[:, :, :early], v_BGTV[:, :, :early], layout.part(0, early), spec)
     k, v, rest = k_BGTD[:, :, early:], v_BGTV[:, :, early:], layout.part(early, tokens)
+    if spec.store:
+        return _one_by_one(q_BHUD, k, v, rest, state.map_batch(torch.clone), spec)
     seen = _seen(rest, query_BU, rest.positions(k.shape[2], k.device), state.next_B, state, spec)
     y = _attend(q_BHUD, (k, v), seen, state, spec)
     if commit > early:
         _commit(state, k, v, rest, spec)
     return y
+
+
+def _one_by_one(
+    q_BHUD: Tensor, k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, state: WindowBuffers, spec: WindowLinear
+) -> Tensor:
+    """Each token goes into the state before the next one's outputs: what a store decides between them counts."""
+    tokens, queries = k_BGTD.shape[2], q_BHUD.shape[2]
+    position_BT, ys = layout.positions(tokens, k_BGTD.device).expand(q_BHUD.shape[0], -1), []
+    for t in range(tokens):
+        now, part = position_BT[:, t : t + 1], slice(t, t + 1)
+        _write(state, k_BGTD[:, :, part], v_BGTV[:, :, part], now, dead=True)
+        following = torch.maximum(state.next_B, now[:, 0] + 1)
+        if (u := t - tokens + queries) >= 0:
+            seen = Seen.of(now, None, state.begin_B, following, state.k_BGCD.shape[2], spec)
+            ys.append(_attend(q_BHUD[:, :, u : u + 1], (), seen, state, spec))
+        _settle(state, spec, following, 1)
+    return torch.cat(ys, dim=2)
 
 
 def _seen(
@@ -125,6 +147,10 @@ def _attend(q_BHUD: Tensor, new: tuple[Tensor, ...], seen: Seen, state: WindowBu
             parts.append((state.sink_k_BGND, state.sink_v_BGNV, seen.sinks_B1UN))
         if seen.new_B1US is not None:
             parts.append((new[0], new[1], seen.new_B1US))
+        if spec.store and spec.branch == "both":
+            assert state.store_k_BGPD is not None and state.store_v_BGPV is not None
+            live = _store(state, spec).live()[:, None, None]
+            parts.append((state.store_k_BGPD, state.store_v_BGPV, live))
         *total, m = _window(q_BHUD, [(k.to(dtype), v.to(dtype), x) for k, v, x in parts], spec)
     if spec.has_linear:
         assert state.memory_BHFV is not None
@@ -214,7 +240,7 @@ def _settle(state: WindowBuffers, spec: WindowLinear, following_B: Tensor, most:
         position = begin + torch.arange(most_leaving(most, spec.window, spec.shape), device=begin.device)
         leaves = (position < end) & (position >= state.begin_B.clamp(min=spec.num_sinks)[:, None])
         if _worth(leaves):
-            _fold(state, position % slots, leaves, spec)
+            (_admit if spec.store else _fold)(state, position % slots, leaves, spec)
     before_B.copy_(following_B)
 
 
@@ -226,6 +252,25 @@ def _fold(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, spec: Windo
     phi = spec.features_k(k) * leaves_BP[:, None, :, None].to(memory.dtype)
     value = with_ones(v).repeat_interleave(phi.shape[1] // k.shape[1], dim=1)
     memory.flatten(0, 1).baddbmm_(phi.mT.flatten(0, 1), value.flatten(0, 1))
+
+
+def _store(state: WindowBuffers, spec: WindowLinear) -> Store:
+    assert state.memory_BHFV is not None and state.store_k_BGPD is not None and state.store_v_BGPV is not None
+    count = num_stored(state.next_B, spec, state.begin_B)
+    return Store(state.memory_BHFV, state.store_k_BGPD, state.store_v_BGPV, count)
+
+
+def _admit(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, spec: WindowLinear) -> None:
+    """`_fold` with a store, block after block."""
+    store = _store(state, spec)
+    for place, leaves in zip(place_BP.split(spec.window, 1), leaves_BP.split(spec.window, 1), strict=True):
+        k, v = (take_slots(ring, place) for ring in (state.k_BGCD, state.v_BGCV))
+        store = store.admit(k, v, leaves, spec)
+    for memory, new in (
+        (state.memory_BHFV, store.memory_BHFV), (state.store_k_BGPD, store.k_BGPD), (state.store_v_BGPV, store.v_BGPV)
+    ):  # fmt: skip
+        assert memory is not None
+        memory.copy_(new)
 
 
 def _worth(mask: Tensor) -> bool:

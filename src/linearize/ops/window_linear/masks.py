@@ -82,17 +82,17 @@ def masks_of(
     chunks = alignment.num_chunks
     if alignment.source_BA is None:
         chunks = min(chunks, -(-UNLIKE // step) * step)
-    first = _group_masks(alignment, slice(0, chunks), chunk, spec, dtype)
+    first = group_masks(alignment, slice(0, chunks), chunk, spec, dtype)
     others = None
     if chunks < alignment.num_chunks:
-        others = replace(_group_masks(alignment, slice(chunks, chunks + 1), chunk, spec, dtype), fold=None, keep=None)
+        others = replace(group_masks(alignment, slice(chunks, chunks + 1), chunk, spec, dtype), fold=None, keep=None)
     result = Masks(first, chunks, others)
     if slots.num_past == 0:
         layout.memo[memo] = result
     return result
 
 
-def _group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLinear, dtype: torch.dtype) -> GroupMasks:
+def group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLinear, dtype: torch.dtype) -> GroupMasks:
     """The masks of some chunks, each with its own."""
     c = torch.arange(-chunk, chunk, device=alignment.first_BN.device)
     first = alignment.first_BN[:, chunks, None]

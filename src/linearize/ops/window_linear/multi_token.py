@@ -18,6 +18,7 @@ from torch import Tensor
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.spec import WindowLinear, divide, fold_boundary, in_window, with_ones
 from linearize.ops.window_linear.state import WindowLinearState, appended
+from linearize.ops.window_linear.store import num_stored_at, plain_after
 from linearize.ops.window_linear.update import between, next_joined_state, next_plain_state
 
 
@@ -180,7 +181,10 @@ def step(
         numerator = own if numerator is None else numerator + own
         normaliser = alone if normaliser is None else normaliser + alone
     assert numerator is not None and normaliser is not None
-    after = next_plain_state(k, v, past, layout.start, state, spec, ring_buffer=ring_buffer) if need_state else None
+    after = None
+    if need_state:
+        following = plain_after if spec.store else next_plain_state
+        after = following(k, v, past, layout.start, state, spec, ring_buffer=ring_buffer)
     if not spec.has_window:  # in a window the token sees itself
         normaliser = normaliser.masked_fill(normaliser == 0, 1)
     return numerator / normaliser, after
@@ -193,14 +197,18 @@ def _window(
 
     The token sees itself, so that m is finite.
     """
+    dtype, keys, values = q_BGRD.dtype, [k_BGSD], [v_BGSV]
     out_of_ring = max(position + 1 - k_BGSD.shape[2], 0)  # sinks that have left the ring
-    k_sink, v_sink = state.sink_k_BGND, state.sink_v_BGNV
-    with_sinks = k_sink is not None and v_sink is not None and out_of_ring > 0
+    if state.sink_k_BGND is not None and state.sink_v_BGNV is not None and out_of_ring:
+        keys.append(state.sink_k_BGND[:, :, :out_of_ring].to(dtype))
+        values.append(state.sink_v_BGNV[:, :, :out_of_ring].to(dtype))
+    if spec.store and spec.branch == "both" and (stored := num_stored_at(position, spec)):
+        assert state.store_k_BGPD is not None and state.store_v_BGPV is not None
+        keys.append(state.store_k_BGPD[:, :, :stored].to(dtype))
+        values.append(state.store_v_BGPV[:, :, :stored].to(dtype))
     q_BGRD = q_BGRD * spec.scaling
-    s = q_BGRD @ k_BGSD.mT
-    if with_sinks:
-        assert k_sink is not None
-        s = torch.cat([q_BGRD @ k_sink[:, :, :out_of_ring].to(s.dtype).mT, s], dim=-1)
+    scores = [q_BGRD @ k.mT for k in keys]
+    s = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     m = s.amax(-1, keepdim=True)
@@ -208,11 +216,10 @@ def _window(
     if spec.log_window_factor_H is not None:
         shift = m - spec.log_window_factor_H.to(m.dtype).view(m.shape[1], m.shape[2], 1)
     p = (s - shift).exp()
-    num_sinks = p.shape[-1] - k_BGSD.shape[2]
-    total = p[..., num_sinks:] @ v_BGSV
-    if with_sinks:
-        assert v_sink is not None
-        total = total + p[..., :num_sinks] @ v_sink[:, :, :out_of_ring].to(p.dtype)
+    first, *others = zip(p.split([v.shape[2] for v in values], dim=-1), values, strict=True)
+    total = first[0] @ first[1]
+    for weights, v in others:
+        total = total + weights @ v
     numerator, normaliser, m = (x.flatten(1, 2)[:, :, None] for x in (total, p.sum(-1, keepdim=True), m))
     return numerator, normaliser, m if spec.shared_shift else None
 

@@ -113,6 +113,8 @@ class WindowLinear:
     `logits`: both are given as the logit x of g instead: log g is log sigmoid(x), the factor sigmoid(-x). A kernel
     computes them by itself; everything else asks for `resolved()`.
     `branch`: which branch contributes; for ablation and for the window-only control.
+    `store`: pairs of a key/value head that stay exact beyond a terraced window (`store.py`); 0: none. They contribute
+    where both branches do.
     """
 
     window: int
@@ -127,10 +129,12 @@ class WindowLinear:
     linear_factor_H: Tensor | None = None
     logits: bool = False
     branch: Branch = "both"
+    store: int = 0
 
     def __post_init__(self) -> None:
         assert (self.feature_q is None) == (self.feature_k is None)
         assert 0 <= self.num_sinks <= self.window or self.num_sinks == 0
+        assert not self.store or (self.window and self.shape == "terraced")
 
     def resolved(self) -> WindowLinear:
         """The same operation with log g and the linear factor as they are."""

@@ -100,6 +100,8 @@ class WindowLinearState(TensorState):
     `begin`: position of the document's first token, `[B]`: slots of lower ones, in the ring or among the sinks, are
     dead; None: 0 in every row, as almost always.
     `ring_buffer`: memory with free slots that the ring may lie in (decoding).
+    `store_k_BGPD`, `store_v_BGPV`: the exact store, oldest first; how many of its pairs there are follows from the
+    position (`store.num_stored`). None: there is none.
     """
 
     next: int | Tensor
@@ -110,6 +112,8 @@ class WindowLinearState(TensorState):
     sink_v_BGNV: Tensor | None = None
     begin: Tensor | None = None
     ring_buffer: RingBuffer | None = None
+    store_k_BGPD: Tensor | None = None
+    store_v_BGPV: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,6 +129,8 @@ class WindowBuffers(TensorState):
     sink_k_BGND: Tensor
     sink_v_BGNV: Tensor
     memory_BHFV: Tensor | None = None
+    store_k_BGPD: Tensor | None = None
+    store_v_BGPV: Tensor | None = None
 
     @staticmethod
     def of(state: WindowLinearState, spec: WindowLinear, *, most: int = 1) -> WindowBuffers:
@@ -154,6 +160,8 @@ class WindowBuffers(TensorState):
             sink_k_BGND=sinks(state.sink_k_BGND, state.k_BGRD),
             sink_v_BGNV=sinks(state.sink_v_BGNV, state.v_BGRV),
             memory_BHFV=None if memory is None else _owned(memory.to(state_dtype(memory))),
+            store_k_BGPD=None if state.store_k_BGPD is None else _owned(state.store_k_BGPD),
+            store_v_BGPV=None if state.store_v_BGPV is None else _owned(state.store_v_BGPV),
         )
 
     def widened(self, more: int) -> WindowBuffers:
@@ -182,12 +190,15 @@ class WindowBuffers(TensorState):
             sink_k_BGND=self.sink_k_BGND.clone() if has_sinks else None,
             sink_v_BGNV=self.sink_v_BGNV.clone() if has_sinks else None,
             begin=self.begin_B.clone(),
+            store_k_BGPD=None if self.store_k_BGPD is None else self.store_k_BGPD.clone(),
+            store_v_BGPV=None if self.store_v_BGPV is None else self.store_v_BGPV.clone(),
         )
 
     def copy_(self, state: WindowLinearState, spec: WindowLinear) -> None:
         """Take another state of the same sizes into this memory."""
         other = WindowBuffers.of(state, spec, most=self.k_BGCD.shape[2] - ring_slots(spec.window, spec.shape))
-        for name in ("next_B", "begin_B", "k_BGCD", "v_BGCV", "sink_k_BGND", "sink_v_BGNV", "memory_BHFV"):
+        names = ("next_B", "begin_B", "k_BGCD", "v_BGCV", "sink_k_BGND", "sink_v_BGNV", "memory_BHFV")
+        for name in (*names, "store_k_BGPD", "store_v_BGPV"):
             own, new = getattr(self, name), getattr(other, name)
             assert (own is None) == (new is None)
             if own is not None:

@@ -1,0 +1,238 @@
+"""The exact store: some keys and values from beyond the window that stay as they are (LoLA, 2505.23666), chosen when a
+block leaves the window.
+
+Candidates are what is stored and what leaves. Those that the sum recalls worst from their own key stay, by
+
+    e(k, v) = sum over a group's query heads of | phi(k)^T H / (phi(k)^T z) - v |^2 ,
+
+H and z those before the block leaves; the others are folded into the sum, so no mass is lost. A query weighs stored
+keys as it weighs those in the window: exp(s - m), under the one normaliser. Blocks are those of the terraced window, so
+every form of the operation takes the same decisions on the same grid.
+
+Letters: B batch, G key/value heads, R query heads for each, H = G R, T new tokens, U of them (the last) with an output,
+N chunks, C tokens of a block, J sinks, P stored pairs, X = P + C candidates, D head dimension, V value dimension, F
+features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from linearize.ops.layout import Layout
+from linearize.ops.window_linear.chunked import sinks_by_group
+from linearize.ops.window_linear.masks import group_masks
+from linearize.ops.window_linear.slots import Alignment, Slots, align, gather_slots
+from linearize.ops.window_linear.spec import WindowLinear, divide, fold_boundary, state_dtype, with_ones
+from linearize.ops.window_linear.state import RingBuffer, WindowLinearState
+from linearize.ops.window_linear.update import next_plain_state, next_state
+
+
+def num_stored(following_B: Tensor, spec: WindowLinear, begin_B: Tensor | None = None) -> Tensor:
+    """How many pairs are stored before the tokens at these positions of documents that begin at `begin_B` (None: at 0):
+    whatever left the window while there was room."""
+    first = spec.num_sinks if begin_B is None else begin_B.clamp(min=spec.num_sinks)
+    return (fold_boundary(following_B, spec.window, spec.shape) - first).clamp(0, spec.store)
+
+
+def num_stored_at(position: int, spec: WindowLinear) -> int:
+    """The same for one position, in documents that begin at 0."""
+    return min(max(fold_boundary(position, spec.window, spec.shape) - spec.num_sinks, 0), spec.store)
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Sum and store of all rows: `memory_BHFV` with z as its last column, `k_BGPD`, `v_BGPV` (oldest first), of which
+    row b has its first `count_B[b]` (`[B or 1]`)."""
+
+    memory_BHFV: Tensor
+    k_BGPD: Tensor
+    v_BGPV: Tensor
+    count_B: Tensor
+
+    def live(self) -> Tensor:
+        """Which pairs there are, `[B or 1, P]`."""
+        return torch.arange(self.k_BGPD.shape[2], device=self.count_B.device) < self.count_B[:, None]
+
+    def forgotten(self, keep_B: Tensor) -> Store:
+        """Nothing in rows where `keep_B` is False: a document opens."""
+        memory = self.memory_BHFV * keep_B[:, None, None, None].to(self.memory_BHFV.dtype)
+        return replace(self, memory_BHFV=memory, count_B=self.count_B * keep_B)
+
+    def admit(self, k_BGCD: Tensor, v_BGCV: Tensor, leaves_BC: Tensor, spec: WindowLinear) -> Store:
+        """After the pairs of `leaves_BC: [B or 1, C]` have left the window: the best candidates are stored, the others
+        folded."""
+        dtype, groups = self.memory_BHFV.dtype, k_BGCD.shape[1]
+        k, v = torch.cat([self.k_BGPD, k_BGCD], dim=2), torch.cat([self.v_BGPV, v_BGCV], dim=2)
+        rows = max(self.count_B.shape[0], leaves_BC.shape[0])
+        live_BX = torch.cat([self.live().expand(rows, -1), leaves_BC.expand(rows, -1)], dim=1)
+        phi = spec.features_k(k.to(dtype))
+        wide = v.to(dtype)
+        with torch.no_grad():
+            recalled = phi @ self.memory_BHFV
+            z = recalled[..., -1:]
+            guess = (recalled[..., :-1] / z.masked_fill(z == 0, 1)).unflatten(1, (groups, -1))
+            error = (guess - wide[:, :, None]).square().sum((2, 4)).masked_fill(~live_BX[:, None], -torch.inf)
+            best = error.topk(spec.store, dim=-1).indices
+            kept_BGX = torch.zeros_like(error, dtype=torch.bool).scatter_(-1, best, True) & live_BX[:, None]
+            place = torch.arange(error.shape[-1], device=error.device)
+            order = torch.where(kept_BGX, place, place + len(place)).argsort(-1)[..., : spec.store, None]
+        folds = (live_BX[:, None] & ~kept_BGX).repeat_interleave(phi.shape[1] // groups, dim=1)
+        value = with_ones(wide).repeat_interleave(phi.shape[1] // groups, dim=1)
+        memory = self.memory_BHFV + (phi * folds[..., None].to(dtype)).mT @ value
+        stored = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+        return Store(memory, *stored, live_BX.sum(1).clamp(max=spec.store))
+
+
+def store_of(state: WindowLinearState | None, k_BGTD: Tensor, v_BGTV: Tensor, spec: WindowLinear) -> Store:
+    """Sum and store of a state, or empty ones."""
+    batch, groups = k_BGTD.shape[:2]
+    if state is not None and state.memory_BHFV is not None and state.store_k_BGPD is not None:
+        assert state.store_v_BGPV is not None
+        following = state.next if isinstance(state.next, Tensor) else torch.tensor([state.next], device=k_BGTD.device)
+        count = num_stored(following, spec, state.begin)
+        k, v = (x.to(k_BGTD.dtype) for x in (state.store_k_BGPD, state.store_v_BGPV))
+        return Store(state.memory_BHFV.to(state_dtype(k_BGTD)), k, v, count)
+    with torch.no_grad():
+        phi = spec.features_k(k_BGTD[:, :, :1].to(state_dtype(k_BGTD)))
+    memory = phi.new_zeros(batch, phi.shape[1], phi.shape[3], v_BGTV.shape[3] + 1)
+    k, v = (x.new_zeros(batch, groups, spec.store, x.shape[3]) for x in (k_BGTD, v_BGTV))
+    return Store(memory, k, v, torch.zeros(1, dtype=torch.long, device=k_BGTD.device))
+
+
+def with_store(
+    q_BHUD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    *,
+    spec: WindowLinear,
+    layout: Layout,
+    state: WindowLinearState | None = None,
+    need_state: bool = True,
+) -> tuple[Tensor, WindowLinearState | None]:
+    """Attend, block after block; arguments and outputs as those of `reference`, time and memory linear in T."""
+    wide, chunk = state_dtype(q_BHUD), spec.window
+    slots = gather_slots(k_BGTD, v_BGTV, layout, state, spec)
+    alignment = align(slots, layout, chunk, spec)
+    chunks = alignment.num_chunks
+    missing = k_BGTD.shape[2] - q_BHUD.shape[2]
+    q = alignment.gather_queries(torch.nn.functional.pad(q_BHUD, (0, 0, missing, 0)), chunk)
+    k, v = (alignment.gather(x, chunk) for x in (slots.k_BGSD, slots.v_BGSV))
+    sinks = sinks_by_group(slots, alignment, state, spec) if spec.num_sinks and spec.has_window else ()
+    masks = group_masks(alignment, slice(0, chunks), chunk, spec, wide)
+    present = _present(slots, alignment, chunk)
+    store = store_of(state, k_BGTD, v_BGTV, spec)
+    keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1) | ~present.any(2).any(1)[:, None]
+    ys = []
+    for n in range(chunks + 1):
+        if n < chunks and not bool(keep[:, n].all()):
+            store = store.forgotten(keep[:, n])
+        if n >= 2:
+            leaves = _leaves(alignment, present, n, chunk, spec)
+            if bool(leaves.any()):
+                store = store.admit(k[:, :, n - 2], v[:, :, n - 2], leaves, spec)
+        if n < chunks:
+            before = max(n - 1, 0)  # what chunk 0 sees of itself in its place is masked
+            parts = [(sinks[0][:, :, n], sinks[1][:, :, n])] if sinks else []
+            parts += [(k[:, :, before], v[:, :, before]), (k[:, :, n], v[:, :, n])]
+            bias = None if masks.bias is None else masks.bias[:, n]
+            ys.append(_attend(q[:, :, n].to(wide), parts, store, bias, spec))
+    y = alignment.scatter(torch.stack(ys, dim=2).flatten(2, 3), k_BGTD.shape[2])[:, :, missing:].to(q_BHUD.dtype)
+    if not need_state:
+        return y, None
+    return y, _after(next_state(slots, layout, state, replace(spec, feature_q=None, feature_k=None)), store)
+
+
+def advance_with_store(
+    k_BGTD: Tensor, v_BGTV: Tensor, *, spec: WindowLinear, layout: Layout, state: WindowLinearState | None
+) -> WindowLinearState:
+    """The state after these tokens, without outputs."""
+    slots = gather_slots(k_BGTD, v_BGTV, layout, state, spec)
+    alignment = align(slots, layout, spec.window, spec)
+    k, v = (alignment.gather(x, spec.window) for x in (slots.k_BGSD, slots.v_BGSV))
+    present, store = _present(slots, alignment, spec.window), store_of(state, k_BGTD, v_BGTV, spec)
+    keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1) | ~present.any(2).any(1)[:, None]
+    for n in range(alignment.num_chunks + 1):
+        if n < alignment.num_chunks and not bool(keep[:, n].all()):
+            store = store.forgotten(keep[:, n])
+        if n >= 2 and bool((leaves := _leaves(alignment, present, n, spec.window, spec)).any()):
+            store = store.admit(k[:, :, n - 2], v[:, :, n - 2], leaves, spec)
+    return _after(next_state(slots, layout, state, replace(spec, feature_q=None, feature_k=None)), store)
+
+
+def plain_after(
+    k_BGSD: Tensor,
+    v_BGSV: Tensor,
+    num_past: int,
+    start: int,
+    state: WindowLinearState,
+    spec: WindowLinear,
+    ring_buffer: RingBuffer | None,
+) -> WindowLinearState:
+    """`next_plain_state` after one token, with the store."""
+    following = start + k_BGSD.shape[2] - num_past
+    first = following - k_BGSD.shape[2]
+    gone = fold_boundary(following, spec.window, spec.shape) - first
+    without = replace(spec, feature_q=None, feature_k=None)
+    after = next_plain_state(k_BGSD, v_BGSV, num_past, start, state, without, ring_buffer=ring_buffer)
+    if gone <= 0:
+        return replace(after, store_k_BGPD=state.store_k_BGPD, store_v_BGPV=state.store_v_BGPV)
+    leaves = torch.arange(first, first + gone, device=k_BGSD.device)[None] >= spec.num_sinks
+    store = store_of(state, k_BGSD, v_BGSV, spec).admit(k_BGSD[:, :, :gone], v_BGSV[:, :, :gone], leaves, spec)
+    return _after(after, store)
+
+
+def _after(state: WindowLinearState, store: Store) -> WindowLinearState:
+    return replace(state, memory_BHFV=store.memory_BHFV, store_k_BGPD=store.k_BGPD, store_v_BGPV=store.v_BGPV)
+
+
+def _present(slots: Slots, alignment: Alignment, chunk: int) -> Tensor:
+    """Which aligned slots hold a token, `[B or 1, N, C]`."""
+    if alignment.source_BA is not None:
+        return (alignment.source_BA >= 0).unflatten(1, (-1, chunk))
+    place = torch.arange(alignment.num_chunks * chunk, device=slots.k_BGSD.device)
+    return (place < slots.k_BGSD.shape[2]).view(1, -1, chunk)
+
+
+def _leaves(alignment: Alignment, present_BNC: Tensor, n: int, chunk: int, spec: WindowLinear) -> Tensor:
+    """Which tokens of chunk n - 2 leave the window when chunk n begins, `[B or 1, C]`: it begins once chunk n - 1 is
+    full, whether or not its first token is there."""
+    begun = present_BNC[:, n - 1, -1]
+    same = alignment.follows_BN[:, n - 1]
+    if n < alignment.num_chunks:
+        begun = begun | present_BNC[:, n].any(-1)
+        same = same & alignment.follows_BN[:, n]
+    position = alignment.first_BN[:, n - 2, None] + torch.arange(chunk, device=present_BNC.device)
+    return present_BNC[:, n - 2] & (position >= spec.num_sinks) & (begun & same)[:, None]
+
+
+def _attend(
+    q_BHCD: Tensor, parts: list[tuple[Tensor, Tensor]], store: Store, bias: Tensor | None, spec: WindowLinear
+) -> Tensor:
+    """A chunk's outputs, `[B, H, C, V]`. `bias`: of the parts side by side, `[B or 1, C, J + 2 C]`."""
+    wide, groups = q_BHCD.dtype, store.k_BGPD.shape[1]
+    total, m = None, None
+    if bias is not None:
+        if spec.branch == "both":
+            parts = [*parts, (store.k_BGPD, store.v_BGPV)]
+            more = torch.zeros_like(store.live(), dtype=wide).masked_fill_(~store.live(), -torch.inf)[:, None]
+            rows = max(more.shape[0], bias.shape[0])
+            bias = torch.cat([bias.expand(rows, -1, -1), more.expand(rows, bias.shape[1], -1)], dim=-1)
+        k, v = (torch.cat([pair[i] for pair in parts], dim=2).to(wide) for i in range(2))
+        s = (q_BHCD * spec.scaling).unflatten(1, (groups, -1)) @ k[:, :, None].mT
+        s = s if spec.softcap is None else spec.softcap * torch.tanh(s / spec.softcap)
+        s = s + bias[:, None, None]
+        m = spec.shift(s.amax(-1, keepdim=True))
+        if spec.log_window_factor_H is not None:
+            s = s + spec.log_window_factor_H.to(wide).view(groups, -1, 1, 1)
+        p = (s - m).exp()
+        total = (p @ with_ones(v)[:, :, None]).flatten(1, 2)
+        m = m.flatten(1, 2)
+    if spec.has_linear:
+        recalled = spec.features_q(q_BHCD) @ store.memory_BHFV.to(wide)
+        recalled = recalled * (-m).exp() if m is not None and spec.shared_shift else recalled
+        total = recalled if total is None else total + recalled
+    assert total is not None
+    return divide(total)
