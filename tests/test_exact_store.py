@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import mixer
+from models import mixer, student_of, tiny
+from models import text as text_ids
 from pydantic import ValidationError
 from torch import Tensor
 
+import linearize
+from linearize.errors import InputError
 from linearize.mixers import AttentionShape
+from linearize.modeling.inspect import inspect_model
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
 
@@ -95,7 +101,7 @@ def test_every_decision_token_by_token(settings: dict[str, Any]) -> None:
         positions = {int((k[0, group] == key).all(-1).nonzero()) for key in state.store_k_BGPD[0, group]}
         assert positions == history[-1][group]
     torch.testing.assert_close(state.memory_BHFV[0, :, :, -1], folded, rtol=1e-9, atol=1e-9)
-    replaced = [a - b for turn in zip(history, history[1:], strict=False) for a, b in zip(*turn, strict=True)]
+    replaced = [a - b for turn in pairwise(history) for a, b in zip(*turn, strict=True)]
     assert any(replaced)  # what was stored gave way to something better
     without = build(**{**settings, "store": 0})
     assert (without(q, k, v, scaling=SCALING, layout=Layout())[0][0] - expected).abs().max() > 1e-3
@@ -157,3 +163,33 @@ def test_a_store_without_a_terraced_window_is_refused(settings: dict[str, Any]) 
         mixer(**settings, store=4)
     with pytest.raises(ValidationError):
         mixer(store=-1)
+
+
+@torch.no_grad()
+def test_a_student_trained_without_a_store_is_given_one_when_it_is_loaded(tmp_path: Path) -> None:
+    """It writes what a student made with one writes, and counts its bytes."""
+    teacher = tiny("llama")
+    made = student_of(teacher, [mixer(num_sinks=1), None, mixer(num_sinks=1, store=6)])
+    made.save_pretrained(tmp_path)
+    ids = text_ids(2, 31)
+    expected, before = made(ids).logits, inspect_model(tmp_path)["state_bytes"]
+    given = linearize.load(tmp_path, store=6)
+    assert [None if m is None else m.store for m in given.config.mixers()] == [6, None, 6]
+    actual = given(ids).logits
+    assert (actual - expected).abs().max() > 1e-4
+    given.save_pretrained(tmp_path / "given")
+    torch.testing.assert_close(linearize.load(tmp_path / "given")(ids).logits, actual)
+    assert inspect_model(tmp_path / "given")["state_bytes"] > before
+    greedy = given.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(greedy, given.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
+    given.set_store(0)
+    assert (given(ids).logits - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("plan", "pairs"), [("mamba2", 4), ("sliding_window", 4), ("lolcats", -1), ("linear", 4)])
+def test_a_store_for_what_has_none_is_one_line(plan: str, pairs: int) -> None:
+    entry = mixer(window=0) if plan == "linear" else mixer(plan)
+    student = student_of(tiny("llama"), entry)
+    with pytest.raises(InputError) as raised:
+        student.set_store(pairs)
+    assert "\n" not in str(raised.value) and str(pairs) in str(raised.value)

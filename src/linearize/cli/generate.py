@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Adapter, Device, MaxNewTokens, Model, Seed, Temperature, count, specified
+from linearize.cli.options import Adapter, Device, MaxNewTokens, Model, Seed, Store, Temperature, count, specified
 
 
 def generate(
@@ -35,13 +35,14 @@ def generate(
         typer.Option("--compile", help="Run torch.compile first: takes half a minute or more, pays for long texts."),
     ] = False,
     adapter: Adapter = None,
+    store: Store = None,
     device: Device = None,
 ) -> None:
     """Continue a prompt."""
     from linearize.decoding.generate import generate_text
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
-    chosen |= specified(adapter=adapter)
+    chosen |= specified(adapter=adapter, store=None if store is None else count(store))
     if draft_tokens is not None:
         chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
     generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, compile=compile, **chosen)
@@ -53,10 +54,11 @@ def chat(
     temperature: Temperature = None,
     seed: Seed = None,
     adapter: Adapter = None,
+    store: Store = None,
     device: Device = None,
 ) -> None:
     """Chat with a model on the terminal."""
     from linearize.decoding.generate import chat as run_chat
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
-    run_chat(model, **chosen | specified(adapter=adapter))
+    run_chat(model, **chosen | specified(adapter=adapter, store=None if store is None else count(store)))

@@ -40,6 +40,10 @@ Adapter = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="A student in adapter form (convert --adapter-only); MODEL is its teacher."),
 ]
+Store = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Pairs that each head of window + linear mixers keeps exact; default: as trained."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(

@@ -36,6 +36,7 @@ def generate_text(
     compile: bool | str = False,
     device: str | None = None,
     adapter: str | Path | None = None,
+    store: int | None = None,
 ) -> str:
     """Continue a prompt with a student or any causal LM, and return prompt and continuation.
 
@@ -50,7 +51,7 @@ def generate_text(
     _check(max_new_tokens, temperature)
     _check_draft(prompt_lookup, draft, draft_tokens, stats)
     _check_compile(compile, prompt_lookup, draft)
-    model, tokenizer = load_any(model_path, adapter=adapter, device=device)
+    model, tokenizer = load_any(model_path, adapter=adapter, device=device, store=store)
     draft_model = None
     if draft is not None:
         draft_model, draft_tokenizer = load_any(draft, device=device)
@@ -213,6 +214,7 @@ def chat(
     seed: int = 0,
     device: str | None = None,
     adapter: str | Path | None = None,
+    store: int | None = None,
     read: Callable[[str], str] = input,
 ) -> None:
     """Talk with a model on the terminal until Ctrl-C or the end of input.
@@ -221,7 +223,7 @@ def chat(
     `read` asks for a line, as `input` does.
     """
     _check(max_new_tokens, temperature)
-    model, tokenizer = load_any(model_path, adapter=adapter, device=device)
+    model, tokenizer = load_any(model_path, adapter=adapter, device=device, store=store)
     print(_greeting(tokenizer))
     history: list[int] = []
     messages: list[dict[str, str]] = []

@@ -16,18 +16,21 @@ from linearize.storage.files import expand_home, read_json
 
 
 def load_any(
-    path: str | Path, *, adapter: str | Path | None = None, device: str | None = None
+    path: str | Path, *, adapter: str | Path | None = None, device: str | None = None, store: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode on `device` (None: the GPU if there is one) and tokenizer.
 
-    `adapter`: the folder of a student in adapter form, whose teacher is `path`. Raises InputError for a folder that is
-    not a model, and for a device that is not there.
+    `adapter`: the folder of a student in adapter form, whose teacher is `path`. `store`: exact pairs of a student's
+    window + linear mixers (see `linearize.load`). Raises InputError for a folder that is not a model, a device that is
+    not there, and a store for what has none.
     """
     where = pick_device(device)
     if adapter is not None:
-        return modeling.load(path, adapter=adapter, device=where), load_tokenizer(adapter)
+        return modeling.load(path, adapter=adapter, device=where, store=store), load_tokenizer(adapter)
     if is_student(path):
-        return modeling.load(path, device=where), load_tokenizer(path)
+        return modeling.load(path, device=where, store=store), load_tokenizer(path)
+    if store is not None:
+        raise InputError(f"store {store}: {path} is no student, and a softmax model keeps every pair: leave it out")
     model, tokenizer = load_teacher(path, device=where)
     return model, tokenizer
 

@@ -29,16 +29,33 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    store: int | None = None,
 ) -> LinearizedForCausalLM:
     """A student from its folder (or Hub name), in eval mode.
 
     With `adapter`, `path` is the teacher, and the student is what the adapter makes of it; the folder of an adapter by
     itself takes the teacher that it was made with. `attn_implementation` is that of the kept softmax layers. `dtype`:
-    default is that of the checkpoint.
+    default is that of the checkpoint. `store`: pairs that each key/value head of window + linear mixers keeps exact
+    (None: as the student was made; it needs no training).
 
     Raises:
-        InputError: a missing folder, a model that is no student, or weights that do not fit the plan.
+        InputError: a missing folder, a model that is no student, weights that do not fit the plan, or a store for
+            mixers that have none.
     """
+    student = _load(path, adapter=adapter, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    if store is not None:
+        student.set_store(store)
+    return student
+
+
+def _load(
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None,
+    dtype: torch.dtype | str | None,
+    device: str | torch.device | None,
+    attn_implementation: str | None,
+) -> LinearizedForCausalLM:
     from linearize.modeling.io.adapter_folder import is_adapter_folder, load_adapter
     from linearize.modeling.io.model_source import find_model
 

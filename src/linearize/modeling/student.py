@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -15,7 +16,7 @@ from transformers.initialization import no_init_weights
 from linearize.errors import InputError
 from linearize.modeling.attention import AttentionOverride
 from linearize.modeling.cache_argument import given_cache, with_cache
-from linearize.modeling.config import LinearizeConfig, student_config
+from linearize.modeling.config import LinearizeConfig, parse_mixer, student_config
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
 from linearize.modeling.io.adapters import AdapterState, apply_adapters
 from linearize.modeling.io.student_folder import valid_generation_config
@@ -180,6 +181,28 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that the plan added, by name."""
         return {name: p for name, p in self.named_parameters() if ".mixer." in name}
+
+    def set_store(self, pairs: int) -> None:
+        """Let every mixer that can keep so many key-value pairs of each head exact beyond its window (0: none); what
+        was learned stays as it is. A cache that was filled before is of no use afterwards.
+
+        Raises:
+            InputError: no mixer with a store, a negative number, or a window that a store does not fit.
+        """
+        configs = self.config.mixers()
+        able = [layer for layer in self._converted() if "store" in type(configs[layer]).model_fields]
+        if not able:
+            names = sorted({str(mixer.name) for mixer in configs if mixer is not None})  # type: ignore[attr-defined]
+            raise InputError(f"store {pairs}: mixers of this student are {', '.join(names)}, and lolcats alone has one")
+        for layer in able:
+            try:
+                entry = parse_mixer({**configs[layer].model_dump(), "store": pairs})  # type: ignore[union-attr]
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise InputError(f"store {pairs} of layer {layer}: {reason}") from error
+            self.config.plan[layer] = entry.model_dump()
+            mixer: Any = self.lm.get_submodule(self.config.attention[layer]).mixer
+            mixer.config = entry
 
     def _converted(self) -> list[int]:
         """The layers that hold a mixer."""
