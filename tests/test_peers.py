@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.peers import lolcats, mamba_in_llama, measure, ours, table, text
+from benchmarks.peers import lolcats, mamba_in_llama, measure, options, ours, table, text
 from benchmarks.peers.repository import teacher_folder
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def test_results_that_cannot_be_compared_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("program", "options", "named"),
+    ("program", "arguments", "named"),
     [
         (ours, ["lolcats", "--train-tokens", "102"], "102"),
         (ours, ["lolcats", "--window", "16", "--contexts", "99"], "102"),
@@ -121,10 +121,10 @@ def test_results_that_cannot_be_compared_are_refused(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
-    program: Any, options: list[str], named: str, tokens: Path, capsys: pytest.CaptureFixture[str]
+    program: Any, arguments: list[str], named: str, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        program.main(["--teacher", str(TEACHER), "--text", str(tokens), *SIZES, *options])
+        program.main(["--teacher", str(TEACHER), "--text", str(tokens), *SIZES, *arguments])
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
 
@@ -161,9 +161,9 @@ class Uniform(measure.Method):
 
 
 def test_teacher_student_and_trained_student_are_measured_in_turn(tokens: Path) -> None:
-    options = measure.parser("").parse_args(["--teacher", "T", "--text", str(tokens), *SIZES, "--repeats", "2"])
+    chosen = options.parser("").parse_args(["--teacher", "T", "--text", str(tokens), *SIZES, "--repeats", "2"])
     method = Uniform()
-    result = measure.measure(method, options, measure.Text.load(tokens))
+    result = measure.measure(method, chosen, options.Text.load(tokens))
     wrong = math.log(99 + math.exp(5.0))
     assert result["loss"]["teacher"] == pytest.approx([math.log(100)] * 2)
     assert result["loss"]["before"] == pytest.approx([wrong] * 2)
@@ -230,11 +230,11 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, maps: dict[str, Tensor], window: 
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_attention_that_differs_from_the_published_one_is_an_error(wrong: bool, tokens: Path, tmp_path: Path) -> None:
-    made = measure.parser("")
-    measure.window_options(made)
+    made = options.parser("")
+    options.window_options(made)
     sizes = ["--window", "8", "--feature-dim", "5"]
-    options = made.parse_args(["--teacher", str(TEACHER), "--text", str(tokens), *SIZES, *sizes])
-    student = ours.Student("lolcats", options)
+    chosen = made.parse_args(["--teacher", str(TEACHER), "--text", str(tokens), *SIZES, *sizes])
+    student = ours.Student("lolcats", chosen)
     student.convert()
     generator = torch.Generator().manual_seed(1)
     arrays: dict[str, Tensor] = {"ids": torch.arange(3, 51)[None]}

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.peers.measure import Method, Text, check, measure, parser, publish, window_options
+from benchmarks.peers.measure import Method, measure, publish
+from benchmarks.peers.options import Text, check, parser, window_options
 from benchmarks.peers.repository import open_repository, provenance, teacher_folder
 
 MODEL_CONFIGS = {

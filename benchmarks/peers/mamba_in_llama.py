@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.measure import Method, Text, check, measure, parser, publish
+from benchmarks.peers.measure import Method, measure, publish
+from benchmarks.peers.options import Text, check, parser
 from benchmarks.peers.repository import open_repository, provenance, teacher_folder
 
 CONFIG = "llama3.2_3B/largest_llama3_ft_mamba_0.5.yaml"
@@ -35,7 +36,7 @@ WRAPPERS = ("mamba.hybrid_wrapper", "mamba_inference.hybrid_wrapper")
 def use_references() -> None:
     """Put the references of mamba_ssm where their code calls kernels of CUDA and Triton, and a CPU for its GPU."""
     sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")  # imported when mamba_ssm is
-    norms = importlib.import_module("mamba_ssm.ops.triton.layer_norm")
+    norms: Any = importlib.import_module("mamba_ssm.ops.triton.layer_norm")
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
     update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update_ref
 
@@ -47,17 +48,17 @@ def use_references() -> None:
 
     norms.rms_norm_fn = rms_norm
     for name in LAYERS:
-        layer = importlib.import_module(name)
+        layer: Any = importlib.import_module(name)
         layer.selective_scan_fn, layer.selective_state_update = scan, update
     for name in WRAPPERS:
-        wrapper = importlib.import_module(name)
+        wrapper: Any = importlib.import_module(name)
         wrapper.MambaDecoderLayer = _on_cpu(wrapper.MambaDecoderLayer)
 
 
 def _on_cpu(layer: Any) -> Any:
     """The decoder layer, whatever device is asked for."""
 
-    class OnCPU(layer):  # type: ignore[misc]
+    class OnCPU(layer):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named | {"device": "cpu"})
 

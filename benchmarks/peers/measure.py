@@ -6,14 +6,13 @@ Letters: B batch, R rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SECTIONS = ("loss", "steps", "contexts")
+from benchmarks.peers.options import Text
+
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
@@ -55,84 +55,6 @@ class Method(ABC):
         """Read one token after a cache; return the new cache."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """Token ids of `benchmarks.peers.text`: `train` `[N]`, one long text, and `heldout` `[R, T]`, a document a row."""
-
-    train_T: Tensor
-    heldout_RT: Tensor
-    digest: str
-
-    @classmethod
-    def load(cls, path: Path) -> Text:
-        """Read the file. Raises ValueError for one without the two arrays."""
-        try:
-            with np.load(path) as arrays:
-                train, heldout = arrays["train"], arrays["heldout"]
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"--text {path}: {error}: write it with python -m benchmarks.peers.text") from error
-        digest = hashlib.sha256(train.tobytes() + heldout.tobytes()).hexdigest()[:16]
-        return cls(torch.from_numpy(train).long(), torch.from_numpy(heldout).long(), digest)
-
-
-def parser(what: str | None) -> argparse.ArgumentParser:
-    """Options that all methods have."""
-    made = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--teacher", type=Path, required=True, help="folder of a Llama")
-    made.add_argument("--text", type=Path, required=True, help="tokens written by benchmarks.peers.text")
-    made.add_argument("--out", type=Path, help="JSON file to write; the result is printed in any case")
-    made.add_argument("--measure", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    made.add_argument("--layers", type=int, help="keep only the first layers of the teacher")
-    made.add_argument("--step-lengths", type=int, nargs="+", default=[512, 1024])
-    made.add_argument("--train-tokens", type=int, default=32768)
-    made.add_argument("--train-length", type=int, default=512)
-    made.add_argument("--heldout-rows", type=int, default=8)
-    made.add_argument("--heldout-length", type=int, default=1024)
-    made.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    made.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after each context")
-    made.add_argument("--repeats", type=int, default=1)
-    made.add_argument("--threads", type=int, default=torch.get_num_threads())
-    made.add_argument("--seed", type=int, default=0)
-    return made
-
-
-def window_options(made: argparse.ArgumentParser) -> None:
-    """Options of attention with a window."""
-    made.add_argument("--window", type=int, default=64)
-    made.add_argument("--feature-dim", type=int, default=64)
-    made.add_argument("--shape", choices=("terraced", "sliding"), default="terraced")
-    made.add_argument("--exchange", type=Path, help="file with weights and outputs of the published attention")
-
-
-def check(options: argparse.Namespace, text: Text) -> None:
-    """Raise ValueError, in one line, for sizes that do not fit together."""
-    for name in ("layers", "train_length", "heldout_rows", "heldout_length", "new_tokens", "repeats", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    tokens, (rows, length) = len(text.train_T), text.heldout_RT.shape
-    needs = {
-        "loss": ("--train-tokens", options.train_tokens),
-        "steps": ("--step-lengths", max(options.step_lengths)),
-        "contexts": ("--contexts and --new-tokens", max(options.contexts) + options.new_tokens),
-    }
-    for name, need in (needs[section] for section in options.measure):
-        if need > tokens:
-            raise ValueError(f"{name}: {need} tokens needed, the text has {tokens}: lower it or write a longer text")
-    if "loss" in options.measure and options.train_tokens < options.train_length:
-        raise ValueError(f"--train-tokens {options.train_tokens}: give at least --train-length {options.train_length}")
-    if options.heldout_rows > rows or options.heldout_length > length:
-        raise ValueError(
-            f"--heldout-rows {options.heldout_rows} of --heldout-length {options.heldout_length}: "
-            f"the text has {rows} of {length}"
-        )
-    window = getattr(options, "window", None)
-    if window is not None:
-        lengths = {*options.step_lengths, *options.contexts, options.train_length, options.heldout_length}
-        if wrong := sorted(n for n in lengths if n % window or n < 2 * window):
-            raise ValueError(f"{wrong[0]} tokens: with --window {window} every length must be a multiple, at least two")
-
-
 def measure(method: Method, options: argparse.Namespace, text: Text) -> dict[str, Any]:
     """Measure the chosen sections; see `README.md` for what is in each."""
     heldout = text.heldout_RT[: options.heldout_rows, : options.heldout_length]
@@ -161,7 +83,7 @@ def row_losses(method: Method, rows_RT: Tensor) -> list[float]:
 def _training(method: Method, options: argparse.Namespace, text: Text, heldout: Tensor) -> dict[str, Any]:
     length, before = options.train_length, row_losses(method, heldout)
     count = options.train_tokens // length
-    run = timed(lambda: method.train(text.train_T[: count * length].view(count, length)))
+    run = timed(partial(method.train, text.train_T[: count * length].view(count, length)))
     return {
         "before": before,
         "after": row_losses(method, heldout),
@@ -176,7 +98,7 @@ def _training(method: Method, options: argparse.Namespace, text: Text, heldout: 
 def _steps(method: Method, options: argparse.Namespace, text: Text) -> dict[str, Any]:
     rows = {n: text.train_T[None, :n] for n in options.step_lengths}
     method.step(rows[min(rows)])
-    runs = {n: [timed(lambda ids=ids: method.step(ids)) for _ in range(options.repeats)] for n, ids in rows.items()}
+    runs = {n: [timed(partial(method.step, ids)) for _ in range(options.repeats)] for n, ids in rows.items()}
     return {str(n): _median(tries) for n, tries in runs.items()}
 
 
@@ -188,10 +110,10 @@ def _contexts(method: Method, options: argparse.Namespace, text: Text) -> dict[s
         for context in options.contexts:
             prefills, decodes = [], []
             for _ in range(options.repeats):
-                run = timed(lambda n=context: method.prefill(text.train_T[None, :n]))
+                run = timed(partial(method.prefill, text.train_T[None, :context]))
                 cache = run.pop("value")
                 new = text.train_T[None, context : context + options.new_tokens]
-                decodes.append(timed(lambda cache=cache, new=new: _decode(method, cache, new)))
+                decodes.append(timed(partial(_decode, method, cache, new)))
                 prefills.append(run)
                 del cache
             measured[str(context)] = {"prefill": _median(prefills), "decode": _median(decodes)}
@@ -259,6 +181,6 @@ def publish(
     print(line)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".tmp")
-        partial.write_text(line, encoding="utf-8")
-        os.replace(partial, options.out)
+        temporary = options.out.with_suffix(".tmp")
+        temporary.write_text(line, encoding="utf-8")
+        os.replace(temporary, options.out)

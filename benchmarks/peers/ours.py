@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from benchmarks.peers.measure import SECTIONS, Method, Text, check, measure, parser, publish, window_options
+from benchmarks.peers.measure import Method, measure, publish
+from benchmarks.peers.options import SECTIONS, Text, check, parser, window_options
 from linearize.evaluation.speed.running import feed
 from linearize.metrics.report import provenance
 from linearize.modeling import LinearizedForCausalLM
