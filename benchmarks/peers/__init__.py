@@ -1,0 +1,1 @@
+"""Published code of other papers and this package, measured alike; each peer runs from its own repository."""
