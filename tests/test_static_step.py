@@ -33,7 +33,10 @@ def test_rows_that_keep_different_numbers_are_plain_decoding(students: dict, nam
     assert any(max(kept) == width > 1 for width, *kept in seen) and any(min(kept) < width for width, *kept in seen)
 
 
-@pytest.mark.parametrize("name", ["lolcats", "lolcats-sliding-sinks", "sliding_window-terraced-sinks", "mamba2"])
+STEPPED = ["lolcats", "lolcats-sliding-sinks", "lolcats-store", "sliding_window-terraced-sinks", "mamba2"]
+
+
+@pytest.mark.parametrize("name", STEPPED)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_prompts_without_padding_fill_less_than_the_window(students: dict, name: str, tokens: int) -> None:
     model, ids = students[name], text(3, tokens, seed=6)

@@ -14,7 +14,7 @@ from linearize.decoding.speculative import SpeculationStats
 
 MIXED = ["lolcats", "mamba2", "gated_delta_net"]
 NAMES = ["softmax", "local", "mixed", "lolcats", "sliding_window", "gla", "mamba", "mamba2", "gated_delta_net",
-         "retention"]  # fmt: skip
+         "retention", "store"]  # fmt: skip
 
 
 def target(name: str) -> Any:
@@ -22,7 +22,8 @@ def target(name: str) -> Any:
     plain = tiny("mistral" if name == "local" else "llama", attention="sdpa")
     if name in ("softmax", "local"):
         return endless(plain)
-    plan = [mixer(one) for one in MIXED] if name == "mixed" else [mixer(name), None, mixer(name)]
+    made = mixer(num_sinks=1, store=5) if name == "store" else None if name == "mixed" else mixer(name)
+    plan = [mixer(one) for one in MIXED] if made is None else [made, None, made]
     return endless(student_of(plain, plan))
 
 

@@ -18,6 +18,7 @@ LENGTHS = [11, 2, 7]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in MIXERS},
     "lolcats-sliding-sinks": ("lolcats", {"window_shape": "sliding", "num_sinks": 2}),
+    "lolcats-store": ("lolcats", {"num_sinks": 1, "store": 5}),
     "lolcats-linear": ("lolcats", {"window": 0, "affine": True}),
     "sliding_window-terraced-sinks": ("sliding_window", {"window_shape": "terraced", "num_sinks": 3}),
 }
