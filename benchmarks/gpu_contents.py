@@ -141,7 +141,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list
     cells = {heading: column for heading, column in cells.items() if any(column)}
     if not cells:
         return []
-    lines = [" | ".join(cells), "|".join(["---"] * len(cells))]
+    lines = [" | ".join(cells), " | ".join(["---"] * len(cells))]
     lines += [" | ".join(row) for row in zip(*cells.values(), strict=True)]
     return [f"| {line} |" for line in lines]
 

@@ -22,9 +22,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import gpu_transfer, smollm2
 from benchmarks.on_gpu import device_for, facts
 from benchmarks.timing import publish
+from linearize.modeling.io.teacher import load_teacher
+from linearize.storage.atomic import atomic_folder, atomic_write_text
+from linearize.training.data.files import file_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_TESTS = ("tests/test_numbers.py",)
@@ -59,7 +64,8 @@ class Counts:
         rows = [{"file": file, **counts} for file, counts in sorted(self.rows.items())]
         totals = {key: sum(row[key] for row in rows) for key in ("passed", "skipped")}  # type: ignore[misc]
         document = {**totals, "failed": self.failed, "seconds": time.monotonic() - self.began, "rows": rows}
-        _write(self.out, document)
+        if self.out is not None:
+            atomic_write_text(self.out, json.dumps(document, indent=1) + "\n")
 
 
 def gpu_tests() -> list[str]:
@@ -174,11 +180,6 @@ def sources(options: argparse.Namespace, work: Path) -> tuple[str, str, str]:
 
 def write_teacher(gguf: Path, folder: Path) -> None:
     """The weights of a GGUF file in bf16, as a folder: students can be pinned to it, and it loads in a second."""
-    import torch
-
-    from linearize.modeling.io.teacher import load_teacher
-    from linearize.storage.atomic import atomic_folder
-
     model, tokenizer = load_teacher(gguf)
     with atomic_folder(folder) as made:
         model.to(torch.bfloat16).save_pretrained(made)  # type: ignore[arg-type]
@@ -187,8 +188,6 @@ def write_teacher(gguf: Path, folder: Path) -> None:
 
 def first_texts(file: str, out: Path, characters: int, longest: int | None = None) -> str:
     """A file with the first texts of another, about so many characters in all and `longest` in each."""
-    from linearize.training.data.files import file_rows
-
     with out.open("w", encoding="utf-8") as target:
         for number, (_, row) in enumerate(file_rows(Path(file))):
             if characters <= 0 and number > 1:  # one text is held out
@@ -217,13 +216,6 @@ def keep(student_folder: Path, folder: Path) -> str:
 def _publish(options: argparse.Namespace, row: dict[str, Any]) -> None:
     setting = {key: str(value) for key, value in vars(options).items()}
     publish("gap to the teacher, nats per token", setting, [row], options.out, whole="loss" in row)
-
-
-def _write(out: Path | None, document: dict[str, Any]) -> None:
-    from linearize.storage.atomic import atomic_write_text
-
-    if out is not None:
-        atomic_write_text(out, json.dumps(document, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ the standard library is imported here: the wheels are installed first.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -102,7 +104,8 @@ def run_part(part: Part, command: Sequence[str], result: Path, environment: Mapp
         return {"status": status, **more, "output": shown, "result": rows}
 
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env=environment, process_group=0)
+        how: dict[str, Any] = {"stdout": output, "stderr": output, "process_group": 0, "preexec_fn": _end_with_parent}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, **how)
         try:
             code = process.wait(limit)
             return record("done" if code == 0 and result.is_file() else "failed", output, exit_code=code)
@@ -115,9 +118,16 @@ def run_part(part: Part, command: Sequence[str], result: Path, environment: Mapp
             raise
 
 
+def _end_with_parent() -> None:
+    """In a part's process: be killed when the report is, even by SIGKILL (`prctl(2)`, PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)  # the group that it leads, with the processes that it started
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a driver may hold it longer
+        process.wait(10)
 
 
 def run(options: argparse.Namespace, parts: Sequence[Part], environment: Mapping[str, str]) -> int:
