@@ -105,8 +105,8 @@ def summary(machine: Mapping[str, Any], parts: Sequence[tuple[Mapping[str, Any],
 
     `parts`: what is recorded of each, and the columns of its table (heading: place in a row, with dots).
     """
-    found = ", ".join(f"{name} {cell(machine[name])}" for name in MACHINE if machine.get(name))
-    lines = ["# GPU report", "", found or "not measured: no machine is recorded", ""]
+    versions = ", ".join(f"{name} {cell(machine[name])}" for name in MACHINE if machine.get(name))
+    lines = ["# GPU report", "", versions or "not measured: no machine is recorded", ""]
     lines += table(
         [{"part": part["part"], "state": state(part), "seconds": part.get("seconds")} for part, _ in parts],
         {"part": "part", "state": "state", "seconds": "seconds"},

@@ -112,11 +112,11 @@ class Speed:
 
     def step_seconds(self) -> list[float]:
         """Of a step of each stage: the median of its second half, after compilation."""
-        found = []
+        medians = []
         for ends in self.ends:
             took = [b - a for a, b in pairwise(ends) if b - a > 0]  # no comparison holds with NaN
-            found.append(statistics.median(took[len(took) // 2 :]))
-        return found
+            medians.append(statistics.median(took[len(took) // 2 :]))
+        return medians
 
 
 def student(options: argparse.Namespace) -> int:
@@ -149,8 +149,8 @@ def student(options: argparse.Namespace) -> int:
     row["seconds"] = time.monotonic() - began
     row["kept"] = keep(work / options.row, options.folder)
     _publish(options, row)
-    wanted = argparse.Namespace(lengths=[length], loss_tokens=options.loss_tokens, recall=[], limit=0)
-    numbers = smollm2.measure(options.row, teacher, [heldout], wanted)
+    choice = argparse.Namespace(lengths=[length], loss_tokens=options.loss_tokens, recall=[], limit=0)
+    numbers = smollm2.measure(options.row, teacher, [heldout], choice)
     row |= {"loss": numbers.pop(f"loss at {length}"), **numbers}
     _publish(options, row)
     return 0

@@ -45,20 +45,20 @@ def pack(files: dict[str, bytes], folder: Path, size: int) -> int:
     if size < 1:
         raise TransferError(f"parts of {size} bytes given; allowed: 1 byte or more")
     manifest: dict[str, Any] = {}
-    number, room = 1, size
+    number, free = 1, size
     for name, content in files.items():
         content = gzip.compress(content, 6, mtime=0) if name == TEACHER else content
         slices: list[dict[str, Any]] = []
         at = 0
         while at < len(content):
-            if not room:
-                number, room = number + 1, size
-            piece = content[at : at + room]
+            if not free:
+                number, free = number + 1, size
+            chunk = content[at : at + free]
             path = folder / str(number) / f"{name}.{len(slices)}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(piece)
-            slices.append({"part": number, "file": path.name, "sha256": _digest(piece)})
-            at, room = at + len(piece), room - len(piece)
+            path.write_bytes(chunk)
+            slices.append({"part": number, "file": path.name, "sha256": _digest(chunk)})
+            at, free = at + len(chunk), free - len(chunk)
         manifest[name] = {"bytes": len(content), "sha256": _digest(content), "slices": slices}
     text = json.dumps({"parts": number, "files": manifest}, indent=1) + "\n"
     for part in range(1, number + 1):
@@ -76,8 +76,8 @@ def join(folder: Path) -> Path:
     if not manifests and (joined / MANIFEST).is_file():
         return joined
     if len(manifests) != 1:
-        found = "parts of several packings" if manifests else "no part"
-        raise TransferError(f"{folder} has {found}: pack again (python -m benchmarks.gpu_report pack) and carry all")
+        state = "parts of several packings" if manifests else "no part"
+        raise TransferError(f"{folder} has {state}: pack again (python -m benchmarks.gpu_report pack) and carry all")
     if (joined / MANIFEST).is_file() and (joined / MANIFEST).read_text("utf-8") == manifests[0]:
         return joined
     manifest = json.loads(manifests[0])
