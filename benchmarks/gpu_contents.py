@@ -34,15 +34,15 @@ class Part:
 
 
 def _student(name: str, share: float) -> Part:
-    losses = {"gap at 2048": "loss.student.gap.0", "error": "loss.student.gap.1", "KL": "loss.student.kl.0"}
+    losses = {"gap at 2048": "loss.student.gap.value", "error": "loss.student.gap.error", "KL": "loss.student.kl.value"}
     return Part(
         name=name,
         what=f"SmolLM2 converted with {name}: gap to the teacher on text not trained on (nats per token)",
         command=("benchmarks.gpu_parts", "student", name, "--seconds", "{seconds}", "--parts", "{parts}", "--folder",
                  "{out}"),
         limit=270, share=share, least=60,
-        columns={"tokens a stage": "tokens", "tokens/s": "tokens_per_second", **losses, "top-1": "loss.student.top1.0",
-                 "window alone": "loss.window.gap.0", "kept in": "kept"},
+        columns={"tokens a stage": "tokens", "tokens/s": "tokens_per_second", **losses,
+                 "top-1": "loss.student.top1.value", "window alone": "loss.window.gap.value", "kept in": "kept"},
     )  # fmt: skip
 
 

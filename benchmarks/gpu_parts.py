@@ -26,10 +26,13 @@ import torch
 
 from benchmarks import gpu_transfer, smollm2
 from benchmarks.on_gpu import device_for, facts
+from benchmarks.smollm2_measure import first_rows, losses
 from benchmarks.timing import publish
+from linearize.decoding.loading import load_any
 from linearize.modeling.io.teacher import load_teacher
 from linearize.storage.atomic import atomic_folder, atomic_write_text
 from linearize.training.data.files import file_rows
+from linearize.training.data.loading import load_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_TESTS = ("tests/test_numbers.py",)
@@ -122,16 +125,19 @@ class Speed:
 def student(options: argparse.Namespace) -> int:
     """Time a short conversion, convert with as many tokens as the time allows, measure, keep the adapter if small."""
     began, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="gpu-student-"))
-    teacher, train, heldout = sources(options, work)
-    smollm2.FOLDER = work
+    teacher, train_file, heldout = sources(options, work)
     length, per_step = options.length, options.length * options.batch
     speed = Speed()
-    data = first_texts(train, work / "short.jsonl", TIMED_STEPS * per_step * CHARACTERS, SHORT)
-    trained = {"teacher": teacher, "length": length, "batch": options.batch, "settings": settings(options)}
+
+    def train(steps: int, file: str, out: Path, progress: Speed | None = None) -> None:
+        chosen = {"teacher": teacher, "data": [file], "tokens": steps * per_step, "length": length}
+        chosen |= {"batch": options.batch, "precision": "fp32" if options.interpret else "bf16"}
+        further = {"data.measured_tokens": min(MEASURED, options.loss_tokens)}
+        smollm2.train(options.row, argparse.Namespace(**chosen), further=further, out=out, progress=progress)
+
     at = time.monotonic()
-    smollm2.train(
-        options.row, data=[data], tokens=TIMED_STEPS * per_step, out=work / "timed", progress=speed, **trained
-    )
+    short = first_texts(train_file, work / "short.jsonl", TIMED_STEPS * per_step * CHARACTERS, SHORT)
+    train(TIMED_STEPS, short, work / "timed", speed)
     seconds, timed = speed.step_seconds(), time.monotonic() - at
     fixed = timed - sum(TIMED_STEPS * each for each in seconds)
     left = options.seconds - STARTING - (time.monotonic() - began) - 1.5 * fixed  # measuring loads and scores once more
@@ -144,23 +150,22 @@ def student(options: argparse.Namespace) -> int:
     if steps < FEWEST_STEPS:
         print(f"{left:.0f} seconds are left for training, {sum(seconds):.2f} for a step of every stage: too few")
         return 1
-    data = first_texts(train, work / "train.jsonl", steps * per_step * CHARACTERS)
-    smollm2.train(options.row, data=[data], tokens=steps * per_step, **trained)
+    train(steps, first_texts(train_file, work / "train.jsonl", steps * per_step * CHARACTERS), work / options.row)
     row["seconds"] = time.monotonic() - began
     row["kept"] = keep(work / options.row, options.folder)
     _publish(options, row)
-    choice = argparse.Namespace(lengths=[length], loss_tokens=options.loss_tokens, recall=[], limit=0)
-    numbers = smollm2.measure(options.row, teacher, [heldout], choice)
-    row |= {"loss": numbers.pop(f"loss at {length}"), **numbers}
+    row["loss"] = measured(teacher, work / options.row, heldout, length, options.loss_tokens)
     _publish(options, row)
     return 0
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What is set in the recipe besides tokens, batch and length."""
-    stages = len(smollm2.linearize.load_recipe(smollm2.ROWS[options.row].recipe).stages)
-    precision = {} if options.interpret else {f"stages.{number}.precision": "bf16" for number in range(stages)}
-    return {"data.measured_tokens": min(MEASURED, options.loss_tokens), **precision}
+def measured(teacher: str, adapter: Path, heldout: str, length: int, tokens: int) -> dict[str, Any]:
+    """The losses of teacher and student at a length, on the beginnings of texts that neither was trained on."""
+    guide, tokenizer = load_any(teacher)
+    made, _ = load_any(teacher, adapter=adapter)
+    documents = load_documents([heldout], tokenizer)
+    rows = first_rows(documents, length, max(1, tokens // length), int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    return losses(guide, made, rows).model_dump()
 
 
 def sources(options: argparse.Namespace, work: Path) -> tuple[str, str, str]:
