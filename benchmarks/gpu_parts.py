@@ -164,7 +164,7 @@ def measured(teacher: str, adapter: Path, heldout: str, length: int, tokens: int
     guide, tokenizer = load_any(teacher)
     made, _ = load_any(teacher, adapter=adapter)
     documents = load_documents([heldout], tokenizer)
-    rows = first_rows(documents, length, max(1, tokens // length), int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    rows = first_rows(documents, length, max(1, tokens // length), int(tokenizer.eos_token_id))
     return losses(guide, made, rows).model_dump()
 
 
