@@ -3,6 +3,7 @@
 # make test-slow the tests that take longer
 # make test-newest, test-lowest   the parts that meet transformers, peft and torch, on the newest and oldest releases allowed
 # make gpu-test  the tests that need a GPU, alone: the kernels there, in bf16 too
+# make gpu-report   all that a GPU has to say, in 9 minutes: tests, speed, a converted SmolLM2 (benchmarks/README.md)
 # make lint      style, formatting and types
 # Needs Python 3.11+, make and a package index. Another interpreter: make demo PYTHON=python3.12
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test test-slow test-newest test-lowest gpu-test lint format clean
+.PHONY: demo test test-slow test-newest test-lowest gpu-test gpu-report lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
@@ -39,6 +40,9 @@ gpu-test: $(VENV)/.installed-dev
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make gpu-test needs a CUDA device and a PyTorch built for it, and $(BIN)/python finds none" >&2; exit 2; }
 	$(BIN)/python -m pytest -n 0 -m gpu
+
+gpu-report: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_report $(REPORT)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

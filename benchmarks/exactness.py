@@ -135,13 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     asked = (kernel_problems if chosen.only_kernels else problems)(quick=chosen.quick)
-    rows = [row for problem in asked for dtype in chosen.dtype for row in compare(problem, dtype, device=chosen.device)]
-    if not chosen.only_kernels:
-        rows += kernel_rows(chosen.dtype, quick=chosen.quick)
+    setting = {"threads": chosen.threads, "dtypes": chosen.dtype, "device": chosen.device}
+    target = f"no form less exact than {ASKED} times SDPA in the same dtype"
+    rows = kernel_rows(chosen.dtype, quick=chosen.quick) if not chosen.only_kernels else []
+    for problem in asked:
+        rows += [row for dtype in chosen.dtype for row in compare(problem, dtype, device=chosen.device)]
+        publish(target, setting, rows, chosen.out, whole=False)
     worst = max(rows, key=lambda row: float(row["worst"]))
     line = f"worst: {worst['worst']:.2f} of SDPA's error ({worst['operation']}, {worst['backend']}, {worst['dtype']})"
-    setting = {"threads": chosen.threads, "dtypes": chosen.dtype, "device": chosen.device}
-    publish(f"no form less exact than {ASKED} times SDPA in the same dtype", setting, rows, chosen.out, line=line)
+    publish(target, setting, rows, chosen.out, line=line)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ memory. The student shares the teacher's weights; for the largest batch each is 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,7 +91,7 @@ def train_run(model: Any, ids_1T: Tensor) -> Callable[[], Any]:
     return run
 
 
-def side_by_side(clock: Clock, models: dict[str, Any], context: int, chosen: Any) -> list[dict[str, Any]]:
+def side_by_side(clock: Clock, models: dict[str, Any], context: int, chosen: Any) -> Iterator[dict[str, Any]]:
     """A row for prefill, decode and training at one length: milliseconds, tokens per second, the student's speed-up."""
     vocab = chosen.vocab
     generator = torch.Generator(clock.device).manual_seed(SEED + context)
@@ -102,7 +102,6 @@ def side_by_side(clock: Clock, models: dict[str, Any], context: int, chosen: Any
         "decode": (tokens, partial(decode_run, ids_1T=ids, tokens=tokens)),
         "training step": (context, partial(train_run, ids_1T=ids)),
     }
-    rows = []
     for kind, (counted, make) in kinds.items():
         learns = kind == "training step"
         with torch.set_grad_enabled(learns):
@@ -112,10 +111,9 @@ def side_by_side(clock: Clock, models: dict[str, Any], context: int, chosen: Any
             times = clock.interleaved(runs, chosen.repeats, warmup=2)
         speed = {name: counted / x.seconds for name, x in times.items() if isinstance(x, Timing)}
         row = {"what": kind, "context": context, "milliseconds": timings_json(times), "tokens_per_second": speed}
-        rows.append(row | {"speedup": ratio(times, "teacher", "student")})
         del runs
         free(clock.device)
-    return rows
+        yield row | {"speedup": ratio(times, "teacher", "student")}
 
 
 def prepared(model: Any, learns: bool) -> None:
@@ -162,21 +160,22 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(clock: Clock, chosen: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """All rows."""
+def measure(clock: Clock, chosen: Any, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """All rows, each as soon as it is measured."""
     teacher = random_teacher(chosen, clock.device, dtype)
     alone = [largest(teacher, "teacher", chosen, clock.device)] if chosen.generated else []
+    yield from alone
     student = LinearizedForCausalLM.from_teacher(teacher, plan_of(chosen.student, chosen.layers))
-    rows = []
     for context in chosen.context:
-        rows += side_by_side(clock, {"teacher": teacher, "student": student}, context, chosen)
+        yield from side_by_side(clock, {"teacher": teacher, "student": student}, context, chosen)
     if not alone:
-        return rows
+        return
     del teacher  # its weights are the student's; its caches are gone
     alone.append(largest(student, chosen.student, chosen, clock.device))
+    yield alone[-1]
     pairs = {key: [row.get(key) for row in alone] for key in ("tokens_per_second", "batch")}
     times = {f"{key}_ratio": new / old for key, (old, new) in pairs.items() if old and new}
-    return [*rows, *alone, {"what": "largest batch, student over teacher", **times}]
+    yield {"what": "largest batch, student over teacher", **times}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -200,10 +199,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
-    rows = measure(Clock(device), chosen, dtype)
+    rows: list[dict[str, Any]] = []
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
     setting |= {"dtype": str(dtype), "steps": STEPS, "loss_tokens": LOSS_TOKENS, **facts(device)}
-    publish("3 times the teacher's throughput and 64 times its batch at 4096 tokens", setting, rows, chosen.out)
+    asked = "3 times the teacher's throughput and 64 times its batch at 4096 tokens"
+    for row in measure(Clock(device), chosen, dtype):
+        rows.append(row)
+        publish(asked, setting, rows, chosen.out, whole=False)
+    publish(asked, setting, rows, chosen.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ times mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.on_gpu import arguments, device_for
 from benchmarks.timing import SEED, parser, publish
+from linearize.errors import one_line
 from linearize.evaluation.speed.running import interleaved
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
@@ -136,8 +137,8 @@ def _graphed(run: Run) -> Run:
 
 
 @torch.no_grad()
-def measure(options: Any, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per mixer and K: microseconds of each, and the ratios."""
+def measure(options: Any, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """One row per mixer and K: microseconds of each, and the ratios; or why there are none."""
     shape = AttentionShape(
         num_heads=options.heads,
         num_kv_heads=options.kv_heads,
@@ -146,7 +147,6 @@ def measure(options: Any, device: torch.device, dtype: torch.dtype) -> list[dict
         model_dim=options.heads * options.head_dim,
     )
     inner = 1 if options.interpret else INNER
-    rows = []
     for name in options.mixers:
         torch.manual_seed(SEED)
         config = {"window": options.window} if name in WINDOW_MIXERS else {}
@@ -155,12 +155,16 @@ def measure(options: Any, device: torch.device, dtype: torch.dtype) -> list[dict
             past = 5 * options.window if options.interpret else PAST
             sizes = Sizes(batch=options.batch, past=past, tail=options.tail, new=new)
             made = window_runs(mixer, sizes, device, dtype) if config else layer_runs(mixer, sizes, device)
-            runs = {key: _repeated(_graphed(run) if options.graphs else run, inner) for key, run in made.items()}
-            times = interleaved(runs, options.repeats, warmup=0 if options.interpret else 3)
+            row = {"mixer": name, "new_tokens": new}
+            try:
+                runs = {key: _repeated(_graphed(run) if options.graphs else run, inner) for key, run in made.items()}
+                times = interleaved(runs, options.repeats, warmup=0 if options.interpret else 3)
+            except RuntimeError as error:
+                yield row | {"reason": one_line(error)}
+                continue
             micro = {key: 1e6 * timing.lowest / inner for key, timing in times.items()}
             ratios = {f"speedup_over_{key}": micro[key] / micro["kernel"] for key in ("unfused", "single")}
-            rows.append({"mixer": name, "new_tokens": new, "microseconds": micro, **ratios})
-    return rows
+            yield row | {"microseconds": micro, **ratios}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,10 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
-    rows = measure(chosen, device, dtype)
+    rows: list[dict[str, Any]] = []
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
     setting |= {"dtype": str(dtype), "gpu": None if chosen.interpret else torch.cuda.get_device_name(device)}
-    publish("the fused kernel is faster than the unfused road and than K single steps", setting, rows, chosen.out)
+    asked = "the fused kernel is faster than the unfused road and than K single steps"
+    for row in measure(chosen, device, dtype):
+        rows.append(row)
+        publish(asked, setting, rows, chosen.out, whole=False)
+    publish(asked, setting, rows, chosen.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import linearize
 from benchmarks.smollm2_measure import TEACHER, measure
 from linearize.numbers import parse_count
 from linearize.phases import shown
+from linearize.training.progress import Progress
 
 FOLDER = Path(os.environ.get("LINEARIZE_SMOLLM2", Path(__file__).parent / "smollm2"))
 STAGE_2 = {
@@ -57,8 +58,15 @@ ROWS = {
 }  # fmt: skip
 
 
-def train(name: str, options: argparse.Namespace) -> None:
-    """Convert one row into its folder in adapter form."""
+def train(
+    name: str,
+    options: argparse.Namespace,
+    *,
+    further: Mapping[str, Any] | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert one row into its folder, or into `out`, in adapter form. `further`: more recipe keys."""
     tokens, length, batch = options.tokens, options.length, options.batch
     row = ROWS[name]
     recipe = linearize.load_recipe(row.recipe)
@@ -77,9 +85,10 @@ def train(name: str, options: argparse.Namespace) -> None:
         options.teacher,
         recipe=recipe,
         data=options.data,
-        out=FOLDER / name,
-        overrides=overrides | row.settings,
+        out=out or FOLDER / name,
+        overrides=overrides | row.settings | dict(further or {}),
         adapter_only=True,
+        progress=progress,
     )
 
 

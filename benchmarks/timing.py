@@ -57,14 +57,16 @@ def publish(
     out: Path | None,
     *,
     line: str | None = None,
+    whole: bool = True,
 ) -> None:
     """Print the result, and write it to `out`: the target, the options, the rows, the provenance.
 
-    `line`: the result in one line, which goes to stderr.
+    `line`: the result in one line, which goes to stderr. `whole`: False where rows follow: it is written alone.
     """
     document = {"asked": asked, "setting": dict(setting), "rows": list(rows), "provenance": provenance(seed=SEED)}
     text = json.dumps(document, indent=2) + "\n"
-    print(text)
+    if whole:
+        print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out, text)

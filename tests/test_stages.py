@@ -374,6 +374,17 @@ def test_adapters_kept_beside_the_weights_are_applied_on_loading(tmp_path: Path)
     )
 
 
+def test_lora_over_bf16_weights_takes_steps_that_bf16_would_round_away() -> None:
+    teacher, batch = tiny("llama").to(torch.bfloat16), make_batch()
+    run = lowrank(student_of(teacher, mixer(window=3)), teacher, loss="kl", lr=1e-5)
+    before = {name: p.detach().clone() for name, p in named(run).items() if "lora_A" in name}
+    assert {p.dtype for p in named(run).values()} == {torch.float32}
+    result = train(run, run.config, 4, batch)
+    moved = torch.cat([(p != before[name]).flatten() for name, p in named(run).items() if name in before])
+    assert result.losses[-1][1] > 0 and moved.float().mean() > 0.9
+    assert {p.dtype for p in run.student.parameters() if p.dim() == 2} == {torch.bfloat16}  # as merged
+
+
 def test_dropout_is_off_for_held_out_text_and_on_for_training() -> None:
     batch, (_, run) = make_batch(), with_adapters(dropout=0.5)
     assert float(run.heldout_loss(batch).sum) == float(run.heldout_loss(batch).sum)
