@@ -110,7 +110,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
     cache = inspect_model(path, contexts=[CACHE_CONTEXT])["cache"][0]
     report = {} if name == TEACHER else json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
     kept = {"teacher": teacher, "out": options.kept} if name != TEACHER else {"out": options.kept}
-    recall, tasks = {}, {}
+    recall: dict[str, dict[int, tuple[int, int]]] = {}
+    tasks: dict[str, TaskNumbers] = {}
     if options.recall:
         section = Recall(lengths=tuple(options.recall), depths=(0.1, 0.5, 0.9), items=options.items, keys=(4,))
         found = RecallNumbers.model_validate(evaluate(path, sections=[section], data=text, **kept).sections["recall"])
