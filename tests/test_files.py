@@ -59,6 +59,20 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException, o
         assert (tmp_path / "student" / "old.txt").read_text() == "old"
 
 
+def test_files_that_a_library_gave_to_their_owner_alone_are_as_readable_as_others(tmp_path: Path) -> None:
+    """As safetensors writes them; an executable stays one."""
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "student") as folder:
+            for name, mode in (("model.safetensors", 0o600), ("tool", 0o700)):
+                (folder / name).write_text(name)
+                (folder / name).chmod(mode)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "student").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "tool": 0o740}
+
+
 def test_an_existing_folder_is_refused_before_the_work(tmp_path: Path) -> None:
     final = _old(tmp_path)
     with pytest.raises(InputError, match="overwrite"), atomic_folder(final):

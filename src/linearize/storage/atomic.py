@@ -100,9 +100,14 @@ def check_free(final: Path, overwrite: bool) -> None:
 
 
 def _sync_all(folder: Path) -> None:
+    """Write everything to the disk, each file with the permissions that the user's new files have: safetensors gives
+    its own to their owner alone, and a model is often served by another user."""
+    usual = 0o666 & ~_umask()
     for root, _, names in os.walk(folder):
         for name in names:
-            sync(Path(root, name))
+            path = Path(root, name)
+            path.chmod(path.stat().st_mode & 0o7777 | usual)
+            sync(path)
         sync(Path(root))
 
 
