@@ -114,8 +114,10 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
     tasks: dict[str, TaskNumbers] = {}
     if options.recall:
         section = Recall(lengths=tuple(options.recall), depths=(0.1, 0.5, 0.9), items=options.items, keys=(4,))
-        found = RecallNumbers.model_validate(evaluate(path, sections=[section], data=text, **kept).sections["recall"])
-        own = found.models[TEACHER if name == TEACHER else list(found.models)[-1]]
+        recalled = RecallNumbers.model_validate(
+            evaluate(path, sections=[section], data=text, **kept).sections["recall"]
+        )
+        own = recalled.models[TEACHER if name == TEACHER else list(recalled.models)[-1]]
         for test in ("passkey", "needle"):
             for length in options.recall:
                 cells = [cell for cell in own.test(test).cells if cell.length == length]

@@ -86,8 +86,8 @@ def recall_table(rows: Measured) -> str:
     asked = [(test, length) for test in ("passkey", "needle") for length in lengths]
 
     def cells(row: RowNumbers) -> list[str]:
-        found = [row.recall.get(test, {}).get(length) for test, length in asked]
-        return ["" if hits is None else f"{hits[0]}/{hits[1]}" for hits in found]
+        answered = [row.recall.get(test, {}).get(length) for test, length in asked]
+        return ["" if hits is None else f"{hits[0]}/{hits[1]}" for hits in answered]
 
     return by_row(rows, ["row", *(f"{test} {length:,}" for test, length in asked)], cells)
 

@@ -43,7 +43,7 @@ def text(rows: int = 1, tokens: int = T) -> list[Tensor]:
 def token_by_token(made: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[list[set[int]]], Tensor]:
     """Outputs `[H, T, V]`, the positions stored after each token by group, and the normaliser of the folded sum."""
     spec = made.spec(scaling=SCALING, softcap=None, branch="both").resolved()
-    window, sinks, room, ratio = spec.window, spec.num_sinks, spec.store, H // G
+    window, sinks, pairs, ratio = spec.window, spec.num_sinks, spec.store, H // G
     phi_q, phi_k = spec.features_q(q)[0], spec.features_k(k)[0]
     sums = [torch.zeros(phi_k.shape[-1], V + 1, dtype=torch.float64) for _ in range(H)]
     stored: list[list[int]] = [[] for _ in range(G)]
@@ -70,10 +70,10 @@ def token_by_token(made: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, 
                 for i in stored[group] + leavers:
                     errors[i] = 0.0
                     for head in heads:
-                        found = phi_k[head, i] @ sums[head]
-                        guess = found[:-1] / found[-1] if found[-1] != 0 else found[:-1]
-                        errors[i] += float((guess - v[0, group, i]).square().sum())
-                stay = sorted(errors, key=lambda i: -errors[i])[:room]
+                        recalled = phi_k[head, i] @ sums[head]
+                        recall = recalled[:-1] / recalled[-1] if recalled[-1] != 0 else recalled[:-1]
+                        errors[i] += float((recall - v[0, group, i]).square().sum())
+                stay = sorted(errors, key=lambda i: -errors[i])[:pairs]
                 for i in set(errors) - set(stay):
                     for head in heads:
                         sums[head] = sums[head] + torch.outer(phi_k[head, i], value[group, i])
@@ -166,24 +166,24 @@ def test_a_store_without_a_terraced_window_is_refused(settings: dict[str, Any]) 
 
 
 @torch.no_grad()
-def test_a_student_trained_without_a_store_is_given_one_when_it_is_loaded(tmp_path: Path) -> None:
+def test_a_student_trained_without_a_store_is_loaded_one_when_it_is_loaded(tmp_path: Path) -> None:
     """It writes what a student made with one writes, and counts its bytes."""
     teacher = tiny("llama")
     made = student_of(teacher, [mixer(num_sinks=1), None, mixer(num_sinks=1, store=6)])
     made.save_pretrained(tmp_path)
     ids = text_ids(2, 31)
     expected, before = made(ids).logits, inspect_model(tmp_path)["state_bytes"]
-    given = linearize.load(tmp_path, store=6)
-    assert [None if m is None else m.store for m in given.config.mixers()] == [6, None, 6]
-    actual = given(ids).logits
+    loaded = linearize.load(tmp_path, store=6)
+    assert [None if m is None else m.store for m in loaded.config.mixers()] == [6, None, 6]
+    actual = loaded(ids).logits
     assert (actual - expected).abs().max() > 1e-4
-    given.save_pretrained(tmp_path / "given")
-    torch.testing.assert_close(linearize.load(tmp_path / "given")(ids).logits, actual)
-    assert inspect_model(tmp_path / "given")["state_bytes"] > before
-    greedy = given.generate(ids, max_new_tokens=12, do_sample=False)
-    assert torch.equal(greedy, given.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
-    given.set_store(0)
-    assert (given(ids).logits - expected).abs().max() > 1e-4
+    loaded.save_pretrained(tmp_path / "loaded")
+    torch.testing.assert_close(linearize.load(tmp_path / "loaded")(ids).logits, actual)
+    assert inspect_model(tmp_path / "loaded")["state_bytes"] > before
+    greedy = loaded.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(greedy, loaded.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
+    loaded.set_store(0)
+    assert (loaded(ids).logits - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("plan", "pairs"), [("mamba2", 4), ("sliding_window", 4), ("lolcats", -1), ("linear", 4)])

@@ -40,8 +40,8 @@ def test_any_course_of_calls_gives_the_tensors_of_transformers(seed: int) -> Non
         if what == "update":
             new = some(rows, draw.choice([1, 1, 1, 4, 100]), generator)
             with torch.no_grad():
-                given = [layer.update(*(x.clone() for x in new)) for layer in (ours, theirs)]
-            assert all(torch.equal(a, b) for a, b in zip(*given, strict=True))
+                updated = [layer.update(*(x.clone() for x in new)) for layer in (ours, theirs)]
+            assert all(torch.equal(a, b) for a, b in zip(*updated, strict=True))
         elif what == "copy":
             ours, theirs = copy.deepcopy(ours), copy.deepcopy(theirs)
         elif what == "reset":
@@ -106,11 +106,11 @@ def test_a_hybrid_takes_it_in_its_own_cache_and_in_an_empty_one_that_is_given() 
     ids = torch.arange(12)[None] % 50
     with torch.no_grad():
         own = student(ids, use_cache=True).past_key_values
-        given = DynamicCache(config=student.config)
-        student(ids, use_cache=True, past_key_values=given)
+        empty = DynamicCache(config=student.config)
+        student(ids, use_cache=True, past_key_values=empty)
         expected = student.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
         actual = student.generate(ids, max_new_tokens=8, do_sample=False)
-    for cache in (own, given):
+    for cache in (own, empty):
         assert [type(layer) is GrowingLayer for layer in cache.layers] == [False, True, False]
     assert torch.equal(actual, expected)
     filled = give_room(own).layers[1]

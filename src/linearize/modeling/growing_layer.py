@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rooms = (_Room(), _Room())
+        self._buffers = (_Buffer(), _Buffer())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -38,28 +38,28 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        keys, values = self._rooms
+        keys, values = self._buffers
         self.keys, self.values = keys.then(self.keys, key_states), values.then(self.values, value_states)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens; those that come are written over them."""
         super().crop(tokens_to_remove)
-        for room, filled in zip(self._rooms, (self.keys, self.values), strict=True):
-            room.shorten(filled)
+        for buffer, filled in zip(self._buffers, (self.keys, self.values), strict=True):
+            buffer.shorten(filled)
 
     def reset(self) -> None:
         """Forget everything, the memory too."""
         super().reset()
-        self._rooms = (_Room(), _Room())
+        self._buffers = (_Buffer(), _Buffer())
 
     def offload(self) -> None:
         """Move keys and values to the CPU, and give the memory back."""
         super().offload()
-        self._rooms = (_Room(), _Room())
+        self._buffers = (_Buffer(), _Buffer())
 
 
-class _Room:
+class _Buffer:
     """Memory of `[B, G, S + room, D]`, of which the first `used` tokens are filled."""
 
     def __init__(self) -> None:

@@ -61,8 +61,10 @@ class Run:
                 path.unlink()
             if self.ctx.out is not None:
                 write_samples(self.ctx.out / "samples" / f"{task.spec.task}.{eval_model.name}.jsonl", results)
-            found = outcomes(task.spec.task, results, lambda text: len(eval_model.tokenizer(text)["input_ids"]))
-            return Measured(max_length=length, outcomes=found).to_json()
+            measured_outcomes = outcomes(
+                task.spec.task, results, lambda text: len(eval_model.tokenizer(text)["input_ids"])
+            )
+            return Measured(max_length=length, outcomes=measured_outcomes).to_json()
 
         def fresh() -> dict[str, Any]:
             try:

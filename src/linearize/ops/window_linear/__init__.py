@@ -66,7 +66,6 @@ __all__ = [
 BACKENDS: dict[str, Callable[..., tuple[Tensor, WindowLinearState | None]]] = {
     "reference": reference,
     "chunked": chunked,
-    "store": with_store,
 }
 use_backend = DISPATCH.use  # of BACKENDS, or one of the kernels'
 

@@ -164,7 +164,7 @@ def _sinks(x_BGSD: Tensor, old_BGJD: Tensor | None, slots: Slots, alignment: Ali
     if old_BGJD is not None:
         old = pad_slots(old_BGJD, spec).to(x_BGSD.dtype)
         origin = slots.carried_origin[..., None]
-        in_slots = (alignment.origin_BN[..., None] == origin) & (j < slots.num_past - origin)
+        in_slots = (alignment.origin_BN[..., None] == origin) & (j < slots.follow[..., None])
         index = torch.where(in_slots, j, index)
     taken = take_slots(torch.cat([old, x_BGSD], dim=2), index.flatten(1).expand(batch, -1))
     return taken.unflatten(2, (-1, spec.num_sinks)).transpose(1, 2)

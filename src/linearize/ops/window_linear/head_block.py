@@ -180,7 +180,8 @@ def query_heads_backward(
     if linear is not None:
         if m is not None and head.masks.shared_shift:
             d_total.mul_(torch.exp2(-m))
-        _linear(head, linear, d, d_total.flatten(0, 2), grads[1])
+        with whole_products():
+            _linear(head, linear, d, d_total.flatten(0, 2), grads[1])
 
 
 def _division(head: QueryHeads, d_y: Tensor | None, normaliser: Tensor, y: Tensor) -> Tensor:

@@ -197,25 +197,26 @@ def _window(
 
     The token sees itself, so that m is finite.
     """
-    dtype, keys, values = q_BGRD.dtype, [k_BGSD], [v_BGSV]
+    dtype, keys, values = q_BGRD.dtype, list[Tensor](), list[Tensor]()
     out_of_ring = max(position + 1 - k_BGSD.shape[2], 0)  # sinks that have left the ring
     if state.sink_k_BGND is not None and state.sink_v_BGNV is not None and out_of_ring:
         keys.append(state.sink_k_BGND[:, :, :out_of_ring].to(dtype))
         values.append(state.sink_v_BGNV[:, :, :out_of_ring].to(dtype))
+    keys.append(k_BGSD)
+    values.append(v_BGSV)
     if spec.store and spec.branch == "both" and (stored := num_stored_at(position, spec)):
         assert state.store_k_BGPD is not None and state.store_v_BGPV is not None
         keys.append(state.store_k_BGPD[:, :, :stored].to(dtype))
         values.append(state.store_v_BGPV[:, :, :stored].to(dtype))
-    q_BGRD = q_BGRD * spec.scaling
     scores = [q_BGRD @ k.mT for k in keys]
-    s = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    s = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)) * spec.scaling
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     m = s.amax(-1, keepdim=True)
-    shift = m = m.detach().clamp(min=0) if spec.shared_shift else m
+    m = m.detach().clamp(min=0) if spec.shared_shift else m
+    p = (s - m).exp()
     if spec.log_window_factor_H is not None:
-        shift = m - spec.log_window_factor_H.to(m.dtype).view(m.shape[1], m.shape[2], 1)
-    p = (s - shift).exp()
+        p = p * spec.log_window_factor_H.exp().to(p.dtype).view(p.shape[1], p.shape[2], 1)
     first, *others = zip(p.split([v.shape[2] for v in values], dim=-1), values, strict=True)
     total = first[0] @ first[1]
     for weights, v in others:

@@ -26,7 +26,7 @@ from linearize.ops.window_linear.chunked import sinks_by_group
 from linearize.ops.window_linear.masks import group_masks
 from linearize.ops.window_linear.slots import Alignment, Slots, align, gather_slots
 from linearize.ops.window_linear.spec import WindowLinear, divide, fold_boundary, state_dtype, with_ones
-from linearize.ops.window_linear.state import RingBuffer, WindowLinearState
+from linearize.ops.window_linear.state import RingBuffer, WindowLinearState, take_slots
 from linearize.ops.window_linear.update import next_plain_state, next_state
 
 
@@ -73,8 +73,8 @@ class Store:
         with torch.no_grad():
             recalled = phi @ self.memory_BHFV
             z = recalled[..., -1:]
-            guess = (recalled[..., :-1] / z.masked_fill(z == 0, 1)).unflatten(1, (groups, -1))
-            error = (guess - wide[:, :, None]).square().sum((2, 4)).masked_fill(~live_BX[:, None], -torch.inf)
+            recall = (recalled[..., :-1] / z.masked_fill(z == 0, 1)).unflatten(1, (groups, -1))
+            error = (recall - wide[:, :, None]).square().sum((2, 4)).masked_fill(~live_BX[:, None], -torch.inf)
             best = error.topk(spec.store, dim=-1).indices
             kept_BGX = torch.zeros_like(error, dtype=torch.bool).scatter_(-1, best, True) & live_BX[:, None]
             place = torch.arange(error.shape[-1], device=error.device)
@@ -118,7 +118,8 @@ def with_store(
     alignment = align(slots, layout, chunk, spec)
     chunks = alignment.num_chunks
     missing = k_BGTD.shape[2] - q_BHUD.shape[2]
-    q = alignment.gather_queries(torch.nn.functional.pad(q_BHUD, (0, 0, missing, 0)), chunk)
+    slot_BT = slots.new_origin + slots.new_position  # of the new tokens; not in a row where dead ones were moved
+    q = _aligned_queries(torch.nn.functional.pad(q_BHUD, (0, 0, missing, 0)), slot_BT, slots, alignment, layout, chunk)
     k, v = (alignment.gather(x, chunk) for x in (slots.k_BGSD, slots.v_BGSV))
     sinks = sinks_by_group(slots, alignment, state, spec) if spec.num_sinks and spec.has_window else ()
     masks = group_masks(alignment, slice(0, chunks), chunk, spec, wide)
@@ -139,7 +140,10 @@ def with_store(
             parts += [(k[:, :, before], v[:, :, before]), (k[:, :, n], v[:, :, n])]
             bias = None if masks.bias is None else masks.bias[:, n]
             ys.append(_attend(q[:, :, n].to(wide), parts, store, bias, spec))
-    y = alignment.scatter(torch.stack(ys, dim=2).flatten(2, 3), k_BGTD.shape[2])[:, :, missing:].to(q_BHUD.dtype)
+    y_BHAV = torch.stack(ys, dim=2).flatten(2, 3)
+    back = _of_tokens(y_BHAV, slot_BT, slots, alignment) if layout.gaps() else None
+    y = alignment.scatter(y_BHAV, k_BGTD.shape[2]) if back is None else back
+    y = y[:, :, missing:].to(q_BHUD.dtype)
     if not need_state:
         return y, None
     return y, _after(next_state(slots, layout, state, replace(spec, feature_q=None, feature_k=None)), store)
@@ -186,6 +190,27 @@ def plain_after(
 
 def _after(state: WindowLinearState, store: Store) -> WindowLinearState:
     return replace(state, memory_BHFV=store.memory_BHFV, store_k_BGPD=store.k_BGPD, store_v_BGPV=store.v_BGPV)
+
+
+def _aligned_queries(
+    q_BHTD: Tensor, slot_BT: Tensor, slots: Slots, alignment: Alignment, layout: Layout, chunk: int
+) -> Tensor:
+    """Queries in aligned chunks, `[B, H, N, C, D]`; 0 in slots of no new token."""
+    if not layout.gaps():
+        return alignment.gather_queries(q_BHTD, chunk)
+    batch, heads, _, dim = q_BHTD.shape
+    beside = q_BHTD.new_zeros(batch, heads, slots.k_BGSD.shape[2], dim)
+    return alignment.gather(beside.scatter(2, slot_BT[:, None, :, None].expand_as(q_BHTD), q_BHTD), chunk)
+
+
+def _of_tokens(y_BHAV: Tensor, slot_BT: Tensor, slots: Slots, alignment: Alignment) -> Tensor:
+    """Aligned outputs back to the new tokens where dead ones were moved, `[B, H, T, V]`; 0 on dead ones."""
+    source = alignment.source_BA
+    assert source is not None
+    place = torch.arange(source.shape[1], device=source.device).expand_as(source)
+    aligned_BS = torch.zeros(source.shape[0], slots.k_BGSD.shape[2] + 1, dtype=torch.long, device=source.device)
+    aligned_BS.scatter_(1, torch.where(source >= 0, source, slots.k_BGSD.shape[2]), place)
+    return take_slots(y_BHAV, aligned_BS.gather(1, slot_BT)) * (slots.new_position >= 0)[:, None, :, None]
 
 
 def _present(slots: Slots, alignment: Alignment, chunk: int) -> Tensor:
