@@ -190,7 +190,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: no mixer with a store, a negative number, or a window that a store does not fit.
         """
         configs = self.config.mixers()
-        able = [layer for layer in self._converted() if "store" in type(configs[layer]).model_fields]
+        able = [layer for layer in self._converted() if hasattr(configs[layer], "store")]
         if not able:
             names = sorted({str(mixer.name) for mixer in configs if mixer is not None})  # type: ignore[attr-defined]
             raise InputError(f"store {pairs}: mixers of this student are {', '.join(names)}, and lolcats alone has one")

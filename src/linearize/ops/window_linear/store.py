@@ -82,8 +82,8 @@ class Store:
         folds = (live_BX[:, None] & ~kept_BGX).repeat_interleave(phi.shape[1] // groups, dim=1)
         value = with_ones(wide).repeat_interleave(phi.shape[1] // groups, dim=1)
         memory = self.memory_BHFV + (phi * folds[..., None].to(dtype)).mT @ value
-        stored = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
-        return Store(memory, *stored, live_BX.sum(1).clamp(max=spec.store))
+        k, v = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+        return Store(memory, k, v, live_BX.sum(1).clamp(max=spec.store))
 
 
 def store_of(state: WindowLinearState | None, k_BGTD: Tensor, v_BGTV: Tensor, spec: WindowLinear) -> Store:
