@@ -112,8 +112,9 @@ def same_state(actual: Any, expected: Any, tolerance: float) -> None:
 
 
 @lru_cache
-def student(config: MixerConfig, **changes: Any) -> LinearizedForCausalLM:
-    return student_of(tiny("llama", attention="sdpa", num_hidden_layers=2, **changes), config)
+def student(config: MixerConfig, dtype: torch.dtype = torch.float32, **changes: Any) -> LinearizedForCausalLM:
+    """A student for each dtype: `to` would change the one that other tests hold."""
+    return student_of(tiny("llama", attention="sdpa", num_hidden_layers=2, **changes), config).to(dtype)
 
 
 @every_mixer
@@ -137,7 +138,7 @@ def test_a_cutting_anywhere_changes_nothing(config: MixerConfig, dtype: torch.dt
 def test_a_student_prefills_in_chunks_and_decodes_as_in_one_pass(
     config: MixerConfig, dtype: torch.dtype, tolerance: dict[str, float]
 ) -> None:
-    model, ids = student(config).to(dtype), text(2, T)
+    model, ids = student(config, dtype), text(2, T)
     whole = model(ids).logits
     for sizes in ([2, 1, 35, 9], [3, *[1] * (T - 3)]):
         cache, parts = None, []
@@ -150,7 +151,7 @@ def test_a_student_prefills_in_chunks_and_decodes_as_in_one_pass(
 @every_mixer
 @pytest.mark.parametrize("sizes", [[T], [9, 1, 37]], ids=["whole", "cut"])
 def test_b_left_padding_changes_nothing(config: MixerConfig, sizes: list[int]) -> None:
-    model, lengths = student(config).double(), [31, T, 3]
+    model, lengths = student(config, torch.float64), [31, T, 3]
     ids, mask = left_padded(text(3, T), lengths)
     cache, parts, seen = None, [], 0
     for part in ids.split(sizes, dim=1):
@@ -175,7 +176,7 @@ def test_b_batch_order_changes_nothing(config: MixerConfig) -> None:
 
 @every_mixer
 def test_b_packing_changes_nothing(config: MixerConfig) -> None:
-    model, documents = student(config).double(), [[11, 1, 32, 3], [30, 17]]
+    model, documents = student(config, torch.float64), [[11, 1, 32, 3], [30, 17]]
     ids = text(2, T)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
     whole = model(ids, position_ids=positions).logits
@@ -210,7 +211,7 @@ def test_c_nothing_stays_on_the_module(config: MixerConfig) -> None:
 
 @every_mixer
 def test_c_sequences_that_take_turns_do_not_meet(config: MixerConfig) -> None:
-    model = student(config).double()
+    model = student(config, torch.float64)
     texts, caches, logits = [text(1, T, seed=3), text(1, T, seed=4)], [None, None], [[], []]
     for part in range(0, T, 6):
         for which in (0, 1):
@@ -226,7 +227,7 @@ def test_c_sequences_that_take_turns_do_not_meet(config: MixerConfig) -> None:
 @pytest.mark.parametrize(("calls", "dropped"), [([5], 2), ([1], 1), ([8, 1, 4], 6), ([3, 2], 5), ([6, 6], 0)])
 def test_d_a_rollback_leaves_no_trace(config: MixerConfig, padded: bool, calls: list[int], dropped: int) -> None:
     """The same cache, with and without draft tokens that are dropped again, goes on to the same logits."""
-    model, prefix, true, wrong = student(config).double(), 17, text(2, T), text(2, T, seed=99)
+    model, prefix, true, wrong = student(config, torch.float64), 17, text(2, T), text(2, T, seed=99)
     mask = left_padded(true, [T, T - 11])[1] if padded else torch.ones(2, T, dtype=torch.long)
     kept = sum(calls) - dropped
 
