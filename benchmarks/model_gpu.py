@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.generation import GenerationWorkload, throughput
 from benchmarks.on_gpu import Clock, arguments, device_for, facts, ratio, timings_json
 from benchmarks.throughput import plan_of
-from benchmarks.timing import SEED, parser, publish
+from benchmarks.timing import SEED, parser, publish_each
 from linearize.evaluation.speed.running import Timing
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.static.step import StaticStep
@@ -199,14 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
-    rows: list[dict[str, Any]] = []
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
     setting |= {"dtype": str(dtype), "steps": STEPS, "loss_tokens": LOSS_TOKENS, **facts(device)}
     asked = "3 times the teacher's throughput and 64 times its batch at 4096 tokens"
-    for row in measure(Clock(device), chosen, dtype):
-        rows.append(row)
-        publish(asked, setting, rows, chosen.out, whole=False)
-    publish(asked, setting, rows, chosen.out)
+    publish_each(asked, setting, measure(Clock(device), chosen, dtype), chosen.out)
 
 
 if __name__ == "__main__":

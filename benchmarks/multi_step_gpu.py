@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.on_gpu import arguments, device_for
-from benchmarks.timing import SEED, parser, publish
+from benchmarks.timing import SEED, parser, publish_each
 from linearize.errors import one_line
 from linearize.evaluation.speed.running import interleaved
 from linearize.mixers import MIXERS, AttentionShape
@@ -185,14 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
-    rows: list[dict[str, Any]] = []
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
     setting |= {"dtype": str(dtype), "gpu": None if chosen.interpret else torch.cuda.get_device_name(device)}
     asked = "the fused kernel is faster than the unfused road and than K single steps"
-    for row in measure(chosen, device, dtype):
-        rows.append(row)
-        publish(asked, setting, rows, chosen.out, whole=False)
-    publish(asked, setting, rows, chosen.out)
+    publish_each(asked, setting, measure(chosen, device, dtype), chosen.out)
 
 
 if __name__ == "__main__":

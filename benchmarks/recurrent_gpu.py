@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.on_gpu import Clock, arguments, device_for, facts, fastest, ratio, timings_json
-from benchmarks.timing import SEED, parser, publish
+from benchmarks.timing import SEED, parser, publish_each
 from linearize.errors import unknown
 from linearize.ops.dispatch import MAX_MULTI_TOKEN
 from linearize.ops.layout import Layout
@@ -128,15 +128,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device is None:
         return
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
-    clock, rows = Clock(device), []
+    clock = Clock(device)
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
     setting |= {"dtype": str(dtype), "margin": MARGIN, **facts(device)}
     asked = "own kernels only where fla's and mamba-ssm's lose by more than 20%"
-    for name in chosen.operation:
-        for tokens in chosen.tokens:
-            rows += measure(clock, name, tokens, chosen, dtype)
-            publish(asked, setting, rows, chosen.out, whole=False)
-    publish(asked, setting, rows, chosen.out)
+    rows = (
+        row
+        for name in chosen.operation
+        for tokens in chosen.tokens
+        for row in measure(clock, name, tokens, chosen, dtype)
+    )
+    publish_each(asked, setting, rows, chosen.out)
 
 
 if __name__ == "__main__":

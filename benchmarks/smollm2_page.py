@@ -179,6 +179,8 @@ An item that the window holds whole says nothing about what lies beyond it.
 
 ## Cost
 
+Minutes are elapsed time; other programs ran on the machine for part of it.
+
 {cost_table(rows)}
 
 ## Three prompts

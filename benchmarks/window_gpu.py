@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.on_gpu import Clock, Peaks, arguments, device_for, facts, fastest, peaks, ratio, shares, timings_json
-from benchmarks.timing import SEED, parser, publish
+from benchmarks.timing import SEED, parser, publish_each
 from linearize.evaluation.speed.running import Timing
 from linearize.mixers import MIXERS, AttentionShape
 from linearize.ops.layout import Layout
@@ -131,17 +131,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = torch.float32 if chosen.interpret else torch.bfloat16
     clock = Clock(device)
     small = {"side": 64, "size": 2**16} if chosen.interpret else {}
-    peak, rows = peaks(clock, dtype, **small), []
+    peak = peaks(clock, dtype, **small)
     setting = {key: value for key, value in vars(chosen).items() if key != "out"}
     setting |= {"dtype": str(dtype), "measured_peaks": vars(peak), **facts(device)}
     asked = "forward at least at FlashAttention-2's time at 1024 tokens, 8 times as fast at 32768"
-    for dim in chosen.head_dim:
-        size = {"num_heads": chosen.heads, "num_kv_heads": chosen.kv_heads, "model_dim": chosen.heads * dim}
-        shape = AttentionShape(head_dim=dim, value_dim=dim, **size)
-        for tokens in chosen.tokens:
-            rows.append(measure(clock, peak, shape, tokens, chosen, dtype))
-            publish(asked, setting, rows, chosen.out, whole=False)
-    publish(asked, setting, rows, chosen.out)
+    shapes = [
+        AttentionShape(
+            head_dim=dim,
+            value_dim=dim,
+            num_heads=chosen.heads,
+            num_kv_heads=chosen.kv_heads,
+            model_dim=chosen.heads * dim,
+        )
+        for dim in chosen.head_dim
+    ]
+    rows = (measure(clock, peak, shape, tokens, chosen, dtype) for shape in shapes for tokens in chosen.tokens)
+    publish_each(asked, setting, rows, chosen.out)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_gradients_through_stored_and_folded_tokens() -> None:
 
 
 @torch.no_grad()
-def test_bytes_are_those_that_are_told() -> None:
+def test_bytes_are_those_of_the_cost() -> None:
     made = build(window=4, num_sinks=1, store=6).float()
     inputs = [x.float() for x in text()]
     _, state = made(*inputs, scaling=SCALING, layout=Layout())

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from linearize.modeling.growing_layer import LEAST, GrowingLayer, give_room
+from linearize.modeling.growing_layer import LEAST, GrowingLayer, use_growing_layers
 
 G, D, V = 3, 5, 7
 
@@ -63,7 +63,7 @@ def test_any_course_of_calls_gives_the_tensors_of_transformers(seed: int) -> Non
 
 
 @torch.no_grad()
-def test_a_token_does_not_copy_the_past_until_the_room_is_used_up() -> None:
+def test_a_token_does_not_copy_the_past_until_the_memory_is_full() -> None:
     layer, generator = GrowingLayer(), torch.Generator().manual_seed(1)
     first = layer.update(*some(1, 30, generator))[0]
     places = [layer.update(*some(1, 1, generator))[0].data_ptr() for _ in range(LEAST)]
@@ -113,5 +113,5 @@ def test_a_hybrid_takes_it_in_its_own_cache_and_in_an_empty_one_that_is_given() 
     for cache in (own, empty):
         assert [type(layer) is GrowingLayer for layer in cache.layers] == [False, True, False]
     assert torch.equal(actual, expected)
-    filled = give_room(own).layers[1]
+    filled = use_growing_layers(own).layers[1]
     assert filled is own.layers[1]  # what holds tokens stays

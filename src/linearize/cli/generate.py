@@ -42,7 +42,7 @@ def generate(
     from linearize.decoding.generate import generate_text
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
-    chosen |= specified(adapter=adapter, store=None if store is None else count(store))
+    chosen |= specified(adapter=adapter, store=store)
     if draft_tokens is not None:
         chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
     generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, compile=compile, **chosen)
@@ -61,4 +61,4 @@ def chat(
     from linearize.decoding.generate import chat as run_chat
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
-    run_chat(model, **chosen | specified(adapter=adapter, store=None if store is None else count(store)))
+    run_chat(model, **chosen | specified(adapter=adapter, store=store))

@@ -41,8 +41,12 @@ Adapter = Annotated[
     typer.Option(metavar="DIR", help="A student in adapter form (convert --adapter-only); MODEL is its teacher."),
 ]
 Store = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="Pairs that each head of window + linear mixers keeps exact; default: as trained."),
+    int | None,
+    typer.Option(
+        metavar="N",
+        parser=count,
+        help="Pairs that each head of window + linear mixers keeps exact; default: as trained.",
+    ),
 ]
 Data = Annotated[
     list[str] | None,

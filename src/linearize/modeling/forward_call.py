@@ -21,7 +21,7 @@ from linearize.errors import InputError, unknown
 from linearize.modeling.attention import COMMON, AttentionOverride, MixerCall, parameter_names
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import cache_argument, given_cache
-from linearize.modeling.growing_layer import give_room
+from linearize.modeling.growing_layer import use_growing_layers
 from linearize.modeling.library_internals import remove_pre_hooks
 from linearize.modeling.ragged_cache import check_past_mask
 from linearize.modeling.static.cache import StaticMixerLayer
@@ -94,7 +94,7 @@ def prepare_call(
             "their documents; pass use_cache=False, or one document in a row"
         )
     if use_cache and cache is None:
-        cache = give_room(DynamicCache(config=config))
+        cache = use_growing_layers(DynamicCache(config=config))
     return ForwardCall(
         attention_mask,
         position_ids,
@@ -145,11 +145,11 @@ def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
         )
     )
     if fits:
-        return give_room(cache)
+        return use_growing_layers(cache)
     if (is_static or isinstance(cache, DynamicCache)) and int(cache.get_seq_length()) == 0:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
-        return give_room(cache)
+        return use_growing_layers(cache)
     raise InputError(
         f"this {type(cache).__name__} has no layers for the student's mixers (it holds {cache.get_seq_length()} tokens "
         f"in {len(layers)} layers): pass DynamicCache(config=student.config), or none and use_cache=True"

@@ -96,8 +96,8 @@ class _Buffer:
         return all((*x.shape[:-2], x.shape[-1]) == shape and x.dtype == memory.dtype for x in (old, new))
 
 
-def give_room(cache: Cache) -> Cache:
-    """The same cache, whose empty layers of transformers' growing kind have room; others stay as they are."""
+def use_growing_layers(cache: Cache) -> Cache:
+    """The same cache, whose empty layers of transformers' growing kind are of this one; others stay as they are."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = GrowingLayer()

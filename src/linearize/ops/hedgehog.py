@@ -24,11 +24,10 @@ SMALLEST = 1e-12
 
 def hedgehog(x: Tensor, weight_HDF: Tensor, log_gain: Tensor | None = None) -> Tensor:
     """Features of x, `[..., G, C, D] -> [..., H, C, 2 F]`, at least 1e-12; times exp(`log_gain: [..., H, C, 1]`)."""
-    weight_GRDF = weight_HDF.unflatten(0, (x.shape[-3], -1))
     decoded = x.shape[-2] == 1 and not torch.is_grad_enabled()  # nothing to keep or to cut
     if decoded or torch.compiler.is_compiling():
         return _in_one(project(x, weight_HDF), log_gain)
-    phi: Tensor = _Hedgehog.apply(x, weight_GRDF, log_gain)
+    phi: Tensor = _Hedgehog.apply(x, weight_HDF.unflatten(0, (x.shape[-3], -1)), log_gain)
     return phi
 
 

@@ -233,19 +233,16 @@ def advance(
     dtype = k_BGTD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(k_BGTD.device.type, enabled=False):
+        k, v = k_BGTD.to(wide), v_BGTV.to(wide)
         if spec.store:
-            options: dict[str, Any] = {"spec": spec, "layout": layout, "state": state}
-            return _narrow(advance_with_store(k_BGTD.to(wide), v_BGTV.to(wide), **options), dtype)
-        slots = gather_slots(k_BGTD.to(wide), v_BGTV.to(wide), layout, state, spec)
+            return _narrow(advance_with_store(k, v, spec=spec, layout=layout, state=state), dtype)
+        slots = gather_slots(k, v, layout, state, spec)
         return _narrow(next_state(slots, layout, state, spec), dtype)
 
 
 def _narrow(state: WindowLinearState, dtype: torch.dtype) -> WindowLinearState:
     """Ring and sinks in the dtype of the keys and values, or wide where gradients come back through them: those would
     be rounded call by call. The sums stay wide."""
-    if state.k_BGRD.dtype == dtype and (state.sink_k_BGND is None or state.sink_k_BGND.dtype == dtype):
-        return state
     names = ("k_BGRD", "v_BGRV", "sink_k_BGND", "sink_v_BGNV", "store_k_BGPD", "store_v_BGPV")
-    return replace(
-        state, **{n: x.to(dtype) for n in names if (x := getattr(state, n)) is not None and not x.requires_grad}
-    )
+    wide = {n: x for n in names if (x := getattr(state, n)) is not None and x.dtype != dtype and not x.requires_grad}
+    return replace(state, **{name: x.to(dtype) for name, x in wide.items()}) if wide else state

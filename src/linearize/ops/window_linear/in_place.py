@@ -148,9 +148,8 @@ def _attend(q_BHUD: Tensor, new: tuple[Tensor, ...], seen: Seen, state: WindowBu
         if seen.new_B1US is not None:
             parts.append((new[0], new[1], seen.new_B1US))
         if spec.store and spec.branch == "both":
-            assert state.store_k_BGPD is not None and state.store_v_BGPV is not None
-            live = _store(state, spec).live()[:, None, None]
-            parts.append((state.store_k_BGPD, state.store_v_BGPV, live))
+            store = _store(state, spec)
+            parts.append((store.k_BGPD, store.v_BGPV, store.live()[:, None, None]))
         *total, m = _window(q_BHUD, [(k.to(dtype), v.to(dtype), x) for k, v, x in parts], spec)
     if spec.has_linear:
         assert state.memory_BHFV is not None

@@ -98,7 +98,7 @@ def group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLin
     first = alignment.first_BN[:, chunks, None]
     query, key = (first + c[chunk:])[..., None], (first + c)[..., None, :]
     live = (alignment.follows_BN[:, chunks, None] | (c >= 0))[..., None, :] & (key >= spec.num_sinks)
-    present = _present(alignment, chunk)
+    present = present_slots(alignment, chunk)
     if present is not None and not alignment.whole:
         before = torch.nn.functional.pad(present[:, :-1], (0, 0, 1, 0))
         live = live & torch.cat([before, present], dim=-1)[:, chunks, None]
@@ -123,7 +123,7 @@ def group_masks(alignment: Alignment, chunks: slice, chunk: int, spec: WindowLin
     )
 
 
-def _present(alignment: Alignment, chunk: int) -> Tensor | None:
+def present_slots(alignment: Alignment, chunk: int) -> Tensor | None:
     """Which aligned slots hold a token, `[B, N, C]` (None: all do, but for the end)."""
     return None if alignment.source_BA is None else (alignment.source_BA >= 0).unflatten(1, (-1, chunk))
 

@@ -16,6 +16,8 @@ features.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.chunked import sinks_by_group
-from linearize.ops.window_linear.masks import group_masks
+from linearize.ops.window_linear.masks import group_masks, present_slots
 from linearize.ops.window_linear.slots import Alignment, Slots, align, gather_slots
 from linearize.ops.window_linear.spec import WindowLinear, divide, fold_boundary, state_dtype, with_ones
 from linearize.ops.window_linear.state import RingBuffer, WindowLinearState, take_slots
@@ -113,57 +115,83 @@ def with_store(
     need_state: bool = True,
 ) -> tuple[Tensor, WindowLinearState | None]:
     """Attend, block after block; arguments and outputs as those of `reference`, time and memory linear in T."""
-    wide, chunk = state_dtype(q_BHUD), spec.window
-    slots = gather_slots(k_BGTD, v_BGTV, layout, state, spec)
-    alignment = align(slots, layout, chunk, spec)
+    wide, blocks = state_dtype(q_BHUD), _Blocks.of(k_BGTD, v_BGTV, layout, state, spec)
+    slots, alignment, chunk = blocks.slots, blocks.alignment, spec.window
     chunks = alignment.num_chunks
     missing = k_BGTD.shape[2] - q_BHUD.shape[2]
     slot_BT = slots.new_origin + slots.new_position  # of the new tokens; not in a row where dead ones were moved
     q = _aligned_queries(torch.nn.functional.pad(q_BHUD, (0, 0, missing, 0)), slot_BT, slots, alignment, layout, chunk)
-    k, v = (alignment.gather(x, chunk) for x in (slots.k_BGSD, slots.v_BGSV))
     sinks = sinks_by_group(slots, alignment, state, spec) if spec.num_sinks and spec.has_window else ()
-    masks = group_masks(alignment, slice(0, chunks), chunk, spec, wide)
-    present = _present(slots, alignment, chunk)
-    store = store_of(state, k_BGTD, v_BGTV, spec)
-    keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1) | ~present.any(2).any(1)[:, None]
-    ys = []
-    for n in range(chunks + 1):
-        if n < chunks and not bool(keep[:, n].all()):
-            store = store.forgotten(keep[:, n])
-        if n >= 2:
-            leaves = _leaves(alignment, present, n, chunk, spec)
-            if bool(leaves.any()):
-                store = store.admit(k[:, :, n - 2], v[:, :, n - 2], leaves, spec)
-        if n < chunks:
-            before = max(n - 1, 0)  # what chunk 0 sees of itself in its place is masked
-            parts = [(sinks[0][:, :, n], sinks[1][:, :, n])] if sinks else []
-            parts += [(k[:, :, before], v[:, :, before]), (k[:, :, n], v[:, :, n])]
-            bias = None if masks.bias is None else masks.bias[:, n]
-            ys.append(_attend(q[:, :, n].to(wide), parts, store, bias, spec))
+    bias_BNCK = group_masks(alignment, slice(0, chunks), chunk, spec, wide).bias
+    first, ys = store_of(state, k_BGTD, v_BGTV, spec), list[Tensor]()
+    for n, store in enumerate(blocks.stores(first, spec)):
+        if n == chunks:
+            break
+        before = max(n - 1, 0)  # what chunk 0 sees of itself in its place is masked
+        parts = [(sinks[0][:, :, n], sinks[1][:, :, n])] if sinks else []
+        parts += [(blocks.k[:, :, i], blocks.v[:, :, i]) for i in (before, n)]
+        bias = None if bias_BNCK is None else bias_BNCK[:, n]
+        ys.append(_attend(q[:, :, n].to(wide), parts, store, bias, spec))
     y_BHAV = torch.stack(ys, dim=2).flatten(2, 3)
     back = _of_tokens(y_BHAV, slot_BT, slots, alignment) if layout.gaps() else None
     y = alignment.scatter(y_BHAV, k_BGTD.shape[2]) if back is None else back
     y = y[:, :, missing:].to(q_BHUD.dtype)
-    if not need_state:
-        return y, None
-    return y, _after(next_state(slots, layout, state, replace(spec, feature_q=None, feature_k=None)), store)
+    return y, blocks.after(store, layout, state, spec) if need_state else None
 
 
 def advance_with_store(
     k_BGTD: Tensor, v_BGTV: Tensor, *, spec: WindowLinear, layout: Layout, state: WindowLinearState | None
 ) -> WindowLinearState:
     """The state after these tokens, without outputs."""
-    slots = gather_slots(k_BGTD, v_BGTV, layout, state, spec)
-    alignment = align(slots, layout, spec.window, spec)
-    k, v = (alignment.gather(x, spec.window) for x in (slots.k_BGSD, slots.v_BGSV))
-    present, store = _present(slots, alignment, spec.window), store_of(state, k_BGTD, v_BGTV, spec)
-    keep = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1) | ~present.any(2).any(1)[:, None]
-    for n in range(alignment.num_chunks + 1):
-        if n < alignment.num_chunks and not bool(keep[:, n].all()):
-            store = store.forgotten(keep[:, n])
-        if n >= 2 and bool((leaves := _leaves(alignment, present, n, spec.window, spec)).any()):
-            store = store.admit(k[:, :, n - 2], v[:, :, n - 2], leaves, spec)
-    return _after(next_state(slots, layout, state, replace(spec, feature_q=None, feature_k=None)), store)
+    blocks = _Blocks.of(k_BGTD, v_BGTV, layout, state, spec)
+    stores = blocks.stores(store_of(state, k_BGTD, v_BGTV, spec), spec)
+    return blocks.after(deque(stores, maxlen=1)[0], layout, state, spec)
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Ring and new tokens as aligned blocks of the window: keys and values, `[B, G, N, C, .]`, and which slots hold a
+    token, `[B or 1, N, C]`."""
+
+    slots: Slots
+    alignment: Alignment
+    k: Tensor
+    v: Tensor
+    present_BNC: Tensor
+
+    @staticmethod
+    def of(
+        k_BGTD: Tensor, v_BGTV: Tensor, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
+    ) -> _Blocks:
+        """The blocks of a call."""
+        slots, chunk = gather_slots(k_BGTD, v_BGTV, layout, state, spec), spec.window
+        alignment = align(slots, layout, chunk, spec)
+        present = present_slots(alignment, chunk)
+        if present is None:
+            place = torch.arange(alignment.num_chunks * chunk, device=k_BGTD.device)
+            present = (place < slots.k_BGSD.shape[2]).view(1, -1, chunk)
+        k, v = (alignment.gather(x, chunk) for x in (slots.k_BGSD, slots.v_BGSV))
+        return _Blocks(slots, alignment, k, v, present)
+
+    def stores(self, store: Store, spec: WindowLinear) -> Iterator[Store]:
+        """What the queries of each chunk see, given what there was before; at last what is there after all of them."""
+        alignment, chunks = self.alignment, self.alignment.num_chunks
+        has_tokens = self.present_BNC.any(2).any(1)[:, None]
+        keep_BN = torch.cat([alignment.carried_B1, alignment.follows_BN[:, 1:]], dim=1) | ~has_tokens
+        for n in range(chunks + 1):
+            if n < chunks and not bool(keep_BN[:, n].all()):
+                store = store.forgotten(keep_BN[:, n])
+            if n >= 2:
+                leaves = _leaves(alignment, self.present_BNC, n, spec)
+                if bool(leaves.any()):
+                    store = store.admit(self.k[:, :, n - 2], self.v[:, :, n - 2], leaves, spec)
+            yield store
+
+    def after(
+        self, store: Store, layout: Layout, state: WindowLinearState | None, spec: WindowLinear
+    ) -> WindowLinearState:
+        """The state after all tokens, with the last of `stores`."""
+        return _with(next_state(self.slots, layout, state, replace(spec, feature_q=None, feature_k=None)), store)
 
 
 def plain_after(
@@ -185,10 +213,10 @@ def plain_after(
         return replace(after, store_k_BGPD=state.store_k_BGPD, store_v_BGPV=state.store_v_BGPV)
     leaves = torch.arange(first, first + gone, device=k_BGSD.device)[None] >= spec.num_sinks
     store = store_of(state, k_BGSD, v_BGSV, spec).admit(k_BGSD[:, :, :gone], v_BGSV[:, :, :gone], leaves, spec)
-    return _after(after, store)
+    return _with(after, store)
 
 
-def _after(state: WindowLinearState, store: Store) -> WindowLinearState:
+def _with(state: WindowLinearState, store: Store) -> WindowLinearState:
     return replace(state, memory_BHFV=store.memory_BHFV, store_k_BGPD=store.k_BGPD, store_v_BGPV=store.v_BGPV)
 
 
@@ -213,15 +241,7 @@ def _of_tokens(y_BHAV: Tensor, slot_BT: Tensor, slots: Slots, alignment: Alignme
     return take_slots(y_BHAV, aligned_BS.gather(1, slot_BT)) * (slots.new_position >= 0)[:, None, :, None]
 
 
-def _present(slots: Slots, alignment: Alignment, chunk: int) -> Tensor:
-    """Which aligned slots hold a token, `[B or 1, N, C]`."""
-    if alignment.source_BA is not None:
-        return (alignment.source_BA >= 0).unflatten(1, (-1, chunk))
-    place = torch.arange(alignment.num_chunks * chunk, device=slots.k_BGSD.device)
-    return (place < slots.k_BGSD.shape[2]).view(1, -1, chunk)
-
-
-def _leaves(alignment: Alignment, present_BNC: Tensor, n: int, chunk: int, spec: WindowLinear) -> Tensor:
+def _leaves(alignment: Alignment, present_BNC: Tensor, n: int, spec: WindowLinear) -> Tensor:
     """Which tokens of chunk n - 2 leave the window when chunk n begins, `[B or 1, C]`: it begins once chunk n - 1 is
     full, whether or not its first token is there."""
     begun = present_BNC[:, n - 1, -1]
@@ -229,7 +249,7 @@ def _leaves(alignment: Alignment, present_BNC: Tensor, n: int, chunk: int, spec:
     if n < alignment.num_chunks:
         begun = begun | present_BNC[:, n].any(-1)
         same = same & alignment.follows_BN[:, n]
-    position = alignment.first_BN[:, n - 2, None] + torch.arange(chunk, device=present_BNC.device)
+    position = alignment.first_BN[:, n - 2, None] + torch.arange(spec.window, device=present_BNC.device)
     return present_BNC[:, n - 2] & (position >= spec.num_sinks) & (begun & same)[:, None]
 
 
