@@ -144,6 +144,18 @@ def test_bytes_are_those_of_the_cost() -> None:
 
 
 @torch.no_grad()
+def test_decoding_in_16_bits_keeps_the_store_in_16_bits() -> None:
+    """Also once blocks have left: operations are in fp32, what waits between them is not."""
+    made, inputs = build(window=4, num_sinks=1, store=6).bfloat16(), [x.bfloat16() for x in text()]
+    state = None
+    for t in range(T):
+        now = (x[:, :, t : t + 1] for x in inputs)
+        _, state = made(*now, scaling=SCALING, layout=Layout(t), state=state)
+    assert {x.dtype for x in (state.store_k_BGPD, state.store_v_BGPV, state.k_BGRD)} == {torch.bfloat16}
+    assert state.memory_BHFV.dtype == torch.float32
+
+
+@torch.no_grad()
 def test_branches_alone_have_no_store() -> None:
     made, (q, k, v) = build(window=3, num_sinks=1, store=5), text()
     for branch in ("window", "linear"):
