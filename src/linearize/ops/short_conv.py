@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from linearize.ops.blocking import alike
 from linearize.ops.layout import Layout
 
 CHUNK_NUMBERS = 1 << 17  # numbers worked on at a time: they stay in a processor's cache over all taps
@@ -110,7 +111,7 @@ class _ShortConv(torch.autograd.Function):
         past = columns.shape[0] - 1
         y = x_BSC.new_empty(x_BSC.shape[0], x_BSC.shape[1] - past, x_BSC.shape[2])
         chunk = _chunk_tokens(y)
-        for t in range(0, y.shape[1], chunk):
+        for t in alike(range(0, y.shape[1], chunk)):
             out = y[:, t : t + chunk]
             torch.mul(x_BSC[:, t + past : t + past + out.shape[1]], columns[past], out=out)
             if bias_C is not None:
@@ -129,7 +130,7 @@ class _ShortConv(torch.autograd.Function):
         x, columns, document = ctx.saved_tensors
         past = columns.shape[0] - 1
         d_x, d_columns, chunk = torch.zeros_like(x), torch.zeros_like(columns), _chunk_tokens(d_y)
-        for t in range(0, d_y.shape[1], chunk):
+        for t in alike(range(0, d_y.shape[1], chunk)):
             d_out = d_y[:, t : t + chunk]
             for lag in range(past + 1):
                 first = t + past - lag

@@ -88,8 +88,10 @@ def _attend(
         log_g = spec.log_window_factor_H.to(wide)
     memory = None if memory_BHFV is None or not spec.has_linear else memory_BHFV.to(wide).mT
     k_before, v_before = (x.new_zeros(*x.shape[:2], 2, *x.shape[3:]) for x in (k, v))
-    ys = []
-    for i, parts in enumerate(zip(*(x.split(step, dim=2) for x in (q, k, v, *sinks)), strict=True)):
+    groups = list(enumerate(zip(*(x.split(step, dim=2) for x in (q, k, v, *sinks)), strict=True)))
+    ys: list[Tensor] = []
+    whole = None if torch.is_grad_enabled() or len(groups) == 1 else q.new_empty(*q.shape[:4], v.shape[-1])
+    for i, parts in groups if whole is None else alike(groups):
         q_part, k_part, v_part, *sink_parts = parts
         k_part, v_part = torch.cat([k_before, k_part], dim=2), torch.cat([v_before, v_part], dim=2)
         k_before, v_before = k_part[:, :, -2:], v_part[:, :, -2:]
@@ -101,7 +103,12 @@ def _attend(
             if memory is None:
                 memory = q_part.new_zeros(*q.shape[:2], v.shape[-1] + 1, phi[0].shape[-1])
         y, memory = attend_chunk_group(q_part, k_part, v_part, sink_parts, phi, memory, log_g, group_masks, q.dtype)
-        ys.append(y.to(q.dtype))
+        if whole is None:
+            ys.append(y.to(q.dtype))
+        else:
+            whole[:, :, i * step : i * step + y.shape[2]] = y
+    if whole is not None:
+        return whole, memory
     return ys[0] if len(ys) == 1 else torch.cat(ys, dim=2), memory
 
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.parallel import is_sharded
+from linearize.ops.blocking import alike
 from linearize.training.config import Batch
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
@@ -198,7 +199,7 @@ class _Sliced(torch.autograd.Function):
         total = hidden_NM.new_zeros((), dtype=torch.float32)
         need_grad = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(x, dtype=torch.float32) for x in (hidden_NM, *parameters)] if need_grad else []
-        for part in parts:
+        for part in alike(parts):
             hidden_nM = hidden_NM[part].detach().requires_grad_(need_grad)
             with torch.set_grad_enabled(need_grad):
                 value = loss(split.logits(hidden_nM), part)
