@@ -113,12 +113,14 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
     recall: dict[str, dict[int, tuple[int, int]]] = {}
     tasks: dict[str, TaskNumbers] = {}
     if options.recall:
-        section = Recall(lengths=tuple(options.recall), depths=(0.1, 0.5, 0.9), items=options.items, keys=(4,))
+        section = Recall(
+            lengths=tuple(options.recall), depths=(0.1, 0.5, 0.9), items=options.items, keys=(4,), values=0
+        )
         recalled = RecallNumbers.model_validate(
             evaluate(path, sections=[section], data=text, **kept).sections["recall"]
         )
         own = recalled.models[TEACHER if name == TEACHER else list(recalled.models)[-1]]
-        for test in ("passkey", "needle"):
+        for test in ("passkey", "needle", "multikey"):
             for length in options.recall:
                 cells = [cell for cell in own.test(test).cells if cell.length == length]
                 hits, items = sum(cell.successes for cell in cells), sum(cell.n for cell in cells)

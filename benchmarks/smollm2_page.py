@@ -83,7 +83,7 @@ def recall_table(rows: Measured) -> str:
     lengths = sorted({length for row in rows.values() for test in row.recall.values() for length in test})
     if not lengths:
         return "Not measured yet."
-    asked = [(test, length) for test in ("passkey", "needle") for length in lengths]
+    asked = [(test, length) for test in ("passkey", "needle", "multikey") for length in lengths]
 
     def cells(row: RowNumbers) -> list[str]:
         answered = [row.recall.get(test, {}).get(length) for test, length in asked]

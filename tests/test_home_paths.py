@@ -13,7 +13,7 @@ from torch import nn
 
 import linearize
 from linearize.cli.main import main
-from linearize.conversion.prepare import inspect_sensitivity
+from linearize.conversion.inspections import inspect_sensitivity
 from linearize.conversion.request import read_request
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import is_student, load_any

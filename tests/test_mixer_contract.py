@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from linearize.mixers import MIXERS, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.mixers.layer_mixer import LayerMixerConfig
+from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.projections import attention_weights
@@ -42,11 +43,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mamba2": [{}, {"repeat": "after", "conv_taps": 3}],
     "gated_delta_net": [{}, {"repeat": "after"}],
 }
-CONFIGS = [mixer(name, **settings) for name in MIXERS for settings in VARIANTS.get(name, [{}])]
+HEADS = [
+    RetrievalHeadsConfig(groups=(1,), mixer=mixer("lolcats", num_sinks=1, shift="shared")),
+    RetrievalHeadsConfig(groups=(0, 2), mixer=mixer("lolcats", feature_map="gain", store=4)),
+    RetrievalHeadsConfig(groups=(2,), mixer=mixer("gla")),
+    RetrievalHeadsConfig(groups=(0, 1, 2), mixer=mixer("sliding_window")),
+]
+CONFIGS = [*(mixer(name, **settings) for name in MIXERS for settings in VARIANTS.get(name, [{}])), *HEADS]
 
 
 def name(config: MixerConfig) -> str:
     """What a case is called: mixer and settings."""
+    if isinstance(config, RetrievalHeadsConfig):
+        return f"heads-{config.groups}-{name(config.mixer)}"
     return "-".join(map(str, (config.name, *config.model_dump(exclude_unset=True).values())))
 
 
@@ -289,17 +298,18 @@ def test_d_dropping_more_than_is_held_is_refused(config: MixerConfig) -> None:
 def test_e_the_stated_cost_is_what_is_held(config: MixerConfig, dtype: torch.dtype) -> None:
     built = build(config, dtype)
     cost = built.cost(torch.finfo(dtype).bits // 8)
-    sizes = []
-    for tokens in (100, 101, 102, 103, 104, 105, 106, 107, 400):
+    sizes, lengths = [], (100, 101, 102, 103, 104, 105, 106, 107, 400)
+    for tokens in lengths:
         _, state = run(built, [x.to(dtype) for x in inputs(built, rows=1, tokens=tokens)], [])
         sizes.append(state.num_bytes)
-    assert max(sizes) == cost.state_bytes
-    assert cost.bytes_per_token == 0 and cost.flops_per_token > 0
+    assert max(size - cost.bytes_per_token * n for size, n in zip(sizes, lengths, strict=True)) == cost.state_bytes
+    assert (cost.bytes_per_token > 0) == (config in HEADS)
+    assert cost.flops_per_token > 0 or config is HEADS[-1]
     _, state = run(built, [x.to(dtype) for x in inputs(built, rows=3, tokens=100)], [])
     assert state.num_bytes == 3 * sizes[0]
 
 
-@every_mixer
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in HEADS], ids=name)
 def test_e_the_cache_of_a_student_stops_growing(config: MixerConfig) -> None:
     model = student(config, max_position_embeddings=2048)
     cache, held = None, {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from teacher_folder import write_teacher, write_text
 
 import linearize
-from linearize.conversion.prepare import inspect_sensitivity
+from linearize.conversion.inspections import inspect_sensitivity
 from linearize.errors import InputError
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
 from linearize.recipes.schema import Recipe

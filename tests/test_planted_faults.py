@@ -37,7 +37,7 @@ MIXER = LolcatsConfig(window=8, feature_map="gain", feature_dim=32, feature_star
 CONVERTED, HELD_OUT, STEPS = (0, 3), 8, 22
 GATE = Consistency(steps=20, prefill=35)
 ABLATION = Branches(per_layer=False, tokens=1200, context_tokens=400, contexts=(16, 64), decode_tokens=60)
-NEEDLES = Recall(lengths=(80,), depths=(0.2, 0.5), items=4, keys=(1,), queries=2, passkey="needle")
+NEEDLES = Recall(lengths=(80,), depths=(0.2, 0.5), items=4, keys=(1,), queries=2, passkey="needle", needles=0, values=0)
 
 
 def facts(rng: random.Random, hay: Sequence[str], count: int) -> list[str]:

@@ -38,7 +38,8 @@ STORIES = [
     'Lily found a hat in the park. "It is mine," said the dog. They laughed.\nThen they all went home to sleep well.',
 ]
 FACT = re.compile(r"The code of the (\w+ \w+) is (\d{4})\.")
-SMALL = {"lengths": (260, 410), "depths": (0.1, 0.6, 1.0), "items": 3, "keys": (1, 3, 12), "passkey": "needle"}
+SMALL = {"lengths": (260, 410), "depths": (0.1, 0.6, 1.0), "items": 3, "keys": (1, 3, 12), "passkey": "needle",
+         "needles": 0, "values": 0}  # fmt: skip
 
 
 class Reader(torch.nn.Module):
@@ -115,6 +116,37 @@ def test_needles_stand_at_their_depth_in_texts_of_their_length() -> None:
         assert abs(before - question.depth * (len(hay) - len(fact))) < 50, "half of the longest sentence"
         assert "1111" not in question.prompt, "another fact of the same form"
     assert {q.depth for q in questions} == {0.1, 0.6, 1.0}
+
+
+def test_several_needles_and_several_codes_of_one_thing() -> None:
+    several = {"lengths": (260, 460), "needles": 3, "values": 2, "items": 4}
+    questions = Recall(**SMALL | several).questions(eval_context(Reader(9)))
+    assert [q.group for q in questions["multikey"]] == [460] * 4  # 260 characters have no space for three
+    assert [q.group for q in questions["multivalue"]] == [260] * 4 + [460] * 4
+    places = []
+    for question in questions["multikey"]:
+        facts = FACT.findall(question.prompt)
+        assert len(facts) == 3 == len({code for _, code in facts})
+        asked = re.findall(r"The code of the (\w+ \w+) is$", question.prompt)[0]
+        assert dict(facts)[asked] == question.answer
+        assert question.distance == back(question.prompt, question.answer)
+        assert question.tokens <= question.group
+        places.append([thing for thing, _ in facts].index(asked))
+    assert len(set(places)) > 1
+    for question in questions["multivalue"]:
+        facts = re.findall(r"One code of the (\w+ \w+) is (\d{4})\.", question.prompt)
+        assert len(facts) == 2 and len({thing for thing, _ in facts}) == 1
+        assert question.answer == ", ".join(code for _, code in facts)
+        assert question.distance == back(question.prompt, facts[0][1])
+    numbers = measured(Reader(10**6), Reader(9), **several)
+    read = {name: model["multikey"]["successes"] for name, model in numbers["models"].items()}
+    assert read == {"teacher": 4, "student": 0}
+    shown = Recall.present(numbers)
+    titles = [table.title for table in shown.tables]
+    assert "One of several needles by length" in titles and "All codes of one thing by length" in titles
+    assert {plot.name for plot in shown.plots} >= {"recall_multikey", "recall_multivalue"}
+    with pytest.raises(InputError, match="at most 10"):
+        Recall(needles=11).check(eval_context(Reader(9)))
 
 
 def test_pass_keys_hide_in_noise_alone() -> None:

@@ -127,7 +127,8 @@ def test_what_is_missing_is_reported(
 
 
 def test_a_conversion_chooses_by_the_same_scores(folder: Path) -> None:
-    from linearize.conversion.prepare import inspect_sensitivity, prepare
+    from linearize.conversion.inspections import inspect_sensitivity
+    from linearize.conversion.prepare import prepare
     from linearize.recipes.schema import load_recipe
 
     recipe = load_recipe(folder / "tiny.yaml").override({"plan.layers": {"keep": 0.34, "select": "sensitivity"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,12 @@ def inspect(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Measure what replacing each layer alone costs; needs --data.")
     ] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Measure which heads of a teacher look things up, by ablation.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --heads: write a map of the scores, heads.svg and .png.")
+    ] = None,
     data: Data = None,
     recipe: Recipe = None,
     tokens: Annotated[
@@ -30,11 +37,24 @@ def inspect(
 ) -> None:
     """Print mixer, parameters and state bytes of each layer.
 
-    Or how sensitive each layer is, or which backends run here.
+    Or how sensitive each layer is, which heads look things up, or which backends run here.
     """
     chosen = specified(data=data, recipe=recipe, tokens=tokens)
+    if sum((sensitivity, heads, backends)) > 1:
+        raise InputError("inspect takes one of --sensitivity, --heads and --backends at a time")
+    if plot is not None and not heads:
+        raise InputError("inspect --plot draws the scores of heads: add --heads, or leave it out")
+    if heads:
+        if chosen:
+            raise InputError("inspect --heads writes its own text: leave --data, --recipe and --tokens out")
+        from linearize.conversion.inspections import inspect_heads
+
+        with json_only(as_json):
+            found = inspect_heads(model, trust_remote_code=trust_remote_code, plot=plot, **specified(device=device))
+        show(found if as_json else {**found, "heads": _with_bars(found["heads"], "fall")}, as_json=as_json)
+        return
     if backends:
-        if sensitivity or chosen or trust_remote_code:
+        if chosen or trust_remote_code:
             raise InputError("inspect --backends takes --device and --json alone; leave the other options out")
         from linearize.modeling.inspect import inspect_backends
 
@@ -53,16 +73,16 @@ def inspect(
             report = inspect_model(model)
         show(report, as_json=as_json)
         return
-    from linearize.conversion.prepare import inspect_sensitivity
+    from linearize.conversion.inspections import inspect_sensitivity
 
     if data is None:
         raise InputError("inspect --sensitivity measures on text: give it with --data")
     with json_only(as_json):
         result = inspect_sensitivity(model, trust_remote_code=trust_remote_code, **chosen)
-    show(result if as_json else {**result, "layers": _with_bars(result["layers"])}, as_json=as_json)
+    show(result if as_json else {**result, "layers": _with_bars(result["layers"], "kl")}, as_json=as_json)
 
 
-def _with_bars(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of layers, each with a bar whose length is proportional to its KL."""
-    largest = max((row["kl"] for row in layers), default=0.0)
-    return [{**row, "": "#" * round(30 * row["kl"] / largest) if largest > 0 else ""} for row in layers]
+def _with_bars(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows, each with a bar whose length is proportional to this number."""
+    largest = max((row[key] for row in rows), default=0.0)
+    return [{**row, "": "#" * round(30 * row[key] / largest) if largest > 0 else ""} for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from linearize.conversion.checks import (
 from linearize.conversion.text import SENSITIVITY_TOKENS, read_text, sample_batches, with_measured_tokens
 from linearize.decoding.loading import is_student, pick_device
 from linearize.errors import InputError
+from linearize.metrics.head_scores import HeadScore, head_scores
 from linearize.metrics.sensitivity import LayerScore, layer_sensitivity
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM, load
@@ -33,7 +34,7 @@ from linearize.modeling.surgery import check_plan
 from linearize.modeling.truncate import truncate
 from linearize.phases import phase
 from linearize.recipes.plan import PlanConfig
-from linearize.recipes.schema import DEFAULT_RECIPE, Recipe, load_recipe
+from linearize.recipes.schema import Recipe
 from linearize.training.config import Batch
 from linearize.training.data.loading import PSEUDO
 from linearize.training.data.train_dataset import TrainDataset
@@ -48,8 +49,9 @@ class Prepared:
     """Everything that a conversion in memory works on, checked.
 
     `plan`: the mixer of each layer at the end. `steps`: the layers converted after each step of the schedule; `student`
-    has those of the first step. `scores`: the sensitivity of each layer, where the plan needs it. `heldout`: batches on
-    the teacher's device. `teacher_weights`: a fingerprint of the teacher's weights.
+    has those of the first step. `scores`, `heads`: the sensitivity of each layer and the score of each group of heads,
+    where the plan needs them. `heldout`: batches on the teacher's device. `teacher_weights`: a fingerprint of the
+    teacher's weights.
 
     For a draft `teacher` is its target, and `layers` are the target's layers that it has. `layer_teacher` has the
     student's layers: it is the teacher, or the teacher cut to the draft's layers, or None where the target is a
@@ -66,6 +68,7 @@ class Prepared:
     plan: Sequence[MixerConfig | None]
     steps: Sequence[Sequence[int]]
     scores: Sequence[LayerScore]
+    heads: Sequence[HeadScore] = ()
     text: TrainDataset
     heldout: Sequence[Batch]
     teacher_weights: str
@@ -95,9 +98,10 @@ def prepare(
     """
     check_starts(recipe.plan)
     makes_draft = recipe.plan.depth is not None
-    runs = recipe.plan.needs_scores or any(spec == "self" or spec.startswith(PSEUDO) for spec in specs)
+    scored = recipe.plan.needs_scores or (recipe.plan.heads is not None and recipe.plan.heads.needs_scores)
+    runs = scored or any(spec == "self" or spec.startswith(PSEUDO) for spec in specs)
     with phase(f"loading {name}"):
-        teacher, tokenizer = _load_teacher(
+        teacher, tokenizer = load_for_conversion(
             name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs,
             base=checked_base(recipe),
         )  # fmt: skip
@@ -121,14 +125,18 @@ def prepare(
         assert recipe.plan.mixer is not None
         scores = layer_sensitivity(base, recipe.plan.mixer, sample_batches(recipe, text, teacher, SENSITIVITY_TOKENS))
         plan, steps, untouched = resolve_plan(recipe.plan, sites, base, scores)
-    if scores or len(steps) > 1:
+    heads: Sequence[HeadScore] = ()
+    if recipe.plan.heads is not None and recipe.plan.heads.needs_scores:
+        heads = head_scores(teacher, tokenizer, seed=recipe.seed).heads
+        plan, steps, untouched = resolve_plan(recipe.plan, sites, base, scores, heads)
+    if scores or heads or len(steps) > 1:
         first = [mixer if layer in steps[0] else None for layer, mixer in enumerate(plan)]
         student = _student(base, name, first, recipe.seed)
     for notice in notices + untouched:
         LOG.warning(notice)
     return Prepared(
         name=name, recipe=recipe, teacher=teacher, layer_teacher=base, layers=layers, tokenizer=tokenizer,
-        student=student, plan=plan, steps=steps, scores=scores, text=text, heldout=heldout,
+        student=student, plan=plan, steps=steps, scores=scores, heads=heads, text=text, heldout=heldout,
         teacher_weights=model_fingerprint(teacher),
     )  # fmt: skip
 
@@ -165,14 +173,21 @@ def _draft_of_student(
 
 
 def resolve_plan(
-    plan: PlanConfig, sites: Sequence[AttentionSite], teacher: Any, scores: Sequence[LayerScore]
+    plan: PlanConfig,
+    sites: Sequence[AttentionSite],
+    teacher: Any,
+    scores: Sequence[LayerScore],
+    heads: Sequence[HeadScore] = (),
 ) -> tuple[list[MixerConfig | None], list[list[int]], list[str]]:
     """The mixer of each layer, the steps of the schedule, and warnings about layers that stay as they are.
 
-    Without `scores`, a plan that chooses layers by them gets any choice of the right size.
+    Without `scores` or `heads`, a plan that chooses layers or heads by them gets any choice of the right size.
     """
     planned = plan.resolve(len(sites), [score.kl for score in scores] or [0.0] * len(sites))
     applied = check_plan(planned, sites, teacher.config.model_type)
+    counts = [0 if site.sliding_window is not None else site.shape.num_kv_heads for site in sites]
+    by_place = {(score.layer, score.group): score.fall for score in heads}
+    applied = plan.with_heads(applied, counts, by_place or None)
     kept = [i for i, mixer in enumerate(planned) if mixer is not None and applied[i] is None]
     notices = [f"layers {kept} keep their own attention: the teacher limits it to the mixer's window already"] * bool(
         kept
@@ -185,42 +200,6 @@ def _student(teacher: Any, name: str, plan: Sequence[MixerConfig | None], seed: 
     return LinearizedForCausalLM.from_teacher(teacher, plan, teacher_name=name)
 
 
-def inspect_sensitivity(
-    teacher: str,
-    *,
-    data: Sequence[str],
-    recipe: str | Recipe = DEFAULT_RECIPE,
-    tokens: int = SENSITIVITY_TOKENS,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Measure what replacing each layer of a teacher alone by the recipe's mixer costs, on about `tokens` tokens.
-
-    The text is the training part of the data, as where a conversion chooses its layers. The result is JSON; `layers`
-    has one `LayerScore` per layer.
-
-    Raises:
-        InputError: a teacher, data or recipe that cannot be used.
-    """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if (mixer := chosen.plan.mixer) is None:
-        raise InputError(f"recipe {chosen.name} has no plan.mixer to replace layers by: give another recipe")
-    check_starts(chosen.plan)
-    model, tokenizer = _load_teacher(teacher, device, chosen.seed, trust_remote_code)
-    chosen, notices = fit_length(chosen, context_length(model), ())
-    text, _ = read_text(model, tokenizer, chosen.data, data)
-    for notice in notices:
-        LOG.warning(notice)
-    sample = sample_batches(chosen, text, model, tokens)
-    scores = layer_sensitivity(model, mixer, sample)
-    return {
-        "model": teacher,
-        "mixer": str(mixer.name),  # type: ignore[attr-defined]
-        "tokens": sum(batch["input_ids"].numel() for batch in sample),
-        "layers": [asdict(score) for score in scores],
-    }
-
-
 def _steps(plan: PlanConfig, planned: Sequence[Any], applied: Sequence[Any]) -> list[list[int]]:
     """The schedule's steps without the layers that stay as they are; at least one."""
     converted = [layer for layer, mixer in enumerate(planned) if mixer is not None]
@@ -228,7 +207,7 @@ def _steps(plan: PlanConfig, planned: Sequence[Any], applied: Sequence[Any]) -> 
     return [step for i, step in enumerate(left) if step and (i == 0 or step != left[i - 1])] or [[]]
 
 
-def _load_teacher(
+def load_for_conversion(
     name: str,
     device: str | None,
     seed: int,

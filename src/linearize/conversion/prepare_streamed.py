@@ -138,6 +138,9 @@ def _check_plan(recipe: Recipe) -> None:
         "plan.depth (a draft)": plan.depth is not None,
         "plan.schedule": plan.schedule is not None,
         "layers chosen by sensitivity": plan.needs_scores,
+        "heads chosen by their scores (plan.heads.keep as a number; name them as [[layer, group], ...])": (
+            plan.heads is not None and plan.heads.needs_scores
+        ),
     }
     if present := [name for name, is_set in unsupported.items() if is_set]:
         raise InputError(

@@ -275,11 +275,13 @@ class Conversion:
         return None
 
     def _choices(self) -> dict[str, Any]:
-        """For the report: the sensitivity of layers, the steps of the schedule, the layers per streamed block, and the
-        layers of a draft."""
+        """For the report: the sensitivity of layers, the scores of heads, the steps of the schedule, the layers per
+        streamed block, and the layers of a draft."""
         scores = [asdict(score) for score in self.prepared.scores]
+        heads = [asdict(score) for score in self.prepared.heads]
         steps = [list(step) for step in self.steps]
-        choices = ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
+        choices: dict[str, Any] = {"head_scores": heads} if heads else {}
+        choices |= ({"layer_sensitivity": scores} if scores else {}) | ({"schedule": steps} if len(steps) > 1 else {})
         streamed = {"streamed": {"block": len(self.trained[0].layers)}} if self.trained else {}
         return choices | streamed | self._draft()
 

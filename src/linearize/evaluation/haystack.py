@@ -69,6 +69,11 @@ PASS_KEY = Form(
     question="What is the pass key? The pass key is",
     digits=5,
 )
+VALUES = Form(
+    statement="One code of the {thing} is {answer}.",
+    question="What are the codes of the {thing}, in the order of the text? The codes of the {thing} are",
+    things=CODE.things,
+)
 PASS_KEY_TASK = "There is a pass key hidden in this text. Find it and remember it."
 
 
@@ -129,7 +134,33 @@ def needle_question(ruler: Ruler, hay: Hay, rng: random.Random, *, length: int, 
     """One code in `length` tokens of hay (fact, question and answer included), `depth` of the hay before it."""
     thing, answer = _facts(CODE, rng, 1)[0]
     sentences = hay.draw(rng, lambda body: answer not in body)
-    return _hidden(ruler, sentences, CODE, thing, answer, length=length, depth=depth)
+    statement = CODE.statement.format(thing=thing, answer=answer)
+    return _hidden(ruler, sentences, [(depth, statement)], CODE.question.format(thing=thing), answer, length=length)
+
+
+def multikey_question(ruler: Ruler, hay: Hay, rng: random.Random, *, length: int, keys: int) -> HiddenFact:
+    """`keys` codes of different things anywhere in `length` tokens of hay, one of which is asked for."""
+    facts = _facts(CODE, rng, keys)
+    sentences = hay.draw(rng, lambda body: not any(answer in body for _, answer in facts))
+    statements = [(rng.random(), CODE.statement.format(thing=thing, answer=answer)) for thing, answer in facts]
+    thing, answer = facts[0]
+    return _hidden(ruler, sentences, statements, CODE.question.format(thing=thing), answer, length=length)
+
+
+def multivalue_question(ruler: Ruler, hay: Hay, rng: random.Random, *, length: int, values: int) -> HiddenFact:
+    """`values` codes of one thing anywhere in `length` tokens of hay, all of which are asked for, in their order.
+
+    Its `distance` is that of the first."""
+    facts = _facts(VALUES, rng, values)
+    thing, answers = facts[0][0], [answer for _, answer in facts]
+    sentences = hay.draw(rng, lambda body: not any(answer in body for answer in answers))
+    depths = sorted(rng.random() for _ in answers)
+    statements = [
+        (depth, VALUES.statement.format(thing=thing, answer=answer))
+        for depth, answer in zip(depths, answers, strict=True)
+    ]
+    question = VALUES.question.format(thing=thing)
+    return _hidden(ruler, sentences, statements, question, ", ".join(answers), length=length)
 
 
 def passkey_question(ruler: Ruler, form: Form, rng: random.Random, *, length: int) -> HiddenFact:
@@ -137,7 +168,9 @@ def passkey_question(ruler: Ruler, form: Form, rng: random.Random, *, length: in
     thing, answer = _facts(form, rng, 1)[0]
     sentences = cycle([(" ", sentence) for sentence in NOISE])
     before = PASS_KEY_TASK if form == PASS_KEY else ""
-    return _hidden(ruler, sentences, form, thing, answer, length=length, depth=rng.random(), before=before)
+    statements = [(rng.random(), form.statement.format(thing=thing, answer=answer))]
+    question = form.question.format(thing=thing)
+    return _hidden(ruler, sentences, statements, question, answer, length=length, before=before)
 
 
 def association_questions(
@@ -169,17 +202,21 @@ def association_questions(
 
 
 def _hidden(
-    ruler: Ruler, source: Iterator[Sentence], form: Form, thing: str, answer: str, *, length: int, depth: float,
-    before: str = "",
+    ruler: Ruler, source: Iterator[Sentence], statements: Sequence[tuple[float, str]], question: str, answer: str,
+    *, length: int, before: str = "",
 ) -> HiddenFact:  # fmt: skip
-    """As many sentences as fit, the fact between the two nearest to its depth, the question at the end."""
-    statement, question = form.statement.format(thing=thing, answer=answer), form.question.format(thing=thing)
+    """As many sentences as fit, each statement between the two nearest to its depth, the question at the end; distance
+    and depth are those of the first statement."""
     limit = length - SPARE_TOKENS - len(answer_tokens(ruler.tokenizer, question, answer))
 
     def written(hay: Sequence[Sentence]) -> tuple[str, str]:
-        place = _border([ruler.count(sentence) for sentence in hay], depth)
-        with_fact = _joined(_text(before, hay[:place]), " ", statement)
-        return with_fact, _joined(_text(with_fact, hay[place:]), " ", question)
+        counts = [ruler.count(sentence) for sentence in hay]
+        text, done, with_fact = before, 0, ""
+        for number in sorted(range(len(statements)), key=lambda number: statements[number][0]):
+            place = _border(counts, statements[number][0])
+            text = _joined(_text(text, hay[done:place]), " ", statements[number][1])
+            done, with_fact = place, text if number == 0 else with_fact
+        return with_fact, _joined(_text(text, hay[done:]), " ", question)
 
     def tokens(hay: Sequence[Sentence]) -> int:
         return ruler.prompt(written(hay)[1])
@@ -202,6 +239,7 @@ def _hidden(
             hay, size = [*hay, sentence], longer
     with_fact, prompt = written(hay)
     distance = size - ruler.prompt(with_fact)
+    depth = statements[0][0]
     return HiddenFact(prompt=prompt, answer=answer, group=length, depth=depth, tokens=size, distance=distance)
 
 

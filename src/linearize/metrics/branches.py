@@ -39,7 +39,7 @@ def longest_reach(plan: Sequence[MixerConfig | None]) -> int | None:
     """Tokens that the longest window of any mixer reaches back, the query itself included; None without a window."""
     reaches = [
         ring_slots(mixer.window, mixer.window_shape) + 1
-        for mixer in plan
+        for mixer in (None if entry is None else entry.inner for entry in plan)
         if isinstance(mixer, WINDOWED) and mixer.window
     ]
     return max(reaches, default=None)
@@ -47,7 +47,7 @@ def longest_reach(plan: Sequence[MixerConfig | None]) -> int | None:
 
 def two_branch_layers(plan: Sequence[MixerConfig | None]) -> list[int]:
     """The layers whose mixer has a window and a linear branch."""
-    return [i for i, mixer in enumerate(plan) if isinstance(mixer, LolcatsConfig | GlaConfig) and mixer.window]
+    return [i for i, mixer in enumerate(plan) if mixer is not None and mixer.has_two_branches]
 
 
 @dataclass(frozen=True, kw_only=True)

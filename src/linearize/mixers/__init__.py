@@ -10,9 +10,10 @@ from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.mamba import MambaConfig
 from linearize.mixers.mamba2 import Mamba2Config
 from linearize.mixers.retention import RetentionConfig
+from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig
 
-__all__ = ["MIXERS", "AttentionMixer", "AttentionShape", "LayerMixer", "Mixer", "MixerConfig", "MixerCost"]
+__all__ = ["LAYERS", "MIXERS", "AttentionMixer", "AttentionShape", "LayerMixer", "Mixer", "MixerConfig", "MixerCost"]
 
 MIXERS: dict[str, type[MixerConfig]] = {
     "gated_delta_net": GatedDeltaNetConfig,
@@ -23,3 +24,6 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "retention": RetentionConfig,
     "sliding_window": SlidingWindowConfig,
 }
+
+# What a layer of a student may hold: a mixer of the table, alone or beside heads that keep their attention.
+LAYERS: dict[str, type[MixerConfig]] = {**MIXERS, "retrieval_heads": RetrievalHeadsConfig}

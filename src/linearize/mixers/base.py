@@ -83,6 +83,20 @@ class MixerConfig(BaseModel):
         """Whether the mixer takes more from an attention module's projections than its attention does."""
         return False
 
+    @property
+    def has_two_branches(self) -> bool:
+        """Whether the mixer has a window and a linear branch, each of which can run alone."""
+        return False
+
+    @property
+    def inner(self) -> MixerConfig:
+        """The mixer itself, or what runs in the heads that do not keep their softmax attention."""
+        return self
+
+    def with_inner(self, inner: MixerConfig) -> MixerConfig:
+        """The same with another `inner`."""
+        return inner
+
     def build(self, shape: AttentionShape) -> Mixer:
         """A mixer for attention of this shape, initialised."""
         raise AssertionError(f"{type(self).__name__} has no build method")

@@ -49,6 +49,11 @@ class GlaConfig(MixerConfig):
         """See `MixerConfig`: the gate is the key projection's output."""
         return True
 
+    @property
+    def has_two_branches(self) -> bool:
+        """See `MixerConfig`."""
+        return self.window > 0
+
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer; it has no parameters."""
         return Gla(self, shape)

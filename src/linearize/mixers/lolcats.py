@@ -49,6 +49,11 @@ class LolcatsConfig(WindowMixerConfig):
             )
         return self
 
+    @property
+    def has_two_branches(self) -> bool:
+        """See `MixerConfig`."""
+        return self.window > 0
+
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer, initialised."""
         return Lolcats(self, shape)

@@ -146,12 +146,12 @@ def parse_mixer(entry: dict[str, Any]) -> MixerConfig:
     Raises:
         InputError: an unknown mixer name.
     """
-    from linearize.mixers import MIXERS
+    from linearize.mixers import LAYERS
 
     name = str(entry.get("name"))
-    if name not in MIXERS:
-        raise unknown("mixer", name, MIXERS)
-    return MIXERS[name].model_validate(entry)
+    if name not in LAYERS:
+        raise unknown("mixer", name, LAYERS)
+    return LAYERS[name].model_validate(entry)
 
 
 def student_config(

@@ -190,18 +190,22 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: no mixer with a store, a negative number, or a window that a store does not fit.
         """
         configs = self.config.mixers()
-        able = [layer for layer in self._converted() if hasattr(configs[layer], "store")]
+        able = [layer for layer in self._converted() if hasattr(configs[layer].inner, "store")]  # type: ignore[union-attr]
         if not able:
-            names = sorted({str(mixer.name) for mixer in configs if mixer is not None})  # type: ignore[attr-defined]
+            names = sorted({str(mixer.inner.name) for mixer in configs if mixer is not None})  # type: ignore[attr-defined]
             raise InputError(f"store {pairs}: mixers of this student are {', '.join(names)}, and lolcats alone has one")
         for layer in able:
+            whole: Any = configs[layer]
             try:
-                entry = parse_mixer({**configs[layer].model_dump(), "store": pairs})  # type: ignore[union-attr]
+                inner = parse_mixer({**whole.inner.model_dump(), "store": pairs})
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise InputError(f"store {pairs} of layer {layer}: {reason}") from error
+            entry = whole.with_inner(inner)
             self.config.plan[layer] = entry.model_dump()
             mixer: Any = self.lm.get_submodule(self.config.attention[layer]).mixer
+            if entry is not inner and mixer.inner is not None:
+                mixer.inner.config = inner
             mixer.config = entry
 
     def _converted(self) -> list[int]:

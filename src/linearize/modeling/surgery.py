@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
+from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
 from linearize.modeling.attention import ATTENTION, MixerLayer, parameter_names
 from linearize.modeling.io.nf4 import nf4_states
 from linearize.modeling.library_internals import set_attention
@@ -36,6 +37,11 @@ def check_plan(
         )
     checked = [None if _is_local(mixer, site) else mixer for mixer, site in zip(plan, sites, strict=True)]
     for mixer, site in zip(checked, sites, strict=True):
+        if isinstance(mixer, RetrievalHeadsConfig) and site.sliding_window is not None:
+            raise InputError(
+                f"plan.heads: layer {site.layer} of {family} sees the last {site.sliding_window} tokens only, so no "
+                "head of it looks further back: name groups of other layers"
+            )
         if mixer is not None and mixer.reads_projections and not site.readable:
             raise InputError(
                 f"{mixer.name} cannot start from layer {site.layer} of {family}: its attention sees other queries, "  # type: ignore[attr-defined]
@@ -45,7 +51,7 @@ def check_plan(
 
 
 def _is_local(mixer: MixerConfig | None, site: AttentionSite) -> bool:
-    window = getattr(mixer, "window", None)
+    window = None if mixer is None else getattr(mixer.inner, "window", None)
     return window is not None and site.sliding_window is not None and site.sliding_window <= window
 
 

@@ -18,6 +18,7 @@ from linearize.training.stages import STAGES
 Key = tuple[str, ...]
 _LAYERS = ("plan", "layers")
 _SCHEDULE = ("plan", "schedule")
+_HEADS = ("plan", "heads")
 _MIXER = ("plan", "mixer")
 _LAYER_FORMS = ({"keep", "select"}, {"every"})
 
@@ -89,7 +90,7 @@ def _opens(key: Key, everything: Mapping[str, Any]) -> bool:
     """Whether a key may create a section that the recipe lacks; its value is checked with the recipe."""
     if key[:2] == ("plan", "overrides"):
         return len(key) in (3, 4)
-    return key[:-1] == _SCHEDULE or (key[:-1] == _MIXER and _find(everything, _MIXER) is None)
+    return key[:-1] in (_SCHEDULE, _HEADS) or (key[:-1] == _MIXER and _find(everything, _MIXER) is None)
 
 
 def _layer_form(key: Key) -> set[str]:

@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
+from linearize.mixers.layer_mixer import LayerMixerConfig
+from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
+from linearize.recipes.heads import KeepHeads
 from linearize.recipes.schedule import ScheduleChoice, rounded
 
 if TYPE_CHECKING:
@@ -89,8 +92,9 @@ class EveryLayer(BaseModel):
 
 
 class PlanConfig(BaseModel):
-    """The mixer, the layers it goes to, other mixers for single layers, and whether the layers are converted all at
-    once or step by step (`schedule`). Negative indices count from the end.
+    """The mixer, the layers it goes to, other mixers for single layers, heads that keep their attention in converted
+    layers, and whether the layers are converted all at once or step by step (`schedule`). Negative indices count from
+    the end.
 
     `depth` makes a draft, the target with some of its layers alone: their number, or a list of them. All other layer
     indices are those of the draft then, and `mixer` may be left out: the layers stay as they are.
@@ -102,6 +106,7 @@ class PlanConfig(BaseModel):
     mixer: MixerChoice | None = Field(None, validate_default=True, description="null: none, of a draft alone")
     layers: Literal["all"] | tuple[int, ...] | KeepLayers | EveryLayer = "all"
     overrides: dict[int, MixerChoice] = Field(default_factory=dict, description="another mixer for single layers")
+    heads: KeepHeads | None = Field(None, description="null: no head keeps softmax in a converted layer")
     schedule: ScheduleChoice | None = Field(None, description="null: all layers at once")
 
     @field_validator("depth", mode="before")
@@ -120,8 +125,9 @@ class PlanConfig(BaseModel):
 
     @model_validator(mode="after")
     def _something_to_place(self) -> PlanConfig:
-        if self.mixer is None and (self.layers != "all" or self.overrides or self.schedule is not None):
-            raise ValueError("layers, overrides and schedule need plan.mixer: set it, or leave them out")
+        rest = (self.overrides, self.heads, self.schedule)
+        if self.mixer is None and (self.layers != "all" or any(rest)):
+            raise ValueError("layers, overrides, heads and schedule need plan.mixer: set it, or leave them out")
         return self
 
     @field_validator("layers", mode="before")
@@ -192,6 +198,35 @@ class PlanConfig(BaseModel):
                 raise InputError(f"plan.overrides: layer {index} is not converted; add it to plan.layers or drop it")
         mixers = dict.fromkeys(converted, self.mixer) | dict(zip(indices, self.overrides.values(), strict=True))
         return [mixers.get(i) for i in range(num_layers)]
+
+    def with_heads(
+        self,
+        mixers: Sequence[MixerChoice | None],
+        counts: Sequence[int],
+        scores: Mapping[tuple[int, int], float] | None = None,
+    ) -> list[MixerChoice | None]:
+        """The mixers of the layers with the heads that `heads` keeps beside them.
+
+        Args:
+            mixers: as `resolve` gives them.
+            counts: key/value groups of each layer's attention; 0 where the teacher limits it to a window.
+            scores: of each group; needed for the right choice where `heads.needs_scores`.
+
+        Raises:
+            InputError: groups that do not exist, or that cannot be kept.
+        """
+        if self.heads is None:
+            return list(mixers)
+        between = {
+            i: counts[i]
+            for i, mixer in enumerate(mixers)
+            if mixer is not None and not isinstance(mixer, LayerMixerConfig) and counts[i]
+        }
+        kept = self.heads.chosen(between, len(mixers), scores)
+        return [
+            RetrievalHeadsConfig(groups=tuple(kept[i]), mixer=mixer) if i in kept else mixer  # type: ignore[arg-type]
+            for i, mixer in enumerate(mixers)
+        ]
 
     def steps(self, converted: Sequence[int], num_layers: int) -> list[list[int]]:
         """The layers converted after each step of the schedule; one step of all of them without one.

@@ -124,6 +124,8 @@ class StageRun:
 
     checkpoints_gradients: ClassVar[bool] = False
     """Whether `enable_gradient_checkpointing` does anything; a config that asks for it is refused otherwise."""
+    progress: float = 0.0
+    """Share of the stage's steps that are done; the loop sets it before each step."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The parameters that the stage trains; names unique over all groups, every parameter with `requires_grad`."""

@@ -240,6 +240,7 @@ class _Loop:
     def _step(self, batch: Batch) -> None:
         state = self.state
         lr = self.config.lr * lr_factor(self.config, state.step, self.steps, state.plateau)
+        self.stepper.run.progress = state.step / self.steps
         numbers = self.stepper.step(batch, number=state.step, lr=lr)
         state.step += 1
         if numbers is not None:

@@ -42,6 +42,13 @@ def static_layers(model: PreTrainedModel, tail: int, capacity: int | None, most:
     """
     if model.training:
         raise InputError("a static step runs models in eval mode: call model.eval() first")
+    if isinstance(model, LinearizedForCausalLM):
+        for index, mixer in model.mixers().items():
+            if mixer.cost(4).bytes_per_token:
+                raise InputError(
+                    f"layer {index} ({mixer.config.name}) holds the whole text for some heads, which a static cache "  # type: ignore[attr-defined]
+                    "has no memory for: decode without (no --compile)"
+                )
     layers = DynamicCache(config=model.config).layers
     if not all(isinstance(layer, MixerCacheLayer) for layer in layers):
         _check_softmax(model)

@@ -165,7 +165,8 @@ def step(
         k = torch.cat([state.k_BGRD.to(dtype), k_BG1D], dim=2)
         v = torch.cat([state.v_BGRV.to(dtype), v_BG1V], dim=2)
     numerator, normaliser, m = None, None, None  # `m`: of a shared shift
-    if spec.has_window:
+    at_once = _takes_sdpa(q_BH1D, v, spec) and state.memory_BHFV is not None
+    if spec.has_window and not at_once:
         numerator, normaliser, m = _window(
             q_BH1D.unflatten(1, (groups, -1)).squeeze(3), k, v, layout.start, state, spec
         )
@@ -174,31 +175,72 @@ def step(
         if m is not None:
             recalled = recalled * (-m).exp()
         of_values, of_ones = recalled[..., :-1], recalled[..., -1:]
-        numerator = of_values if numerator is None else numerator + of_values
-        normaliser = of_ones if normaliser is None else normaliser + of_ones
+        if at_once:
+            numerator = _between_branches(q_BH1D, k, v, (of_values, of_ones), layout.start, state, spec)
+        else:
+            numerator = of_values if numerator is None else numerator + of_values
+            normaliser = of_ones if normaliser is None else normaliser + of_ones
     if spec.has_linear and spec.window == 0:  # then the token itself is beyond the window
         own, alone = _own(q_BH1D, k_BG1D, v_BG1V, spec)
         numerator = own if numerator is None else numerator + own
         normaliser = alone if normaliser is None else normaliser + alone
-    assert numerator is not None and normaliser is not None
+    assert numerator is not None
     after = None
     if need_state:
         following = plain_after if spec.store else next_plain_state
         after = following(k, v, past, layout.start, state, spec, ring_buffer=ring_buffer)
+    if normaliser is None:  # divided already
+        return numerator, after
     if not spec.has_window:  # in a window the token sees itself
         normaliser = normaliser.masked_fill(normaliser == 0, 1)
     return numerator / normaliser, after
 
 
-def _window(
-    q_BGRD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, position: int, state: WindowLinearState, spec: WindowLinear
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of g exp(s - m) v, `[B, H, 1, V]`, and of g exp(s - m), and a shared m, both `[B, H, 1, 1]`.
+def _takes_sdpa(q_BH1D: Tensor, v_BGSV: Tensor, spec: WindowLinear) -> bool:
+    """Whether one call of SDPA serves for the window: on a CPU, without gradients, where the shift is shared (so that
+    it cancels and the call's logarithm of the normaliser is enough)."""
+    return (
+        spec.has_window
+        and spec.has_linear
+        and spec.shared_shift
+        and spec.softcap is None
+        and q_BH1D.device.type == "cpu"
+        and q_BH1D.shape[3] == v_BGSV.shape[3]
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
-    The token sees itself, so that m is finite.
-    """
-    dtype, keys, values = q_BGRD.dtype, list[Tensor](), list[Tensor]()
-    out_of_ring = max(position + 1 - k_BGSD.shape[2], 0)  # sinks that have left the ring
+
+def _between_branches(
+    q_BH1D: Tensor,
+    k_BGSD: Tensor,
+    v_BGSV: Tensor,
+    recalled: tuple[Tensor, Tensor],
+    position: int,
+    state: WindowLinearState,
+    spec: WindowLinear,
+) -> Tensor:
+    """The mean of the window's and the linear branch's values, weighted by their normalisers g Z and r:
+    y = w y_window + (1 - w) y_linear with w = sigmoid(log g + log Z - log r), `[B, H, 1, V]`."""
+    keys, values = _seen(k_BGSD, v_BGSV, position, state, spec)
+    k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (keys, values))
+    y_BGRV, log_z_BGR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BH1D.view(*k.shape[:2], -1, k.shape[3]), k, v, scale=spec.scaling
+    )
+    y, log_z = y_BGRV.reshape(*q_BH1D.shape[:3], -1), log_z_BGR.reshape(q_BH1D.shape[0], -1, 1, 1)
+    of_values, of_ones = recalled
+    of_ones = of_ones.clamp(min=torch.finfo(of_ones.dtype).tiny)  # 0 where nothing is folded yet
+    if spec.log_window_factor_H is not None:
+        log_z = log_z + spec.log_window_factor_H.to(log_z.dtype).view(-1, 1, 1)
+    return torch.lerp(of_values / of_ones, y, torch.sigmoid(log_z - of_ones.log()))
+
+
+def _seen(
+    k_BGSD: Tensor, v_BGSV: Tensor, position: int, state: WindowLinearState, spec: WindowLinear
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values that the token at `position` sees by softmax: sinks that left the ring, ring, store."""
+    dtype, keys, values = k_BGSD.dtype, list[Tensor](), list[Tensor]()
+    out_of_ring = max(position + 1 - k_BGSD.shape[2], 0)
     if state.sink_k_BGND is not None and state.sink_v_BGNV is not None and out_of_ring:
         keys.append(state.sink_k_BGND[:, :, :out_of_ring].to(dtype))
         values.append(state.sink_v_BGNV[:, :, :out_of_ring].to(dtype))
@@ -208,6 +250,17 @@ def _window(
         assert state.store_k_BGPD is not None and state.store_v_BGPV is not None
         keys.append(state.store_k_BGPD[:, :, :stored].to(dtype))
         values.append(state.store_v_BGPV[:, :, :stored].to(dtype))
+    return keys, values
+
+
+def _window(
+    q_BGRD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, position: int, state: WindowLinearState, spec: WindowLinear
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of g exp(s - m) v, `[B, H, 1, V]`, and of g exp(s - m), and a shared m, both `[B, H, 1, 1]`.
+
+    The token sees itself, so that m is finite.
+    """
+    keys, values = _seen(k_BGSD, v_BGSV, position, state, spec)
     scores = [q_BGRD @ k.mT for k in keys]
     s = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)) * spec.scaling
     if spec.softcap is not None:

@@ -49,13 +49,14 @@ class SplitModel:
         if self.decoder is not None and not self._comes_apart():
             self.decoder = None
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` if the model cannot be divided."""
+    def hidden(self, batch: Batch, **options: Any) -> Tensor:
+        """Final hidden states `[B, T, M]`, or whole logits `[B, T, V]` if the model cannot be divided; `options` go to
+        the model's forward."""
         if self.decoder is None:
-            whole: Tensor = self._run(batch).logits
+            whole: Tensor = self._run(batch, **options).logits
             return whole
         with without_head(self.lm):
-            return self._pass(batch, logits_to_keep=1)[0]
+            return self._pass(batch, logits_to_keep=1, **options)[0]
 
     def logits(self, hidden_NM: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states."""

@@ -6,6 +6,7 @@ The teacher may be another, larger model over the same vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -15,10 +16,17 @@ from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.io.adapters import kept_adapters
 from linearize.modeling.io.integrity import model_fingerprint
+from linearize.ops.window_linear import Branch
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.external_teacher import check_vocabulary, load_other_teacher
 from linearize.training.stages.losses import Divergence, distillation_loss
+from linearize.training.stages.window_dropout import (
+    WindowDropout,
+    check_window_dropout,
+    draw_branches,
+    two_branch_layers,
+)
 from linearize.training.student_run import LogitsRun, mlp_parameters, unshare
 
 
@@ -29,7 +37,7 @@ class DistillConfig(StageConfig):
     `forward` KL(teacher||student), `reverse`, or `jsd`. `temperature`: of the divergence's softmaxes, its result times
     the temperature's square. `train`: `mixers` (what the plan added), `no_mlp` (all but the MLPs; embeddings too),
     `all`. `old_lr_scale`: the teacher's parameters learn at this times `lr`, the mixers' at `lr`. `teacher`: folder or
-    Hub name of another teacher (None: the one that was converted).
+    Hub name of another teacher (None: the one that was converted). `window_dropout`: see `stages/window_dropout.py`.
     """
 
     places: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -42,6 +50,7 @@ class DistillConfig(StageConfig):
     train: Literal["mixers", "no_mlp", "all"] = "mixers"
     old_lr_scale: float = Field(1.0, gt=0)
     teacher: str | None = Field(None, min_length=1)
+    window_dropout: WindowDropout = ()
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillConfig:
@@ -63,6 +72,7 @@ class DistillConfig(StageConfig):
         """
         if self.train == "mixers" and not student.mixer_parameters():
             raise InputError("distill has nothing to train: no mixer of the plan has parameters (set train to no_mlp)")
+        check_window_dropout(self.window_dropout, student)
         if kept_adapters(student) is not None:
             raise InputError("distill changes weights that unmerged adapters belong to: set merge of lowrank to true")
         if self.teacher is not None and self.kl:
@@ -79,7 +89,7 @@ class Distill(LogitsRun):
 
     def __init__(self, config: DistillConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
         super().__init__(student, *_groups(config, student, teacher))
-        self.config = config
+        self.config, self.two_branch_layers = config, two_branch_layers(student)
         self.student_split = SplitModel(student)
         self.teacher_split: SplitModel | None = None
         if config.kl:
@@ -94,6 +104,13 @@ class Distill(LogitsRun):
 
     def loss(self, batch: Batch) -> LossSum:
         """Weighted divergence and cross-entropy, summed over the tokens whose next token counts."""
+        return self._loss(batch, draw_branches(self.config.window_dropout, self.two_branch_layers, self.progress))
+
+    def heldout_loss(self, batch: Batch) -> LossSum:
+        """The same of the whole student."""
+        return self._loss(batch, {})
+
+    def _loss(self, batch: Batch, branch: Mapping[int, Branch]) -> LossSum:
         config = self.config
         return distillation_loss(
             self.student_split,
@@ -103,6 +120,7 @@ class Distill(LogitsRun):
             ce=config.ce,
             kind=config.divergence,
             temperature=config.temperature,
+            branch=branch,
         )
 
     def finish(self) -> None:

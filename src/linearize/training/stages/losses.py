@@ -7,6 +7,8 @@ Letters: B batch, T tokens, V vocabulary, M model width, N tokens that count, n 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -15,10 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from linearize.ops.window_linear import Branch
 from linearize.training.config import Batch, LossSum
 from linearize.training.stages.chunked_logits import SplitModel, slice_tokens, sliced_loss
 
 Divergence = Literal["forward", "reverse", "jsd"]
+EVERYTHING: Mapping[int, Branch] = MappingProxyType({})  # no layer is left with one branch
 
 
 def counted(labels_BT: Tensor) -> Tensor:
@@ -71,17 +75,19 @@ def distillation_loss(
     ce: float,
     kind: Divergence = "forward",
     temperature: float = 1.0,
+    branch: Mapping[int, Branch] = EVERYTHING,
 ) -> LossSum:
     """`kl` times the divergence (see `divergence`) plus `ce` times the next token's cross-entropy, nats, summed over
     the tokens whose next token counts.
 
+    `branch`: the one branch that the student's mixers run, by layer; those left out run both.
     `teacher`: None only with `kl` 0. Where the two pad their vocabulary to unequal sizes, the divergence is over the
     tokens that both have.
     """
     live = counted(batch["labels"])
     labels_N = batch["labels"].roll(-1, 1)[live]
     teacher_NM = _teacher_hidden(teacher, batch, live) if kl else None
-    student_NM = student.hidden(batch)[live]
+    student_NM = student.hidden(batch, **({"branch": dict(branch)} if branch else {}))[live]
 
     def loss(logits_nV: Tensor, part: slice) -> Tensor:
         total = logits_nV.new_zeros((), dtype=torch.float32)

@@ -24,6 +24,12 @@ from linearize.modeling.sharding import shards_of
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import SplitModel
 from linearize.training.stages.losses import distillation_loss
+from linearize.training.stages.window_dropout import (
+    WindowDropout,
+    check_window_dropout,
+    draw_branches,
+    two_branch_layers,
+)
 from linearize.training.student_run import LogitsRun
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -42,7 +48,7 @@ class LowRankConfig(StageConfig):
     (KL(teacher||student)).
     `train_mixers`: whether to train the mixers too, at `mixer_lr_scale` times the learning rate. `merge`: merge the
     adapters into the saved weights; otherwise they are saved next to them (`adapter/`, peft's format) and applied on
-    loading.
+    loading. `window_dropout`: see `stages/window_dropout.py`.
     """
 
     name: Literal["lowrank"] = "lowrank"
@@ -54,6 +60,11 @@ class LowRankConfig(StageConfig):
     train_mixers: bool = False
     mixer_lr_scale: float = Field(1.0, gt=0)
     merge: bool = True
+    window_dropout: WindowDropout = ()
+
+    def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
+        """Raise `InputError` for window dropout that no mixer can have."""
+        check_window_dropout(self.window_dropout, student)
 
     def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and its teacher."""
@@ -64,7 +75,7 @@ class LowRank(LogitsRun):
     """The running stage."""
 
     def __init__(self, config: LowRankConfig, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
-        self.config = config
+        self.config, self.two_branch_layers = config, two_branch_layers(student)
         self.student_split = SplitModel(student)
         self.teacher_split = SplitModel(teacher) if config.loss == "kl" else None
         self.adapters = add_adapters(
@@ -79,7 +90,8 @@ class LowRank(LogitsRun):
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
         kl = float(self.config.loss == "kl")
-        return distillation_loss(self.student_split, self.teacher_split, batch, kl=kl, ce=1.0 - kl)
+        branch = draw_branches(self.config.window_dropout, self.two_branch_layers, self.progress)
+        return distillation_loss(self.student_split, self.teacher_split, batch, kl=kl, ce=1.0 - kl, branch=branch)
 
     def heldout_loss(self, batch: Batch) -> LossSum:
         """Next-token loss of the student, adapters without dropout."""

@@ -1,7 +1,8 @@
 """Recall: facts hidden in long text and asked for at its end, the same questions for teacher and students.
 
-Three tests: a needle in a haystack (length x depth), a pass key in repeated noise (length), and several of many facts
-asked one after the other (multi-query associative recall, Arora et al. 2023, in sentences).
+A needle in a haystack (length x depth), a pass key in repeated noise (length), several of many facts asked one after
+the other (multi-query associative recall, Arora et al. 2023, in sentences), one of several needles and all codes of one
+thing (multi-key and multi-value needles, RULER, 2404.06654).
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from linearize.evaluation.haystack import (
     HiddenFact,
     Ruler,
     association_questions,
+    multikey_question,
+    multivalue_question,
     needle_question,
     passkey_question,
 )
+from linearize.evaluation.needles import COLOURS, OBJECTS
 from linearize.evaluation.recall import answer_greedily, full_forward
 from linearize.evaluation.sections.recall.numbers import (
     Answer,
@@ -38,6 +42,9 @@ from linearize.evaluation.sections.recall.numbers import (
     recall_numbers,
 )
 from linearize.evaluation.sections.recall.present import headline, present
+
+APART = 100
+"""Tokens of a text for each of several needles, at least; shorter texts do not have them."""
 
 MORE = 3
 """Pass keys for each length, and questions for each number of facts, by the `items` of a needle's cell."""
@@ -50,7 +57,9 @@ class Recall(Section):
     `items`: for each cell of the needle's grid; three times as many for each length of the pass key and each number of
     facts. `passkey`: what the noise hides, a pass key or the same fact as the needle (for models that only know that).
     `keys`: numbers of facts in one document, with a quarter of the longest length in tokens of held-out text;
-    `queries`: how many of them are asked, at most.
+    `queries`: how many of them are asked, at most. `needles`: codes of different things in a text of which one is asked
+    for, and `values`: codes of one thing that are all asked for, `items` texts at each length that holds 100 tokens for
+    each (0: no such test).
     """
 
     NAME: ClassVar[str] = "recall"
@@ -62,6 +71,8 @@ class Recall(Section):
     passkey: Literal["passkey", "needle"] = "passkey"
     keys: tuple[int, ...] = (1, 4, 8, 16)
     queries: int = Field(default=4, ge=1)
+    needles: int = Field(default=4, ge=0)
+    values: int = Field(default=2, ge=0)
 
     def check(self, ctx: EvalContext) -> None:
         """Raises InputError for lengths, depths or keys out of range, and for text without a sentence."""
@@ -72,6 +83,8 @@ class Recall(Section):
         most = len(CODE.things)
         if not self.keys or not all(1 <= keys <= most for keys in self.keys):
             raise InputError(f"recall: keys are {list(self.keys)}: allowed are 1 to {most} facts in a document")
+        if max(self.needles, self.values) > min(len(COLOURS), len(OBJECTS)):
+            raise InputError(f"recall: needles and values are {self.needles} and {self.values}: give at most 10")
         Hay(ctx.texts)
         for eval_model in ctx.models:
             _check_positions(eval_model, max(self.lengths))
@@ -113,20 +126,30 @@ class Recall(Section):
         def rng(*place: object) -> random.Random:
             return random.Random(f"{ctx.seed} {place}")
 
-        return {
+        lengths = sorted(set(self.lengths))
+        tests: dict[TestName, list[HiddenFact]] = {
             "needle": [
                 needle_question(ruler, hay, rng("needle", length, depth, i), length=length, depth=depth)
-                for length in sorted(set(self.lengths)) for depth in sorted(set(self.depths)) for i in range(self.items)
+                for length in lengths for depth in sorted(set(self.depths)) for i in range(self.items)
             ],
             "passkey": [
                 passkey_question(ruler, passkey, rng("passkey", length, i), length=length)
-                for length in sorted(set(self.lengths)) for i in range(MORE * self.items)
+                for length in lengths for i in range(MORE * self.items)
             ],
             "keys": [
                 question
                 for keys in sorted(set(self.keys)) for question in self._associations(ctx.seed, ruler, hay, keys)
             ],
+            "multikey": [
+                multikey_question(ruler, hay, rng("multikey", length, i), length=length, keys=self.needles)
+                for length in lengths for i in range(self.items) if length >= APART * self.needles > 0
+            ],
+            "multivalue": [
+                multivalue_question(ruler, hay, rng("multivalue", length, i), length=length, values=self.values)
+                for length in lengths for i in range(self.items) if length >= APART * self.values > 0
+            ],
         }  # fmt: skip
+        return {test: questions for test, questions in tests.items() if questions}
 
     def _associations(self, seed: int, ruler: Ruler, hay: Hay, keys: int) -> list[HiddenFact]:
         """Documents with `keys` facts each, until there are enough questions."""

@@ -13,8 +13,8 @@ from linearize.metrics.branches import window_reach
 ABLE = 0.5
 """The teacher's share below which a length or a number of facts says nothing about a student."""
 
-TestName = Literal["needle", "passkey", "keys"]
-TEST_NAMES: tuple[TestName, ...] = ("needle", "passkey", "keys")
+TestName = Literal["needle", "passkey", "keys", "multikey", "multivalue"]
+TEST_NAMES: tuple[TestName, ...] = ("needle", "passkey", "keys", "multikey", "multivalue")
 
 
 class Answer(NumbersModel):
@@ -115,10 +115,18 @@ class ModelRecall(NumbersModel):
     needle: RecallTest
     passkey: RecallTest
     keys: RecallTest
+    multikey: RecallTest | None = None
+    multivalue: RecallTest | None = None
 
     def test(self, name: TestName) -> RecallTest:
-        """The numbers of a test."""
-        return {"needle": self.needle, "passkey": self.passkey, "keys": self.keys}[name]
+        """The numbers of a test that was run."""
+        test: RecallTest = {own: getattr(self, own) for own in TEST_NAMES}[name]
+        return test
+
+    @property
+    def tests(self) -> list[TestName]:
+        """The tests that were run."""
+        return [name for name in TEST_NAMES if getattr(self, name) is not None]
 
 
 class RecallNumbers(NumbersModel):
@@ -157,9 +165,7 @@ def recall_numbers(
         context=context,
         window_reach=reach,
         cache=CacheAgreement(items=len(agree), differ=agree.count("no"), ties=agree.count("tie")),
-        needle=counted("needle"),
-        passkey=counted("passkey"),
-        keys=counted("keys"),
+        **{test: counted(test) for test in tests},
     )
 
 

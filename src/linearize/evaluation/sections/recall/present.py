@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.evaluation.context import Cell, Finding, Plot, SectionView, Stat, Table
 from linearize.evaluation.sections.recall.numbers import (
-    TEST_NAMES,
     CellNumbers,
     ComparedNumbers,
     ModelRecall,
@@ -25,7 +24,12 @@ TESTS: dict[TestName, str] = {
     "needle": "needle in a haystack",
     "passkey": "pass key in noise",
     "keys": "several facts, asked in turn",
+    "multikey": "one of several needles",
+    "multivalue": "all codes of one thing",
 }
+AT_LENGTHS: dict[TestName, str] = {
+    "passkey": "Pass key", "multikey": "One of several needles", "multivalue": "All codes of one thing",
+}  # fmt: skip
 KEPT, NOTHING = 0.9, 0.2
 """Of the teacher's answers: kept well from here on; nothing recalled below."""
 SPELLED_OUT = 6
@@ -39,10 +43,10 @@ def present(numbers: RecallNumbers) -> SectionView:
     lengths = sorted({cell.group for cell in first.needle.cells})
     summary = (
         f"Facts hidden in {lengths[0]} to {lengths[-1]} tokens of text and asked for at its end: {first.needle.n} "
-        f"needles, {first.passkey.n} in repeated noise, {first.keys.n} questions among several facts. Only the exact "
-        "answer counts, generated greedily through the model's own cache; all models get the same items."
+        f"needles, {first.passkey.n} in repeated noise, {first.keys.n} questions among several facts{_further(first)}. "
+        "Only the exact answer counts, generated greedily through the model's own cache; all models get the same items."
     )
-    plots = [*_heat_plots(models), _line_plot(models, "passkey"), _line_plot(models, "keys")]
+    plots = [*_heat_plots(models), *(_line_plot(models, test) for test in first.tests if test != "needle")]
     return SectionView(summary=summary, findings=_findings(models), tables=_tables(models), plots=plots)
 
 
@@ -52,7 +56,7 @@ def headline(numbers: RecallNumbers) -> dict[str, list[Stat]]:
     for name, model in numbers.models.items():
         if model.needle.against_teacher is None:
             continue
-        test = next((test for test in TEST_NAMES if _groups(model, test)), None)
+        test = next((test for test in model.tests if _groups(model, test)), None)
         stat = Stat(label="Recall kept", value="-", detail="the teacher itself recalls too little here")
         if test is not None:
             compared, where = _counted(model, test)
@@ -61,6 +65,16 @@ def headline(numbers: RecallNumbers) -> dict[str, list[Stat]]:
             stat = Stat(label="Recall kept", value=value, detail=detail)
         stats[name] = [stat]
     return stats
+
+
+def _further(model: ModelRecall) -> str:
+    """The tests that not every evaluation runs."""
+    parts = []
+    if model.multikey is not None:
+        parts.append(f"{model.multikey.n} for one of several needles")
+    if model.multivalue is not None:
+        parts.append(f"{model.multivalue.n} for all codes of one thing")
+    return "".join(f", {part}" for part in parts)
 
 
 def _any(models: Mapping[str, ModelRecall]) -> ModelRecall:
@@ -85,7 +99,8 @@ def _counted(model: ModelRecall, test: TestName) -> tuple[ComparedNumbers, str]:
 
 def _findings(models: Mapping[str, ModelRecall]) -> list[Finding]:
     findings: list[Finding] = []
-    for test, title in TESTS.items():
+    for test in _any(models).tests:
+        title = TESTS[test]
         students = {name: model for name, model in models.items() if model.test(test).against_teacher is not None}
         if not students:
             continue
@@ -135,9 +150,9 @@ def _cache_finding(name: str, model: ModelRecall) -> Finding:
 
 def _tables(models: Mapping[str, ModelRecall]) -> list[Table]:
     rows: list[dict[str, Cell]] = []
-    for test, title in TESTS.items():
+    for test in _any(models).tests:
         for name, model in models.items():
-            row: dict[str, Cell] = {"test": title, "model": name, "right": model.test(test).count}
+            row: dict[str, Cell] = {"test": TESTS[test], "model": name, "right": model.test(test).count}
             row["share"] = model.test(test).text
             if any(m.test(test).against_teacher for m in models.values()):
                 against = model.test(test).against_teacher
@@ -149,10 +164,11 @@ def _tables(models: Mapping[str, ModelRecall]) -> list[Table]:
         "Exact answers, with 95% intervals. Questions about one document count as independent items. The teacher's "
         "answers count at lengths, and numbers of facts, where it answers half or more, and more than by guessing."
     )
+    at_lengths = [test for test in AT_LENGTHS if test in _any(models).tests]
     return [
         Table(title="Recall", rows=rows, note=note),
         _cell_table(models, "needle", "Needle by length and depth"),
-        _cell_table(models, "passkey", "Pass key by length"),
+        *(_cell_table(models, test, f"{AT_LENGTHS[test]} by length") for test in at_lengths),
         _cell_table(models, "keys", "Several facts in one document, by their number"),
     ]
 
@@ -233,7 +249,7 @@ def _heat(axis: Axes, cells: Sequence[CellNumbers], name: str) -> Any:
 def _line_plot(models: Mapping[str, ModelRecall], test: TestName) -> Plot:
     """Share by number of facts or by length, with intervals; models side by side at each."""
     label = "facts in the document" if test == "keys" else "tokens of text"
-    title = "Answers among several facts" if test == "keys" else "Pass key recalled"
+    title = "Answers among several facts" if test == "keys" else f"{AT_LENGTHS[test]} recalled"
     shares = ", ".join(f"{name} {model.test(test).count}" for name, model in models.items())
     guessing = " The dashed line is a guess among the document's answers." if test == "keys" else ""
 
