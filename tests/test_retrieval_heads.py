@@ -111,6 +111,34 @@ def test_a_folder_says_which_heads_it_keeps(tmp_path: Path) -> None:
         assert (stored(ids).logits - model(ids).logits).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_heads_of_a_trained_student_are_given_back(tmp_path: Path) -> None:
+    """The kept group is exact, and the others run with what they learned."""
+    from linearize.ops.layout import Layout
+    from linearize.ops.softmax import softmax_attention
+
+    model = student_of(tiny(attention="sdpa"), mixer("lolcats", feature_map="gain", num_sinks=1, shift="shared"))
+    q, k, v = (torch.randn(1, n, T, 10) for n in (6, 3, 3))
+    call: Any = {"scaling": 0.3, "layout": Layout()}
+    before = model.mixers()[1](q, k, v, **call)[0]
+    ids = text(1, T)
+    logits = model(ids).logits
+    model.keep_heads({1: [1], 2: [0, 2]})
+    after = model.mixers()[1](q, k, v, **call)[0]
+    others = [0, 1, 4, 5]
+    torch.testing.assert_close(after[:, others], before[:, others])
+    torch.testing.assert_close(after[:, 2:4], softmax_attention(q, k, v, **call)[:, 2:4])
+    assert (after[:, 2:4] - before[:, 2:4]).abs().max() > 1e-2
+    kept = model(ids).logits
+    assert (kept - logits).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(linearize.load(tmp_path)(ids).logits, kept)
+    with pytest.raises(InputError, match="layer 1 has no heads to give back"):
+        model.keep_heads({1: [0]})
+    with pytest.raises(InputError, match="group 5 given"):
+        model.keep_heads({0: [5]})
+
+
 def test_what_heads_cannot_be_kept_for_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"group 3 given.*3 key/value heads"):
         student_of(tiny(), heads(3))

@@ -14,12 +14,14 @@ from linearize.evaluation.sections.cloze import Cloze
 from linearize.evaluation.sections.consistency import Consistency
 from linearize.evaluation.sections.language import Language
 from linearize.evaluation.sections.layers import Layers
+from linearize.evaluation.sections.letters import Letters
 from linearize.evaluation.sections.recall import Recall
 from linearize.evaluation.sections.speed import Speed
 from linearize.evaluation.sections.tasks import Tasks
 
 SECTIONS: dict[str, type[Section]] = {
-    section.NAME: section for section in (Consistency, Language, Branches, Layers, Cloze, Recall, Tasks, Chat, Speed)
+    section.NAME: section
+    for section in (Consistency, Language, Branches, Layers, Cloze, Letters, Recall, Tasks, Chat, Speed)
 }
 LOLCATS_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu:5")
 OPEN_LLM_TASKS = ("arc_challenge:25", "hellaswag:10", "mmlu:5", "truthfulqa_mc2:0", "winogrande:5", "gsm8k:5")
@@ -63,7 +65,7 @@ SUITES: dict[str, Suite] = {
     ),
     "lolcats": Suite(
         description="the tasks of the LoLCATs paper, zero-shot, MMLU five-shot",
-        sections=(Consistency(), Language(), Branches(), Cloze(), Tasks(tasks=LOLCATS_TASKS)),
+        sections=(Consistency(), Language(), Branches(), Cloze(), Letters(), Tasks(tasks=LOLCATS_TASKS)),
     ),
     "open-llm": Suite(
         description="the Open LLM Leaderboard (first edition) with its shots",
@@ -76,7 +78,7 @@ SUITES: dict[str, Suite] = {
     ),
     "long-context": Suite(
         description="loss by position, branches, needles, passkey, associative recall, speed at long contexts",
-        sections=(Consistency(), Language(), Branches(), Layers(), Cloze(), Recall(), Speed()),
+        sections=(Consistency(), Language(), Branches(), Layers(), Cloze(), Letters(), Recall(), Speed()),
     ),
     "chat": Suite(description="MT-Bench and AlpacaEval answers, judged where a judge is given", sections=(Chat(),)),
 }

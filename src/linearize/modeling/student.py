@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -16,7 +15,7 @@ from transformers.initialization import no_init_weights
 from linearize.errors import InputError
 from linearize.modeling.attention import AttentionOverride
 from linearize.modeling.cache_argument import given_cache, with_cache
-from linearize.modeling.config import LinearizeConfig, parse_mixer, student_config
+from linearize.modeling.config import LinearizeConfig, student_config
 from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
 from linearize.modeling.io.adapters import AdapterState, apply_adapters
 from linearize.modeling.io.student_folder import valid_generation_config
@@ -183,30 +182,16 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         return {name: p for name, p in self.named_parameters() if ".mixer." in name}
 
     def set_store(self, pairs: int) -> None:
-        """Let every mixer that can keep so many key-value pairs of each head exact beyond its window (0: none); what
-        was learned stays as it is. A cache that was filled before is of no use afterwards.
+        """See `exact_memory.set_store`."""
+        from linearize.modeling.exact_memory import set_store
 
-        Raises:
-            InputError: no mixer with a store, a negative number, or a window that a store does not fit.
-        """
-        configs = self.config.mixers()
-        able = [layer for layer in self._converted() if hasattr(configs[layer].inner, "store")]  # type: ignore[union-attr]
-        if not able:
-            names = sorted({str(mixer.inner.name) for mixer in configs if mixer is not None})  # type: ignore[attr-defined]
-            raise InputError(f"store {pairs}: mixers of this student are {', '.join(names)}, and lolcats alone has one")
-        for layer in able:
-            whole: Any = configs[layer]
-            try:
-                inner = parse_mixer({**whole.inner.model_dump(), "store": pairs})
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise InputError(f"store {pairs} of layer {layer}: {reason}") from error
-            entry = whole.with_inner(inner)
-            self.config.plan[layer] = entry.model_dump()
-            mixer: Any = self.lm.get_submodule(self.config.attention[layer]).mixer
-            if entry is not inner and mixer.inner is not None:
-                mixer.inner.config = inner
-            mixer.config = entry
+        set_store(self, pairs)
+
+    def keep_heads(self, groups: Mapping[int, Sequence[int]]) -> None:
+        """See `exact_memory.keep_heads`."""
+        from linearize.modeling.exact_memory import keep_heads
+
+        keep_heads(self, groups)
 
     def _converted(self) -> list[int]:
         """The layers that hold a mixer."""

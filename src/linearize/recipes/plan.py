@@ -224,7 +224,7 @@ class PlanConfig(BaseModel):
         }
         kept = self.heads.chosen(between, len(mixers), scores)
         return [
-            RetrievalHeadsConfig(groups=tuple(kept[i]), mixer=mixer) if i in kept else mixer  # type: ignore[arg-type]
+            RetrievalHeadsConfig(groups=tuple(kept[i]), mixer=mixer) if i in kept else mixer
             for i, mixer in enumerate(mixers)
         ]
 

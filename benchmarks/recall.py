@@ -1,0 +1,258 @@
+"""Recall of SmolLM2's students with an exact store and with retrieval heads, against the teacher and the window alone.
+
+    python -m benchmarks.recall heads --teacher DIR
+    python -m benchmarks.recall measure teacher window-linear+store128 --teacher DIR --text c.jsonl
+    python -m benchmarks.recall page
+
+A variant is a row of `benchmarks.smollm2`, `+storeN` for N exact pairs of each key/value head, and `+headsP` for P
+percent of the key/value groups given back their softmax attention (those that score most, `heads.json`); both are given
+to the trained student without further training. Greedy answers are counted; each cell is kept as soon as it is measured
+(the same command continues), in `benchmarks/recall/VARIANT.json`. Losses are in nats per token, times in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from benchmarks.smollm2 import FOLDER as STUDENTS
+from benchmarks.smollm2_measure import TEACHER, Losses, first_rows, losses
+from benchmarks.smollm2_page import table
+from linearize.decoding.loading import load_any
+from linearize.evaluation.haystack import (
+    PASS_KEY,
+    Hay,
+    HiddenFact,
+    Ruler,
+    multikey_question,
+    multivalue_question,
+    needle_question,
+    passkey_question,
+)
+from linearize.evaluation.recall import answer_greedily
+from linearize.metrics.head_scores import HeadScores, head_scores
+from linearize.metrics.intervals import wilson
+from linearize.metrics.plots import figure_files, new_figure
+from linearize.metrics.report import provenance
+from linearize.modeling.cache_argument import with_cache
+from linearize.storage.atomic import atomic_write_text
+from linearize.training.data.loading import load_documents
+
+FOLDER = Path(__file__).parent / "recall"
+PAGE = FOLDER / "README.md"
+TESTS = ("passkey", "needle", "multikey", "multivalue")
+KEYS, VALUES, SEED, CONTEXT, TIMED = 4, 2, 0, 4096, 64
+VARIANT = re.compile(r"(?P<row>[a-z0-9-]+?)(\+store(?P<store>\d+))?(\+heads(?P<heads>\d+))?")
+
+
+class Variant(BaseModel):
+    """What was measured: right answers and items by test and length, losses by length, bytes and decode time at 4,096
+    tokens of context."""
+
+    name: str
+    recall: dict[str, dict[int, tuple[int, int]]] = Field(default_factory=dict)
+    losses: dict[int, Losses] = Field(default_factory=dict)
+    state_bytes: int | None = None
+    decode_seconds: float | None = None
+    groups_kept: int = 0
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class Heads(BaseModel):
+    """Scores of the teacher's groups, the largest first."""
+
+    places: list[tuple[int, int]]
+    falls: list[float]
+    answer: float
+    provenance: dict[str, Any]
+
+
+def build(name: str, teacher: str) -> tuple[Any, Any, int]:
+    """The model of a variant, its tokenizer, and how many groups keep softmax."""
+    if name == TEACHER:
+        return (*load_any(teacher), 0)
+    parts = VARIANT.fullmatch(name)
+    if parts is None:
+        raise SystemExit(f"{name}: give ROW, ROW+storeN, ROW+headsP or ROW+storeN+headsP")
+    store = parts["store"] and int(parts["store"])
+    model, tokenizer = load_any(teacher, adapter=str(STUDENTS / parts["row"]), store=store or None)
+    count = 0
+    if parts["heads"]:
+        ranked = Heads.model_validate_json((FOLDER / "heads.json").read_text(encoding="utf-8")).places
+        count = max(1, round(int(parts["heads"]) / 100 * len(ranked)))
+        groups: dict[int, list[int]] = {}
+        for layer, group in ranked[:count]:
+            groups.setdefault(layer, []).append(group)
+        model.keep_heads(groups)
+    return model, tokenizer, count
+
+
+def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> list[HiddenFact]:
+    """The same for every variant, each drawn from its own seed."""
+    drawn = []
+    for item in range(items):
+        rng = random.Random(f"{SEED} {test} {length} {item}")
+        if test == "passkey":
+            drawn.append(passkey_question(ruler, PASS_KEY, rng, length=length))
+        elif test == "needle":
+            drawn.append(needle_question(ruler, hay, rng, length=length, depth=rng.random()))
+        elif test == "multikey":
+            drawn.append(multikey_question(ruler, hay, rng, length=length, keys=KEYS))
+        else:
+            drawn.append(multivalue_question(ruler, hay, rng, length=length, values=VALUES))
+    return drawn
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    """All cells of a variant that are not kept yet."""
+    path = FOLDER / f"{name}.json"
+    done = Variant.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else Variant(name=name)
+    model, tokenizer, done.groups_kept = build(name, options.teacher)
+    torch.set_flush_denormal(True)
+    documents = load_documents(list(options.text), tokenizer)
+    ruler, hay = Ruler(tokenizer), Hay([tokenizer.decode(document.tokens[:20_000]) for document in documents])
+
+    def keep() -> None:
+        done.provenance = provenance(seed=SEED)
+        atomic_write_text(path, done.model_dump_json(indent=1))
+
+    for test in options.tests:
+        for length in options.lengths:
+            before = done.recall.setdefault(test, {}).get(length, (0, 0))
+            if before[1] >= options.items:
+                continue
+            begun, right = time.monotonic(), 0
+            for question in questions(ruler, hay, test, length, options.items):
+                right += answer_greedily(model, tokenizer, [question])[0].correct
+            done.recall[test][length] = (right, options.items)
+            print(f"{name}: {test} {length}: {right}/{options.items}, {time.monotonic() - begun:.0f} s", flush=True)
+            keep()
+    if done.decode_seconds is None:
+        done.state_bytes, done.decode_seconds = decoding(model, documents[0].tokens)
+        keep()
+    for length in options.losses if name != TEACHER else ():
+        if length not in done.losses:
+            guide = load_any(options.teacher)[0]
+            rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
+            done.losses[length] = losses(guide, model, rows)
+            keep()
+
+
+@torch.inference_mode()
+def decoding(model: Any, tokens: Sequence[int]) -> tuple[int, float]:
+    """Bytes that the cache holds after 4,096 tokens, and the median time of a token from there."""
+    ids = torch.tensor([list(tokens[: CONTEXT + TIMED])])
+    cache = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+    held = 0
+    for layer in cache.layers:
+        own = getattr(layer, "num_bytes", None)
+        held += layer.keys.nbytes + layer.values.nbytes if own is None else own
+    times = []
+    for at in range(CONTEXT, CONTEXT + TIMED):
+        begun = time.perf_counter()
+        model(input_ids=ids[:, at : at + 1], use_cache=True, **with_cache(model, cache))
+        times.append(time.perf_counter() - begun)
+    return held, statistics.median(times)
+
+
+def rank(options: argparse.Namespace) -> None:
+    """Score the teacher's groups."""
+    model, tokenizer = load_any(options.teacher)
+    scores: HeadScores = head_scores(model, tokenizer, seed=SEED)
+    ranked = sorted(scores.heads, key=lambda score: -score.fall)
+    heads = Heads(
+        places=[(score.layer, score.group) for score in ranked], falls=[score.fall for score in ranked],
+        answer=scores.answer, provenance=provenance(seed=SEED),
+    )  # fmt: skip
+    atomic_write_text(FOLDER / "heads.json", heads.model_dump_json(indent=1))
+
+
+def page() -> None:
+    """A table and a plot of all variants that were measured."""
+    paths = sorted(path for path in FOLDER.glob("*.json") if path.name != "heads.json")
+    found = [Variant.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    found.sort(key=lambda variant: (variant.name != TEACHER, variant.name))
+    lengths = sorted({length for variant in found for test in variant.recall.values() for length in test})
+    asked = [test for test in TESTS if any(test in variant.recall for variant in found)]
+    teacher = next(variant for variant in found if variant.name == TEACHER)
+
+    def line(variant: Variant) -> list[str]:
+        gaps = [variant.losses.get(length) for length in (2048, 4096)]
+        cells = [variant.recall.get(test, {}).get(length) for test in asked for length in lengths]
+        share = (
+            f" ({variant.state_bytes / teacher.state_bytes:.0%})" if variant.state_bytes and teacher.state_bytes else ""
+        )
+        return [
+            f"`{variant.name}`",
+            *("" if cell is None else f"{cell[0]}/{cell[1]}" for cell in cells),
+            *("" if gap is None or gap.student is None else f"{gap.student.gap.value:+.3f}" for gap in gaps),
+            "" if variant.state_bytes is None else f"{variant.state_bytes / 1e6:.2f} MB{share}",
+            "" if variant.decode_seconds is None else f"{1e3 * variant.decode_seconds:.0f} ms",
+        ]
+
+    head = ["variant", *(f"{test} {length:,}" for test in asked for length in lengths)]
+    head += ["gap at 2,048", "gap at 4,096", "state at 4,096", "a token"]
+    text = [
+        "# Recall of SmolLM2's students", "",
+        "Made by `python -m benchmarks.recall page` from the JSON files beside it. Right answers of all, generated "
+        "greedily; gaps in nats per token to the teacher on novels that nothing was trained on; the share of the state "
+        "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
+        "key/value groups with their softmax attention; both given to the trained student without training.", "",
+        table(head, map(line, found)), "", "![Pass keys by length](passkey.svg)", "",
+    ]  # fmt: skip
+    PAGE.write_text("\n".join(text), encoding="utf-8")
+    with new_figure(FOLDER / "passkey", width=7.0, height=4.0) as (_, (axis,)):
+        for variant in found:
+            cells = sorted(variant.recall.get("passkey", {}).items())
+            shares = [wilson(right, items) for _, (right, items) in cells]
+            values = [right / items for _, (right, items) in cells]
+            errors = [[v - low for v, (low, _) in zip(values, shares, strict=True)],
+                      [high - v for v, (_, high) in zip(values, shares, strict=True)]]  # fmt: skip
+            axis.errorbar(
+                [length for length, _ in cells], values, yerr=errors, marker="o", capsize=3, label=variant.name
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.set(title="Pass keys found", xlabel="tokens of text", ylabel="exact answers", ylim=(-0.03, 1.03))
+        axis.legend(fontsize=8)
+    print(PAGE, *figure_files(FOLDER, "passkey"))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    ranks = commands.add_parser("heads", help="score the teacher's key/value groups")
+    measures = commands.add_parser("measure", help="measure variants")
+    measures.add_argument("variants", nargs="+", metavar="VARIANT")
+    measures.add_argument("--text", action="append", required=True)
+    measures.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
+    measures.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
+    measures.add_argument("--items", type=int, default=16)
+    measures.add_argument("--losses", nargs="*", type=int, default=[2048, 4096])
+    measures.add_argument("--loss-tokens", type=int, default=32_768, help="held-out tokens at each length")
+    for own in (ranks, measures):
+        own.add_argument("--teacher", required=True)
+    commands.add_parser("page", help="write the table and the plot")
+    options = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    if options.command == "page":
+        page()
+    elif options.command == "heads":
+        rank(options)
+    else:
+        for name in options.variants:
+            measure(name, options)
+
+
+if __name__ == "__main__":
+    main()
