@@ -84,7 +84,8 @@ def build(name: str, teacher: str) -> tuple[Any, Any, int]:
     if parts is None:
         raise SystemExit(f"{name}: give ROW, ROW+storeN, ROW+headsP or ROW+storeN+headsP")
     store = parts["store"] and int(parts["store"])
-    model, tokenizer = load_any(teacher, adapter=str(STUDENTS / parts["row"]), store=store or None)
+    loaded = load_any(teacher, adapter=str(STUDENTS / parts["row"]), store=store or None)
+    model: Any = loaded[0]
     count = 0
     if parts["heads"]:
         ranked = Heads.model_validate_json((FOLDER / "heads.json").read_text(encoding="utf-8")).places
@@ -93,7 +94,7 @@ def build(name: str, teacher: str) -> tuple[Any, Any, int]:
         for layer, group in ranked[:count]:
             groups.setdefault(layer, []).append(group)
         model.keep_heads(groups)
-    return model, tokenizer, count
+    return model, loaded[1], count
 
 
 def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> list[HiddenFact]:

@@ -67,6 +67,19 @@ def test_every_verb_takes_it(both: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["eval", adapter, "--teacher", teacher, "--data", text_file, "--device", "cpu", "--json"]) == 0
 
 
+def test_without_a_tokenizer_it_reads_the_teachers(
+    both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(both / "adapter", bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_*"))
+    command = ["generate", str(both / "teacher"), "--prompt", "the cat", "--max-new-tokens", "5", "--device", "cpu"]
+    outputs = []
+    for adapter in (both / "adapter", bare):
+        assert main([*command, "--adapter", str(adapter)]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and len(outputs[0]) > 9
+
+
 def test_another_teacher_is_refused(both: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(both / "teacher", other)

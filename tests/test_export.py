@@ -225,6 +225,7 @@ def test_the_config_speaks_to_engines_too(tmp_path: Path) -> None:
     assert config["rope_scaling"]["factor"] == 8.0
     assert (config["mamba_n_groups"], config["mamba_n_heads"], config["mamba_d_state"]) == (6, 6, 10)
     assert config["num_local_experts"] == 0
+    assert config["time_step_limit"] == [0.0, 1e30]
     assert config["tie_word_embeddings"] is True
     assert "auto_map" not in config
     assert "linearize" not in json.dumps(config)
@@ -233,6 +234,20 @@ def test_the_config_speaks_to_engines_too(tmp_path: Path) -> None:
     assert "mamba2: layers 1, 2" in content
     assert "llama.cpp" in content
     assert "vLLM and SGLang take the head size" in content  # 6 heads of 10 are not the width of 30
+    assert "stops at an assertion" not in content  # 6 heads of 10 are twice the width of 30
+
+
+def test_where_the_kinds_of_layers_can_be_counted_the_config_says_how(tmp_path: Path) -> None:
+    """mlx-lm reads `full_attention_interval` in the place of `layer_types`."""
+    delta, teacher = mixer("gated_delta_net"), tiny("qwen3", num_hidden_layers=4)
+    intervals = {}
+    for kept in ((1, 3), (3,), (0, 3), (2,)):
+        student = student_of(teacher, [None if layer in kept else delta for layer in range(4)])
+        folder = export_student(student, "qwen3.5", tmp_path / "-".join(map(str, kept)))
+        written = json.loads((folder / "config.json").read_text())
+        told = "mlx-lm takes the kinds of layers" in (folder / "README.md").read_text()
+        intervals[kept] = None if told else written["full_attention_interval"]
+    assert intervals == {(1, 3): 2, (3,): 4, (0, 3): None, (2,): 3}
 
 
 @needs_grouped_norms

@@ -20,13 +20,15 @@ def load_any(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode on `device` (None: the GPU if there is one) and tokenizer.
 
-    `adapter`: the folder of a student in adapter form, whose teacher is `path`. `store`: exact pairs of a student's
-    window + linear mixers (see `linearize.load`). Raises InputError for a folder that is not a model, a device that is
-    not there, and a store for what has none.
+    `adapter`: the folder of a student in adapter form, whose teacher is `path`; the tokenizer is the teacher's where
+    the folder has none. `store`: exact pairs of a student's window + linear mixers (see `linearize.load`). Raises
+    InputError for a folder that is not a model, a device that is not there, and a store for what has none.
     """
     where = pick_device(device)
     if adapter is not None:
-        return modeling.load(path, adapter=adapter, device=where, store=store), load_tokenizer(adapter)
+        own = Path(expand_home(adapter)) / "tokenizer_config.json"
+        tokenizer = load_tokenizer(adapter if own.is_file() or not own.parent.is_dir() else path)
+        return modeling.load(path, adapter=adapter, device=where, store=store), tokenizer
     if is_student(path):
         return modeling.load(path, device=where, store=store), load_tokenizer(path)
     if store is not None:

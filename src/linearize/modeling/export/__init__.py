@@ -36,6 +36,19 @@ GRANITE_ROPE = (
     "llama.cpp: its converter turns rotary positions off in Granite hybrids, so the softmax layers of this model would "
     "be wrong there (as its source read in 2026; not run)."
 )
+GRANITE_VERSION = (
+    "**transformers 5.23 or newer.** The norms of its Mamba-2 layers are per group; transformers before 5.23 and "
+    "mlx-lm (0.32) normalise over all groups at once and write other text, without an error."
+)
+GRANITE_LLAMA = (
+    "llama.cpp: its Mamba-2 layers are twice as wide as the model and those of this folder are not: it stops at an "
+    "assertion when it loads them."
+)
+QWEN_LLAMA = "llama.cpp: convert with `--no-mtp`, since the folder has no layers for multi-token prediction."
+QWEN_MLX = (
+    "mlx-lm takes the kinds of layers from `full_attention_interval`, which cannot say which layers keep softmax here: "
+    "do not use it."
+)
 GRANITE_BIAS = (
     "The Mamba-2 layers have biases in their projections, and transformers' layer lets the bias of padding into its "
     "convolution: give it texts one by one or of one length, not batches with padding on the left."
@@ -172,8 +185,13 @@ def _layers(source: Source) -> str:
 
 def _native(to: str, source: Source) -> list[str]:
     if to == "qwen3.5":
-        return [NATIVE.format(name="Qwen3.5 (text)")]
+        spread = "full_attention_interval" in qwen3_5.config_fields(source)
+        return [NATIVE.format(name="Qwen3.5 (text)"), QWEN_LLAMA, *([] if spread else [QWEN_MLX])]
     shape, notes = source.shapes[0], [NATIVE.format(name="GraniteMoeHybrid")]
+    if source.holding("mamba2"):
+        notes.append(GRANITE_VERSION)
+        if shape.num_heads * shape.value_dim != 2 * source.config.hidden_size:
+            notes.append(GRANITE_LLAMA)
     if source.kept and shape.num_heads * shape.head_dim != source.config.hidden_size:
         notes.append(GRANITE_HEADS)
     if 0 < len(source.kept) < len(source.plan):

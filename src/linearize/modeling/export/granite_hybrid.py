@@ -33,6 +33,7 @@ MIXER = "mamba2"
 GROUPED_NORMS = "5.23.0"
 FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "granite")
 MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+NO_LIMIT = [0.0, 1e30]
 PUBLISHED_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
@@ -138,7 +139,7 @@ def _publish(path: Path) -> None:
     """Fields as Granite's own checkpoints spell them: engines other than transformers 5 know no other names."""
     fields = json.loads(path.read_text("utf-8"))
     fields["layer_types"] = [PUBLISHED_TYPES[kind] for kind in fields["layer_types"]]
-    fields.pop("time_step_limit", None)  # the default, with an infinity that only transformers 5 can read
+    fields["time_step_limit"] = NO_LIMIT  # not infinity, which JSON lacks; mlx-lm's own default would clip dt at 0.001
     rope = fields.get("rope_parameters") or {}
     if "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]

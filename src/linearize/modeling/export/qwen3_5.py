@@ -70,6 +70,8 @@ def config_fields(source: Source) -> dict[str, Any]:
         "rope_parameters": rope,
         "layer_types": ["full_attention" if mixer is None else "linear_attention" for mixer in source.plan],
     }
+    if (interval := _interval(source)) is not None:
+        fields["full_attention_interval"] = interval
     if layers := source.holding(MIXER):
         heads, keys, values, taps = _sizes(source, layers[0])
         fields |= {
@@ -80,6 +82,13 @@ def config_fields(source: Source) -> dict[str, Any]:
             "linear_conv_kernel_dim": taps,
         }
     return fields
+
+
+def _interval(source: Source) -> int | None:
+    """N where exactly every N-th layer keeps softmax: engines that do not read `layer_types` (mlx-lm) count so."""
+    return next(
+        (n for n in range(1, len(source.plan) + 1) if source.kept == list(range(n - 1, len(source.plan), n))), None
+    )
 
 
 def tensors(source: Source) -> dict[str, Tensor]:
