@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test test-slow test-newest test-lowest gpu-test gpu-report lint format clean
+.PHONY: demo test test-slow test-newest test-lowest test-mlx gpu-test gpu-report lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
@@ -28,6 +28,10 @@ test-slow: $(VENV)/.installed-dev
 MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_generation.py mixer_contract.py \
 	layer_mixers.py families.py stages.py export.py export_remote_code.py export_alone.py auto_model.py \
 	trainers_of_others.py versions.py)
+
+# mlx-lm has its own environment: folders for it are run by it.
+test-mlx: $(VENV)/.installed-dev $(VENV)-mlx/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_export_mlx.py
 
 # A bare `pip install`, as users do it: no constraints, the package itself and not the checkout.
 test-newest: $(VENV)-newest/.installed
@@ -54,7 +58,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-mlx build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps are written last, so an interrupted installation is repeated and a finished one costs nothing.
 $(VENV)/.created: constraints.txt
@@ -76,6 +80,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(VENV)-newest/.installed: pyproject.toml $(shell find src -name '*.py' -o -name '*.yaml')
 	@test -d $(VENV)-newest || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --quiet --upgrade . pytest pytest-xdist trl
+	@touch $@
+
+$(VENV)-mlx/.installed:
+	@test -d $(VENV)-mlx || $(PYTHON) -m venv $(VENV)-mlx
+	$(VENV)-mlx/bin/python -m pip install --disable-pip-version-check --quiet 'mlx[cpu]>=0.32' 'mlx-lm>=0.32'
 	@touch $@
 
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt $(shell find src -name '*.py' -o -name '*.yaml')

@@ -280,4 +280,4 @@ def test_a_folder_is_exported_with_its_tokenizer(tmp_path: Path, shared_dir: Pat
 
 
 def test_the_table_names_the_command_lines_targets() -> None:
-    assert list(EXPORTS) == ["granite-hybrid", "qwen3.5", "hf"]
+    assert list(EXPORTS) == ["granite-hybrid", "qwen3.5", "hf", "mlx"]

@@ -13,7 +13,10 @@ from linearize.cli.options import Overwrite
 def export(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder, or its Hub name.")],
     to: Annotated[
-        str, typer.Option(metavar="TARGET", help="granite-hybrid or qwen3.5 (native), or hf (with its own code).")
+        str,
+        typer.Option(
+            metavar="TARGET", help="granite-hybrid or qwen3.5 (native), hf (with its own code), or mlx (for mlx-lm)."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the exported model.")],
     overwrite: Overwrite = False,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.errors import InputError, unknown
 from linearize.modeling import LinearizedForCausalLM, load
-from linearize.modeling.export import granite_hybrid, qwen3_5, remote_code
+from linearize.modeling.export import granite_hybrid, mlx, qwen3_5, remote_code
 from linearize.modeling.export.common import Source, listed, logit_difference, name_of
 from linearize.storage.atomic import atomic_folder, check_free
 from linearize.storage.files import check_apart, expand_home
@@ -53,6 +53,14 @@ GRANITE_BIAS = (
     "The Mamba-2 layers have biases in their projections, and transformers' layer lets the bias of padding into its "
     "convolution: give it texts one by one or of one length, not batches with padding on the left."
 )
+MLX = """```bash
+pip install mlx-lm  # on a Mac, or "mlx[cpu]" beside it
+mlx_lm.generate --model {folder} --trust-remote-code --prompt "Once upon a time"
+mlx_lm.server --model {folder} --trust-remote-code
+```
+
+The folder carries the code of its layers, `linearized_mlx.py`, which mlx-lm (0.32 or newer) runs with
+`--trust-remote-code`. Window + linear layers hold a state of constant size."""
 OWN_CODE = (
     "The folder carries the code of its layers (`modeling_linearized.py` and the files beside it), which "
     "`trust_remote_code=True` runs. It needs torch, transformers 5, safetensors and pydantic, not linearize. "
@@ -79,6 +87,7 @@ EXPORTS: dict[str, Export] = {
     "granite-hybrid": Export(misfit=granite_hybrid.misfit, write=granite_hybrid.write, native=True),
     "qwen3.5": Export(misfit=qwen3_5.misfit, write=qwen3_5.write, native=True),
     "hf": Export(misfit=remote_code.misfit, write=remote_code.write, native=False),
+    "mlx": Export(misfit=mlx.misfit, write=mlx.write, native=False),
 }
 
 
@@ -160,10 +169,13 @@ def readme(to: str, source: Source, folder: str, difference: float | None, same_
     folder's tokenizer as the student's.
     """
     parts = [f"# {folder}", f"Written by linearize {__version__} (`--to {to}`).", _layers(source)]
-    parts.append(LOAD.format(folder=folder, options="" if to != "hf" else ", trust_remote_code=True"))
+    if to == "mlx":
+        parts.append(MLX.format(folder=folder))
+    else:
+        parts.append(LOAD.format(folder=folder, options="" if to != "hf" else ", trust_remote_code=True"))
     if to == "hf":
         parts.append(OWN_CODE)
-    else:
+    elif to != "mlx":
         parts += _native(to, source)
     if not same_tokens:
         parts.append(TOKENIZER.format(folder=folder))
