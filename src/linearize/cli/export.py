@@ -1,13 +1,19 @@
-"""The verb `export`."""
+"""The verbs `export` and `verify`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.options import Overwrite
+from linearize.cli.options import Json, Overwrite, RemoteCode
+from linearize.cli.output import json_only, show
+from linearize.errors import InputError
+
+Python = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="A Python that has the engine; default: the one that runs this.")
+]
 
 
 def export(
@@ -20,8 +26,48 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the exported model.")],
     overwrite: Overwrite = False,
+    verify: Annotated[
+        str | None,
+        typer.Option(metavar="ENGINE", help="Then compare with this engine: transformers or mlx (see `verify`)."),
+    ] = None,
+    python: Python = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a student for programs that do not have linearize."""
     from linearize.modeling.export import export_student
+    from linearize.modeling.export.verify import ENGINES
 
+    if verify is None and (python is not None or trust_remote_code):
+        raise InputError("export takes --python and --trust-remote-code only with --verify: add it, or leave them out")
+    if verify is not None and verify not in ENGINES:
+        raise InputError(f"engine {verify!r}: allowed are {', '.join(ENGINES)}")
     print(f"exported to {export_student(student, to, out, overwrite=overwrite)}")
+    if verify is not None:
+        _verify(out, student, verify, python, trust_remote_code, as_json=False)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` wrote.")],
+    student: Annotated[str, typer.Option(metavar="STUDENT", help="The student that it was written from.")],
+    engine: Annotated[str, typer.Option("--with", metavar="ENGINE", help="transformers or mlx.")] = "transformers",
+    python: Python = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Compare an exported folder in an engine with its student.
+
+    Greedy tokens and their log-probabilities, after five prompts; exit code 1 where they differ.
+    """
+    _verify(folder, student, engine, python, trust_remote_code, as_json=as_json)
+
+
+def _verify(
+    folder: Path, student: str, engine: str, python: Path | None, trust_remote_code: bool, *, as_json: bool
+) -> None:
+    from linearize.modeling.export.verify import verify as compare
+
+    with json_only(as_json):
+        found: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code)
+    show(found.model_dump() | {"passed": found.passed}, as_json=as_json)
+    if not found.passed:
+        raise typer.Exit(1)

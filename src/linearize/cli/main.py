@@ -1,7 +1,8 @@
 """The command `linearize`: the table of verbs, exit codes, and errors as one line.
 
-One file per verb, named after it (`generate` holds `chat`, `evaluate` holds `eval` and `bench`). These files import
-typer alone: what a verb needs is imported when it is called, so that `--help` and bad usage cost nothing.
+One file per verb, named after it (`generate` holds `chat`, `evaluate` holds `eval` and `bench`, `export` holds
+`verify`). These files import typer alone: what a verb needs is imported when it is called, so that `--help` and bad
+usage cost nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typer.main import get_command
 from linearize.cli.convert import convert
 from linearize.cli.demo import demo
 from linearize.cli.evaluate import bench, evaluate
-from linearize.cli.export import export
+from linearize.cli.export import export, verify
 from linearize.cli.generate import chat, generate
 from linearize.cli.inspect import inspect
 from linearize.cli.options import each_with_its_option
@@ -49,6 +50,7 @@ app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(inspect)
 app.command()(export)
+app.command()(verify)
 app.command()(recipes)
 
 

@@ -1,0 +1,148 @@
+"""`linearize verify`: whether an engine writes what the student writes from an exported folder.
+
+The engine runs in a process of its own, by a Python that has it, and writes greedily after a few prompts. Its tokens
+are then read by the student: each must be the student's first choice there, at the log-probability that the engine
+gave.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from linearize.errors import InputError, one_line, unknown
+from linearize.modeling import load
+from linearize.modeling.io.teacher import load_tokenizer
+from linearize.phases import phase
+from linearize.storage.files import expand_home
+
+ENGINES = {"transformers": "transformers", "mlx": "mlx-lm"}  # engine, and what pip calls it
+RUNNERS = Path(__file__).parent / "engines"
+PROMPTS = (
+    "Once upon a time, there was a",
+    "The train was late, and Anna had been waiting on the cold platform for an hour when",
+    "Water boils at a lower temperature on a mountain because",
+    "1. Wash the rice. 2. Put it into a pot. 3.",
+    "def area(width, height):\n    return",
+)
+NEW = 30  # tokens written after each prompt: beyond the windows of most students
+TIE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens that rounding may swap
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.05}  # nats by which a log-probability may differ
+
+
+class Verification(BaseModel):
+    """`equal`: of `tokens`, those that are the student's first choice, or within rounding of it; `difference`: the
+    largest of the log-probabilities, nats; `first`: the first unequal token, as (prompt, place) from 0."""
+
+    engine: str
+    version: str
+    folder: str
+    prompts: int
+    tokens: int
+    equal: int
+    difference: float
+    allowed: float
+    first: tuple[int, int] | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every token is equal, and no log-probability differs by more than is allowed."""
+        return self.equal == self.tokens and self.difference <= self.allowed
+
+
+def verify(
+    folder: str | Path,
+    student: str | Path,
+    engine: str,
+    *,
+    python: str | Path | None = None,
+    new: int = NEW,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Compare an exported folder in an engine with the student that it was written from.
+
+    Args:
+        engine: one of `ENGINES`. python: an interpreter that has the engine (None: this one).
+        new: tokens to write after each prompt.
+        trust_remote_code: let the engine run the folder's own code.
+
+    Raises:
+        InputError: an unknown engine, one that is not installed or does not load the folder, or no student.
+    """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    folder, student = Path(expand_home(folder)), expand_home(student)
+    fields = folder / "config.json"
+    if not fields.is_file():
+        raise InputError(f"{folder} has no config.json: give the folder that `linearize export` wrote")
+    config = json.loads(fields.read_text("utf-8"))
+    if ("auto_map" in config or "model_file" in config) and not trust_remote_code:
+        raise InputError(f"{folder} carries code of its own, which {engine} would run: add --trust-remote-code")
+    model: Any = load(student)
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows = _rows(str(student), model)
+    request = {"rows": rows, "new": new, "dtype": dtype, "remote_code": trust_remote_code}
+    with phase(f"running {engine}"):
+        answer = _run(engine, Path(python or sys.executable), folder, request)
+    return _compared(model, engine, str(folder), dtype, rows, answer)
+
+
+def _rows(student: str, model: Any) -> list[list[int]]:
+    """Prompts as tokens; random ones where the student has no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(student)
+    except InputError:
+        generator = torch.Generator().manual_seed(0)
+        size = model.get_input_embeddings().weight.shape[0]
+        return [torch.randint(size, (4 + 9 * i,), generator=generator).tolist() for i in range(len(PROMPTS))]
+    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    return [row for row in rows if row]
+
+
+def _run(engine: str, python: Path, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        asked, answered = Path(place) / "request.json", Path(place) / "answer.json"
+        asked.write_text(json.dumps(request), "utf-8")
+        command = [str(python), str(RUNNERS / f"run_{engine}.py"), str(folder), str(asked), str(answered)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise InputError(f"cannot run {python}: {one_line(error)}; give a Python that has {engine}") from error
+        if done.returncode == 0 and answered.is_file():
+            answer: dict[str, Any] = json.loads(answered.read_text("utf-8"))
+            return answer
+    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
+    if "No module named" in last:
+        raise InputError(
+            f"{python} has no {engine} ({last.strip()}): pip install {ENGINES[engine]} there, or give another --python"
+        )
+    raise InputError(f"{engine} does not run {folder}: {last.strip()}")
+
+
+@torch.no_grad()
+def _compared(
+    model: Any, engine: str, folder: str, dtype: str, rows: Sequence[Sequence[int]], answer: dict[str, Any]
+) -> Verification:
+    """Read what the engine wrote with the student, in one pass for each prompt."""
+    tokens, equal, difference, first = 0, 0, 0.0, None
+    for number, (row, written) in enumerate(zip(rows, answer["rows"], strict=True)):
+        ids = torch.tensor([[*row, *written["tokens"]]], device=model.device)
+        scores = model(input_ids=ids, use_cache=False).logits[0, len(row) - 1 : -1].float().log_softmax(-1)
+        own = scores.gather(-1, ids[0, len(row) :, None])[:, 0]
+        right = (scores.amax(-1) - own <= TIE[dtype]).tolist()
+        tokens, equal = tokens + len(right), equal + sum(right)
+        difference = max(difference, float((own.cpu() - torch.tensor(written["logprobs"])).abs().max()))
+        if first is None and not all(right):
+            first = (number, right.index(False))
+    return Verification(
+        engine=engine, version=str(answer["version"]), folder=folder, prompts=len(rows), tokens=tokens, equal=equal,
+        difference=difference, allowed=TOLERANCE[dtype], first=first,
+    )  # fmt: skip

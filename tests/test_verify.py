@@ -1,0 +1,102 @@
+"""`linearize verify`: an engine that writes what the student writes passes, a folder with other weights does not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import mixer, student_of, tiny
+from safetensors.torch import load_file, save_file
+from test_export_mlx import PYTHON, needs_mlx
+
+from linearize.cli.main import main
+from linearize.errors import InputError
+from linearize.modeling.export import export_student
+from linearize.modeling.export.verify import NEW, PROMPTS, verify
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    student = student_of(tiny(attention="sdpa"), [mixer("lolcats"), None, mixer("lolcats", num_sinks=1)])
+    student.save_pretrained(folder / "student")
+    for to in ("hf", "mlx"):
+        export_student(student, to, folder / to)
+    return folder
+
+
+def damaged(folder: Path, out: Path) -> Path:
+    """The same folder with one mixer's map a little different."""
+    out.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            (out / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(out / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("self_attn.o_proj.weight"))
+    tensors[name] = tensors[name] * 1.3
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_transformers_writes_what_the_student_writes(folders: Path, tmp_path: Path) -> None:
+    found = verify(folders / "hf", folders / "student", "transformers", trust_remote_code=True)
+    assert found.passed and found.equal == found.tokens == NEW * len(PROMPTS) and found.first is None
+    assert 0 < found.difference < 1e-3 and found.version.startswith("5.")
+    wrong = verify(
+        damaged(folders / "hf", tmp_path / "bad"), folders / "student", "transformers", trust_remote_code=True
+    )
+    assert not wrong.passed and wrong.difference > wrong.allowed and wrong.equal < wrong.tokens
+    assert wrong.first is not None
+
+
+@needs_mlx
+def test_mlx_lm_writes_what_the_student_writes(folders: Path, tmp_path: Path) -> None:
+    found = verify(folders / "mlx", folders / "student", "mlx", python=PYTHON, trust_remote_code=True)
+    assert found.passed and found.tokens == NEW * len(PROMPTS) and found.difference < 1e-3
+    bad = damaged(folders / "mlx", tmp_path / "bad")
+    assert not verify(bad, folders / "student", "mlx", python=PYTHON, trust_remote_code=True).passed
+
+
+@pytest.mark.slow
+def test_the_command_exits_1_where_they_differ(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, bad = str(folders / "student"), damaged(folders / "hf", tmp_path / "bad")
+    common = ["--student", student, "--trust-remote-code", "--json"]
+    assert main(["verify", str(folders / "hf"), *common]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main(["verify", str(bad), *common]) == 1
+    assert json.loads(capsys.readouterr().out)["passed"] is False
+    written = ["export", student, "--to", "hf", "--out", str(tmp_path / "new"), "--verify", "transformers"]
+    assert main([*written, "--trust-remote-code"]) == 0
+    assert "transformers" in capsys.readouterr().out
+
+
+def test_what_cannot_be_verified_is_one_line(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = str(folders / "student")
+    cases = {
+        "--trust-remote-code": [str(folders / "hf"), "--student", student],
+        "engine 'vllm'": [str(folders / "hf"), "--student", student, "--with", "vllm"],
+        "no config.json": [str(tmp_path), "--student", student],
+        "cannot run": [str(folders / "hf"), "--student", student, "--python", "/nowhere/python", "--trust-remote-code"],
+    }
+    for words, arguments in cases.items():
+        assert main(["verify", *arguments]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert words in error[-1], words
+    assert main(["export", student, "--to", "hf", "--out", str(tmp_path / "x"), "--python", sys.executable]) == 2
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(InputError, match=r"has no mlx \(.*pip install mlx-lm"):
+        verify(folders / "mlx", student, "mlx", python=sys.executable, trust_remote_code=True)
+
+
+def test_random_prompts_where_there_is_no_tokenizer(folders: Path) -> None:
+    from linearize.modeling import load
+    from linearize.modeling.export.verify import _rows
+
+    rows = _rows(str(folders / "student"), load(folders / "student"))
+    assert [len(row) for row in rows] == [4, 13, 22, 31, 40] and rows == _rows("nowhere", load(folders / "student"))
+    assert torch.tensor(rows[-1]).max() < 61
