@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linearize.mixers import MixerConfig
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.sliding_window import SlidingWindowConfig
 from linearize.modeling import LinearizedForCausalLM
@@ -72,16 +73,14 @@ def config_fields(source: Source) -> dict[str, Any]:
     }
 
 
-def _options(mixer: LolcatsConfig | SlidingWindowConfig | Any) -> dict[str, Any]:
-    linear = isinstance(mixer, LolcatsConfig)
-    return {
-        "window": mixer.window,
-        "num_sinks": mixer.num_sinks,
-        "feature_map": mixer.feature_map if linear else None,
-        "feature_dim": mixer.feature_dim if linear else 0,
-        "affine": linear and mixer.affine,
-        "shift": mixer.shift if linear else "window",
-    }
+def _options(mixer: MixerConfig) -> dict[str, Any]:
+    """What the code's `WindowMixer` reads."""
+    assert isinstance(mixer, LolcatsConfig | SlidingWindowConfig)
+    options: dict[str, Any] = {"window": mixer.window, "num_sinks": mixer.num_sinks}
+    if isinstance(mixer, SlidingWindowConfig):
+        return options | {"feature_map": None, "feature_dim": 0, "affine": False, "shift": "window"}
+    names = ("feature_map", "feature_dim", "affine", "shift")
+    return options | {name: getattr(mixer, name) for name in names}
 
 
 def tensors(source: Source) -> dict[str, Tensor]:
