@@ -61,7 +61,7 @@ def inspect_sensitivity(
 def inspect_heads(
     teacher: str, *, device: str | None = None, trust_remote_code: bool = False, plot: Path | None = None
 ) -> dict[str, Any]:
-    """Score each key/value group of a teacher by what an answer's log-probability loses without it; JSON-able.
+    """Score each key/value group of a teacher by what an answer loses where the group sees a window alone; JSON-able.
 
     `heads` has one `HeadScore` per group, the largest first. `plot`: a folder for `heads.svg` and `heads.png`.
 

@@ -1,8 +1,10 @@
-"""Which heads of a teacher look things up: the fall of an answer's log-probability where a group's output is zero
-(2602.11374; HydraHead, 2606.20097).
+"""Which heads of a teacher look things up: the fall of an answer's log-probability where a group sees a window alone
+(after 2602.11374 and HydraHead, 2606.20097, which set its output to 0).
 
 Prompts are lists of names and numbers, one of which is asked for at the end, far behind it. A group is ablated from the
-question on, in one row of a batch whose rows share what was computed of the list.
+question on, in one row of a batch whose rows share what was computed of the list. Without their outputs the first
+layers' heads come first, whose work is near and which a window does as well; with a window in their place, it does not
+count.
 
 Letters: B rows, T tokens, G key/value heads, H query heads, S past and new tokens.
 """
@@ -13,7 +15,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ ABLATE = "linearize_ablate"
 PROMPTS, LENGTH = 8, 768  # tokens of each list
 ROWS = 16  # groups ablated at a time
 DIGITS = 5
+WINDOW = 128  # tokens that an ablated group sees, beside the first: the reach of a terraced window of 64
+Ablation = Literal["far", "all"]
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
@@ -53,7 +57,13 @@ class HeadScores:
 
 @torch.no_grad()
 def head_scores(
-    teacher: PreTrainedModel, tokenizer: Any, *, prompts: int = PROMPTS, length: int = LENGTH, seed: int = 0
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    prompts: int = PROMPTS,
+    length: int = LENGTH,
+    seed: int = 0,
+    without: Ablation = "far",
 ) -> HeadScores:
     """Score each key/value group, with all its query heads, of each layer whose attention is not limited to a window.
 
@@ -61,6 +71,7 @@ def head_scores(
 
     Args:
         prompts: number of lists. length: tokens of each, cut down to the teacher's context.
+        without: what an ablated group lacks: `far`, all but a window and the first token; `all`, its whole output.
 
     Raises:
         InputError: a teacher that cannot be converted, or a context too short for a list.
@@ -73,7 +84,7 @@ def head_scores(
     with phase("scoring heads", prompts * len(places), "groups") as advance:
         for _ in range(prompts):
             listed, question, answer = _prompt(tokenizer, rng, min(length, most))
-            run = _Asked(teacher, listed, question, answer)
+            run = _Asked(teacher, listed, question, answer, without)
             whole = float(run([()])[0])
             total += whole
             for first in range(0, len(places), ROWS):
@@ -90,8 +101,10 @@ def head_scores(
 class _Asked:
     """The log-probability of an answer behind a list and a question, whose list is read once."""
 
-    def __init__(self, teacher: Any, listed: list[int], question: list[int], answer: list[int]) -> None:
-        self.teacher, self.tail, self.answer = teacher, question + answer, answer
+    def __init__(
+        self, teacher: Any, listed: list[int], question: list[int], answer: list[int], without: Ablation
+    ) -> None:
+        self.teacher, self.tail, self.answer, self.without = teacher, question + answer, answer, without
         self.ids = torch.tensor([listed], device=teacher.device)
         self.cache = DynamicCache(config=teacher.config)
         teacher(input_ids=self.ids, use_cache=True, logits_to_keep=1, **with_cache(teacher, self.cache))
@@ -108,8 +121,9 @@ class _Asked:
         tail = torch.tensor([self.tail], device=self.ids.device).expand(rows, -1)
         with routed(self.teacher, ABLATE):
             logits = self.teacher(
-                input_ids=tail, use_cache=True, linearize_ablated=by_layer, **with_cache(self.teacher, cache)
-            ).logits
+                input_ids=tail, use_cache=True, linearize_ablated=(by_layer, self.without),
+                **with_cache(self.teacher, cache),
+            ).logits  # fmt: skip
         scores = logits[:, -len(self.answer) - 1 : -1].double().log_softmax(-1)
         return scores.gather(-1, tail[:, -len(self.answer) :, None])[..., 0].sum(-1)
 
@@ -157,11 +171,12 @@ def _ablate(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    linearize_ablated: Mapping[int, Sequence[tuple[int, int]]] | None = None,
+    linearize_ablated: tuple[Mapping[int, Sequence[tuple[int, int]]], Ablation] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Softmax attention, past tokens included, with the outputs of some (row, group) pairs zero."""
+    """Softmax attention, past tokens included, in which some (row, group) pairs see a window, or nothing."""
     assert linearize_ablated is not None
+    by_layer, without = linearize_ablated
     slot, end = torch.arange(key.shape[2], device=key.device), key.shape[2]
     distance = slot[end - query.shape[2] :, None] - slot
     seen = distance >= 0
@@ -170,8 +185,13 @@ def _ablate(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     y_BHTV = masked_softmax(query, key, value, seen[None, None], scaling=scale, softcap=softcap)
     layer: Any = module.layer_idx
-    for row, group in linearize_ablated.get(layer, ()):
-        y_BHTV.unflatten(1, (key.shape[1], -1))[row, group] = 0
+    ablated = by_layer.get(layer, ())
+    if ablated and without == "far":
+        near = seen & ((distance < WINDOW) | (slot == 0))
+        left = masked_softmax(query, key, value, near[None, None], scaling=scale, softcap=softcap)
+    for row, group in ablated:
+        own = y_BHTV.unflatten(1, (key.shape[1], -1))
+        own[row, group] = left.unflatten(1, (key.shape[1], -1))[row, group] if without == "far" else 0
     return y_BHTV.transpose(1, 2), None
 
 
