@@ -180,11 +180,11 @@ def rank(options: argparse.Namespace) -> None:
 def page() -> None:
     """A table and a plot of all variants that were measured."""
     paths = sorted(path for path in FOLDER.glob("*.json") if path.name != "heads.json")
-    found = [Variant.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
-    found.sort(key=lambda variant: (variant.name != TEACHER, variant.name))
-    lengths = sorted({length for variant in found for test in variant.recall.values() for length in test})
-    asked = [test for test in TESTS if any(test in variant.recall for variant in found)]
-    teacher = next(variant for variant in found if variant.name == TEACHER)
+    variants = [Variant.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    variants.sort(key=lambda variant: (variant.name != TEACHER, variant.name))
+    lengths = sorted({length for variant in variants for test in variant.recall.values() for length in test})
+    asked = [test for test in TESTS if any(test in variant.recall for variant in variants)]
+    teacher = next(variant for variant in variants if variant.name == TEACHER)
 
     def line(variant: Variant) -> list[str]:
         gaps = [variant.losses.get(length) for length in (2048, 4096)]
@@ -208,11 +208,11 @@ def page() -> None:
         "greedily; gaps in nats per token to the teacher on novels that nothing was trained on; the share of the state "
         "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
         "key/value groups with their softmax attention; both given to the trained student without training.", "",
-        table(head, map(line, found)), "", "![Pass keys by length](passkey.svg)", "",
+        table(head, map(line, variants)), "", "![Pass keys by length](passkey.svg)", "",
     ]  # fmt: skip
     PAGE.write_text("\n".join(text), encoding="utf-8")
     with new_figure(FOLDER / "passkey", width=7.0, height=4.0) as (_, (axis,)):
-        for variant in found:
+        for variant in variants:
             cells = sorted(variant.recall.get("passkey", {}).items())
             shares = [wilson(right, items) for _, (right, items) in cells]
             values = [right / items for _, (right, items) in cells]

@@ -97,7 +97,19 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     verbs = [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()]
-    assert verbs == ["demo", "convert", "plan", "generate", "chat", "eval", "bench", "inspect", "export", "recipes"]
+    assert verbs == [
+        "demo",
+        "convert",
+        "plan",
+        "generate",
+        "chat",
+        "eval",
+        "bench",
+        "inspect",
+        "export",
+        "verify",
+        "recipes",
+    ]
     assert main(["convert", "--help"]) == 0
     assert DEFAULT_RECIPE in capsys.readouterr().out.replace("-\n" + " " * 23, "-")
 

@@ -73,7 +73,8 @@ def token_by_token(made: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, 
                         recalled = phi_k[head, i] @ sums[head]
                         recall = recalled[:-1] / recalled[-1] if recalled[-1] != 0 else recalled[:-1]
                         errors[i] += float((recall - v[0, group, i]).square().sum())
-                stay = sorted(errors, key=lambda i: -errors[i])[:pairs]
+                rounded = {i: float(torch.tensor(error).bfloat16()) for i, error in errors.items()}
+                stay = sorted(errors, key=lambda i: (-rounded[i], i))[:pairs]
                 for i in set(errors) - set(stay):
                     for head in heads:
                         sums[head] = sums[head] + torch.outer(phi_k[head, i], value[group, i])

@@ -245,8 +245,8 @@ def test_where_the_kinds_of_layers_can_be_counted_the_config_says_how(tmp_path: 
         student = student_of(teacher, [None if layer in kept else delta for layer in range(4)])
         folder = export_student(student, "qwen3.5", tmp_path / "-".join(map(str, kept)))
         written = json.loads((folder / "config.json").read_text())
-        told = "mlx-lm takes the kinds of layers" in (folder / "README.md").read_text()
-        intervals[kept] = None if told else written["full_attention_interval"]
+        warned = "mlx-lm takes the kinds of layers" in (folder / "README.md").read_text()
+        intervals[kept] = None if warned else written["full_attention_interval"]
     assert intervals == {(1, 3): 2, (3,): 4, (0, 3): None, (2,): 3}
 
 

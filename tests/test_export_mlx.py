@@ -71,9 +71,9 @@ def test_mlx_lm_gives_the_students_logits_and_text(case: str, tmp_path: Path) ->
     expected = student(ids).logits
     greedy = student.generate(ids[:1], max_new_tokens=24, do_sample=False, eos_token_id=-1)[0, T:].tolist()
     for parts in ([T], [7, 1, 1, 20, 16]):
-        found = run(folder, ids=ids.tolist(), parts=parts, new=24)
-        torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=0, atol=2e-4)
-        assert found["written"] == found["again"] == greedy
+        result = run(folder, ids=ids.tolist(), parts=parts, new=24)
+        torch.testing.assert_close(torch.tensor(result["logits"]), expected, rtol=0, atol=2e-4)
+        assert result["written"] == result["again"] == greedy
     window = student(ids, branch="window").logits
     assert (window - expected).abs().max() > 1e-2
 

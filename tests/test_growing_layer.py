@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from linearize.modeling.growing_layer import LEAST, GrowingLayer, use_growing_layers
+from linearize.modeling.growing_layer import GrowingLayer, use_growing_layers
+from linearize.ops.growing_softmax import LEAST
 
 G, D, V = 3, 5, 7
 

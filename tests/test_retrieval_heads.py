@@ -232,23 +232,23 @@ def test_scores_are_those_of_an_output_projection_without_a_group(
     monkeypatch.setattr(scoring, "ROWS", rows)
     model: Any = load_teacher(str(folder / "teacher"))[0]
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
-    found = head_scores(model, tokenizer, prompts=2, length=300, seed=3, without="all")
+    scored = head_scores(model, tokenizer, prompts=2, length=300, seed=3, without="all")
     rng, falls = random.Random(3), {}
     for _ in range(2):
         listed, question, answer = scoring._prompt(tokenizer, rng, 300)
         assert 250 < len(listed) + len(question) + len(answer) <= 300
         ids = listed + question + answer
         whole = ablated(model, ids, len(listed), len(answer), None)
-        for score in found.heads:
+        for score in scored.heads:
             place = (score.layer, score.group)
             falls[place] = falls.get(place, 0.0) + (whole - ablated(model, ids, len(listed), len(answer), place)) / 2
     assert set(falls) == {(layer, group) for layer in range(3) for group in range(3)}
-    for score in found.heads:
+    for score in scored.heads:
         assert math.isclose(score.fall, falls[score.layer, score.group], rel_tol=1e-3, abs_tol=1e-4)
-    assert max(abs(score.fall) for score in found.heads) > 0.05
-    assert head_scores(model, tokenizer, prompts=2, length=300, seed=3, without="all") == found
+    assert max(abs(score.fall) for score in scored.heads) > 0.05
+    assert head_scores(model, tokenizer, prompts=2, length=300, seed=3, without="all") == scored
     near = head_scores(model, tokenizer, prompts=2, length=300, seed=3)
-    assert near.answer == found.answer and max(abs(score.fall) for score in near.heads) > 0.01
+    assert near.answer == scored.answer and max(abs(score.fall) for score in near.heads) > 0.01
     monkeypatch.setattr(scoring, "WINDOW", 300)  # then nothing is missing
     assert all(abs(score.fall) < 1e-4 for score in head_scores(model, tokenizer, prompts=1, length=300).heads)
 
@@ -256,8 +256,8 @@ def test_scores_are_those_of_an_output_projection_without_a_group(
 def test_the_command_ranks_the_groups_and_draws_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plots = folder / "plots"
     assert main(["inspect", str(folder / "teacher"), "--heads", "--plot", str(plots), "--device", "cpu", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    falls = [row["fall"] for row in found["heads"]]
+    scored = json.loads(capsys.readouterr().out)
+    falls = [row["fall"] for row in scored["heads"]]
     assert len(falls) == 9 and falls == sorted(falls, reverse=True)
     assert {path.name for path in plots.iterdir()} == {"heads.svg", "heads.png"}
     for wrong in (["--heads", "--sensitivity"], ["--plot", str(plots)], ["--heads", "--tokens", "9"]):

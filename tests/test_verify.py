@@ -42,9 +42,9 @@ def damaged(folder: Path, out: Path) -> Path:
 
 
 def test_transformers_writes_what_the_student_writes(folders: Path, tmp_path: Path) -> None:
-    found = verify(folders / "hf", folders / "student", "transformers", trust_remote_code=True)
-    assert found.passed and found.equal == found.tokens == NEW * len(PROMPTS) and found.first is None
-    assert 0 < found.difference < 1e-3 and found.version.startswith("5.")
+    result = verify(folders / "hf", folders / "student", "transformers", trust_remote_code=True)
+    assert result.passed and result.equal == result.tokens == NEW * len(PROMPTS) and result.first is None
+    assert 0 < result.difference < 1e-3 and result.version.startswith("5.")
     wrong = verify(
         damaged(folders / "hf", tmp_path / "bad"), folders / "student", "transformers", trust_remote_code=True
     )
@@ -54,8 +54,8 @@ def test_transformers_writes_what_the_student_writes(folders: Path, tmp_path: Pa
 
 @needs_mlx
 def test_mlx_lm_writes_what_the_student_writes(folders: Path, tmp_path: Path) -> None:
-    found = verify(folders / "mlx", folders / "student", "mlx", python=PYTHON, trust_remote_code=True)
-    assert found.passed and found.tokens == NEW * len(PROMPTS) and found.difference < 1e-3
+    result = verify(folders / "mlx", folders / "student", "mlx", python=PYTHON, trust_remote_code=True)
+    assert result.passed and result.tokens == NEW * len(PROMPTS) and result.difference < 1e-3
     bad = damaged(folders / "mlx", tmp_path / "bad")
     assert not verify(bad, folders / "student", "mlx", python=PYTHON, trust_remote_code=True).passed
 

@@ -67,7 +67,7 @@ def _verify(
     from linearize.modeling.export.verify import verify as compare
 
     with json_only(as_json):
-        found: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code)
-    show(found.model_dump() | {"passed": found.passed}, as_json=as_json)
-    if not found.passed:
+        result: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code)
+    show(result.model_dump() | {"passed": result.passed}, as_json=as_json)
+    if not result.passed:
         raise typer.Exit(1)

@@ -50,8 +50,8 @@ def inspect(
         from linearize.conversion.inspections import inspect_heads
 
         with json_only(as_json):
-            found = inspect_heads(model, trust_remote_code=trust_remote_code, plot=plot, **specified(device=device))
-        show(found if as_json else {**found, "heads": _with_bars(found["heads"], "fall")}, as_json=as_json)
+            result = inspect_heads(model, trust_remote_code=trust_remote_code, plot=plot, **specified(device=device))
+        show(result if as_json else {**result, "heads": _with_bars(result["heads"], "fall")}, as_json=as_json)
         return
     if backends:
         if chosen or trust_remote_code:

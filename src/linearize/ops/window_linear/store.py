@@ -5,9 +5,9 @@ Candidates are what is stored and what leaves. Those that the sum recalls worst 
 
     e(k, v) = sum over a group's query heads of | phi(k)^T H / (phi(k)^T z) - v |^2 ,
 
-H and z those before the block leaves; the others are folded into the sum, so no mass is lost. A query weighs stored
-keys as it weighs those in the window: exp(s - m), under the one normaliser. Blocks are those of the terraced window, so
-every form of the operation takes the same decisions on the same grid.
+H and z those before the block leaves, compared in bf16, of equals the older; the others are folded into the sum, so no
+mass is lost. A query weighs stored keys as it weighs those in the window: exp(s - m), under the one normaliser. Blocks
+are those of the terraced window, so every form of the operation takes the same decisions on the same grid.
 
 Letters: B batch, G key/value heads, R query heads for each, H = G R, T new tokens, U of them (the last) with an output,
 N chunks, C tokens of a block, J sinks, P stored pairs, X = P + C candidates, D head dimension, V value dimension, F
@@ -77,7 +77,7 @@ class Store:
             z = recalled[..., -1:]
             recall = (recalled[..., :-1] / z.masked_fill(z == 0, 1)).unflatten(1, (groups, -1))
             error = (recall - wide[:, :, None]).square().sum((2, 4)).masked_fill(~live_BX[:, None], -torch.inf)
-            best = error.topk(spec.store, dim=-1).indices
+            best = ranked(error)[..., : spec.store]
             kept_BGX = torch.zeros_like(error, dtype=torch.bool).scatter_(-1, best, True) & live_BX[:, None]
             place = torch.arange(error.shape[-1], device=error.device)
             order = torch.where(kept_BGX, place, place + len(place)).argsort(-1)[..., : spec.store, None]
@@ -86,6 +86,12 @@ class Store:
         memory = self.memory_BHFV + (phi * folds[..., None].to(dtype)).mT @ value
         k, v = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
         return Store(memory, k, v, live_BX.sum(1).clamp(max=spec.store))
+
+
+def ranked(error_BGX: Tensor) -> Tensor:
+    """Candidates, the worst recalled first; of those with the same error in bf16 the older: neither rounding nor a
+    processor's sorting decides between tokens that are alike."""
+    return error_BGX.to(torch.bfloat16).float().sort(dim=-1, descending=True, stable=True).indices
 
 
 def store_of(state: WindowLinearState | None, k_BGTD: Tensor, v_BGTV: Tensor, spec: WindowLinear) -> Store:
