@@ -67,12 +67,16 @@ def token_by_token(made: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, 
                 heads = range(group * ratio, (group + 1) * ratio)
                 leavers = [i for i in range(first, first + window) if i >= sinks]
                 errors = {}
-                for i in stored[group] + leavers:
+                candidates = stored[group] + leavers
+                for i in candidates:
                     errors[i] = 0.0
                     for head in heads:
                         recalled = phi_k[head, i] @ sums[head]
                         recall = recalled[:-1] / recalled[-1] if recalled[-1] != 0 else recalled[:-1]
                         errors[i] += float((recall - v[0, group, i]).square().sum())
+                for i in candidates:
+                    older = [float((v[0, group, j] - v[0, group, i]).square().sum()) for j in candidates if j < i]
+                    errors[i] = min([errors[i], *(ratio * distance for distance in older)])
                 rounded = {i: float(torch.tensor(error).bfloat16()) for i, error in errors.items()}
                 stay = sorted(errors, key=lambda i: (-rounded[i], i))[:pairs]
                 for i in set(errors) - set(stay):

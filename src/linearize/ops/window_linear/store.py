@@ -3,11 +3,14 @@ block leaves the window.
 
 Candidates are what is stored and what leaves. Those that the sum recalls worst from their own key stay, by
 
-    e(k, v) = sum over a group's query heads of | phi(k)^T H / (phi(k)^T z) - v |^2 ,
+    e(k, v) = min( sum over a group's query heads of | phi(k)^T H / (phi(k)^T z) - v |^2 ,
+                   R times the least | v' - v |^2 of an older candidate v' ) ,
 
 H and z those before the block leaves, compared in bf16, of equals the older; the others are folded into the sum, so no
-mass is lost. A query weighs stored keys as it weighs those in the window: exp(s - m), under the one normaliser. Blocks
-are those of the terraced window, so every form of the operation takes the same decisions on the same grid.
+mass is lost. The second line is ours: without it the same token of every repetition of a phrase is stored again, since
+the sum recalls none of them. A query weighs stored keys as it weighs those in the window: exp(s - m), under the one
+normaliser. Blocks are those of the terraced window, so every form of the operation takes the same decisions on the same
+grid.
 
 Letters: B batch, G key/value heads, R query heads for each, H = G R, T new tokens, U of them (the last) with an output,
 N chunks, C tokens of a block, J sinks, P stored pairs, X = P + C candidates, D head dimension, V value dimension, F
@@ -76,7 +79,9 @@ class Store:
             recalled = phi @ self.memory_BHFV
             z = recalled[..., -1:]
             recall = (recalled[..., :-1] / z.masked_fill(z == 0, 1)).unflatten(1, (groups, -1))
-            error = (recall - wide[:, :, None]).square().sum((2, 4)).masked_fill(~live_BX[:, None], -torch.inf)
+            error = (recall - wide[:, :, None]).square().sum((2, 4))
+            error = torch.minimum(error, recall.shape[2] * _distance_to_older(wide, live_BX))
+            error = error.masked_fill(~live_BX[:, None], -torch.inf)
             best = ranked(error)[..., : spec.store]
             kept_BGX = torch.zeros_like(error, dtype=torch.bool).scatter_(-1, best, True) & live_BX[:, None]
             place = torch.arange(error.shape[-1], device=error.device)
@@ -86,6 +91,14 @@ class Store:
         memory = self.memory_BHFV + (phi * folds[..., None].to(dtype)).mT @ value
         k, v = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
         return Store(memory, k, v, live_BX.sum(1).clamp(max=spec.store))
+
+
+def _distance_to_older(v_BGXV: Tensor, live_BX: Tensor) -> Tensor:
+    """The least squared distance of each candidate's value to that of an older one, `[B, G, X]`."""
+    between = torch.cdist(v_BGXV, v_BGXV, compute_mode="donot_use_mm_for_euclid_dist").square()
+    count = v_BGXV.shape[2]
+    older = torch.ones(count, count, dtype=torch.bool, device=v_BGXV.device).tril(-1) & live_BX[:, None, None, :]
+    return between.masked_fill(~older, torch.inf).amin(-1)
 
 
 def ranked(error_BGX: Tensor) -> Tensor:
