@@ -60,7 +60,7 @@ def test_every_option_stands_at_every_letter_once() -> None:
         assert sorted(options) == sorted(item.choices) and options.index(item.word) == -turn % 3
 
 
-def test_a_letter_a_word_and_nothing_are_told_apart() -> None:
+def test_answers_by_letter_and_by_word_are_counted_apart() -> None:
     items = cut(choices=3)
     fixed = choose_letters(Answerer("B"), TOKENIZER, items, batch=4)
     assert fixed == [[1, 1, 1]] * len(items)

@@ -9,7 +9,7 @@ import typer
 
 from linearize.cli.options import Json, Overwrite, RemoteCode
 from linearize.cli.output import json_only, show
-from linearize.errors import InputError
+from linearize.errors import InputError, unknown
 
 Python = Annotated[
     Path | None, typer.Option(metavar="PATH", help="A Python that has the engine; default: the one that runs this.")
@@ -40,7 +40,7 @@ def export(
     if verify is None and (python is not None or trust_remote_code):
         raise InputError("export takes --python and --trust-remote-code only with --verify: add it, or leave them out")
     if verify is not None and verify not in ENGINES:
-        raise InputError(f"engine {verify!r}: allowed are {', '.join(ENGINES)}")
+        raise unknown("engine", verify, ENGINES)
     print(f"exported to {export_student(student, to, out, overwrite=overwrite)}")
     if verify is not None:
         _verify(out, student, verify, python, trust_remote_code, as_json=False)

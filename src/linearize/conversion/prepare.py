@@ -185,7 +185,7 @@ def resolve_plan(
     """
     planned = plan.resolve(len(sites), [score.kl for score in scores] or [0.0] * len(sites))
     applied = check_plan(planned, sites, teacher.config.model_type)
-    counts = [0 if site.sliding_window is not None else site.shape.num_kv_heads for site in sites]
+    counts = [site.far_groups for site in sites]
     by_place = {(score.layer, score.group): score.fall for score in heads}
     applied = plan.with_heads(applied, counts, by_place or None)
     kept = [i for i, mixer in enumerate(planned) if mixer is not None and applied[i] is None]

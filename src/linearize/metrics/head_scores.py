@@ -38,7 +38,7 @@ _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScore:
-    """`fall`: nats that the log-probability of an answer falls by without the group's output, mean over prompts."""
+    """`fall`: nats that the log-probability of an answer falls by with the group ablated, mean over prompts."""
 
     layer: int
     group: int
@@ -77,8 +77,7 @@ def head_scores(
         InputError: a teacher that cannot be converted, or a context too short for a list.
     """
     most = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or length
-    sites = [site for site in probe(teacher) if site.sliding_window is None]
-    places = [(site.layer, group) for site in sites for group in range(site.shape.num_kv_heads)]
+    places = [(site.layer, group) for site in probe(teacher) for group in range(site.far_groups)]
     rng = random.Random(seed)
     falls, total = torch.zeros(len(places), dtype=torch.float64), 0.0
     with phase("scoring heads", prompts * len(places), "groups") as advance:

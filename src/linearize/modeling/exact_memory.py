@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from linearize.errors import InputError
+from linearize.mixers.layer_mixer import LayerMixer
 from linearize.mixers.retrieval_heads import RetrievalHeads, RetrievalHeadsConfig
 from linearize.modeling.config import parse_mixer
 
@@ -52,8 +53,8 @@ def keep_heads(student: Any, groups: Mapping[int, Sequence[int]]) -> None:
     local = _limited(student)
     for layer, kept in groups.items():
         mixer = mixers.get(layer)
-        if mixer is None or hasattr(mixer, "project") or isinstance(mixer, RetrievalHeads) or layer in local:
-            between = [i for i, m in mixers.items() if not hasattr(m, "project") and i not in local]
+        if mixer is None or isinstance(mixer, LayerMixer | RetrievalHeads) or layer in local:
+            between = [i for i, m in mixers.items() if not isinstance(m, LayerMixer) and i not in local]
             raise InputError(f"layer {layer} has no heads to give back: layers that have are {between}")
         new = RetrievalHeadsConfig(groups=tuple(kept), mixer=mixer.config).build(shapes[layer])
         _copy_heads(mixer, new)

@@ -44,6 +44,11 @@ class AttentionSite:
     sliding_window: int | None
     readable: bool = True
 
+    @property
+    def far_groups(self) -> int:
+        """Key/value groups that see the whole text; none where the attention is limited to a window."""
+        return self.shape.num_kv_heads if self.sliding_window is None else 0
+
 
 def probe(model: PreTrainedModel) -> list[AttentionSite]:
     """The attention modules of a causal LM, by layer, found by running three tokens through it; changes nothing.

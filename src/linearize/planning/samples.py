@@ -117,7 +117,7 @@ def look_at(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype) -> Who
         draft = recipe.plan.draft_layers(count)
         plan = recipe.plan.resolve(count if draft is None else len(draft), [0.0] * count)
         if draft is None:
-            counts = [0 if site.sliding_window is not None else site.shape.num_kv_heads for site in sites]
+            counts = [site.far_groups for site in sites]
             plan = recipe.plan.with_heads(check_plan(plan, sites, config.model_type), counts)
         mixers = [repr(mixer) for mixer in plan] if draft is None else [""] * count
         kinds = [kind for group in alike for kind in _groups(group, [mixers[layer] for layer in group])]

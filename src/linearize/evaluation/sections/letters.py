@@ -165,7 +165,7 @@ def letter_numbers(
 ) -> ModelLetters:
     """Count a model's letters, by question and turn; a student's also against its teacher's."""
     words = [[(letter + turn) % len(letters) for turn, letter in enumerate(letters)] for letters in chosen]
-    right = [sum(word == 0 for word in own) / len(own) for own in words]
+    right = [_right(letters) for letters in chosen]
     drop = None
     if teacher is not None and role == "student":
         drop = DifferenceNumbers.of([_right(letters) for letters in teacher], right)

@@ -120,7 +120,7 @@ class ModelRecall(NumbersModel):
 
     def test(self, name: TestName) -> RecallTest:
         """The numbers of a test that was run."""
-        test: RecallTest = {own: getattr(self, own) for own in TEST_NAMES}[name]
+        test: RecallTest = getattr(self, name)
         return test
 
     @property
