@@ -50,6 +50,7 @@ ROWS = {
     ),
     "lolcats": Row("lolcats"),
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
+    "window-linear-store": Row("window-linear", {"stages.0.lr": "3e-2", "plan.mixer.store": 128}),
     **{
         f"{mixer}-{share}": Row(recipe, {"plan.layers.keep": share / 100} if share else {"plan.layers": "all"}, True)
         for mixer, recipe in (("gdn-hybrid", "gdn-hybrid"), ("mamba2", "mamba2-in-llama"))

@@ -34,6 +34,9 @@ from linearize.ops.window_linear.spec import WindowLinear, divide, fold_boundary
 from linearize.ops.window_linear.state import RingBuffer, WindowLinearState, take_slots
 from linearize.ops.window_linear.update import next_plain_state, next_state
 
+SAME = 2.0**-12
+"""Of a value's square: a squared distance below it is that of equal values."""
+
 
 def num_stored(following_B: Tensor, spec: WindowLinear, begin_B: Tensor | None = None) -> Tensor:
     """How many pairs are stored before the tokens at these positions of documents that begin at `begin_B` (None: at 0):
@@ -94,11 +97,13 @@ class Store:
 
 
 def _distance_to_older(v_BGXV: Tensor, live_BX: Tensor) -> Tensor:
-    """The least squared distance of each candidate's value to that of an older one, `[B, G, X]`."""
-    between = torch.cdist(v_BGXV, v_BGXV, compute_mode="donot_use_mm_for_euclid_dist").square()
-    count = v_BGXV.shape[2]
-    older = torch.ones(count, count, dtype=torch.bool, device=v_BGXV.device).tril(-1) & live_BX[:, None, None, :]
-    return between.masked_fill(~older, torch.inf).amin(-1)
+    """The least squared distance of each candidate's value to that of an older one, `[B, G, X]`, from |v|^2 + |v'|^2
+    - 2 v v'; 0 where that is no more than rounding leaves of |v|^2."""
+    square_BGX = v_BGXV.square().sum(-1)
+    older = torch.ones(v_BGXV.shape[2], v_BGXV.shape[2], dtype=torch.bool, device=v_BGXV.device).tril(-1)
+    between = (v_BGXV @ v_BGXV.mT).mul_(-2).add_(square_BGX[:, :, None])
+    least = between.masked_fill_(~(older & live_BX[:, None, None, :]), torch.inf).amin(-1) + square_BGX
+    return least.masked_fill(least < SAME * square_BGX, 0)
 
 
 def ranked(error_BGX: Tensor) -> Tensor:
