@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,13 @@ def test_a_store_for_what_has_none_is_one_line(plan: str, pairs: int) -> None:
     with pytest.raises(InputError) as raised:
         student.set_store(pairs)
     assert "\n" not in str(raised.value) and str(pairs) in str(raised.value)
+
+
+@pytest.mark.parametrize(("shift", "said"), [("window", 1), ("shared", 0)])
+def test_a_store_on_another_scale_than_the_sum_is_announced(shift: str, said: int) -> None:
+    student = student_of(tiny("llama"), mixer(shift=shift))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        student.set_store(4)
+        student.set_store(0)
+    assert len([one for one in caught if "store 4" in str(one.message)]) == said

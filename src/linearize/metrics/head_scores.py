@@ -24,7 +24,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling.cache_argument import with_cache
 from linearize.modeling.probe import probe, routed
-from linearize.ops.growing_softmax import masked_softmax
+from linearize.ops.softmax import masked_softmax
 from linearize.phases import phase
 
 ABLATE = "linearize_ablate"

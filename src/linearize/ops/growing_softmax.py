@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from linearize.ops import TensorState
 from linearize.ops.layout import Layout
+from linearize.ops.softmax import masked_softmax
 
 MORE = 8  # a move makes room for one part in so many of the tokens there are
 LEAST = 64  # tokens that a move makes room for at least
@@ -196,18 +197,3 @@ def _visible(
     old = of_query == 0 if live is None else live[:, None] & (of_query == 0)
     rows = max(new.shape[0], old.shape[0])
     return torch.cat([old.expand(rows, -1, past), new.expand(rows, -1, -1)], dim=-1)[:, None]
-
-
-def masked_softmax(
-    q_BHUD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, seen: Tensor, *, scaling: float, softcap: float | None = None
-) -> Tensor:
-    """Softmax over the keys that `seen` (`[B or 1, 1, U, S]` bool) marks; queries that see none hold no numbers."""
-    groups = k_BGSD.shape[1]
-    if softcap is None:
-        gqa = q_BHUD.shape[1] != groups
-        return F.scaled_dot_product_attention(q_BHUD, k_BGSD, v_BGSV, attn_mask=seen, scale=scaling, enable_gqa=gqa)
-    wide = torch.promote_types(q_BHUD.dtype, torch.float32)
-    s = q_BHUD.unflatten(1, (groups, -1)).to(wide) @ k_BGSD[:, :, None].to(wide).mT * scaling
-    s = (softcap * torch.tanh(s / softcap)).masked_fill(~seen[:, :, None], -torch.inf)
-    y = s.softmax(-1).to(v_BGSV.dtype) @ v_BGSV[:, :, None]
-    return y.flatten(1, 2).to(q_BHUD.dtype)

@@ -30,15 +30,24 @@ def softmax_attention(
     if layout.is_plain and softcap is None and sliding_window is None:
         return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTV, is_causal=True, scale=scaling, enable_gqa=gqa)
     seen = visible(layout, q_BHTD.shape[2], q_BHTD.device, sliding_window)
-    if softcap is None:
-        y = F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTV, attn_mask=seen, scale=scaling, enable_gqa=gqa)
-    else:
-        groups = k_BGTD.shape[1]
-        s = (q_BHTD.unflatten(1, (groups, -1)) @ k_BGTD[:, :, None].transpose(-1, -2)).flatten(1, 2) * scaling
-        s = (softcap * torch.tanh(s / softcap)).masked_fill(~seen, -torch.inf)
-        weights = s.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(v_BGTV.dtype)
-        y = (weights.unflatten(1, (groups, -1)) @ v_BGTV[:, :, None]).flatten(1, 2)
+    y = masked_softmax(q_BHTD, k_BGTD, v_BGTV, seen, scaling=scaling, softcap=softcap)
     return y if layout.position_BT is None else y.masked_fill((layout.position_BT < 0)[:, None, :, None], 0)
+
+
+def masked_softmax(
+    q_BHUD: Tensor, k_BGSD: Tensor, v_BGSV: Tensor, seen: Tensor, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Softmax over the keys that `seen` (`[B or 1, 1, U, S]` bool) marks; what a query that sees none gives, the caller
+    replaces."""
+    groups = k_BGSD.shape[1]
+    if softcap is None:
+        gqa = q_BHUD.shape[1] != groups
+        return F.scaled_dot_product_attention(q_BHUD, k_BGSD, v_BGSV, attn_mask=seen, scale=scaling, enable_gqa=gqa)
+    wide = torch.promote_types(q_BHUD.dtype, torch.float32)
+    s = q_BHUD.unflatten(1, (groups, -1)).to(wide) @ k_BGSD[:, :, None].to(wide).mT * scaling
+    s = (softcap * torch.tanh(s / softcap)).masked_fill(~seen[:, :, None], -torch.inf)
+    y = s.softmax(-1).nan_to_num(0.0).to(v_BGSV.dtype) @ v_BGSV[:, :, None]
+    return y.flatten(1, 2).to(q_BHUD.dtype)
 
 
 def visible(layout: Layout, num_tokens: int, device: torch.device, sliding_window: int | None = None) -> Tensor:
