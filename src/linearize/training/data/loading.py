@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,12 +20,12 @@ from linearize.training.data.documents import Document, check_answer_only, end_t
 from linearize.training.data.files import EXTENSIONS, is_txt
 from linearize.training.data.packing import Batch, PackedRows, batches, document_rows, pack
 from linearize.training.data.row_fields import RowNotes
-from linearize.training.data.sources import iterate_examples
+from linearize.training.data.sources import is_cut_at_blank_lines, iterate_examples
 from linearize.training.data.specs import PSEUDO, DataSource, data_source
 from linearize.training.data.split import Split, shortened, split
 from linearize.training.data.text_lines import END_OF_TEXT
 from linearize.training.data.token_cache import cached_store
-from linearize.training.data.token_store import TokenStore
+from linearize.training.data.token_store import StoreFacts, TokenStore
 
 __all__ = [
     "PSEUDO",
@@ -126,8 +127,8 @@ def _store_in_memory(source: DataSource, tokenizer: PreTrainedTokenizerBase, ans
     with phase(f"tokenizing {source.spec}"):
         examples = iterate_examples(source, tokenizer, notes, answer_only=answer_only)
         store = TokenStore.of(chain.from_iterable(tokenized(examples, tokenizer, answer_only=answer_only)))
-    notes.report(source.spec)
-    return store
+    facts = StoreFacts(cut_at_blank_lines=is_cut_at_blank_lines(source, tokenizer), notes=notes.lines())
+    return replace(store, facts=facts)
 
 
 def _sizes(documents: DocumentList) -> str:

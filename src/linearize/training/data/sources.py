@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from linearize.errors import InputError
 from linearize.storage.files import well_formed
 from linearize.training.data.documents import Example
-from linearize.training.data.files import Numbered, file_rows
+from linearize.training.data.files import Numbered, file_rows, is_txt
 from linearize.training.data.hub import hub_rows
 from linearize.training.data.row_fields import Note, NullError, RowNotes
 from linearize.training.data.row_formats import example_of
 from linearize.training.data.specs import DataSource, data_source
-from linearize.training.data.text_lines import END_OF_TEXT, Advance, ignore_bytes
+from linearize.training.data.text_lines import END_OF_TEXT, Advance, cuts_at_blank_lines, ignore_bytes
 
 Parsed = TypeVar("Parsed")
 
@@ -61,6 +61,12 @@ def iterate_examples(
             yield example
     if empty:
         raise InputError(f"data {source.spec!r}: is empty, it holds no text; give data with at least two documents")
+
+
+def is_cut_at_blank_lines(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether blank lines separate the documents of a text file of this source."""
+    ends = (END_OF_TEXT, str(tokenizer.eos_token))
+    return not source.whole and any(is_txt(file) and cuts_at_blank_lines(file, ends) for file in source.files)
 
 
 def read_as(spec: str, parse: Callable[[object, Note], Parsed], *, ends: Sequence[str] = ()) -> list[Parsed]:

@@ -39,9 +39,8 @@ from linearize.training.data.documents import tokenized
 from linearize.training.data.files import is_txt
 from linearize.training.data.hub import commit_of
 from linearize.training.data.row_fields import RowNotes
-from linearize.training.data.sources import iterate_examples
+from linearize.training.data.sources import is_cut_at_blank_lines, iterate_examples
 from linearize.training.data.specs import DataSource, HubName
-from linearize.training.data.text_lines import END_OF_TEXT, cuts_at_blank_lines
 from linearize.training.data.token_store import (
     FORMAT,
     META,
@@ -90,7 +89,7 @@ def cached_store(
             "can"
         ) from error
     try:
-        if (store := _opened(folder)) is not None:
+        if (store := _opened(folder, again=True)) is not None:  # another process has made it
             return store, True
         clear_leftovers(folder)
         with writing("the tokenized text", cache), atomic_folder(folder, overwrite=True, locked=True) as temporary:
@@ -119,7 +118,7 @@ def write_store(
             writer.add(part)
             documents, tokens = documents + len(part), tokens + sum(map(len, part))
         writer.finish(
-            StoreFacts(cut_at_blank_lines=_cut_at_blank_lines(source, tokenizer), notes=notes.lines()),
+            StoreFacts(cut_at_blank_lines=is_cut_at_blank_lines(source, tokenizer), notes=notes.lines()),
             spec=source.spec, documents=documents, tokens=tokens, seconds=round(time.monotonic() - begun, 1),
         )  # fmt: skip
 
@@ -225,15 +224,16 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _opened(folder: Path) -> TokenStore | None:
-    """The store in a folder, checked; None where there is none, or a damaged one."""
+def _opened(folder: Path, *, again: bool = False) -> TokenStore | None:
+    """The store in a folder, checked; None where there is none, or a damaged one, which is reported but `again`."""
     if not folder.is_dir():
         return None
     try:
         with phase("checking the kept tokens"):
             store = TokenStore.open(folder)
     except DamagedStoreError as error:
-        LOG.warning("%s: the text is tokenized again", error)
+        if not again:
+            LOG.warning("%s: the text is tokenized again", error)
         return None
     _hold(store, folder)
     with suppress(OSError):
@@ -253,11 +253,6 @@ def _next_to(folder: Path, kind: str) -> Path:
 
 def _print_wait(spec: str, holder: str) -> None:
     print(f"linearize: {holder} is tokenizing {spec}: waiting for it", file=sys.stderr, flush=True)
-
-
-def _cut_at_blank_lines(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> bool:
-    ends = (END_OF_TEXT, str(tokenizer.eos_token))
-    return not source.whole and any(is_txt(file) and cuts_at_blank_lines(file, ends) for file in source.files)
 
 
 def _largest_token(tokenizer: PreTrainedTokenizerBase) -> int:
