@@ -53,7 +53,7 @@ class FirstStep:
 
 
 def write_text(files: Sequence[Path], tokens: int, path: Path) -> None:
-    """Write about so many tokens as JSON lines of `CHARACTERS` characters, the files again and again; none are equal."""
+    """Write about so many tokens as JSON lines of `CHARACTERS` characters, the files again and again; none is equal."""
     left = round(tokens / TOKENS_PER_CHARACTER)
     with path.open("w", encoding="utf-8") as out:
         for number, text in enumerate(_parts(files)):
