@@ -76,7 +76,8 @@ def test_every_verb_counts_subnormal_numbers_as_zero(monkeypatch: pytest.MonkeyP
     [
         ([], ["Missing command", "--help"]),
         (["convrt"], ["'convrt'", "convert"]),
-        (["convert", "teacher"], ["--data", "linearize convert --help"]),
+        (["convert", "teacher"], ["--out", "linearize convert --help"]),
+        (["convert", "teacher", "--out", "b"], ["no data", "--data", "data.sources"]),
         (["convert", "--data", "a.txt", "--out", "b"], ["TEACHER"]),
         ([*CONVERT, "--recipee", "x"], ["--recipee", "--recipe"]),
         ([*CONVERT, "--set", "window"], ["'window'", "KEY=VALUE"]),

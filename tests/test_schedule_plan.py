@@ -18,7 +18,8 @@ from test_convert import KillAt, Killed, convert, same_weights, weights
 from linearize.errors import InputError
 from linearize.recipes import PlanConfig, Recipe
 from linearize.recipes.schedule import Progressive, Stepwise
-from linearize.training.data.loading import Document, PackedRows
+from linearize.training.data.loading import Document
+from linearize.training.data.packing import IndexedRows
 from linearize.training.data.train_dataset import TrainDataset
 
 folder = test_convert.folder  # a fixture: a teacher with its tokenizer, and text
@@ -139,8 +140,8 @@ def documents() -> TrainDataset:
     return TrainDataset(documents=results, pad_token_id=1)
 
 
-def rows_of(rows: PackedRows) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in rows.input_ids.tolist()]
+def rows_of(rows: IndexedRows) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in rows.in_memory().input_ids.tolist()]
 
 
 def test_parts_of_the_text_share_no_row_and_lose_none() -> None:
@@ -148,7 +149,7 @@ def test_parts_of_the_text_share_no_row_and_lose_none() -> None:
     parts = [dataset.rows(12, part, 3) for part in range(3)]
     together = [row for part in parts for row in rows_of(part)]
     assert sorted(together) == sorted(rows_of(dataset.rows(12))) and len({len(part) for part in parts}) <= 2
-    assert all(part.position_ids.shape == part.labels.shape == part.input_ids.shape for part in parts)
+    assert all({tensor.shape for tensor in part.take([0, 2]).values()} == {(2, 12)} for part in parts)
     assert dataset.rows(7).length == 7
     with pytest.raises(InputError, match=r"fewer than the schedule's 99 steps"):
         dataset.rows(12, 0, 99)

@@ -13,16 +13,17 @@ from linearize.cli.output import show_rows
 
 def convert(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A causal language model: a folder or a Hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the student.")],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             metavar="SPEC",
-            help="A file (.txt, .jsonl, .json, .csv, .parquet; also .gz, .zst), a Hub data set, or `self` (text "
-            "that the teacher writes). May be repeated.",
+            help="A file (.txt, .jsonl, .json, .csv, .parquet; also .gz, .zst), a folder or 'DIR/*.jsonl', a Hub data "
+            "set (NAME@REVISION:SPLIT:COLUMN), or `self` (text that the teacher writes). May be repeated. Default: the "
+            "recipe's data.sources.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the student.")],
+    ] = None,
     recipe: Recipe = None,
     settings: Settings = None,
     overwrite: Overwrite = False,
@@ -56,7 +57,7 @@ def convert(
 
     run_convert(
         teacher,
-        data=data,
+        data=data or [],
         out=out,
         overrides=parse_settings(settings or []) | specified(base_weights=base),
         overwrite=overwrite,

@@ -32,7 +32,7 @@ from linearize.training.tracking import Tracker, make_tracker
 def convert(
     teacher: str | os.PathLike[str],
     *,
-    data: Sequence[str | os.PathLike[str]] | str,
+    data: Sequence[str | os.PathLike[str]] | str = (),
     out: str | os.PathLike[str],
     recipe: str | Recipe = DEFAULT_RECIPE,
     overrides: Mapping[str, Any] | None = None,
@@ -62,7 +62,7 @@ def convert(
 
     Args:
         teacher: folder or Hub name.
-        data: SPECs: files, Hub data sets, or `self`.
+        data: SPECs: files, folders, Hub data sets, or `self`; none: `data.sources` of the recipe.
         out: folder for the student; it must not exist unless `overwrite`.
         recipe: a name, a YAML file or a `Recipe`.
         overrides: dotted recipe keys and their values.

@@ -16,7 +16,8 @@ from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
 from linearize.modeling.sharding import Shards, set_shards
 from linearize.recipes.schema import Recipe
-from linearize.training.data.loading import PSEUDO
+from linearize.training.data.specs import input_paths
+from linearize.training.data.token_cache import content_checksum, token_cache
 from linearize.training.distributed import Group
 from linearize.version import __version__
 
@@ -53,7 +54,7 @@ def run_signature(teacher: str, specs: Sequence[str], recipe: Recipe, out: Path)
         "versions": ", ".join(f"{name} {number}" for name, number in {"linearize": __version__, **versions}.items()),
         "recipe": f"one with checksum {_checksum(json.dumps(recipe.model_dump(mode='json'), sort_keys=True).encode())}",
         "teacher": f"{teacher} ({_file(Path(teacher) / 'config.json')})",
-        "data": ", ".join(f"{spec} ({_file(Path(spec.removeprefix(PSEUDO)))})" for spec in specs),
+        "data": ", ".join(f"{spec} ({_files(input_paths(spec))})" for spec in specs),
         "output folder": str(out),
     }
 
@@ -78,6 +79,15 @@ def _file(path: Path) -> str:
         return "no file"
     with path.open("rb") as file:
         return f"checksum {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+def _files(paths: Sequence[Path]) -> str:
+    """The checksum of one file; of several, and of a folder, the number of files and their sizes."""
+    if len(paths) == 1 and paths[0].is_file():
+        return f"checksum {content_checksum(paths[0], token_cache())[:12]}"
+    files = [file for path in paths for file in ((path,) if path.is_file() else sorted(path.glob("*")))]
+    sizes = [(file.name, file.stat().st_size) for file in files if file.is_file()]
+    return f"{len(sizes)} files, checksum {_checksum(repr(sizes).encode())}" if sizes else "no file"
 
 
 def _checksum(data: bytes) -> str:

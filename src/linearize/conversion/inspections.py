@@ -11,6 +11,7 @@ from typing import Any
 
 from linearize.conversion.checks import check_starts, context_length, fit_length
 from linearize.conversion.prepare import load_for_conversion
+from linearize.conversion.request import data_specs
 from linearize.conversion.text import SENSITIVITY_TOKENS, read_text, sample_batches
 from linearize.errors import InputError
 from linearize.metrics.head_scores import HeadScores, head_scores
@@ -45,7 +46,7 @@ def inspect_sensitivity(
     check_starts(chosen.plan)
     model, tokenizer = load_for_conversion(teacher, device, chosen.seed, trust_remote_code)
     chosen, notices = fit_length(chosen, context_length(model), ())
-    text, _ = read_text(model, tokenizer, chosen.data, data)
+    text, _ = read_text(model, tokenizer, chosen.data, data_specs(data, chosen))
     for notice in notices:
         LOG.warning(notice)
     sample = sample_batches(chosen, text, model, tokens)

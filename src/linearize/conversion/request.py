@@ -15,7 +15,9 @@ from linearize.numbers import parse_size
 from linearize.recipes.schema import Recipe, load_recipe
 from linearize.storage.files import check_apart, expand_home, real_name
 from linearize.training.config import BlockwiseConfig, StageConfig
+from linearize.training.data.files import EXTENSIONS
 from linearize.training.data.loading import PSEUDO, local_spec
+from linearize.training.data.specs import input_paths
 from linearize.training.stages.lowrank import LowRankConfig
 
 
@@ -102,13 +104,33 @@ def read_request(
     options = BlockOptions(only=blocks, **bounds)
     check_options(chosen.stages, options)
     final, teacher = Path(expand_home(out)).resolve(), expand_home(teacher)
-    specs = [local_spec(str(spec)) for spec in ([data] if isinstance(data, str) else data)]
-    check_apart(final, teacher, *(spec.removeprefix(PSEUDO) for spec in specs))
+    specs = data_specs([data] if isinstance(data, str) else data, chosen)
+    check_apart(final, teacher, *(path for spec in specs for path in input_paths(spec)))
     return ConversionRequest(
         teacher=teacher, specs=specs, recipe=chosen, overridden=frozenset(overrides or ()), options=options,
         stream=stream, overwrite=overwrite, adapter_only=adapter_only, device=device,
         trust_remote_code=trust_remote_code, final=final, work=work_folder(final),
     )  # fmt: skip
+
+
+def data_specs(data: Sequence[str | os.PathLike[str]], recipe: Recipe) -> list[str]:
+    """The SPECs of the text: those that the caller gives, or the sources of the recipe.
+
+    Raises:
+        InputError: both name some, or neither does.
+    """
+    if data and recipe.data.sources:
+        raise InputError(
+            f"data {', '.join(map(str, data))} given, and data.sources of the recipe names "
+            f"{', '.join(source.path for source in recipe.data.sources)}: leave one of them out"
+        )
+    specs = [str(spec) for spec in data] or [source.path for source in recipe.data.sources]
+    if not specs:
+        raise InputError(
+            f"no data given: name a file ({', '.join(EXTENSIONS)}), a folder, a Hub dataset, or self, by --data or in "
+            "data.sources of the recipe"
+        )
+    return [local_spec(spec) for spec in specs]
 
 
 def for_adapter(recipe: Recipe, *, stream: bool) -> Recipe:

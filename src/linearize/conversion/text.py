@@ -18,11 +18,14 @@ from linearize.training.data.loading import (
     DataConfig,
     document_rows,
     load_documents,
+    short_documents,
     shortened,
     split,
 )
+from linearize.training.data.mixture import shares, weighted
 from linearize.training.data.pseudo_labels import pseudo_labeller
 from linearize.training.data.sampling import self_sampler
+from linearize.training.data.token_cache import token_cache
 from linearize.training.data.train_dataset import TrainDataset
 
 CALIBRATION_TOKENS = 16_384
@@ -78,9 +81,17 @@ def read_text(
         sample=self_sampler(teacher, tokenizer, data, progress=_printer("written {done:,} of {all:,} tokens")),
         answer=pseudo_labeller(teacher, tokenizer, data, progress=_printer("answered {done:,} of {all:,} prompts")),
         answer_only=data.answer_only,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        whole_files=data.whole_files,
+        cache=token_cache(),
+        say=_say,
     )
+    for line in short_documents(documents, data.length):
+        LOG.warning(line)
     parts = split(documents, data)
+    train = parts.train
+    if data.weights is not None:
+        train = weighted(parts.train, data.weights, data.seed)
+        _say(shares(train, parts.train))
     heldout = shortened(parts.heldout, data.measured_tokens or data.max_heldout_tokens, data.length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     alone = not (keeps_documents_apart(teacher) if packs is None else packs())
@@ -89,7 +100,7 @@ def read_text(
             f"{teacher.config.model_type} does not keep the documents of a packed row apart: each row holds one "
             "document and padding, so that long documents or a smaller data.length train faster"
         )
-    text = TrainDataset(documents=parts.train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
+    text = TrainDataset(documents=train, pad_token_id=pad, keep_whole=data.keep_whole, one_per_row=alone)
     with phase("packing the text into rows"):
         text.rows(data.length)
         rows = document_rows(heldout, data.length, pad_token_id=pad, one_per_row=alone)
@@ -107,6 +118,10 @@ def calibration_batches(recipe: Recipe, text: TrainDataset, device: torch.device
 def sample_batches(recipe: Recipe, text: TrainDataset, teacher: Any, tokens: int) -> list[Batch]:
     """Batches of about so many tokens of the training text, on the teacher's device."""
     return text.sample(recipe.data.length, tokens, EVALUATION_BATCH, teacher.device)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _printer(line: str) -> Callable[[int, int], None]:

@@ -22,6 +22,7 @@ from linearize.storage.files import expand_home, read_text
 from linearize.training.data.loading import DataConfig, Document, load_documents, local_spec, split
 from linearize.training.data.pseudo_labels import pseudo_labeller
 from linearize.training.data.sampling import self_sampler
+from linearize.training.data.token_cache import token_cache
 
 TEACHER = "teacher"
 _WEIGHTS = ("*.json", "*.safetensors", "*.gguf", "tokenizer*", "*.model")
@@ -53,7 +54,7 @@ def held_out_documents(
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None,
     notes: list[str],
-) -> list[Document]:
+) -> Sequence[Document]:
     """The documents of `specs` that no student of `origins` was trained on; says in `notes` which part that is.
 
     What the teacher wrote for a conversion (`self`, `pseudo:`) it writes again, or reads from its cache.
@@ -80,6 +81,8 @@ def held_out_documents(
         sample=self_sampler(teacher, tokenizer, settings) if teacher is not None else None,
         answer=pseudo_labeller(teacher, tokenizer, settings) if teacher is not None else None,
         answer_only=settings.answer_only,
+        whole_files=settings.whole_files,
+        cache=token_cache(),
     )
     if config is None:
         return documents
@@ -113,7 +116,7 @@ def _located(spec: str, origins: Sequence[Origin]) -> str:
 
 def _drawing(config: DataConfig | None) -> object:
     """The settings that decide which documents are held out, and their text."""
-    return None if config is None else config.model_dump(exclude={"length", "keep_whole", "measured_tokens"})
+    return None if config is None else config.model_dump(exclude={"length", "keep_whole", "measured_tokens", "sources"})
 
 
 def _data_config(folder: Path) -> DataConfig | None:

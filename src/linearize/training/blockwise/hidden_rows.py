@@ -16,7 +16,7 @@ from torch import Tensor
 from linearize.modeling.blocks import Blocks
 from linearize.training.blockwise.hidden_store import DamagedShardError, HiddenStore, Shard, in_parts
 from linearize.training.config import Batch, StageConfig, count_steps
-from linearize.training.data.packing import PackedRows, epoch_order, step_rows
+from linearize.training.data.packing import BatchSource, epoch_order, step_rows
 
 HIDDEN = "hidden"  # the key of a batch's hidden states at the block's input, [B, T, M]
 TRAIN, HELDOUT, SAMPLE = "train", "heldout", "sample"
@@ -31,7 +31,7 @@ class StageRows:
     """
 
     def __init__(
-        self, stage: StageConfig, rows: PackedRows, heldout: Sequence[Batch], sample: Sequence[Batch] = ()
+        self, stage: StageConfig, rows: BatchSource, heldout: Sequence[Batch], sample: Sequence[Batch] = ()
     ) -> None:
         self.stage, self.rows, self.heldout, self.sample = stage, rows, list(heldout), list(sample)
         used = min(len(rows), count_steps(stage, rows.length) * stage.batch)

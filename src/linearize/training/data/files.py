@@ -2,66 +2,81 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
-import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError, one_line
-from linearize.storage.files import read_text
+from linearize.training.data.text_lines import (
+    END_OF_TEXT,
+    OPENERS,
+    Advance,
+    cuts_at_blank_lines,
+    ignore_bytes,
+    text_documents,
+    text_lines,
+    whole_text,
+)
 
 Numbered = Iterable[tuple[int, object]]
 """Row (or line) numbers from 1, and rows."""
-END_OF_TEXT = "<|endoftext|>"
-"""GPT-2's end of a text, which many text files (TinyStories) have between documents, whatever the tokenizer."""
+_ROWS = 1024  # of a table that are in memory at once
 
 
-def file_rows(path: Path, ends: Sequence[str] = ()) -> Numbered:
-    """The rows of a file. `ends`: lines that separate the documents of a text file, besides `END_OF_TEXT`.
+def file_rows(
+    path: Path, ends: Sequence[str] = (), *, whole: bool = False, advance: Advance = ignore_bytes
+) -> Numbered:
+    """The rows of a file, read a few at a time (`.json` alone as a whole).
 
+    Args:
+        ends: lines that separate the documents of a text file, besides `END_OF_TEXT`; else blank lines do.
+        whole: blank lines in a text file do not.
+        advance: called with the bytes read.
     Raises:
         InputError: a folder, an unknown extension, no such file, or a file whose contents do not fit its name.
     """
-    kind = path.with_suffix("").suffix.lower() if path.suffix.lower() in _UNPACK else path.suffix.lower()
+    check_file(path)
+    if is_txt(path):
+        return _txt_rows(path, (END_OF_TEXT, *ends), whole, advance)
+    return _READERS[data_kind(path)](path, advance)
+
+
+def check_file(path: Path) -> None:
+    """Refuse what `file_rows` cannot read, by its name. Raises InputError."""
+    kind = data_kind(path)
     if path.is_dir():
         raise InputError(f"data {str(path)!r}: is a folder; name a file in it ({', '.join(EXTENSIONS)})")
-    if kind not in EXTENSIONS or (kind == ".parquet" and kind != path.suffix.lower()):
+    if kind not in EXTENSIONS or (kind in _BINARY and kind != path.suffix.lower()):
         raise InputError(
             f"data {str(path)!r}: unknown extension {''.join(path.suffixes[-2:]) or '(none)'!r}; allowed: "
-            f"{', '.join(EXTENSIONS)} (text also as {', '.join(_UNPACK)}), a Hub dataset name, or self"
+            f"{', '.join(EXTENSIONS)} (text also as {', '.join(OPENERS)}), a Hub dataset name, or self"
         )
     if not path.exists():
         raise InputError(f"data {str(path)!r}: no such file; check the path")
-    return _txt_rows(path, ends) if kind == ".txt" else _READERS[kind](path)
 
 
-def _txt_rows(path: Path, ends: Sequence[str]) -> Numbered:
-    return enumerate(({"text": text} for text in text_documents(_text(path), (END_OF_TEXT, *ends))), 1)
+def is_txt(path: Path) -> bool:
+    """Whether a file is one of plain text."""
+    return data_kind(path) == ".txt"
 
 
-def text_documents(text: str, ends: Iterable[str]) -> list[str]:
-    """The documents of a text: separated by lines of one of `ends` if there are two or more, else by blank lines.
-
-    Blank lines between paragraphs stay where such lines separate documents; single line ends always do.
-    """
-    lines = "|".join(map(re.escape, ends))
-    parts = [part for part in re.split(rf"(?m)^[ \t]*(?:{lines})[ \t]*$", text) if part.strip()]
-    if len(parts) < 2:
-        parts = [part for whole in parts for part in re.split(r"\n(?:[ \t]*\n)+", whole) if part.strip()]
-    return [part.strip("\n") for part in parts]
+def data_kind(path: Path) -> str:
+    """The extension that says what a file holds."""
+    return (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower()
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _txt_rows(path: Path, ends: Sequence[str], whole: bool, advance: Advance) -> Numbered:
+    blank_lines = not whole and cuts_at_blank_lines(path, ends)
+    texts = text_documents(text_lines(path, advance), ends, blank_lines=blank_lines)
+    return enumerate(({"text": text} for text in texts), 1)
+
+
+def _jsonl_rows(path: Path, advance: Advance) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text_lines(path, advance), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -69,15 +84,15 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
                 raise InputError(f"data {str(path)!r}, line {number}: not valid JSON ({error.msg})") from error
 
 
-def _json_rows(path: Path) -> Numbered:
-    text = _text(path)
+def _json_rows(path: Path, advance: Advance) -> Numbered:
+    text = whole_text(path, advance)
     if not text.strip():
         return ()
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under the name .json, as many datasets have it
-            return _jsonl_rows(path)
+            return _jsonl_rows(path, ignore_bytes)
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"data {str(path)!r}: not valid JSON, {error.msg} ({where})") from error
     rows = document.get("data", document) if isinstance(document, dict) else document
@@ -102,9 +117,9 @@ def _from_columns(columns: Mapping[str, Any], path: Path) -> list[dict[str, Any]
     return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)]
 
 
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, object]]:
+def _table_rows(path: Path, delimiter: str, advance: Advance) -> Iterator[tuple[int, object]]:
     """Rows under the names in the first line; a row with fewer cells than names has null in the others."""
-    table = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    table = csv.DictReader(text_lines(path, advance), delimiter=delimiter, strict=True)
     with _cells_of_any_size():
         try:
             for number, row in enumerate(table, 1):
@@ -124,14 +139,37 @@ def _cells_of_any_size() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _parquet_rows(path: Path) -> Numbered:
+def _parquet_rows(path: Path, advance: Advance) -> Iterator[tuple[int, object]]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    with _valid(path, (pyarrow.ArrowException, OSError)), pyarrow.parquet.ParquetFile(path) as file:
+        share = path.stat().st_size // max(1, file.metadata.num_rows)
+        yield from enumerate(_batch_rows(file.iter_batches(_ROWS), lambda rows: advance(rows * share)), 1)
+
+
+def _arrow_rows(path: Path, advance: Advance) -> Iterator[tuple[int, object]]:
+    """Rows as `save_to_disk` of `datasets` writes them."""
+    import pyarrow
+
+    with _valid(path, (pyarrow.ArrowException, OSError)), pyarrow.memory_map(str(path)) as file:
+        yield from enumerate(_batch_rows(pyarrow.ipc.open_stream(file), ignore_bytes), 1)
+    advance(path.stat().st_size)
+
+
+def _batch_rows(batches: Iterable[Any], advance: Advance) -> Iterator[Any]:
+    for batch in batches:
+        yield from map(without_fill, batch.to_pylist())
+        advance(len(batch))
+
+
+@contextmanager
+def _valid(path: Path, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
-        return enumerate(map(without_fill, pyarrow.parquet.read_table(path).to_pylist()), 1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data {str(path)!r}: not a valid parquet file ({one_line(error)}); write it again") from error
+        yield
+    except errors as error:
+        kind = path.suffix.lower().removeprefix(".")
+        raise InputError(f"data {str(path)!r}: not a valid {kind} file ({one_line(error)}); write it again") from error
 
 
 def without_fill(row: Any) -> Any:
@@ -148,41 +186,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _text(path: Path) -> str:
-    """The text of a file, decompressed according to its name."""
-    kind = path.suffix.lower()
-    if kind not in _UNPACK:
-        return read_text(path)
-    try:
-        text = _UNPACK[kind](path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{path}: not a valid {kind[1:]} file ({one_line(error)}); get it again") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _zstd(path: Path) -> bytes:
-    import pyarrow
-
-    if not pyarrow.Codec.is_available("zstd"):
-        raise InputError(f"{path}: this build of pyarrow cannot read .zst: unpack the file first (zstd -d)")
-    with pyarrow.OSFile(str(path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
-        unpacked: bytes = stream.read()
-        return unpacked
-
-
-_UNPACK: dict[str, Callable[[Path], bytes]] = {
-    ".gz": lambda path: gzip.decompress(path.read_bytes()),
-    ".zst": _zstd,
-    ".bz2": lambda path: bz2.decompress(path.read_bytes()),
-    ".xz": lambda path: lzma.decompress(path.read_bytes()),
-}
-_READERS: dict[str, Callable[[Path], Numbered]] = {
+_READERS: dict[str, Callable[[Path, Advance], Numbered]] = {
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,
     ".parquet": _parquet_rows,
-    ".csv": lambda path: _table_rows(path, ","),
-    ".tsv": lambda path: _table_rows(path, "\t"),
+    ".arrow": _arrow_rows,
+    ".csv": lambda path, advance: _table_rows(path, ",", advance),
+    ".tsv": lambda path, advance: _table_rows(path, "\t", advance),
 }
+_BINARY = (".parquet", ".arrow")
 EXTENSIONS = (".txt", *_READERS)

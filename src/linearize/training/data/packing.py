@@ -1,32 +1,51 @@
 """Documents packed into rows of one length, and batches of those rows by step.
 
-Shapes: N rows, T tokens a row (the packed length), B rows a batch.
+Packing decides where in a row each segment of a document goes; the tokens are read when a row is.
+Shapes: N rows, T tokens a row (the packed length), B rows a batch, S segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, count
+from itertools import count
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from linearize.errors import InputError
+from linearize.training.data.document_list import DocumentList
 from linearize.training.data.documents import Document
 
 IGNORED = -100  # transformers' label for "no loss here"
 
 Batch = dict[str, Tensor]
-_Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+_Ints = NDArray[np.int64]
 _Segments = tuple[_Ints, _Ints, _Ints, int]  # start in the token stream, size, start in the rows, number of rows
+
+
+class BatchSource(Protocol):
+    """Rows of one length, of which any can be read."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens per row, padding included."""
+        ...
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The batch of the rows with these numbers, `[B, T]` each."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """Packed rows, all `[N, T]` int64.
+    """Packed rows in memory, all `[N, T]` int64.
 
     `position_ids` restart at 0 where a document (or the next segment of a cut one) begins; padding is a document of its
     own at the end of a row. `labels` are `input_ids` not shifted, -100 on the first token of each document, on padding
@@ -50,7 +69,7 @@ class PackedRows:
         """Tokens whose next-token loss counts."""
         return int((self.labels != IGNORED).sum())
 
-    def take(self, indices: Sequence[int] | Tensor) -> Batch:
+    def take(self, indices: Sequence[int]) -> Batch:
         """The batch of the rows with these numbers, `[B, T]` each."""
         index = torch.as_tensor(indices, dtype=torch.long)
         return {
@@ -63,6 +82,90 @@ class PackedRows:
         """Every row exactly once, for evaluation; the last batch may be smaller."""
         for first in range(0, len(self), batch_size):
             yield self.take(range(first, min(first + batch_size, len(self))))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IndexedRows:
+    """Packed rows that are made when they are read; what they hold is as in `PackedRows`.
+
+    The segments `[S]` are in the order of the rows: the document each is of, where it begins there, and its tokens. Row
+    n has the segments from `first_N[n]` to `first_N[n + 1]`. `numbers`: which of all rows these are.
+    """
+
+    documents: DocumentList
+    length: int
+    pad_token_id: int
+    document_S: NDArray[np.int64]
+    offset_S: _Ints
+    size_S: _Ints
+    first_N: _Ints
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The batch of the rows with these numbers, `[B, T]` each."""
+        shape = (len(indices), self.length)
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        position_ids, labels = np.empty(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        for row, index in enumerate(indices):
+            self._fill(self.numbers[index], input_ids[row], position_ids[row], labels[row])
+        arrays = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def every(self, part: int, parts: int) -> IndexedRows:
+        """Every `parts`-th row, from row `part` on."""
+        return replace(self, numbers=self.numbers[part::parts])
+
+    def in_memory(self) -> PackedRows:
+        """All rows, read."""
+        batch = self.take(range(len(self)))
+        return PackedRows(batch["input_ids"], batch["position_ids"], batch["labels"])
+
+    def _fill(self, number: int, input_ids: _Ints, position_ids: _Ints, labels: _Ints) -> None:
+        """Write one row."""
+        documents, end = self.documents, 0
+        for segment in range(self.first_N[number], self.first_N[number + 1]):
+            document, size = self.document_S[segment], self.size_S[segment]
+            store = documents.stores[documents.store_D[document]]
+            source = documents.start_D[document] + self.offset_S[segment]
+            tokens, start = store.tokens[source : source + size], end
+            end = start + size
+            input_ids[start:end] = tokens
+            position_ids[start:end] = np.arange(size)
+            labels[start + 1 : end] = tokens[1:]
+            if store.counts is not None:
+                labels[start:end][store.counts[source : source + size] == 0] = IGNORED
+        position_ids[end:] = np.arange(self.length - end)
+
+
+def index_rows(
+    documents: Sequence[Document],
+    length: int,
+    *,
+    pad_token_id: int = 0,
+    keep_whole: bool = False,
+    one_per_row: bool = False,
+) -> IndexedRows:
+    """As `pack`, with the rows left to be read."""
+    if length < 2:
+        raise InputError(f"length {length}: a row needs at least 2 tokens to predict one from another")
+    documents = DocumentList.of(documents)
+    documents = documents.take(documents.size_D > 0)
+    if not len(documents):
+        raise InputError("there are no documents to pack; give data that holds text")
+    cut = _one_per_row if one_per_row else _best_fit if keep_whole else _stream
+    starts, sizes, targets, num_rows = cut(documents.size_D, length)
+    order = np.argsort(targets, kind="stable")
+    starts, targets = starts[order], targets[order]
+    ends = np.cumsum(documents.size_D)
+    document = np.searchsorted(ends, starts, side="right")
+    return IndexedRows(
+        documents=documents, length=length, pad_token_id=pad_token_id, document_S=document,
+        offset_S=starts - (ends - documents.size_D)[document], size_S=sizes[order], numbers=range(num_rows),
+        first_N=np.searchsorted(targets, np.arange(num_rows + 1) * length),
+    )  # fmt: skip
 
 
 def pack(
@@ -86,14 +189,9 @@ def pack(
     Raises:
         InputError: no token to pack, or a length below 2.
     """
-    if length < 2:
-        raise InputError(f"length {length}: a row needs at least 2 tokens to predict one from another")
-    lengths = np.array([len(document) for document in documents if len(document)], dtype=np.int64)
-    if not len(lengths):
-        raise InputError("there are no documents to pack; give data that holds text")
-    cut = _one_per_row if one_per_row else _best_fit if keep_whole else _stream
-    segments = cut(lengths, length)
-    return _assemble(documents, segments, length, pad_token_id)
+    return index_rows(
+        documents, length, pad_token_id=pad_token_id, keep_whole=keep_whole, one_per_row=one_per_row
+    ).in_memory()
 
 
 def document_rows(
@@ -106,7 +204,7 @@ def document_rows(
 
 
 def batches(
-    rows: PackedRows, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1
+    rows: BatchSource, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Batches without end, from step `start_step` on; step k is the same batch whether or not the run was interrupted.
 
@@ -181,22 +279,3 @@ def _cut_long(lengths: _Ints, length: int) -> tuple[_Ints, _Ints]:
     nth = np.arange(num_segments.sum()) - np.repeat(np.cumsum(num_segments) - num_segments, num_segments)
     starts = ends - np.repeat(lengths, num_segments) + nth * length
     return starts, np.minimum(length, ends - starts)
-
-
-def _assemble(documents: Sequence[Document], segments: _Segments, length: int, pad_token_id: int) -> PackedRows:
-    """Copy every segment to its place."""
-    starts, sizes, targets, num_rows = segments
-    total = int(sizes.sum())
-    tokens = np.fromiter(chain.from_iterable(d.tokens for d in documents), dtype=np.int64, count=total)
-    counts = np.fromiter(chain.from_iterable(d.loss_mask for d in documents), dtype=bool, count=total)
-    within = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    source, target = np.repeat(starts, sizes) + within, np.repeat(targets, sizes) + within
-
-    input_ids = np.full(num_rows * length, pad_token_id, dtype=np.int64)
-    labels = np.full(num_rows * length, IGNORED, dtype=np.int64)
-    filled = np.bincount(target // length, minlength=num_rows)
-    positions = (np.arange(length)[None] - filled[:, None]).reshape(-1)  # right for padding; documents follow
-    input_ids[target] = tokens[source]
-    positions[target] = within
-    labels[target] = np.where(counts[source] & (within > 0), tokens[source], IGNORED)
-    return PackedRows(*(torch.from_numpy(flat.reshape(num_rows, length)) for flat in (input_ids, positions, labels)))

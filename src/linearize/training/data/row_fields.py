@@ -35,7 +35,7 @@ class RowNotes:
         self.row = 0
         """The number of the row at hand, from 1."""
         self.num_rows = 0
-        self._rows: dict[str, list[int]] = {}
+        self._rows: dict[str, tuple[int, int, int]] = {}  # how many, the first by number, the last by order
 
     def begin(self, row: int) -> None:
         """The next row is at hand."""
@@ -43,14 +43,21 @@ class RowNotes:
 
     def __call__(self, note: str) -> None:
         """Note something of the row at hand; a second note of the same kind changes nothing."""
-        rows = self._rows.setdefault(note, [])
-        if rows[-1:] != [self.row]:
-            rows.append(self.row)
+        count, first, last = self._rows.get(note, (0, self.row, -1))
+        if last != self.num_rows:
+            self._rows[note] = count + 1, first, self.num_rows
+
+    def lines(self) -> tuple[str, ...]:
+        """A line for each kind of note."""
+        return tuple(
+            f"{count} of {self.num_rows} rows (the first: row {first}) {note}"
+            for note, (count, first, _) in self._rows.items()
+        )
 
     def report(self, spec: str) -> None:
         """One warning for each kind of note."""
-        for note, rows in self._rows.items():
-            LOG.warning("data %r: %d of %d rows (the first: row %d) %s", spec, len(rows), self.num_rows, rows[0], note)
+        for line in self.lines():
+            LOG.warning("data %r: %s", spec, line)
 
 
 def ignore(_note: str) -> None:

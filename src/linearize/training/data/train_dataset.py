@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch
 from linearize.errors import InputError
 from linearize.training.config import Batch
 from linearize.training.data.documents import Document
-from linearize.training.data.packing import PackedRows, batches, pack
+from linearize.training.data.packing import IndexedRows, batches, index_rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,16 +23,16 @@ class TrainDataset:
     pad_token_id: int
     keep_whole: bool = False
     one_per_row: bool = False
-    packed: dict[int, PackedRows] = field(default_factory=dict)
+    packed: dict[int, IndexedRows] = field(default_factory=dict)
 
-    def rows(self, length: int, part: int = 0, parts: int = 1) -> PackedRows:
+    def rows(self, length: int, part: int = 0, parts: int = 1) -> IndexedRows:
         """Rows of `length` tokens: every `parts`-th of all, from row `part` on; different parts share no row.
 
         Raises:
             InputError: fewer rows than parts.
         """
         if length not in self.packed:
-            self.packed[length] = pack(
+            self.packed[length] = index_rows(
                 self.documents,
                 length,
                 pad_token_id=self.pad_token_id,
@@ -44,7 +45,7 @@ class TrainDataset:
                 f"the training text has {len(rows)} rows of {length} tokens, fewer than the schedule's {parts} steps, "
                 "each of which needs rows of its own: give more data or a shorter length"
             )
-        return PackedRows(rows.input_ids[part::parts], rows.position_ids[part::parts], rows.labels[part::parts])
+        return rows.every(part, parts)
 
     def sample(self, length: int, tokens: int, batch: int, device: torch.device | str = "cpu") -> list[Batch]:
         """Batches of about `tokens` tokens, at least a row, drawn the same way each time."""
@@ -56,9 +57,11 @@ class TrainDataset:
 
     def fingerprint(self, length: int, heldout: Sequence[Batch]) -> str:
         """What distinguishes these rows and these held-out batches from others."""
-        rows, digest = self.rows(length), hashlib.sha256()
-        for tensor in (rows.input_ids, rows.labels, *(batch["input_ids"] for batch in heldout)):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        rows = self.rows(length)
+        packing = [rows.documents.digest, length, len(rows), self.pad_token_id, self.keep_whole, self.one_per_row]
+        digest = hashlib.sha256(json.dumps(packing).encode())
+        for batch in heldout:
+            digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
