@@ -8,18 +8,7 @@ from typing import Annotated
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import (
-    IN_MACHINE,
-    IN_OUTPUT,
-    Base,
-    Device,
-    Overwrite,
-    Recipe,
-    RemoteCode,
-    Settings,
-    size,
-    specified,
-)
+from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, size, specified
 from linearize.cli.output import show_rows
 
 
@@ -41,54 +30,26 @@ def convert(
     track: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            rich_help_panel=IN_OUTPUT,
-            autocompletion=completion.trackers,
-            help="Log to tensorboard or wandb. May be repeated.",
+            metavar="NAME", autocompletion=completion.trackers, help="Log to tensorboard or wandb. May be repeated."
         ),
     ] = None,
     base: Base = None,
     adapter_only: Annotated[
-        bool,
-        typer.Option(
-            "--adapter-only",
-            rich_help_panel=IN_OUTPUT,
-            help="Write mixers and LoRA alone; the teacher is needed to load them.",
-        ),
+        bool, typer.Option("--adapter-only", help="Write mixers and LoRA alone; the teacher is needed to load them.")
     ] = False,
     stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            rich_help_panel=IN_MACHINE,
-            help="Read the teacher from disk block by block: it need not fit into memory.",
-        ),
+        bool, typer.Option("--stream", help="Read the teacher from disk block by block: it need not fit into memory.")
     ] = False,
     memory: Annotated[
         int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size,
-            rich_help_panel=IN_MACHINE,
-            help="Memory that block-wise training may use, like 24GB.",
-        ),
+        typer.Option(metavar="SIZE", parser=size, help="Memory that block-wise training may use, like 24GB."),
     ] = None,
     disk: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size,
-            rich_help_panel=IN_MACHINE,
-            help="Disk that saved hidden states may use, like 2TB.",
-        ),
+        int | None, typer.Option(metavar="SIZE", parser=size, help="Disk that saved hidden states may use, like 2TB.")
     ] = None,
     blocks: Annotated[
         str | None,
-        typer.Option(
-            metavar="N-N,N",
-            rich_help_panel=IN_MACHINE,
-            help="Train only these blocks of layers, counted from 0, and make no student.",
-        ),
+        typer.Option(metavar="N-N,N", help="Train only these blocks of layers, counted from 0, and make no student."),
     ] = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,

@@ -8,20 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import (
-    IN_ITEMS,
-    IN_JUDGE,
-    IN_OUTPUT,
-    Data,
-    Device,
-    Json,
-    Model,
-    Teacher,
-    count,
-    counts,
-    names,
-    specified,
-)
+from linearize.cli.options import Data, Device, Json, Model, Teacher, count, counts, names, specified
 from linearize.cli.output import json_only, show
 
 if TYPE_CHECKING:
@@ -41,77 +28,45 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            rich_help_panel=IN_ITEMS,
             autocompletion=completion.suites,
             help="quick, lolcats, open-llm, mamba-in-llama, long-context or chat.",
         ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B",
-            rich_help_panel=IN_ITEMS,
-            help="Tasks of lm-eval (`mmlu:5`: five shots) in place of the suite's.",
-        ),
+        typer.Option(metavar="A,B", help="Tasks of lm-eval (`mmlu:5`: five shots) in place of the suite's."),
     ] = None,
     data_root: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=IN_JUDGE, help="Folder of chat questions, for `--suite chat`."),
+        Path | None, typer.Option(metavar="DIR", help="Folder of chat questions, for `--suite chat`.")
     ] = None,
     include_path: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR",
-            rich_help_panel=IN_ITEMS,
-            help="Folder of task definitions (lm-eval's YAML); they come before lm-eval's own.",
+            metavar="DIR", help="Folder of task definitions (lm-eval's YAML); they come before lm-eval's own."
         ),
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", parser=count, rich_help_panel=IN_ITEMS, help="At most N items of each task, and N documents."
-        ),
+        int | None, typer.Option(metavar="N", parser=count, help="At most N items of each task, and N documents.")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", parser=count, rich_help_panel=IN_ITEMS, help="Whole documents up to N tokens; default: 65536."
-        ),
+        typer.Option(metavar="N", parser=count, help="Whole documents up to N tokens; default: 65536."),
     ] = None,
     length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            parser=count,
-            rich_help_panel=IN_ITEMS,
-            help="Tokens of the longest row; default: the recipe's.",
-        ),
+        int | None, typer.Option(metavar="N", parser=count, help="Tokens of the longest row; default: the recipe's.")
     ] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", parser=count, help="Rows per batch; default: 8.")] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", parser=count, rich_help_panel=IN_ITEMS, help="Seed of everything that is drawn; default: 0."
-        ),
+        int | None, typer.Option(metavar="N", parser=count, help="Seed of everything that is drawn; default: 0.")
     ] = None,
     allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-execution", rich_help_panel=IN_JUDGE, help="Run the code that models write (HumanEval)."
-        ),
+        bool, typer.Option("--allow-code-execution", help="Run the code that models write (HumanEval).")
     ] = False,
     judge_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", rich_help_panel=IN_JUDGE, help="An OpenAI-compatible endpoint that judges chat answers."
-        ),
+        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible endpoint that judges chat answers.")
     ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="NAME", rich_help_panel=IN_JUDGE, help="Name of the judge at that endpoint.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(rich_help_panel=IN_OUTPUT, help="Folder for report.json, report.html and samples.")
-    ] = None,
+    judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the judge at that endpoint.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.html and samples.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

@@ -6,19 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import (
-    IN_DRAFT,
-    IN_MACHINE,
-    Adapter,
-    Device,
-    MaxNewTokens,
-    Model,
-    Seed,
-    Store,
-    Temperature,
-    count,
-    specified,
-)
+from linearize.cli.options import Adapter, Device, MaxNewTokens, Model, Seed, Store, Temperature, count, specified
 
 
 def generate(
@@ -28,38 +16,23 @@ def generate(
     temperature: Temperature = None,
     seed: Seed = None,
     draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", rich_help_panel=IN_DRAFT, help="A smaller model that drafts tokens (speculative decoding)."
-        ),
+        str | None, typer.Option(metavar="MODEL", help="A smaller model that drafts tokens (speculative decoding).")
     ] = None,
     prompt_lookup: Annotated[
-        bool,
-        typer.Option(
-            "--prompt-lookup", rich_help_panel=IN_DRAFT, help="Draft tokens by looking them up in the text so far."
-        ),
+        bool, typer.Option("--prompt-lookup", help="Draft tokens by looking them up in the text so far.")
     ] = False,
     draft_tokens: Annotated[
         str | None,
         typer.Option(
-            metavar="K|auto",
-            rich_help_panel=IN_DRAFT,
-            help="Draft tokens per round; default: auto, which follows the acceptance rate.",
+            metavar="K|auto", help="Draft tokens per round; default: auto, which follows the acceptance rate."
         ),
     ] = None,
     stats: Annotated[
-        bool,
-        typer.Option(
-            "--stats", rich_help_panel=IN_DRAFT, help="Print the statistics of speculative decoding on stderr."
-        ),
+        bool, typer.Option("--stats", help="Print the statistics of speculative decoding on stderr.")
     ] = False,
     compile: Annotated[
         bool,
-        typer.Option(
-            "--compile",
-            rich_help_panel=IN_MACHINE,
-            help="Run torch.compile first: takes half a minute or more, pays for long texts.",
-        ),
+        typer.Option("--compile", help="Run torch.compile first: takes half a minute or more, pays for long texts."),
     ] = False,
     adapter: Adapter = None,
     store: Store = None,

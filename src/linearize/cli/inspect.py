@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.options import IN_ITEMS, IN_OUTPUT, Data, Device, Json, Model, Recipe, RemoteCode, count, specified
+from linearize.cli.options import Data, Device, Json, Model, Recipe, RemoteCode, count, specified
 from linearize.cli.output import json_only, show
 from linearize.errors import InputError
 
@@ -15,40 +15,21 @@ from linearize.errors import InputError
 def inspect(
     model: Model,
     sensitivity: Annotated[
-        bool,
-        typer.Option(
-            "--sensitivity",
-            rich_help_panel=IN_ITEMS,
-            help="Measure what replacing each layer alone costs; needs --data.",
-        ),
+        bool, typer.Option("--sensitivity", help="Measure what replacing each layer alone costs; needs --data.")
     ] = False,
     heads: Annotated[
-        bool,
-        typer.Option(
-            "--heads", rich_help_panel=IN_ITEMS, help="Measure which heads of a teacher look things up, by ablation."
-        ),
+        bool, typer.Option("--heads", help="Measure which heads of a teacher look things up, by ablation.")
     ] = False,
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            rich_help_panel=IN_OUTPUT,
-            help="With --heads: write a map of the scores, heads.svg and .png.",
-        ),
+        Path | None, typer.Option(metavar="DIR", help="With --heads: write a map of the scores, heads.svg and .png.")
     ] = None,
     data: Data = None,
     recipe: Recipe = None,
     tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", parser=count, rich_help_panel=IN_ITEMS, help="Training tokens to measure on; default: 16384."
-        ),
+        int | None, typer.Option(metavar="N", parser=count, help="Training tokens to measure on; default: 16384.")
     ] = None,
     backends: Annotated[
-        bool,
-        typer.Option(
-            "--backends", rich_help_panel=IN_ITEMS, help="Print which backend of each operation runs here, and why."
-        ),
+        bool, typer.Option("--backends", help="Print which backend of each operation runs here, and why.")
     ] = False,
     device: Device = None,
     trust_remote_code: RemoteCode = False,

@@ -11,10 +11,21 @@ from linearize.cli import completion
 from linearize.errors import InputError
 from linearize.numbers import parse_count, parse_number, parse_size
 
-# The groups of options in --help.
-IN_MODEL, IN_RECIPE, IN_OUTPUT = "Model", "Recipe", "Output"
-IN_MACHINE, IN_SAMPLING, IN_DRAFT = "Memory and devices", "Sampling", "Speculative decoding"
-IN_ITEMS, IN_JUDGE = "What is measured", "Chat and code"
+GROUPS = {
+    "Recipe": ("recipe", "set"),
+    "Text and items": (
+        "data", "suite", "tasks", "include-path", "data-root", "limit", "tokens", "length", "allow-code-execution",
+        "judge-url", "judge-model",
+    ),
+    "Model": ("teacher", "adapter", "store", "trust-remote-code"),
+    "Sampling": ("max-new-tokens", "temperature", "seed"),
+    "Speculative decoding": ("draft", "draft-tokens", "prompt-lookup", "stats"),
+    "Memory and devices": (
+        "device", "devices", "table", "batch", "base", "stream", "memory", "disk", "block", "blocks", "compile",
+    ),
+    "Output": ("out", "overwrite", "adapter-only", "push-to", "track", "plot", "json"),
+}  # fmt: skip
+"""The groups of options in `--help`; an option may name another one (`rich_help_panel`), and one in none is last."""
 
 
 def count(value: str) -> int:
@@ -44,18 +55,13 @@ Model = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR",
-        rich_help_panel=IN_MODEL,
-        help="A student in adapter form (convert --adapter-only); MODEL is its teacher.",
-    ),
+    typer.Option(metavar="DIR", help="A student in adapter form (convert --adapter-only); MODEL is its teacher."),
 ]
 Store = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         parser=count,
-        rich_help_panel=IN_MODEL,
         help="Pairs that each head of window + linear mixers keeps exact; default: as trained.",
     ),
 ]
@@ -71,7 +77,6 @@ Recipe = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        rich_help_panel=IN_RECIPE,
         autocompletion=completion.recipe_names,
         help="A recipe's name or a .yaml file; default: window-linear.",
     ),
@@ -81,45 +86,29 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        rich_help_panel=IN_RECIPE,
         autocompletion=completion.settings,
         help="Change a setting of the recipe, like plan.mixer.window=16. May be repeated.",
     ),
 ]
 Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="The model to compare with.")]
 Device = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=IN_MACHINE,
-        autocompletion=completion.devices,
-        help="cpu or cuda; default: the GPU if there is one.",
-    ),
+    str | None, typer.Option(autocompletion=completion.devices, help="cpu or cuda; default: the GPU if there is one.")
 ]
 Base = Annotated[
     str | None,
     typer.Option(
         metavar="8bit|4bit",
-        rich_help_panel=IN_MACHINE,
         autocompletion=completion.bases,
         help="Quantize the frozen weights to 8 or 4 bits (attention transfer and LoRA; torchao or bitsandbytes).",
     ),
 ]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", rich_help_panel=IN_MODEL, help="Allow code that comes with the model.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", rich_help_panel=IN_OUTPUT, help="Replace the output folder if it exists.")
-]
-Json = Annotated[bool, typer.Option("--json", rich_help_panel=IN_OUTPUT, help="Print one JSON document.")]
-Seed = Annotated[
-    int | None, typer.Option(metavar="N", parser=count, rich_help_panel=IN_SAMPLING, help="Seed of the sampling.")
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(metavar="N", parser=count, rich_help_panel=IN_SAMPLING, help="Generate at most N tokens.")
-]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", parser=count, help="Seed of the sampling.")]
+MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", parser=count, help="Generate at most N tokens.")]
 Temperature = Annotated[
-    float | None,
-    typer.Option(metavar="X", parser=number, rich_help_panel=IN_SAMPLING, help="Sampling temperature; 0 is greedy."),
+    float | None, typer.Option(metavar="X", parser=number, help="Sampling temperature; 0 is greedy.")
 ]
 
 

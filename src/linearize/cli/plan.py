@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import IN_MACHINE, IN_RECIPE, Base, Json, Recipe, Settings, count, size, specified
+from linearize.cli.options import Base, Json, Recipe, Settings, count, size, specified
 from linearize.cli.output import json_only, show
 
 
@@ -18,45 +18,28 @@ def plan(
     settings: Settings = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            parser=count,
-            rich_help_panel=IN_RECIPE,
-            help="Tokens of the text; default: what the stages train on.",
-        ),
+        typer.Option(metavar="N", parser=count, help="Tokens of the text; default: what the stages train on."),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             metavar="KIND",
-            rich_help_panel=IN_MACHINE,
             autocompletion=completion.planned_devices,
             help="A100-40, A100-80, H100-80, H200, B200; default: this CPU.",
         ),
     ] = None,
     devices: Annotated[
-        int | None,
-        typer.Option(metavar="N", parser=count, rich_help_panel=IN_MACHINE, help="Number of devices; default: 1."),
+        int | None, typer.Option(metavar="N", parser=count, help="Number of devices; default: 1.")
     ] = None,
     block: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K|auto", rich_help_panel=IN_MACHINE, help="Train K layers at a time in the stages that can."
-        ),
+        str | None, typer.Option(metavar="K|auto", help="Train K layers at a time in the stages that can.")
     ] = None,
     disk: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            parser=size,
-            rich_help_panel=IN_MACHINE,
-            help="Disk that saved hidden states may use, like 2TB.",
-        ),
+        int | None, typer.Option(metavar="SIZE", parser=size, help="Disk that saved hidden states may use, like 2TB.")
     ] = None,
     base: Base = None,
     devices_file: Annotated[
-        Path | None,
-        typer.Option("--table", metavar="FILE", rich_help_panel=IN_MACHINE, help="A YAML file of further devices."),
+        Path | None, typer.Option("--table", metavar="FILE", help="A YAML file of further devices.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -7,15 +7,17 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from linearize.cli.options import GROUPS
+
 DEBUG = "linearize.debug"
 """Key of the context's `meta`: whether `--debug` was set."""
 
 
 class LightVerb(TyperCommand):
-    """A verb that needs no library until it imports one itself; its options are listed by their `rich_help_panel`."""
+    """A verb that needs no library until it imports one itself; its options are in the groups of `options.GROUPS`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments and options, those of a panel under its name."""
+        """Write arguments and options, those of a group under its title."""
         _write_groups(ctx, formatter, self.get_params(ctx))
 
 
@@ -74,18 +76,27 @@ def _quiet_libraries() -> None:
 
 
 def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
-    """Arguments first, then the options that must be set, then each panel, and last the options that have none."""
+    """Arguments first, then the options that must be set, the groups of options, and last the options in none."""
     rows = []
     for parameter in parameters:
         if (record := parameter.get_help_record(ctx)) is not None:
-            kind = "Required" if parameter.required else "Options"
-            rows.append((_panel(parameter, "Arguments" if parameter.param_type_name == "argument" else kind), record))
-    order = {"Arguments": 0, "Required": 1, "Options": 3}
-    _write_sections(formatter, sorted(rows, key=lambda row: order.get(row[0], 2)))
+            rows.append((_group(parameter), record))
+    order = ["Arguments", "Required", *GROUPS]
+    _write_sections(formatter, sorted(rows, key=lambda row: order.index(row[0]) if row[0] in order else len(order)))
+
+
+def _group(parameter: Any) -> str:
+    """The title under which an argument or option is listed."""
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    if parameter.required:
+        return "Required"
+    names = {name.lstrip("-") for name in parameter.opts}
+    return _panel(parameter, next((title for title, options in GROUPS.items() if names & set(options)), "Options"))
 
 
 def _panel(entry: Any, otherwise: str) -> str:
-    """The name of an entry's group."""
+    """The group that an entry names itself."""
     panel = entry.rich_help_panel
     return panel if isinstance(panel, str) else otherwise
 
