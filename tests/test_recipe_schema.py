@@ -71,7 +71,7 @@ CHANGES: list[tuple[dict[str, Any], bool]] = [
     ({"base": "lolcats", "set": {"plan.mixer.window": 16}}, True),
     ({"base": "lolcats", "seed": 3, "description": "mine"}, True),
     ({"base": "lolcats", "plan": {"mixer": {"name": "lolcats"}}}, False),
-    ({"plan": {"mixer": {"name": "lolcats", "window": 7}}, "stages": [{"name": "lowrank", "tokens": "2M", "lr": 1}]}, True),
+    ({"plan": {"mixer": {"name": "lolcats"}}, "stages": [{"name": "lowrank", "tokens": "2M", "lr": 1}]}, True),
     ({"plan": {"mixer": {"name": "lolcats", "windw": 7}}, "stages": []}, False),
     ({"plan": {"mixer": {"name": "lolcat"}}, "stages": []}, False),
     ({"plan": {"mixer": {"name": "mamba2"}, "layers": {"keep": 0.5}}, "stages": []}, True),
