@@ -9,6 +9,7 @@ import pytest
 import torch
 from many import together
 from models import mixer, student_of, text, tiny
+from torch.distributed.tensor import DTensor
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -17,17 +18,15 @@ STEPS = 3
 def sharded_with_accelerate(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any, Any]:
     """Accelerate's own FSDP2, which it chooses by itself on GPUs alone: here its state says so on CPUs."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )  # fmt: skip
-    Accelerator(cpu=True)
-    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     accelerator = Accelerator(cpu=True)
-    assert accelerator.is_fsdp2 and accelerator.num_processes == 2
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    assert (accelerator.is_fsdp2, accelerator.num_processes) == (True, 2), accelerator.state
     model, optimizer = accelerator.prepare(model, optimizer)
     assert any("Shard" in str(getattr(parameter, "placements", "")) for parameter in model.parameters())
     return accelerator, model, optimizer
@@ -48,8 +47,8 @@ def train(sharded: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean") if accelerator else loss.detach()))
-    state = accelerator.get_state_dict(model) if accelerator else model.state_dict()
-    return losses, {name: tensor.detach().clone() for name, tensor in state.items()}
+    state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
+    return losses, {name: x.detach().clone() for name, x in state.items()}
 
 
 def train_together() -> tuple[list[float], dict[str, Any]]:

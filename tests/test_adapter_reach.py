@@ -26,7 +26,9 @@ def hybrid(name: str, family: str = "llama") -> LinearizedForCausalLM:
 
 
 def adapted(student: LinearizedForCausalLM, targets: Any) -> Any:
-    return get_peft_model(student, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    return get_peft_model(
+        student, LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    ).eval()
 
 
 @pytest.mark.parametrize("name", MIXERS)
