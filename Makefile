@@ -4,6 +4,7 @@
 # make test-newest, test-lowest   the parts that meet transformers, peft and torch, on the newest and oldest releases allowed
 # make gpu-test  the tests that need a GPU, alone: the kernels there, in bf16 too
 # make gpu-report   all that a GPU has to say, in 9 minutes: tests, speed, a converted SmolLM2 (benchmarks/README.md)
+# make docs      the documentation site, in build/site
 # make lint      style, formatting and types
 # Needs Python 3.11+, make and a package index. Another interpreter: make demo PYTHON=python3.12
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test test-slow test-newest test-lowest test-mlx gpu-test gpu-report lint format clean
+.PHONY: demo test test-slow test-newest test-lowest test-mlx gpu-test gpu-report docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
@@ -48,6 +49,10 @@ gpu-test: $(VENV)/.installed-dev
 gpu-report: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.gpu_report $(REPORT)
 
+# Not --quiet: that hides the warnings which --strict counts.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +80,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(VENV)-newest/.installed: pyproject.toml $(shell find src -name '*.py' -o -name '*.yaml')

@@ -122,7 +122,7 @@ def test_another_wish_replaces_a_student_whose_run_was_killed_at_its_end(
     assert "model.safetensors" in differences(folder / "whole", out)
 
 
-@pytest.mark.parametrize("argv", [["-m", "linearize", "--version"], ["-c", "import linearize"]])
+@pytest.mark.parametrize("argv", [["-m", "linearize", "recipes"], ["-c", "import linearize"]])
 def test_ctrl_c_while_the_program_starts(tmp_path: Path, argv: list[str]) -> None:
     (tmp_path / "transformers.py").write_text("raise KeyboardInterrupt")
     source = Path(__file__).parents[1] / "src"

@@ -1,4 +1,4 @@
-"""Students under transformers' Trainer and trl's SFTTrainer and DPOTrainer, given as objects and by path."""
+"""Students under transformers' Trainer and trl's SFTTrainer, DPOTrainer and GRPOTrainer, as objects and by path."""
 
 from __future__ import annotations
 
@@ -95,6 +95,36 @@ def test_dpo_trainer(name: str, by: str, tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert abs(losses[0] - 0.6931) < 1e-3 and losses[1] < losses[0]
     assert any(".mixer." in k for k in changed(before, trainer.model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("by", ["object", "path"])
+def test_grpo_trainer(name: str, by: str, tmp_path: Path) -> None:
+    """Two steps on what the student itself generates: the reward differs by completion, and every weight moves."""
+    model, folder = saved_student(name, tmp_path / "student")
+    before, seen = state(model), []
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [float(sum(map(ord, completion)) % 7) for completion in completions]
+
+    trainer = trl.GRPOTrainer(
+        model=str(folder) if by == "path" else model,
+        reward_funcs=reward,
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path / "out"), max_completion_length=7, **{**SETTINGS, "per_device_train_batch_size": 4},
+            num_generations=4,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS}),
+        processing_class=byte_tokenizer(pad_token="</s>"),
+    )  # fmt: skip
+    assert isinstance(trainer.model, LinearizedForCausalLM)
+    trainer.train()
+    assert len(seen) == 8 and len(set(seen)) > 2
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(norms) == 2 and max(norms) > 0
+    still = set(before) - changed(before, trainer.model)
+    assert all(".mixer.feature_" in key for key in still), "feature maps alone: the texts are within the window"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

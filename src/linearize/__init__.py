@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.version import __version__, report_untried_versions
 
-report_untried_versions()
-try:
+
+def _is_the_command() -> bool:
+    """Whether this process is `linearize ...` or `python -m linearize ...`, whose verbs import what they need when they
+    run, so that `--help` and the completion of a word need not wait for torch and transformers."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if program == "-m":  # the package is on its way to being run
+        return [*sys.orig_argv, "-m", ""][[*sys.orig_argv, "-m"].index("-m") + 1] == "linearize"
+    return program in ("linearize", "linearize.exe")
+
+
+if not _is_the_command():
+    report_untried_versions()
     from linearize.modeling import LinearizeConfig, LinearizedForCausalLM, load
-except KeyboardInterrupt:  # these imports are most of the time that the command takes to start
-    if os.path.basename(sys.argv[0]) not in ("-m", "linearize"):
-        raise
-    sys.stderr.write("linearize: interrupted\n")
-    os._exit(130)
 
 if TYPE_CHECKING:
     from linearize.conversion.api import convert
@@ -31,6 +36,10 @@ __all__ = ["LinearizeConfig", "LinearizedForCausalLM", "__version__", "convert",
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("LinearizeConfig", "LinearizedForCausalLM", "load"):
+        from linearize import modeling
+
+        return getattr(modeling, name)
     if name == "convert":
         from linearize.conversion.api import convert
 

@@ -86,8 +86,8 @@ def _from_text(text: str) -> float | int:
         raise InputError(f"{text!r} is no number: write it like 0.05, 2000000, 2e6, 2M or 250k") from error
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | float | str)]
 """A pydantic field that holds an int >= 0 and may be written `2e6` or `2M`."""
 
-Number = Annotated[float, BeforeValidator(parse_number)]
+Number = Annotated[float, BeforeValidator(parse_number, json_schema_input_type=float | str)]
 """A pydantic field that holds a float and may be written `1e-3` (which YAML reads as text) or `2M`."""

@@ -15,14 +15,14 @@ def report_untried_versions() -> None:
 
     A newer one may have renamed an argument: models then give wrong text without an error.
     """
-    untried = [problem for library, bounds in TRIED.items() if (problem := _untried(library, *bounds))]
-    if untried:
+    problems = [problem for library, bounds in TRIED.items() if (problem := untried(library, *bounds))]
+    if problems:
         logging.getLogger("linearize").warning(
-            "linearize %s was not tested with %s: results may be wrong", __version__, ", ".join(untried)
+            "linearize %s was not tested with %s: results may be wrong", __version__, ", ".join(problems)
         )
 
 
-def _untried(library: str, oldest: str, newest: str) -> str | None:
+def untried(library: str, oldest: str, newest: str) -> str | None:
     """What is installed and what was tested, or None where the two agree."""
     try:
         installed = version(library)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from linearize.cli import completion
 from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, size, specified
 from linearize.cli.output import show_rows
 
@@ -28,7 +29,10 @@ def convert(
     settings: Settings = None,
     overwrite: Overwrite = False,
     track: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard or wandb. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", autocompletion=completion.trackers, help="Log to tensorboard or wandb. May be repeated."
+        ),
     ] = None,
     base: Base = None,
     adapter_only: Annotated[

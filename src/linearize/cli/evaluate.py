@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linearize.cli import completion
 from linearize.cli.options import Data, Device, Json, Model, Teacher, count, counts, names, specified
 from linearize.cli.output import json_only, show
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A student's folder, or any causal language model.")
+        str | None, typer.Argument(metavar="MODEL", help="A student's folder, or any causal language model.")
     ] = None,
     compare: Annotated[
         list[str] | None, typer.Option(metavar="MODEL...", help="Further students in the same report.")
@@ -25,7 +26,11 @@ def evaluate(
     data: Data = None,
     suite: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="quick, lolcats, open-llm, mamba-in-llama, long-context or chat."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.suites,
+            help="quick, lolcats, open-llm, mamba-in-llama, long-context or chat.",
+        ),
     ] = None,
     tasks: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from linearize.cli import completion
 from linearize.cli.options import Json, Overwrite, RemoteCode
 from linearize.cli.output import json_only, show
 from linearize.errors import InputError, unknown
@@ -21,14 +22,20 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="TARGET", help="granite-hybrid or qwen3.5 (native), hf (with its own code), or mlx (for mlx-lm)."
+            metavar="TARGET",
+            autocompletion=completion.targets,
+            help="granite-hybrid or qwen3.5 (native), hf (with its own code), or mlx (for mlx-lm).",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the exported model.")],
     overwrite: Overwrite = False,
     verify: Annotated[
         str | None,
-        typer.Option(metavar="ENGINE", help="Then compare with this engine: transformers or mlx (see `verify`)."),
+        typer.Option(
+            metavar="ENGINE",
+            autocompletion=completion.engines,
+            help="Then compare with this engine: transformers or mlx (see `verify`).",
+        ),
     ] = None,
     python: Python = None,
     trust_remote_code: RemoteCode = False,
@@ -49,7 +56,9 @@ def export(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` wrote.")],
     student: Annotated[str, typer.Option(metavar="STUDENT", help="The student that it was written from.")],
-    engine: Annotated[str, typer.Option("--with", metavar="ENGINE", help="transformers or mlx.")] = "transformers",
+    engine: Annotated[
+        str, typer.Option("--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers or mlx.")
+    ] = "transformers",
     python: Python = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,

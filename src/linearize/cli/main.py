@@ -1,8 +1,8 @@
 """The command `linearize`: the table of verbs, exit codes, and errors as one line.
 
 One file per verb, named after it (`generate` holds `chat`, `evaluate` holds `eval` and `bench`, `export` holds
-`verify`). These files import typer alone: what a verb needs is imported when it is called, so that `--help` and bad
-usage cost nothing.
+`verify`). These files import typer alone: what a verb needs is imported when it is called (`verb.start`), so that
+`--help`, bad usage and the completion of a word cost a few tenths of a second.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 from typer.main import get_command
 
 from linearize.cli.convert import convert
 from linearize.cli.demo import demo
+from linearize.cli.doctor import doctor
 from linearize.cli.evaluate import bench, evaluate
 from linearize.cli.export import export, verify
 from linearize.cli.generate import chat, generate
@@ -28,17 +29,29 @@ from linearize.cli.inspect import inspect
 from linearize.cli.options import each_with_its_option
 from linearize.cli.plan import plan
 from linearize.cli.recipes import recipes
-from linearize.errors import InputError
+from linearize.cli.verb import DEBUG, LightVerb, Verb, Verbs
+from linearize.errors import InputError, unknown
 from linearize.phases import shown
 from linearize.storage.disk import DiskFullError, is_disk_full
+from linearize.version import __version__
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+COMPLETION = "_LINEARIZE_COMPLETE"
+"""The environment variable by which a shell asks for the completions of a word."""
+PANELS = {
+    "Make a student": ("demo", "convert", "plan", "recipes"),
+    "Use it": ("generate", "chat", "serve", "export", "verify"),
+    "Measure it": ("eval", "bench", "inspect"),
+    "Help": ("doctor", "help"),
+}
+"""The groups of verbs in `linearize --help`; a verb in none of them is under Commands."""
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 app = typer.Typer(
     name="linearize",
     help="Turn a pretrained Transformer into a subquadratic or hybrid model. Add --debug to any verb for a traceback.",
-    add_completion=False,
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
 app.command()(demo)
@@ -52,6 +65,31 @@ app.command()(inspect)
 app.command()(export)
 app.command()(verify)
 app.command()(recipes)
+app.command(cls=LightVerb)(doctor)
+
+
+@app.command("help", cls=LightVerb)
+def help_on(
+    context: typer.Context,
+    verb: Annotated[str | None, typer.Argument(metavar="COMMAND", help="The command to explain.")] = None,
+) -> None:
+    """Show this list, or the options of a command."""
+    group = context.find_root()
+    if verb is None:
+        print(group.get_help())
+        return
+    known = group.command.commands  # type: ignore[attr-defined]
+    if verb not in known:
+        raise unknown("command", verb, known)
+    known[verb].make_context(verb, ["--help"], parent=group)  # prints and exits
+
+
+for _verb in app.registered_commands:
+    _name = _verb.name or (_verb.callback.__name__ if _verb.callback else "")
+    _verb.rich_help_panel = next((panel for panel, names in PANELS.items() if _name in names), "Commands")
+    if _verb.cls is TyperCommand:
+        _verb.cls = Verb
+app.registered_commands.sort(key=lambda verb: [*PANELS, "Commands"].index(str(verb.rich_help_panel)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +99,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     stderr = sys.stderr
     try:
+        if COMPLETION in os.environ:
+            get_command(app).main(prog_name="linearize")  # answers the shell and exits
         _join_processes(arguments)
-        _flush_subnormals()
-        if not debug:
-            _quiet_libraries()
         arguments = each_with_its_option(arguments, "--compare")
         leads = os.environ.get("RANK", "0") == "0"
         with get_command(app).make_context("linearize", arguments) as context, shown() if leads else nullcontext():
+            context.meta[DEBUG] = debug
             context.command.invoke(context)
         sys.stdout.flush()
         return DONE
     except typer.Exit as leave:
         return leave.exit_code
+    except SystemExit as leave:  # of typer, after a completion
+        return int(leave.code or 0)
     except (KeyboardInterrupt, typer.Abort):
         print("linearize: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -140,25 +180,9 @@ def _joint_outcome(error: Exception, code: int) -> tuple[bool, int]:
     return outcome(error, code)
 
 
-def _flush_subnormals() -> None:
-    """Round subnormal floats to 0 in every verb: CPUs compute with them tens of times slower, and decaying states are
-    full of them. Only the command does this; importing the library changes no setting of torch."""
-    import torch
-
-    torch.set_flush_denormal(True)
-
-
-def _quiet_libraries() -> None:
-    """Silence the notices and progress bars of transformers: an error is one line on stderr."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"linearize {version('linearize')}")
+        print(f"linearize {__version__}")
         raise typer.Exit
 
 

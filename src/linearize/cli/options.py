@@ -7,8 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from linearize.cli import completion
 from linearize.errors import InputError
 from linearize.numbers import parse_count, parse_number, parse_size
+
+GROUPS = {
+    "Recipe": ("recipe", "set"),
+    "Text and items": (
+        "data", "suite", "tasks", "include-path", "data-root", "limit", "tokens", "length", "allow-code-execution",
+        "judge-url", "judge-model",
+    ),
+    "Model": ("teacher", "adapter", "store", "trust-remote-code"),
+    "Sampling": ("max-new-tokens", "temperature", "seed"),
+    "Speculative decoding": ("draft", "draft-tokens", "prompt-lookup", "stats"),
+    "Memory and devices": (
+        "device", "devices", "table", "batch", "base", "stream", "memory", "disk", "block", "blocks", "compile",
+    ),
+    "Output": ("out", "overwrite", "adapter-only", "push-to", "track", "plot", "json"),
+}  # fmt: skip
+"""The groups of options in `--help`; an option may name another one (`rich_help_panel`), and one in none is last."""
 
 
 def count(value: str) -> int:
@@ -57,20 +74,31 @@ Data = Annotated[
     ),
 ]
 Recipe = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="A recipe's name or a .yaml file; default: window-linear.")
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        autocompletion=completion.recipe_names,
+        help="A recipe's name or a .yaml file; default: window-linear.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting of the recipe, like plan.mixer.window=16. May be repeated."
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=completion.settings,
+        help="Change a setting of the recipe, like plan.mixer.window=16. May be repeated.",
     ),
 ]
 Teacher = Annotated[str | None, typer.Option(metavar="TEACHER", help="The model to compare with.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(autocompletion=completion.devices, help="cpu or cuda; default: the GPU if there is one.")
+]
 Base = Annotated[
     str | None,
     typer.Option(
         metavar="8bit|4bit",
+        autocompletion=completion.bases,
         help="Quantize the frozen weights to 8 or 4 bits (attention transfer and LoRA; torchao or bitsandbytes).",
     ),
 ]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from linearize.cli import completion
 from linearize.cli.options import Base, Json, Recipe, Settings, count, size, specified
 from linearize.cli.output import json_only, show
 
@@ -20,7 +21,12 @@ def plan(
         typer.Option(metavar="N", parser=count, help="Tokens of the text; default: what the stages train on."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="KIND", help="A100-40, A100-80, H100-80, H200, B200; default: this CPU.")
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            autocompletion=completion.planned_devices,
+            help="A100-40, A100-80, H100-80, H200, B200; default: this CPU.",
+        ),
     ] = None,
     devices: Annotated[
         int | None, typer.Option(metavar="N", parser=count, help="Number of devices; default: 1.")

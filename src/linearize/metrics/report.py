@@ -199,7 +199,7 @@ def provenance(command: str | Sequence[str] | None = None, *, seed: int | None =
         "package_version": _version("linearize"),
         **_source_commit(),
         "libraries": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -231,7 +231,8 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads of torch, GPUs and operating system."""
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
-from linearize.mixers import AttentionShape, MixerConfig
+from linearize.mixers import MIXERS, AttentionShape, MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.io.model_source import find_model
 from linearize.modeling.io.model_source import read_config as read_source_config
@@ -228,6 +228,15 @@ def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None)
             first.setdefault(mixer.model_dump_json(), (mixer, shape))
     rows = [row for mixer, shape in first.values() for row in _backends(mixer, shape, where.partition(":")[0], dtype)]
     return {"model": str(path), "device": where, "dtype": str(dtype).removeprefix("torch."), "backends": rows}
+
+
+def all_backends(device: str, dtype: torch.dtype) -> list[dict[str, str]]:
+    """For every mixer of the table, at the size of a layer of 8B parameters, the rows of `inspect_backends`.
+
+    `device`: a type, like `cuda`.
+    """
+    shape = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, model_dim=4096)
+    return [row for config in MIXERS.values() for row in _backends(config(), shape, device, dtype)]
 
 
 def _backends(config: MixerConfig, shape: AttentionShape, device: str, dtype: torch.dtype) -> list[dict[str, str]]:

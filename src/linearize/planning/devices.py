@@ -99,7 +99,7 @@ def this_cpu() -> Device:
     source, target = torch.ones(2**24), torch.empty(2**24)
     copies = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
     return Device(
-        memory=_memory(), reserve=resident_bytes() or 1, flops_bf16=bf16, flops_fp32=fp32, bandwidth=copies,
+        memory=machine_memory(), reserve=resident_bytes() or 1, flops_bf16=bf16, flops_fp32=fp32, bandwidth=copies,
         share=CPU_SHARE, launch=CPU_LAUNCH, kind=CPU, heap=CPU_HEAP, beside=CPU_BESIDE,
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def _seconds(work: Callable[[], Any]) -> float:
     return max(min(times), 1e-9)
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Bytes of this machine, or of the control group that the process is in."""
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

@@ -28,7 +28,7 @@ else:
 
 DEFAULT_RECIPE = "window-linear"
 _SUFFIXES = (".yaml", ".yml")
-_OWN = ("name", "description", "source", "seed")  # keys that a recipe with a base may have of its own
+OWN_KEYS = ("name", "description", "source", "seed")  # keys that a recipe with a base may have of its own
 
 
 class Recipe(BaseModel):
@@ -123,9 +123,9 @@ def _load(name: str, above: tuple[str, ...]) -> Recipe:
 
 def _from_base(data: dict[str, Any], where: str, above: tuple[str, ...]) -> Recipe:
     """The base with the file's own keys, then with those under `set`."""
-    if others := sorted(set(data) - {"base", "set", *_OWN}):
+    if others := sorted(set(data) - {"base", "set", *OWN_KEYS}):
         raise InputError(
-            f"{where}: {others[0]!r} given with base; allowed with it: {', '.join(_OWN)}, and set: {{KEY: VALUE}}"
+            f"{where}: {others[0]!r} given with base; allowed with it: {', '.join(OWN_KEYS)}, and set: {{KEY: VALUE}}"
         )
     base, settings = data["base"], data.get("set") or {}
     if not isinstance(base, str) or not isinstance(settings, dict):
@@ -134,7 +134,7 @@ def _from_base(data: dict[str, Any], where: str, above: tuple[str, ...]) -> Reci
         base = str((Path(where).parent / expand_home(base)).resolve())
     recipe = _load(base, (*above, where))
     try:
-        own = {key: value for key, value in data.items() if key in _OWN}
+        own = {key: value for key, value in data.items() if key in OWN_KEYS}
         return recipe.override({**own, **{str(key): value for key, value in settings.items()}})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

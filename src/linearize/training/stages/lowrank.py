@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling.adapter_reach import reach_of
 from linearize.modeling.io.adapters import KeptAdapters, LowRankChange
 from linearize.modeling.io.quantized import is_quantized, whole_weight, with_weight
 from linearize.modeling.parallel import add_part
@@ -63,8 +64,10 @@ class LowRankConfig(StageConfig):
     window_dropout: WindowDropout = ()
 
     def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
-        """Raise `InputError` for window dropout that no mixer can have."""
+        """Raise `InputError` for window dropout that no mixer can have, and where no converted layer is trained."""
         check_window_dropout(self.window_dropout, student)
+        if not self.train_mixers:
+            reach_of(student, find_projections(student, self.targets))
 
     def build(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> StageRun:
         """The stage over a student and its teacher."""
