@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder: Path, tmp_path: Path, stop: 
     first, second = Watch(stop), Watch()
     assert convert(folder, tmp_path / "s", first) is None
     assert not (tmp_path / "s").exists() and (tmp_path / ".s.run").is_dir()
-    assert first.seen[-1] == stop
+    assert stop in first.seen[-2:]  # an evaluation that is due comes before the run ends
     assert convert(folder, tmp_path / "s", second) is not None and not (tmp_path / ".s.run").exists()
     done = [event for event in first.seen + second.seen if event[0] == "step"]
     assert done == [event for event in WHOLE if event[0] == "step"]

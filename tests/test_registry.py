@@ -139,6 +139,7 @@ def run(code: str, *paths: Path) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_student_loads_where_its_mixer_is_installed_and_only_there(
     example: type[MixerConfig], tmp_path: Path
 ) -> None:
@@ -153,7 +154,8 @@ def test_a_student_loads_where_its_mixer_is_installed_and_only_there(
     (folder / "elu_linear.py").write_text("raise SystemExit('code of a checkpoint was run')")
     load = (
         f"import linearize, torch\ntry:\n    m = linearize.load({str(folder)!r})\n"
-        f"    with torch.no_grad():\n        print(float(m(torch.tensor({ids.tolist()})).logits.double().abs().sum()))\n"
+        "    with torch.no_grad():\n"
+        f"        print(float(m(torch.tensor({ids.tolist()})).logits.double().abs().sum()))\n"
         "except linearize.InputError as error:\n    print(error)\n"
     )
     assert float(run(load, site)) == pytest.approx(expected, rel=1e-6)

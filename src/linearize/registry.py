@@ -104,8 +104,8 @@ def named_config(base: type[BaseModel]) -> Callable[[str, object], str | None]:
     def check(name: str, entry: object) -> str | None:
         if not isinstance(entry, type) or not issubclass(entry, base):
             return f"it is {entry!r}, and a class derived from {base.__name__} is needed"
-        if (own := config_name(entry)) != name:
-            return f'its field `name` has the default {own!r}: write `name: Literal["{name}"] = "{name}"`'
+        if not name or config_name(entry) != name:
+            return f'its field `name` has the default {config_name(entry)!r}: write `name: Literal["NAME"] = "NAME"`'
         return None
 
     return check
@@ -132,12 +132,15 @@ def choice(own: Iterable[type[BaseModel]], table: Callable[[], Table[Any]]) -> A
             expected = ", ".join(map(repr, [*names, *(other for other in others if other not in others.own)]))
             context = {"discriminator": "'name'", "tag": name, "expected_tags": expected}
             raise PydanticKnownError("union_tag_invalid", context)
-        both = Union[(*known, others[name])]  # noqa: UP007 (a union made from the table)
-        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[both, Field(discriminator="name")])
+        adapter: TypeAdapter[Any] = TypeAdapter(_union((*known, others[name])))
         return adapter.validate_python(value)
 
-    union = Union[known]
-    return Annotated[SerializeAsAny[Annotated[union, Field(discriminator="name")]], WrapValidator(validate)]  # type: ignore[valid-type]
+    return Annotated[SerializeAsAny[_union(known)], WrapValidator(validate)]
+
+
+def _union(configs: tuple[type[BaseModel], ...]) -> Any:
+    """The type of one of these configs, picked by its `name`."""
+    return Annotated[Union.__getitem__(configs), Field(discriminator="name")]
 
 
 def _identity(entry: object) -> tuple[str, str]:

@@ -61,15 +61,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer(self._read)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer(self._write)
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         self.hub.objects[self.path.rpartition("/")[2]] = self._body()
         self._send(200, {})
 
@@ -153,7 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{asked.get('organization') or ACCOUNT}/{asked['name']}"
             there = name in self.hub.repositories
             if not there:
-                repository = self.hub.repositories[name] = Repository(private=bool(asked.get("private")))
+                repository = self.hub.repositories[name] = Repository(
+                    private=bool(asked.get("private")) or asked.get("visibility") == "private"
+                )
                 repository.commit({".gitattributes": b""})
             return self._send(409 if there else 200, {"url": f"{self.hub.url}/{name}", "name": name})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", path):

@@ -29,7 +29,7 @@ def convert_model(
     Args:
         model: a causal LM of transformers with softmax attention.
         plan: a `Plan`; a recipe or its name or file, of which the plan is taken; a mapping like a recipe's `plan`; or a
-            mixer's config, or None, for each layer. A plan's `schedule` concerns training, and all layers are converted.
+            mixer's config, or None, for each layer. All layers are converted at once: a `schedule` is for training.
         seed: of the new parameters that start at random.
         name: the teacher's in the student's config; None: what the model was loaded from.
 
@@ -42,7 +42,7 @@ def convert_model(
         raise InputError("the model is a student already: its method convert_layers converts further layers")
     base, mixers = model, _mixers_of_layers(plan)
     if mixers is None:
-        config = _plan_of(plan)
+        config = _plan_of(plan).model_copy(update={"schedule": None})
         _check_needs_no_text(config)
         layers = config.draft_layers(model.config.get_text_config().num_hidden_layers)
         base = model if layers is None else truncate(model, layers)
@@ -91,5 +91,3 @@ def _check_mixer(mixer: MixerConfig | None) -> None:
         raise InputError(f"plan: {type(mixer).__name__} is not registered: linearize.register_mixer registers it")
     if getattr(mixer.inner, "initialise", None) == "calibrate":
         raise InputError(f"plan: {name} with initialise=calibrate needs text: use linearize.convert, or another start")
-
-

@@ -158,8 +158,8 @@ def _draft_of_student(
     """Prepare a draft of a target that is a student: it keeps the mixers of the target's layers."""
     if (mixer := recipe.plan.mixer) is not None:
         raise InputError(
-            f"plan.mixer {mixer.name} given, but {source.name} is a student, whose draft keeps the mixers of its layers: "  # type: ignore[attr-defined]
-            "set plan.mixer to null"
+            f"plan.mixer {mixer.name} given, but {source.name} is a student, "  # type: ignore[attr-defined]
+            "whose draft keeps the mixers of its layers: set plan.mixer to null"
         )
     draft.config.teacher_name = source.name
     unshare(draft, target, draft.mixer_parameters())

@@ -150,7 +150,8 @@ def load_models(
 ) -> tuple[EvalModel, ...]:
     """Teacher and students; a plain model without a teacher is measured alone, as the teacher.
 
-    `names`: of the students in the report; None: the ends of their paths. `teacher` None: the one that the students' reports name; where it cannot be loaded, `notes` gets a line.
+    `names`: of the students in the report; None: the ends of their paths. `teacher` None: the one that the students'
+    reports name; where it cannot be loaded, `notes` gets a line.
     Raises InputError for a path that is not a model, and for tokenizers that differ.
     """
     for path in [*models, *([teacher] if teacher else [])]:
