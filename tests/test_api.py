@@ -151,7 +151,8 @@ def test_what_a_teacher_in_memory_cannot_have(folder: Path, tmp_path: Path) -> N
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
     nameless = tiny("llama", num_hidden_layers=2)
     for options, word in (
-        ({"stream": True, "overrides": {"stages.0.tokens": 0}}, "stream reads"), ({"adapter_only": True, "overrides": {"stages.0.tokens": 0}}, "give its folder"),
+        ({"stream": True, "overrides": {"stages.0.tokens": 0}}, "stream reads"),
+        ({"adapter_only": True, "overrides": {"stages.0.tokens": 0}}, "give its folder"),
         ({"revision": "main"}, "revision given for a model in memory"), ({"dtype": "bfloat16"}, "dtype given"),
         ({"device": "cuda"}, "model is on cpu"),
     ):  # fmt: skip

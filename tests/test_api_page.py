@@ -17,8 +17,9 @@ from linearize.training.stages import STAGES
 
 LONG = (
     "Tom had {n} red cats and a big box. They went to the park and played all day with a ball until the sun went down. "
-    "Then it was time to go home, and Tom said that he was happy because he had so many good friends."
+    "Then it was time to go home, and Tom said that he was happy because he had a {thing}."
 )
+THINGS = ("ball", "dog", "boat", "cake", "drum", "hat", "kite", "lamp", "mouse", "pear", "ring", "tree")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -35,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the examples run, one after the other."""
     path = tmp_path_factory.mktemp("examples")
     write_text(path / "stories.txt", 60)
-    (path / "other_stories.txt").write_text("\n\n".join(" ".join([LONG] * 4).format(n=n) for n in range(30)))
+    (path / "other_stories.txt").write_text(
+        "\n\n".join(LONG.format(n=n, thing=THINGS[n % len(THINGS)]) for n in range(36))
+    )
     return path
 
 

@@ -52,9 +52,9 @@ class EvaluationOptions:
     `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about this many; `limit`:
     the most items of each task, and the most documents; `batch`: rows at a time; `seed`: of every draw; `data_root`: a
     folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come before
-    lm-eval's own; `allow_code`: run the code that models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible
-    endpoint. `revision`: of the model, where it is a Hub name; `token`: to read Hub models with (None: HF_TOKEN);
-    `dtype`, `device_map`: of all models, as `linearize.load` takes them.
+    lm-eval's own; `allow_code`: run the code that models write (HumanEval); `judge_url`, `judge_model`: an
+    OpenAI-compatible endpoint. `revision`: of the model, where it is a Hub name; `token`: to read Hub models with
+    (None: HF_TOKEN); `dtype`, `device_map`: of all models, as `linearize.load` takes them.
     """
 
     length: int | None = None
