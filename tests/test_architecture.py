@@ -22,6 +22,7 @@ LAYERS = {
     "version": 0,
     "memory": 0,
     "phases": 0,
+    "registry": 1,
     "numbers": 1,
     "tables": 1,
     "storage": 2,

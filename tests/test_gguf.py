@@ -17,7 +17,7 @@ import linearize
 from linearize.decoding.generate import generate_text
 from linearize.decoding.loading import load_any
 from linearize.errors import InputError
-from linearize.evaluation.loading import load_models
+from linearize.evaluation.loading import Placement, load_models
 from linearize.modeling.inspect import inspect_model
 from linearize.modeling.io.model_source import find_model
 from linearize.modeling.io.streamed_teacher import StreamedTeacher
@@ -126,10 +126,10 @@ def test_wherever_a_model_is_named(tmp_path: Path) -> None:
         assert inspect_model(name)["parameters"] == count
         assert sum(p.numel() for p in build(read_config(name), torch.float32).parameters()) == count
     assert generate_text(path, "the cat", max_new_tokens=3, device="cpu")
-    (contestant,) = load_models([str(path)], None, [], "cpu", [])
+    (contestant,) = load_models([str(path)], None, [], Placement(device="cpu"), [])
     first = contestant.fingerprint
     write_gguf(path, "Q8_0")
-    assert load_models([str(path)], None, [], "cpu", [])[0].fingerprint != first
+    assert load_models([str(path)], None, [], Placement(device="cpu"), [])[0].fingerprint != first
     student = linearize.LinearizedForCausalLM.from_teacher(load_teacher(path)[0], [None] * 3, teacher_name=str(path))
     assert load_other_teacher(str(path), student).device.type == "cpu"
 

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import Base, Device, Overwrite, Recipe, RemoteCode, Settings, size, specified
+from linearize.cli.options import (
+    Base,
+    Device,
+    DeviceMap,
+    DType,
+    Overwrite,
+    Recipe,
+    RemoteCode,
+    Revision,
+    Settings,
+    Token,
+    size,
+    specified,
+)
 from linearize.cli.output import show_rows
 
 
@@ -52,7 +65,21 @@ def convert(
         str | None,
         typer.Option(metavar="N-N,N", help="Train only these blocks of layers, counted from 0, and make no student."),
     ] = None,
+    self_contained: Annotated[
+        bool,
+        typer.Option(
+            "--self-contained", help="Put the code of the layers into the folder: transformers loads it by itself."
+        ),
+    ] = False,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Upload the student to this repository on the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to: make the repository private.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Convert a teacher into a student."""
@@ -68,7 +95,10 @@ def convert(
         adapter_only=adapter_only,
         stream=stream,
         trust_remote_code=trust_remote_code,
+        self_contained=self_contained,
+        private=private or None,
         **specified(recipe=recipe, device=device, track=track, blocks=blocks, memory=memory, disk=disk),
+        **specified(push_to=push_to, revision=revision, token=token, dtype=dtype, device_map=device_map),
     )
     if blocks is not None:
         print(f"blocks {blocks} are trained; the same command without --blocks makes the student")

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import Data, Device, Json, Model, Teacher, count, counts, names, specified
+from linearize.cli.options import (
+    Data,
+    Device,
+    DeviceMap,
+    DType,
+    Json,
+    Model,
+    Revision,
+    Teacher,
+    Token,
+    count,
+    counts,
+    names,
+    specified,
+)
 from linearize.cli.output import json_only, show
 
 if TYPE_CHECKING:
@@ -67,7 +81,11 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the judge at that endpoint.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.html and samples.")] = None,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Compare a student with its teacher on the same items.
@@ -81,6 +99,7 @@ def evaluate(
         allow_code=allow_code,
         **specified(length=length, tokens=tokens, limit=limit, batch=batch, seed=seed, data_root=data_root),
         **specified(include_path=include_path, judge_url=judge_url, judge_model=judge_model, device=device),
+        **specified(revision=revision, token=token, dtype=dtype, device_map=device_map),
     )
     with json_only(as_json):
         report = run_evaluate(

@@ -102,6 +102,18 @@ Base = Annotated[
         help="Quantize the frozen weights to 8 or 4 bits (attention transfer and LoRA; torchao or bitsandbytes).",
     ),
 ]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit, where the model is a Hub name.")
+]
+Token = Annotated[
+    str | None, typer.Option(metavar="TOKEN", help="To read from and write to the Hub; better set HF_TOKEN.")
+]
+DType = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Load in float32, bfloat16 or float16; default: as it is stored.")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(metavar="auto|DEVICE", help="As transformers takes it; in the place of --device.")
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

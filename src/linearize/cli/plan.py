@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import Base, Json, Recipe, Settings, count, size, specified
+from linearize.cli.options import Base, DType, Json, Recipe, Revision, Settings, Token, count, size, specified
 from linearize.cli.output import json_only, show
 
 
@@ -41,6 +41,9 @@ def plan(
     devices_file: Annotated[
         Path | None, typer.Option("--table", metavar="FILE", help="A YAML file of further devices.")
     ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Estimate memory, time and disk of a conversion.
@@ -53,6 +56,7 @@ def plan(
     from linearize.tables import stdout_console
 
     chosen = specified(recipe=recipe, tokens=tokens, device=device, devices=devices, table=devices_file, disk=disk)
+    chosen |= specified(revision=revision, token=token, dtype=dtype)
     if block is not None:
         chosen["block"] = block if block == "auto" else count(block)
     with json_only(as_json):

@@ -12,6 +12,7 @@ from typing import Any
 from linearize.conversion.checks import check_starts, context_length, fit_length
 from linearize.conversion.prepare import load_for_conversion
 from linearize.conversion.request import data_specs
+from linearize.conversion.source import teacher_source
 from linearize.conversion.text import SENSITIVITY_TOKENS, read_text, sample_batches
 from linearize.errors import InputError
 from linearize.metrics.head_scores import HeadScores, head_scores
@@ -44,7 +45,9 @@ def inspect_sensitivity(
     if (mixer := chosen.plan.mixer) is None:
         raise InputError(f"recipe {chosen.name} has no plan.mixer to replace layers by: give another recipe")
     check_starts(chosen.plan)
-    model, tokenizer = load_for_conversion(teacher, device, chosen.seed, trust_remote_code)
+    model, tokenizer = load_for_conversion(
+        teacher_source(teacher, trust_remote_code=trust_remote_code), device, chosen.seed
+    )
     chosen, notices = fit_length(chosen, context_length(model), ())
     text, _ = read_text(model, tokenizer, chosen.data, data_specs(data, chosen))
     for notice in notices:
@@ -69,7 +72,7 @@ def inspect_heads(
     Raises:
         InputError: a teacher that cannot be used.
     """
-    model, tokenizer = load_for_conversion(teacher, device, 0, trust_remote_code)
+    model, tokenizer = load_for_conversion(teacher_source(teacher, trust_remote_code=trust_remote_code), device, 0)
     scores = head_scores(model, tokenizer)
     if scores.answer < math.log(LIKELY):
         LOG.warning(

@@ -13,6 +13,7 @@ from linearize.conversion.work_folder import mark_ended
 from linearize.metrics.card import model_card
 from linearize.metrics.plots import plot_layer_error, plot_stages
 from linearize.metrics.report import ConversionReport, write_report
+from linearize.modeling.export.remote_code import add_code
 from linearize.recipes.schema import Recipe
 from linearize.storage.atomic import atomic_folder
 from linearize.training.distributed import Group
@@ -43,4 +44,6 @@ def student_folder(request: ConversionRequest, group: Group) -> Iterator[Path | 
         yield folder
         if (request.work / "log").is_dir():
             shutil.copytree(request.work / "log", folder / "log")
+        if request.self_contained:
+            add_code(folder)
         mark_ended(folder, request.work, request.identity)

@@ -17,6 +17,7 @@ from linearize.conversion.checks import (
     context_length,
     fit_length,
 )
+from linearize.conversion.source import TeacherSource, frozen_view, teacher_source
 from linearize.conversion.text import SENSITIVITY_TOKENS, read_text, sample_batches, with_measured_tokens
 from linearize.decoding.loading import is_student, pick_device
 from linearize.errors import InputError
@@ -59,6 +60,7 @@ class Prepared:
     """
 
     name: str
+    source: TeacherSource
     recipe: Recipe
     teacher: Any
     layer_teacher: Any
@@ -75,19 +77,18 @@ class Prepared:
 
 
 def prepare(
-    name: str,
+    teacher_or_name: TeacherSource | str,
     recipe: Recipe,
     specs: Sequence[str],
     *,
     device: str | None = None,
-    trust_remote_code: bool = False,
     overridden: Container[str] = (),
     stage_on_cpu: bool = False,
 ) -> Prepared:
     """Load and check everything; writes and trains nothing.
 
     Args:
-        name: the teacher (of a draft: its target), a folder or a Hub name. specs: of the data.
+        teacher_or_name: the teacher (of a draft: its target). specs: of the data.
         overridden: recipe keys that the caller set: a length among them is refused beyond the teacher's context, any
             other length is cut down to it.
         stage_on_cpu: leave the models in the CPU's memory, in their own dtype, unless the teacher has to write or
@@ -96,13 +97,15 @@ def prepare(
     Raises:
         InputError: an argument that cannot be used.
     """
+    source = teacher_source(teacher_or_name) if isinstance(teacher_or_name, str) else teacher_or_name
+    name = source.name
     check_starts(recipe.plan)
     makes_draft = recipe.plan.depth is not None
     scored = recipe.plan.needs_scores or (recipe.plan.heads is not None and recipe.plan.heads.needs_scores)
     runs = scored or any(spec == "self" or spec.startswith(PSEUDO) for spec in specs)
     with phase(f"loading {name}"):
         teacher, tokenizer = load_for_conversion(
-            name, device, recipe.seed, trust_remote_code, students=makes_draft, on_cpu=stage_on_cpu and not runs,
+            source, device, recipe.seed, students=makes_draft, on_cpu=stage_on_cpu and not runs,
             base=checked_base(recipe),
         )  # fmt: skip
     recipe, notices = fit_length(recipe, context_length(teacher), overridden)
@@ -110,7 +113,7 @@ def prepare(
     layers = recipe.plan.draft_layers(teacher.config.get_text_config().num_hidden_layers)
     base = teacher if layers is None else truncate(teacher, layers)
     if isinstance(base, LinearizedForCausalLM):
-        return _draft_of_student(name, recipe, teacher, tokenizer, base, layers or [], specs, notices)
+        return _draft_of_student(source, recipe, teacher, tokenizer, base, layers or [], specs, notices)
     sites = probe(base)
     scores: list[LayerScore] = []
     plan, steps, untouched = resolve_plan(recipe.plan, sites, base, scores)
@@ -135,14 +138,15 @@ def prepare(
     for notice in notices + untouched:
         LOG.warning(notice)
     return Prepared(
-        name=name, recipe=recipe, teacher=teacher, layer_teacher=base, layers=layers, tokenizer=tokenizer,
+        name=name, source=source, recipe=recipe,
+        teacher=teacher, layer_teacher=base, layers=layers, tokenizer=tokenizer,
         student=student, plan=plan, steps=steps, scores=scores, heads=heads, text=text, heldout=heldout,
         teacher_weights=model_fingerprint(teacher),
     )  # fmt: skip
 
 
 def _draft_of_student(
-    name: str,
+    source: TeacherSource,
     recipe: Recipe,
     target: Any,
     tokenizer: Any,
@@ -154,10 +158,10 @@ def _draft_of_student(
     """Prepare a draft of a target that is a student: it keeps the mixers of the target's layers."""
     if (mixer := recipe.plan.mixer) is not None:
         raise InputError(
-            f"plan.mixer {mixer.name} given, but {name} is a student, whose draft keeps the mixers of its layers: "  # type: ignore[attr-defined]
-            "set plan.mixer to null"
+            f"plan.mixer {mixer.name} given, but {source.name} is a student, "  # type: ignore[attr-defined]
+            "whose draft keeps the mixers of its layers: set plan.mixer to null"
         )
-    draft.config.teacher_name = name
+    draft.config.teacher_name = source.name
     unshare(draft, target, draft.mixer_parameters())
     check_stages(recipe, draft, target, tokenizer, converted=False)
     check_saving(draft, tokenizer)
@@ -166,7 +170,8 @@ def _draft_of_student(
     for notice in notices:
         LOG.warning(notice)
     return Prepared(
-        name=name, recipe=recipe, teacher=target, layer_teacher=None, layers=layers, tokenizer=tokenizer,
+        name=source.name, source=source, recipe=recipe,
+        teacher=target, layer_teacher=None, layers=layers, tokenizer=tokenizer,
         student=draft, plan=draft.config.mixers(), steps=[[]], scores=[], text=text, heldout=heldout,
         teacher_weights=model_fingerprint(target),
     )  # fmt: skip
@@ -208,10 +213,9 @@ def _steps(plan: PlanConfig, planned: Sequence[Any], applied: Sequence[Any]) -> 
 
 
 def load_for_conversion(
-    name: str,
+    source: TeacherSource,
     device: str | None,
     seed: int,
-    trust_remote_code: bool,
     *,
     students: bool = False,
     on_cpu: bool = False,
@@ -219,23 +223,32 @@ def load_for_conversion(
 ) -> tuple[Any, Any]:
     """Load teacher and tokenizer to the device, or to the CPU first (`on_cpu`); in fp32 where the device is a CPU.
 
-    Where `students` are allowed, the teacher may be one of ours, frozen. Raises InputError: also where it gives NaN.
+    Where `students` are allowed, the teacher may be one of ours, frozen. Of a teacher in memory it is a view, and
+    `device` does not move it. Raises InputError: also where it gives NaN.
     """
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     target = str(pick_device(device))
-    placement = "cpu" if on_cpu else target
-    if students and is_student(name):
-        teacher: Any = load(name, device=placement)
+    placement = None if source.device_map is not None else "cpu" if on_cpu else target
+    halves = (torch.float16, torch.bfloat16)
+    tokenizer: Any = source.tokenizer
+    if source.model is not None:
+        if isinstance(source.model, LinearizedForCausalLM) and not students:
+            raise InputError("the model in memory is a student already: give the teacher, with softmax attention")
+        as_fp32 = source.model.device.type == "cpu" and source.model.dtype in halves
+        teacher: Any = frozen_view(source.model, as_fp32=as_fp32)
+    elif students and is_student(source.path):
+        teacher = load(source.path, dtype=source.dtype, device=placement, device_map=source.device_map)
         teacher.requires_grad_(False)
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(source.path)
     else:
-        dtype = torch.float32 if base != "full" and target == "cpu" else None
+        dtype = torch.float32 if base != "full" and target == "cpu" else source.dtype
         teacher, tokenizer = load_teacher(
-            name, dtype=dtype, device=placement, trust_remote_code=trust_remote_code, base=base
+            source.path, dtype=dtype, device=placement, trust_remote_code=source.trust_remote_code, base=base,
+            device_map=source.device_map,
         )  # fmt: skip
-    if target == "cpu" and teacher.dtype in (torch.float16, torch.bfloat16):
+    if teacher.device.type == "cpu" and target == "cpu" and teacher.dtype in halves:
         teacher = teacher.float()
-    check_finite_weights(teacher, name)
-    check_finite_outputs(teacher, name)
+    check_finite_weights(teacher, source.name)
+    check_finite_outputs(teacher, source.name)
     return teacher, tokenizer

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from linearize.conversion.checks import check_rows, check_stages, context_length, fit_length
 from linearize.conversion.prepare import resolve_plan
 from linearize.conversion.request import is_blockwise
+from linearize.conversion.source import TeacherSource
 from linearize.conversion.text import read_text, with_measured_tokens
 from linearize.decoding.loading import pick_device
 from linearize.errors import InputError
@@ -41,6 +42,7 @@ class StreamedPrepared:
     """
 
     name: str
+    source: TeacherSource
     recipe: Recipe
     teacher: StreamedTeacher
     student: LinearizedForCausalLM
@@ -51,12 +53,11 @@ class StreamedPrepared:
 
 
 def prepare_streamed(
-    name: str,
+    source: TeacherSource,
     recipe: Recipe,
     specs: Sequence[str],
     *,
     device: str | None = None,
-    trust_remote_code: bool = False,
     overridden: Container[str] = (),
 ) -> StreamedPrepared:
     """Check everything; writes and trains nothing, and reads the weights of the embedding and the first layer alone.
@@ -73,14 +74,15 @@ def prepare_streamed(
         )
     torch.set_flush_denormal(True)
     target = pick_device(device)
-    teacher = StreamedTeacher(name, device=target, trust_remote_code=trust_remote_code)
+    name = source.name
+    teacher = StreamedTeacher(source.path, device=target, trust_remote_code=source.trust_remote_code)
     recipe, notices = fit_length(recipe, context_length(teacher), overridden)
     recipe = with_measured_tokens(recipe, teacher.skeleton, target)
     applied, _, untouched = resolve_plan(recipe.plan, teacher.sites, teacher.skeleton, [])
     config = student_config(teacher.skeleton, teacher.sites, applied, name)
     config.dtype = teacher.stored
     student = student_on_meta(config)
-    student.generation_config = valid_generation_config(_generation(name, teacher))
+    student.generation_config = valid_generation_config(_generation(source.path, teacher))
     check_stages(recipe, student, teacher.skeleton, teacher.tokenizer)
     check_saving(student, teacher.tokenizer)
     if not student.mixer_parameters():
@@ -92,7 +94,8 @@ def prepare_streamed(
         LOG.warning(notice)
     stage: Any = recipe.stages[number]
     return StreamedPrepared(
-        name=name, recipe=recipe, teacher=teacher, student=student, stage=computed_on(stage, target), number=number,
+        name=name, source=source, recipe=recipe,
+        teacher=teacher, student=student, stage=computed_on(stage, target), number=number,
         text=text, heldout=heldout,
     )  # fmt: skip
 

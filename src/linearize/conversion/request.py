@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from linearize.conversion.checks import checked_base
+from linearize.conversion.source import DeviceMap, TeacherSource, teacher_source
 from linearize.conversion.work_folder import work_folder
 from linearize.errors import InputError
+from linearize.modeling.export.remote_code import foreign
 from linearize.numbers import parse_size
 from linearize.recipes.schema import Recipe, load_recipe
 from linearize.storage.files import check_apart, expand_home, real_name
 from linearize.training.config import BlockwiseConfig, StageConfig
 from linearize.training.data.files import EXTENSIONS
-from linearize.training.data.loading import PSEUDO, local_spec
-from linearize.training.data.specs import input_paths
+from linearize.training.data.loading import local_spec
+from linearize.training.data.specs import PSEUDO, input_paths
 from linearize.training.stages.lowrank import LowRankConfig
 
 
@@ -40,11 +45,13 @@ class BlockOptions:
 class ConversionRequest:
     """What to convert, how, and where to.
 
-    `teacher`: folder or Hub name. `specs`: the SPECs of the data. `overridden`: the recipe keys that the caller set.
+    `source`: the teacher. `specs`: the SPECs of the data. `overridden`: the recipe keys that the caller set.
     `stream`: the teacher's weights are read block by block. `final`: the student's folder. `work`: that of the run.
+    `self_contained`: the folder gets the code of its layers. `push_to`: a Hub repository to upload it to, made
+    `private` or not (None: as the account has it).
     """
 
-    teacher: str
+    source: TeacherSource
     specs: list[str]
     recipe: Recipe
     overridden: frozenset[str]
@@ -53,9 +60,17 @@ class ConversionRequest:
     overwrite: bool
     adapter_only: bool
     device: str | None
-    trust_remote_code: bool
     final: Path
     work: Path
+    self_contained: bool = False
+    push_to: str | None = None
+    private: bool | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name."""
+        return self.source.name
 
     @property
     def only_blocks(self) -> bool:
@@ -74,12 +89,13 @@ class ConversionRequest:
         for stage, fields in zip(self.recipe.stages, recipe["stages"], strict=True):
             fields |= {place: real_name(fields[place]) for place in stage.places if fields[place] is not None}
         form = {"form": "adapter"} if self.adapter_only else {}
+        form |= {"form": "self-contained"} if self.self_contained else {}
         data = [_real_spec(spec) for spec in self.specs]
-        return {"teacher": real_name(self.teacher), "data": data, "recipe": recipe, **form}
+        return {"teacher": real_name(self.teacher), "data": data, "recipe": recipe, **form, **self.source.pinned}
 
 
 def read_request(
-    teacher: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | PreTrainedModel,
     *,
     data: Sequence[str | os.PathLike[str]] | str,
     out: str | os.PathLike[str],
@@ -93,6 +109,14 @@ def read_request(
     adapter_only: bool,
     device: str | None,
     trust_remote_code: bool,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: DeviceMap | None = None,
+    self_contained: bool = False,
+    push_to: str | None = None,
+    private: bool | None = None,
 ) -> ConversionRequest:
     """Check the arguments of `convert` as far as they can be checked by themselves. Raises InputError."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -103,14 +127,52 @@ def read_request(
     bounds = {name: None if size is None else parse_size(size) for name, size in (("memory", memory), ("disk", disk))}
     options = BlockOptions(only=blocks, **bounds)
     check_options(chosen.stages, options)
-    final, teacher = Path(expand_home(out)).resolve(), expand_home(teacher)
+    _check_form(adapter_only, self_contained, blocks, push_to, private)
+    if self_contained and (reason := foreign([chosen.plan.mixer, *chosen.plan.overrides.values()])):
+        raise InputError(f"{reason}: leave out --self-contained")
+    final = Path(expand_home(out)).resolve()
     specs = data_specs([data] if isinstance(data, str) else data, chosen)
-    check_apart(final, teacher, *(path for spec in specs for path in input_paths(spec)))
-    return ConversionRequest(
-        teacher=teacher, specs=specs, recipe=chosen, overridden=frozenset(overrides or ()), options=options,
-        stream=stream, overwrite=overwrite, adapter_only=adapter_only, device=device,
-        trust_remote_code=trust_remote_code, final=final, work=work_folder(final),
+    check_apart(final, *(path for spec in specs for path in input_paths(spec)))
+    source = teacher_source(
+        teacher, tokenizer, revision=revision, token=token, dtype=dtype, device_map=device_map,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    check_apart(final, *([source.path] if source.path else []))
+    if source.model is not None:
+        _check_model(source.model, chosen, stream=stream, adapter_only=adapter_only, device=device)
+        device = str(source.model.device)
+    unstreamed = {"dtype": dtype, "device_map": device_map}
+    if stream and (present := [name for name, value in unstreamed.items() if value is not None]):
+        raise InputError(f"{present[0]} is for models that are loaded as a whole: leave it out, or leave out --stream")
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
+    return ConversionRequest(
+        source=source, specs=specs, recipe=chosen, overridden=frozenset(overrides or ()), options=options,
+        stream=stream, overwrite=overwrite, adapter_only=adapter_only, device=device, final=final,
+        work=work_folder(final), self_contained=self_contained, push_to=push_to, private=private, token=token,
+    )  # fmt: skip
+
+
+def _check_form(
+    adapter_only: bool, self_contained: bool, blocks: str | None, push_to: str | None, private: bool | None
+) -> None:
+    if adapter_only and self_contained:
+        raise InputError("--self-contained writes a whole model with its code, --adapter-only its new part: choose one")
+    if private is not None and push_to is None:
+        raise InputError("--private is for an upload: give the repository's name with --push-to, or leave it out")
+    if blocks is not None and (push_to is not None or self_contained):
+        raise InputError("--blocks makes no student to upload: give --push-to and --self-contained with the last call")
+
+
+def _check_model(
+    model: PreTrainedModel, recipe: Recipe, *, stream: bool, adapter_only: bool, device: str | None
+) -> None:
+    """Refuse what a teacher in memory cannot have. Raises InputError."""
+    needs_files = {"stream": stream, "adapter_only": adapter_only, "base_weights": recipe.base_weights != "full"}
+    if present := [name for name, is_set in needs_files.items() if is_set]:
+        raise InputError(f"{present[0]} reads the teacher's files, and a model in memory was given: give its folder")
+    if device is not None and torch.device(device).type != model.device.type:
+        raise InputError(f"device {device} given, but the model is on {model.device}: move it there, or leave it out")
 
 
 def data_specs(data: Sequence[str | os.PathLike[str]], recipe: Recipe) -> list[str]:

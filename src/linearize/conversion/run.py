@@ -70,9 +70,10 @@ class Conversion:
         tracker: Tracker,
         blocks: BlockOptions | None = None,
         trained: Sequence[BlockResult] = (),
+        callbacks: Sequence[object] = (),
     ) -> None:
         """`trained`: the results of the block-wise stage, where its blocks were read from disk."""
-        self.blocks, self.trained = blocks or BlockOptions(), trained
+        self.blocks, self.trained, self.callbacks = blocks or BlockOptions(), trained, callbacks
         self.prepared, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
         self.recipe, self.student, self.teacher = prepared.recipe, prepared.student, prepared.teacher
         self.steps, self.heldout = prepared.steps, prepared.heldout
@@ -109,7 +110,10 @@ class Conversion:
             held_out=self.report,
             ablation=self.ablation,
             layer_error={k: v for k, v in self.errors.items() if v},
-            provenance=provenance(seed=self.recipe.seed) | self._choices() | self._processes(),
+            provenance=provenance(seed=self.recipe.seed)
+            | self._choices()
+            | self._processes()
+            | self.prepared.source.pinned,
         )
 
     def check_blocks(self) -> None:
@@ -128,9 +132,11 @@ class Conversion:
 
         `folder` is None on all ranks but the first; they contribute their shards of the weights.
         """
-        student = whole_student(self.student) if self.recipe.base_weights != "full" else self.student
+        source, student = self.prepared.source, self.student
+        if self.recipe.base_weights != "full":
+            student = whole_student(student, source.path)
         if adapter_only and folder is not None:
-            save_adapter_folder(student, self.prepared.tokenizer, folder)
+            save_adapter_folder(student, self.prepared.tokenizer, folder, teacher=source.path, commit=source.commit)
         else:
             save_student(student, self.prepared.tokenizer, folder)
         if folder is not None:
@@ -203,7 +209,7 @@ class Conversion:
         return train_loaded_blocks(
             stage, self.student, self.prepared.layer_teacher, StageRows(stage, rows, self.heldout), self.work / key,
             self.blocks, check_only=check_only, identity=self._stage_identity(), progress=self.progress,
-            tracker=self.tracker, name=key,
+            tracker=self.tracker, callbacks=self.callbacks, name=key,
         )  # fmt: skip
 
     def _run_in_loop(
@@ -223,6 +229,7 @@ class Conversion:
         return run_stage(
             run, stage, stream, self.heldout, length=rows.length, checkpoint_dir=self.work / key,
             identity={**identity, **more}, name=key, progress=self.progress, tracker=self.tracker,
+            callbacks=self.callbacks,
         )  # fmt: skip
 
     def _on_this_device(self, number: int, stage: Stage, step: int, *, announce: bool = True) -> Stage:
@@ -237,7 +244,8 @@ class Conversion:
         return stage.run(
             StageJob(
                 student=self.student, teacher=self.teacher, tokenizer=self.prepared.tokenizer, folder=self.work / key,
-                identity=identity, seed=self.recipe.seed, progress=self.progress, tracker=self.tracker, name=key,
+                identity=identity, seed=self.recipe.seed, progress=self.progress, tracker=self.tracker,
+                callbacks=self.callbacks, name=key,
             )
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ LOG = logging.getLogger("linearize")
 
 
 def train_streamed_blocks(
-    request: ConversionRequest, group: Group, tracker: Tracker, progress: Progress
+    request: ConversionRequest, group: Group, tracker: Tracker, progress: Progress, callbacks: Sequence[object] = ()
 ) -> tuple[StreamedConversion, list[BlockResult]]:
     """Train the blocks that the request names, shared among the processes, and return their results.
 
@@ -47,10 +47,11 @@ def train_streamed_blocks(
             is full.
     """
     prepared = prepare_streamed(
-        request.teacher, request.recipe, request.specs, device=request.device, overridden=request.overridden,
-        trust_remote_code=request.trust_remote_code,
-    )  # fmt: skip
-    conversion = StreamedConversion(prepared, request.specs, request.work, progress, tracker, request.options)
+        request.source, request.recipe, request.specs, device=request.device, overridden=request.overridden
+    )
+    conversion = StreamedConversion(
+        prepared, request.specs, request.work, progress, tracker, request.options, callbacks
+    )
     if request.needs_whole:
         names = [stage.name for stage in prepared.recipe.stages[prepared.number + 1 :] if stage.tokens != 0]
         check_whole(prepared.student, prepared.teacher.device, names, request.options.memory, group.ranks)
@@ -74,9 +75,11 @@ class StreamedConversion:
         progress: Progress,
         tracker: Tracker,
         options: BlockOptions,
+        callbacks: Sequence[object] = (),
     ) -> None:
         """Raises InputError: no block, or not the block of the recipe, fits into memory and disk."""
         self.prepared, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
+        self.callbacks = callbacks
         self.recipe, self.config = prepared.recipe, prepared.student.config
         self.source = StreamedBlocks(prepared.teacher, self.config, seed=self.recipe.seed)
         self.key = f"{prepared.number}-{prepared.stage.name}"
@@ -100,7 +103,7 @@ class StreamedConversion:
                 stage=self.prepared.stage, block=self.block, source=self.source, rows=self.rows,
                 folder=self.work / self.key, identity=identity, only=self.only,
                 calibrate=calibrate_block if self.rows.sample else None,
-                progress=self.progress, tracker=self.tracker, name=self.key,
+                progress=self.progress, tracker=self.tracker, callbacks=self.callbacks, name=self.key,
             )
         )  # fmt: skip
 
@@ -131,7 +134,9 @@ class StreamedConversion:
             held_out=report_of(scores),
             ablation=self._ablation(forward, head, batches, reach),
             layer_error={moment: values for moment, values in errors.items() if values},
-            provenance=provenance(seed=self.recipe.seed) | {"streamed": {"block": self.block}},
+            provenance=provenance(seed=self.recipe.seed)
+            | {"streamed": {"block": self.block}}
+            | self.prepared.source.pinned,
         )
         forward.remove()
         return report

@@ -11,29 +11,43 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import linearize.modeling as modeling
 from linearize.errors import InputError
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.teacher import load_teacher, load_tokenizer
 from linearize.storage.files import expand_home, read_json
 
 
 def load_any(
-    path: str | Path, *, adapter: str | Path | None = None, device: str | None = None, store: int | None = None
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    store: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode on `device` (None: the GPU if there is one) and tokenizer.
 
     `adapter`: the folder of a student in adapter form, whose teacher is `path`; the tokenizer is the teacher's where
-    the folder has none. `store`: exact pairs of a student's window + linear mixers (see `linearize.load`). Raises
+    the folder has none. `store`: exact pairs of a student's window + linear mixers (see `linearize.load`, also for
+    the further arguments). Raises
     InputError for a folder that is not a model, a device that is not there, and a store for what has none.
     """
-    where = pick_device(device)
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
+    how: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
+    how["device"] = pick_device(device) if device_map is None else None
+    name, path = path, local_copy(path, revision=revision, token=token).path
     if adapter is not None:
         own = Path(expand_home(adapter)) / "tokenizer_config.json"
         tokenizer = load_tokenizer(adapter if own.is_file() or not own.parent.is_dir() else path)
-        return modeling.load(path, adapter=adapter, device=where, store=store), tokenizer
+        return modeling.load(path, adapter=adapter, store=store, **how), tokenizer
     if is_student(path):
-        return modeling.load(path, device=where, store=store), load_tokenizer(path)
+        return modeling.load(path, store=store, **how), load_tokenizer(path)
     if store is not None:
-        raise InputError(f"store {store}: {path} is no student, and a softmax model keeps every pair: leave it out")
-    model, tokenizer = load_teacher(path, device=where)
+        raise InputError(f"store {store}: {name} is no student, and a softmax model keeps every pair: leave it out")
+    model, tokenizer = load_teacher(path, **how)
     return model, tokenizer
 
 

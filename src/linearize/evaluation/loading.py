@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +32,16 @@ SEEN = (
     "{seen}: {who} was trained on it; give other text, or exactly the data of its conversion in the same order, "
     "of which only the held-out part is used"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How models are loaded; see `linearize.load`."""
+
+    device: str | None = None
+    dtype: torch.dtype | str | None = None
+    device_map: str | dict[str, Any] | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,27 +143,35 @@ def _data_config(folder: Path) -> DataConfig | None:
 
 
 def load_models(
-    models: Sequence[str], teacher: str | None, origins: Sequence[Origin], device: str | None, notes: list[str]
+    models: Sequence[str],
+    teacher: str | None,
+    origins: Sequence[Origin],
+    placement: Placement,
+    notes: list[str],
+    *,
+    names: Sequence[str] | None = None,
 ) -> tuple[EvalModel, ...]:
     """Teacher and students; a plain model without a teacher is measured alone, as the teacher.
 
-    `teacher` None: the one that the students' reports name; where it cannot be loaded, `notes` gets a line.
+    `names`: of the students in the report; None: the ends of their paths. `teacher` None: the one that the students'
+    reports name; where it cannot be loaded, `notes` gets a line.
     Raises InputError for a path that is not a model, and for tokenizers that differ.
     """
     for path in [*models, *([teacher] if teacher else [])]:
         find_model(path)
     if teacher is None and len(models) == 1 and not is_student(models[0]):
-        return (_load(models[0], TEACHER, "teacher", device),)
+        return (_load(models[0], TEACHER, "teacher", placement),)
     loaded = []
     if (named := teacher or recorded_teacher(origins)) is not None:
         try:
-            loaded.append(_load(named, TEACHER, "teacher", device))
+            commit = None if teacher is not None else recorded_commit(origins)
+            loaded.append(_load(named, TEACHER, "teacher", placement, revision=commit))
         except (InputError, OSError) as error:
             if teacher is not None:
                 raise
             notes.append(f"the recorded teacher {named} cannot be loaded, name one with --teacher ({error})")
-    for name, path in zip(unique_names(models), models, strict=True):
-        loaded.append(_load(path, name, "student", device, teacher=teacher))
+    for name, path in zip(names or unique_names(models), models, strict=True):
+        loaded.append(_load(path, name, "student", placement, teacher=teacher))
     _check_tokenizers(loaded)
     return tuple(loaded)
 
@@ -165,6 +185,12 @@ def recorded_teacher(origins: Sequence[Origin]) -> str | None:
     return next(iter(named), None)
 
 
+def recorded_commit(origins: Sequence[Origin]) -> str | None:
+    """The commit of that teacher, where it is a Hub model."""
+    commits = [origin.report.provenance.get("teacher_commit") for origin in origins if origin.report is not None]
+    return next((str(commit) for commit in commits if commit), None)
+
+
 def unique_names(paths: Sequence[str]) -> list[str]:
     """A short name per path: its last part, numbered where two are the same."""
     names: list[str] = []
@@ -176,11 +202,19 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _load(path: str, name: str, role: Role, device: str | None, *, teacher: str | None = None) -> EvalModel:
+def _load(
+    path: str,
+    name: str,
+    role: Role,
+    placement: Placement,
+    *,
+    teacher: str | None = None,
+    revision: str | None = None,
+) -> EvalModel:
     """`teacher`: of a student in adapter form, in place of the one that it was made with."""
     of_teacher = teacher is not None and is_adapter_folder(path)
     place = {"path": teacher, "adapter": path} if of_teacher else {"path": path}
-    model, tokenizer = load_any(**place, device=device)
+    model, tokenizer = load_any(**place, revision=revision, **vars(placement))
     return EvalModel(
         name=name, role=role, path=path, model=model, tokenizer=tokenizer, fingerprint=_fingerprint(path, model.config)
     )

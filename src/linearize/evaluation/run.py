@@ -7,16 +7,24 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from linearize.errors import InputError
 from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section
-from linearize.evaluation.loading import Origin, first_documents, held_out_documents, load_models
+from linearize.evaluation.loading import (
+    Origin,
+    Placement,
+    first_documents,
+    held_out_documents,
+    load_models,
+    unique_names,
+)
 from linearize.evaluation.numbers import ResultCache
 from linearize.evaluation.report.page import write_report_page
 from linearize.evaluation.report.schema import FORMAT, EvalReport, ModelEntry
@@ -26,6 +34,7 @@ from linearize.evaluation.suites import SUITES, plan_sections, sections_with_tex
 from linearize.evaluation.terminal import SectionProgress
 from linearize.evaluation.verdict import present_sections, verdict
 from linearize.metrics.report import provenance
+from linearize.modeling.io.hub import LocalCopy, local_copy
 from linearize.modeling.probe import keeps_documents_apart
 from linearize.storage.disk import not_created, writing
 from linearize.storage.files import expand_home
@@ -43,8 +52,9 @@ class EvaluationOptions:
     `length`: the longest row in tokens (None: the recipe's); `tokens`: whole documents up to about this many; `limit`:
     the most items of each task, and the most documents; `batch`: rows at a time; `seed`: of every draw; `data_root`: a
     folder of chat questions; `include_path`: a folder of task definitions (lm-eval's YAML), which come before
-    lm-eval's own; `allow_code`: run the code that
-    models write (HumanEval); `judge_url`, `judge_model`: an OpenAI-compatible endpoint.
+    lm-eval's own; `allow_code`: run the code that models write (HumanEval); `judge_url`, `judge_model`: an
+    OpenAI-compatible endpoint. `revision`: of the model, where it is a Hub name; `token`: to read Hub models with
+    (None: HF_TOKEN); `dtype`, `device_map`: of all models, as `linearize.load` takes them.
     """
 
     length: int | None = None
@@ -58,6 +68,10 @@ class EvaluationOptions:
     judge_url: str | None = None
     judge_model: str | None = None
     device: str | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    dtype: torch.dtype | str | None = None
+    device_map: str | dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raise InputError for a size below what makes sense."""
@@ -97,11 +111,13 @@ def evaluate(
         name: Path(expand_home(path)) for name in ("data_root", "include_path") if (path := getattr(options, name))
     }
     options = replace(options, **folders)  # type: ignore[arg-type]
-    models = [expand_home(path) for path in (*([model] if model is not None else []), *compare)]
-    if not models:
+    named = [*([model] if model is not None else []), *compare]
+    if not named:
         raise InputError("no model to evaluate: name one, or several with --compare")
     name, planned = plan_sections(suite, tasks, sections, options.include_path)
     teacher = expand_home(teacher) if teacher else None
+    places = _places(named, options, first_has_revision=model is not None)
+    models = [place.path for place in places]
     final = _checked_out(out, models)
     with contextlib.ExitStack() as stack:
         if final is not None:
@@ -115,13 +131,16 @@ def evaluate(
         if name in SUITES and SUITES[name].offline_tasks and not any(isinstance(section, Tasks) for section in planned):
             notes.append("no tasks in this report: the suite runs them where --include-path gives their definitions")
         origins = [Origin.read(path) for path in models]
-        eval_models = load_models(models, teacher, origins, options.device, notes)
+        eval_models = load_models(
+            models, teacher, origins, _placement(options), notes, names=unique_names([place.name for place in places])
+        )
         documents: list[Document] = []
         if any(section.NEEDS_TEXT for section in planned):  # text that a teacher must write takes its time
             documents = _documents(list(data or ()), origins, eval_models, options, notes)
         planned = sections_with_text(planned, bool(documents), models, notes)
         ctx = _context(eval_models, documents, origins, options, final)
-        return _measured(name, planned, ctx, notes)
+        commits = {place.name: place.commit for place in places if place.commit is not None}
+        return _measured(name, planned, ctx, notes, commits)
 
 
 def bench(
@@ -145,8 +164,25 @@ def bench(
     return evaluate(model, teacher=teacher, sections=[section], out=out, options=options)
 
 
-def _measured(suite: str, planned: Sequence[Section], ctx: EvalContext, notes: list[str]) -> EvalReport:
-    """The report of what is planned, written to the context's folder where there is one."""
+def _places(named: Sequence[str | Path], options: EvaluationOptions, *, first_has_revision: bool) -> list[LocalCopy]:
+    """The models on this machine; those of the Hub are fetched. Raises InputError."""
+    revisions = [options.revision if first_has_revision else None, *[None] * (len(named) - 1)]
+    if options.revision is not None and not first_has_revision:
+        raise InputError("--revision is of MODEL, which is not given: name it, or leave --revision out")
+    return [
+        local_copy(path, revision=revision, token=options.token)
+        for path, revision in zip(named, revisions, strict=True)
+    ]
+
+
+def _placement(options: EvaluationOptions) -> Placement:
+    return Placement(device=options.device, dtype=options.dtype, device_map=options.device_map, token=options.token)
+
+
+def _measured(
+    suite: str, planned: Sequence[Section], ctx: EvalContext, notes: list[str], commits: Mapping[str, str]
+) -> EvalReport:
+    """The report of what is planned, written to the context's folder where there is one. `commits`: of Hub models."""
     if ctx.one_per_row:
         notes.append(f"{ctx.models[0].name} does not keep the documents of a packed row apart: each has its own row")
     for section in planned:
@@ -164,7 +200,7 @@ def _measured(suite: str, planned: Sequence[Section], ctx: EvalContext, notes: l
         documents=len(ctx.documents),
         notes=notes,
         seconds=seconds,
-        provenance=provenance(seed=ctx.seed),
+        provenance=provenance(seed=ctx.seed) | ({"commits": dict(commits)} if commits else {}),
     )
     if ctx.out is not None:
         report.write(ctx.out)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from linearize.metrics.report import ConversionReport
+from linearize.modeling.io.model_source import looks_local
 
 
 def model_card(report: ConversionReport, recipe_yaml: str, config: Mapping[str, Any]) -> str:
@@ -28,10 +29,11 @@ def model_card(report: ConversionReport, recipe_yaml: str, config: Mapping[str, 
 
 
 def _front_matter(report: ConversionReport) -> dict[str, Any]:
+    """For the Hub, which knows a base model by its name there, not by a path of this machine."""
+    known = {} if looks_local(report.teacher) else {"base_model": report.teacher, "base_model_relation": "finetune"}
     return {
         "library_name": "linearize",
-        "base_model": report.teacher,
-        "base_model_relation": "finetune",
+        **known,
         "pipeline_tag": "text-generation",
         "tags": ["linearize", "linear-attention", "distillation", report.recipe],
     }

@@ -193,7 +193,7 @@ def provenance(command: str | Sequence[str] | None = None, *, seed: int | None =
     checkout of its own.
     """
     if command is None:
-        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        command = [Path(sys.argv[0]).name, *without_token(sys.argv[1:])]
     return {
         "command": command if isinstance(command, str) else shlex.join(command),
         "package_version": _version("linearize"),
@@ -203,6 +203,17 @@ def provenance(command: str | Sequence[str] | None = None, *, seed: int | None =
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def without_token(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments with `...` for a token of the Hub."""
+    hidden = list(arguments)
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--token="):
+            hidden[place] = "--token=..."
+        elif place and arguments[place - 1] == "--token":
+            hidden[place] = "..."
+    return hidden
 
 
 def _version(name: str) -> str | None:

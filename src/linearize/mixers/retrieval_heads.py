@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from linearize.errors import InputError
@@ -27,8 +27,19 @@ from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.growing_softmax import SoftmaxState, advance_softmax, growing_softmax
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch
+from linearize.registry import Table, choice
 
-Inner = Annotated[LolcatsConfig | SlidingWindowConfig | GlaConfig, Field(discriminator="name")]
+
+def _table() -> Table[type[MixerConfig]]:
+    from linearize.mixers import MIXERS
+
+    return MIXERS
+
+
+if TYPE_CHECKING:
+    Inner: TypeAlias = MixerConfig
+else:
+    Inner = choice((LolcatsConfig, SlidingWindowConfig, GlaConfig), _table)
 
 
 class RetrievalHeadsConfig(MixerConfig):
@@ -36,7 +47,7 @@ class RetrievalHeadsConfig(MixerConfig):
 
     name: Literal["retrieval_heads"] = "retrieval_heads"
     groups: tuple[int, ...] = Field((0,), min_length=1)
-    mixer: SerializeAsAny[Inner] = LolcatsConfig()
+    mixer: Inner = LolcatsConfig()
 
     @field_validator("groups")
     @classmethod

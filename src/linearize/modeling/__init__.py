@@ -26,23 +26,41 @@ def load(
     path: str | os.PathLike[str],
     *,
     adapter: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     store: int | None = None,
 ) -> LinearizedForCausalLM:
     """A student from its folder (or Hub name), in eval mode.
 
-    With `adapter`, `path` is the teacher, and the student is what the adapter makes of it; the folder of an adapter by
-    itself takes the teacher that it was made with. `attn_implementation` is that of the kept softmax layers. `dtype`:
-    default is that of the checkpoint. `store`: pairs that each key/value head of window + linear mixers keeps exact
-    (None: as the student was made; it needs no training).
+    Args:
+        path: the student; with `adapter` its teacher.
+        adapter: what the student is to its teacher; the folder of an adapter by itself, given as `path`, takes the
+            teacher that it was made with.
+        revision, token: of a Hub name, a branch, tag or commit, and what to read with (None: HF_TOKEN).
+        dtype: None: that of the checkpoint.
+        device_map: as transformers takes it, in the place of `device` (None: the CPU).
+        attn_implementation: of the kept softmax layers.
+        store: pairs that each key/value head of window + linear mixers keeps exact (None: as the student was made; it
+            needs no training).
 
     Raises:
         InputError: a missing folder, a model that is no student, weights that do not fit the plan, or a store for
             mixers that have none.
     """
-    student = _load(path, adapter=adapter, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    from linearize.modeling.io.hub import local_copy
+
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+    place = local_copy(path, revision=revision, token=token)
+    if adapter is not None:
+        adapter = local_copy(adapter, token=token).path
+    student = _load(place.path, adapter=adapter, dtype=dtype, device=device, options=options)
     if store is not None:
         student.set_store(store)
     return student
@@ -54,19 +72,18 @@ def _load(
     adapter: str | os.PathLike[str] | None,
     dtype: torch.dtype | str | None,
     device: str | torch.device | None,
-    attn_implementation: str | None,
+    options: dict[str, Any],
 ) -> LinearizedForCausalLM:
     from linearize.modeling.io.adapter_folder import is_adapter_folder, load_adapter
     from linearize.modeling.io.model_source import find_model
 
     if adapter is not None or is_adapter_folder(path):
         folder, teacher = (path, None) if adapter is None else (adapter, path)
-        return load_adapter(folder, teacher, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return load_adapter(folder, teacher, dtype=dtype, device=device, **options)
     source = find_model(path)
     if source.gguf_file is not None:
         raise InputError(f"{source} is a GGUF file, not a student: load it with transformers")
     path = source.name
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         config = AutoConfig.from_pretrained(path)
         if not isinstance(config, LinearizeConfig):
@@ -77,6 +94,6 @@ def _load(
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"cannot load {path} as a student: {one_line(error)}") from error
-    placed: Any = model.to(device or "cpu")  # type: ignore[arg-type]
+    placed: Any = model if "device_map" in options else model.to(device or "cpu")  # type: ignore[arg-type]
     student: LinearizedForCausalLM = placed.eval()
     return student

@@ -32,7 +32,8 @@ class LinearizeConfig(PreTrainedConfig):
     """Config of a student: `teacher` (its config as a dict) and `plan` (one mixer or None per layer).
 
     `attention`, `shapes`: names of the attention modules inside the teacher's class and their sizes, by layer.
-    `teacher_name`: where the teacher came from.
+    `teacher_name`: where the teacher came from. `mixer_packages`: by name of a mixer that is not ours the package that
+    registers it; absent where all are ours.
     What is not set here is read from the teacher's config, so that tools which look for `hidden_size` and the like
     find it.
     """
@@ -108,7 +109,17 @@ class LinearizeConfig(PreTrainedConfig):
             raise InputError(
                 f"the plan has {len(self.plan)} layers and the model {len(self.attention)}: the folder is damaged"
             )
-        return [None if entry is None else parse_mixer(entry) for entry in self.plan]
+        packages = getattr(self, "mixer_packages", None)
+        return [None if entry is None else parse_mixer(entry, packages) for entry in self.plan]
+
+    def set_plan(self, plan: Sequence[MixerConfig | None]) -> None:
+        """Another plan, and the packages that its mixers come from."""
+        from linearize.mixers import mixer_package
+
+        self.plan = [None if mixer is None else mixer.model_dump() for mixer in plan]
+        packages = {str(m.inner.name): mixer_package(m) for m in plan if m is not None and mixer_package(m)}  # type: ignore[attr-defined]
+        if packages:
+            self.mixer_packages = packages
 
     def attention_shapes(self) -> list[AttentionShape]:
         """Sizes of the teacher's attention, by layer."""
@@ -140,8 +151,8 @@ def _renamed(model_type: str) -> dict[str, str]:
     return names
 
 
-def parse_mixer(entry: dict[str, Any]) -> MixerConfig:
-    """A mixer's config from its dict form.
+def parse_mixer(entry: dict[str, Any], packages: dict[str, str] | None = None) -> MixerConfig:
+    """A mixer's config from its dict form. `packages`: where mixers come from that are not ours, by name.
 
     Raises:
         InputError: an unknown mixer name.
@@ -150,6 +161,8 @@ def parse_mixer(entry: dict[str, Any]) -> MixerConfig:
 
     name = str(entry.get("name"))
     if name not in LAYERS:
+        if package := (packages or {}).get(name):
+            raise InputError(f"mixer {name!r} is in the package {package}, which is not installed here: install it")
         raise unknown("mixer", name, LAYERS)
     return LAYERS[name].model_validate(entry)
 
@@ -161,14 +174,16 @@ def student_config(
     from linearize.version import __version__
 
     fields = teacher.config.to_dict()
-    return LinearizeConfig(
+    config = LinearizeConfig(
         teacher={
             k: v for k, v in fields.items() if k not in ("architectures", "_name_or_path", "transformers_version")
         },
-        plan=[None if mixer is None else mixer.model_dump() for mixer in plan],
+        plan=[{}] * len(plan),
         attention=[site.name for site in sites],
         shapes=[vars(site.shape) for site in sites],
         teacher_name=name,
         linearize_version=__version__,
         dtype=teacher.dtype,
     )
+    config.set_plan(plan)
+    return config

@@ -22,6 +22,8 @@ from linearize.modeling.io.student_folder import valid_generation_config
 from linearize.modeling.library_internals import attention_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from linearize.mixers import Mixer, MixerConfig
     from linearize.ops.window_linear import Branch
 
@@ -100,7 +102,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise InputError(f"layer {layer} cannot be converted: layers with softmax attention are {free}")
             plan[layer] = mixer
         install(self.lm, plan, self.config.attention, shapes, start=True, layers=sorted(mixers))
-        self.config.plan = [None if mixer is None else mixer.model_dump() for mixer in plan]
+        self.config.set_plan(plan)
         self._keep_in_fp32_modules_strict = set(self._fp32_names())
 
     def _fp32_names(self) -> list[str]:
@@ -192,6 +194,23 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
         from linearize.modeling.exact_memory import keep_heads
 
         keep_heads(self, groups)
+
+    def push_to_hub(  # type: ignore[override]  # the parent knows neither tokenizer nor card
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a student of linearize",
+    ) -> str:
+        """See `upload.push_student`: with the tokenizer, and the card, recipe and report of its folder."""
+        from linearize.modeling.io.upload import push_student
+
+        return push_student(
+            self, repo_id, tokenizer=tokenizer, private=private, token=token, revision=revision, message=commit_message
+        )
 
     def _converted(self) -> list[int]:
         """The layers that hold a mixer."""

@@ -11,6 +11,7 @@ import torch
 
 from linearize.conversion.checks import checked_base
 from linearize.errors import InputError
+from linearize.modeling.io.model_source import parse_dtype
 from linearize.phases import phase
 from linearize.planning.costs import error_costs, quantized_bytes, score_costs
 from linearize.planning.devices import CPU, Device, fits, load_device
@@ -32,6 +33,9 @@ def plan_conversion(
     table: str | Path | None = None,
     block: int | Literal["auto"] | None = None,
     disk: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> ConversionPlan:
     """Estimate memory, time and disk of a conversion, stage by stage. No weights are read.
 
@@ -45,6 +49,8 @@ def plan_conversion(
         table: a YAML file of further devices.
         block: layers per block in stages that can train block by block.
         disk: bytes that hidden states may use.
+        revision, token: of a Hub name, a branch, tag or commit, and what to read with (None: HF_TOKEN).
+        dtype: that the teacher is loaded in (None: that of its checkpoint; a CPU computes in fp32).
 
     Raises:
         InputError: an argument that cannot be used, or a block that does not fit.
@@ -53,7 +59,9 @@ def plan_conversion(
     kind = load_device(device, table)
     if devices < 1:
         raise InputError(f"devices {devices}: give 1 or more")
-    config = read_config(teacher)
+    config = read_config(teacher, revision=revision, token=token)
+    if dtype is not None:
+        config.dtype = parse_dtype(dtype)
     chosen, notices = _fitted(chosen.override(dict(overrides or {})), config, kind)
     base = checked_base(chosen, devices)
     whole = look_at(config, chosen, _dtype(config, kind))

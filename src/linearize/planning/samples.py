@@ -17,6 +17,7 @@ from linearize.errors import InputError, one_line
 from linearize.mixers import MixerConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.inspect import list_of_blocks
+from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.model_source import find_config
 from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.probe import AttentionSite, probe
@@ -84,12 +85,16 @@ class Measured:
         return round(max((numbers[key] for numbers in self.per_layer), default=self.base[key]))
 
 
-def read_config(name: str | os.PathLike[str]) -> PreTrainedConfig:
+def read_config(
+    name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> PreTrainedConfig:
     """A model's config: of a folder (no weights need be there), of a config.json, or of a Hub name.
 
     Raises:
         InputError: there is none, or it is a student's.
     """
+    if revision is not None or token is not None:
+        name = local_copy(name, revision=revision, token=token, weights=False).path
     source = find_config(name)
     try:
         config = read_source_config(source)

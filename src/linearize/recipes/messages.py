@@ -9,6 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from linearize.errors import InputError, unknown
+from linearize.mixers import MIXERS, MixerConfig
+from linearize.registry import Table
+from linearize.training.config import StageConfig
+from linearize.training.stages import STAGES
 
 _MOST_SHOWN = 3
 _SEPARATOR = " given; "
@@ -83,13 +87,19 @@ def _models(model: type[BaseModel], loc: Sequence[int | str]) -> list[type[BaseM
     """The models that a path may lead to: a field is followed, a name picks its union member, an index is skipped."""
     models = [model]
     for part in loc:
-        picked = [candidate for candidate in models if part in _names(candidate)]
+        picked = [candidate for candidate in models if part in _names(candidate)] or _registered(part)
         followed = [_inside(m.model_fields[part].annotation) for m in models if part in m.model_fields]
         if picked:
             models = picked
         elif followed:
             models = [member for members in followed for member in members]
     return models
+
+
+def _registered(part: int | str) -> list[type[BaseModel]]:
+    """The config that another package registered under this name, if any."""
+    tables: tuple[Table[type[MixerConfig]] | Table[type[StageConfig]], ...] = (MIXERS, STAGES)
+    return [table[part] for table in tables if isinstance(part, str) and part in table and part not in table.own]
 
 
 def _names(model: type[BaseModel]) -> tuple[str, ...]:

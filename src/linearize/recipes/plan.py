@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,13 +14,14 @@ from linearize.mixers.layer_mixer import LayerMixerConfig
 from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
 from linearize.recipes.heads import KeepHeads
 from linearize.recipes.schedule import ScheduleChoice, rounded
+from linearize.registry import choice
 
 if TYPE_CHECKING:
     from linearize.mixers import MixerConfig
 
     MixerChoice: TypeAlias = MixerConfig
 else:
-    MixerChoice = Annotated[Union[tuple(MIXERS.values())], Field(discriminator="name")]  # noqa: UP007 (a union made from the table)
+    MixerChoice = choice(MIXERS.own.values(), lambda: MIXERS)
 
 _LAYERS_HELP = (
     "allowed: all, a list of layer indices like [0, 2, -1], {keep: RATIO}, {keep: RATIO, select: sensitivity}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,7 @@ from linearize.modeling.io.quantized import BaseWeights
 from linearize.recipes import overrides as dotted
 from linearize.recipes.messages import explain
 from linearize.recipes.plan import PlanConfig
+from linearize.registry import choice
 from linearize.storage.files import expand_home, read_text
 from linearize.training.data.loading import DataConfig
 from linearize.training.stages import STAGES
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     StageChoice: TypeAlias = StageConfig
 else:
-    StageChoice = Annotated[Union[tuple(STAGES.values())], Field(discriminator="name")]  # noqa: UP007 (a union made from the table)
+    StageChoice = choice(STAGES.own.values(), lambda: STAGES)
 
 DEFAULT_RECIPE = "window-linear"
 _SUFFIXES = (".yaml", ".yml")
@@ -94,6 +95,11 @@ def recipe_names() -> list[str]:
     """The names of the packaged recipes, sorted."""
     entries = (Path(entry.name) for entry in files("linearize.recipes").iterdir())
     return sorted(entry.stem for entry in entries if entry.suffix == ".yaml")
+
+
+def recipes() -> dict[str, str]:
+    """The packaged recipes: name to description, sorted by name; `load_recipe` gives one."""
+    return {name: load_recipe(name).description for name in recipe_names()}
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -154,6 +154,7 @@ class DatasetStageConfig(StageConfig):
                 identity={"data": _digest(rows), "seed": job.seed, **job.identity},
                 progress=job.progress or LineProgress(),
                 tracker=job.tracker,
+                callbacks=job.callbacks,
                 name=name,
             )
 
@@ -176,6 +177,7 @@ class StageJob:
     seed: int = 0
     progress: Progress | None = None
     tracker: Tracker | None = None
+    callbacks: Sequence[object] = ()
     name: str | None = None
 
     @property

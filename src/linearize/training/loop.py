@@ -14,6 +14,7 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.phases import phase
+from linearize.training.callbacks import StopTraining, Watchers
 from linearize.training.checkpoint import Checkpoint
 from linearize.training.config import Batch, Plateau, StageConfig, StageRun, as_steps, count_steps, lr_factor
 from linearize.training.progress import Progress
@@ -90,6 +91,7 @@ def run_stage(
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
     tracker: Tracker | None = None,
+    callbacks: Sequence[object] = (),
     name: str | None = None,
     alone: bool = False,
 ) -> StageResult:
@@ -108,23 +110,31 @@ def run_stage(
         rows: how many steps there are, and the tokens in them, where rows are of unequal length.
         identity: what else this run depends on (data, student plan), as JSON; a checkpoint with another one is refused.
         checkpoint_seconds: a checkpoint is written at every evaluation and at least this often.
+        callbacks: objects with `on_step(Step)`, `on_evaluate(Evaluation)` or `on_stage_end(StageResult)`; one that
+            returns True stops the run. Under torch.distributed every rank has them.
         name: of the stage in progress lines and logs, unique in its run; default `config.name`.
         alone: this process trains by itself, also under torch.distributed (a block of layers, say).
 
     Raises:
         InputError: the ranks cannot share the batch, the checkpoint belongs to another run, or nothing held out counts.
         RuntimeError: a loss or a gradient is not finite; nothing is kept as final.
+        StopTraining: a callback asked to stop; a checkpoint was written.
     """
     torch.set_flush_denormal(True)
     rows = rows or Rows(steps=count_steps(config, length), tokens=lambda step: step * config.batch * length)
     loop = _Loop(run, config, heldout, rows=rows, name=name or config.name, alone=alone)
+    watchers, was_done = Watchers(loop.name, rows.steps, progress, tracker, callbacks), True
     if config.tokens != 0:
         if checkpoint_dir is not None:
             loop.attach(checkpoint_dir, {"stage": config.settings(), "length": length, **(identity or {})})
         with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
-            loop.run(batches, checkpoint_seconds, progress=progress, tracker=tracker)
+            was_done = loop.state.done
+            loop.run(batches, checkpoint_seconds, watchers)
     run.finish()
-    return loop.result()
+    result = loop.result()
+    if not was_done and watchers.callbacks and loop.agreed(watchers.ended(result)):
+        raise StopTraining(f"at the end of {loop.name}")
+    return result
 
 
 class _Loop:
@@ -150,8 +160,6 @@ class _Loop:
         self.best: dict[str, Tensor] = {}
         self.folder: Path | None = None
         self.identity: dict[str, object] = {}
-        self.progress: Progress | None = None
-        self.tracker: Tracker | None = None
         if config.gradient_checkpointing:
             if not run.checkpoints_gradients:
                 raise InputError(f"stage {name!r} cannot checkpoint gradients: set its gradient_checkpointing to false")
@@ -172,30 +180,17 @@ class _Loop:
                     f"the ranks see different checkpoints in {folder}: give a folder that all of them share"
                 )
 
-    def run(
-        self,
-        batches: Callable[[int], Iterator[Batch]],
-        checkpoint_seconds: float,
-        *,
-        progress: Progress | None,
-        tracker: Tracker | None,
-    ) -> None:
-        """Run the rest of the stage, with the first rank's progress and tracker."""
+    def run(self, batches: Callable[[int], Iterator[Batch]], checkpoint_seconds: float, watchers: Watchers) -> None:
+        """Run the rest of the stage, with the first rank's progress and tracker. Raises StopTraining."""
         if self.state.done:
             return
-        if self.stepper.rank == 0:
-            self.progress, self.tracker = progress, tracker
+        if self.stepper.rank != 0:
+            watchers.progress = watchers.tracker = None
         try:
-            if self.progress:
-                self.progress.begin(self.name, self.state.step, self.steps)
-            if self.tracker:
-                self.tracker.begin(self.name, self.state.step or None)
-            self._train(batches, checkpoint_seconds)
+            watchers.begin(self.state.step)
+            self._train(batches, checkpoint_seconds, watchers)
         finally:
-            if self.progress:
-                self.progress.end()
-            if self.tracker:
-                self.tracker.end()
+            watchers.close()
 
     def result(self) -> StageResult:
         """The result so far."""
@@ -213,47 +208,57 @@ class _Loop:
             metrics={name: tuple(history) for name, history in state.metrics.items()},
         )
 
-    def _train(self, batches: Callable[[int], Iterator[Batch]], checkpoint_seconds: float) -> None:
-        """Run the remaining steps, then restore the best weights."""
+    def _train(self, batches: Callable[[int], Iterator[Batch]], checkpoint_seconds: float, watchers: Watchers) -> None:
+        """Run the remaining steps, then restore the best weights. Raises StopTraining, with a checkpoint written."""
         state, begun = self.state, time.monotonic()
         first, earlier, saved = state.step, state.seconds, begun
-        if state.step == 0:
-            self._evaluate()
+        stop = state.step == 0 and self._evaluate(watchers)
+        if watchers.callbacks:
+            stop = self.agreed(stop)
         stream = batches(state.step)
-        while state.step < self.steps and not self._stopped():
-            self._step(next(stream))
+        while state.step < self.steps and not self._stopped() and not stop:
+            numbers = self._step(next(stream))
             due = state.step % self.interval == 0 or state.step == self.steps
-            self._show(time.monotonic() - begun, first)
+            stop = self._show(numbers, time.monotonic() - begun, first, watchers)
             if due:
-                self._evaluate()
+                stop |= self._evaluate(watchers)
+            if watchers.callbacks:
+                stop = self.agreed(stop)
             now = time.monotonic()
             state.seconds = earlier + now - begun
-            if due or self._agreed(now - saved >= checkpoint_seconds):
+            late = now - saved >= checkpoint_seconds
+            if due or stop or (self.agreed(late) if self.stepper.sharded else late):
                 self._save()
                 saved = now
+        if stop and state.step < self.steps:
+            raise StopTraining(f"after step {state.step} of {self.name}")
         self._end()
+        if stop:
+            raise StopTraining(f"at the end of {self.name}")
 
     def _stopped(self) -> bool:
         """Whether the held-out loss has not improved for too long."""
         return self.config.patience is not None and self.state.bad >= self.config.patience
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """Train on a batch; returns what is logged of it, nothing where no token counted."""
         state = self.state
         lr = self.config.lr * lr_factor(self.config, state.step, self.steps, state.plateau)
         self.stepper.run.progress = state.step / self.steps
         numbers = self.stepper.step(batch, number=state.step, lr=lr)
         state.step += 1
-        if numbers is not None:
-            state.losses.append((state.step, numbers.loss))
-            for key, value in numbers.metrics.items():
-                state.metrics.setdefault(key, []).append((state.step, value))
-            if self.tracker:
-                self.tracker.log(state.step, {**numbers.logged(), "lr": lr})
+        if numbers is None:
+            return {}
+        state.losses.append((state.step, numbers.loss))
+        for key, value in numbers.metrics.items():
+            state.metrics.setdefault(key, []).append((state.step, value))
+        return {**numbers.logged(), "lr": lr}
 
-    def _evaluate(self) -> None:
-        """Measure the held-out loss, keep the weights if they are the best so far, and update the plateau rule."""
+    def _evaluate(self, watchers: Watchers) -> bool:
+        """Measure the held-out loss, keep the weights if they are the best so far, and update the plateau rule; returns
+        whether a callback asks to stop."""
         if self.heldout is None:
-            return
+            return False
         state = self.state
         with phase(f"{self.name}: measuring held-out text"):
             loss = self.stepper.heldout_loss(self.heldout)
@@ -267,21 +272,16 @@ class _Loop:
                 self.best = {key: value.detach().clone() for key, value in self.stepper.parameters.items()}
         else:
             state.bad += 1
-        if self.tracker:
-            self.tracker.log(state.step, {"heldout_loss": loss})
-        if self.progress:
-            self.progress.heldout(state.step, loss, state.best_loss)
+        return watchers.evaluated(state.step, loss, state.best_loss)
 
-    def _show(self, seconds: float, first: int) -> None:
-        """Report the step to the progress; `seconds` were spent on all steps since `first`."""
-        if self.progress:
-            step, losses = self.state.step, self.state.losses
-            self.progress.step(
-                step,
-                loss=losses[-1][1] if losses and losses[-1][0] == step else None,
-                tokens_per_second=(self.rows.tokens(step) - self.rows.tokens(first)) / max(seconds, 1e-9),
-                seconds_left=seconds / (step - first) * (self.steps - step),
-            )
+    def _show(self, numbers: Mapping[str, float], seconds: float, first: int, watchers: Watchers) -> bool:
+        """Report the step, whether a callback asks to stop; `seconds` were spent on all steps since `first`."""
+        step = self.state.step
+        return watchers.step(
+            step, numbers,
+            tokens_per_second=(self.rows.tokens(step) - self.rows.tokens(first)) / max(seconds, 1e-9),
+            seconds_left=seconds / (step - first) * (self.steps - step),
+        )  # fmt: skip
 
     def _end(self) -> None:
         """Set the final weights, and save a checkpoint marked as done."""
@@ -291,9 +291,9 @@ class _Loop:
         self.state.done = True
         self._save(last=True)
 
-    def _agreed(self, choice: bool) -> bool:
+    def agreed(self, choice: bool) -> bool:
         """The choice of rank 0, whose clock counts, where all ranks must act together."""
-        if not self.stepper.sharded:
+        if self.stepper.ranks == 1:
             return choice
         decision = torch.tensor([choice], device=self.device, dtype=torch.uint8)
         dist.broadcast(decision, src=0)

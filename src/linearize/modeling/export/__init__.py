@@ -12,11 +12,12 @@ from linearize.errors import InputError, unknown
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import granite_hybrid, mlx, qwen3_5, remote_code
 from linearize.modeling.export.common import Source, listed, logit_difference, name_of
+from linearize.registry import Table
 from linearize.storage.atomic import atomic_folder, check_free
 from linearize.storage.files import check_apart, expand_home
 from linearize.version import __version__
 
-__all__ = ["EXPORTS", "Export", "export_student"]
+__all__ = ["EXPORTS", "Export", "export_student", "register_export"]
 
 SCRIPTS = "It's 12345 o'clock,\n\n  हिन्दी में, ภาษาไทย, العَرَبِيَّة, 中文 1.5x -> é\u0301!"
 LOAD = """```python
@@ -83,12 +84,26 @@ class Export:
     native: bool
 
 
-EXPORTS: dict[str, Export] = {
+def _misuse(name: str, entry: object) -> str | None:
+    return None if isinstance(entry, Export) else f"it is {entry!r}, and an `Export` is needed"
+
+
+_OWN = {
     "granite-hybrid": Export(misfit=granite_hybrid.misfit, write=granite_hybrid.write, native=True),
     "qwen3.5": Export(misfit=qwen3_5.misfit, write=qwen3_5.write, native=True),
     "hf": Export(misfit=remote_code.misfit, write=remote_code.write, native=False),
     "mlx": Export(misfit=mlx.misfit, write=mlx.write, native=False),
 }
+EXPORTS: Table[Export] = Table("export target", "linearize.exports", _OWN, _misuse)
+
+
+def register_export(name: str, export: Export) -> None:
+    """Let `linearize export --to NAME` write a form of another package; the entry-point group is `linearize.exports`.
+
+    Raises:
+        InputError: a name that is taken, or an entry that is not an `Export`.
+    """
+    EXPORTS.register(name, export, package=export.write.__module__.partition(".")[0])
 
 
 def export_student(
@@ -120,7 +135,8 @@ def export_student(
         student = load(student)
     source = Source.of(student)
     if reason := EXPORTS[to].misfit(source):
-        raise InputError(f"{reason}: use --to {nearest(source)}")
+        other = nearest(source)
+        raise InputError(f"{reason}: " + (f"use --to {other}" if other else "no target takes this student"))
     with atomic_folder(out, overwrite) as folder:
         EXPORTS[to].write(student, source, folder)
         if tokenizer is not None:
@@ -131,9 +147,9 @@ def export_student(
     return out
 
 
-def nearest(source: Source) -> str:
-    """The first target of the table that takes a student; native ones come first."""
-    return next(name for name, export in EXPORTS.items() if export.misfit(source) is None)
+def nearest(source: Source) -> str | None:
+    """The first own target that takes a student, None where there is none; native ones come first."""
+    return next((name for name, export in EXPORTS.own.items() if export.misfit(source) is None), None)
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from linearize.mixers import MixerConfig, mixer_package
 from linearize.modeling import LinearizedForCausalLM
-from linearize.modeling.export.common import Source
+from linearize.modeling.export.common import Source, name_of
 
 PACKAGE = "linearize"
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,13 +47,26 @@ class Edit:
 
 
 def misfit(source: Source) -> str | None:
-    """Every student can carry its own code."""
+    """Why a student cannot carry its own code: a mixer that another package has registered is not copied."""
+    return foreign(source.plan)
+
+
+def foreign(plan: Iterable[MixerConfig | None]) -> str | None:
+    """Which mixer of a plan is another package's, in a sentence; None: they are all ours."""
+    for mixer in plan:
+        if mixer is not None and (package := mixer_package(mixer)) is not None:
+            return f"the code of the mixer {name_of(mixer.inner)} is in the package {package}, which is not copied"
     return None
 
 
 def write(student: LinearizedForCausalLM, source: Source, folder: Path) -> None:
     """The student as it is, `auto_map` in its config, and the code of the installed package beside it."""
     student.save_pretrained(folder)
+    add_code(folder)
+
+
+def add_code(folder: Path) -> None:
+    """Put the code of the installed package into a student's folder, and `auto_map` into its config."""
     for name, text in code().items():
         (folder / f"{name}.py").write_text(text, "utf-8")
     path = folder / "config.json"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linearize.errors import InputError, one_line
 from linearize.modeling.io.adapters import apply_adapters, kept_adapters, save_adapters
+from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.model_source import ModelSource, find_model
 from linearize.modeling.io.student_folder import save_config
 from linearize.modeling.io.teacher import load_teacher
@@ -38,12 +39,14 @@ GGUF_SAMPLES, GGUF_SAMPLE_BYTES = 256, 2**16  # places in a GGUF file, and bytes
 
 
 class Pin(BaseModel):
-    """The teacher that an adapter belongs to: its name when the adapter was made, and the fingerprint of its files."""
+    """The teacher that an adapter belongs to: its name when the adapter was made, the fingerprint of its files, and the
+    commit of a Hub model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: str
     fingerprint: str
+    commit: str | None = None
     format: int = 1
 
 
@@ -81,12 +84,21 @@ def weights_fingerprint(source: ModelSource) -> str:
     return f"{size}-{digest.hexdigest()}"
 
 
-def save_adapter_folder(student: LinearizedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_adapter_folder(
+    student: LinearizedForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    teacher: str | None = None,
+    commit: str | None = None,
+) -> None:
     """Write the config, mixers and LoRA of a student and the pin of its teacher into an empty folder.
+
+    `teacher`: where its files are (None: where its name says); `commit`: of a Hub model.
 
     Tensors are written in the dtype of the teacher's files, but for those that a mixer keeps in fp32.
     """
-    source = find_model(str(student.config.teacher_name))
+    source = find_model(teacher or str(student.config.teacher_name))
     stored = _stored_dtype(source, student.dtype)
     fp32 = tuple(fp32_names(student))
     mixers = {
@@ -99,7 +111,7 @@ def save_adapter_folder(student: LinearizedForCausalLM, tokenizer: PreTrainedTok
         save_file(mixers, folder / MIXERS, {"format": "pt"})
         if (kept := kept_adapters(student)) is not None:
             save_adapters(replace(kept, state={name: x.to(stored) for name, x in kept.state.items()}), folder)
-        pin = Pin(teacher=str(student.config.teacher_name), fingerprint=weights_fingerprint(source))
+        pin = Pin(teacher=str(student.config.teacher_name), fingerprint=weights_fingerprint(source), commit=commit)
         (folder / PIN).write_text(pin.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -110,6 +122,7 @@ def load_adapter(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> LinearizedForCausalLM:
     """A student from its adapter and its teacher, in eval mode; LoRA is added to the weights.
 
@@ -121,21 +134,23 @@ def load_adapter(
         InputError: not an adapter, a teacher that is not there or another one, or tensors that do not fit the plan.
     """
     path, pin = Path(expand_home(folder)), teacher_of(folder)
-    name = str(teacher if teacher is not None else pin.teacher)
+    name = str(teacher) if teacher is not None else local_copy(pin.teacher, revision=pin.commit).path
     source = find_model(name)
     if (fingerprint := weights_fingerprint(source)) != pin.fingerprint:
         raise InputError(
             f"{folder} is an adapter of {pin.teacher} with other weights than {name} has (fingerprint "
             f"{pin.fingerprint}, here {fingerprint}): give the teacher that it was made from"
         )
-    model, _ = load_teacher(name, dtype=dtype, attn_implementation=attn_implementation)
+    model, _ = load_teacher(name, dtype=dtype, attn_implementation=attn_implementation, device_map=device_map)
     config = LinearizedForCausalLM.config_class.from_pretrained(path)
-    student = LinearizedForCausalLM.from_teacher(model, config.mixers(), teacher_name=name)
+    student = LinearizedForCausalLM.from_teacher(
+        model, config.mixers(), teacher_name=pin.teacher if teacher is None else name
+    )
     _set_mixers(student, path / MIXERS)
     apply_adapters(student, path)
     if (path / "generation_config.json").is_file():
         student.generation_config = type(student.generation_config).from_pretrained(path)
-    placed: Any = student.to(device or "cpu")  # type: ignore[arg-type]
+    placed: Any = student.to(device or "cpu") if device_map is None else student  # type: ignore[arg-type]
     return placed.eval()
 
 

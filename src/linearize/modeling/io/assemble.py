@@ -85,13 +85,15 @@ def _layer(name: str, teacher: StreamedTeacher) -> int:
 
 
 @torch.no_grad()
-def whole_student(student: LinearizedForCausalLM) -> LinearizedForCausalLM:
+def whole_student(student: LinearizedForCausalLM, teacher_path: str | None = None) -> LinearizedForCausalLM:
     """Return a student over its teacher's own weights, read again on the CPU, with its mixers and adapters' changes.
+
+    `teacher_path`: where they are (None: where the teacher's name says).
 
     Raises:
         InputError: the teacher cannot be read any more.
     """
-    teacher, _ = load_teacher(str(student.config.teacher_name))
+    teacher, _ = load_teacher(teacher_path or str(student.config.teacher_name))
     whole = LinearizedForCausalLM.from_teacher(
         teacher, student.config.mixers(), teacher_name=student.config.teacher_name
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from linearize.errors import InputError
@@ -55,10 +56,9 @@ def find_model(name_or_path: str | os.PathLike[str]) -> ModelSource:
     """
     name = expand_home(name_or_path)
     path = Path(name)
-    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
     if path.suffix == ".gguf" and not path.is_dir():
         return _gguf(path)
-    if not looks_local:
+    if not looks_local(name):
         return ModelSource(name)
     if not path.is_dir():
         raise InputError(
@@ -84,6 +84,20 @@ def find_model(name_or_path: str | os.PathLike[str]) -> ModelSource:
         raise InputError(f"{name} holds no weights: model.safetensors is missing")
     check_model_files(path)
     return ModelSource(name)
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype of torch by its name, like `bfloat16`. Raises InputError for another one."""
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise InputError(f"dtype {dtype!r} given; allowed: float32, bfloat16 or float16")
+    return known
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is that of a folder or file, there or not, and not of a Hub model; `~` is written out."""
+    path = Path(name)
+    return path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix == ".gguf" or path.exists()
 
 
 def find_config(name_or_path: str | os.PathLike[str]) -> ModelSource:

@@ -40,11 +40,13 @@ def load_teacher(
     trust_remote_code: bool = False,
     base: BaseWeights = "full",
     attn_implementation: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained causal LM in eval mode, frozen, and its tokenizer.
 
     A folder or a GGUF file is read from disk; anything else is a Hub name. Quantized files are read as plain numbers.
-    `dtype`: default is that of the checkpoint. `base`: what its linear layers are held in.
+    `dtype`: default is that of the checkpoint. `base`: what its linear layers are held in. `device_map`: as
+    transformers takes it, in the place of `device`.
 
     Raises:
         InputError: no such folder or model, no causal LM, weights only as pickle, a student instead of a teacher, a
@@ -61,6 +63,7 @@ def load_teacher(
     try:
         how = loading_options(base, numbers, torch.device(device or "cpu")) | reading_options(source) | source.options
         how |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        how |= {} if device_map is None else {"device_map": device_map}
         how |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
         with freed_at_once() if base != "full" else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, trust_remote_code=trust_remote_code, **how)
@@ -79,7 +82,7 @@ def load_teacher(
     after_loading(model, base)
     tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     fit_pad_token(model, tokenizer)
-    placed: Any = model.to(device or "cpu")
+    placed: Any = model.to(device or "cpu") if device_map is None else model
     return placed.eval().requires_grad_(False), tokenizer
 
 

@@ -55,6 +55,7 @@ class BlockJob:
     calibrate: Callable[[Block, Sequence[Batch]], None] | None = None
     progress: Progress | None = None
     tracker: Tracker | None = None
+    callbacks: Sequence[object] = ()
     name: str
 
 
@@ -153,7 +154,8 @@ class BlockwiseStage:
             run, job.stage, lambda first: rows.stream(self.store, number, first),
             StoredBatches(self.store, number, HELDOUT, rows.heldout), length=rows.rows.length,
             checkpoint_dir=job.folder / "checkpoints" / name, identity={**self.identity, "layers": list(block.span)},
-            name=f"{job.name}/{name}", progress=job.progress, tracker=job.tracker, alone=True,
+            name=f"{job.name}/{name}", progress=job.progress, tracker=job.tracker, callbacks=job.callbacks,
+            alone=True,
         )  # fmt: skip
 
     def _others(self, todo: Sequence[int]) -> list[str]:
