@@ -79,7 +79,7 @@ def test_what_cannot_be_verified_is_one_line(folders: Path, tmp_path: Path, caps
     student = str(folders / "student")
     cases = {
         "--trust-remote-code": [str(folders / "hf"), "--student", student],
-        "engine 'vllm'": [str(folders / "hf"), "--student", student, "--with", "vllm"],
+        "engine 'sglang'": [str(folders / "hf"), "--student", student, "--with", "sglang"],
         "no config.json": [str(tmp_path), "--student", student],
         "cannot run": [str(folders / "hf"), "--student", student, "--python", "/nowhere/python", "--trust-remote-code"],
     }

@@ -28,7 +28,7 @@ def export(
     overwrite: Overwrite = False,
     verify: Annotated[
         str | None,
-        typer.Option(metavar="ENGINE", help="Then compare with this engine: transformers or mlx (see `verify`)."),
+        typer.Option(metavar="ENGINE", help="Then compare with this engine: transformers, mlx or vllm (see `verify`)."),
     ] = None,
     python: Python = None,
     trust_remote_code: RemoteCode = False,
@@ -47,18 +47,20 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` wrote.")],
-    student: Annotated[str, typer.Option(metavar="STUDENT", help="The student that it was written from.")],
-    engine: Annotated[str, typer.Option("--with", metavar="ENGINE", help="transformers or mlx.")] = "transformers",
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` wrote, or (vllm) a student.")],
+    student: Annotated[
+        str | None, typer.Option(metavar="STUDENT", help="The student that it was written from; default: FOLDER.")
+    ] = None,
+    engine: Annotated[str, typer.Option("--with", metavar="ENGINE", help="transformers, mlx or vllm.")] = "transformers",
     python: Python = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an exported folder in an engine with its student.
+    """Compare a folder in an engine with its student.
 
     Greedy tokens and their log-probabilities, after five prompts; exit code 1 where they differ.
     """
-    _verify(folder, student, engine, python, trust_remote_code, as_json=as_json)
+    _verify(folder, student or str(folder), engine, python, trust_remote_code, as_json=as_json)
 
 
 def _verify(

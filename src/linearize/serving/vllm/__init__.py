@@ -6,6 +6,7 @@ vLLM's own attention. Read in this order:
 | file | holds |
 |---|---|
 | `__init__.py` | what the entry point `vllm.general_plugins` calls in each of vLLM's processes |
+| `checks.py` | what of a student and of vLLM's options is refused, before anything starts |
 | `model.py` | the model class that vLLM makes: a student whose attention goes through the layers below |
 | `layers.py` | a mixer over pages, vLLM's attention for kept layers, and how transformers' modules call them |
 | `backend.py` | how vLLM asks for a step's metadata |
@@ -22,8 +23,11 @@ ARCHITECTURE = "LinearizedForCausalLM"
 def register() -> None:
     """Make students known to vLLM and transformers; may be called more than once."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import linearize  # noqa: F401  # registers the config class
+    from linearize.serving.vllm.checks import StudentChecks
 
+    MODELS_CONFIG_MAP[ARCHITECTURE] = StudentChecks
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "linearize.serving.vllm.model:ServedStudent")

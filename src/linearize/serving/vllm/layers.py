@@ -153,32 +153,61 @@ class PagedModule(nn.Module):
         return mixer(hidden_states, layout=Layout(), cached=over_step)[0], None
 
 
-def kept_attention(
-    module: nn.Module, shape: AttentionShape, window: int | None, softcap: float | None, config: VllmConfig, name: str
-) -> Attention:
-    """vLLM's attention for a layer that keeps its softmax. `window`: tokens that it is limited to (None: none).
+class KeptSoftmax:
+    """vLLM's attention for a layer that keeps its softmax; `attention` has the keys and values."""
 
-    Raises:
-        InputError: values of another size than the keys.
-    """
-    if shape.value_dim != shape.head_dim:
-        raise InputError(
-            f"{name} keeps softmax attention with values of {shape.value_dim} and keys of {shape.head_dim} numbers, "
-            "which vLLM's cache has no place for: run this student with linearize generate"
+    def __init__(
+        self,
+        module: nn.Module,
+        shape: AttentionShape,
+        window: int | None,
+        softcap: float | None,
+        config: VllmConfig,
+        name: str,
+    ) -> None:
+        """`module`: of transformers. `window`: tokens that it is limited to (None: none).
+
+        Raises:
+            InputError: values of another size than the keys.
+        """
+        if shape.value_dim != shape.head_dim:
+            raise InputError(
+                f"{name} keeps softmax attention with values of {shape.value_dim} and keys of {shape.head_dim} numbers, "
+                "which vLLM's cache has no place for: run this student with linearize generate"
+            )
+        cache_config = copy.copy(config.cache_config)
+        cache_config.sliding_window = None  # of the whole model: `window` says it for the layer
+        scale = getattr(module, "scaling", None)
+        self.name, self.window, self.softcap = name, window, softcap
+        self.scale = float(shape.head_dim**-0.5 if scale is None else scale)
+        self.attention = Attention(
+            num_heads=shape.num_heads,
+            head_size=shape.head_dim,
+            scale=self.scale,
+            num_kv_heads=shape.num_kv_heads,
+            cache_config=cache_config,
+            logits_soft_cap=softcap,
+            per_layer_sliding_window=window,
+            prefix=name,
         )
-    cache_config = copy.copy(config.cache_config)
-    cache_config.sliding_window = None  # of the whole model: `window` says it for the layer
-    scale = getattr(module, "scaling", None)
-    return Attention(
-        num_heads=shape.num_heads,
-        head_size=shape.head_dim,
-        scale=float(shape.head_dim**-0.5 if scale is None else scale),
-        num_kv_heads=shape.num_kv_heads,
-        cache_config=cache_config,
-        logits_soft_cap=softcap,
-        per_layer_sliding_window=window,
-        prefix=name,
-    )
+
+    def over_step(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTV: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """`[1, T, H, V]` of the tokens of vLLM's step; zeros where there is none (the model is looked at).
+
+        Raises:
+            InputError: another window or softcap than this layer was made for.
+        """
+        (_, heads, tokens, _), width = q_BHTD.shape, v_BGTV.shape[3]
+        if not is_forward_context_available():
+            return q_BHTD.new_zeros(1, tokens, heads, width)
+        asked, made = (window, softcap), (self.window, self.softcap)
+        if any(now is not None and now != then for now, then in zip(asked, made, strict=True)):
+            raise InputError(f"{self.name} asks for window and softcap {asked}, and was made for {made}")
+        q = q_BHTD if scaling == self.scale else q_BHTD * (scaling / self.scale)
+        y: Tensor = self.attention(*(x[0].transpose(0, 1).flatten(1) for x in (q, k_BGTD, v_BGTV)))
+        return y.view(1, tokens, heads, width)
 
 
 def vllm_attention(
@@ -213,18 +242,10 @@ def vllm_attention(
             return y_and_state
 
         return served.over_step((query, key, value, *keys), mixer.time_dim, run).transpose(1, 2), None
+    assert isinstance(served, KeptSoftmax)
     if others.get("s_aux") is not None:
-        raise InputError(f"{served.layer_name} has attention sinks, which the plugin does not hand to vLLM")
-    if not is_forward_context_available():  # while the model is looked at: any hidden states will do
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    if served.sliding_window != sliding_window and sliding_window is not None:
-        raise InputError(
-            f"{served.layer_name} sees {sliding_window} tokens, its cache was made for {served.sliding_window}"
-        )
-    q = query if scale == served.impl.scale else query * (scale / served.impl.scale)
-    flat = (x[0].transpose(0, 1).flatten(1) for x in (q, key, value))
-    y: Tensor = served(*flat)
-    return y.view(1, query.shape[2], query.shape[1], value.shape[3]), None
+        raise InputError(f"{served.name} has attention sinks, which the plugin does not hand to vLLM")
+    return served.over_step(query, key, value, scale, sliding_window, softcap), None
 
 
 AttentionInterface.register(VLLM_ATTENTION, vllm_attention)

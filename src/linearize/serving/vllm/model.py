@@ -24,8 +24,9 @@ from linearize.modeling import LinearizeConfig, LinearizedForCausalLM
 from linearize.modeling.forward_call import BackboneHook
 from linearize.modeling.library_internals import remove_pre_hooks, set_attention
 from linearize.modeling.probe import attention_configs
-from linearize.serving.vllm.layers import VLLM_ATTENTION, PagedMixer, PagedModule, kept_attention
-from linearize.serving.vllm.pages import PageLayout, page_bytes, page_layouts
+from linearize.serving.vllm.checks import student_config, student_layouts
+from linearize.serving.vllm.layers import VLLM_ATTENTION, KeptSoftmax, PagedMixer, PagedModule
+from linearize.serving.vllm.pages import PageLayout, page_bytes
 from linearize.serving.vllm.weights import load_into
 from linearize.training.stages.chunked_logits import SplitModel
 
@@ -40,18 +41,18 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
         """A student for `load_weights` to fill.
 
         Raises:
-            InputError: an option of vLLM, or a layer, that this plugin does not run; says which.
+            InputError: a layer that this plugin does not run; says which.
         """
         super().__init__()
-        check_options(vllm_config)
         self.config, self.folder = student_config(vllm_config), str(vllm_config.model_config.model)
-        layouts = _layouts(vllm_config)
+        layouts = student_layouts(vllm_config)
         with no_init_weights():
             self.student = LinearizedForCausalLM(self.config).eval()
         self.student.requires_grad_(False)
         for name, parameter in self.student.named_parameters():  # vLLM makes all of a model in one dtype
             if any(fragment in name for fragment in self.student._keep_in_fp32_modules_strict or ()):
                 parameter.data = parameter.data.float()
+        self.kept = nn.ModuleList()
         self._serve(layouts, vllm_config, prefix)
         self._split: SplitModel | None = None
         decoder: nn.Module = self.student.lm.get_decoder()
@@ -65,14 +66,10 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
             module: Any = lm.get_submodule(name)
             full_name = f"{prefix}.{name}" if prefix else name
             if layer not in layouts:
-                module.served = kept_attention(
-                    module,
-                    shape,
-                    window_of(config, layer),
-                    getattr(config, "attn_logit_softcapping", None),
-                    vllm_config,
-                    f"{full_name}.attn",
-                )
+                softcap = getattr(config, "attn_logit_softcapping", None)
+                window = window_of(config, layer)
+                module.served = KeptSoftmax(module, shape, window, softcap, vllm_config, f"{full_name}.attn")
+                self.kept.append(module.served.attention)  # where vLLM looks for it: not among the student's weights
                 continue
             mixer = mixers[layer]
             paged = PagedMixer(mixer, layouts[layer], size, vllm_config, f"{full_name}.mixer")
@@ -87,7 +84,7 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         """See `PagedMixer.get_state_shape`."""
-        return ((page_bytes(list(_layouts(vllm_config).values())),),)
+        return ((page_bytes(list(student_layouts(vllm_config).values())),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -144,43 +141,7 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
         return {name for name, _ in self.named_parameters()}
 
 
-def student_config(vllm_config: VllmConfig) -> LinearizeConfig:
-    """The student's config among vLLM's.
-
-    Raises:
-        InputError: the config of something else.
-    """
-    config = vllm_config.model_config.hf_config
-    if not isinstance(config, LinearizeConfig):
-        raise InputError(f"{vllm_config.model_config.model} is a {config.model_type} model, not a student")
-    return config
-
-
-def check_options(config: VllmConfig) -> None:
-    """Refuse what this plugin does not run, before memory is taken.
-
-    Raises:
-        InputError: such an option; says what to do.
-    """
-    parallel = config.parallel_config
-    refused = {
-        "tensor or pipeline parallelism": parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1,
-        "dual batch overlap": bool(getattr(parallel, "enable_dbo", False)),
-        "speculative decoding": config.speculative_config is not None,
-        "quantization": config.quant_config is not None,
-        "LoRA adapters": config.lora_config is not None,
-    }
-    for option, is_set in refused.items():
-        if is_set:
-            raise InputError(f"vLLM with {option}: the plugin of linearize does not run it for students; leave it out")
-
-
 def window_of(config: LinearizeConfig, layer: int) -> int | None:
     """Tokens that a kept softmax layer is limited to, as the teacher's config says."""
     types = config.layer_types
     return config.sliding_window if types is not None and types[layer] == "sliding_attention" else None
-
-
-def _layouts(vllm_config: VllmConfig) -> dict[int, PageLayout]:
-    config = student_config(vllm_config)
-    return page_layouts(config.mixers(), config.attention_shapes(), vllm_config.model_config.dtype)
