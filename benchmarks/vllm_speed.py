@@ -81,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options = [f"--{name}={getattr(chosen, name)}" for name in ("prompt", "new", "repeat", "dtype")]
     options += [f"--batch={','.join(map(str, chosen.batch))}", "--eager" if chosen.eager else "--no-eager"]
-    results: dict[str, Any] = {"models": {}, "provenance": provenance(["benchmarks.vllm_speed", *chosen.models, *options], seed=0)}
+    results: dict[str, Any] = {
+        "models": {},
+        "provenance": provenance(["benchmarks.vllm_speed", *chosen.models, *options], seed=0),
+    }
     for model in chosen.models:
         command = [sys.executable, "-m", "benchmarks.vllm_speed", model, *options]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

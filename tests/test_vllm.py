@@ -15,14 +15,12 @@ import pytest
 import torch
 from models import mixer, student_of, text, tiny
 
-from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling import LinearizedForCausalLM, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("LINEARIZE_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="make serve-test brings vLLM"),
-]
+needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="make serve-test brings vLLM")
+pytestmark = [pytest.mark.slow, needs_vllm]
 WIDE = {"head_dim": 32, "hidden_size": 48}  # vLLM's attention for CPUs has no smaller heads
 LENGTHS = (29, 1, 90, 6, 53, 2)
 NEW = 25
@@ -47,7 +45,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 
 def built(case: str) -> LinearizedForCausalLM:
     family, plan, _ = CASES[case]
-    return student_of(tiny(family, attention="eager", **WIDE), plan)
+    return student_of(tiny(family, attention="eager", tie_word_embeddings=case == "window-linear", **WIDE), plan)
 
 
 def run(folder: Path, engine: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -60,12 +58,14 @@ def run(folder: Path, engine: dict[str, Any], calls: list[dict[str, Any]]) -> di
 
 
 @torch.no_grad()
-def check_samples(student: LinearizedForCausalLM, prompt: list[int], sample: dict[str, Any]) -> None:
+def check_samples(
+    student: LinearizedForCausalLM, prompt: list[int], sample: dict[str, Any], atol: float = 2e-3
+) -> None:
     """Log-probabilities are the student's own after these tokens."""
     ids = torch.tensor([[*prompt, *sample["tokens"]]])
-    scores = student(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    scores = student(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     own = scores.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(sample["logprobs"]), own, rtol=0, atol=2e-3)
+    torch.testing.assert_close(torch.tensor(sample["logprobs"]), own, rtol=0, atol=atol)
 
 
 def greedy(student: LinearizedForCausalLM, prompt: list[int]) -> list[int]:
@@ -95,6 +95,29 @@ def test_greedy_text_of_a_mixed_batch_is_that_of_generate(case: str, tmp_path: P
     assert len(set(answer["pages"])) == 1
 
 
+def test_half_precision_is_what_vllm_chooses_by_itself(tmp_path: Path) -> None:
+    """Log-probabilities of the tokens that it wrote are those of the student loaded in bf16, up to rounding."""
+    built("recurrent-chunked").save_pretrained(tmp_path)
+    student = load(tmp_path, dtype=torch.bfloat16)
+    texts = prompts(student)
+    answer = run(tmp_path, SMALL | {"dtype": "auto"}, [{"prompts": texts, "params": GREEDY}])
+    for prompt, samples in zip(texts, answer["calls"][0], strict=True):
+        check_samples(student, prompt, samples[0], atol=0.3)
+
+
+def test_a_cached_prefix_is_a_page_that_was_kept(tmp_path: Path) -> None:
+    """A text whose first 200 tokens an earlier one had: its state comes from a page kept at a boundary of blocks."""
+    student = built("hybrid-chunked")
+    student.save_pretrained(tmp_path)
+    first, *others = (text(1, length, seed=length)[0].tolist() for length in (200, 9, 14))
+    texts = [first, *(first[:190] + more for more in others), first]
+    calls = [{"prompts": [one], "params": GREEDY} for one in texts]
+    engine = {"max_model_len": 250, "enable_prefix_caching": True, "block_size": 32}
+    answer = run(tmp_path, engine, calls)
+    assert [call[0][0]["tokens"] for call in answer["calls"]] == [greedy(student, one) for one in texts]
+    assert answer["cached"][0] == 0 and min(answer["cached"][1:]) > 0
+
+
 def test_samples_seeds_and_aborted_requests(tmp_path: Path) -> None:
     student = built("window-linear")
     student.save_pretrained(tmp_path)
@@ -102,7 +125,7 @@ def test_samples_seeds_and_aborted_requests(tmp_path: Path) -> None:
     sampled = {"temperature": 1.0, "n": 3, "seed": 7, "max_tokens": NEW}
     answer = run(
         tmp_path,
-        {"max_model_len": 250, "max_num_batched_tokens": 2048},  # vLLM's CPU build has no seeds for prompts in chunks
+        {"max_model_len": 250, "enable_prefix_caching": False},  # vLLM's CPU build has no seeds for prompts in chunks
         [
             {"prompts": texts, "params": sampled},
             {"prompts": texts, "params": GREEDY, "abort": {"0": 3, "4": 9}},
@@ -135,7 +158,13 @@ def test_preempted_requests_start_again_and_end_the_same(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("engine", "words"),
-    [({"tensor_parallel_size": 2}, "parallel"), ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "speculative decoding")],
+    [
+        ({"tensor_parallel_size": 2}, "parallel"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative decoding",
+        ),
+    ],
 )
 def test_what_the_plugin_does_not_run_is_refused_by_name(engine: dict[str, Any], words: str, tmp_path: Path) -> None:
     built("window-linear").save_pretrained(tmp_path)

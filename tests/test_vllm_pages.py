@@ -1,4 +1,4 @@
-"""A mixer's state in pages of bytes goes on as if it had never left: what the vLLM plugin keeps per sequence and layer."""
+"""A mixer's state in pages of bytes goes on as if it had never left: what the vLLM plugin keeps of a sequence."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ def inputs(made: Mixer, rows: int) -> tuple[Tensor, ...]:
     shape = made.shape
     if isinstance(made, LayerMixer):
         return made.project(torch.randn(rows, T, shape.model_dim))
-    heads = [(shape.num_heads, shape.head_dim), (shape.num_kv_heads, shape.head_dim), (shape.num_kv_heads, shape.value_dim)]
+    heads = [
+        (shape.num_heads, shape.head_dim),
+        (shape.num_kv_heads, shape.head_dim),
+        (shape.num_kv_heads, shape.value_dim),
+    ]
     keys = [(shape.num_kv_heads, shape.head_dim)] if getattr(made, "needs_keys", False) else []
     return tuple(torch.randn(rows, count, T, dim) for count, dim in heads + keys)
 
@@ -132,7 +136,7 @@ def test_all_layers_have_pages_of_the_largest_size() -> None:
 def test_heads_that_keep_the_whole_text_are_refused() -> None:
     teacher = tiny("llama")
     plan = [mixer("lolcats"), RetrievalHeadsConfig(groups=(1,)), None]
-    with pytest.raises(InputError, match="layer 1 .retrieval_heads. .*linearize generate"):
+    with pytest.raises(InputError, match=r"layer 1 \(retrieval_heads\) .*linearize generate"):
         page_layouts(plan, [with_equal_values()] * teacher.config.num_hidden_layers, torch.float32)
 
 

@@ -5,7 +5,7 @@
 The request is JSON: `engine` (arguments of `vllm.LLM`), and `calls`, each with `prompts` (token ids), `params` (of
 `SamplingParams`) and perhaps `abort`: numbers of prompts whose requests are aborted after that many tokens. Printed:
 `calls`, for each call and prompt the samples, each with its `tokens` and their `logprobs`; `preemptions`; `pages`, the
-bytes of each converted layer's page.
+bytes of each converted layer's page; `cached`, the prompt tokens of each call (without `abort`) that were in a cache.
 """
 
 import json
@@ -58,18 +58,21 @@ def main() -> None:
         return preempt(self, request, *args, **kwargs)
 
     Scheduler._preempt_request = counted
-    llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, **request["engine"])
-    answers = []
+    options = {"dtype": "float32", **request["engine"]}
+    llm = LLM(folder, skip_tokenizer_init=True, enforce_eager=True, **options)
+    answers, cached = [], []
     for call in request["calls"]:
         params = SamplingParams(detokenize=False, ignore_eos=True, logprobs=0, **call["params"])
         prompts = [{"prompt_token_ids": ids} for ids in call["prompts"]]
         if "abort" in call:
             answers.append(with_aborts(llm, prompts, params, call["abort"]))
         else:
-            answers.append([samples(output) for output in llm.generate(prompts, params, use_tqdm=False)])
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            cached.append(sum(output.num_cached_tokens or 0 for output in outputs))
+            answers.append([samples(output) for output in outputs])
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     pages = [layer.page_bytes for layer in layers.values() if hasattr(layer, "page_bytes")]
-    print(json.dumps({"calls": answers, "preemptions": len(preempted), "pages": pages}))
+    print(json.dumps({"calls": answers, "preemptions": len(preempted), "pages": pages, "cached": cached}))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ def verify(
     student: Annotated[
         str | None, typer.Option(metavar="STUDENT", help="The student that it was written from; default: FOLDER.")
     ] = None,
-    engine: Annotated[str, typer.Option("--with", metavar="ENGINE", help="transformers, mlx or vllm.")] = "transformers",
+    engine: Annotated[
+        str, typer.Option("--with", metavar="ENGINE", help="transformers, mlx or vllm.")
+    ] = "transformers",
     python: Python = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,

@@ -22,7 +22,10 @@ class StepBuilder(LinearAttentionMetadataBuilder):
         """See `AttentionMetadataBuilder.build`."""
         common = common_attn_metadata
         page_S = mamba_get_block_table_tensor(
-            common.block_table_tensor, common.seq_lens, self.kv_cache_spec, self.vllm_config.cache_config.mamba_cache_mode
+            common.block_table_tensor,
+            common.seq_lens,
+            self.kv_cache_spec,
+            self.vllm_config.cache_config.mamba_cache_mode,
         )[:, 0].long()
         lengths = common.seq_lens_cpu_upper_bound  # exact without speculation, and known without waiting for a device
         lengths = common.seq_lens if lengths is None else lengths

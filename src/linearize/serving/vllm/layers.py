@@ -172,7 +172,7 @@ class KeptSoftmax:
         """
         if shape.value_dim != shape.head_dim:
             raise InputError(
-                f"{name} keeps softmax attention with values of {shape.value_dim} and keys of {shape.head_dim} numbers, "
+                f"{name} keeps softmax attention with keys of {shape.head_dim} and values of {shape.value_dim}, "
                 "which vLLM's cache has no place for: run this student with linearize generate"
             )
         cache_config = copy.copy(config.cache_config)

@@ -48,6 +48,7 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
         layouts = student_layouts(vllm_config)
         with no_init_weights():
             self.student = LinearizedForCausalLM(self.config).eval()
+        self.student.tie_weights()  # left out with the initialisation
         self.student.requires_grad_(False)
         for name, parameter in self.student.named_parameters():  # vLLM makes all of a model in one dtype
             if any(fragment in name for fragment in self.student._keep_in_fp32_modules_strict or ()):
@@ -126,7 +127,7 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
             self._split = SplitModel(self.student)
             if self._split.decoder is None:
                 raise InputError(
-                    f"{self.config.teacher['model_type']}: its logits do not follow from its final hidden states alone, "
+                    f"{self.config.teacher['model_type']}: logits do not follow from its final hidden states alone, "
                     "as vLLM asks: run this student with linearize generate"
                 )
         return self._split.logits(hidden_states)

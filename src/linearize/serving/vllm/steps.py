@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Step:
     def of(starts: Sequence[int], lengths: Sequence[int], page_S: Tensor) -> Step:
         """`starts`: where each sequence's tokens begin in the row, and the end; `lengths`: tokens of each sequence with
         these; `page_S`: its page."""
-        new = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        new = [stop - start for start, stop in pairwise(starts)]
         single = [row for row, count in enumerate(new) if count == 1]
         chunks = []
         for row, count in enumerate(new):

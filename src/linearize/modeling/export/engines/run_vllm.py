@@ -1,4 +1,7 @@
-"""Greedy tokens of a folder in vLLM, for `linearize verify`: see `run_transformers.py`. Students need linearize there."""
+"""Greedy tokens of a folder in vLLM, for `linearize verify`: see `run_transformers.py`.
+
+Students need linearize there.
+"""
 
 import json
 import os
