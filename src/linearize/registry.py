@@ -151,5 +151,3 @@ def _identity(entry: object) -> tuple[str, str]:
         return entry.__module__, entry.__qualname__
     made_of = type(entry)
     return made_of.__module__, f"{made_of.__qualname__} {id(entry)}"
-        entry, "__qualname__"
-    ) else f"{named.__qualname__} {id(entry)}"

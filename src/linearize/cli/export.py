@@ -34,7 +34,7 @@ def export(
         typer.Option(
             metavar="ENGINE",
             autocompletion=completion.engines,
-            help="Then compare with this engine: transformers or mlx (see `verify`).",
+            help="Then compare with this engine: transformers, mlx or vllm (see `verify`).",
         ),
     ] = None,
     python: Python = None,
@@ -54,20 +54,23 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` wrote.")],
-    student: Annotated[str, typer.Option(metavar="STUDENT", help="The student that it was written from.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `export` wrote, or (vllm) a student.")],
+    student: Annotated[
+        str | None, typer.Option(metavar="STUDENT", help="The student that it was written from; default: FOLDER.")
+    ] = None,
     engine: Annotated[
-        str, typer.Option("--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers or mlx.")
+        str,
+        typer.Option("--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers, mlx or vllm."),
     ] = "transformers",
     python: Python = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare an exported folder in an engine with its student.
+    """Compare a folder in an engine with its student.
 
     Greedy tokens and their log-probabilities, after five prompts; exit code 1 where they differ.
     """
-    _verify(folder, student, engine, python, trust_remote_code, as_json=as_json)
+    _verify(folder, student or str(folder), engine, python, trust_remote_code, as_json=as_json)
 
 
 def _verify(

@@ -133,6 +133,10 @@ class Mixer(nn.Module, ABC):
         commit at most `most` tokens. A mixer may write such a state in place, and returns it then."""
         return state
 
+    def plain(self, state: Any, *, position: int) -> Any:
+        """The inverse of `fixed`, for rows that all have read `position` tokens of one document and nothing else."""
+        return state
+
 
 class AttentionMixer(Mixer):
     """Mixes q, k, v of a layer. Its raw inputs are k and v, and where `needs_keys` the key projection's output too."""

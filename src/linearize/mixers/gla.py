@@ -137,6 +137,11 @@ class Gla(AttentionMixer):
         assert isinstance(state.window, WindowLinearState)
         return GlaState(WindowBuffers.of(state.window, self._window(1.0, None), most=most), state.memory_BGDV)
 
+    def plain(self, state: GlaState, *, position: int) -> GlaState:
+        """See `Mixer.plain`."""
+        assert isinstance(state.window, WindowBuffers)
+        return GlaState(state.window.plain(self._window(1.0, None), position), state.memory_BGDV)
+
     def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         widest, cursor = max(self.shape.head_dim, self.shape.value_dim), "same" if query.past else "none"

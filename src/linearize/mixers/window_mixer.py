@@ -77,6 +77,10 @@ class WindowMixer(AttentionMixer):
         """See `Mixer.fixed`."""
         return WindowBuffers.of(state, self.spec(scaling=1.0, softcap=None, branch="both"), most=most)
 
+    def plain(self, state: WindowBuffers, *, position: int) -> WindowLinearState:
+        """See `Mixer.plain`."""
+        return state.plain(self.spec(scaling=1.0, softcap=None, branch="both"), position)
+
     def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         spec = self.spec(scaling=1.0, softcap=None, branch="both")

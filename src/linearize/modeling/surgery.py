@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -109,11 +110,17 @@ def _made(module: nn.Module, config: MixerConfig, shape: AttentionShape, start: 
             if is_unit(module):  # its whole weights are gone afterwards: a start may not be a view of them
                 for parameter in mixer.parameters():
                     parameter.data = parameter.data.clone()
+    return in_dtype(mixer, dtype, parameters[0].device)
+
+
+def in_dtype(mixer: Mixer, dtype: torch.dtype | None, device: torch.device) -> Mixer:
+    """The mixer moved to a device, its parameters in the model's dtype (None: as they are) but for those that stay in
+    fp32."""
     for name, parameter in mixer.named_parameters():
         keeps = dtype is None or mixer.fp32_parameters is None or name in mixer.fp32_parameters
-        parameter.data = parameter.data.to(device=parameters[0].device, dtype=parameter.dtype if keeps else dtype)
+        parameter.data = parameter.data.to(device=device, dtype=parameter.dtype if keeps else dtype)
     for buffer in mixer.buffers():
-        buffer.data = buffer.data.to(parameters[0].device)
+        buffer.data = buffer.data.to(device)
     return mixer
 
 

@@ -1,4 +1,4 @@
-"""`linearize verify`: whether an engine writes what the student writes from an exported folder.
+"""`linearize verify`: whether an engine writes what the student writes, from an exported folder or (vLLM) its own.
 
 The engine runs in a process of its own, by a Python that has it, and writes greedily after a few prompts. Its tokens
 are then read by the student: each must be the student's first choice there, at the log-probability that the engine
@@ -24,7 +24,7 @@ from linearize.modeling.io.teacher import load_tokenizer
 from linearize.phases import phase
 from linearize.storage.files import expand_home
 
-ENGINES = {"transformers": "transformers", "mlx": "mlx-lm"}  # engine, and what pip calls it
+ENGINES = {"transformers": "transformers", "mlx": "mlx-lm", "vllm": "linearize[vllm]"}  # and what pip calls it
 RUNNERS = Path(__file__).parent / "engines"
 PROMPTS = (
     "Once upon a time, there was a",

@@ -194,6 +194,23 @@ class WindowBuffers(TensorState):
             store_v_BGPV=None if self.store_v_BGPV is None else self.store_v_BGPV.clone(),
         )
 
+    def plain(self, spec: WindowLinear, position: int) -> WindowLinearState:
+        """The same as the state of rows that all have read `position` tokens of documents that begin at 0: the cursor
+        is a number, and the ring holds what is inside the window alone."""
+        state = self.state(spec)
+        dead = state.k_BGRD.shape[2] - (position - fold_boundary(position, spec.window, spec.shape))
+        sinks = (state.sink_k_BGND, state.sink_v_BGNV)
+        sink_k, sink_v = (None if x is None else x[:, :, :position] for x in sinks)
+        return replace(
+            state,
+            next=position,
+            begin=None,
+            k_BGRD=state.k_BGRD[:, :, dead:],
+            v_BGRV=state.v_BGRV[:, :, dead:],
+            sink_k_BGND=sink_k,
+            sink_v_BGNV=sink_v,
+        )
+
     def copy_(self, state: WindowLinearState, spec: WindowLinear) -> None:
         """Take another state of the same sizes into this memory."""
         other = WindowBuffers.of(state, spec, most=self.k_BGCD.shape[2] - ring_slots(spec.window, spec.shape))

@@ -1,0 +1,1 @@
+"""Students served to others."""
