@@ -133,6 +133,10 @@ class Mixer(nn.Module, ABC):
         commit at most `most` tokens. A mixer may write such a state in place, and returns it then."""
         return state
 
+    def unfixed(self, state: Any) -> Any:
+        """A state of `fixed`, of one row that holds one text, as calls without a static layout take it."""
+        return state
+
 
 class AttentionMixer(Mixer):
     """Mixes q, k, v of a layer. Its raw inputs are k and v, and where `needs_keys` the key projection's output too."""

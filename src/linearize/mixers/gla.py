@@ -137,6 +137,11 @@ class Gla(AttentionMixer):
         assert isinstance(state.window, WindowLinearState)
         return GlaState(WindowBuffers.of(state.window, self._window(1.0, None), most=most), state.memory_BGDV)
 
+    def unfixed(self, state: GlaState) -> GlaState:
+        """See `Mixer.unfixed`."""
+        assert isinstance(state.window, WindowBuffers)
+        return GlaState(state.window.text_state(self._window(1.0, None)), state.memory_BGDV.clone())
+
     def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         widest, cursor = max(self.shape.head_dim, self.shape.value_dim), "same" if query.past else "none"

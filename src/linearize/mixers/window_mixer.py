@@ -77,6 +77,10 @@ class WindowMixer(AttentionMixer):
         """See `Mixer.fixed`."""
         return WindowBuffers.of(state, self.spec(scaling=1.0, softcap=None, branch="both"), most=most)
 
+    def unfixed(self, state: WindowBuffers) -> WindowLinearState:
+        """See `Mixer.unfixed`."""
+        return state.text_state(self.spec(scaling=1.0, softcap=None, branch="both"))
+
     def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         spec = self.spec(scaling=1.0, softcap=None, branch="both")

@@ -194,6 +194,24 @@ class WindowBuffers(TensorState):
             store_v_BGPV=None if self.store_v_BGPV is None else self.store_v_BGPV.clone(),
         )
 
+    def text_state(self, spec: WindowLinear) -> WindowLinearState:
+        """`state` of a single row that holds one text from position 0, just as plain calls leave it: nothing dead in the
+        ring, no sinks that are still to come."""
+        state, following = self.state(spec), int(self.next_B)
+        slots = following - int(fold_boundary(following, spec.window, spec.shape))
+        ring = slice(state.k_BGRD.shape[2] - slots, None)
+        sinks = (x if x is None else x[:, :, :following] for x in (state.sink_k_BGND, state.sink_v_BGNV))
+        sink_k, sink_v = sinks
+        return replace(
+            state,
+            next=following,
+            k_BGRD=state.k_BGRD[:, :, ring],
+            v_BGRV=state.v_BGRV[:, :, ring],
+            sink_k_BGND=sink_k,
+            sink_v_BGNV=sink_v,
+            begin=None,
+        )
+
     def copy_(self, state: WindowLinearState, spec: WindowLinear) -> None:
         """Take another state of the same sizes into this memory."""
         other = WindowBuffers.of(state, spec, most=self.k_BGCD.shape[2] - ring_slots(spec.window, spec.shape))
