@@ -35,13 +35,14 @@ LAYERS = {
     "conversion": 8,
     "planning": 9,
     "evaluation": 9,
+    "serving": 9,
     "demo": 10,
     "cli": 11,
     "lm_eval": 12,
     "__init__": 13,
     "__main__": 14,
 }
-EXTRAS = ["trl", "lm_eval", "openai", "fla", "triton", "fastapi", "uvicorn", "wandb", "tensorboard"]
+EXTRAS = ["trl", "lm_eval", "openai", "fla", "triton", "fastapi", "uvicorn", "prometheus_client", "wandb", "tensorboard"]
 NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]
 
 

@@ -28,6 +28,7 @@ from linearize.cli.inspect import inspect
 from linearize.cli.options import each_with_its_option
 from linearize.cli.plan import plan
 from linearize.cli.recipes import recipes
+from linearize.cli.serve import serve
 from linearize.errors import InputError
 from linearize.phases import shown
 from linearize.storage.disk import DiskFullError, is_disk_full
@@ -51,6 +52,7 @@ app.command()(bench)
 app.command()(inspect)
 app.command()(export)
 app.command()(verify)
+app.command()(serve)
 app.command()(recipes)
 
 
