@@ -42,7 +42,18 @@ LAYERS = {
     "__init__": 13,
     "__main__": 14,
 }
-EXTRAS = ["trl", "lm_eval", "openai", "fla", "triton", "fastapi", "uvicorn", "prometheus_client", "wandb", "tensorboard"]
+EXTRAS = [
+    "trl",
+    "lm_eval",
+    "openai",
+    "fla",
+    "triton",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "wandb",
+    "tensorboard",
+]
 NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]
 
 

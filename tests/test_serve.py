@@ -91,9 +91,7 @@ def test_a_stream_is_the_whole_text_and_ends_with_its_usage(model: Any) -> None:
     async def work() -> None:
         async with served(model) as server:
             options = {"prompt": "stream", "max_tokens": 19, "temperature": 0}
-            *events, usage, done = await server.events(
-                "completions", **options, stream_options={"include_usage": True}
-            )
+            *events, usage, done = await server.events("completions", **options, stream_options={"include_usage": True})
             chat = await server.events("chat/completions", messages=[{"role": "user", "content": "s"}], max_tokens=5)
         assert done == "[DONE]" and usage["choices"] == [] and usage["usage"]["completion_tokens"] == 19
         assert len(events) > 3 and events[-1]["choices"][0]["finish_reason"] == "length"

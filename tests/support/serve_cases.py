@@ -73,8 +73,8 @@ async def served(model: Any, *, key: str | None = None, headers: Any = None, **o
     chosen = {"slots": 3, "prefill_tokens": 16, "state_disk": 0, **options}
     app, _ = build_app(model, tokenizer(), [NAME, "also/tiny"], ServeOptions(api_key=key, **chosen))
     async with lifespan(app):
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers, timeout=60) as client:
+        where: Any = {"transport": httpx.ASGITransport(app=app), "base_url": "http://test", "headers": headers}
+        async with httpx.AsyncClient(**where, timeout=60) as client:
             yield Served(client, app)
 
 

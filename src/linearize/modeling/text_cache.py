@@ -51,15 +51,13 @@ class TextCaches:
         with torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             model(input_ids=token, use_cache=True, **with_cache(model, self.example))
-        self.can_save = all(
-            isinstance(layer, MixerCacheLayer) or (type(layer) in SOFTMAX_LAYERS and layer.keys is not None)
-            for layer in self.example.layers
-        )
+        self.can_save = all(map(_is_known, self.example.layers))
 
     def save(self, cache: Cache) -> SavedText:
         """A copy of what the cache holds."""
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, int] = {}
+        layer: Any
         for index, layer in enumerate(cache.layers):
             value = layer.state if isinstance(layer, MixerCacheLayer) else {"keys": layer.keys, "values": layer.values}
             for name, part in _parts(str(index), value):
@@ -80,8 +78,8 @@ class TextCaches:
             if isinstance(layer, MixerCacheLayer):
                 fill_mixer_layer(layer, _rebuilt(str(index), example.state, saved, self.model.device), saved.length)
             else:
-                pair = (saved.tensors[f"{index}.{name}"].to(self.model.device) for name in ("keys", "values"))
-                fill_softmax_layer(layer, *pair, saved.length)
+                keys, values = (saved.tensors[f"{index}.{name}"].to(self.model.device) for name in ("keys", "values"))
+                fill_softmax_layer(layer, keys, values, saved.length)
         return cache
 
 
@@ -95,6 +93,10 @@ def fill_softmax_layer(layer: Any, k_1GSD: Tensor, v_1GSV: Tensor, length: int) 
     layer.update(k_1GSD, v_1GSV)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length
+
+
+def _is_known(layer: Any) -> bool:
+    return isinstance(layer, MixerCacheLayer) or (type(layer) in SOFTMAX_LAYERS and layer.keys is not None)
 
 
 def _copied(x: Tensor) -> Tensor:

@@ -122,7 +122,10 @@ class CompletionWriter(AnswerWriter):
         """The response."""
         choices = [
             CompletionChoice(
-                index=index, text=answer.text, logprobs=self._logprobs(index, answer.logprobs), finish_reason=answer.finish
+                index=index,
+                text=answer.text,
+                logprobs=self._logprobs(index, answer.logprobs),
+                finish_reason=answer.finish,
             )
             for index, answer in sorted(self.answers.items())
         ]

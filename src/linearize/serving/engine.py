@@ -202,12 +202,12 @@ class Engine:
     def _read_piece(self, prefill: Prefill) -> Tensor:
         """The logits after the piece, `[V]`."""
         job, start = prefill.job, prefill.read
-        piece = job.prompt[start : start + self.prefill_tokens]
-        ids = torch.tensor([piece], device=self.model.device)
+        tokens = job.prompt[start : start + self.prefill_tokens]
+        ids = torch.tensor([tokens], device=self.model.device)
         last = {"logits_to_keep": 1} if self._keeps_last and not job.prompt_logprobs else {}
         out = self.model(input_ids=ids, use_cache=True, **with_cache(self.model, prefill.cache), **last)
-        prefill.read += len(piece)
-        self.metrics.prefilled_tokens.inc(len(piece))
+        prefill.read += len(tokens)
+        self.metrics.prefilled_tokens.inc(len(tokens))
         if job.prompt_logprobs:
             following = job.prompt[start + 1 : prefill.read + 1]
             logits_TV = out.logits[0, : len(following)]
@@ -221,7 +221,7 @@ class Engine:
         job = prefill.job
         self.metrics.prompt_tokens.inc(len(job.prompt))
         if job.keep != "no" and self.caches.can_save:
-            self.store.keep(job.prompt, self.caches.save(prefill.cache), "memory")
+            self.store.keep(job.prompt, self.caches.save(prefill.cache), job.keep)
         job.events.put(PromptRead(job.first_choice, tuple(prefill.logprobs)))
         answers = [self._new_answer(job, number) for number in range(job.n)]
         for answer in answers:
@@ -258,7 +258,6 @@ class Engine:
                 if not (answer.greedy and finite[row]):
                     token = choose(answer.processing, logits_BV[row], answer.whole)
                 if self._accept(answer, token, logits_BV[row]):
-                    self._keep_state(answer)
                     self._leave(answer)
                     self._end_if_done(answer.job)
             except Exception as error:
@@ -281,6 +280,7 @@ class Engine:
         if finish is not None:
             text += answer.text.end()
             finish = "stop" if answer.text.ended else finish
+            self._keep_state(answer)  # before the client knows that it may go on
         if text or logprobs or finish is not None:
             self._put(answer, Delta(answer.index, text, logprobs, finish))
         return finish is not None
@@ -292,10 +292,14 @@ class Engine:
             raise server_error("the answer was not read for too long", 408, "slow_reader")
 
     def _keep_state(self, answer: Answer) -> None:
-        """Store the state of an answer that has ended: its last token was not read."""
-        if answer.job.keep != "no" and self.caches.can_save:
+        """Store the state of an answer that has ended, if it had a row: its last token was not read."""
+        if answer.job.keep == "no" or not self.caches.can_save or answer not in self._answers:
+            return
+        try:
             saved = self.caches.save(self.rows.cache_of(self._answers.index(answer)))
             self.store.keep(answer.whole[:-1], saved, answer.job.keep)
+        except Exception as error:
+            notice(f"the state of a conversation could not be stored: {one_line(error)}")
 
     def _leave(self, answer: Answer) -> None:
         """The answer's row becomes free; the last row takes its place."""

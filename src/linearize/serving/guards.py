@@ -55,7 +55,8 @@ class Guards:
             async with asyncio.timeout(self.body_timeout):
                 return await self._read(receive)
         except TimeoutError as error:
-            raise ApiError(408, f"the body took more than {self.body_timeout:.0f} s to arrive", code="timeout") from error
+            late = f"the body took more than {self.body_timeout:.0f} s to arrive"
+            raise ApiError(408, late, code="timeout") from error
 
     async def _read(self, receive: Receive) -> bytes:
         parts: list[bytes] = []

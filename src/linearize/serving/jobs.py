@@ -81,7 +81,7 @@ class Job:
     client: str = ""
     n: int = 1
     first_choice: int = 0
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     stops: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False

@@ -1,4 +1,4 @@
-"""Where answers are decoded: all together in the rows of a static step, or one after the other where a model has none."""
+"""Where answers are decoded: together in the rows of a static step, or one after the other where a model has none."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError
-from linearize.numbers import size_text
 from linearize.phases import phase
 from linearize.serving.notices import notice
 from linearize.storage.files import expand_home
@@ -118,6 +117,9 @@ def build_app(model: Any, tokenizer: Any, names: list[str], options: ServeOption
     memory = _free_memory(model.device) // 2 if options.memory is None else options.memory
     rows, count = rows_for(model, caches, most=options.slots, capacity=context, memory=memory)
     store = ConversationStore(options.state_memory, _state_files(model, options) if caches.can_save else None)
+    metrics = ServerMetrics()
+    metrics.watch("states_dropped", "Conversation states that could not be written.", lambda: store.dropped)
+    metrics.watch("states_memory_bytes", "Conversation states in memory.", lambda: store.num_bytes)
     engine = Engine(
         model,
         tokenizer,
@@ -125,7 +127,7 @@ def build_app(model: Any, tokenizer: Any, names: list[str], options: ServeOption
         most_rows=count,
         caches=caches,
         store=store,
-        metrics=ServerMetrics(),
+        metrics=metrics,
         prefill_tokens=options.prefill_tokens,
         most_waiting=options.queue,
     )
@@ -201,7 +203,8 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
         except OSError as error:
-            raise InputError(f"{host}:{port} cannot be used ({error.strerror}): give another --port or --host") from error
+            why = f"{host}:{port} cannot be used ({error.strerror})"
+            raise InputError(f"{why}: give another --port or --host") from error
         yield sock
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.modeling.text_cache import SavedText
 from linearize.serving.answers import ChatWriter, CompletionWriter
-from linearize.serving.conversations import Keep
 from linearize.serving.engine import Engine
 from linearize.serving.errors import ApiError, bad_request
 from linearize.serving.jobs import Job
@@ -100,9 +99,9 @@ class Service:
         limits, n = self.limits, request.n or 1
         left = limits.context - len(prompt)
         if left < 1 or (limit or 0) > left:
-            wanted = "" if limit is None else f" and {limit} for the answer"
+            answer = "" if limit is None else f" and {limit} for the answer"
             raise bad_request(
-                f"the prompt has {len(prompt)} tokens{wanted}: together at most {limits.context}",
+                f"the prompt has {len(prompt)} tokens{answer}: together at most {limits.context}",
                 code="context_length_exceeded",
             )
         if (limit or 0) > limits.new_tokens:
@@ -140,18 +139,13 @@ class Service:
 
     def _prompts(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """The prompts as tokens and as text."""
-        given_prompt = request.prompt
-        if isinstance(given_prompt, str):
-            given_prompt = [given_prompt]
         prompts: list[list[int]] = []
         texts: list[str] = []
-        if given_prompt and isinstance(given_prompt[0], int):
-            given_prompt = [given_prompt]  # type: ignore[list-item]
-        for entry in given_prompt:
+        for entry in _entries(request.prompt):
             if isinstance(entry, str):
                 ids, text = self._encode(entry, add_special_tokens=True), entry
             else:
-                ids = list(entry)  # type: ignore[call-overload]
+                ids = entry
                 if any(token >= self.vocabulary for token in ids):
                     raise bad_request(f"prompt: token ids are below {self.vocabulary}", "prompt")
                 text = str(self.tokenizer.decode(ids)) if request.echo else ""
@@ -189,4 +183,10 @@ class Service:
             return list(self.tokenizer(well_formed(text), add_special_tokens=add_special_tokens)["input_ids"])
 
 
-__all__ = ["Keep", "Limits", "Service"]
+def _entries(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of a request, one or several."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [[token for token in prompt if isinstance(token, int)]]
+    return [entry for entry in prompt if not isinstance(entry, int)]

@@ -1,8 +1,8 @@
-"""States of texts on disk, one safetensors file each: written whole or not at all, checked when read, the least recently
-used ones removed.
+"""States of texts on disk, one safetensors file each: written whole or not at all, checked when read, the least
+recently used ones removed.
 
-A file's name is the length of its text and the key of it (`LENGTH-KEY.safetensors`); the text itself is nowhere. Several
-servers of one model may share a folder.
+A file's name is the length of its text and the key of it (`LENGTH-KEY.safetensors`); the text itself is nowhere.
+Several servers of one model may share a folder.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ MOST_EVENTS = 1024  # of a response that nobody reads
 class AsyncEvents:
     """The events of one response, for the event loop that it is made in."""
 
-    def __init__(self, most: int = MOST_EVENTS) -> None:
+    def __init__(self) -> None:
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
-        self.stream = EventStream(most, self._wake)
+        self.stream = EventStream(MOST_EVENTS, self._wake)
 
     def _wake(self) -> None:
         with suppress(RuntimeError):  # the loop has ended, and the response with it

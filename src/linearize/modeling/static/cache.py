@@ -231,7 +231,7 @@ class StaticAttentionLayer(_Layer):
             memory[target].copy_(memory[source])
 
     def row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens that the next one sees, of a row that holds `length`, in memory of their own."""
+        """Keys and values, in memory of their own, of the tokens that the next one sees in a row of `length` tokens."""
         assert self.keys is not None and self.values is not None
         count = length if self.window is None else min(length, self.window - 1)
         column = torch.arange(length - count, length, device=self.keys.device) % self.columns

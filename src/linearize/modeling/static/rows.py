@@ -58,6 +58,7 @@ class StaticRows:
         if row == step.batch:
             raise InputError(f"{row} texts are decoded together, and no more rows are there: wait until one has left")
         mixers = _mixers(step.model)
+        source: Any
         for index, (layer, source) in enumerate(zip(step.cache.layers, cache.layers, strict=True)):
             if isinstance(source, MixerCacheLayer):
                 layer.put(row, mixers[index].fixed(source.state, most=layer.most), step.batch)
@@ -85,7 +86,8 @@ class StaticRows:
             if isinstance(target, MixerCacheLayer):
                 fill_mixer_layer(target, mixers[index].unfixed(layer.row(row)), length)
             else:
-                fill_softmax_layer(target, *layer.row(row, length), length)
+                keys, values = layer.row(row, length)
+                fill_softmax_layer(target, keys, values, length)
         return cache
 
     def read(self, tokens_B: Sequence[int]) -> Tensor:

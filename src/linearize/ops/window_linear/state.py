@@ -195,7 +195,7 @@ class WindowBuffers(TensorState):
         )
 
     def text_state(self, spec: WindowLinear) -> WindowLinearState:
-        """`state` of a single row that holds one text from position 0, just as plain calls leave it: nothing dead in the
+        """`state` of a single row that holds one text from position 0, as plain calls leave it: nothing dead in the
         ring, no sinks that are still to come."""
         state, following = self.state(spec), int(self.next_B)
         slots = following - int(fold_boundary(following, spec.window, spec.shape))
