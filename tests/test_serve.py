@@ -164,6 +164,25 @@ def test_log_probabilities_of_prompt_and_answer_are_the_models(model: Any) -> No
     run(work)
 
 
+def test_lm_eval_reads_the_log_likelihoods(model: Any) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    whole, split = ids("a context, and a continuation"), 11
+    with torch.no_grad():
+        due = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    greedy = continuation(model, whole[:split], 5)
+
+    async def work() -> None:
+        async with served(model) as server:
+            body = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+            got = await server.complete([whole, whole[:split] + greedy], **body)
+        (value, is_greedy), (_, is_greedy_too) = LocalCompletionsAPI.parse_logprobs(got, ctxlens=[split, split])
+        expected = sum(float(due[at - 1, whole[at]]) for at in range(split, len(whole)))
+        assert value == pytest.approx(expected, abs=1e-3) and not is_greedy and is_greedy_too
+
+    run(work)
+
+
 def test_several_prompts_are_several_choices(model: Any) -> None:
     async def work() -> None:
         async with served(model, slots=2) as server:

@@ -70,6 +70,7 @@ def test_wrong_requests_are_errors_that_say_what_is_wrong(model: Any, capsys: py
                 assert (response.status_code, error["code"]) == (status, code), (name, response.text)
                 assert error["type"] == "invalid_request_error" and error["message"], name
             assert (await server.complete("x" * 50, max_tokens=50))["usage"]["total_tokens"] == 100
+            assert (await server.complete("x" * 97))["usage"]["completion_tokens"] == 3  # by default, what fits
             chat = await server.chat("x", max_completion_tokens=3)
             assert chat["usage"]["completion_tokens"] == 3
 
@@ -127,6 +128,23 @@ def test_more_than_the_queue_holds_is_refused_at_once(model: Any) -> None:
             refused = await server.post("completions", prompt="x")
             assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 3
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "rate_limit_exceeded"
+
+    run(work)
+
+
+def test_a_server_that_stops_ends_what_waits_and_finishes_what_runs(model: Any) -> None:
+    async def work() -> None:
+        async with served(model, slots=1) as server:
+            running = asyncio.create_task(server.post("completions", prompt="x", max_tokens=200))
+            while not await server.metric("running_answers"):
+                await asyncio.sleep(0.01)
+            waiting = asyncio.create_task(server.post("completions", prompt="x", max_tokens=2))
+            while not await server.metric("waiting_requests"):
+                await asyncio.sleep(0.01)
+            server.app.service.engine.refuse()
+            late = await server.post("completions", prompt="x")
+            assert [response.status_code for response in (await waiting, late, await running)] == [503, 503, 200]
+            assert (await server.client.get("/health")).status_code == 503
 
     run(work)
 

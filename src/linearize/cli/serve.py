@@ -92,6 +92,7 @@ def serve(
         from linearize.serving.vllm import exec_vllm
 
         exec_vllm(model, chosen, key)
+        return
     if engine != EMBEDDED:
         raise unknown("engine", engine, (EMBEDDED, VLLM))
     run_server(model, ServeOptions(api_key=key, **chosen))

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linearize.serving.errors import ApiError, from_validation, server_error
 from linearize.serving.guards import Guards
@@ -29,7 +30,27 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(service: Service, *, api_key: str | None = None, max_body: int = 2**24, body_timeout: float = 30) -> Any:
+class CountedApp:
+    """An application with the status of each response counted."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the class."""
+
+        async def count_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in ROUTES else "other"
+                self.service.engine.metrics.responses.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, count_and_send if scope["type"] == "http" else send)
+
+
+def create_app(
+    service: Service, *, api_key: str | None = None, max_body: int = 2**24, body_timeout: float = 30
+) -> CountedApp:
     """The application; its engine starts and stops with it."""
 
     @asynccontextmanager
@@ -43,7 +64,6 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
     app.add_middleware(Guards, api_key=api_key, most_bytes=max_body, body_timeout=body_timeout)
     _add_errors(app)
     _add_pages(app, service)
-    responses = service.engine.metrics.responses
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -53,18 +73,7 @@ def create_app(service: Service, *, api_key: str | None = None, max_body: int = 
     async def chat_completions(request: Request) -> Response:
         return await _answer(request, service, ChatRequest, service.chat)
 
-    async def counted(scope: Any, receive: Any, send: Any) -> None:
-        """The application, with the status of each response counted."""
-
-        async def count_and_send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in ROUTES else "other"
-                responses.labels(path, str(message["status"])).inc()
-            await send(message)
-
-        await app(scope, receive, count_and_send if scope["type"] == "http" else send)
-
-    return counted
+    return CountedApp(app, service)
 
 
 ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize.errors import InputError
 from linearize.phases import phase
 from linearize.serving.notices import notice
 from linearize.storage.files import expand_home
+
+if TYPE_CHECKING:
+    from linearize.serving.app import CountedApp
+    from linearize.serving.state_files import StateFiles
 
 KEY_VARIABLE = "LINEARIZE_API_KEY"
 MISSING = "serve needs {}, which is not installed: pip install 'linearize[serve]'"
@@ -75,6 +79,8 @@ def serve(model: str, options: ServeOptions) -> None:
         InputError: settings, an address or a model that cannot be used, or a missing extra.
     """
     options.check()
+    if options.state_dir is not None:
+        _make_folder(Path(expand_home(options.state_dir)))
     for library in ("fastapi", "uvicorn", "prometheus_client"):
         try:
             __import__(library)
@@ -89,7 +95,7 @@ def serve(model: str, options: ServeOptions) -> None:
         _run(app, sock, options.grace)
 
 
-def build(model: str, options: ServeOptions) -> tuple[Any, str]:
+def build(model: str, options: ServeOptions) -> tuple[CountedApp, str]:
     """The application for a model, and what it is in words.
 
     Raises:
@@ -101,7 +107,7 @@ def build(model: str, options: ServeOptions) -> tuple[Any, str]:
     return build_app(loaded, tokenizer, _names(model, options), options)
 
 
-def build_app(model: Any, tokenizer: Any, names: list[str], options: ServeOptions) -> tuple[Any, str]:
+def build_app(model: Any, tokenizer: Any, names: list[str], options: ServeOptions) -> tuple[CountedApp, str]:
     """`build` for a model in memory, which requests may call by any of these names."""
     from linearize.decoding.speculative.logits_processing import vocabulary_size
     from linearize.modeling.text_cache import TextCaches
@@ -151,7 +157,7 @@ def _names(model: str, options: ServeOptions) -> list[str]:
     return [name] if options.name or name == model else [name, model]
 
 
-def _state_files(model: Any, options: ServeOptions) -> Any:
+def _state_files(model: Any, options: ServeOptions) -> StateFiles | None:
     """The states on disk of exactly this model, or None."""
     from linearize.modeling.io.integrity import model_fingerprint
     from linearize.serving.state_files import StateFiles
@@ -171,6 +177,17 @@ def _state_files(model: Any, options: ServeOptions) -> Any:
             notice(f"{folder} cannot be written ({error.strerror}): conversations are stored in memory alone")
             return None
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --state-dir") from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises InputError where it cannot be made or written, before the model is loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); give another --state-dir") from error
+    if not writable:
+        raise InputError(f"{folder}: cannot be written; give another --state-dir")
 
 
 def _free_memory(device: Any) -> int:
@@ -220,7 +237,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _run(app: Any, sock: socket.socket, grace: float) -> None:
+def _run(app: CountedApp, sock: socket.socket, grace: float) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -235,6 +252,10 @@ def _run(app: Any, sock: socket.socket, grace: float) -> None:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.service.engine.refuse()
+            await super().shutdown(sockets)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if not self.should_exit:

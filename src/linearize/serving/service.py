@@ -55,14 +55,13 @@ class Service:
         self._check_model(request)
         prompts, texts = await asyncio.to_thread(self._prompts, request)
         events, n = AsyncEvents(), request.n or 1
-        limit = DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
         jobs = []
         for number, prompt in enumerate(prompts):
-            job = self._job(request, prompt, events, client, limit)
+            job = self._job(request, prompt, events, client, request.max_tokens, DEFAULT_COMPLETION)
             job.first_choice = number * n
             job.logprobs = request.logprobs
             job.prompt_logprobs = request.echo and request.logprobs is not None
-            job.keep = "no" if request.echo or limit < 2 else "memory"
+            job.keep = "no" if request.echo or job.max_tokens < 2 else "memory"
             jobs.append(job)
         echo = {job.first_choice: text for job, text in zip(jobs, texts, strict=True)} if request.echo else {}
         writer = CompletionWriter(self.names[0], self.tokenizer, jobs, request.logprobs is not None, echo)
@@ -79,7 +78,7 @@ class Service:
         prompt = await asyncio.to_thread(self._chat_prompt, request)
         events = AsyncEvents()
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        job = self._job(request, prompt, events, client, limit)
+        job = self._job(request, prompt, events, client, limit, self.limits.context)
         job.logprobs = (request.top_logprobs or 0) if request.logprobs else None
         job.keep = "disk"
         writer = ChatWriter(self.names[0], self.tokenizer, [job], bool(request.logprobs))
@@ -94,8 +93,15 @@ class Service:
             )  # fmt: skip
 
     def _job(
-        self, request: GenerationRequest, prompt: list[int], events: AsyncEvents, client: str, limit: int | None
+        self,
+        request: GenerationRequest,
+        prompt: list[int],
+        events: AsyncEvents,
+        client: str,
+        limit: int | None,
+        default: int,
     ) -> Job:
+        """`limit`: tokens of an answer as the request has it; `default`: where it has none and so many fit."""
         limits, n = self.limits, request.n or 1
         left = limits.context - len(prompt)
         if left < 1 or (limit or 0) > left:
@@ -119,7 +125,7 @@ class Service:
         )
         return Job(
             prompt=prompt,
-            max_tokens=min(left, limits.new_tokens) if limit is None else limit,
+            max_tokens=min(default, left, limits.new_tokens) if limit is None else limit,
             events=events.stream,
             client=request.user or client,
             n=n,
