@@ -43,7 +43,19 @@ LAYERS = {
     "__init__": 13,
     "__main__": 14,
 }
-EXTRAS = ["trl", "lm_eval", "openai", "fla", "triton", "fastapi", "uvicorn", "vllm", "wandb", "tensorboard"]
+EXTRAS = [
+    "trl",
+    "lm_eval",
+    "openai",
+    "fla",
+    "triton",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "vllm",
+    "wandb",
+    "tensorboard",
+]
 NOT_AT_IMPORT = [*EXTRAS, "matplotlib", "datasets", "peft", "typer"]
 
 

@@ -108,6 +108,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         "chat",
         "export",
         "verify",
+        "serve",
         "eval",
         "bench",
         "inspect",

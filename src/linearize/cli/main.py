@@ -29,6 +29,7 @@ from linearize.cli.inspect import inspect
 from linearize.cli.options import each_with_its_option
 from linearize.cli.plan import plan
 from linearize.cli.recipes import recipes
+from linearize.cli.serve import serve
 from linearize.cli.verb import DEBUG, LightVerb, Verb, Verbs
 from linearize.errors import InputError, unknown
 from linearize.phases import shown
@@ -64,6 +65,7 @@ app.command()(bench)
 app.command()(inspect)
 app.command()(export)
 app.command()(verify)
+app.command()(serve)
 app.command()(recipes)
 app.command(cls=LightVerb)(doctor)
 

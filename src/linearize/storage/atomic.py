@@ -60,13 +60,18 @@ def resumable_folder(final: Path | str, version: str) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     path = Path(expand_home(path)).resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())

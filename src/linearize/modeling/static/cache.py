@@ -78,6 +78,7 @@ class StaticMixerLayer(_Layer):
         self.state: MixerState | None = None
         self.raw: tuple[Tensor, ...] = ()
         self.time_dim = 0
+        self._views: dict[int, MixerState] = {}  # of the first so many rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -99,8 +100,9 @@ class StaticMixerLayer(_Layer):
             self._fill(mixer.fixed(state, most=self.most), inputs, dim)
             return y
         if not self.tail:
-            y, state = run(new, state=self.state, commit=None, need_state=True, outputs=outputs)
-            copy_state(self.state, state)
+            memory_of_rows = self._first_rows(inputs[0].shape[0])
+            y, state = run(new, state=memory_of_rows, commit=None, need_state=True, outputs=outputs)
+            copy_state(memory_of_rows, state)
             return y
         whole = tuple(torch.cat(pair, dim=dim) for pair in zip(self.raw, inputs, strict=True))
         commit = self.tail if place.commit else 0
@@ -124,8 +126,35 @@ class StaticMixerLayer(_Layer):
             copy_state(self.state, state)
         self.filled = True
 
+    def _first_rows(self, rows: int) -> MixerState:
+        """The memory of the first rows, which are those that a step reads."""
+        assert self.state is not None
+        if rows not in self._views:
+            self._views[rows] = self.state.map_batch(lambda x: x[:rows])
+        return self._views[rows]
+
+    def put(self, row: int, state: MixerState, batch: int) -> None:
+        """A row goes on from a state of fixed shapes; `batch`: rows to make memory for at the first call."""
+        if self.state is None:
+            with torch.inference_mode(False):
+                self.state = state.map_batch(lambda x: x.new_zeros(batch, *x.shape[1:]))
+        self.filled = True
+        for memory, x in zip(tensors(self.state), tensors(state), strict=True):
+            memory[row].copy_(x[0])
+
+    def move(self, source: int, target: int) -> None:
+        """A row takes another one's place."""
+        for memory in tensors(self.state):
+            memory[target].copy_(memory[source])
+
+    def row(self, row: int) -> MixerState:
+        """The state of one row, in memory of its own."""
+        assert self.state is not None
+        return self.state.map_batch(lambda x: x[row : row + 1].clone())
+
     def widen(self, tail: int) -> None:
         """A longer tail, with what is in it."""
+        self._views = {}
         old, self.tail, more = self.tail, tail, max(tail - self.most, 0)
         self.most += more
         with torch.inference_mode(False):
@@ -174,12 +203,39 @@ class StaticAttentionLayer(_Layer):
         self.filled = True
 
     def write(self, k_BGTD: Tensor, v_BGTV: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new keys and values at their positions; gives all of them."""
+        """Put the new keys and values at their positions; gives all of the rows that are read."""
         assert self.keys is not None and self.values is not None
-        column = (position_BT % self.columns)[:, None, :, None]
-        for memory, new in ((self.keys, k_BGTD), (self.values, v_BGTV)):
+        column, rows = (position_BT % self.columns)[:, None, :, None], k_BGTD.shape[0]
+        keys, values = self.keys[:rows], self.values[:rows]
+        for memory, new in ((keys, k_BGTD), (values, v_BGTV)):
             memory.scatter_(2, column.expand(new.shape), new.to(memory.dtype))
-        return self.keys, self.values
+        return keys, values
+
+    def put(self, row: int, k_1GSD: Tensor, v_1GSV: Tensor, length: int, batch: int) -> None:
+        """A row goes on from the keys and values of a text of `length` tokens, of which S (the last) are there."""
+        if self.keys is None or self.values is None:
+            with torch.inference_mode(False):
+                self.keys, self.values = (
+                    x.new_zeros(batch, x.shape[1], self.columns, x.shape[3]) for x in (k_1GSD, v_1GSV)
+                )
+        self.filled = True
+        count = min(k_1GSD.shape[2], self.columns)
+        column = torch.arange(length - count, length, device=k_1GSD.device) % self.columns
+        for memory, x in ((self.keys, k_1GSD), (self.values, v_1GSV)):
+            memory[row].index_copy_(1, column, x[0, :, x.shape[2] - count :].to(memory.dtype))
+
+    def move(self, source: int, target: int) -> None:
+        """A row takes another one's place."""
+        assert self.keys is not None and self.values is not None
+        for memory in (self.keys, self.values):
+            memory[target].copy_(memory[source])
+
+    def row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, in memory of their own, of the tokens that the next one sees in a row of `length` tokens."""
+        assert self.keys is not None and self.values is not None
+        count = length if self.window is None else min(length, self.window - 1)
+        column = torch.arange(length - count, length, device=self.keys.device) % self.columns
+        return self.keys[row : row + 1].index_select(2, column), self.values[row : row + 1].index_select(2, column)
 
     def seen(self, position_BT: Tensor) -> Tensor:
         """Which columns each new token sees, `[B, 1, T, C]`; to be asked after `write`."""

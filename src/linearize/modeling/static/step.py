@@ -66,6 +66,7 @@ class StaticStep:
             )
         self.batch, self.width, self.capacity, self.rollback = batch, width, capacity, rollback
         self.cache = StepCache(layers=static_layers(model, width if rollback else 0, capacity, width))
+        self.rows = batch  # rows that steps read: the first so many
         self.lengths: list[int] = []
         self.held = 0  # tokens of each row that wait for a decision
         self._exact = True
@@ -97,7 +98,7 @@ class StaticStep:
         if rows != self.batch:
             raise InputError(f"{rows} prompts were given to a static step of {self.batch} rows: make one of that many")
         self.lengths = [tokens] * rows if attention_mask is None else attention_mask.sum(1).tolist()
-        self.held, self._exact = 0, True
+        self.held, self._exact, self.rows = 0, True, self.batch
         self._check_capacity(0)
         self.cache.begin(self.lengths)
         options: dict[str, int | Tensor] = {"logits_to_keep": 1} if self._keeps_last else {}
@@ -129,7 +130,7 @@ class StaticStep:
         elif kept is not None:
             self.kept_B.copy_(torch.tensor(kept))
         with attending_static(self._configs):
-            return self._graphs.run((tokens, commit), tokens_BT, self._steps(commit), self._moving)
+            return self._graphs.run((self.rows, tokens, commit), tokens_BT, self._steps(commit), self._moving)
 
     def _steps(self, commit: bool) -> Callable[[Tensor], Tensor]:
         return lambda tokens_BT: self._forward(self.model, tokens_BT, self.kept_B, commit)
@@ -137,9 +138,9 @@ class StaticStep:
     def forward(self, model: PreTrainedModel, tokens_BT: Tensor, kept_B: Tensor, commit: bool) -> Tensor:
         """A step as tensors alone: what is captured. `commit`: the tail is decided on by `kept_B`; kept softmax layers
         must be routed (`step` does it)."""
-        tokens, device = tokens_BT.shape[1], tokens_BT.device
+        (rows, tokens), device = tokens_BT.shape, tokens_BT.device
         new_T = torch.arange(tokens, device=device)
-        start_B1 = self.start_B[:, None]
+        start_B1 = self.start_B[:rows, None]
         tail = self.width if self.rollback else 0
         count_B1 = (kept_B[:, None] if commit else self.held_1[None]) if tail else torch.zeros_like(start_B1)
         slot_P = torch.arange(tail, device=device)
@@ -157,7 +158,7 @@ class StaticStep:
             **{self._cache_argument: self.cache},
         )
         if commit:
-            self.start_B.add_(kept_B if tail else tokens)
+            self.start_B[:rows].add_(kept_B if tail else tokens)
             self.held_1.fill_(tokens)
         else:
             self.held_1.add_(tokens)
@@ -192,9 +193,9 @@ class StaticStep:
     def _check(self, tokens_BT: Tensor, kept: Sequence[int] | Tensor | None) -> None:
         rows, tokens = tokens_BT.shape
         waiting = 0 if kept is not None else self.held
-        if not self.lengths or rows != self.batch:
+        if not self.lengths or rows != self.rows:
             raise InputError(
-                f"a step of {rows} rows: read {self.batch} prompts with prefill first, then go on with them"
+                f"a step of {rows} rows: read {self.rows} prompts with prefill first, then go on with them"
             )
         if kept is not None and not self.rollback:
             raise InputError("a static step without rollback keeps every token: leave `kept` out")
