@@ -97,7 +97,9 @@ def notebook_page(path: Path) -> str:
 
 def recipes_page() -> str:
     """Every packaged recipe: what it is, where its numbers come from, and its YAML."""
-    recipes = {path.stem: path.read_text("utf-8") for path in sorted(RECIPES.glob("*.yaml"))}
+    recipes = {
+        path.stem: path.read_text("utf-8") for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
+    }
     data = {name: yaml.safe_load(text) for name, text in recipes.items()}
     lines = [
         "# Recipes",
