@@ -144,7 +144,7 @@ def _zstd(file: IO[bytes]) -> IO[bytes]:
 
     if not pyarrow.Codec.is_available("zstd"):
         raise InputError("this build of pyarrow cannot read .zst: unpack the file first (zstd -d)")
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")  # type: ignore[no-any-return]
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
 
 def _gzip(file: IO[bytes]) -> IO[bytes]:
