@@ -78,7 +78,7 @@ class DocumentList(Sequence[Document]):
         """What distinguishes these documents in this order from others."""
         digest = hashlib.sha256("".join(store.digest for store in self.stores).encode())
         for array in (self.store_D, self.start_D, self.size_D):
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
