@@ -135,7 +135,8 @@ def choice(own: Iterable[type[BaseModel]], table: Callable[[], Table[Any]]) -> A
         adapter: TypeAdapter[Any] = TypeAdapter(_union((*known, others[name])))
         return adapter.validate_python(value)
 
-    return Annotated[SerializeAsAny[_union(known)], WrapValidator(validate)]
+    union: Any = SerializeAsAny[_union(known)]  # type: ignore[misc]  # made from the table
+    return Annotated[union, WrapValidator(validate)]
 
 
 def _union(configs: tuple[type[BaseModel], ...]) -> Any:
@@ -146,4 +147,5 @@ def _union(configs: tuple[type[BaseModel], ...]) -> Any:
 def _identity(entry: object) -> tuple[str, str]:
     """Where an entry is defined: its module and name (of an object that has none, those of its class)."""
     named: Any = entry if hasattr(entry, "__qualname__") else type(entry)
-    return named.__module__, named.__qualname__ if named is entry else f"{named.__qualname__} {id(entry)}"
+    name = str(named.__qualname__)
+    return str(named.__module__), name if named is entry else f"{name} {id(entry)}"

@@ -77,7 +77,7 @@ def teacher_source(
         raise InputError(f"{present[0]} given for a model in memory, which is loaded already: leave it out")
     if has_quantized(teacher):
         raise InputError("the weights of the model in memory are quantized: give its folder, which is read as numbers")
-    origin = teacher.name_or_path
+    origin = teacher.name_or_path or ""
     if tokenizer is None:
         if not origin or not Path(origin).is_dir():
             raise InputError("a model in memory needs its tokenizer: give tokenizer=")

@@ -211,7 +211,7 @@ def _load(
     """`teacher`: of a student in adapter form, in place of the one that it was made with."""
     of_teacher = teacher is not None and is_adapter_folder(path)
     place = {"path": teacher, "adapter": path} if of_teacher else {"path": path}
-    model, tokenizer = load_any(**place, revision=revision, **vars(placement))  # type: ignore[arg-type]
+    model, tokenizer = load_any(**place, revision=revision, **vars(placement))
     return EvalModel(
         name=name, role=role, path=path, model=model, tokenizer=tokenizer, fingerprint=_fingerprint(path, model.config)
     )
