@@ -43,9 +43,11 @@ result = linearize.speculate(teacher, linearize.load("student"), torch.tensor([[
 print(result.tokens[0], result.stats.line())
 """,
     "evaluate": """
-report = linearize.evaluate(
-    "student", data=["other_stories.txt"], suite="quick",
-    options=linearize.EvaluationOptions(tokens=4096, length=256),
+from linearize.evaluation.sections.language import Language
+
+report = linearize.evaluate(  # without `sections`: a whole suite, as `linearize eval`
+    "student", data=["other_stories.txt"], sections=[Language()],
+    options=linearize.EvaluationOptions(tokens=1024, length=128),
 )
 print(report.student_kl)
 """,

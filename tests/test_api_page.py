@@ -15,11 +15,6 @@ from linearize.mixers import MIXERS
 from linearize.modeling.export import EXPORTS
 from linearize.training.stages import STAGES
 
-LONG = (
-    "Tom had {n} red cats and a big box. They went to the park and played all day with a ball until the sun went down. "
-    "Then it was time to go home, and Tom said that he was happy because he had a {thing}."
-)
-THINGS = ("ball", "dog", "boat", "cake", "drum", "hat", "kite", "lamp", "mouse", "pear", "ring", "tree")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -36,9 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the examples run, one after the other."""
     path = tmp_path_factory.mktemp("examples")
     write_text(path / "stories.txt", 60)
-    (path / "other_stories.txt").write_text(
-        "\n\n".join(LONG.format(n=n, thing=THINGS[n % len(THINGS)]) for n in range(36))
-    )
+    others = (f"Tom had {n} red cats and a big box. They ran to the park." for n in range(36))
+    (path / "other_stories.txt").write_text("\n\n".join(others))
     return path
 
 
@@ -49,7 +43,7 @@ def test_the_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     before = [set(table) for table in tables]
     try:
         for name, code in EXAMPLES.items():
-            exec(compile(PRELUDE + code, f"the example of {name}", "exec"), {})
+            exec(compile(PRELUDE + code, f"the example of {name}", "exec", dont_inherit=True), {})
     finally:
         for table, names in zip(tables, before, strict=True):
             for name in set(table) - names:

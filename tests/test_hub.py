@@ -155,6 +155,8 @@ def test_refusals_come_in_one_line_and_before_any_work(
     assert "choose one" in refused(teacher=folder / "old", self_contained=True, adapter_only=True)
     assert "HF_TOKEN" in refused(teacher=folder / "old", push_to="x/y", token="hf_wrong")
     assert "x/y" not in hub.repositories
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "cannot be reached" in refused(teacher=folder / "old", push_to="x/y")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(hub.requests)
     assert "HF_HUB_OFFLINE" in refused(teacher=folder / "old", push_to="x/y")

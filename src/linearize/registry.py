@@ -135,19 +135,17 @@ def choice(own: Iterable[type[BaseModel]], table: Callable[[], Table[Any]]) -> A
         adapter: TypeAdapter[Any] = TypeAdapter(_union((*known, others[name])))
         return adapter.validate_python(value)
 
-    union: Any = SerializeAsAny.__class_getitem__(_union(known))
+    union: Any = SerializeAsAny[_union(known)]  # type: ignore[misc]  # made from the table
     return Annotated[union, WrapValidator(validate)]
 
 
 def _union(configs: tuple[type[BaseModel], ...]) -> Any:
     """The type of one of these configs, picked by its `name`."""
-    either: Any = Union.__getitem__(configs)
-    return Annotated[either, Field(discriminator="name")]
+    return Annotated[Union.__getitem__(configs), Field(discriminator="name")]
 
 
 def _identity(entry: object) -> tuple[str, str]:
     """Where an entry is defined: its module and name (of an object that has none, those of its class)."""
-    if hasattr(entry, "__qualname__"):
-        return entry.__module__, entry.__qualname__
-    made_of = type(entry)
-    return made_of.__module__, f"{made_of.__qualname__} {id(entry)}"
+    named: Any = entry if hasattr(entry, "__qualname__") else type(entry)
+    name = str(named.__qualname__)
+    return str(named.__module__), name if named is entry else f"{name} {id(entry)}"

@@ -17,13 +17,13 @@ GROUPS = {
         "data", "suite", "tasks", "include-path", "data-root", "limit", "tokens", "length", "allow-code-execution",
         "judge-url", "judge-model",
     ),
-    "Model": ("teacher", "adapter", "store", "trust-remote-code"),
+    "Model": ("teacher", "adapter", "store", "revision", "token", "trust-remote-code"),
     "Sampling": ("max-new-tokens", "temperature", "seed"),
     "Speculative decoding": ("draft", "draft-tokens", "prompt-lookup", "stats"),
     "Memory and devices": (
-        "device", "devices", "table", "batch", "base", "stream", "memory", "disk", "block", "blocks", "compile",
+        "device", "device-map", "dtype", "devices", "table", "batch", "base", "stream", "memory", "disk", "block", "blocks", "compile",
     ),
-    "Output": ("out", "overwrite", "adapter-only", "push-to", "track", "plot", "json"),
+    "Output": ("out", "overwrite", "adapter-only", "self-contained", "push-to", "private", "track", "plot", "json"),
 }  # fmt: skip
 """The groups of options in `--help`; an option may name another one (`rich_help_panel`), and one in none is last."""
 

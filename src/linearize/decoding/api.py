@@ -66,7 +66,7 @@ def generate(
     if draft is not None and not isinstance(draft, PreTrainedModel):
         name = str(draft)
         draft, draft_tokenizer = load_any(name, device=str(model.device))
-        check_tokenizers(tokenizer, draft_tokenizer, model.name_or_path or "the model", name)
+        check_tokenizers(tokenizer, draft_tokenizer, str(model.name_or_path), name)
         share_equal_weights(draft, model)
     return continue_text(
         model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,

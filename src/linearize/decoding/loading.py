@@ -30,9 +30,9 @@ def load_any(
     """Model in eval mode on `device` (None: the GPU if there is one) and tokenizer.
 
     `adapter`: the folder of a student in adapter form, whose teacher is `path`; the tokenizer is the teacher's where
-    the folder has none. `store`: exact pairs of a student's window + linear mixers (see `linearize.load`, also for
-    the further arguments). Raises
-    InputError for a folder that is not a model, a device that is not there, and a store for what has none.
+    the folder has none. `store`: exact pairs of a student's window + linear mixers (see `linearize.load`, also for the
+    further arguments). Raises InputError for a folder that is not a model, a device that is not there, and a store for
+    what has none.
     """
     if device is not None and device_map is not None:
         raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")

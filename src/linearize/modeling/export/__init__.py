@@ -103,7 +103,7 @@ def register_export(name: str, export: Export) -> None:
     Raises:
         InputError: a name that is taken, or an entry that is not an `Export`.
     """
-    EXPORTS.register(name, export, package=export.write.__module__.partition(".")[0])
+    EXPORTS.register(name, export, package=(export.write.__module__ or "__main__").partition(".")[0])
 
 
 def export_student(

@@ -120,7 +120,7 @@ def _hub_errors(doing: str) -> Iterator[None]:
             f"{doing}: {offline} and the files are not in the cache; go online, or give a folder"
         ) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "requests", "urllib3"):
+        if type(error).__module__.startswith(("httpx", "requests", "urllib3")):
             raise InputError(f"{doing}: the Hub cannot be reached ({one_line(error)}); go online") from error
         raise
 
