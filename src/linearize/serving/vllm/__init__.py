@@ -25,8 +25,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import linearize  # noqa: F401  # registers the config class
-    from linearize.serving.vllm.checks import StudentChecks
+    from linearize.serving.vllm.checks import StudentChecks  # imports `modeling`, which registers the config class
 
     MODELS_CONFIG_MAP[ARCHITECTURE] = StudentChecks
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

@@ -16,7 +16,7 @@ class StepBuilder(LinearAttentionMetadataBuilder):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
-    def build(  # type: ignore[override]  # the metadata is ours
+    def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
         """See `AttentionMetadataBuilder.build`."""
