@@ -17,7 +17,7 @@ from serve_cases import state_files, student, tokenizer
 
 from linearize.cli.main import main
 from linearize.serving.server import ServeOptions
-from linearize.serving.vllm import vllm_arguments
+from linearize.serving.vllm_command import vllm_arguments
 
 
 @pytest.fixture(scope="module")

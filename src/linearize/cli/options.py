@@ -21,7 +21,8 @@ GROUPS = {
     "Sampling": ("max-new-tokens", "temperature", "seed"),
     "Speculative decoding": ("draft", "draft-tokens", "prompt-lookup", "stats"),
     "Memory and devices": (
-        "device", "device-map", "dtype", "devices", "table", "batch", "base", "stream", "memory", "disk", "block", "blocks", "compile",
+        "device", "device-map", "dtype", "devices", "table", "batch", "base", "stream", "memory", "disk", "block",
+        "blocks", "compile",
     ),
     "Output": ("out", "overwrite", "adapter-only", "self-contained", "push-to", "private", "track", "plot", "json"),
 }  # fmt: skip

@@ -89,7 +89,7 @@ def serve(
     chosen |= specified(state_dir=state_dir, adapter=adapter, store=store, device=device)
     key = api_key_from(api_key)
     if engine == VLLM:
-        from linearize.serving.vllm import exec_vllm
+        from linearize.serving.vllm_command import exec_vllm
 
         exec_vllm(model, chosen, key)
         return
