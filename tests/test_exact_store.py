@@ -213,11 +213,11 @@ def test_a_store_for_what_has_none_is_one_line(plan: str, pairs: int) -> None:
     assert "\n" not in str(raised.value) and str(pairs) in str(raised.value)
 
 
-@pytest.mark.parametrize(("shift", "said"), [("window", 1), ("shared", 0)])
-def test_a_store_on_another_scale_than_the_sum_is_announced(shift: str, said: int) -> None:
+@pytest.mark.parametrize(("shift", "warnings_expected"), [("window", 1), ("shared", 0)])
+def test_a_store_on_another_scale_than_the_sum_is_announced(shift: str, warnings_expected: int) -> None:
     student = student_of(tiny("llama"), mixer(shift=shift))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         student.set_store(4)
         student.set_store(0)
-    assert len([one for one in caught if "store 4" in str(one.message)]) == said
+    assert len([one for one in caught if "store 4" in str(one.message)]) == warnings_expected
