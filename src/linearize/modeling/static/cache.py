@@ -78,7 +78,7 @@ class StaticMixerLayer(_Layer):
         self.state: MixerState | None = None
         self.raw: tuple[Tensor, ...] = ()
         self.time_dim = 0
-        self._views: dict[int, MixerState] = {}  # of the first so many rows
+        self.rows = 0  # that there is memory for
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -118,7 +118,7 @@ class StaticMixerLayer(_Layer):
     def _fill(self, state: MixerState, inputs: tuple[Tensor, ...], time_dim: int) -> None:
         """The state after the prompts, in memory of the layer's own."""
         if self.state is None:
-            self.time_dim = time_dim
+            self.time_dim, self.rows = time_dim, inputs[0].shape[0]
             with torch.inference_mode(False):
                 self.state = state.map_batch(lambda x: x.clone(memory_format=torch.contiguous_format))
                 self.raw = tuple(_zeros(x, time_dim, self.tail) for x in inputs if self.tail)
@@ -129,13 +129,12 @@ class StaticMixerLayer(_Layer):
     def _first_rows(self, rows: int) -> MixerState:
         """The memory of the first rows, which are those that a step reads."""
         assert self.state is not None
-        if rows not in self._views:
-            self._views[rows] = self.state.map_batch(lambda x: x[:rows])
-        return self._views[rows]
+        return self.state if rows == self.rows else self.state.map_batch(lambda x: x[:rows])
 
     def put(self, row: int, state: MixerState, batch: int) -> None:
         """A row goes on from a state of fixed shapes; `batch`: rows to make memory for at the first call."""
         if self.state is None:
+            self.rows = batch
             with torch.inference_mode(False):
                 self.state = state.map_batch(lambda x: x.new_zeros(batch, *x.shape[1:]))
         self.filled = True
@@ -154,7 +153,6 @@ class StaticMixerLayer(_Layer):
 
     def widen(self, tail: int) -> None:
         """A longer tail, with what is in it."""
-        self._views = {}
         old, self.tail, more = self.tail, tail, max(tail - self.most, 0)
         self.most += more
         with torch.inference_mode(False):
