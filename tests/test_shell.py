@@ -128,7 +128,7 @@ def test_options_are_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert titles[:2] == ["Arguments", "Required"] and titles[-1] == "Options" and len(titles) >= 6
     groups = dict(zip(titles, text.split(":\n")[1:], strict=True))
     assert (
-        "--data" in groups["Required"] and "--recipe" in groups["Recipe"] and "--stream" in groups["Memory and devices"]
+        "--out" in groups["Required"] and "--recipe" in groups["Recipe"] and "--stream" in groups["Memory and devices"]
     )
     assert all(text.count(f"  {option} ") == 1 for option in ("--data", "--set", "--track", "--device", "--overwrite"))
     assert text.isascii()
