@@ -136,3 +136,17 @@ def test_weights_leave_the_held_out_documents_as_they_are(folder: Path) -> None:
     assert abs(len(plain.rows(40)) - len(mixed.rows(40))) < 8
     assert plain.fingerprint(40, heldout) != mixed.fingerprint(40, heldout)
     assert np.isin(mixed.rows(40).documents.hash_D, plain.rows(40).documents.hash_D).all()
+
+
+def test_a_conversion_warns_of_paragraphs_as_documents(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "book.txt").write_text("\n\n".join(f"{n}, a cat" for n in range(30)))
+    (folder / "other.txt").write_text("The end. " * 50)
+    specs = [str(folder / "book.txt"), str(folder / "other.txt")]
+    data = recipe(length=128, heldout=1).data
+    text, _ = read_text(tiny_llama(1), tiny_tokenizer(), data, specs)
+    (warning,) = [record.getMessage() for record in caplog.records if "blank lines" in record.getMessage()]
+    assert f"{specs[0]}:whole" in warning and len(text.rows(128).documents) == 30
+    caplog.clear()
+    whole = data.model_copy(update={"whole_files": True})
+    text, _ = read_text(tiny_llama(1), tiny_tokenizer(), whole, specs)
+    assert "blank lines" not in caplog.text and len(text.rows(128).documents) == 1
