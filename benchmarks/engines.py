@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel, Field
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.smollm2_page import table
 from linearize.errors import InputError, one_line
 from linearize.metrics.report import provenance
 from linearize.mixers import MIXERS, MixerConfig
@@ -30,7 +31,6 @@ from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.export import export_student
 from linearize.modeling.export.verify import ENGINES, verify
 from linearize.storage.atomic import atomic_write_text
-from linearize.tables import table
 
 RESULTS = Path(__file__).parent / "engines.json"
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
