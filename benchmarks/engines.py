@@ -35,7 +35,7 @@ from linearize.storage.atomic import atomic_write_text
 RESULTS = Path(__file__).parent / "engines.json"
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 START, END = "<!-- engines: python -m benchmarks.engines page -->", "<!-- end of engines -->"
-SEED, HEAD_DIM, LAYERS = 0, 32, 4
+SEED, LAYERS = 0, 4
 WINDOW = {"window": 8, "window_shape": "terraced", "num_sinks": 1, "shift": "shared", "feature_map": "gain"}
 
 
@@ -50,6 +50,7 @@ class Case:
     to: str | None
     family: str
     width: int
+    head_dim: int = 32
     mixers: tuple[MixerConfig | None, ...]
     engines: tuple[str, ...]
 
@@ -68,8 +69,8 @@ def cases() -> list[Case]:
     return [
         Case(name="mamba2, softmax; heads as wide as the model", to="granite-hybrid", family="llama", width=128,
              mixers=half(mamba), engines=native),
-        Case(name="mamba2, softmax; heads twice as wide", to="granite-hybrid", family="llama", width=64,
-             mixers=half(mamba), engines=native),
+        Case(name="mamba2, softmax; heads twice as wide", to="granite-hybrid", family="llama", width=128,
+             head_dim=64, mixers=half(mamba), engines=native),
         Case(name="gated delta net, softmax", to="qwen3.5", family="qwen3", width=96, mixers=half(delta),
              engines=native),
         Case(name="window + linear", to="mlx", family="llama", width=96, mixers=every(window), engines=("mlx",)),
@@ -110,7 +111,7 @@ def student(case: Case) -> LinearizedForCausalLM:
     torch.manual_seed(SEED)
     config = AutoConfig.for_model(
         case.family, vocab_size=97, hidden_size=case.width, intermediate_size=160, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD_DIM, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=case.head_dim, max_position_embeddings=512,
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     teacher: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -122,13 +123,15 @@ def student(case: Case) -> LinearizedForCausalLM:
     return made
 
 
-def run(engines: Sequence[tuple[str, Path]]) -> None:
-    """Every engine over every folder that is meant for it."""
+def run(engines: Sequence[tuple[str, Path]], only: str) -> None:
+    """Every engine over every folder that is meant for it, of students whose names contain `only`."""
     results = Results()
     if RESULTS.is_file():
         results = Results.model_validate_json(RESULTS.read_text("utf-8"))
     os.environ["PYTHONPATH"] = ""  # engines of other environments do not see this one's packages
     for case in cases():
+        if only not in f"{case.to}: {case.name}":
+            continue
         row = results.cells.setdefault(f"{case.to or 'the student itself'}: {case.name}", {})
         with tempfile.TemporaryDirectory() as place:
             own, folder = Path(place) / "student", Path(place) / "export"
@@ -150,7 +153,8 @@ def compare(folder: Path, own: Path, engine: str, python: Path) -> tuple[str, Ce
     try:
         outcome = verify(folder, own, engine, python=python, trust_remote_code=True)
     except InputError as error:
-        return version_of(engine, python), Cell(error=one_line(error))
+        reason = one_line(error).removeprefix(f"{engine} does not run {folder}: ")
+        return version_of(engine, python), Cell(error=reason.replace(str(folder), "the folder"))
     fields = outcome.model_dump(include={"equal", "tokens", "difference"})
     return outcome.version, Cell(passed=outcome.passed, **fields)
 
@@ -188,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     runs = verbs.add_parser("run", help="run engines and keep what they did")
     runs.add_argument("--engine", action="append", required=True, metavar="NAME=PYTHON")
+    runs.add_argument("--only", default="", help="part of TARGET: STUDENT")
     verbs.add_parser("page", help="write the table into docs/export.md")
     options = parser.parse_args(arguments)
     if options.verb == "page":
@@ -199,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in ENGINES or not python:
             parser.error(f"--engine {entry}: give NAME=PYTHON, NAME one of {', '.join(ENGINES)}")
         engines.append((name, Path(python)))
-    run(engines)
+    run(engines, options.only)
 
 
 if __name__ == "__main__":

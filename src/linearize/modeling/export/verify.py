@@ -33,6 +33,7 @@ PROMPTS = (
     "1. Wash the rice. 2. Put it into a pot. 3.",
     "def area(width, height):\n    return",
 )
+FOOTER = "For further information visit"  # of pydantic, after the reason
 NEW = 30  # tokens written after each prompt: beyond the windows of most students
 TIE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens that rounding may swap
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.05}  # nats by which a log-probability may differ
@@ -119,7 +120,8 @@ def _run(engine: str, python: Path, folder: Path, request: dict[str, Any]) -> di
         if done.returncode == 0 and answered.is_file():
             answer: dict[str, Any] = json.loads(answered.read_text("utf-8"))
             return answer
-    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.strip().startswith(FOOTER)]
+    last = lines[-1] if lines else f"exit code {done.returncode}"
     if "No module named" in last:
         raise InputError(
             f"{python} has no {engine} ({last.strip()}): pip install {ENGINES[engine]} there, or give another --python"
