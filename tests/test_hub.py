@@ -21,6 +21,7 @@ from linearize.errors import InputError
 from linearize.evaluation.run import EvaluationOptions, evaluate
 from linearize.evaluation.sections.language import Language
 from linearize.metrics.report import read_report, without_token
+from linearize.modeling.io.hub import upload
 from linearize.planning.estimate import plan_conversion
 
 RECIPE: dict[str, Any] = {
@@ -182,6 +183,17 @@ def test_an_upload_that_fails_leaves_the_student(
     assert main(["convert", str(folder / "old"), *arguments, "--out", out, "--push-to", "org/late"]) == 1
     assert json.loads((tmp_path / "s" / "report.json").read_text())["recipe"] == "tiny"
     assert "push_to_hub" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_upload_that_breaks_below_http_is_one_line(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("Network error")  # as hf_xet raises it
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", broken)
+    with pytest.raises(InputError, match="Network error"):
+        upload(tmp_path, "org/late", token=None, message="m")
 
 
 def test_a_token_is_not_recorded() -> None:

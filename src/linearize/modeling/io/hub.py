@@ -120,7 +120,8 @@ def _hub_errors(doing: str) -> Iterator[None]:
             f"{doing}: {offline} and the files are not in the cache; go online, or give a folder"
         ) from error
     except Exception as error:
-        if type(error).__module__.startswith(("httpx", "requests", "urllib3")):
+        outside = type(error).__module__.startswith(("httpx", "requests", "urllib3"))
+        if outside or isinstance(error, ConnectionError | TimeoutError):  # hf_xet raises Python's own
             raise InputError(f"{doing}: the Hub cannot be reached ({one_line(error)}); go online") from error
         raise
 
