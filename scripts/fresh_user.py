@@ -45,10 +45,7 @@ def steps(teacher: str, repository: str) -> dict[str, Sequence[str]]:
         ],
         "generate": ["generate", "student", "--prompt", "Once upon a time", "--max-new-tokens", "8"],
         "chat": ["chat", "student", "--max-new-tokens", "8"],
-        "eval": [
-            "eval", "student", "--suite", "quick", "--data", "text.txt", "--tokens", "2k", "--limit", "2", "--out",
-            "report",
-        ],
+        "eval": ["eval", "student", "--tokens", "4k", "--limit", "4", "--out", "report"],
         "export": ["export", "student", "--to", "hf", "--out", "native"],
         "verify": ["verify", "native", "--student", "student", "--with", "transformers", "--trust-remote-code"],
     }  # fmt: skip
