@@ -16,6 +16,7 @@ from linearize.conversion.source import DeviceMap, TeacherSource, teacher_source
 from linearize.conversion.work_folder import work_folder
 from linearize.errors import InputError
 from linearize.modeling.export.remote_code import foreign
+from linearize.modeling.io.teacher import check_device_map
 from linearize.numbers import parse_size
 from linearize.recipes.schema import Recipe, load_recipe
 from linearize.storage.files import check_apart, expand_home, real_name
@@ -144,8 +145,7 @@ def read_request(
     unstreamed = {"dtype": dtype, "device_map": device_map}
     if stream and (present := [name for name, value in unstreamed.items() if value is not None]):
         raise InputError(f"{present[0]} is for models that are loaded as a whole: leave it out, or leave out --stream")
-    if device is not None and device_map is not None:
-        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
+    check_device_map(device, device_map)
     return ConversionRequest(
         source=source, specs=specs, recipe=chosen, overridden=frozenset(overrides or ()), options=options,
         stream=stream, overwrite=overwrite, adapter_only=adapter_only, device=device, final=final,

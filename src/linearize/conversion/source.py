@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize.errors import InputError
 from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.quantized import has_quantized
-from linearize.modeling.io.teacher import load_tokenizer
+from linearize.modeling.io.teacher import own_tokenizer
 from linearize.modeling.surgery import share_weights
 
 DeviceMap = str | dict[str, Any]
@@ -79,9 +78,7 @@ def teacher_source(
         raise InputError("the weights of the model in memory are quantized: give its folder, which is read as numbers")
     origin = teacher.name_or_path or ""
     if tokenizer is None:
-        if not origin or not Path(origin).is_dir():
-            raise InputError("a model in memory needs its tokenizer: give tokenizer=")
-        tokenizer = load_tokenizer(origin)
+        tokenizer = own_tokenizer(teacher)
     return TeacherSource(
         name=origin or type(teacher).__name__, path=origin, commit=getattr(teacher.config, "_commit_hash", None),
         model=teacher, tokenizer=tokenizer,

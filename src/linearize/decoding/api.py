@@ -15,7 +15,7 @@ from linearize.decoding.speculative import share_equal_weights
 from linearize.decoding.speculative.draft_length import DraftTokens
 from linearize.decoding.speculative.drafters import check_tokenizers
 from linearize.errors import InputError
-from linearize.modeling.io.teacher import load_tokenizer
+from linearize.modeling.io.teacher import own_tokenizer
 
 
 def generate(
@@ -73,11 +73,3 @@ def generate(
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None, prompt_lookup=prompt_lookup,
         draft=draft, draft_tokens=draft_tokens,
     )  # fmt: skip
-
-
-def own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder that a model was loaded from. Raises InputError where there is none."""
-    origin = model.name_or_path
-    if not origin or not Path(origin).is_dir():
-        raise InputError("a model in memory needs its tokenizer: give tokenizer=")
-    return load_tokenizer(origin)

@@ -12,7 +12,7 @@ import linearize.modeling as modeling
 from linearize.errors import InputError
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.io.hub import local_copy
-from linearize.modeling.io.teacher import load_teacher, load_tokenizer
+from linearize.modeling.io.teacher import check_device_map, load_teacher, load_tokenizer
 from linearize.storage.files import expand_home, read_json
 
 
@@ -34,8 +34,7 @@ def load_any(
     further arguments). Raises InputError for a folder that is not a model, a device that is not there, and a store for
     what has none.
     """
-    if device is not None and device_map is not None:
-        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
+    check_device_map(device, device_map)
     how: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     how["device"] = pick_device(device) if device_map is None else None
     name, path = path, local_copy(path, revision=revision, token=token).path

@@ -52,9 +52,9 @@ def load(
             mixers that have none.
     """
     from linearize.modeling.io.hub import local_copy
+    from linearize.modeling.io.teacher import check_device_map
 
-    if device is not None and device_map is not None:
-        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
+    check_device_map(device, device_map)
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     place = local_copy(path, revision=revision, token=token)

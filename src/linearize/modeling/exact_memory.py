@@ -27,11 +27,11 @@ def set_store(student: Any, pairs: int) -> None:
     if not able:
         names = sorted({str(config.inner.name) for config in configs.values()})
         raise InputError(f"store {pairs}: mixers of this student are {', '.join(names)}, and lolcats alone has one")
-    if pairs and any(configs[layer].inner.shift == "window" for layer in able):
+    if pairs and any(getattr(configs[layer].inner, "shift", None) == "window" for layer in able):
         warnings.warn(
             f"store {pairs}: this student weighs what left its window on another scale (shift: window, as published), "
             "so a stored pair counts little; students with shift: shared, as window-linear's, find what they store",
-            stacklevel=2,
+            stacklevel=3,
         )
     for layer in able:
         try:

@@ -1,4 +1,4 @@
-"""The scheduler: one thread that runs the model. It reads a piece of a waiting prompt, then decodes one token of every
+"""The scheduler: one thread that runs the model. It reads a part of a waiting prompt, then decodes one token of every
 answer, and so on: long prompts do not hold up answers, and answers join and leave between any two tokens.
 
 Letters: B answers, V vocabulary.
@@ -184,13 +184,13 @@ class Engine:
         return Prefill(job, self.caches.restore(saved), saved.length)
 
     def _read_prompts(self) -> None:
-        """Read the next piece of one prompt; the prompts take turns."""
+        """Read the next part of one prompt; the prompts take turns."""
         if not self._reading:
             return
         prefill = self._reading.popleft()
         job = prefill.job
         try:
-            logits_V = self._read_piece(prefill)
+            logits_V = self._read_part(prefill)
             if prefill.read < len(job.prompt):
                 self._reading.append(prefill)
                 return
@@ -199,8 +199,8 @@ class Engine:
             self._give_up(job, _failed(error))
 
     @torch.no_grad()
-    def _read_piece(self, prefill: Prefill) -> Tensor:
-        """The logits after the piece, `[V]`."""
+    def _read_part(self, prefill: Prefill) -> Tensor:
+        """The logits after the part, `[V]`."""
         job, start = prefill.job, prefill.read
         tokens = job.prompt[start : start + self.prefill_tokens]
         ids = torch.tensor([tokens], device=self.model.device)

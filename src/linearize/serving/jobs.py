@@ -115,7 +115,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Prefill:
-    """A prompt that is being read in pieces: `read` tokens are in the cache."""
+    """A prompt that is being read in parts: `read` tokens are in the cache."""
 
     job: Job
     cache: Any

@@ -116,3 +116,17 @@ def _types_on_hub(source: ModelSource) -> dict[str, str]:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / file).is_file() for file in _TOKENIZERS)
+
+
+def own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder that a model was loaded from. Raises InputError where there is none."""
+    origin = model.name_or_path
+    if not origin or not Path(origin).is_dir():
+        raise InputError("a model in memory needs its tokenizer: give tokenizer=")
+    return load_tokenizer(origin)
+
+
+def check_device_map(device: object, device_map: object) -> None:
+    """Refuse two places for the weights. Raises InputError."""
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device} and device_map {device_map} given: each says where weights go, choose one")
