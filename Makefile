@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO_OUT ?= demo-out
 
-.PHONY: demo test test-slow test-newest test-lowest test-mlx serve-test gpu-test gpu-report docs lint format clean
+# make test-lowest: an older release is tried with scripts/lower_bounds.py before it becomes a bound.
+.PHONY: demo test test-slow meeting test-newest test-lowest test-mlx serve-test gpu-test gpu-report docs lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/linearize demo --out $(DEMO_OUT)
@@ -29,7 +30,11 @@ test-slow: $(VENV)/.installed-dev
 # The parts that meet other libraries: their names, arguments and classes.
 MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_generation.py mixer_contract.py \
 	layer_mixers.py families.py stages.py export.py export_remote_code.py export_alone.py auto_model.py \
-	trainers_of_others.py versions.py)
+	trainers_of_others.py versions.py data.py specs.py)
+
+# For scripts/lower_bounds.py.
+meeting:
+	@echo $(MEETING)
 
 # mlx-lm has its own environment: folders for it are run by it.
 test-mlx: $(VENV)/.installed-dev $(VENV)-mlx/.installed

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from many import together
 from safetensors.torch import load_file
 from teacher_folder import write_teacher, write_text
 from toy_stage import LENGTH, ToyRun, toy_batches, toy_config, toy_heldout
 
 import linearize
+from linearize.conversion import outputs
 from linearize.errors import InputError
 from linearize.training.callbacks import Evaluation, Step, StopTraining
 from linearize.training.loop import StageResult, run_stage
@@ -62,7 +64,7 @@ class Watch:
 
     def on_step(self, info: Step) -> bool:
         assert info.numbers["loss"] == info.loss and info.tokens_per_second > 0 and info.numbers["lr"] > 0
-        assert info.steps in (3, 4) and info.seconds_left >= 0
+        assert info.steps in (2, 3, 4) and info.seconds_left >= 0
         return self._keep("step", info.stage, info.step)
 
     def on_evaluate(self, info: Evaluation) -> bool:
@@ -147,3 +149,44 @@ def test_an_object_that_would_never_be_called_is_refused(folder: Path, tmp_path:
     with pytest.raises(InputError, match="on_step, on_evaluate or on_stage_end"):
         convert(folder, tmp_path / "s", Misspelt())
     assert not list(tmp_path.iterdir())
+
+
+# several processes
+
+
+def convert_together(folder: str, out: str, overrides: dict[str, Any], *stops: tuple[str, str, int]) -> Any:
+    """What the callbacks saw on this process, and whether there is a student."""
+    for name in ("plot_stages", "plot_layer_error"):
+        setattr(outputs, name, lambda *_: [])
+    watch = Watch(*stops)
+    student = convert(Path(folder), Path(out), watch, overrides=overrides)
+    return watch.seen, student is not None
+
+
+BLOCKS = {"stages.0.block": 1, "stages.1.batch": 4}
+NAMES = [f"{FIRST}/layers-00{n}-00{n}" for n in range(3)]
+
+
+@pytest.mark.slow
+def test_the_first_of_several_processes_sees_the_blocks_of_all(folder: Path, tmp_path: Path) -> None:
+    (seen, whole), (nothing, other) = together(2, convert_together, str(folder), str(tmp_path / "s"), BLOCKS)
+    assert whole and other and nothing == []
+    for name in NAMES:
+        events = [event[::2] for event in seen if event[1] == name]
+        assert events == [event[::2] for event in WHOLE if event[1] == FIRST]
+    assert [event for event in seen if event[1] == SECOND][-1][0] == "end" and seen[-1][1] == SECOND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(3))
+def test_a_stop_on_any_block_stops_all_processes(folder: Path, tmp_path: Path, block: int) -> None:
+    """Whichever process trains the block; the same call continues, and no step is done or seen twice."""
+    arguments = (str(folder), str(tmp_path / "s"), BLOCKS)
+    (first, whole), (nothing, other) = together(2, convert_together, *arguments, ("step", NAMES[block], 2))
+    assert not whole and not other and nothing == [] and ("step", NAMES[block], 2) in first
+    assert not (tmp_path / "s").exists() and (tmp_path / ".s.run").is_dir()
+    (second, whole), (nothing, _) = together(2, convert_together, *arguments)
+    assert whole and nothing == [] and (tmp_path / "s" / "model.safetensors").is_file()
+    for name in NAMES:
+        steps = [event[2] for event in first + second if event[:2] == ("step", name)]
+        assert steps == [1, 2, 3, 4]

@@ -28,8 +28,10 @@ from linearize.evaluation import (
 )
 from linearize.evaluation.loading import Origin, held_out_documents, unique_names
 from linearize.evaluation.sections.branches import Branches
+from linearize.evaluation.sections.cloze.measure import Cloze
 from linearize.evaluation.sections.language import Language
 from linearize.evaluation.sections.speed import Speed
+from linearize.evaluation.suites import SUITES, Suite
 from linearize.metrics.branches import window_reach
 from linearize.mixers.gla import GlaConfig
 from linearize.mixers.lolcats import LolcatsConfig
@@ -241,6 +243,17 @@ def test_a_suite_without_text_measures_what_needs_none(folder: Path) -> None:
     fast = Speed(contexts=(24,), repeats=1, new_tokens=2, prefill_repeats=1, most_rows=0, check_tokens=20)
     result = evaluate(folder / "one", sections=[Language(), fast], options=CPU)
     assert list(result.sections) == ["speed"] and "no held-out text" in result.notes[0]
+
+
+def test_a_suite_on_little_text_measures_what_it_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = (Language(), Cloze())
+    monkeypatch.setitem(SUITES, "some", Suite(description="some", sections=sections))
+    monkeypatch.setitem(SUITES, "cloze", Suite(description="cloze", sections=sections[1:]))
+    result = evaluate(folder / "student", suite="some", options=CPU)
+    assert list(result.sections) == ["language"] and any(f"{Cloze.TITLE} (cloze: 0 items" in n for n in result.notes)
+    for options in ({"sections": sections}, {"suite": "cloze"}):
+        with pytest.raises(InputError, match="0 items"):
+            evaluate(folder / "student", options=CPU, **options)  # type: ignore[arg-type]
 
 
 def test_bench_is_the_section_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,13 @@ import huggingface_hub.constants as constants
 import pytest
 import torch
 import yaml
-from hub_server import ACCOUNT, TOKEN, Hub, Repository, running_hub
+from hub_server import ACCOUNT, TOKEN, Hub, Repository, running_hub, use_hub
 from teacher_folder import write_teacher, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
 
 import linearize
-from linearize.cli.main import main
+from linearize.cli.main import app, main
 from linearize.errors import InputError
 from linearize.evaluation.run import EvaluationOptions, evaluate
 from linearize.evaluation.sections.language import Language
@@ -54,13 +55,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         repository = server.repositories["org/teacher"] = Repository()
         repository.commit(content(folder / "old"), "v1")
         repository.commit(content(folder / "new"))
-        for name, value in {
-            "ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        }.items():  # fmt: skip
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        use_hub(server, monkeypatch, tmp_path / "cache")
         monkeypatch.setattr("linearize.conversion.outputs.plot_stages", lambda *_: [])
         monkeypatch.setattr("linearize.conversion.outputs.plot_layer_error", lambda *_: [])
         yield server
@@ -199,3 +194,60 @@ def test_an_upload_that_breaks_below_http_is_one_line(
 def test_a_token_is_not_recorded() -> None:
     given_one = ["convert", "x", "--token", "hf_secret", "--token=hf_secret", "--out", "s"]
     assert without_token(given_one) == ["convert", "x", "--token", "...", "--token=...", "--out", "s"]
+
+
+VERBS: dict[str, list[str]] = {
+    "generate": ["--prompt", "the cat", "--max-new-tokens", "3", "--device", "cpu"],
+    "chat": ["--max-new-tokens", "3", "--device", "cpu"],
+    "inspect": [],
+    "bench": ["--context", "8", "--new-tokens", "2", "--repeats", "1", "--device", "cpu"],
+    "plan": ["--recipe", "lolcats", "--device", "A100-80"],
+    "serve": ["--port", "0", "--device", "cpu"],
+    "export": ["--to", "hf"],
+}
+
+
+def test_every_verb_that_names_a_model_takes_its_revision() -> None:
+    known: Any = get_command(app).commands  # type: ignore[attr-defined]
+    named = {"model", "teacher", "student", "folder"}
+    verbs = {name: verb for name, verb in known.items() if named & {p.name for p in verb.params if p.name in named}}
+    assert {*VERBS, "convert", "eval", "verify"} <= set(verbs)
+    for name, verb in verbs.items():
+        options = {option for parameter in verb.params for option in parameter.opts}
+        assert {"--revision", "--token"} <= options, name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_reads_the_revision_that_is_named(
+    verb: str,
+    folder: Path,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A hidden repository whose `v1` alone has a model."""
+    student = linearize.convert_model(
+        AutoModelForCausalLM.from_pretrained(folder / "old"), [linearize.GlaConfig(window=3), None]
+    )
+    student.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(folder / "old").save_pretrained(tmp_path / "student")
+    hidden = hub.repositories["org/hidden"] = Repository(private=True)
+    hidden.commit(content(tmp_path / "student" if verb == "export" else folder / "old"), "v1")
+    hidden.commit({"README.md": b"nothing"}, "main")
+    hidden.commits[hidden.branches["main"]] = {"README.md": b"nothing"}
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("linearize.serving.server._run", lambda *_: None)
+    more = ["--out", str(tmp_path / "out")] if verb in ("export", "bench") else []
+    command = [verb, "org/hidden", *VERBS[verb], *more]
+    assert main([*command, "--revision", "v1", "--token", TOKEN]) == 0, capsys.readouterr().err
+    for wrong, reason in (
+        (["--token", TOKEN, "--revision", "v9"], "no such revision"), (["--revision", "v1"], "HF_TOKEN"),
+        (["--token", TOKEN], ""),
+    ):  # fmt: skip
+        if wrong == ["--revision", "v1"]:
+            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+        assert main([*command, *wrong, *(["--overwrite"] if verb == "export" else [])]) == 2
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert reason in printed[-1] and TOKEN not in printed[-1]

@@ -1,4 +1,4 @@
-"""The README's quick start runs, and every command on the pages has the options that it uses; links lead somewhere."""
+"""Every command on the pages has the options that it uses; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from teacher_folder import write_text
 from typer.main import get_command
 
-from linearize.cli.main import app, main
-from linearize.demo.run import TEACHER
+from linearize.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
-SMALL = ["--set", "data.length=128", "--set", "stages.0.tokens=1k", "--set", "stages.1.tokens=1k", "--device", "cpu"]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -44,21 +36,3 @@ def test_commands_use_options_that_exist(page: Path) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text("utf-8"))
     assert not [link for link in links if not (page.parent / link).exists()]
-
-
-@pytest.mark.slow
-def test_the_quick_start_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme, taken = ROOT / "README.md", []
-    monkeypatch.chdir(tmp_path)
-    write_text(tmp_path / "stories.txt")
-    for verb, *words in commands(readme):
-        if verb not in taken and verb in ("convert", "generate", "inspect"):
-            taken.append(verb)
-            words = [str(TEACHER) if word == "TEACHER" else word for word in words]
-            assert main([verb, *words, *(SMALL if verb == "convert" else [])]) == 0
-    assert taken[:2] == ["convert", "generate"]
-    capsys.readouterr()
-    exec(compile(blocks(readme, "python")[0], str(readme), "exec"), {})
-    assert "Once upon a time" in capsys.readouterr().out

@@ -124,6 +124,8 @@ def test_vllm_gets_the_same_command(
     monkeypatch.setattr("os.execv", lambda *call: calls.append(call))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     options = ["serve", str(folder), "--engine", "vllm", "--port", "81", "--context", "2k", "--api-key", "k"]
+    options += ["--revision", "v1", "--token", "hf_t"]
+    monkeypatch.setenv("HF_TOKEN", "")
     assert main(options) == 2 and "not installed" in capsys.readouterr().err
     program = tmp_path / "vllm"
     program.write_text("#!/bin/sh\n")
@@ -132,7 +134,9 @@ def test_vllm_gets_the_same_command(
     assert calls[0][0] == str(program)
     assert calls[0][1] == [
         "vllm", "serve", str(folder), "--host", "127.0.0.1", "--port", "81", "--max-model-len", "2000",
+        "--revision", "v1",
     ]  # fmt: skip
+    assert os.environ["HF_TOKEN"] == "hf_t"
     assert os.environ.pop("VLLM_API_KEY") == "k" and "k" not in calls[0][1]
 
 

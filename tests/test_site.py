@@ -1,36 +1,26 @@
-"""The documentation site: links, pages made from other files, the notebook, the guides' commands, the citation."""
+"""The documentation site: links, pages made from other files, the notebook, the citation."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
 from scripts import site_hooks
 from scripts.run_notebook import run_cells
-from teacher_folder import write_text
 
-from linearize.cli.main import main
-from linearize.demo.run import TEACHER
 from linearize.recipes import load_recipe, recipe_names
-from linearize.training.dataset_stage import DatasetStageConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOK = DOCS / "quickstart.ipynb"
-RUNS = re.compile(r"<!-- runs -->\n```(bash|python)\n(.*?)```", re.DOTALL)
-GUIDES = [page for page in sorted(DOCS.glob("*.md")) if RUNS.search(page.read_text("utf-8"))]
 
 
 # pages
@@ -116,54 +106,6 @@ def test_the_notebook_runs() -> None:
     assert report["student_loss"] < report["swap_loss"] - 0.05 and report["student_loss"] - report["teacher_loss"] < 0.2
     assert "Once upon a time" in "".join(str(cell.get("outputs")) for cell in notebook["cells"])
     assert json.dumps([cell["source"] for cell in notebook["cells"]]) == before
-
-
-# the guides
-
-
-def small(words: list[str]) -> list[str]:
-    """Settings that make a conversion of a guide tiny, whatever its recipe."""
-    name = words[words.index("--recipe") + 1] if "--recipe" in words else "window-linear"
-    settings = ["data.length=64"]
-    for number, stage in enumerate(load_recipe(name).stages):
-        if not isinstance(stage, DatasetStageConfig):
-            settings += [f"stages.{number}.tokens=1k", f"stages.{number}.batch=4"]
-            settings += [f"stages.{number}.length=64"] if stage.length else []
-    chosen = {word.partition("=")[0] for word in words}
-    return [part for key in settings if key.partition("=")[0] not in chosen for part in ("--set", key)]
-
-
-def run_command(line: str) -> None:
-    """A line of a guide; `> FILE` is where the output goes."""
-    verb, *words = [str(TEACHER) if word == "TEACHER" else word for word in shlex.split(line, comments=True)[1:]]
-    target = words[words.index(">") + 1] if ">" in words else None
-    words = words[: words.index(">")] if target else words
-    if verb == "convert":
-        words += [*small(words), "--device", "cpu"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed) if target else contextlib.nullcontext():
-        assert main([verb, *words]) == 0, line
-    if target:
-        Path(target).write_text(printed.getvalue(), "utf-8")
-
-
-def test_there_are_guides_to_run() -> None:
-    assert {"convert.md", "hybrids.md", "recall.md"} <= {page.name for page in GUIDES}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
-def test_a_guide_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_text(tmp_path / "stories.txt", documents=200)
-    namespace: dict[str, Any] = {}
-    for language, block in RUNS.findall(page.read_text("utf-8")):
-        if language == "python":
-            exec(compile(block, str(page), "exec"), namespace)
-            continue
-        for line in block.splitlines():
-            if line.startswith("linearize "):
-                run_command(line)
 
 
 # the citation

@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants as constants
+
+if TYPE_CHECKING:
+    import pytest
 
 TOKEN = "hf_of_a_test"
 ACCOUNT = "ann"
@@ -192,6 +198,16 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.hub.repositories[name].commit(files, branch)
         url = f"{self.hub.url}/{name}/commit/{commit}"
         self._send(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+
+def use_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Make huggingface_hub speak to the stand-in, with the token that it knows and this cache."""
+    for name, value in {
+        "ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 @contextmanager

@@ -128,7 +128,11 @@ def bench(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory next to the teacher.
@@ -138,10 +142,11 @@ def bench(
     from linearize.evaluation import EvaluationOptions
     from linearize.evaluation import bench as run_bench
 
+    chosen = specified(revision=revision, token=token, dtype=dtype, device=device, device_map=device_map)
     with json_only(as_json):
         report = run_bench(
             model,
-            options=EvaluationOptions(**specified(device=device)),
+            options=EvaluationOptions(**chosen),
             **specified(teacher=teacher, contexts=counts(context), batches=counts(batch), new_tokens=new_tokens),
             **specified(repeats=repeats, memory_budget_bytes=memory, out=out),
         )

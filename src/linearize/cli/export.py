@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli import completion
-from linearize.cli.options import Json, Overwrite, RemoteCode
+from linearize.cli.options import Json, Overwrite, RemoteCode, Revision, Token, specified
 from linearize.cli.output import json_only, show
 from linearize.errors import InputError, unknown
 
@@ -39,6 +39,8 @@ def export(
     ] = None,
     python: Python = None,
     trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    token: Token = None,
 ) -> None:
     """Write a student for programs that do not have linearize."""
     from linearize.modeling.export import export_student
@@ -48,9 +50,10 @@ def export(
         raise InputError("export takes --python and --trust-remote-code only with --verify: add it, or leave them out")
     if verify is not None and verify not in ENGINES:
         raise unknown("engine", verify, ENGINES)
-    print(f"exported to {export_student(student, to, out, overwrite=overwrite)}")
+    origin = specified(revision=revision, token=token)
+    print(f"exported to {export_student(student, to, out, overwrite=overwrite, **origin)}")
     if verify is not None:
-        _verify(out, student, verify, python, trust_remote_code, as_json=False)
+        _verify(out, student, verify, python, trust_remote_code, origin, as_json=False)
 
 
 def verify(
@@ -64,22 +67,32 @@ def verify(
     ] = "transformers",
     python: Python = None,
     trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    token: Token = None,
     as_json: Json = False,
 ) -> None:
     """Compare a folder in an engine with its student.
 
     Greedy tokens and their log-probabilities, after five prompts; exit code 1 where they differ.
     """
-    _verify(folder, student or str(folder), engine, python, trust_remote_code, as_json=as_json)
+    origin = specified(revision=revision, token=token)
+    _verify(folder, student or str(folder), engine, python, trust_remote_code, origin, as_json=as_json)
 
 
 def _verify(
-    folder: Path, student: str, engine: str, python: Path | None, trust_remote_code: bool, *, as_json: bool
+    folder: Path,
+    student: str,
+    engine: str,
+    python: Path | None,
+    trust_remote_code: bool,
+    origin: dict[str, str],
+    *,
+    as_json: bool,
 ) -> None:
     from linearize.modeling.export.verify import verify as compare
 
     with json_only(as_json):
-        result: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code)
+        result: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code, **origin)
     show(result.model_dump() | {"passed": result.passed}, as_json=as_json)
     if not result.passed:
         raise typer.Exit(1)

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Adapter, Device, MaxNewTokens, Model, Seed, Store, Temperature, count, specified
+from linearize.cli.options import (
+    Adapter,
+    Device,
+    DeviceMap,
+    DType,
+    MaxNewTokens,
+    Model,
+    Revision,
+    Seed,
+    Store,
+    Temperature,
+    Token,
+    count,
+    specified,
+)
 
 
 def generate(
@@ -36,13 +50,18 @@ def generate(
     ] = False,
     adapter: Adapter = None,
     store: Store = None,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     device: Device = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Continue a prompt."""
     from linearize.decoding.generate import generate_text
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, draft=draft, device=device)
-    chosen |= specified(adapter=adapter, store=store)
+    chosen |= specified(adapter=adapter, store=store, revision=revision, token=token, dtype=dtype)
+    chosen |= specified(device_map=device_map)
     if draft_tokens is not None:
         chosen["draft_tokens"] = draft_tokens if draft_tokens == "auto" else count(draft_tokens)
     generate_text(model, prompt, prompt_lookup=prompt_lookup, stats=stats, compile=compile, **chosen)
@@ -55,10 +74,15 @@ def chat(
     seed: Seed = None,
     adapter: Adapter = None,
     store: Store = None,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     device: Device = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Chat with a model on the terminal."""
     from linearize.decoding.generate import chat as run_chat
 
     chosen = specified(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
-    run_chat(model, **chosen | specified(adapter=adapter, store=store))
+    chosen |= specified(adapter=adapter, store=store, revision=revision, token=token, dtype=dtype)
+    run_chat(model, **chosen | specified(device_map=device_map))

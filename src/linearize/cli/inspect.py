@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.options import Data, Device, Json, Model, Recipe, RemoteCode, count, specified
+from linearize.cli.options import Data, Device, Json, Model, Recipe, RemoteCode, Revision, Token, count, specified
 from linearize.cli.output import json_only, show
 from linearize.errors import InputError
 
@@ -31,6 +31,8 @@ def inspect(
     backends: Annotated[
         bool, typer.Option("--backends", help="Print which backend of each operation runs here, and why.")
     ] = False,
+    revision: Revision = None,
+    token: Token = None,
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
@@ -40,6 +42,7 @@ def inspect(
     Or how sensitive each layer is, which heads look things up, or which backends run here.
     """
     chosen = specified(data=data, recipe=recipe, tokens=tokens)
+    origin = specified(revision=revision, token=token)
     if sum((sensitivity, heads, backends)) > 1:
         raise InputError("inspect takes one of --sensitivity, --heads and --backends at a time")
     if plot is not None and not heads:
@@ -50,15 +53,19 @@ def inspect(
         from linearize.conversion.inspections import inspect_heads
 
         with json_only(as_json):
-            result = inspect_heads(model, trust_remote_code=trust_remote_code, plot=plot, **specified(device=device))
+            result = inspect_heads(
+                model, trust_remote_code=trust_remote_code, plot=plot, **origin, **specified(device=device)
+            )
         show(result if as_json else {**result, "heads": _with_bars(result["heads"], "fall")}, as_json=as_json)
         return
     if backends:
         if chosen or trust_remote_code:
-            raise InputError("inspect --backends takes --device and --json alone; leave the other options out")
+            raise InputError("inspect --backends takes none of --data, --recipe, --tokens and --trust-remote-code")
         from linearize.modeling.inspect import inspect_backends
 
-        show(inspect_backends(model, device=device), as_json=as_json)
+        with json_only(as_json):
+            found = inspect_backends(model, device=device, **origin)
+        show(found, as_json=as_json)
         return
     chosen |= specified(device=device)
     if not sensitivity:
@@ -70,7 +77,7 @@ def inspect(
         from linearize.modeling.inspect import inspect_model
 
         with json_only(as_json):
-            report = inspect_model(model)
+            report = inspect_model(model, **origin)
         show(report, as_json=as_json)
         return
     from linearize.conversion.inspections import inspect_sensitivity
@@ -78,7 +85,7 @@ def inspect(
     if data is None:
         raise InputError("inspect --sensitivity measures on text: give it with --data")
     with json_only(as_json):
-        result = inspect_sensitivity(model, trust_remote_code=trust_remote_code, **chosen)
+        result = inspect_sensitivity(model, trust_remote_code=trust_remote_code, **origin, **chosen)
     show(result if as_json else {**result, "layers": _with_bars(result["layers"], "kl")}, as_json=as_json)
 
 

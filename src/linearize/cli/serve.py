@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.options import Adapter, Device, Model, Store, count, number, size, specified
+from linearize.cli.options import (
+    Adapter,
+    Device,
+    DeviceMap,
+    DType,
+    Model,
+    Revision,
+    Store,
+    Token,
+    count,
+    number,
+    size,
+    specified,
+)
 
 EMBEDDED, VLLM = "embedded", "vllm"
 
@@ -76,7 +89,11 @@ def serve(
     ] = None,
     adapter: Adapter = None,
     store: Store = None,
+    revision: Revision = None,
+    token: Token = None,
+    dtype: DType = None,
     device: Device = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API, with a chat page."""
     from linearize.errors import unknown
@@ -86,7 +103,8 @@ def serve(
     chosen = specified(host=host, port=port, name=name, slots=slots, memory=memory, context=context)
     chosen |= specified(new_tokens=new_tokens, prefill_tokens=prefill_tokens, queue=queue, max_body=max_body)
     chosen |= specified(timeout=timeout, grace=grace, state_memory=state_memory, state_disk=state_disk)
-    chosen |= specified(state_dir=state_dir, adapter=adapter, store=store, device=device)
+    chosen |= specified(state_dir=state_dir, adapter=adapter, store=store, revision=revision, token=token)
+    chosen |= specified(dtype=dtype, device=device, device_map=device_map)
     key = api_key_from(api_key)
     if engine == VLLM:
         from linearize.serving.vllm_command import exec_vllm

@@ -80,7 +80,7 @@ def convert(
         self_contained: put the code of the layers into the folder: transformers loads it with `trust_remote_code`.
         push_to, private: upload the folder to this Hub repository, which is made where there is none.
         callbacks: objects with `on_step`, `on_evaluate` or `on_stage_end`; one that returns True stops the run, which
-            the same call continues.
+            the same call continues. Under torchrun the first process calls them, for all.
         blocks: train these blocks of the first stage alone (`0-3,7`, counted from 0, or `all`: whatever no other
             process trains); the same call without `blocks` makes the student.
         stream: read the teacher block by block: it need not fit into memory.
@@ -98,7 +98,7 @@ def convert(
         self_contained=self_contained, push_to=push_to, private=private,
     )  # fmt: skip
     group = start()
-    _check_group(request, group, callbacks)
+    _check_group(request, group)
     repository = group.share(lambda: _repository(request))
     try:
         student = _convert(request, group, track, progress, callbacks)
@@ -111,7 +111,7 @@ def convert(
     return student
 
 
-def _check_group(request: ConversionRequest, group: Group, callbacks: Sequence[object]) -> None:
+def _check_group(request: ConversionRequest, group: Group) -> None:
     """Refuse what these processes cannot do together. Raises InputError."""
     check_processes(request.recipe, group)
     if group.ranks > 1:
@@ -121,8 +121,6 @@ def _check_group(request: ConversionRequest, group: Group, callbacks: Sequence[o
             raise InputError(
                 "a model in memory is for one process: give its folder, which each process of torchrun reads"
             )
-        if callbacks and any(map(is_blockwise, request.recipe.stages)):
-            raise InputError("callbacks are for one process where blocks are trained: leave them out, or torchrun")
     options = request.options
     reading = {"way of reading (--stream)": str(request.stream), "choice of blocks (--blocks)": str(options.only)}
     group.agree(run_signature(request.source.path, request.specs, request.recipe, request.final) | reading)

@@ -32,6 +32,8 @@ def inspect_sensitivity(
     tokens: int = SENSITIVITY_TOKENS,
     device: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """Measure what replacing each layer of a teacher alone by the recipe's mixer costs, on about `tokens` tokens.
 
@@ -45,9 +47,8 @@ def inspect_sensitivity(
     if (mixer := chosen.plan.mixer) is None:
         raise InputError(f"recipe {chosen.name} has no plan.mixer to replace layers by: give another recipe")
     check_starts(chosen.plan)
-    model, tokenizer = load_for_conversion(
-        teacher_source(teacher, trust_remote_code=trust_remote_code), device, chosen.seed
-    )
+    source = teacher_source(teacher, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    model, tokenizer = load_for_conversion(source, device, chosen.seed)
     chosen, notices = fit_length(chosen, context_length(model), ())
     text, _ = read_text(model, tokenizer, chosen.data, data_specs(data, chosen))
     for notice in notices:
@@ -63,7 +64,13 @@ def inspect_sensitivity(
 
 
 def inspect_heads(
-    teacher: str, *, device: str | None = None, trust_remote_code: bool = False, plot: Path | None = None
+    teacher: str,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    plot: Path | None = None,
 ) -> dict[str, Any]:
     """Score each key/value group of a teacher by what an answer loses where the group sees a window alone; JSON-able.
 
@@ -72,7 +79,8 @@ def inspect_heads(
     Raises:
         InputError: a teacher that cannot be used.
     """
-    model, tokenizer = load_for_conversion(teacher_source(teacher, trust_remote_code=trust_remote_code), device, 0)
+    source = teacher_source(teacher, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    model, tokenizer = load_for_conversion(source, device, 0)
     scores = head_scores(model, tokenizer)
     if scores.answer < math.log(LIKELY):
         LOG.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from linearize.modeling.io.assemble import write_student_weights
 from linearize.modeling.io.streamed_teacher import StreamedBlocks
 from linearize.training.blockwise.block_result import BlockResult, merge_results
 from linearize.training.blockwise.hidden_rows import StageRows
+from linearize.training.blockwise.relay import CallbackRelay
 from linearize.training.blockwise.run import BlockJob, BlockwiseStage, release_memory
+from linearize.training.callbacks import StopTraining
 from linearize.training.config import Batch
 from linearize.training.distributed import Group
 from linearize.training.progress import Progress
@@ -44,13 +47,13 @@ def train_streamed_blocks(
 
     Raises:
         InputError: an argument that cannot be used, or does not fit; RuntimeError: training diverged; OSError: the disk
-            is full.
+            is full; StopTraining: a callback asked to stop, on all processes.
     """
     prepared = prepare_streamed(
         request.source, request.recipe, request.specs, device=request.device, overridden=request.overridden
     )
     conversion = StreamedConversion(
-        prepared, request.specs, request.work, progress, tracker, request.options, callbacks
+        prepared, request.specs, request.work, progress, tracker, request.options, callbacks, group
     )
     if request.needs_whole:
         names = [stage.name for stage in prepared.recipe.stages[prepared.number + 1 :] if stage.tokens != 0]
@@ -59,9 +62,7 @@ def train_streamed_blocks(
         make_work(request.work, request.final)
         conversion.stage()  # writes the run's identity before other processes read it
     group.wait()
-    parts = conversion.stage().run()  # by leases, as processes that were not started together
-    group.wait()
-    return conversion, parts
+    return conversion, conversion.train_blocks()
 
 
 class StreamedConversion:
@@ -76,10 +77,14 @@ class StreamedConversion:
         tracker: Tracker,
         options: BlockOptions,
         callbacks: Sequence[object] = (),
+        group: Group | None = None,
     ) -> None:
-        """Raises InputError: no block, or not the block of the recipe, fits into memory and disk."""
+        """`group`: the processes that share the blocks. Raises InputError: no block, or not the block of the recipe,
+        fits into memory and disk."""
         self.prepared, self.specs, self.work, self.progress, self.tracker = prepared, specs, work, progress, tracker
-        self.callbacks = callbacks
+        self.group = group or Group()
+        self.relay = CallbackRelay(callbacks, self.group) if callbacks and self.group.ranks > 1 else None
+        self.callbacks = callbacks if self.relay is None else [self.relay]
         self.recipe, self.config = prepared.recipe, prepared.student.config
         self.source = StreamedBlocks(prepared.teacher, self.config, seed=self.recipe.seed)
         self.key = f"{prepared.number}-{prepared.stage.name}"
@@ -103,9 +108,30 @@ class StreamedConversion:
                 stage=self.prepared.stage, block=self.block, source=self.source, rows=self.rows,
                 folder=self.work / self.key, identity=identity, only=self.only,
                 calibrate=calibrate_block if self.rows.sample else None,
-                progress=self.progress, tracker=self.tracker, callbacks=self.callbacks, name=self.key,
+                progress=self.progress, tracker=self.tracker, callbacks=self.callbacks,
+                between=None if self.relay is None else self.relay.check, name=self.key,
             )
         )  # fmt: skip
+
+    def train_blocks(self) -> list[BlockResult]:
+        """Train the blocks by leases, as processes do that were not started together.
+
+        Raises as `BlockwiseStage.run`; StopTraining on all processes or on none.
+        """
+        parts: list[BlockResult] = []
+        if self.relay is None:
+            parts = self.stage().run()
+            self.group.wait()
+            return parts
+        with suppress(StopTraining):
+            parts = self.stage().run()
+        self.group.wait()
+        if self.group.leads:
+            self.relay.receive()
+        self.group.wait()
+        if self.relay.stopped():
+            raise StopTraining(f"in {self.key}")
+        return parts
 
     def measure(self, parts: Sequence[BlockResult]) -> ConversionReport:
         """Measure teacher, student before and after training, and its branches, on the held-out rows."""

@@ -65,7 +65,7 @@ def generate(
         tokenizer = tokenizer or read
     if draft is not None and not isinstance(draft, PreTrainedModel):
         name = str(draft)
-        draft, draft_tokenizer = load_any(name, device=str(model.device))
+        draft, draft_tokenizer = load_any(name, device=str(model.device), token=token, dtype=dtype)
         check_tokenizers(tokenizer, draft_tokenizer, str(model.name_or_path), name)
         share_equal_weights(draft, model)
     return continue_text(

@@ -35,8 +35,12 @@ def generate_text(
     stats: bool = False,
     compile: bool | str = False,
     device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     adapter: str | Path | None = None,
     store: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> str:
     """Continue a prompt with a student or any causal LM, and return prompt and continuation.
 
@@ -45,16 +49,18 @@ def generate_text(
     weights that are equal), `draft_tokens` at a time; greedy text stays the same, and so does the distribution that
     tokens are drawn from. `stats` prints to stderr how many draft tokens were accepted. `compile` (True, or the name of
     a backend of `torch.compile`) decodes by a compiled step: half a minute or more to begin with, for long texts.
+    `revision`, `token`, `dtype`, `device_map`: see `linearize.load`; `revision` is of the model, not of the draft.
     Raises InputError for a setting out of range, an empty prompt without a BOS token, a path that is not a model, or a
     draft that does not fit this model.
     """
     _check(max_new_tokens, temperature)
     _check_draft(prompt_lookup, draft, draft_tokens, stats)
     _check_compile(compile, prompt_lookup, draft)
-    model, tokenizer = load_any(model_path, adapter=adapter, device=device, store=store)
+    place: dict[str, Any] = {"device": device, "device_map": device_map, "token": token, "dtype": dtype}
+    model, tokenizer = load_any(model_path, adapter=adapter, store=store, revision=revision, **place)
     draft_model = None
     if draft is not None:
-        draft_model, draft_tokenizer = load_any(draft, device=device)
+        draft_model, draft_tokenizer = load_any(draft, **place)
         check_tokenizers(tokenizer, draft_tokenizer, str(model_path), str(draft))
         share_equal_weights(draft_model, model)
     return continue_text(
@@ -213,17 +219,24 @@ def chat(
     temperature: float = 0.7,
     seed: int = 0,
     device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     adapter: str | Path | None = None,
     store: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | str | None = None,
     read: Callable[[str], str] = input,
 ) -> None:
     """Talk with a model on the terminal until Ctrl-C or the end of input.
 
     With a chat template each line is a user's turn; without one the conversation is one text that the model continues.
-    `read` asks for a line, as `input` does.
+    `read` asks for a line, as `input` does. The model is loaded as by `linearize.load`.
     """
     _check(max_new_tokens, temperature)
-    model, tokenizer = load_any(model_path, adapter=adapter, device=device, store=store)
+    model, tokenizer = load_any(
+        model_path, adapter=adapter, store=store, revision=revision, token=token, dtype=dtype, device=device,
+        device_map=device_map,
+    )  # fmt: skip
     print(_greeting(tokenizer))
     history: list[int] = []
     messages: list[dict[str, str]] = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize.errors import InputError
 from linearize.evaluation.numbers import ResultCache, Role
 from linearize.mixers import MixerConfig
 from linearize.modeling.config import LinearizeConfig
@@ -22,6 +23,11 @@ from linearize.training.data.packing import PackedRows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class TooLittleTextError(InputError):
+    """A section cannot measure on so little text; a suite leaves it out and says so."""
+
 
 Level = Literal["good", "note", "bad"]
 Judgement = tuple[Level, str]

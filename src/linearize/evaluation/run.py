@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from linearize.errors import InputError
-from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, TooLittleTextError
 from linearize.evaluation.loading import (
     Origin,
     Placement,
@@ -140,6 +140,7 @@ def evaluate(
         planned = sections_with_text(planned, bool(documents), models, notes)
         ctx = _context(eval_models, documents, origins, options, final)
         commits = {place.name: place.commit for place in places if place.commit is not None}
+        planned = _with_enough_text(planned, ctx, notes, optional=sections is None)
         return _measured(name, planned, ctx, notes, commits)
 
 
@@ -179,14 +180,31 @@ def _placement(options: EvaluationOptions) -> Placement:
     return Placement(device=options.device, dtype=options.dtype, device_map=options.device_map, token=options.token)
 
 
+def _with_enough_text(
+    planned: Sequence[Section], ctx: EvalContext, notes: list[str], *, optional: bool
+) -> list[Section]:
+    """The sections that the text is enough for; where they are not `optional`, one that is not among them is an error.
+
+    Raises InputError for what cannot be measured for another reason, or where nothing is left.
+    """
+    able: list[Section] = []
+    for number, section in enumerate(planned):
+        try:
+            section.check(ctx)
+            able.append(section)
+        except TooLittleTextError as error:
+            if not optional or (not able and number == len(planned) - 1):
+                raise
+            notes.append(f"not measured: {section.TITLE} ({error})")
+    return able
+
+
 def _measured(
     suite: str, planned: Sequence[Section], ctx: EvalContext, notes: list[str], commits: Mapping[str, str]
 ) -> EvalReport:
     """The report of what is planned, written to the context's folder where there is one. `commits`: of Hub models."""
     if ctx.one_per_row:
         notes.append(f"{ctx.models[0].name} does not keep the documents of a packed row apart: each has its own row")
-    for section in planned:
-        section.check(ctx)
     numbers, seconds = _run(planned, ctx)
     presented = present_sections(numbers)
     report = EvalReport(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from linearize.errors import InputError, one_line
 from linearize.mixers import MIXERS, AttentionShape, MixerConfig
 from linearize.modeling.config import LinearizeConfig
+from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.model_source import find_model
 from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.probe import AttentionSite, body_sizes, probe
@@ -26,7 +27,13 @@ CONTEXTS = (1024, 16384, 65536)
 SOFTMAX = "softmax"
 
 
-def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CONTEXTS) -> dict[str, Any]:
+def inspect_model(
+    path: str | os.PathLike[str],
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    revision: str | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
     """Per layer: mixer, parameters, bytes of state; totals, and bytes of cache against context. JSON-able.
 
     For one sequence, in bytes, with keys and values in the checkpoint's dtype. `parameters` of a layer are those of its
@@ -36,7 +43,7 @@ def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CON
     Raises:
         InputError: no model at `path`, or a family whose cache cannot be told from its config.
     """
-    config = read_config(path)
+    config = read_config(path, revision=revision, token=token)
     element_size = _element_size(config)
     model = _on_meta(config, path)
     student = isinstance(model, LinearizedForCausalLM)
@@ -54,9 +61,12 @@ def inspect_model(path: str | os.PathLike[str], *, contexts: Sequence[int] = CON
     }
 
 
-def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
-    """A model's config, checked; no weights are read. Raises InputError."""
-    config = read_source_config(find_model(path))
+def read_config(
+    path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> PreTrainedConfig:
+    """A model's config, checked; no weights are read, nor fetched. Raises InputError."""
+    place = local_copy(path, revision=revision, token=token, weights=False)
+    config = read_source_config(find_model(place.path))
     if isinstance(config, LinearizeConfig):
         try:
             config.mixers()
@@ -206,7 +216,13 @@ SITUATIONS = (
 )
 
 
-def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None) -> dict[str, Any]:
+def inspect_backends(
+    path: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
     """For each mixer of a student and each kind of call the backend of its operations, and why. JSON-able.
 
     `device`: `cuda` or `cpu` (None: a GPU where there is one). Nothing is built: a backend that fails at its first use
@@ -218,7 +234,7 @@ def inspect_backends(path: str | os.PathLike[str], *, device: str | None = None)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.partition(":")[0] not in ("cpu", "cuda"):
         raise InputError(f"device {where!r}: backends are chosen for cpu or cuda")
-    config = read_config(path)
+    config = read_config(path, revision=revision, token=token)
     if not isinstance(config, LinearizeConfig):
         raise InputError(f"{path} is no student: --backends tells the backends of a student's mixers")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

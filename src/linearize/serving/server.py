@@ -7,7 +7,7 @@ import ipaddress
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,17 @@ class ServeOptions:
     tokens of prompt and answer (None: what the model was made for). `new_tokens`: of an answer (None: the context).
     `prefill_tokens`: of a prompt that are read between two tokens of the answers. `queue`: prompts that wait.
     `state_memory`, `state_disk`: for the states of conversations (0: none). `state_dir`: where those on disk are
-    (None: the user's cache). `grace`: how long answers may go on after a signal.
+    (None: the user's cache). `grace`: how long answers may go on after a signal. `adapter` to `device_map`: as of
+    `linearize.load`.
     """
 
     adapter: str | None = None
     store: int | None = None
+    revision: str | None = None
+    token: str | None = None
+    dtype: str | None = None
     device: str | None = None
+    device_map: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
@@ -88,11 +93,10 @@ def serve(model: str, options: ServeOptions) -> None:
             raise InputError(MISSING.format(library.replace("_", "-"))) from error
     with _bound(options.host, options.port) as sock:
         app, described = build(model, options)
-        address = _address(sock)
-        notice(f"{described}, at {address}; Ctrl-C stops it")
+        lines = [f"{described}, at {_address(sock)}; Ctrl-C stops it"]
         if not _is_loopback(options.host) and options.api_key is None:
-            notice(f"anybody who reaches {options.host} can use this server: set --api-key or {KEY_VARIABLE}")
-        _run(app, sock, options.grace)
+            lines.append(f"anybody who reaches {options.host} can use this server: set --api-key or {KEY_VARIABLE}")
+        _run(app, sock, options.grace, lines)
 
 
 def build(model: str, options: ServeOptions) -> tuple[CountedApp, str]:
@@ -103,7 +107,10 @@ def build(model: str, options: ServeOptions) -> tuple[CountedApp, str]:
     """
     from linearize.decoding.loading import load_any
 
-    loaded, tokenizer = load_any(model, adapter=options.adapter, device=options.device, store=options.store)
+    loaded, tokenizer = load_any(
+        model, adapter=options.adapter, store=options.store, revision=options.revision, token=options.token,
+        dtype=options.dtype, device=options.device, device_map=options.device_map,
+    )  # fmt: skip
     return build_app(loaded, tokenizer, _names(model, options), options)
 
 
@@ -237,7 +244,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _run(app: CountedApp, sock: socket.socket, grace: float) -> None:
+def _run(app: CountedApp, sock: socket.socket, grace: float, ready: Sequence[str]) -> None:
+    """Serve until a signal; the lines `ready` are printed once a signal would end it as it should."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -252,6 +260,11 @@ def _run(app: CountedApp, sock: socket.socket, grace: float) -> None:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for line in ready:
+                notice(line)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             app.service.engine.refuse()

@@ -10,9 +10,11 @@ from linearize.errors import InputError
 
 ARGUMENTS = {
     "host": "--host", "port": "--port", "name": "--served-model-name", "slots": "--max-num-seqs",
-    "context": "--max-model-len",
+    "context": "--max-model-len", "revision": "--revision", "dtype": "--dtype",
 }  # fmt: skip
 """Options that vLLM has too."""
+SECRETS = {"api_key": "VLLM_API_KEY", "token": "HF_TOKEN"}
+"""Options that it reads from the environment: every user of a machine can see the arguments of its processes."""
 
 
 def vllm_arguments(model: str, options: Mapping[str, object]) -> list[str]:
@@ -21,7 +23,7 @@ def vllm_arguments(model: str, options: Mapping[str, object]) -> list[str]:
     Raises:
         InputError: an option of the embedded engine alone.
     """
-    own = sorted(name for name in options if name not in ARGUMENTS and name != "api_key")
+    own = sorted(name for name in options if name not in ARGUMENTS and name not in SECRETS)
     if own:
         option = own[0].replace("_", "-")
         raise InputError(f"--{option} is an option of the embedded engine, not of vllm: leave it out")
@@ -35,8 +37,6 @@ def vllm_arguments(model: str, options: Mapping[str, object]) -> list[str]:
 def exec_vllm(model: str, options: Mapping[str, object], api_key: str | None, further: Sequence[str] = ()) -> None:
     """Become `vllm serve`, bound to 127.0.0.1 unless another host was set; does not return.
 
-    The key goes by the environment: every user of a machine can read the arguments of its processes.
-
     Raises:
         InputError: vllm is not installed, or an option that it does not have.
     """
@@ -44,6 +44,7 @@ def exec_vllm(model: str, options: Mapping[str, object], api_key: str | None, fu
     program = shutil.which("vllm")
     if program is None:
         raise InputError("--engine vllm: vllm is not installed here; pip install vllm, or leave --engine out")
-    if api_key is not None:
-        os.environ["VLLM_API_KEY"] = api_key
+    for name, value in {**options, "api_key": api_key}.items():
+        if name in SECRETS and value is not None:
+            os.environ[SECRETS[name]] = str(value)
     os.execv(program, ["vllm", *arguments])

@@ -52,14 +52,27 @@ def check_callbacks(callbacks: Sequence[object]) -> None:
             raise InputError(f"callback {callback!r} has no method {', '.join(METHODS[:2])} or {METHODS[2]}: add one")
 
 
+def call_all(callbacks: Sequence[object], method: str, event: object) -> bool:
+    """Call this method of all that have it; whether one returned True."""
+    answers: list[Any] = [function(event) for each in callbacks if callable(function := getattr(each, method, None))]
+    return any(answer is True for answer in answers)
+
+
 class Watchers:
-    """Progress, tracker and callbacks of a stage; only its first process has the first two."""
+    """Progress, tracker and callbacks of a stage, which its first process alone calls (`leads`)."""
 
     def __init__(
-        self, stage: str, steps: int, progress: Progress | None, tracker: Tracker | None, callbacks: Sequence[object]
+        self,
+        stage: str,
+        steps: int,
+        progress: Progress | None,
+        tracker: Tracker | None,
+        callbacks: Sequence[object],
+        *,
+        leads: bool = True,
     ) -> None:
-        self.stage, self.steps, self.progress, self.tracker = stage, steps, progress, tracker
-        self.callbacks = callbacks
+        self.stage, self.steps, self.callbacks, self.leads = stage, steps, callbacks, leads
+        self.progress, self.tracker = (progress, tracker) if leads else (None, None)
 
     def begin(self, step: int) -> None:
         """The stage starts, or resumes after `step` steps."""
@@ -103,8 +116,4 @@ class Watchers:
             self.tracker.end()
 
     def _call(self, method: str, event: object) -> bool:
-        """Call all that have the method; whether one returned True."""
-        answers: list[Any] = [
-            function(event) for each in self.callbacks if callable(function := getattr(each, method, None))
-        ]
-        return any(answer is True for answer in answers)
+        return self.leads and call_all(self.callbacks, method, event)

@@ -95,6 +95,12 @@ def current() -> Group:
     return Group()
 
 
+def shared_store() -> dist.Store:
+    """The store of the processes that `start` joined."""
+    assert _store is not None, "start() comes first"
+    return dist.PrefixStore("linearize", _store)
+
+
 def is_one_of_many() -> bool:
     """Whether torchrun started this process together with others."""
     return all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1

@@ -111,7 +111,7 @@ def run_stage(
         identity: what else this run depends on (data, student plan), as JSON; a checkpoint with another one is refused.
         checkpoint_seconds: a checkpoint is written at every evaluation and at least this often.
         callbacks: objects with `on_step(Step)`, `on_evaluate(Evaluation)` or `on_stage_end(StageResult)`; one that
-            returns True stops the run. Under torch.distributed every rank has them.
+            returns True stops the run. Under torch.distributed every rank has them, and the first calls them.
         name: of the stage in progress lines and logs, unique in its run; default `config.name`.
         alone: this process trains by itself, also under torch.distributed (a block of layers, say).
 
@@ -123,7 +123,8 @@ def run_stage(
     torch.set_flush_denormal(True)
     rows = rows or Rows(steps=count_steps(config, length), tokens=lambda step: step * config.batch * length)
     loop = _Loop(run, config, heldout, rows=rows, name=name or config.name, alone=alone)
-    watchers, was_done = Watchers(loop.name, rows.steps, progress, tracker, callbacks), True
+    leads, was_done = loop.stepper.rank == 0, True
+    watchers = Watchers(loop.name, rows.steps, progress, tracker, callbacks, leads=leads)
     if config.tokens != 0:
         if checkpoint_dir is not None:
             loop.attach(checkpoint_dir, {"stage": config.settings(), "length": length, **(identity or {})})
@@ -184,8 +185,6 @@ class _Loop:
         """Run the rest of the stage, with the first rank's progress and tracker. Raises StopTraining."""
         if self.state.done:
             return
-        if self.stepper.rank != 0:
-            watchers.progress = watchers.tracker = None
         try:
             watchers.begin(self.state.step)
             self._train(batches, checkpoint_seconds, watchers)

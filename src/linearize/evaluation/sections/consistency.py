@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from linearize.errors import InputError, one_line
+from linearize.errors import one_line
 from linearize.evaluation.cache_checks import CHECKS, PADDED_STEPS, CacheProbe, Deviation, check, tolerance
 from linearize.evaluation.context import (
     Cell,
@@ -22,6 +22,7 @@ from linearize.evaluation.context import (
     SectionView,
     Stat,
     Table,
+    TooLittleTextError,
 )
 from linearize.evaluation.numbers import NumbersModel, Role
 from linearize.metrics.branches import longest_reach
@@ -88,7 +89,7 @@ class Consistency(Section):
     def check(self, ctx: EvalContext) -> None:
         """Raises InputError for too little text."""
         if (tokens := sum(map(len, ctx.documents))) < LEAST_TOKENS:
-            raise InputError(f"the text has {tokens} tokens: checking the cache needs at least {LEAST_TOKENS}")
+            raise TooLittleTextError(f"the text has {tokens} tokens: checking the cache needs at least {LEAST_TOKENS}")
 
     def run(self, ctx: EvalContext) -> Numbers:
         """Every check that applies to a model, for every model, on the same tokens."""

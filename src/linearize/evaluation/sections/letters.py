@@ -26,6 +26,7 @@ from linearize.evaluation.context import (
     SectionView,
     Stat,
     Table,
+    TooLittleTextError,
 )
 from linearize.evaluation.numbers import DifferenceNumbers, NumbersModel, Role, ShareNumbers
 from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items
@@ -74,7 +75,9 @@ class Letters(Section):
     def check(self, ctx: EvalContext) -> None:
         """Raises InputError for too little text, or a tokenizer without a token for each letter."""
         if (items := len(self._cut(ctx))) < FEWEST:
-            raise InputError(f"letters: {items} questions in the text, at least {FEWEST} are needed; give more text")
+            raise TooLittleTextError(
+                f"letters: {items} questions in the text, at least {FEWEST} are needed; give more text"
+            )
         letter_tokens(ctx.tokenizer, self.choices)
 
     def run(self, ctx: EvalContext) -> Numbers:

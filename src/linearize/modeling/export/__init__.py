@@ -12,6 +12,7 @@ from linearize.errors import InputError, unknown
 from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import granite_hybrid, mlx, qwen3_5, remote_code
 from linearize.modeling.export.common import Source, listed, logit_difference, name_of
+from linearize.modeling.io.hub import local_copy
 from linearize.registry import Table
 from linearize.storage.atomic import atomic_folder, check_free
 from linearize.storage.files import check_apart, expand_home
@@ -113,11 +114,13 @@ def export_student(
     *,
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """Write a student as `to`, one of `EXPORTS`; returns the folder, which loads without linearize.
 
     A native folder is loaded again and its logits compared with the student's before it gets its name. `tokenizer`:
-    None: that of the student's folder.
+    None: that of the student's folder. `revision`, `token`: of a Hub name.
 
     Raises:
         InputError: an unknown target, an output folder that exists, no student, or a student that does not fit (with
@@ -131,8 +134,9 @@ def export_student(
     if not isinstance(student, LinearizedForCausalLM):
         student = expand_home(student)
         check_apart(out, student)
-        tokenizer = tokenizer or _tokenizer(student)
-        student = load(student)
+        place = local_copy(student, revision=revision, token=token).path
+        tokenizer = tokenizer or _tokenizer(place)
+        student = load(place)
     source = Source.of(student)
     if reason := EXPORTS[to].misfit(source):
         other = nearest(source)

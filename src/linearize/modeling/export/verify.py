@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from linearize.errors import InputError, one_line, unknown
 from linearize.modeling import load
+from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.teacher import load_tokenizer
 from linearize.phases import phase
 from linearize.storage.files import expand_home
@@ -67,6 +68,8 @@ def verify(
     python: str | Path | None = None,
     new: int = NEW,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Verification:
     """Compare an exported folder in an engine with the student that it was written from.
 
@@ -74,6 +77,7 @@ def verify(
         engine: one of `ENGINES`. python: an interpreter that has the engine (None: this one).
         new: tokens to write after each prompt.
         trust_remote_code: let the engine run the folder's own code.
+        revision, token: of the student, where it is a Hub name.
 
     Raises:
         InputError: an unknown engine, one that is not installed or does not load the folder, or no student.
@@ -87,9 +91,10 @@ def verify(
     config = json.loads(fields.read_text("utf-8"))
     if ("auto_map" in config or "model_file" in config) and not trust_remote_code:
         raise InputError(f"{folder} carries code of its own, which {engine} would run: add --trust-remote-code")
-    model: Any = load(student)
+    place = local_copy(student, revision=revision, token=token).path
+    model: Any = load(place)
     dtype = str(model.dtype).removeprefix("torch.")
-    rows = _rows(str(student), model)
+    rows = _rows(place, model)
     request = {"rows": rows, "new": new, "dtype": dtype, "remote_code": trust_remote_code}
     with phase(f"running {engine}"):
         answer = _run(engine, Path(python or sys.executable), folder, request)

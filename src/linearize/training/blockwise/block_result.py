@@ -93,7 +93,8 @@ def load_result(folder: Path, layers: range, identity: Mapping[str, object]) -> 
             f"{path} belongs to another run or version ({key}): run with the same settings to continue it, or delete it"
         )
     trained = {which: _under(tensors, f"{which}/") for which in ("start", "final")}
-    return BlockResult(layers=layers, start=trained["start"], final=trained["final"], stage=_stage_result(result))
+    stage = None if result is None else stage_result(result)
+    return BlockResult(layers=layers, start=trained["start"], final=trained["final"], stage=stage)
 
 
 def merge_results(blocks: Sequence[BlockResult], name: str) -> StageResult:
@@ -135,9 +136,8 @@ def _summed(histories: Sequence[History]) -> History:
     return tuple(summed)
 
 
-def _stage_result(data: dict[str, Any] | None) -> StageResult | None:
-    if data is None:
-        return None
+def stage_result(data: Mapping[str, Any]) -> StageResult:
+    """The result of a stage from its fields, which went through JSON."""
     histories = {key: tuple((int(step), loss) for step, loss in data[key]) for key in ("losses", "heldout")}
     return StageResult(**{**data, **histories})
 

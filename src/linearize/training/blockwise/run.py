@@ -42,7 +42,8 @@ class BlockJob:
 
     `folder`: holds hidden states, checkpoints, results and leases; shared by all processes. `identity`: what the
     stage depends on besides its settings, as JSON. `only`: the blocks to train by number, None: all. `calibrate`: gives
-    mixers of a block their start from batches of its teacher, where they ask for it.
+    mixers of a block their start from batches of its teacher, where they ask for it. `between`: called before each
+    block and while others train; it may raise StopTraining.
     """
 
     stage: StageConfig
@@ -56,6 +57,7 @@ class BlockJob:
     progress: Progress | None = None
     tracker: Tracker | None = None
     callbacks: Sequence[object] = ()
+    between: Callable[[], None] | None = None
     name: str
 
 
@@ -84,10 +86,12 @@ class BlockwiseStage:
         """Train what no one has trained yet; return the results of the chosen blocks, in order.
 
         Raises:
-            RuntimeError: training diverged; OSError: the disk is full.
+            RuntimeError: training diverged; OSError: the disk is full; StopTraining: a callback asked to stop.
         """
         warned = False
         while todo := [number for number in self.numbers if self.result(number) is None]:
+            if self.job.between is not None:
+                self.job.between()
             if self._train_one(todo) or self._write_inputs(todo):
                 continue
             if not warned:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from linearize.errors import InputError
-from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, Stat, TooLittleTextError
 from linearize.evaluation.numbers import DifferenceNumbers, ShareNumbers
 from linearize.evaluation.sections.cloze.items import SPARE_TOKENS, ClozeItem, cut_items, word_answers
 from linearize.evaluation.sections.cloze.present import (
@@ -51,7 +51,7 @@ class Cloze(Section):
         if self.max_words < self.min_words:
             raise InputError(f"cloze: max_words {self.max_words} is below min_words {self.min_words}")
         if (items := len(self._cut(ctx))) < FEWEST:
-            raise InputError(
+            raise TooLittleTextError(
                 f"cloze: {items} items in the text, at least {FEWEST} are needed (a sentence that ends in a word "
                 f"after {self.min_words} words or more of the same document); give more or longer text"
             )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView
+from linearize.evaluation.context import EvalContext, EvalModel, Numbers, Section, SectionView, TooLittleTextError
 from linearize.evaluation.numbers import MeanNumbers
 from linearize.evaluation.sections.layers.present import LayerNumbers, LayersNumbers, ModelLayers, present
 from linearize.metrics.branches import longest_reach
@@ -55,7 +55,9 @@ class Layers(Section):
     def check(self, ctx: EvalContext) -> None:
         """Raises InputError where no document is long enough."""
         if max(map(len, ctx.documents), default=0) < LEAST_TOKENS:
-            raise InputError(f"no document has {LEAST_TOKENS} tokens: attention cannot be measured on less; give text")
+            raise TooLittleTextError(
+                f"no document has {LEAST_TOKENS} tokens: attention cannot be measured on less; give text"
+            )
 
     def run(self, ctx: EvalContext) -> Numbers:
         """Every model, on the same texts; queries of the second half of a text count."""
