@@ -31,7 +31,7 @@ from linearize.evaluation.sections.branches import Branches
 from linearize.evaluation.sections.cloze.measure import Cloze
 from linearize.evaluation.sections.language import Language
 from linearize.evaluation.sections.speed import Speed
-from linearize.evaluation.suites import SUITES, Suite
+from linearize.evaluation.suites import Suite
 from linearize.metrics.branches import window_reach
 from linearize.mixers.gla import GlaConfig
 from linearize.mixers.lolcats import LolcatsConfig

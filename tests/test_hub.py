@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,7 +238,7 @@ def test_a_verb_reads_the_revision_that_is_named(
     hidden.commit({"README.md": b"nothing"}, "main")
     hidden.commits[hidden.branches["main"]] = {"README.md": b"nothing"}
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr("linearize.serving.server._run", lambda *_: None)
     more = ["--out", str(tmp_path / "out")] if verb in ("export", "bench") else []
     command = [verb, "org/hidden", *VERBS[verb], *more]

@@ -10,6 +10,7 @@ import random
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
 from linearize.demo.run import TEACHER
+from linearize.evaluation.suites import SUITES, Suite
 from linearize.recipes import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +168,20 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+SIZES: dict[str, dict[str, Any]] = {
+    "branches": {"tokens": 200, "layer_tokens": 200, "context_tokens": 200, "contexts": (16, 32), "decode_tokens": 16},
+    "cloze": {"items": 8},
+    "recall": {"lengths": (32,), "depths": (0.5,), "items": 1, "keys": (1,), "queries": 1, "needles": 0, "values": 0},
+    "speed": {"contexts": (32,), "repeats": 1, "new_tokens": 2, "prefill_repeats": 1, "check_tokens": 20},
+}
+
+
+def smaller(suite: Suite) -> Suite:
+    """The sections of a suite at the smallest sizes."""
+    sections = tuple(section.model_copy(update=SIZES.get(section.NAME, {})) for section in suite.sections)
+    return replace(suite, sections=sections)
+
+
 def on_few_tokens(convert: Callable[..., Any]) -> Callable[..., Any]:
     """`linearize.convert` with few tokens for each stage."""
 
@@ -187,6 +203,7 @@ def test_a_page_runs_from_top_to_bottom(
     for needed in {"finetuning": ["trl"], "serve": ["openai", "lm_eval"]}.get(page.stem, []):
         pytest.importorskip(needed)
     place(page.stem)
+    monkeypatch.setitem(SUITES, "quick", smaller(SUITES["quick"]))
     monkeypatch.setattr(linearize, "convert", on_few_tokens(linearize.convert))
     environment = {**os.environ, "LINEARIZE_EVAL_DATA": str(write_data(tmp_path / "items"))}
     options: dict[str, Any] = {"namespace": names_of(page.stem), "port": free_port(), "environment": environment}

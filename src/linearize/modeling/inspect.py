@@ -17,7 +17,7 @@ from linearize.errors import InputError, one_line
 from linearize.mixers import MIXERS, AttentionShape, MixerConfig
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.io.hub import local_copy
-from linearize.modeling.io.model_source import find_model
+from linearize.modeling.io.model_source import find_config, find_model
 from linearize.modeling.io.model_source import read_config as read_source_config
 from linearize.modeling.probe import AttentionSite, body_sizes, probe
 from linearize.modeling.student import LinearizedForCausalLM
@@ -65,8 +65,10 @@ def read_config(
     path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> PreTrainedConfig:
     """A model's config, checked; no weights are read, nor fetched. Raises InputError."""
-    place = local_copy(path, revision=revision, token=token, weights=False)
-    config = read_source_config(find_model(place.path))
+    source = find_model(path) if revision is None and token is None else None
+    if source is None:
+        source = find_config(local_copy(path, revision=revision, token=token, weights=False).path)
+    config = read_source_config(source)
     if isinstance(config, LinearizeConfig):
         try:
             config.mixers()
