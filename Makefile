@@ -118,5 +118,6 @@ $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 $(VENV)-lowest/.installed: pyproject.toml constraints-lowest.txt $(shell find src -name '*.py' -o -name '*.yaml')
 	@test -d $(VENV)-lowest || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lowest.txt \
-		. pytest pytest-xdist trl
+		. pytest pytest-xdist
+	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet --no-deps 'trl>=1.0'  # it asks for newer datasets
 	@touch $@

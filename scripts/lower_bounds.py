@@ -2,11 +2,10 @@
 
     python -m scripts.lower_bounds --env FOLDER transformers==5.12.0 peft==0.17.0
 
-FOLDER is a virtual environment; it is made where there is none, with what constraints-lowest.txt names, and is kept, so
-that the next try costs a few downloads. Each try first brings the environment back to constraints-lowest.txt, then
-installs the releases that are named, whatever pyproject.toml allows. A few tests reject most releases in a minute; then
-come those of `make test-lowest`. Printed: what is installed, what failed and the first line of why. Exit code 1:
-something failed.
+FOLDER is a virtual environment; it is made where there is none and kept, so that the next try costs a few downloads. It
+gets the releases that are named, whatever pyproject.toml allows, and of the other libraries those that
+constraints-lowest.txt names. A few tests reject most releases in a minute; then come those of `make test-lowest`.
+Printed: what is installed, what failed and the first line of why. Exit code 1: something failed.
 """
 
 from __future__ import annotations
@@ -34,14 +33,16 @@ def install(python: Path, *arguments: str) -> None:
 
 
 def prepared(folder: Path, releases: Sequence[str]) -> Path:
-    """The interpreter of the environment, with the lowest releases that are allowed and then these."""
+    """The interpreter of the environment, with these releases, and the lowest that are allowed of the others."""
     python = folder / "bin" / "python"
     if not python.is_file():
         print(f"making {folder} (some gigabytes where torch comes with CUDA)", flush=True)
         venv.create(folder, with_pip=True)
-    install(python, "--constraint", str(LOWEST), "--editable", ".", "pytest", "pytest-xdist", "trl")
-    if releases:
-        install(python, *releases)
+        install(python, "--constraint", str(LOWEST), "--editable", ".", "pytest", "pytest-xdist")
+        install(python, "--no-deps", "trl>=1.0")  # it asks for newer datasets
+    pins = [line for line in LOWEST.read_text("utf-8").splitlines() if "==" in line]
+    chosen = {pin.partition("==")[0]: pin for pin in (*pins, *releases)}
+    install(python, *chosen.values())
     return python
 
 

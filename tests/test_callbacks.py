@@ -155,12 +155,15 @@ def test_an_object_that_would_never_be_called_is_refused(folder: Path, tmp_path:
 
 
 def convert_together(folder: str, out: str, overrides: dict[str, Any], *stops: tuple[str, str, int]) -> Any:
-    """What the callbacks saw on this process, and whether there is a student."""
+    """What the callbacks saw on this process, and whether there is a student; for each of two conversions."""
     for name in ("plot_stages", "plot_layer_error"):
         setattr(outputs, name, lambda *_: [])
-    watch = Watch(*stops)
-    student = convert(Path(folder), Path(out), watch, overrides=overrides)
-    return watch.seen, student is not None
+    results: list[Any] = []
+    for stop in (stops, ()):
+        watch = Watch(*stop)
+        student = convert(Path(folder), Path(out), watch, overrides=overrides)
+        results.append((watch.seen, student is not None))
+    return results
 
 
 BLOCKS = {"stages.0.block": 1, "stages.1.batch": 4}
@@ -169,8 +172,9 @@ NAMES = [f"{FIRST}/layers-00{n}-00{n}" for n in range(3)]
 
 @pytest.mark.slow
 def test_the_first_of_several_processes_sees_the_blocks_of_all(folder: Path, tmp_path: Path) -> None:
-    (seen, whole), (nothing, other) = together(2, convert_together, str(folder), str(tmp_path / "s"), BLOCKS)
-    assert whole and other and nothing == []
+    first, other = together(2, convert_together, str(folder), str(tmp_path / "s"), BLOCKS)
+    (seen, whole), again = first
+    assert whole and again == ([], True) and other == [([], True), ([], True)]
     for name in NAMES:
         events = [event[::2] for event in seen if event[1] == name]
         assert events == [event[::2] for event in WHOLE if event[1] == FIRST]
@@ -181,12 +185,11 @@ def test_the_first_of_several_processes_sees_the_blocks_of_all(folder: Path, tmp
 @pytest.mark.parametrize("block", range(3))
 def test_a_stop_on_any_block_stops_all_processes(folder: Path, tmp_path: Path, block: int) -> None:
     """Whichever process trains the block; the same call continues, and no step is done or seen twice."""
-    arguments = (str(folder), str(tmp_path / "s"), BLOCKS)
-    (first, whole), (nothing, other) = together(2, convert_together, *arguments, ("step", NAMES[block], 2))
-    assert not whole and not other and nothing == [] and ("step", NAMES[block], 2) in first
-    assert not (tmp_path / "s").exists() and (tmp_path / ".s.run").is_dir()
-    (second, whole), (nothing, _) = together(2, convert_together, *arguments)
-    assert whole and nothing == [] and (tmp_path / "s" / "model.safetensors").is_file()
+    stop = ("step", NAMES[block], 2)
+    results = together(2, convert_together, str(folder), str(tmp_path / "s"), BLOCKS, stop)
+    ((first, stopped), (second, whole)), other = results
+    assert stop in first and not stopped and whole and other == [([], False), ([], True)]
+    assert (tmp_path / "s" / "model.safetensors").is_file() and not (tmp_path / ".s.run").exists()
     for name in NAMES:
         steps = [event[2] for event in first + second if event[:2] == ("step", name)]
         assert steps == [1, 2, 3, 4]

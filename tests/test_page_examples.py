@@ -171,7 +171,7 @@ def free_port() -> int:
 SIZES: dict[str, dict[str, Any]] = {
     "branches": {"tokens": 200, "layer_tokens": 200, "context_tokens": 200, "contexts": (16, 32), "decode_tokens": 16},
     "cloze": {"items": 8},
-    "recall": {"lengths": (32,), "depths": (0.5,), "items": 1, "keys": (1,), "queries": 1, "needles": 0, "values": 0},
+    "recall": {"lengths": (64,), "depths": (0.5,), "items": 1, "keys": (1,), "queries": 1, "needles": 0, "values": 0},
     "speed": {"contexts": (32,), "repeats": 1, "new_tokens": 2, "prefill_repeats": 1, "check_tokens": 20},
 }
 

@@ -6,7 +6,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
-TRIED = {"torch": ("2.9.1", "2.14"), "transformers": ("5.17", "5.24"), "peft": ("0.18", "0.21")}
+TRIED = {"torch": ("2.8", "2.14"), "transformers": ("5.17", "5.24"), "peft": ("0.18", "0.21")}
 """The oldest and the newest release of each library on which the tests pass; the bounds in pyproject.toml."""
 
 

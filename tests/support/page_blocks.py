@@ -73,20 +73,20 @@ class PageBlock:
     @property
     def benchmarks(self) -> list[str]:
         """The modules and scripts of the repository, where each command is one of them; else empty."""
-        found = [BENCHMARK.match(line) for line in self.code.replace("\\\n", " ").splitlines()]
-        return [match[1] or match[2] for match in found if match] if all(found) else []
+        matches = [BENCHMARK.match(line) for line in self.code.replace("\\\n", " ").splitlines()]
+        return [match[1] or match[2] for match in matches if match] if all(matches) else []
 
 
 def blocks_of(page: Path) -> list[PageBlock]:
     """The blocks of a page in order."""
     text = page.read_text("utf-8")
-    found = [(match.start(), match[1], match[2]) for match in _FENCE.finditer(text)]
+    places = [(match.start(), match[1], match[2]) for match in _FENCE.finditer(text)]
     outside = _FENCE.sub(lambda match: re.sub(r"[^\n]", "x", match[0]), text)
     for match in _INDENTED.finditer(outside):
         if text[: match.start()].endswith("\n\n"):
-            found.append((match.start(), "", re.sub("^ {4}", "", match[0], flags=re.MULTILINE)))
+            places.append((match.start(), "", re.sub("^ {4}", "", match[0], flags=re.MULTILINE)))
     blocks = []
-    for start, language, code in sorted(found):
+    for start, language, code in sorted(places):
         marker = _MARKER.search(text[:start])
         blocks.append(PageBlock(page, text.count("\n", 0, start) + 1, language, code, marker[1] if marker else ""))
     return blocks
@@ -131,23 +131,36 @@ class PageRun:
         assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
 
     def _serve(self, words: list[str]) -> None:
-        """A server in place of the one before."""
-        self.stop()
-        command = [sys.executable, "-m", "linearize", "serve", *words, "--port", str(self.port), "--slots", "2"]
-        command += ["--device", "cpu", "--state-dir", "states"]
-        self._server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self._server.stderr is not None
-        lines = list(itertools.takewhile(lambda line: " at http://127.0.0.1:" not in line, self._server.stderr))
-        assert self._server.poll() is None, lines
+        """The page's first server stays for its requests; another one starts and ends."""
+        server = started([*words, "--port", str(0 if self._server else self.port)])
+        if self._server is None:
+            self._server = server
+        else:
+            ended(server)
 
     def stop(self) -> None:
         """End the server, if one runs."""
         if self._server is not None:
-            self._server.terminate()
-            assert self._server.wait(30) == 0
-            assert self._server.stderr is not None
-            self._server.stderr.close()
+            ended(self._server)
             self._server = None
+
+
+def started(words: list[str]) -> subprocess.Popen[str]:
+    """`linearize serve` with these arguments, once it has said where it is."""
+    command = [sys.executable, "-m", "linearize", "serve", *words, "--slots", "2", "--device", "cpu"]
+    server = subprocess.Popen([*command, "--state-dir", "states"], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    lines = list(itertools.takewhile(lambda line: " at http://127.0.0.1:" not in line, server.stderr))
+    assert server.poll() is None, lines
+    return server
+
+
+def ended(server: subprocess.Popen[str]) -> None:
+    """Ask a server to stop, which it does with exit code 0."""
+    server.terminate()
+    assert server.wait(30) == 0
+    assert server.stderr is not None
+    server.stderr.close()
 
 
 @contextlib.contextmanager

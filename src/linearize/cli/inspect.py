@@ -64,8 +64,8 @@ def inspect(
         from linearize.modeling.inspect import inspect_backends
 
         with json_only(as_json):
-            found = inspect_backends(model, device=device, **origin)
-        show(found, as_json=as_json)
+            result = inspect_backends(model, device=device, **origin)
+        show(result, as_json=as_json)
         return
     chosen |= specified(device=device)
     if not sensitivity:

@@ -22,6 +22,16 @@ from linearize.cli.options import (
 )
 
 EMBEDDED, VLLM = "embedded", "vllm"
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen at; default: 127.0.0.1, which only this machine reaches.")
+]
+Timeout = Annotated[
+    float | None, typer.Option(metavar="SECONDS", parser=number, help="Time for a request; default: 600.")
+]
+Grace = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", parser=number, help="Time for answers to end after a signal; default: 30."),
+]
 
 
 def _limit(value: str) -> int:
@@ -31,9 +41,7 @@ def _limit(value: str) -> int:
 
 def serve(
     model: Model,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen at; default: 127.0.0.1, which only this machine reaches.")
-    ] = None,
+    host: Host = None,
     port: Annotated[int | None, typer.Option(help="Port; default: 8000; 0: any that is free.")] = None,
     engine: Annotated[
         str, typer.Option(metavar="embedded|vllm", help="What runs the model; vllm must be installed.")
@@ -69,13 +77,8 @@ def serve(
     max_body: Annotated[
         int | None, typer.Option(metavar="SIZE", parser=size, help="Largest request; default: 16MiB.")
     ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", parser=number, help="Time for a request; default: 600.")
-    ] = None,
-    grace: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", parser=number, help="Time for answers to end after a signal; default: 30."),
-    ] = None,
+    timeout: Timeout = None,
+    grace: Grace = None,
     state_memory: Annotated[
         int | None,
         typer.Option(metavar="SIZE", parser=_limit, help="Memory for states of conversations; default: 1GB; 0: none."),

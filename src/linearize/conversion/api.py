@@ -98,7 +98,7 @@ def convert(
         self_contained=self_contained, push_to=push_to, private=private,
     )  # fmt: skip
     group = start()
-    _check_group(request, group)
+    _check_group(request, group, callbacks)
     repository = group.share(lambda: _repository(request))
     try:
         student = _convert(request, group, track, progress, callbacks)
@@ -111,7 +111,7 @@ def convert(
     return student
 
 
-def _check_group(request: ConversionRequest, group: Group) -> None:
+def _check_group(request: ConversionRequest, group: Group, callbacks: Sequence[object]) -> None:
     """Refuse what these processes cannot do together. Raises InputError."""
     check_processes(request.recipe, group)
     if group.ranks > 1:
@@ -123,6 +123,7 @@ def _check_group(request: ConversionRequest, group: Group) -> None:
             )
     options = request.options
     reading = {"way of reading (--stream)": str(request.stream), "choice of blocks (--blocks)": str(options.only)}
+    reading["callbacks"] = "some" if callbacks else "none"  # the first process calls them, and the others wait for it
     group.agree(run_signature(request.source.path, request.specs, request.recipe, request.final) | reading)
 
 

@@ -3,6 +3,7 @@ them, and a stop is brought back to all."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from linearize.training.distributed import Group, shared_store
 from linearize.training.loop import StageResult
 
 STOP = "stop"
+_RUNS = itertools.count()  # conversions of these processes, which all of them count alike
 
 
 class CallbackRelay:
@@ -26,7 +28,7 @@ class CallbackRelay:
 
     def __init__(self, callbacks: Sequence[object], group: Group) -> None:
         self.callbacks, self.group = callbacks, group
-        self.store = dist.PrefixStore("callbacks", shared_store())
+        self.store = dist.PrefixStore(f"callbacks/{next(_RUNS)}", shared_store())
         self.sent = 0
         self.received = [0] * group.ranks
 
