@@ -68,7 +68,7 @@ def test_all_forms_of_a_plan_say_the_same() -> None:
     teacher = tiny("llama", num_hidden_layers=3)
     mixer = linearize.LolcatsConfig(**LOLCATS)
     recipe = load_recipe("lolcats").override({f"plan.mixer.{key}": value for key, value in LOLCATS.items()})
-    forms = [linearize.Plan(mixer=mixer), recipe, {"mixer": LOLCATS}, [mixer] * 3]
+    forms = [linearize.Plan(mixer=mixer), recipe, {"mixer": LOLCATS}, mixer, [mixer] * 3]
     state = torch.random.get_rng_state()
     students = [linearize.convert_model(teacher, form, seed=5) for form in forms]  # type: ignore[arg-type]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -93,6 +93,7 @@ def test_all_forms_of_a_plan_say_the_same() -> None:
         ("lolcat", "lolcats"),
         ([None, None], "one mixer"),
         ([None, "lolcats", None], "a mixer's config, or None"),
+        (None, "NoneType given"),
     ],
 )
 def test_plans_that_do_not_fit(plan: Any, word: str) -> None:
@@ -176,6 +177,21 @@ def test_generate_takes_models_and_folders(folder: Path, capsys: pytest.CaptureF
     assert drafted == line and capsys.readouterr().out == ""
     with pytest.raises(InputError, match="store given for a model in memory"):
         linearize.generate(model, "the cat", store=3)
+    with pytest.raises(InputError, match="the prompt is a list"):
+        linearize.generate(model, ["the cat"])  # type: ignore[arg-type]
+
+
+def test_habits_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    model: Any = tiny("llama", num_hidden_layers=1)
+    ids = text(1, 5)
+    for match, function in {
+        "LlamaForCausalLM given: save": lambda: linearize.evaluate(model),
+        "LlamaForCausalLM given: give a student": lambda: linearize.export(model, "hf", tmp_path / "out"),
+        "input_ids is a list": lambda: linearize.speculate(model, model, ids.tolist(), max_new_tokens=2),
+        "the draft is a str": lambda: linearize.speculate(model, "draft", ids, max_new_tokens=2),
+    }.items():
+        with pytest.raises(InputError, match=match):
+            function()
 
 
 @pytest.mark.slow

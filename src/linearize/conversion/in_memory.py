@@ -18,7 +18,7 @@ from linearize.modeling.truncate import truncate
 from linearize.recipes.plan import PlanConfig
 from linearize.recipes.schema import Recipe, load_recipe
 
-PlanLike: TypeAlias = PlanConfig | Recipe | Mapping[str, Any] | Sequence[MixerConfig | None] | str | Path
+PlanLike: TypeAlias = PlanConfig | Recipe | Mapping[str, Any] | MixerConfig | Sequence[MixerConfig | None] | str | Path
 
 
 def convert_model(
@@ -28,8 +28,9 @@ def convert_model(
 
     Args:
         model: a causal LM of transformers with softmax attention.
-        plan: a `Plan`; a recipe or its name or file, of which the plan is taken; a mapping like a recipe's `plan`; or a
-            mixer's config, or None, for each layer. All layers are converted at once: a `schedule` is for training.
+        plan: a `Plan`; a recipe or its name or file, of which the plan is taken; a mapping like a recipe's `plan`; a
+            mixer's config, for all layers; or one, or None, for each layer. All layers are converted at once: a
+            `schedule` is for training.
         seed: of the new parameters that start at random.
         name: the teacher's in the student's config; None: what the model was loaded from.
 
@@ -40,6 +41,8 @@ def convert_model(
         raise InputError(f"a {type(model).__name__} given: give a loaded causal language model of transformers")
     if isinstance(model, LinearizedForCausalLM):
         raise InputError("the model is a student already: its method convert_layers converts further layers")
+    if isinstance(plan, MixerConfig):
+        plan = [plan] * model.config.get_text_config().num_hidden_layers
     base, mixers = model, _mixers_of_layers(plan)
     if mixers is None:
         config = _plan_of(plan).model_copy(update={"schedule": None})
@@ -59,6 +62,8 @@ def _mixers_of_layers(plan: PlanLike) -> list[MixerConfig | None] | None:
     """A plan that is one config or None for each layer; None for the other kinds."""
     if isinstance(plan, (PlanConfig, Recipe, Mapping, str, Path)):
         return None
+    if not isinstance(plan, Sequence):
+        raise InputError(f"plan: a {type(plan).__name__} given; allowed: a plan, a recipe, a mixer's config, or a list")
     mixers = list(plan)
     if wrong := [mixer for mixer in mixers if mixer is not None and not isinstance(mixer, MixerConfig)]:
         raise InputError(f"plan: {wrong[0]!r} given for a layer; allowed: a mixer's config, or None")

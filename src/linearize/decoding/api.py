@@ -52,6 +52,10 @@ def generate(
     Raises:
         InputError: a model, tokenizer, draft or setting that cannot be used.
     """
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"the prompt is a {type(prompt).__name__}: give one text (the model's own generate has batches)"
+        )
     options = {
         "adapter": adapter, "store": store, "revision": revision, "token": token, "dtype": dtype, "device": device,
         "device_map": device_map,

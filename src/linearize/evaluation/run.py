@@ -114,6 +114,8 @@ def evaluate(
     named = [*([model] if model is not None else []), *compare]
     if not named:
         raise InputError("no model to evaluate: name one, or several with --compare")
+    if loaded := [each for each in named if not isinstance(each, (str, Path))]:
+        raise InputError(f"a {type(loaded[0]).__name__} given: save the model, and give its folder or Hub name")
     name, planned = plan_sections(suite, tasks, sections, options.include_path)
     teacher = expand_home(teacher) if teacher else None
     places = _places(named, options, first_has_revision=model is not None)

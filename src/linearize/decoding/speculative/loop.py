@@ -75,6 +75,8 @@ def speculate(
     if isinstance(draft, PreTrainedModel):
         check_vocabularies(target, draft)
         draft = ModelDrafter(draft)
+    elif not hasattr(draft, "models"):
+        raise InputError(f"the draft is a {type(draft).__name__}: give a loaded model, or LookupDrafter()")
     if stats is None:
         stats = acceptance_stats(target, draft.source)
     length = draft_length_for(draft_tokens, stats, len(prompts))
@@ -198,6 +200,8 @@ def check_input(
     input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, streamer: BaseStreamer | None
 ) -> list[list[int]]:
     """Return the prompts without padding. Raises InputError for shapes and sizes that cannot be used."""
+    if not isinstance(input_ids, Tensor):
+        raise InputError(f"input_ids is a {type(input_ids).__name__}: give a tensor [batch, tokens]")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise InputError(f"input_ids has shape {list(input_ids.shape)}: give [batch, tokens], at least one of each")
     if max_new_tokens < 1:

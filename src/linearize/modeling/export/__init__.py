@@ -132,6 +132,8 @@ def export_student(
     check_free(out, overwrite)
     student = student_or_path
     if not isinstance(student, LinearizedForCausalLM):
+        if not isinstance(student, (str, Path)):
+            raise InputError(f"a {type(student).__name__} given: give a student, in memory or by its folder")
         student = expand_home(student)
         check_apart(out, student)
         place = local_copy(student, revision=revision, token=token).path
