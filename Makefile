@@ -30,7 +30,7 @@ test-slow: $(VENV)/.installed-dev
 # The parts that meet other libraries: their names, arguments and classes.
 MEETING := $(addprefix tests/test_,forward_arguments.py generation.py assisted_generation.py mixer_contract.py \
 	layer_mixers.py families.py stages.py export.py export_remote_code.py export_alone.py auto_model.py \
-	trainers_of_others.py versions.py data.py specs.py)
+	trainers_of_others.py versions.py data.py specs.py speculative.py)
 
 # For scripts/lower_bounds.py.
 meeting:

@@ -228,6 +228,8 @@ def test_a_verb_reads_the_revision_that_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A hidden repository whose `v1` alone has a model."""
+    if verb == "serve":
+        pytest.importorskip("uvicorn")
     student = linearize.convert_model(
         AutoModelForCausalLM.from_pretrained(folder / "old"), [linearize.GlaConfig(window=3), None]
     )

@@ -85,7 +85,7 @@ def _verify(
     engine: str,
     python: Path | None,
     trust_remote_code: bool,
-    origin: dict[str, str],
+    origin: dict[str, Any],
     *,
     as_json: bool,
 ) -> None:

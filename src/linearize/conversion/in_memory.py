@@ -64,7 +64,7 @@ def _mixers_of_layers(plan: PlanLike) -> list[MixerConfig | None] | None:
         return None
     if not isinstance(plan, Sequence):
         raise InputError(f"plan: a {type(plan).__name__} given; allowed: a plan, a recipe, a mixer's config, or a list")
-    mixers = list(plan)
+    mixers: list[Any] = list(plan)
     if wrong := [mixer for mixer in mixers if mixer is not None and not isinstance(mixer, MixerConfig)]:
         raise InputError(f"plan: {wrong[0]!r} given for a layer; allowed: a mixer's config, or None")
     return mixers

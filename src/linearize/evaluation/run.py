@@ -142,8 +142,8 @@ def evaluate(
         planned = sections_with_text(planned, bool(documents), models, notes)
         ctx = _context(eval_models, documents, origins, options, final)
         commits = {place.name: place.commit for place in places if place.commit is not None}
-        planned = _with_enough_text(planned, ctx, notes, optional=sections is None)
-        return _measured(name, planned, ctx, notes, commits)
+        able = _with_enough_text(planned, ctx, notes, optional=sections is None)
+        return _measured(name, able, ctx, notes, commits)
 
 
 def bench(

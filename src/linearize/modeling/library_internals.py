@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, DynamicSlidingWindowLayer
 
 # transformers 5.23: configs
 
@@ -53,6 +56,23 @@ def run_config_checks(config: PreTrainedConfig, without: Collection[str]) -> Non
 def register_cache_layer(name: str, layer: type) -> None:
     """Let `DynamicCache` and `StaticCache` make this class for layers of a type (`cache_utils.py`)."""
     STATIC_LAYER_TYPE_MAPPING[name] = layer
+
+
+def hide_old_states(cache: Cache) -> None:
+    """Let layers with a sliding window return the states that they announce to the mask (`cache_utils.py`).
+
+    transformers 5.17 returns older ones too where several calls follow each other without `crop`; 5.18 does not.
+    """
+    if Version(transformers.__version__) >= Version("5.18"):
+        return
+    for layer in cache.layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.update = partial(_recent_states, layer, layer.update)
+
+
+def _recent_states(layer: Any, update: Callable[..., Any], keys: Tensor, values: Tensor, *rest: Any) -> Any:
+    count = layer.sliding_window - 1 + keys.shape[-2]
+    return tuple(states[:, :, -count:] for states in update(keys, values, *rest))
 
 
 def keeps_recurrent_state(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import with_cache
-from linearize.modeling.library_internals import keeps_recurrent_state
+from linearize.modeling.library_internals import hide_old_states, keeps_recurrent_state
 from linearize.modeling.ragged_cache import accept_rows, compact
 
 MAX_DEAD_COLUMNS = 64  # dead columns that a cache holds before they are taken out
@@ -51,6 +51,7 @@ class CachedModel:
         self._undecided = 0
         check_layers(self.cache, self.role)
         self.cache.activate_past_recording()
+        hide_old_states(self.cache)
         self.by_row = all(_keeps_by_row(layer) for layer in self.cache.layers)
         return logits_B1V
 
