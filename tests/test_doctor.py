@@ -46,8 +46,8 @@ def test_people_get_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("installed", "status", "essential"),
-    [(None, "missing", True), ("2.1.0", "2.1.0 is installed, <2.15,>=2.9 is needed", True), ("2.14.7", "ok", False),
-     ("2.9.0", "not tested", False)],
+    [(None, "missing", True), ("2.1.0", "2.1.0 is installed, <2.15,>=2.7 is needed", True), ("2.14.7", "ok", False),
+     ("2.7.1", "not tested", False)],
 )  # fmt: skip
 def test_libraries_are_compared_with_what_is_needed(
     installed: str | None, status: str, essential: bool, monkeypatch: pytest.MonkeyPatch
@@ -62,7 +62,7 @@ def test_libraries_are_compared_with_what_is_needed(
     monkeypatch.setattr("linearize.version.version", version)
 
     class Package:
-        requires = ("torch>=2.9,<2.15", "pyyaml>=6")
+        requires = ("torch>=2.7,<2.15", "pyyaml>=6")
         metadata = importlib.metadata.distribution("pyyaml").metadata
 
     monkeypatch.setattr(environment, "distribution", lambda name: Package)
@@ -71,7 +71,7 @@ def test_libraries_are_compared_with_what_is_needed(
     assert {row.name: row.status for row in diagnosis.libraries} == {"torch": status, "pyyaml": "ok"}
     assert len(diagnosis.problems) == essential
     if essential:
-        assert diagnosis.problems[0].endswith("pip install 'torch<2.15,>=2.9'")
+        assert diagnosis.problems[0].endswith("pip install 'torch<2.15,>=2.7'")
     assert len(diagnosis.notes) == (status == "not tested")
 
 

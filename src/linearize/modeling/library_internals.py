@@ -65,9 +65,9 @@ def hide_old_states(cache: Cache) -> None:
     """
     if Version(transformers.__version__) >= Version("5.18"):
         return
-    for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.update = partial(_recent_states, layer, layer.update)
+    layers: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicSlidingWindowLayer]
+    for layer in layers:
+        layer.update = partial(_recent_states, layer, layer.update)
 
 
 def _recent_states(layer: Any, update: Callable[..., Any], keys: Tensor, values: Tensor, *rest: Any) -> Any:
