@@ -5,7 +5,8 @@
     python -m benchmarks.smollm2_page
 
 A row is trained in adapter form into `benchmarks/smollm2/ROW` (the same command continues a run that was stopped) and
-measured into `benchmarks/smollm2/ROW.json`. Losses are in nats per token, on text that no row was trained or tuned on.
+measured into `benchmarks/smollm2/ROW.json`; parts can be measured one by one. Losses are in nats per token, on text
+that no row was trained or tuned on.
 """
 
 from __future__ import annotations
@@ -106,14 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trains.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="fp32 where bf16 is slower")
     measures.add_argument("rows", nargs="+", choices=[TEACHER, *ROWS])
     measures.add_argument("--text", action="append", required=True)
-    measures.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    measures.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096], help="of losses; none: as measured")
     measures.add_argument("--loss-tokens", type=parse_count, default=32_768)
-    measures.add_argument(
-        "--recall", type=int, nargs="*", default=[512, 1024, 2048, 4096], help="lengths; none: leave out"
-    )
-    measures.add_argument("--items", type=int, default=4)
-    measures.add_argument("--limit", type=int, default=200, help="items of each task; 0: no tasks")
-    measures.add_argument("--kept", help="folder in which recall and tasks keep what they measured")
+    measures.add_argument("--limit", type=int, default=200, help="items of each task; 0: as measured")
+    measures.add_argument("--kept", help="folder in which tasks keep what they measured")
     for verb in (trains, measures):
         verb.add_argument("--teacher", required=True)
     options = parser.parse_args(arguments)

@@ -50,9 +50,7 @@ def check_start(
         asked = {"rank": rank, "alpha": alpha}
         earlier = {"rank": there.get("r"), "alpha": there.get("lora_alpha")}
         if earlier != asked:
-            raise InputError(
-                f"start {folder} has LoRA of {earlier}, this stage of {asked}: set these alike"
-            )
+            raise InputError(f"start {folder} has LoRA of {earlier}, this stage of {asked}: set these alike")
         stems = {_own_name(name).partition(".lora_")[0] for name in tensors_of(path / WEIGHTS)}
         if stems != set(projections):
             raise InputError(f"start {folder} has LoRA on other layers than this stage: set targets to those it had")
