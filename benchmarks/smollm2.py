@@ -1,6 +1,7 @@
 """Students of SmolLM2-135M, or of any teacher: train a row of the table, and measure it.
 
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
+    python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
     python -m benchmarks.smollm2_page
@@ -53,14 +54,19 @@ ROWS = {
     ),
     "lolcats": Row("lolcats"),
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
-    "window-linear-recall": Row(
-        "window-linear",
-        {
-            "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
-            "stages.1.start": str(COMMITTED / "window-linear"), "stages.1.evaluate_every": 0.34,
-            "stages.1.keep_best": False,
-        },
-    ),
+    **{
+        name: Row(
+            "window-linear",
+            {
+                "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
+                "stages.1.start": str(start), "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+            },
+        )
+        for name, start in (
+            ("window-linear-recall-1", COMMITTED / "window-linear"),
+            ("window-linear-recall", FOLDER / "window-linear-recall-1"),
+        )
+    },
     **{
         f"{mixer}-{share}": Row(recipe, {"plan.layers.keep": share / 100} if share else {"plan.layers": "all"}, True)
         for mixer, recipe in (("gdn-hybrid", "gdn-hybrid"), ("mamba2", "mamba2-in-llama"))

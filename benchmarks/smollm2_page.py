@@ -33,7 +33,8 @@ WHAT = {
     "window-alone": "softmax in the same window with the same sink, LoRA and tokens, no linear branch",
     "lolcats": "LoLCATs as published (cross-entropy, LoRA of rank 8 on q, k, v, o)",
     "window-linear": "the default recipe, with attention transfer at lr 3e-2",
-    "window-linear-recall": "`window-linear` trained on with 128 exact pairs and 5% retrieval heads at 4,096 tokens",
+    "window-linear-recall-1": "`window-linear` trained on with 128 exact pairs and 5% retrieval heads at 4,096 tokens",
+    "window-linear-recall": "the same, trained on once more",
     **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention" for share in (50, 25, 0)},
     **{f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention" for share in (50, 25, 0)},
 }
