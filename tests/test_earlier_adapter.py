@@ -76,6 +76,10 @@ def test_store_and_heads_may_be_added(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(logits(folder, with_both), earlier(ids).logits, rtol=0, atol=1e-5)
     assert (logits(folder, with_both) - logits(folder, folder / "first")).abs().max() > 1e-3
+    third = go_on(folder, tmp_path / "third", with_both, **STILL, **new)
+    torch.testing.assert_close(logits(folder, third), logits(folder, with_both), rtol=0, atol=1e-5)
+    with pytest.raises(InputError):  # other heads were trained
+        go_on(folder, tmp_path / "fourth", with_both, **STILL, **{**new, "plan.heads.keep": [[2, 0]]})
 
 
 def test_layers_may_keep_softmax(folder: Path, tmp_path: Path) -> None:

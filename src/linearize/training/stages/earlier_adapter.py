@@ -43,7 +43,7 @@ def check_start(
     name = student.config.teacher_name
     if name is not None and pin.fingerprint != weights_fingerprint(find_model(str(name))):
         raise InputError(f"start {folder} is an adapter of {pin.teacher}, whose weights are not those of {name}")
-    _groups(folder, student)
+    _groups(folder, student, heads_follow=True)
     path = Path(expand_home(folder)) / FOLDER
     if path.is_dir():
         there = read_json(path / "adapter_config.json")
@@ -82,8 +82,9 @@ def start_identity(folder: str) -> str:
     return digest.hexdigest()
 
 
-def _groups(folder: str, student: LinearizedForCausalLM) -> dict[int, tuple[int, ...]]:
-    """The key/value groups that keep softmax in this student and did not in the earlier one.
+def _groups(folder: str, student: LinearizedForCausalLM, *, heads_follow: bool = False) -> dict[int, tuple[int, ...]]:
+    """The key/value groups that keep softmax in this student and did not in the earlier one. `heads_follow`: the
+    student may get its retrieval heads later on, when they are scored.
 
     Raises:
         InputError: the plans differ in more than that, stores, and layers that keep softmax now.
@@ -93,6 +94,8 @@ def _groups(folder: str, student: LinearizedForCausalLM) -> dict[int, tuple[int,
     for layer, (old, new) in enumerate(zip(earlier, student.config.mixers(), strict=False)):
         if isinstance(new, RetrievalHeadsConfig) and not isinstance(old, RetrievalHeadsConfig):
             groups[layer], new = new.groups, new.mixer
+        if heads_follow and isinstance(old, RetrievalHeadsConfig) and not isinstance(new, RetrievalHeadsConfig):
+            old = old.mixer
         if new is not None and _trained_part(old) != _trained_part(new):
             raise InputError(
                 f"start {folder} has {_short(old)} in layer {layer}, this plan {_short(new)}: only the store, "
