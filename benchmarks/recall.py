@@ -18,14 +18,14 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from benchmarks.smollm2 import FOLDER as STUDENTS
-from benchmarks.smollm2_measure import TEACHER, Losses, first_rows, losses
+from benchmarks.smollm2_measure import RECALL as FOLDER
+from benchmarks.smollm2_measure import TEACHER, Variant, first_rows, losses
 from benchmarks.smollm2_page import table
 from linearize.decoding.loading import load_any
 from linearize.evaluation.haystack import (
@@ -47,24 +47,10 @@ from linearize.modeling.cache_argument import with_cache
 from linearize.storage.atomic import atomic_write_text
 from linearize.training.data.loading import load_documents
 
-FOLDER = Path(__file__).parent / "recall"
 PAGE = FOLDER / "README.md"
 TESTS = ("passkey", "needle", "multikey", "multivalue")
 KEYS, VALUES, SEED, CONTEXT, TIMED = 4, 2, 0, 4096, 64
 VARIANT = re.compile(r"(?P<row>[a-z0-9-]+?)(\+store(?P<store>\d+))?(\+heads(?P<heads>\d+))?")
-
-
-class Variant(BaseModel):
-    """What was measured: right answers and items by test and length, losses by length, bytes and decode time at 4,096
-    tokens of context."""
-
-    name: str
-    recall: dict[str, dict[int, tuple[int, int]]] = Field(default_factory=dict)
-    losses: dict[int, Losses] = Field(default_factory=dict)
-    state_bytes: int | None = None
-    decode_seconds: float | None = None
-    groups_kept: int = 0
-    provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 class Heads(BaseModel):

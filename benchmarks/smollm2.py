@@ -1,11 +1,14 @@
 """Students of SmolLM2-135M, or of any teacher: train a row of the table, and measure it.
 
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
+    python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
+    python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
     python -m benchmarks.smollm2_page
 
 A row is trained in adapter form into `benchmarks/smollm2/ROW` (the same command continues a run that was stopped) and
-measured into `benchmarks/smollm2/ROW.json`. Losses are in nats per token, on text that no row was trained or tuned on.
+measured into `benchmarks/smollm2/ROW.json`; parts can be measured one by one. Losses are in nats per token, on text
+that no row was trained or tuned on.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from linearize.numbers import parse_count
 from linearize.phases import shown
 from linearize.training.progress import Progress
 
-FOLDER = Path(os.environ.get("LINEARIZE_SMOLLM2", Path(__file__).parent / "smollm2"))
+COMMITTED = Path(__file__).parent / "smollm2"
+FOLDER = Path(os.environ.get("LINEARIZE_SMOLLM2", COMMITTED))
 STAGE_2 = {
     "name": "lowrank", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05, "evaluate_every": 0.2, "rank": 16,
     "alpha": 32, "targets": ["all"], "loss": "kl", "train_mixers": True,
@@ -50,7 +54,19 @@ ROWS = {
     ),
     "lolcats": Row("lolcats"),
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
-    "window-linear-store": Row("window-linear", {"stages.0.lr": "3e-2", "plan.mixer.store": 128}),
+    **{
+        name: Row(
+            "window-linear",
+            {
+                "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
+                "stages.1.start": str(start), "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+            },
+        )
+        for name, start in (
+            ("window-linear-recall-1", COMMITTED / "window-linear"),
+            ("window-linear-recall", FOLDER / "window-linear-recall-1"),
+        )
+    },
     **{
         f"{mixer}-{share}": Row(recipe, {"plan.layers.keep": share / 100} if share else {"plan.layers": "all"}, True)
         for mixer, recipe in (("gdn-hybrid", "gdn-hybrid"), ("mamba2", "mamba2-in-llama"))
@@ -106,14 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trains.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="fp32 where bf16 is slower")
     measures.add_argument("rows", nargs="+", choices=[TEACHER, *ROWS])
     measures.add_argument("--text", action="append", required=True)
-    measures.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
+    measures.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096], help="of losses; none: as measured")
     measures.add_argument("--loss-tokens", type=parse_count, default=32_768)
-    measures.add_argument(
-        "--recall", type=int, nargs="*", default=[512, 1024, 2048, 4096], help="lengths; none: leave out"
-    )
-    measures.add_argument("--items", type=int, default=4)
-    measures.add_argument("--limit", type=int, default=200, help="items of each task; 0: no tasks")
-    measures.add_argument("--kept", help="folder in which recall and tasks keep what they measured")
+    measures.add_argument("--limit", type=int, default=200, help="items of each task; 0: as measured")
+    measures.add_argument("--kept", help="folder in which tasks keep what they measured")
     for verb in (trains, measures):
         verb.add_argument("--teacher", required=True)
     options = parser.parse_args(arguments)

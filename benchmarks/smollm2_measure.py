@@ -1,4 +1,5 @@
-"""What is measured of a row of the SmolLM2 table: losses at two lengths, recall, tasks, state and continuations.
+"""What is measured of a row of the SmolLM2 table: losses at two lengths, tasks, state and continuations; and what
+`benchmarks.recall` measures of it.
 
 Losses are in nats per token, on text that no row was trained or tuned on.
 """
@@ -12,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from linearize.decoding.loading import load_any
 from linearize.evaluation.run import EvaluationOptions, evaluate
-from linearize.evaluation.sections.recall import Recall
-from linearize.evaluation.sections.recall.numbers import RecallNumbers
 from linearize.evaluation.sections.tasks.present import TasksNumbers
 from linearize.metrics.intervals import mean_over_documents
 from linearize.metrics.report import provenance
@@ -28,7 +27,7 @@ from linearize.training.data.documents import Document
 from linearize.training.data.loading import load_documents
 from linearize.training.data.packing import document_rows
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS, RECALL = Path(__file__).parent / "tasks", Path(__file__).parent / "recall"
 TASK_NAMES = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai")
 TEACHER = "teacher"
 LATE = 1024  # losses from this position on have a column of their own
@@ -81,68 +80,86 @@ class TaskNumbers(BaseModel):
 
 
 class RowNumbers(BaseModel):
-    """All that was measured of a row; `losses` by length, `recall` by test and length (right answers, items)."""
+    """All that was measured of a row; `losses` by length.
+
+    `provenance` is that of the losses, `tasks_provenance` that of tasks measured in another run."""
 
     name: str
     losses: dict[int, Losses]
     state_bytes: int
     stages: list[StageNumbers]
-    recall: dict[str, dict[int, tuple[int, int]]]
     tasks: dict[str, TaskNumbers]
     continuations: list[str]
     provenance: dict[str, Any]
+    tasks_provenance: dict[str, Any] | None = None
+
+
+class Variant(BaseModel):
+    """Recall of a row, or of a row with an exact store or retrieval heads: right answers and items by test and length,
+    losses by length, bytes and decode time at 4,096 tokens of context."""
+
+    name: str
+    recall: dict[str, dict[int, tuple[int, int]]] = Field(default_factory=dict)
+    losses: dict[int, Losses] = Field(default_factory=dict)
+    state_bytes: int | None = None
+    decode_seconds: float | None = None
+    groups_kept: int = 0
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
-    """Losses, recall, tasks, state bytes and continuations of a row."""
-    teacher, text = options.teacher, list(options.text)
-    path = teacher if name == TEACHER else str(folder / name)
-    guide, tokenizer = load_any(teacher)
-    student = guide if name == TEACHER else load_any(teacher, adapter=path)[0]
-    torch.set_flush_denormal(True)
-    documents = load_documents(text, load_tokenizer(teacher))
-    losses_at = {}
-    for length in options.lengths:
-        rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
-        losses_at[length] = losses(guide, None if name == TEACHER else student, rows)
-    written = [continued(student, tokenizer, prompt) for prompt in (*PROMPTS, book_prompt(documents, tokenizer))]
-    del guide, student
+    """Losses, tasks, state bytes and continuations of a row. Where no lengths or a limit of 0 are asked, that part
+    stays as an earlier run measured it, or is left out."""
+    path = options.teacher if name == TEACHER else str(folder / name)
+    file, earlier = folder / f"{name}.json", None
+    if file.is_file():
+        earlier = RowNumbers.model_validate_json(file.read_text(encoding="utf-8"))
+    now = provenance(seed=0)
+    tasks, tasks_provenance = ({}, None) if earlier is None else (earlier.tasks, earlier.tasks_provenance)
+    if options.limit:
+        tasks, tasks_provenance = _tasks(name, path, options), now
+    if options.lengths or earlier is None:
+        losses_at, written = _language(name, path, options)
+    else:
+        losses_at, written, now = earlier.losses, earlier.continuations, earlier.provenance
     cache = inspect_model(path, contexts=[CACHE_CONTEXT])["cache"][0]
     report = {} if name == TEACHER else json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
-    kept = {"teacher": teacher, "out": options.kept} if name != TEACHER else {"out": options.kept}
-    recall: dict[str, dict[int, tuple[int, int]]] = {}
-    tasks: dict[str, TaskNumbers] = {}
-    if options.recall:
-        section = Recall(
-            lengths=tuple(options.recall), depths=(0.1, 0.5, 0.9), items=options.items, keys=(4,), values=0
-        )
-        recalled = RecallNumbers.model_validate(
-            evaluate(path, sections=[section], data=text, **kept).sections["recall"]
-        )
-        own = recalled.models[TEACHER if name == TEACHER else list(recalled.models)[-1]]
-        for test in ("passkey", "needle", "multikey"):
-            for length in options.recall:
-                cells = [cell for cell in own.test(test).cells if cell.length == length]
-                hits, items = sum(cell.successes for cell in cells), sum(cell.n for cell in cells)
-                recall.setdefault(test, {})[length] = (hits, items)
-    if options.limit:
-        settings = EvaluationOptions(limit=options.limit, include_path=TASKS)
-        numbers = evaluate(path, tasks=TASK_NAMES, options=settings, **kept).sections["tasks"]
-        scores = TasksNumbers.model_validate(numbers).models
-        tasks = {
-            task: TaskNumbers(score=row.score, error=row.stderr, items=row.n, inside_window=row.inside_window)
-            for task, row in scores[TEACHER if name == TEACHER else list(scores)[-1]].items()
-        }
     return RowNumbers(
         name=name,
         losses=losses_at,
         state_bytes=cache["teacher_bytes" if name == TEACHER else "student_bytes"],
         stages=[StageNumbers.model_validate(stage) for stage in report.get("stages", ())],
-        recall=recall,
         tasks=tasks,
         continuations=written,
-        provenance=provenance(seed=0),
+        provenance=now,
+        tasks_provenance=tasks_provenance,
     )
+
+
+def _tasks(name: str, path: str, options: argparse.Namespace) -> dict[str, TaskNumbers]:
+    """lm-eval's scores of a row; the teacher's are kept in `options.kept`."""
+    settings = EvaluationOptions(limit=options.limit, include_path=TASKS)
+    teacher = None if name == TEACHER else options.teacher
+    numbers = evaluate(path, teacher=teacher, tasks=TASK_NAMES, options=settings, out=options.kept).sections["tasks"]
+    scores = TasksNumbers.model_validate(numbers).models
+    return {
+        task: TaskNumbers(score=row.score, error=row.stderr, items=row.n, inside_window=row.inside_window)
+        for task, row in scores[TEACHER if name == TEACHER else list(scores)[-1]].items()
+    }
+
+
+def _language(name: str, path: str, options: argparse.Namespace) -> tuple[dict[int, Losses], list[str]]:
+    """Losses by length, and what the row writes after the prompts."""
+    guide, tokenizer = load_any(options.teacher)
+    student = guide if name == TEACHER else load_any(options.teacher, adapter=path)[0]
+    torch.set_flush_denormal(True)
+    documents = load_documents(list(options.text), load_tokenizer(options.teacher))
+    losses_at = {}
+    for length in options.lengths:
+        rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
+        losses_at[length] = losses(guide, None if name == TEACHER else student, rows)
+    prompts = (*PROMPTS, book_prompt(documents, tokenizer))
+    return losses_at, [continued(student, tokenizer, prompt) for prompt in prompts]
 
 
 def first_rows(documents: Sequence[Document], length: int, count: int, pad: int) -> list[Batch]:

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.smollm2 import FOLDER, ROWS
-from benchmarks.smollm2_measure import BOOK_TOKENS, LATE, PROMPTS, TASK_NAMES, TEACHER, Distance, RowNumbers
+from benchmarks.smollm2_measure import (
+    BOOK_TOKENS,
+    LATE,
+    PROMPTS,
+    RECALL,
+    TASK_NAMES,
+    TEACHER,
+    Distance,
+    RowNumbers,
+    Variant,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "results_smollm2.md", ROOT / "README.md"
@@ -23,6 +33,8 @@ WHAT = {
     "window-alone": "softmax in the same window with the same sink, LoRA and tokens, no linear branch",
     "lolcats": "LoLCATs as published (cross-entropy, LoRA of rank 8 on q, k, v, o)",
     "window-linear": "the default recipe, with attention transfer at lr 3e-2",
+    "window-linear-recall-1": "`window-linear` trained on with 128 exact pairs and 5% retrieval heads at 4,096 tokens",
+    "window-linear-recall": "the same, trained on once more",
     **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention" for share in (50, 25, 0)},
     **{f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention" for share in (50, 25, 0)},
 }
@@ -78,18 +90,24 @@ def _distance(student: Distance) -> list[str]:
     return [f"{student.gap.value:+.3f}{error}", f"{student.kl.value:.3f}", f"{student.top1.value:.1%}", beyond]
 
 
-def recall_table(rows: Measured) -> str:
-    """Right answers of all, by test and length."""
-    lengths = sorted({length for row in rows.values() for test in row.recall.values() for length in test})
+def recall_table(folder: Path = RECALL) -> str:
+    """Right answers of all by test and length, as `benchmarks.recall` counted them."""
+    paths = {name: folder / f"{name}.json" for name in (TEACHER, *ROWS)}
+    known = {
+        name: Variant.model_validate_json(path.read_text(encoding="utf-8")).recall
+        for name, path in paths.items()
+        if path.is_file()
+    }
+    lengths = sorted({length for row in known.values() for test in row.values() for length in test})
     if not lengths:
         return "Not measured yet."
-    asked = [(test, length) for test in ("passkey", "needle", "multikey") for length in lengths]
-
-    def cells(row: RowNumbers) -> list[str]:
-        answered = [row.recall.get(test, {}).get(length) for test, length in asked]
-        return ["" if hits is None else f"{hits[0]}/{hits[1]}" for hits in answered]
-
-    return by_row(rows, ["row", *(f"{test} {length:,}" for test, length in asked)], cells)
+    asked = [(test, length) for test in ("passkey", "needle") for length in lengths]
+    lines = []
+    for name in (TEACHER, *ROWS):
+        answered = [known.get(name, {}).get(test, {}).get(length) for test, length in asked]
+        cells = ["" if hits is None else f"{hits[0]}/{hits[1]}" for hits in answered]
+        lines.append([f"`{name}`", *(cells if any(cells) else [MISSING, *cells[1:]])])
+    return table(["row", *(f"{test} {length:,}" for test, length in asked)], lines)
 
 
 def task_table(rows: Measured) -> str:
@@ -165,13 +183,14 @@ In rows with `lowrank` as their last stage, the stage is that of `window-linear`
 
 ## Recall
 
-Right answers of all, by greedy generation through the cache.
+Right answers of all, by greedy generation through the cache; more in
+[its own table](../benchmarks/recall/README.md).
 
-{recall_table(rows)}
+{recall_table()}
 
 ## Tasks
 
-lm-eval's scores in percent with one standard error, on the first items of each task.
+lm-eval's scores in percent with one standard error, on the first items of each task{_tasks_commit(rows)}.
 
 {task_table(rows)}
 
@@ -194,8 +213,15 @@ The students are committed as adapters under `benchmarks/smollm2/`, so that meas
 
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data novels_a.jsonl --data novels_b.jsonl
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text novels_c.jsonl
+    python -m benchmarks.recall measure teacher window-linear --teacher DIR --text novels_c.jsonl
     python -m benchmarks.smollm2_page
 """
+
+
+def _tasks_commit(rows: Measured) -> str:
+    """The commits at which tasks were measured, where they were."""
+    facts = [row.tasks_provenance for row in rows.values() if row.tasks_provenance is not None]
+    return f", at commit {' and '.join(sorted({x['commit'][:7] for x in facts}))}" if facts else ""
 
 
 def readme_table(rows: Measured) -> str:

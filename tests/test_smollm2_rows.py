@@ -22,17 +22,10 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     story = "Once upon a time, Lily saw a big dog. She was very happy and wanted to play with it in the park. "
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(story * (i % 3 + 8) + f"The end of story {i}." for i in range(40)))
-    sizes = [
-        "--tokens",
-        "1536",
-        "--length",
-        "192",
-        "--batch",
-        "2",
-    ]  # beyond the window, so that no student is its teacher
+    sizes = ["--tokens", "1536", "--length", "192", "--batch", "2"]  # beyond the window: no student is its teacher
     smollm2.main(["train", name, "--teacher", TEACHER, "--data", str(text), *sizes])
     assert (tmp_path / name / "mixers.safetensors").is_file() or name == "window-alone"
-    sizes = ["--lengths", "64", "192", "--loss-tokens", "768", "--recall", "--limit", "0"]
+    sizes = ["--lengths", "64", "192", "--loss-tokens", "768", "--limit", "0"]
     smollm2.main(["measure", name, "--teacher", TEACHER, "--text", str(text), *sizes])
     numbers = RowNumbers.model_validate_json((tmp_path / f"{name}.json").read_text("utf-8"))
     losses = numbers.losses[192]
@@ -41,6 +34,12 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     assert (losses.window is not None) == (name == "window-linear")
     assert [len(text) > 0 for text in numbers.continuations] == [True, True, True]
     assert sum(stage.tokens for stage in numbers.stages) == 1536 * (1 if name == "window-alone" else 2)
+    if name == "window-linear":
+        sizes = ["--lengths", "--limit", "2"]
+        smollm2.main(["measure", name, "--teacher", TEACHER, "--text", str(text), *sizes])
+        later = RowNumbers.model_validate_json((tmp_path / f"{name}.json").read_text("utf-8"))
+        assert later.losses == numbers.losses and later.provenance == numbers.provenance
+        assert later.tasks_provenance is not None and later.tasks["piqa"].items == 2
     monkeypatch.setattr(smollm2_page, "LENGTHS", (192,))
     shown = smollm2_page.page(smollm2_page.measured(tmp_path))
     assert f"| {losses.student.kl.value:.3f} |" in shown

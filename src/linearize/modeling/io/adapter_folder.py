@@ -103,7 +103,7 @@ def save_adapter_folder(
     fp32 = tuple(fp32_names(student))
     mixers = {
         name: tensor.detach().cpu().to(tensor.dtype if name.startswith(fp32) else stored).contiguous()
-        for name, tensor in _mixer_tensors(student).items()
+        for name, tensor in mixer_tensors(student).items()
     }
     with writing("the adapter", folder, sum(tensor.nbytes for tensor in mixers.values())):
         save_config(student, folder)
@@ -146,7 +146,7 @@ def load_adapter(
     student = LinearizedForCausalLM.from_teacher(
         model, config.mixers(), teacher_name=pin.teacher if teacher is None else name
     )
-    _set_mixers(student, path / MIXERS)
+    set_mixers(student, path / MIXERS)
     apply_adapters(student, path)
     if (path / "generation_config.json").is_file():
         student.generation_config = type(student.generation_config).from_pretrained(path)
@@ -154,13 +154,13 @@ def load_adapter(
     return placed.eval()
 
 
-def _set_mixers(student: LinearizedForCausalLM, path: Path) -> None:
+def set_mixers(student: LinearizedForCausalLM, path: Path) -> None:
     """Put the saved tensors into the student's mixers. Raises InputError where they do not fit."""
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}); copy the folder again") from error
-    tensors = _mixer_tensors(student)
+    tensors = mixer_tensors(student)
     shapes, expected = ({name: tuple(x.shape) for name, x in part.items()} for part in (saved, tensors))
     if wrong := sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)):
         raise InputError(
@@ -172,7 +172,7 @@ def _set_mixers(student: LinearizedForCausalLM, path: Path) -> None:
             tensor.copy_(saved[name])
 
 
-def _mixer_tensors(student: LinearizedForCausalLM) -> dict[str, Tensor]:
+def mixer_tensors(student: LinearizedForCausalLM) -> dict[str, Tensor]:
     """Parameters and saved buffers of the mixers by their names in the student."""
     return {name: tensor for name, tensor in student.state_dict(keep_vars=True).items() if ".mixer." in name}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from linearize.modeling.parallel import add_part
 from linearize.modeling.sharding import shards_of
 from linearize.training.config import Batch, LossSum, ParameterGroup, StageConfig, StageRun
 from linearize.training.stages.chunked_logits import SplitModel
+from linearize.training.stages.earlier_adapter import check_start, start_from, start_identity
 from linearize.training.stages.losses import distillation_loss
 from linearize.training.stages.window_dropout import (
     WindowDropout,
@@ -49,8 +50,11 @@ class LowRankConfig(StageConfig):
     (KL(teacher||student)).
     `train_mixers`: whether to train the mixers too, at `mixer_lr_scale` times the learning rate. `merge`: merge the
     adapters into the saved weights; otherwise they are saved next to them (`adapter/`, peft's format) and applied on
-    loading. `window_dropout`: see `stages/window_dropout.py`.
+    loading. `window_dropout`: see `stages/window_dropout.py`. `start`: folder of an earlier conversion in adapter form,
+    whose mixers and LoRA go on training; store and heads of the plan may differ from what it had.
     """
+
+    places: ClassVar[tuple[str, ...]] = ("start",)
 
     name: Literal["lowrank"] = "lowrank"
     rank: int = Field(8, ge=1)
@@ -62,10 +66,15 @@ class LowRankConfig(StageConfig):
     mixer_lr_scale: float = Field(1.0, gt=0)
     merge: bool = True
     window_dropout: WindowDropout = ()
+    start: str | None = Field(None, min_length=1)
 
     def check(self, student: LinearizedForCausalLM, teacher: PreTrainedModel) -> None:
-        """Raise `InputError` for window dropout that no mixer can have, and where no converted layer is trained."""
+        """Raise `InputError` for window dropout that no mixer can have, an adapter that the stage cannot start from,
+        and where no converted layer is trained."""
         check_window_dropout(self.window_dropout, student)
+        if self.start is not None:
+            projections = find_projections(student, self.targets)
+            check_start(self.start, student, rank=self.rank, alpha=self.alpha, projections=projections)
         if not self.train_mixers:
             reach_of(student, find_projections(student, self.targets))
 
@@ -84,11 +93,17 @@ class LowRank(LogitsRun):
         self.adapters = add_adapters(
             student, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets
         )
+        if config.start is not None:
+            start_from(config.start, student, teacher, self.adapters.parameters())
         groups = [ParameterGroup(self.adapters.parameters())]
         if config.train_mixers and (mixers := student.mixer_parameters()):
             groups.append(ParameterGroup(mixers, config.mixer_lr_scale))
         super().__init__(student, *groups)
         self._train_adapters(True)
+
+    def identity(self) -> dict[str, str]:
+        """A digest of the adapter that the stage starts from."""
+        return {} if self.config.start is None else {"start": start_identity(self.config.start)}
 
     def loss(self, batch: Batch) -> LossSum:
         """Next-token loss or KL, summed over the tokens that count."""
