@@ -42,7 +42,7 @@ def export(
 ) -> None:
     """Write a student for programs that do not have linearize."""
     from linearize.modeling.export import export_student
-    from linearize.modeling.export.verify import ENGINES
+    from linearize.modeling.export.verify import ENGINES, NEW
 
     if verify is None and (python is not None or trust_remote_code):
         raise InputError("export takes --python and --trust-remote-code only with --verify: add it, or leave them out")
@@ -50,7 +50,7 @@ def export(
         raise unknown("engine", verify, ENGINES)
     print(f"exported to {export_student(student, to, out, overwrite=overwrite)}")
     if verify is not None:
-        _verify(out, student, verify, python, trust_remote_code, as_json=False)
+        _verify(out, student, verify, python, trust_remote_code, None, NEW, as_json=False)
 
 
 def verify(
@@ -63,6 +63,18 @@ def verify(
         typer.Option("--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers, mlx or vllm."),
     ] = "transformers",
     python: Python = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts in the place of ours: .jsonl rows with `turns`, `prompt` or `text`, a folder of such files, or "
+            "texts between blank lines; the texts must then be those of generate. May be repeated.",
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of --prompts, in turn from its files.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write after each prompt; default: 30.")] = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -70,16 +82,33 @@ def verify(
 
     Greedy tokens and their log-probabilities, after five prompts; exit code 1 where they differ.
     """
-    _verify(folder, student or str(folder), engine, python, trust_remote_code, as_json=as_json)
+    from linearize.modeling.export.prompts import read_prompts
+    from linearize.modeling.export.verify import NEW
+
+    if num_prompts is not None and not prompts:
+        raise InputError("--num-prompts says how many of --prompts are read: add it, or leave both out")
+    texts = read_prompts(prompts, num_prompts) if prompts else None
+    own = student or str(folder)
+    _verify(folder, own, engine, python, trust_remote_code, texts, tokens or NEW, as_json=as_json)
 
 
 def _verify(
-    folder: Path, student: str, engine: str, python: Path | None, trust_remote_code: bool, *, as_json: bool
+    folder: Path,
+    student: str,
+    engine: str,
+    python: Path | None,
+    trust_remote_code: bool,
+    prompts: list[str] | None,
+    new: int,
+    *,
+    as_json: bool,
 ) -> None:
     from linearize.modeling.export.verify import verify as compare
 
     with json_only(as_json):
-        result: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code)
+        result: Any = compare(
+            folder, student, engine, python=python, new=new, prompts=prompts, trust_remote_code=trust_remote_code
+        )
     show(result.model_dump() | {"passed": result.passed}, as_json=as_json)
     if not result.passed:
         raise typer.Exit(1)

@@ -2,7 +2,8 @@
 
 The engine runs in a process of its own, by a Python that has it, and writes greedily after a few prompts. Its tokens
 are then read by the student: each must be the student's first choice there, at the log-probability that the engine
-gave.
+gave. With prompts of a person's own, each text must also be the one that the student's `generate` writes, but for
+places where two tokens are equally probable up to rounding, which are reported.
 """
 
 from __future__ import annotations
@@ -34,14 +35,32 @@ PROMPTS = (
     "def area(width, height):\n    return",
 )
 FOOTER = "For further information visit"  # of pydantic, after the reason
+ROUNDING = 1e-4  # nats between two tokens of which rounding picks one
 NEW = 30  # tokens written after each prompt: beyond the windows of most students
 TIE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens that rounding may swap
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.05}  # nats by which a log-probability may differ
 
 
+class Parting(BaseModel):
+    """Where an engine's text leaves that of `generate`. `prompt`, `place`: from 0. `gap`: nats, by the student, between
+    the two tokens there."""
+
+    prompt: int
+    place: int
+    engine_token: int
+    generated_token: int
+    gap: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether rounding decides between the two."""
+        return self.gap < ROUNDING
+
+
 class Verification(BaseModel):
     """`equal`: of `tokens`, those that are the student's first choice, or within rounding of it; `difference`: the
-    largest of the log-probabilities, nats; `first`: the first unequal token, as (prompt, place) from 0."""
+    largest of the log-probabilities, nats; `first`: the first unequal token, as (prompt, place) from 0. `same_texts`:
+    texts that are those of `generate` (None: not compared); `partings`: where the others are not."""
 
     engine: str
     version: str
@@ -52,11 +71,15 @@ class Verification(BaseModel):
     difference: float
     allowed: float
     first: tuple[int, int] | None
+    same_texts: int | None = None
+    partings: list[Parting] = []
 
     @property
     def passed(self) -> bool:
-        """Whether every token is equal, and no log-probability differs by more than is allowed."""
-        return self.equal == self.tokens and self.difference <= self.allowed
+        """Whether every token is equal, no log-probability differs by more than is allowed, and texts part at ties
+        alone."""
+        ties = all(parting.is_tie for parting in self.partings)
+        return self.equal == self.tokens and self.difference <= self.allowed and ties
 
 
 def verify(
@@ -66,6 +89,7 @@ def verify(
     *,
     python: str | Path | None = None,
     new: int = NEW,
+    prompts: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:
     """Compare an exported folder in an engine with the student that it was written from.
@@ -73,6 +97,7 @@ def verify(
     Args:
         engine: one of `ENGINES`. python: an interpreter that has the engine (None: this one).
         new: tokens to write after each prompt.
+        prompts: texts; with them the engine's texts are also compared with those of `generate`. None: five of ours.
         trust_remote_code: let the engine run the folder's own code.
 
     Raises:
@@ -89,11 +114,15 @@ def verify(
         raise InputError(f"{folder} carries code of its own, which {engine} would run: add --trust-remote-code")
     model: Any = load(student)
     dtype = str(model.dtype).removeprefix("torch.")
-    rows = _rows(str(student), model)
+    rows = _rows(str(student), model) if prompts is None else _own_rows(str(student), prompts, model, new)
     request = {"rows": rows, "new": new, "dtype": dtype, "remote_code": trust_remote_code}
     with phase(f"running {engine}"):
         answer = _run(engine, Path(python or sys.executable), folder, request)
-    return _compared(model, engine, str(folder), dtype, rows, answer)
+    result = _compared(model, engine, str(folder), dtype, rows, answer)
+    if prompts is None:
+        return result
+    partings = _partings(model, rows, answer)
+    return result.model_copy(update={"same_texts": len(rows) - len(partings), "partings": partings})
 
 
 def _rows(student: str, model: Any) -> list[list[int]]:
@@ -106,6 +135,18 @@ def _rows(student: str, model: Any) -> list[list[int]]:
         return [torch.randint(size, (4 + 9 * i,), generator=generator).tolist() for i in range(len(PROMPTS))]
     rows = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     return [row for row in rows if row]
+
+
+def _own_rows(student: str, prompts: Sequence[str], model: Any, new: int) -> list[list[int]]:
+    """A person's prompts as tokens. Raises InputError: no tokenizer, or a prompt that fills the context."""
+    tokenizer = load_tokenizer(student)
+    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    longest, context = max(map(len, rows)), getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest + new > context:
+        raise InputError(f"a prompt of {longest} tokens and {new} new ones exceed the context of {context}: shorten it")
+    if not all(rows):
+        raise InputError("a prompt is empty as tokens: leave it out")
+    return rows
 
 
 def _run(engine: str, python: Path, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -148,3 +189,27 @@ def _compared(
         engine=engine, version=str(answer["version"]), folder=folder, prompts=len(rows), tokens=tokens, equal=equal,
         difference=difference, allowed=TOLERANCE[dtype], first=first,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _partings(model: Any, rows: Sequence[Sequence[int]], answer: dict[str, Any]) -> list[Parting]:
+    """Where the engine's texts leave those that the student's own `generate` writes."""
+    partings = []
+    with phase("comparing with generate"):
+        for number, (row, written) in enumerate(zip(rows, answer["rows"], strict=True)):
+            ids, tokens = torch.tensor([row], device=model.device), written["tokens"]
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(tokens), do_sample=False, num_beams=1,
+                eos_token_id=-1, pad_token_id=0, repetition_penalty=1.0,
+            )  # fmt: skip
+            own = out[0, len(row) :].tolist()
+            place = next((i for i, (a, b) in enumerate(zip(tokens, own, strict=True)) if a != b), None)
+            if place is None:
+                continue
+            read = torch.tensor([[*row, *own[:place]]], device=model.device)
+            scores = model(input_ids=read, use_cache=False).logits[0, -1].float().log_softmax(-1)
+            gap = float((scores[own[place]] - scores[tokens[place]]).abs())
+            partings.append(
+                Parting(prompt=number, place=place, engine_token=tokens[place], generated_token=own[place], gap=gap)
+            )
+    return partings

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
+from linearize.ops.matmul import flattens, row_products
 from linearize.ops.window_linear.spec import WindowLinear, fold_boundary, most_leaving, ring_slots, with_ones
 from linearize.ops.window_linear.state import WindowBuffers, take_slots
 from linearize.ops.window_linear.store import Store, num_stored
@@ -154,7 +155,7 @@ def _attend(q_BHUD: Tensor, new: tuple[Tensor, ...], seen: Seen, state: WindowBu
     if spec.has_linear:
         assert state.memory_BHFV is not None
         phi_q = spec.features_q(q_BHUD)
-        recalled = phi_q @ state.memory_BHFV.to(dtype)
+        recalled = row_products(phi_q, state.memory_BHFV.to(dtype))
         for k, v, far in _beyond(new, seen, state):
             a = (phi_q @ spec.features_k(k.to(dtype)).mT) * far
             recalled = recalled + (a.unflatten(1, (groups, -1)) @ with_ones(v.to(dtype))[:, :, None]).flatten(1, 2)
@@ -177,7 +178,7 @@ def _window(
     q = (q_BHUD * spec.scaling).unflatten(1, (groups, -1)).flatten(2, 3)
     scores = []
     for k, _, seen in parts:
-        s = (q @ k.mT).unflatten(2, (-1, queries)).flatten(1, 2)
+        s = row_products(q, k.mT).unflatten(2, (-1, queries)).flatten(1, 2)
         s = s if spec.softcap is None else spec.softcap * torch.tanh(s / spec.softcap)
         scores.append(s.masked_fill(~seen, -torch.inf))
     s = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
@@ -186,9 +187,9 @@ def _window(
     if spec.log_window_factor_H is not None:
         p = p * spec.log_window_factor_H.exp().to(p.dtype)[:, None, None]
     weights = p.unflatten(1, (groups, -1)).flatten(2, 3).split([k.shape[2] for k, *_ in parts], dim=-1)
-    y = weights[0] @ parts[0][1]
+    y = row_products(weights[0], parts[0][1])
     for w, (_, v, _) in zip(weights[1:], parts[1:], strict=True):
-        y = y + w @ v
+        y = y + row_products(w, v)
     return y.unflatten(2, (heads // groups, queries)).flatten(1, 2), p.sum(-1, keepdim=True), m
 
 
@@ -244,13 +245,28 @@ def _settle(state: WindowBuffers, spec: WindowLinear, following_B: Tensor, most:
 
 
 def _fold(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, spec: WindowLinear) -> None:
-    """memory + sum over the slots that leave of phi_k(k) [v, 1]^T, in place."""
-    memory = state.memory_BHFV
+    """memory + sum over the slots that leave of phi_k(k) [v, 1]^T, in place, in the rows where a slot leaves."""
+    memory, ring_k, ring_v, rows = state.memory_BHFV, state.k_BGCD, state.v_BGCV, _rows(leaves_BP)
     assert memory is not None
-    k, v = (take_slots(ring, place_BP).to(memory.dtype) for ring in (state.k_BGCD, state.v_BGCV))
+    if rows is not None:
+        ring_k, ring_v, place_BP, leaves_BP = (x.index_select(0, rows) for x in (ring_k, ring_v, place_BP, leaves_BP))
+    k, v = (take_slots(ring, place_BP).to(memory.dtype) for ring in (ring_k, ring_v))
     phi = spec.features_k(k) * leaves_BP[:, None, :, None].to(memory.dtype)
     value = with_ones(v).repeat_interleave(phi.shape[1] // k.shape[1], dim=1)
-    memory.flatten(0, 1).baddbmm_(phi.mT.flatten(0, 1), value.flatten(0, 1))
+    if rows is not None:
+        memory.index_add_(0, rows, phi.mT @ value)
+    elif flattens(memory):
+        memory.flatten(0, 1).baddbmm_(phi.mT.flatten(0, 1), value.flatten(0, 1))
+    else:
+        memory.add_(phi.mT @ value)
+
+
+def _rows(mask_BP: Tensor) -> Tensor | None:
+    """The rows in which something is marked; None: all of them, or asking would cost a wait, or a graph."""
+    if torch.compiler.is_compiling() or mask_BP.device.type != "cpu":
+        return None
+    any_B = mask_BP.any(1)
+    return None if bool(any_B.all()) else any_B.nonzero()[:, 0]
 
 
 def _store(state: WindowBuffers, spec: WindowLinear) -> Store:
