@@ -6,7 +6,6 @@ with what it learned, as calls of one process do; `auto new` begins anew with ea
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Mapping, Sequence

@@ -34,7 +34,7 @@ def export(
         typer.Option(
             metavar="ENGINE",
             autocompletion=completion.engines,
-            help="Then compare with this engine: transformers, mlx or vllm (see `verify`).",
+            help="Then compare with this engine: transformers, mlx, vllm or llama.cpp (see `verify`).",
         ),
     ] = None,
     python: Python = None,
@@ -60,15 +60,17 @@ def verify(
     ] = None,
     engine: Annotated[
         str,
-        typer.Option("--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers, mlx or vllm."),
+        typer.Option(
+            "--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers, mlx, vllm or llama.cpp."
+        ),
     ] = "transformers",
     python: Python = None,
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Prompts in the place of ours: .jsonl rows with `turns`, `prompt` or `text`, a folder of such files, or "
-            "texts between blank lines; the texts must then be those of generate. May be repeated.",
+            help="Prompts in the place of ours: .jsonl rows with `turns`, `prompt` or `text`, a folder of such files, "
+            "or texts between blank lines; the answers must then be those of generate. May be repeated.",
         ),
     ] = None,
     num_prompts: Annotated[

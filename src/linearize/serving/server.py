@@ -78,6 +78,8 @@ def serve(model: str, options: ServeOptions) -> None:
     Raises:
         InputError: settings, an address or a model that cannot be used, or a missing extra.
     """
+    from linearize.modeling.prepacked_linear import packed_projections
+
     options.check()
     if options.state_dir is not None:
         _make_folder(Path(expand_home(options.state_dir)))
@@ -92,7 +94,8 @@ def serve(model: str, options: ServeOptions) -> None:
         notice(f"{described}, at {address}; Ctrl-C stops it")
         if not _is_loopback(options.host) and options.api_key is None:
             notice(f"anybody who reaches {options.host} can use this server: set --api-key or {KEY_VARIABLE}")
-        _run(app, sock, options.grace)
+        with packed_projections(app.service.engine.model):  # where they are in fp32 on a CPU
+            _run(app, sock, options.grace)
 
 
 def build(model: str, options: ServeOptions) -> tuple[CountedApp, str]:

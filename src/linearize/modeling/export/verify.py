@@ -21,11 +21,13 @@ from pydantic import BaseModel
 
 from linearize.errors import InputError, one_line, unknown
 from linearize.modeling import load
+from linearize.modeling.export.gguf import to_gguf
 from linearize.modeling.io.teacher import load_tokenizer
 from linearize.phases import phase
 from linearize.storage.files import expand_home
 
-ENGINES = {"transformers": "transformers", "mlx": "mlx-lm", "vllm": "linearize[vllm]"}  # and what pip calls it
+ENGINES = {"transformers": "transformers", "mlx": "mlx-lm", "vllm": "linearize[vllm]", "llama.cpp": "xllamacpp"}
+"""And what pip calls it."""
 RUNNERS = Path(__file__).parent / "engines"
 PROMPTS = (
     "Once upon a time, there was a",
@@ -116,8 +118,11 @@ def verify(
     dtype = str(model.dtype).removeprefix("torch.")
     rows = _rows(str(student), model) if prompts is None else _own_rows(str(student), prompts, model, new)
     request = {"rows": rows, "new": new, "dtype": dtype, "remote_code": trust_remote_code}
-    with phase(f"running {engine}"):
-        answer = _run(engine, Path(python or sys.executable), folder, request)
+    with phase(f"running {engine}"), tempfile.TemporaryDirectory() as place:
+        model_file = folder
+        if engine == "llama.cpp":
+            to_gguf(folder, model_file := Path(place) / "model.gguf", dtype)
+        answer = _run(engine, Path(python or sys.executable), folder, model_file, request)
     result = _compared(model, engine, str(folder), dtype, rows, answer)
     if prompts is None:
         return result
@@ -149,11 +154,13 @@ def _own_rows(student: str, prompts: Sequence[str], model: Any, new: int) -> lis
     return rows
 
 
-def _run(engine: str, python: Path, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def _run(engine: str, python: Path, folder: Path, model_file: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """What the engine wrote. `model_file`: what it reads, made from `folder`."""
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "request.json", Path(place) / "answer.json"
         asked.write_text(json.dumps(request), "utf-8")
-        command = [str(python), str(RUNNERS / f"run_{engine}.py"), str(folder), str(asked), str(answered)]
+        runner = RUNNERS / f"run_{engine.replace('.', '_')}.py"
+        command = [str(python), str(runner), str(model_file), str(asked), str(answered)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -162,7 +169,8 @@ def _run(engine: str, python: Path, folder: Path, request: dict[str, Any]) -> di
             answer: dict[str, Any] = json.loads(answered.read_text("utf-8"))
             return answer
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.strip().startswith(FOOTER)]
-    last = lines[-1] if lines else f"exit code {done.returncode}"
+    stopped = next((line for line in lines if "ASSERT" in line), None)  # a trace of addresses follows it
+    last = stopped or (lines[-1] if lines else f"exit code {done.returncode}")
     if "No module named" in last:
         raise InputError(
             f"{python} has no {engine} ({last.strip()}): pip install {ENGINES[engine]} there, or give another --python"

@@ -143,9 +143,10 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
         """
         self._packed.close()
         load_into(self.student, weights, self.folder)
-        names = {name for name, _ in self.named_parameters()}
-        self._packed.enter_context(packed_projections(self.student, twice=True))  # as vLLM packs its own models' on CPUs
-        return names
+        self._packed.enter_context(
+            packed_projections(self.student, twice=True)
+        )  # as vLLM packs its own models' on CPUs
+        return {name for name, _ in self.named_parameters()}
 
 
 def window_of(config: LinearizeConfig, layer: int) -> int | None:
