@@ -157,8 +157,9 @@ def test_prompts_are_taken_in_turn_from_files(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"turns": ["one"]}\n{"turns": []}\n', "utf-8")
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2: has no prompt"):
         read_prompts([tmp_path / "bad.jsonl"])
+    (tmp_path / "none.txt").write_text("\n\n", "utf-8")
     with pytest.raises(InputError, match="no prompt in there"):
-        read_prompts([tmp_path / "none"])
+        read_prompts([tmp_path / "none.txt"])
 
 
 def test_llama_cpp_needs_its_converter(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ places where two tokens are equally probable up to rounding, which are reported.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,9 @@ PROMPTS = (
     "1. Wash the rice. 2. Put it into a pot. 3.",
     "def area(width, height):\n    return",
 )
-FOOTER = "For further information visit"  # of pydantic, after the reason
+NOISE = re.compile(r"\s*For further information visit|\d+\.\d\d\.\d{3}\.\d{3} [DITW] ")
+"""Lines after the reason: pydantic's last one, and what llama.cpp notes."""
+STOPPED = ("GGML_ASSERT", "error loading model")  # of llama.cpp, which goes on to say other things
 ROUNDING = 1e-4  # nats between two tokens of which rounding picks one
 NEW = 30  # tokens written after each prompt: beyond the windows of most students
 TIE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens that rounding may swap
@@ -168,8 +171,8 @@ def _run(engine: str, python: Path, folder: Path, model_file: Path, request: dic
         if done.returncode == 0 and answered.is_file():
             answer: dict[str, Any] = json.loads(answered.read_text("utf-8"))
             return answer
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.strip().startswith(FOOTER)]
-    stopped = next((line for line in lines if "ASSERT" in line), None)  # a trace of addresses follows it
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not NOISE.match(line)]
+    stopped = next((line for line in lines if any(word in line for word in STOPPED)), None)
     last = stopped or (lines[-1] if lines else f"exit code {done.returncode}")
     if "No module named" in last:
         raise InputError(

@@ -23,11 +23,10 @@ def main() -> None:
     rows = []
     for ids in asked["rows"]:
         body = {
-            "prompt": ids, "n_predict": asked["new"], "temperature": 0, "n_probs": 1, "ignore_eos": True,
+            "prompt": ids, "max_tokens": asked["new"], "temperature": 0, "logprobs": 1, "ignore_eos": True,
             "repeat_penalty": 1.0, "cache_prompt": False,
         }  # fmt: skip
-        done = server.handle_completions(body)
-        steps = done["completion_probabilities"]
+        steps = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
         rows.append({"tokens": [step["id"] for step in steps], "logprobs": [step["logprob"] for step in steps]})
     with open(answer, "w", encoding="utf-8") as opened:
         json.dump({"version": xllamacpp.__version__, "rows": rows}, opened)
