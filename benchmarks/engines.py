@@ -29,7 +29,7 @@ from benchmarks.smollm2_page import table
 from linearize.errors import InputError, one_line
 from linearize.metrics.report import provenance
 from linearize.mixers import MIXERS, MixerConfig
-from linearize.modeling import LinearizedForCausalLM
+from linearize.modeling import LinearizedForCausalLM, load
 from linearize.modeling.export import export_student
 from linearize.modeling.export.verify import ENGINES, verify
 from linearize.modeling.io.teacher import load_tokenizer
@@ -54,6 +54,7 @@ class Case:
     family: str
     width: int
     head_dim: int = 32
+    dtype: torch.dtype = torch.float32
     mixers: tuple[MixerConfig | None, ...]
     engines: tuple[str, ...]
 
@@ -76,6 +77,8 @@ def cases() -> list[Case]:
              head_dim=64, mixers=half(mamba), engines=native),
         Case(name="gated delta net, softmax", to="qwen3.5", family="qwen3", width=96, mixers=half(delta),
              engines=native),
+        Case(name="gated delta net, softmax; bf16", to="qwen3.5", family="qwen3", width=96, mixers=half(delta),
+             dtype=torch.bfloat16, engines=("transformers", "vllm", "llama.cpp")),
         Case(name="window + linear", to="mlx", family="llama", width=96, mixers=every(window), engines=("mlx",)),
         Case(name="window + linear, softmax", to="mlx", family="qwen3", width=96, mixers=half(window),
              engines=("mlx",)),
@@ -123,7 +126,14 @@ def student(case: Case, vocabulary: int = 97) -> LinearizedForCausalLM:
         for parameter in made.parameters():
             own = 0.1 if parameter.dim() < 2 else 0.6 / parameter.shape[-1] ** 0.5
             parameter.add_(own * torch.randn_like(parameter))
-    return made
+    return made if case.dtype is torch.float32 else in_half(made, case.dtype)
+
+
+def in_half(made: LinearizedForCausalLM, dtype: torch.dtype) -> LinearizedForCausalLM:
+    """A student as it is loaded in a dtype: what stays in fp32 does."""
+    with tempfile.TemporaryDirectory() as place:
+        made.save_pretrained(place)
+        return load(place, dtype=dtype)
 
 
 def run(engines: Sequence[tuple[str, Path]], only: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

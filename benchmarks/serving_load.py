@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,16 +136,17 @@ def running(server: Server, log: Path) -> Iterator[tuple[str, int]]:
                 time.sleep(0.5)
             yield url, process.pid
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/v1/models", timeout=5).status_code == 200
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -232,6 +234,7 @@ async def load(url: str, pid: int, server: Server, tokenizer: Any, args: argpars
 
 def run(args: argparse.Namespace) -> None:
     """All servers, one after the other; the file and the table have what was measured so far after each."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
     tokenizer, rows = load_tokenizer(args.model), list[Load]()
     with tempfile.TemporaryDirectory() as place:
         for server in servers(args, f"{place}/states"):
@@ -246,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
                 model = Path(server.model).name
                 rows.append(Load(server=server.name, model=model, clients=args.clients, error=str(error)[:200]))
                 print(rows[-1].model_dump_json(), flush=True)
-            document = {"rows": [row.model_dump() | {"growth": row.growth} for row in rows]}
+            document: dict[str, Any] = {"rows": [row.model_dump() | {"growth": row.growth} for row in rows]}
             setting = {key: getattr(args, key) for key in ("seconds", "prompt_words", "new_tokens", "dtype")}
             document |= {"setting": setting, "provenance": provenance(seed=0)}
             if args.out is not None:

@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.add_argument("--context", type=numbers, default=[256, 2048, 8192], help="tokens of each prompt")
         options.add_argument("--new", type=int, default=16, help="tokens that are timed")
         options.add_argument("--repeat", type=int, default=3)
-        options.add_argument("--limit", type=float, default=120, help="seconds for each case")
+        options.add_argument("--limit", type=float, default=240, help="seconds for each case")
         options.add_argument("--dtype", default="float32")
         options.add_argument("--block", type=int, default=32, help="tokens of a block of vLLM's cache")
         options.add_argument("--out", type=Path)
