@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving_load import OTHERS, run
+from benchmarks.serving_load import OTHERS, resident_mb, run
 from linearize.metrics.report import provenance
 from linearize.storage.atomic import atomic_write_text
 
@@ -56,12 +56,6 @@ def server(arguments: list[str]) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def resident_mb(pid: int) -> float:
-    """Memory of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
 
 
 async def timed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
