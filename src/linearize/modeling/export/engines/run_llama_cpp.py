@@ -22,12 +22,16 @@ def main() -> None:
     server = xllamacpp.Server(params)
     rows = []
     for ids in asked["rows"]:
-        body = {
-            "prompt": ids, "max_tokens": asked["new"], "temperature": 0, "logprobs": 1, "ignore_eos": True,
-            "repeat_penalty": 1.0, "cache_prompt": False,
-        }  # fmt: skip
-        steps = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
-        rows.append({"tokens": [step["id"] for step in steps], "logprobs": [step["logprob"] for step in steps]})
+        tokens, scores = [], []
+        while len(tokens) < asked["new"]:  # one at a time: an answer leaves out tokens that are part of a character
+            body = {
+                "prompt": [*ids, *tokens], "max_tokens": 1, "temperature": 0, "logprobs": 1, "ignore_eos": True,
+                "repeat_penalty": 1.0, "cache_prompt": bool(tokens),
+            }  # fmt: skip
+            (step,) = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
+            tokens.append(step["id"])
+            scores.append(step["logprob"])
+        rows.append({"tokens": tokens, "logprobs": scores})
     with open(answer, "w", encoding="utf-8") as opened:
         json.dump({"version": xllamacpp.__version__, "rows": rows}, opened)
 
