@@ -78,7 +78,7 @@ def cases() -> list[Case]:
         Case(name="gated delta net, softmax", to="qwen3.5", family="qwen3", width=96, mixers=half(delta),
              engines=native),
         Case(name="gated delta net, softmax; heads of 128, bf16", to="qwen3.5", family="qwen3", width=96, head_dim=128,
-             mixers=half(delta), dtype=torch.bfloat16, engines=("transformers", "vllm", "llama.cpp")),
+             mixers=half(delta), dtype=torch.bfloat16, engines=("transformers", "vllm")),
         Case(name="window + linear", to="mlx", family="llama", width=96, mixers=every(window), engines=("mlx",)),
         Case(name="window + linear, softmax", to="mlx", family="qwen3", width=96, mixers=half(window),
              engines=("mlx",)),

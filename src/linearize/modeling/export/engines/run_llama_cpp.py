@@ -22,13 +22,17 @@ def main() -> None:
     server = xllamacpp.Server(params)
     rows = []
     for ids in asked["rows"]:
-        tokens, scores = [], []
-        while len(tokens) < asked["new"]:  # one at a time: an answer leaves out tokens that are part of a character
+        tokens: list[int] = []
+        scores: list[float] = []
+        while len(tokens) < asked["new"]:  # one at a time: a longer answer leaves such tokens out in silence
             body = {
                 "prompt": [*ids, *tokens], "max_tokens": 1, "temperature": 0, "logprobs": 1, "ignore_eos": True,
                 "repeat_penalty": 1.0, "cache_prompt": bool(tokens),
             }  # fmt: skip
-            (step,) = server.handle_completions(body)["choices"][0]["logprobs"]["content"]
+            logprobs = server.handle_completions(body)["choices"][0]["logprobs"]
+            if logprobs is None:
+                raise RuntimeError("its server leaves out a token that is a part of a character: give other --prompts")
+            (step,) = logprobs["content"]
             tokens.append(step["id"])
             scores.append(step["logprob"])
         rows.append({"tokens": tokens, "logprobs": scores})
