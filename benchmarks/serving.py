@@ -1,8 +1,10 @@
 """Measure `linearize serve` from outside: many clients against one, and the wait for a first token behind a history.
 
-    python -m benchmarks.serving STUDENT --clients 4 --seconds 30 --history 20000 --out benchmarks/serving/NAME.json
+    python -m benchmarks.serving measure STUDENT --clients 4 --seconds 30 --history 20000 --out FILE
+    python -m benchmarks.serving load STUDENT --clients 64 --seconds 120 --teacher TEACHER \\
+        --against transformers vllm vllm-teacher --vllm-python PYTHON --out benchmarks/serving/load.json --page
 
-Starts a server process of its own. Tokens per second count the tokens of answers; memory is the process's.
+Both start servers of their own. Tokens per second count the tokens of answers; memory is the processes'.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.serving_load import OTHERS, resident_mb, run
 from linearize.metrics.report import provenance
 from linearize.storage.atomic import atomic_write_text
 
@@ -53,12 +56,6 @@ def server(arguments: list[str]) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def resident_mb(pid: int) -> float:
-    """Memory of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
 
 
 async def timed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -154,19 +151,8 @@ async def measure(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the measurement, print it and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--adapter")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--prompt-words", type=int, default=60)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--history", type=int, default=20_000, help="tokens before the last turn")
-    parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
+def conversation(args: argparse.Namespace) -> None:
+    """The first measurement: print it and write it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as states:
         arguments = [args.model, "--slots", str(args.clients), "--state-dir", states]
@@ -179,6 +165,39 @@ def main(argv: list[str] | None = None) -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(args.out, json.dumps(document, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one, many = verbs.add_parser("measure", help="one server"), verbs.add_parser("load", help="several servers")
+    for options, clients, words, new in ((one, 8, 60, 64), (many, 64, 60, 32)):
+        options.add_argument("model")
+        options.add_argument("--adapter")
+        options.add_argument("--clients", type=int, default=clients)
+        options.add_argument("--seconds", type=float, default=30)
+        options.add_argument("--prompt-words", type=int, default=words)
+        options.add_argument("--new-tokens", type=int, default=new)
+        options.add_argument("--out", type=Path)
+    one.add_argument("--history", type=int, default=20_000, help="tokens before the last turn")
+    one.add_argument("--turns", type=int, default=10)
+    many.add_argument("--against", nargs="*", choices=OTHERS, default=[])
+    many.add_argument("--teacher", help="what servers serve that do not know students")
+    many.add_argument("--vllm-python", help="an interpreter that has vLLM and linearize")
+    many.add_argument("--slots", type=int, help="answers that are decoded together; default: as many as clients")
+    many.add_argument("--dtype", default="float32", help="of the other servers")
+    many.add_argument("--page", action="store_true", help="put the table into docs/serve.md")
+    args = parser.parse_args(argv)
+    if args.verb == "measure":
+        conversation(args)
+        return
+    if {"transformers", "vllm-teacher"} & set(args.against) and args.teacher is None:
+        parser.error("--against transformers and vllm-teacher serve a teacher: give --teacher")
+    if {"vllm", "vllm-teacher"} & set(args.against) and args.vllm_python is None:
+        parser.error("--against vllm: give --vllm-python")
+    args.words = WORDS
+    run(args)
 
 
 if __name__ == "__main__":

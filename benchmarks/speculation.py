@@ -6,7 +6,6 @@ with what it learned, as calls of one process do; `auto new` begins anew with ea
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from linearize.decoding.speculative import LookupDrafter, SpeculationResult, Spe
 from linearize.decoding.speculative.draft_length import AcceptanceStats
 from linearize.decoding.speculative.weight_layout import share_equal_weights
 from linearize.errors import InputError
-from linearize.storage.files import read_text
+from linearize.modeling.export.prompts import prompts_in
 
 PLAIN = "plain"
 NEW = "auto new"
@@ -42,11 +41,7 @@ def read_prompts(paths: Sequence[Path], count: int, seed: int) -> list[str]:
     """
     lists = []
     for path in paths:
-        text = read_text(path)
-        if path.suffix == ".jsonl":
-            lists.append([json.loads(line)["turns"][0] for line in text.splitlines() if line.strip()])
-        else:
-            lists.append([part.strip() for part in text.split("\n\n") if part.strip()])
+        lists.append(prompts_in(path))
         if seed:
             random.Random(seed).shuffle(lists[-1])
     result = [rows[i] for i in range(max(map(len, lists))) for rows in lists if i < len(rows)][:count]

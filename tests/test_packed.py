@@ -132,3 +132,22 @@ def test_students_give_the_same_logits(family: str, name: str) -> None:
             torch.testing.assert_close(student(ids).logits, expected, rtol=1e-4, atol=1e-5)
             assert count > 5
         assert torch.equal(student(ids).logits, expected)
+
+
+def test_a_head_that_is_the_embedding_too_is_packed_where_it_may_be_held_twice() -> None:
+    """And hidden states still become logits by the family's own way, as vLLM asks for them."""
+    from linearize.training.stages.chunked_logits import SplitModel
+
+    student = student_of(tiny("llama", attention="sdpa", tie_word_embeddings=True), [mixer("lolcats"), None, None])
+    head, ids = student.lm.lm_head, torch.arange(7)[None]
+    with torch.no_grad():
+        expected = student(ids, use_cache=False).logits
+        with packed.packed_projections(student) as fewer:
+            assert not head.weight.is_meta
+        with packed.packed_projections(student, twice=True) as count:
+            assert head.weight.is_meta and count == fewer + 1
+            split = SplitModel(student)
+            assert split.decoder is not None
+            hidden = split.hidden({"input_ids": ids, "position_ids": ids})
+            torch.testing.assert_close(split.logits(hidden[0]), expected[0], rtol=1e-5, atol=1e-5)
+    assert head.weight is student.get_input_embeddings().weight

@@ -17,7 +17,8 @@ from test_vllm import WIDE, needs_vllm
 from linearize.cli.main import main
 from linearize.errors import InputError
 from linearize.modeling.export import export_student
-from linearize.modeling.export.verify import NEW, PROMPTS, verify
+from linearize.modeling.export.prompts import read_prompts
+from linearize.modeling.export.verify import NEW, PROMPTS, Parting, Verification, _partings, verify
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,65 @@ def test_random_prompts_where_there_is_no_tokenizer(folders: Path) -> None:
     rows = _rows(str(folders / "student"), load(folders / "student"))
     assert [len(row) for row in rows] == [4, 13, 22, 31, 40] and rows == _rows("nowhere", load(folders / "student"))
     assert torch.tensor(rows[-1]).max() < 61
+
+
+def test_texts_part_from_those_of_generate_where_a_token_differs(folders: Path) -> None:
+    from linearize.modeling import load
+
+    student = load(folders / "student")
+    rows = [[5, 9, 3, 7], [11, 2, 8]]
+    texts = []
+    for row in rows:
+        ids = torch.tensor([row])
+        out = student.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        texts.append(out[0, len(row) :].tolist())
+    answer = {"rows": [{"tokens": text} for text in texts]}
+    assert _partings(student, rows, answer) == []
+    other = (texts[1][4] + 1) % 61
+    answer["rows"][1] = {"tokens": [*texts[1][:4], other, *texts[1][5:]]}
+    (parting,) = _partings(student, rows, answer)
+    assert (parting.prompt, parting.place) == (1, 4)
+    assert (parting.engine_token, parting.generated_token) == (other, texts[1][4])
+    read = torch.tensor([[*rows[1], *texts[1][:4]]])
+    scores = student(read, use_cache=False).logits[0, -1].detach().log_softmax(-1)
+    assert parting.gap == pytest.approx(float(scores.max() - scores[other]), abs=1e-5) and not parting.is_tie
+
+
+@pytest.mark.parametrize(("gap", "passed"), [(9e-5, True), (1.2e-4, False)])
+def test_only_a_tie_may_part_texts(gap: float, passed: bool) -> None:
+    parting = Parting(prompt=0, place=3, engine_token=7, generated_token=9, gap=gap)
+    result = Verification(
+        engine="vllm", version="1", folder="f", prompts=1, tokens=5, equal=5, difference=1e-5, allowed=0.01, first=None,
+        same_texts=0, partings=[parting],
+    )  # fmt: skip
+    assert result.passed is passed
+
+
+def test_prompts_are_taken_in_turn_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"turns": ["one", "two"]}\n\n{"prompt": "three"}\n', "utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n', "utf-8")
+    (tmp_path / "c.txt").write_text("five\nsix\n\nseven\n", "utf-8")
+    assert read_prompts([tmp_path]) == ["one", "four", "three"]
+    assert read_prompts([tmp_path / "b.jsonl", tmp_path / "c.txt"], 2) == ["four", "five\nsix"]
+    (tmp_path / "bad.jsonl").write_text('{"turns": ["one"]}\n{"turns": []}\n', "utf-8")
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 2: has no prompt"):
+        read_prompts([tmp_path / "bad.jsonl"])
+    (tmp_path / "none.txt").write_text("\n\n", "utf-8")
+    with pytest.raises(InputError, match="no prompt in there"):
+        read_prompts([tmp_path / "none.txt"])
+
+
+def test_llama_cpp_needs_its_converter(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = folders / "student"
+    monkeypatch.delenv("LINEARIZE_LLAMA_CPP", raising=False)
+    with pytest.raises(InputError, match="set LINEARIZE_LLAMA_CPP"):
+        verify(student, student, "llama.cpp")
+    monkeypatch.setenv("LINEARIZE_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(InputError, match=r"has no convert_hf_to_gguf\.py"):
+        verify(student, student, "llama.cpp")
+    script = (
+        "import sys; open(sys.argv[3], 'w').close(); sys.exit('boom' if '--no-mtp' in sys.argv else 'unknown model')"
+    )
+    (tmp_path / "convert_hf_to_gguf.py").write_text(script, "utf-8")
+    with pytest.raises(InputError, match=r"does not take .*: unknown model"):
+        verify(student, student, "llama.cpp")

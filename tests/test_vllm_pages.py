@@ -12,10 +12,10 @@ from torch import Tensor
 from linearize.errors import InputError
 from linearize.mixers import AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
-from linearize.modeling.static.cache import tensors
+from linearize.ops import tensors
 from linearize.ops.layout import Layout
 from linearize.serving.vllm.pages import StateMemory, page_bytes, page_layouts
-from linearize.serving.vllm.steps import Step
+from linearize.serving.vllm.steps import Step, as_slice
 
 SHAPE = AttentionShape(num_heads=6, num_kv_heads=3, head_dim=10, value_dim=14, model_dim=30)
 T = 37
@@ -94,11 +94,14 @@ def test_chunks_and_single_tokens_over_pages_give_the_outputs_of_one_pass(config
             at = expected[row : row + 1].narrow(time, read[row], count)
             torch.testing.assert_close(y, at, rtol=1e-4, atol=1e-4)
             read[row] += count
-    for _ in range(9):
+    for turn in range(9):
         position = torch.tensor(read)[:, None]
         part = tuple(torch.stack([x[row].narrow(time - 1, read[row], 1) for row in (0, 1)]) for x in whole)
         y, after = run(made, part, Layout(position_BT=position, tail=0), memory.read(pages))
-        memory.write(pages, after)
+        if turn % 2:
+            memory.write(pages, after)
+        else:
+            made.put_step(memory.states, pages, after)
         at = torch.stack([expected[row].narrow(time - 1, read[row], 1) for row in (0, 1)])
         torch.testing.assert_close(y, at, rtol=1e-4, atol=1e-4)
         read = [count + 1 for count in read]
@@ -110,18 +113,31 @@ def test_chunks_and_single_tokens_over_pages_give_the_outputs_of_one_pass(config
 @pytest.mark.parametrize("config", MIXERS, ids=ids)
 @torch.no_grad()
 def test_zeros_are_the_state_before_the_first_token(config: MixerConfig) -> None:
-    """And one sequence alone is computed in the memory of its page."""
+    """And sequences in pages of one distance are computed in the memory of the pages, each at its own position."""
     made, shape = built(config)
-    whole = inputs(made, 1)
+    whole, pages, time = inputs(made, 3), slice(1, 6, 2), made.time_dim
     expected, _ = run(made, whole, Layout(), None)
-    memory = memory_of(config, shape, 3)
-    for x in tensors(memory.shared(2)):
+    memory = memory_of(config, shape, 7)
+    others = [view.view(torch.uint8)[::2].clone() for view in memory.views_PX]
+    for x in tensors(memory.shared(pages)):
         x.zero_()
-    for t in range(T):
-        part = tuple(x.narrow(made.time_dim, t, 1) for x in whole)
-        y, after = run(made, part, Layout(position_BT=torch.tensor([[t]]), tail=0), memory.shared(2))
-        memory.write_shared(2, after)
-        torch.testing.assert_close(y, expected.narrow(made.time_dim, t, 1), rtol=1e-4, atol=1e-4)
+    read = [0, 0, 0]
+    for turn in range(T + 20):
+        ready = [row for row in range(3) if turn >= 7 * row and read[row] < T]
+        if not ready:
+            break
+        at = pages if len(ready) == 3 else slice(1 + 2 * ready[0], 2 + 2 * ready[-1], 2)
+        part = tuple(torch.stack([x[row].narrow(time - 1, read[row], 1) for row in ready]) for x in whole)
+        position = torch.tensor([[read[row]] for row in ready])
+        y, after = run(made, part, Layout(position_BT=position, tail=0), memory.shared(at))
+        memory.write_shared(at, after)
+        right = torch.stack([expected[row].narrow(time - 1, read[row], 1) for row in ready])
+        torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-4)
+        for row in ready:
+            read[row] += 1
+    assert read == [T] * 3
+    for view, then in zip(memory.views_PX, others, strict=True):
+        assert torch.equal(view.view(torch.uint8)[::2], then)
 
 
 def test_all_layers_have_pages_of_the_largest_size() -> None:
@@ -143,12 +159,20 @@ def test_heads_that_keep_the_whole_text_are_refused() -> None:
 def test_a_step_tells_single_tokens_from_chunks() -> None:
     """Five sequences: one token of an old one, the only token of a new one, a chunk, none, and a first chunk."""
     step = Step.of([0, 1, 2, 7, 7, 10], [9, 1, 12, 4, 3], torch.tensor([6, 2, 5, 0, 3]))
-    assert step.decodes is not None and step.decodes.page is None and step.decodes.first_N is not None
-    assert step.decodes.token_N.tolist() == [0, 1] and step.decodes.page_N.tolist() == [6, 2]
-    assert step.decodes.first_N.tolist() == [False, True]
-    assert step.decodes.layout.position_BT is not None and step.decodes.layout.position_BT.tolist() == [[8], [0]]
+    assert step.decodes is not None and step.decodes.first_N is not None
+    assert (step.decodes.pages, step.decodes.in_order) == (slice(2, 7, 4), False)
+    assert step.decodes.token_N.tolist() == [1, 0] and step.decodes.page_N.tolist() == [2, 6]
+    assert step.decodes.first_N.tolist() == [True, False]
+    assert step.decodes.layout.position_BT is not None and step.decodes.layout.position_BT.tolist() == [[0], [8]]
     chunks = [(one.start, one.stop, one.past, one.page_1.tolist(), one.layout.start) for one in step.chunks]
     assert chunks == [(2, 7, 7, [5], 7), (7, 10, 0, [3], 0)]
     last = Step.of([0, 4, 5], [4, 30], torch.tensor([1, 8]))
-    assert last.decodes is not None and (last.decodes.page, last.decodes.token_N.tolist()) == (8, [4])
+    assert last.decodes is not None and (last.decodes.pages, last.decodes.token_N.tolist()) == (slice(8, 9, 1), [4])
     assert last.decodes.first_N is None and Step.of([0, 4], [4], torch.tensor([1])).decodes is None
+
+
+def test_pages_that_no_slice_takes_stay_in_the_order_of_their_tokens() -> None:
+    step = Step.of([0, 1, 2, 3], [5, 6, 7], torch.tensor([4, 1, 2]))
+    assert step.decodes is not None and step.decodes.pages is None and step.decodes.in_order
+    assert step.decodes.page_N.tolist() == [4, 1, 2] and step.decodes.token_N.tolist() == [0, 1, 2]
+    assert as_slice([3, 5, 5]) is None and as_slice([2, 3, 5]) is None and as_slice([2, 5, 8]) == slice(2, 9, 3)

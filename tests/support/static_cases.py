@@ -11,8 +11,8 @@ from speculation_cases import endless
 from torch import Tensor
 
 from linearize.mixers import MIXERS
-from linearize.modeling.static.cache import tensors
 from linearize.modeling.static.step import StaticStep
+from linearize.ops import tensors
 
 LENGTHS = [11, 2, 7]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

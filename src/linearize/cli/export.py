@@ -34,7 +34,7 @@ def export(
         typer.Option(
             metavar="ENGINE",
             autocompletion=completion.engines,
-            help="Then compare with this engine: transformers, mlx or vllm (see `verify`).",
+            help="Then compare with this engine: transformers, mlx, vllm or llama.cpp (see `verify`).",
         ),
     ] = None,
     python: Python = None,
@@ -44,7 +44,7 @@ def export(
 ) -> None:
     """Write a student for programs that do not have linearize."""
     from linearize.modeling.export import export_student
-    from linearize.modeling.export.verify import ENGINES
+    from linearize.modeling.export.verify import ENGINES, NEW
 
     if verify is None and (python is not None or trust_remote_code):
         raise InputError("export takes --python and --trust-remote-code only with --verify: add it, or leave them out")
@@ -53,7 +53,7 @@ def export(
     origin = specified(revision=revision, token=token)
     print(f"exported to {export_student(student, to, out, overwrite=overwrite, **origin)}")
     if verify is not None:
-        _verify(out, student, verify, python, trust_remote_code, origin, as_json=False)
+        _verify(out, student, verify, python, trust_remote_code, origin, None, NEW, as_json=False)
 
 
 def verify(
@@ -63,9 +63,23 @@ def verify(
     ] = None,
     engine: Annotated[
         str,
-        typer.Option("--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers, mlx or vllm."),
+        typer.Option(
+            "--with", metavar="ENGINE", autocompletion=completion.engines, help="transformers, mlx, vllm or llama.cpp."
+        ),
     ] = "transformers",
     python: Python = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts in the place of ours: .jsonl rows with `turns`, `prompt` or `text`, a folder of such files, "
+            "or texts between blank lines; the answers must then be those of generate. May be repeated.",
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of --prompts, in turn from its files.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write after each prompt; default: 30.")] = None,
     trust_remote_code: RemoteCode = False,
     revision: Revision = None,
     token: Token = None,
@@ -75,8 +89,15 @@ def verify(
 
     Greedy tokens and their log-probabilities, after five prompts; exit code 1 where they differ.
     """
+    from linearize.modeling.export.prompts import read_prompts
+    from linearize.modeling.export.verify import NEW
+
+    if num_prompts is not None and not prompts:
+        raise InputError("--num-prompts says how many of --prompts are read: add it, or leave both out")
+    texts = read_prompts(prompts, num_prompts) if prompts else None
     origin = specified(revision=revision, token=token)
-    _verify(folder, student or str(folder), engine, python, trust_remote_code, origin, as_json=as_json)
+    own = student or str(folder)
+    _verify(folder, own, engine, python, trust_remote_code, origin, texts, tokens or NEW, as_json=as_json)
 
 
 def _verify(
@@ -86,13 +107,18 @@ def _verify(
     python: Path | None,
     trust_remote_code: bool,
     origin: dict[str, Any],
+    prompts: list[str] | None,
+    new: int,
     *,
     as_json: bool,
 ) -> None:
     from linearize.modeling.export.verify import verify as compare
 
     with json_only(as_json):
-        result: Any = compare(folder, student, engine, python=python, trust_remote_code=trust_remote_code, **origin)
+        result: Any = compare(
+            folder, student, engine, python=python, new=new, prompts=prompts, trust_remote_code=trust_remote_code,
+            **origin,
+        )  # fmt: skip
     show(result.model_dump() | {"passed": result.passed}, as_json=as_json)
     if not result.passed:
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from linearize.ops import tensors
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch
@@ -136,6 +137,11 @@ class Mixer(nn.Module, ABC):
     def plain(self, state: Any, *, position: int) -> Any:
         """The inverse of `fixed`, for rows that all have read `position` tokens of one document and nothing else."""
         return state
+
+    def put_step(self, memory: Any, row_N: Tensor, state: Any) -> None:
+        """Bring rows of `memory`, fixed states of many texts, up to date: `state` is theirs after one more token."""
+        for old, new in zip(tensors(memory), tensors(state), strict=True):
+            old.index_copy_(0, row_N, new)
 
 
 class AttentionMixer(Mixer):

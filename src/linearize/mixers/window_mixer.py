@@ -81,6 +81,10 @@ class WindowMixer(AttentionMixer):
         """See `Mixer.plain`."""
         return state.plain(self.spec(scaling=1.0, softcap=None, branch="both"), position)
 
+    def put_step(self, memory: WindowBuffers, row_N: Tensor, state: WindowBuffers) -> None:
+        """See `Mixer.put_step`: of most rows that is one slot of the ring."""
+        memory.put_step(row_N, state, self.spec(scaling=1.0, softcap=None, branch="both"))
+
     def operations(self, query: Query) -> list[tuple[Dispatcher, Call]]:
         """See `Mixer.operations`."""
         spec = self.spec(scaling=1.0, softcap=None, branch="both")

@@ -28,9 +28,10 @@ SMALLEST = 1 << 16  # numbers of a weight below which the call costs more than t
 
 
 @contextmanager
-def packed_projections(*models: nn.Module) -> Iterator[int]:
+def packed_projections(*models: nn.Module, twice: bool = False) -> Iterator[int]:
     """Pack the weights of projections into blocks inside the `with` block; yield the number of packed projections.
 
+    `twice`: also those that something else uses as well (an embedding that is the head too), which are then held twice.
     Only fp32 weights on a CPU are packed. Memory: one weight more while packing, and nothing more afterwards, unless
     something outside these models holds the weights too: give models that share weights (a draft and its target)
     together. Inside the block `weight` of such a projection is on the meta device: it has a shape and no numbers, and a
@@ -43,7 +44,7 @@ def packed_projections(*models: nn.Module) -> Iterator[int]:
     try:
         for pack in packs:
             weight = pack.linear.weight
-            if weight.data_ptr() in others:
+            if weight.data_ptr() in others and not twice:
                 pack.transpose()
             else:
                 pack.enter(stores)

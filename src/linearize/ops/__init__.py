@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -30,3 +30,15 @@ class TensorState:
         """Bytes held by the state's tensors."""
         tensors = (getattr(self, f.name) for f in fields(self))
         return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """All tensors of a state, in one order."""
+    collected: list[Tensor] = []
+
+    def collect(x: Tensor) -> Tensor:
+        collected.append(x)
+        return x
+
+    state.map_batch(collect)
+    return collected

@@ -66,6 +66,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b).unflatten(0, lead)
 
 
+def flattens(x: Tensor) -> bool:
+    """Whether the first two dimensions are one in memory, so that flattening them copies nothing."""
+    rows, groups, *_ = x.shape
+    return rows == 1 or groups == 1 or x.stride(0) == groups * x.stride(1)
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, `[B, G, M, K] @ [B, G, K, N]`, without a copy of a large `b` whose rows are apart in memory."""
+    if flattens(b):
+        return a @ b
+    dim = int(b.shape[1] <= b.shape[0])
+    return torch.stack([torch.bmm(x, y) for x, y in zip(a.unbind(dim), b.unbind(dim), strict=True)], dim=dim)
+
+
 def product_into(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 0, alpha: float = 1) -> Tensor:
     """out = beta out + alpha a @ b, `[..., M, K] @ [..., K, N]` with any leading dimensions of `out`.
 

@@ -83,6 +83,8 @@ def serve(model: str, options: ServeOptions) -> None:
     Raises:
         InputError: settings, an address or a model that cannot be used, or a missing extra.
     """
+    from linearize.modeling.prepacked_linear import packed_projections
+
     options.check()
     if options.state_dir is not None:
         _make_folder(Path(expand_home(options.state_dir)))
@@ -96,7 +98,8 @@ def serve(model: str, options: ServeOptions) -> None:
         lines = [f"{described}, at {_address(sock)}; Ctrl-C stops it"]
         if not _is_loopback(options.host) and options.api_key is None:
             lines.append(f"anybody who reaches {options.host} can use this server: set --api-key or {KEY_VARIABLE}")
-        _run(app, sock, options.grace, lines)
+        with packed_projections(app.service.engine.model):  # where they are in fp32 on a CPU
+            _run(app, sock, options.grace, lines)
 
 
 def build(model: str, options: ServeOptions) -> tuple[CountedApp, str]:

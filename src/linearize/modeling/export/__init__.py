@@ -43,8 +43,8 @@ GRANITE_VERSION = (
     "mlx-lm (0.32) normalise over all groups at once and write other text, without an error."
 )
 GRANITE_LLAMA = (
-    "llama.cpp: its Mamba-2 layers are twice as wide as the model and those of this folder are not: it stops at an "
-    "assertion when it loads them."
+    "llama.cpp (October 2026) does not load this folder: its Mamba-2 layers are twice as wide as the model "
+    "(`2 * n_embd == d_inner`) and its softmax layers as wide as the model, and both are of one width here."
 )
 QWEN_LLAMA = "llama.cpp: convert with `--no-mtp`, since the folder has no layers for multi-token prediction."
 QWEN_MLX = (
@@ -224,8 +224,7 @@ def _native(to: str, source: Source) -> list[str]:
     shape, notes = source.shapes[0], [NATIVE.format(name="GraniteMoeHybrid")]
     if source.holding("mamba2"):
         notes.append(GRANITE_VERSION)
-        if shape.num_heads * shape.value_dim != 2 * source.config.hidden_size:
-            notes.append(GRANITE_LLAMA)
+        notes.append(GRANITE_LLAMA)
     if source.kept and shape.num_heads * shape.head_dim != source.config.hidden_size:
         notes.append(GRANITE_HEADS)
     if 0 < len(source.kept) < len(source.plan):

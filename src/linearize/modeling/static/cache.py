@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from linearize.modeling.cache import Pending, Run
+from linearize.ops import tensors
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
@@ -280,19 +281,6 @@ class StepCache(Cache):
     def whole_layers(self) -> list[StaticAttentionLayer]:
         """Those that hold the whole text: they alone limit how long it may get."""
         return [layer for layer in self.layers if isinstance(layer, StaticAttentionLayer) and layer.window is None]
-
-
-def tensors(state: MixerState | None) -> list[Tensor]:
-    """All tensors of a state, in one order."""
-    collected: list[Tensor] = []
-
-    def collect(x: Tensor) -> Tensor:
-        collected.append(x)
-        return x
-
-    assert state is not None
-    state.map_batch(collect)
-    return collected
 
 
 def copy_state(memory: MixerState | None, new: MixerState | None) -> None:

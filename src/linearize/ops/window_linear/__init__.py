@@ -25,6 +25,7 @@ Read in this order:
 | `head_block.py` | a chunk group for some heads: outputs and gradients |
 | `head_terms.py` | the softmax term and the linear term of one head |
 | `in_place.py` | steps over buffers |
+| `static_masks.py` | what their tokens see, and what leaves the window |
 | `operator.py` | the kernel over buffers as one operator of a compiled graph |
 | `backends.py` | which backend runs a call, and why |
 """

@@ -3,7 +3,6 @@
 A call's tokens are those that go into the state (each row's live ones in front) and those after them; none opens a
 document, so a key is seen by its position alone: from the query's window edge on by softmax (and the first tokens for
 ever), earlier ones by features. A single token is written first and seen in the ring: nothing is put side by side.
-Where a value can be looked at for nothing (on a CPU, not while tracing), the fold is left out when no token leaves.
 
 Letters: B batch, H query heads, G key/value heads, R query heads for each, T tokens, U of them (the last) with an
 output, S those that no state holds, C ring slots, N sinks, P positions, D head dimension, V value dimension, F
@@ -13,63 +12,17 @@ features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.window_linear.spec import WindowLinear, fold_boundary, most_leaving, ring_slots, with_ones
+from linearize.ops.matmul import flattens, row_products
+from linearize.ops.window_linear.spec import WindowLinear, with_ones
 from linearize.ops.window_linear.state import WindowBuffers, take_slots
+from linearize.ops.window_linear.static_masks import Moves, Seen
 from linearize.ops.window_linear.store import Store, num_stored
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Seen:
-    """What queries see, the same in all layers of a kind. By softmax: `ring_B1UC`, `sinks_B1UN`, `new_B1US`. By
-    features: ring tokens at `far_BP` where `far_ring_B1UP`, new ones where `far_new_B1US`. None: there are none."""
-
-    ring_B1UC: Tensor
-    sinks_B1UN: Tensor | None
-    new_B1US: Tensor | None
-    far_BP: Tensor | None
-    far_ring_B1UP: Tensor | None
-    far_new_B1US: Tensor | None
-
-    @staticmethod
-    def of(
-        query_BU: Tensor, new_BS: Tensor | None, begin_B: Tensor, held_B: Tensor, slots: int, spec: WindowLinear
-    ) -> Seen:
-        """`new_BS`: positions of the keys that are not in the ring (-1: dead); None: the only query's is in it.
-        `begin_B`, `held_B`: first position of the document, and first one that the ring does not hold."""
-        device, window, sinks, alone = query_BU.device, spec.window, spec.num_sinks, new_BS is None
-        ring_end, query, begin = held_B[:, None, None, None], query_BU[:, None, :, None], begin_B[:, None, None, None]
-        edge = fold_boundary(query, window, spec.shape) + (window == 0)
-        last = held_B[:, None] - 1
-        ring = (last - (last - torch.arange(slots, device=device)) % slots)[:, None, None]
-        sunk = torch.arange(sinks, device=device)
-        state_end = held_B[:, None] - int(alone)  # of the sum, and of the sinks
-        new = far_new = None
-        if new_BS is not None:
-            key = new_BS[:, None, None]
-            new = ((key >= edge) | ((key >= 0) & (key < sinks))) & (key <= query)
-            far_new = (key < edge) & (key >= sinks) if new_BS.shape[1] > window else None
-        waiting = int(window == 0) if new_BS is None else _most_waiting(new_BS.shape[1] - 1, spec)
-        far = fold_boundary(state_end, window, spec.shape) + torch.arange(waiting, device=device)
-        key = far[:, None, None]
-        return Seen(
-            ring_B1UC=(ring >= torch.maximum(edge, begin)) & (ring <= query),
-            sinks_B1UN=(sunk < torch.minimum(edge, state_end[:, None, None])) & (sunk >= begin) if sinks else None,
-            new_B1US=new,
-            far_BP=far if waiting else None,
-            far_ring_B1UP=(key < edge) & (key >= begin.clamp(min=sinks)) & (key < ring_end) if waiting else None,
-            far_new_B1US=far_new,
-        )
-
-
-def _most_waiting(tokens: int, spec: WindowLinear) -> int:
-    """The most ring tokens that so many further tokens push beyond the window."""
-    return min(most_leaving(tokens, spec.window, spec.shape), ring_slots(spec.window, spec.shape)) if tokens else 0
 
 
 def in_place(
@@ -90,7 +43,7 @@ def in_place(
         _write(state, k_BGTD, v_BGTV, positions, dead=False)
         seen = _seen(layout, query_BU, None, state.next_B + 1, state, spec)
         y = _attend(q_BHUD, (), seen, state, spec)
-        _settle(state, spec, state.next_B + 1, 1)
+        _settle(state, spec, state.next_B + 1, 1, layout)
         return y
     if spec.store and commit == tokens:
         return _one_by_one(q_BHUD, k_BGTD, v_BGTV, layout, state, spec)
@@ -154,7 +107,7 @@ def _attend(q_BHUD: Tensor, new: tuple[Tensor, ...], seen: Seen, state: WindowBu
     if spec.has_linear:
         assert state.memory_BHFV is not None
         phi_q = spec.features_q(q_BHUD)
-        recalled = phi_q @ state.memory_BHFV.to(dtype)
+        recalled = row_products(phi_q, state.memory_BHFV.to(dtype))
         for k, v, far in _beyond(new, seen, state):
             a = (phi_q @ spec.features_k(k.to(dtype)).mT) * far
             recalled = recalled + (a.unflatten(1, (groups, -1)) @ with_ones(v.to(dtype))[:, :, None]).flatten(1, 2)
@@ -177,7 +130,7 @@ def _window(
     q = (q_BHUD * spec.scaling).unflatten(1, (groups, -1)).flatten(2, 3)
     scores = []
     for k, _, seen in parts:
-        s = (q @ k.mT).unflatten(2, (-1, queries)).flatten(1, 2)
+        s = row_products(q, k.mT).unflatten(2, (-1, queries)).flatten(1, 2)
         s = s if spec.softcap is None else spec.softcap * torch.tanh(s / spec.softcap)
         scores.append(s.masked_fill(~seen, -torch.inf))
     s = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
@@ -186,9 +139,9 @@ def _window(
     if spec.log_window_factor_H is not None:
         p = p * spec.log_window_factor_H.exp().to(p.dtype)[:, None, None]
     weights = p.unflatten(1, (groups, -1)).flatten(2, 3).split([k.shape[2] for k, *_ in parts], dim=-1)
-    y = weights[0] @ parts[0][1]
+    y = row_products(weights[0], parts[0][1])
     for w, (_, v, _) in zip(weights[1:], parts[1:], strict=True):
-        y = y + w @ v
+        y = y + row_products(w, v)
     return y.unflatten(2, (heads // groups, queries)).flatten(1, 2), p.sum(-1, keepdim=True), m
 
 
@@ -224,33 +177,44 @@ def _write(state: WindowBuffers, k_BGTD: Tensor, v_BGTV: Tensor, position_BT: Te
         ring.scatter_(2, place, x)
 
 
-def _settle(state: WindowBuffers, spec: WindowLinear, following_B: Tensor, most: int) -> None:
-    """Sinks, sum and cursor after at most `most` tokens that are in the ring: the next token's position is given."""
-    slots, before_B = state.k_BGCD.shape[2], state.next_B
-    if spec.num_sinks:
-        j = torch.arange(spec.num_sinks, device=before_B.device)
-        fresh = (j >= before_B[:, None]) & (j < following_B[:, None])
-        if _worth(fresh):
-            place = (j % slots).expand(fresh.shape)
-            for sink, ring in ((state.sink_k_BGND, state.k_BGCD), (state.sink_v_BGNV, state.v_BGCV)):
-                sink.copy_(torch.where(fresh[:, None, :, None], take_slots(ring, place), sink))
-    if spec.feature_k is not None and state.memory_BHFV is not None:
-        begin, end = (fold_boundary(n, spec.window, spec.shape)[:, None] for n in (before_B, following_B))
-        position = begin + torch.arange(most_leaving(most, spec.window, spec.shape), device=begin.device)
-        leaves = (position < end) & (position >= state.begin_B.clamp(min=spec.num_sinks)[:, None])
-        if _worth(leaves):
-            (_admit if spec.store else _fold)(state, position % slots, leaves, spec)
-    before_B.copy_(following_B)
+def _settle(
+    state: WindowBuffers, spec: WindowLinear, following_B: Tensor, most: int, layout: Layout | None = None
+) -> None:
+    """Sinks, sum and cursor after at most `most` tokens that are in the ring: the next token's position is given.
+    `layout`: of these tokens; computes what they bring about once for all layers."""
+    memo: dict[object, Any] = {} if layout is None else layout.memo
+    key = ("moves", state.k_BGCD.shape[2], spec.window, spec.shape, spec.num_sinks)
+    if key not in memo:
+        memo[key] = Moves.of(state, spec, following_B, most)
+    moves: Moves = memo[key]
+    if moves.fresh_BN is not None:
+        fresh = moves.fresh_BN
+        place = torch.arange(spec.num_sinks, device=fresh.device).expand(fresh.shape) % state.k_BGCD.shape[2]
+        for sink, ring in ((state.sink_k_BGND, state.k_BGCD), (state.sink_v_BGNV, state.v_BGCV)):
+            sink.copy_(torch.where(fresh[:, None, :, None], take_slots(ring, place), sink))
+    if spec.feature_k is not None and state.memory_BHFV is not None and moves.leaves_BP is not None:
+        if spec.store:
+            _admit(state, moves.place_BP, moves.leaves_BP, spec)
+        else:
+            _fold(state, moves.place_BP, moves.leaves_BP, moves.rows, spec)
+    state.next_B.copy_(following_B)
 
 
-def _fold(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, spec: WindowLinear) -> None:
-    """memory + sum over the slots that leave of phi_k(k) [v, 1]^T, in place."""
-    memory = state.memory_BHFV
+def _fold(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, rows: Tensor | None, spec: WindowLinear) -> None:
+    """memory + sum over the slots that leave of phi_k(k) [v, 1]^T, in place, in these rows (None: all)."""
+    memory, ring_k, ring_v = state.memory_BHFV, state.k_BGCD, state.v_BGCV
     assert memory is not None
-    k, v = (take_slots(ring, place_BP).to(memory.dtype) for ring in (state.k_BGCD, state.v_BGCV))
+    if rows is not None:
+        ring_k, ring_v, place_BP, leaves_BP = (x.index_select(0, rows) for x in (ring_k, ring_v, place_BP, leaves_BP))
+    k, v = (take_slots(ring, place_BP).to(memory.dtype) for ring in (ring_k, ring_v))
     phi = spec.features_k(k) * leaves_BP[:, None, :, None].to(memory.dtype)
     value = with_ones(v).repeat_interleave(phi.shape[1] // k.shape[1], dim=1)
-    memory.flatten(0, 1).baddbmm_(phi.mT.flatten(0, 1), value.flatten(0, 1))
+    if rows is not None:
+        memory.index_add_(0, rows, phi.mT @ value)
+    elif flattens(memory):
+        memory.flatten(0, 1).baddbmm_(phi.mT.flatten(0, 1), value.flatten(0, 1))
+    else:
+        memory.add_(phi.mT @ value)
 
 
 def _store(state: WindowBuffers, spec: WindowLinear) -> Store:
@@ -270,8 +234,3 @@ def _admit(state: WindowBuffers, place_BP: Tensor, leaves_BP: Tensor, spec: Wind
     ):  # fmt: skip
         assert memory is not None
         memory.copy_(new)
-
-
-def _worth(mask: Tensor) -> bool:
-    """Whether a masked step does anything; True where asking would cost a wait, or a graph."""
-    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())

@@ -211,6 +211,25 @@ class WindowBuffers(TensorState):
             sink_v_BGNV=sink_v,
         )
 
+    def put_step(self, row_N: Tensor, state: WindowBuffers, spec: WindowLinear) -> None:
+        """Take up in some rows what one more token changed, after which they are `state`: its slot, and the sum where
+        tokens left the window (everywhere, where asking would cost a wait)."""
+        following, row = state.next_B, torch.arange(len(row_N), device=row_N.device)
+        slot = (following - 1) % self.k_BGCD.shape[2]
+        self.next_B.index_copy_(0, row_N, following)
+        for ring, new in ((self.k_BGCD, state.k_BGCD), (self.v_BGCV, state.v_BGCV)):
+            ring[row_N, :, slot] = new[row, :, slot]
+        for sink, new in ((self.sink_k_BGND, state.sink_k_BGND), (self.sink_v_BGNV, state.sink_v_BGNV)):
+            if spec.num_sinks:
+                sink.index_copy_(0, row_N, new)
+        if row_N.device.type == "cpu":
+            before, after = (fold_boundary(n, spec.window, spec.shape) for n in (following - 1, following))
+            row = (before != after).nonzero()[:, 0]
+        for name in ("memory_BHFV", "store_k_BGPD", "store_v_BGPV"):
+            held: Tensor | None = getattr(self, name)
+            if held is not None and len(row):
+                held.index_copy_(0, row_N[row], getattr(state, name)[row])
+
     def copy_(self, state: WindowLinearState, spec: WindowLinear) -> None:
         """Take another state of the same sizes into this memory."""
         other = WindowBuffers.of(state, spec, most=self.k_BGCD.shape[2] - ring_slots(spec.window, spec.shape))

@@ -74,7 +74,7 @@ class PagedMixer(MambaBase):
         if step is None or self._memory is None:
             return run(*inputs, layout=Layout(), state=None)[0]
         tokens = inputs[0].shape[time_dim]
-        if step.decodes is not None and len(step.decodes.token_N) == tokens:
+        if step.decodes is not None and step.decodes.in_order and len(step.decodes.token_N) == tokens:
             return self._decode(inputs, time_dim, run, step.decodes, self._memory).transpose(0, time_dim)
         y: Tensor | None = None
         for chunk in step.chunks:
@@ -110,14 +110,16 @@ class PagedMixer(MambaBase):
     ) -> Tensor:
         """One token of each decoding sequence, `[N, ..., 1, ...]`."""
         batched = tuple(x.transpose(0, time_dim) for x in inputs)
-        state = memory.read(decodes.page_N) if decodes.page is None else memory.shared(decodes.page)
+        state = memory.read(decodes.page_N) if decodes.pages is None else memory.shared(decodes.pages)
         if decodes.first_N is not None:
             _forget(state, decodes.first_N)
         y, after = run(*batched, layout=decodes.layout, state=state)
-        if decodes.page is None:
+        if decodes.pages is not None:
+            memory.write_shared(decodes.pages, after)
+        elif decodes.first_N is not None:
             memory.write(decodes.page_N, after)
         else:
-            memory.write_shared(decodes.page, after)
+            self.mixer.put_step(memory.states, decodes.page_N, after)
         return y
 
 

@@ -8,6 +8,7 @@ Letters: T tokens of a step, M model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from linearize.mixers import LayerMixer
 from linearize.modeling import LinearizeConfig, LinearizedForCausalLM
 from linearize.modeling.forward_call import BackboneHook
 from linearize.modeling.library_internals import remove_pre_hooks, set_attention
+from linearize.modeling.prepacked_linear import packed_projections
 from linearize.modeling.probe import attention_configs
 from linearize.serving.vllm.checks import student_config, student_layouts
 from linearize.serving.vllm.layers import VLLM_ATTENTION, KeptSoftmax, PagedMixer, PagedModule
@@ -56,6 +58,7 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
         self.kept = nn.ModuleList()
         self._serve(layouts, vllm_config, prefix)
         self._split: SplitModel | None = None
+        self._packed = ExitStack()
         decoder: nn.Module = self.student.lm.get_decoder()
         self._decoder = [decoder]  # in a list: it is in the tree already
 
@@ -138,7 +141,11 @@ class ServedStudent(nn.Module, HasInnerState, IsHybrid):
         Raises:
             InputError: tensors that do not fit the plan.
         """
+        self._packed.close()
         load_into(self.student, weights, self.folder)
+        self._packed.enter_context(
+            packed_projections(self.student, twice=True)
+        )  # as vLLM packs its own models' on CPUs
         return {name for name, _ in self.named_parameters()}
 
 

@@ -19,8 +19,8 @@ from linearize.errors import InputError
 from linearize.mixers import AttentionMixer, AttentionShape, LayerMixer, Mixer, MixerConfig
 from linearize.mixers.base import MixerState
 from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
-from linearize.modeling.static.cache import tensors
 from linearize.modeling.surgery import in_dtype
+from linearize.ops import tensors
 from linearize.ops.layout import Layout
 
 ALIGNMENT = 64  # bytes: views of every dtype, and loads of whole cache lines
@@ -60,25 +60,30 @@ class StateMemory:
     layout: PageLayout
     views_PX: tuple[Tensor, ...]
 
+    @property
+    def states(self) -> Any:
+        """The states in all pages, in their memory."""
+        return self._state(self.views_PX)
+
     def read(self, page_N: Tensor) -> Any:
         """Copies of the states in these pages, batched."""
         return self._state([x.index_select(0, page_N) for x in self.views_PX])
 
-    def shared(self, page: int) -> Any:
-        """The state in one page, in the memory of the page itself."""
-        return self._state([x[page : page + 1] for x in self.views_PX])
+    def shared(self, pages: slice) -> Any:
+        """The states in pages of one distance, batched, in the memory of the pages themselves."""
+        return self._state([x[pages] for x in self.views_PX])
 
     def write(self, page_N: Tensor, state: MixerState) -> None:
         """Put states into pages."""
         for view, x in zip(self.views_PX, tensors(state), strict=True):
             view.index_copy_(0, page_N, x.reshape(x.shape[0], -1))
 
-    def write_shared(self, page: int, state: MixerState) -> None:
-        """Put one state into its page, but for tensors that were written there in place."""
+    def write_shared(self, pages: slice, state: MixerState) -> None:
+        """Put states into pages of one distance, but for tensors that were written there in place."""
         for view, x in zip(self.views_PX, tensors(state), strict=True):
-            row = view[page]
-            if row.data_ptr() != x.data_ptr():
-                row.copy_(x.reshape(-1))
+            rows = view[pages]
+            if rows.data_ptr() != x.data_ptr():
+                rows.copy_(x.reshape(x.shape[0], -1))
 
     def _state(self, rows: Sequence[Tensor]) -> Any:
         parts = iter(rows)

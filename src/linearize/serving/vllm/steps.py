@@ -21,13 +21,14 @@ from linearize.ops.layout import Layout
 
 @dataclass(frozen=True, eq=False)
 class Decodes:
-    """Sequences of which one token comes. `token_N`: its place in the row; `page_N`: the sequence's page; `page`: that
-    page as a number where there is one sequence and the host knows it; `first_N`: whether it is the sequence's first
-    token, so that the page holds another one's state (None: nowhere)."""
+    """Sequences of which one token comes. `token_N`: its place in the row (`in_order`: ascending); `page_N`: the
+    sequence's page; `pages`: the same as a slice, where they have one distance and the host knows them; `first_N`:
+    whether it is the sequence's first token, so that the page holds another one's state (None: nowhere)."""
 
     token_N: Tensor
+    in_order: bool
     page_N: Tensor
-    page: int | None
+    pages: slice | None
     first_N: Tensor | None
     layout: Layout
 
@@ -65,7 +66,12 @@ class Step:
 
 
 def _decodes(rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int], page_S: Tensor) -> Decodes:
-    device = page_S.device
+    device, pages = page_S.device, None
+    if device.type == "cpu":
+        page_of = dict(zip(rows, page_S[list(rows)].tolist(), strict=True))
+        by_page = sorted(rows, key=page_of.__getitem__)
+        if (pages := as_slice([page_of[row] for row in by_page])) is not None:
+            rows = by_page
     position_N, token_N, row_N = (
         torch.tensor(numbers, device=device)
         for numbers in ([lengths[row] - 1 for row in rows], [starts[row] for row in rows], rows)
@@ -73,8 +79,17 @@ def _decodes(rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int],
     page_N = page_S[row_N]
     return Decodes(
         token_N=token_N,
+        in_order=list(rows) == sorted(rows),
         page_N=page_N,
-        page=int(page_N[0]) if len(rows) == 1 and device.type == "cpu" else None,
+        pages=pages,
         first_N=position_N == 0 if any(lengths[row] == 1 for row in rows) else None,
         layout=Layout(position_BT=position_N[:, None], tail=0),
     )
+
+
+def as_slice(numbers: Sequence[int]) -> slice | None:
+    """The slice that takes these ascending numbers; None where no slice does."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step < 1 or any(b - a != step for a, b in pairwise(numbers)):
+        return None
+    return slice(numbers[0], numbers[-1] + 1, step)

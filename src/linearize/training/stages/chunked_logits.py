@@ -62,7 +62,7 @@ class SplitModel:
         """Logits `[N, V]` of hidden states."""
         if self.decoder is None:
             return hidden_NM
-        with self._decoder_gives(hidden_NM[None]), self._weights_in_autocast_dtype():
+        with self._decoder_gives(hidden_NM[None]), self._weights_in_autocast_dtype(hidden_NM.device.type):
             tokens = torch.zeros(1, len(hidden_NM), dtype=torch.long, device=hidden_NM.device)
             logits: Tensor = self.lm(input_ids=tokens, use_cache=False).logits
         return logits[0]
@@ -75,10 +75,9 @@ class SplitModel:
             return [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
 
     @contextmanager
-    def _weights_in_autocast_dtype(self) -> Iterator[None]:
+    def _weights_in_autocast_dtype(self, device: str) -> Iterator[None]:
         """Inside autocast, the head's frozen matrices as copies in its dtype, made once for all slices and steps:
         autocast keeps copies of trained weights alone, and would copy a whole head for each slice of tokens."""
-        device = self.lm.device.type
         if self.sharded or not torch.is_autocast_enabled(device):
             yield
             return
