@@ -13,7 +13,7 @@ from transformers import AttentionInterface, Cache
 from transformers.utils import TransformersKwargs
 
 from linearize.errors import InputError
-from linearize.modeling.cache import MixerCacheLayer, Pending, Run, RunOptions
+from linearize.modeling.cache import DecodingRun, MixerCacheLayer, Pending, Run, RunOptions
 from linearize.modeling.projections import key_projection
 from linearize.modeling.static.cache import Place, StaticMixerLayer
 from linearize.ops.layout import Layout
@@ -127,13 +127,7 @@ def mixer_attention(
         inputs = (key, value, key_projection(module, mixer_hidden, mixer.shape))
 
     branch = mixer_call.branch_of(module.layer_idx)  # type: ignore[arg-type]
-
-    def run(raw: Pending, *, outputs: slice, **options: Unpack[RunOptions]) -> tuple[Tensor, MixerState | None]:
-        y_and_state: tuple[Tensor, MixerState | None] = mixer(
-            query[:, :, outputs], *raw.inputs, layout=raw.layout, branch=branch, **options, **scores
-        )
-        return y_and_state
-
+    run = DecodingRun(mixer, query, branch, scores["scaling"], softcap)  # type: ignore[arg-type]
     y_BHTV = through_cache(mixer_call, module.layer_idx, mixer, inputs, run)  # type: ignore[arg-type]
     return y_BHTV.transpose(1, 2), None
 
