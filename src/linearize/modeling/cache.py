@@ -68,20 +68,19 @@ class DecodingRun:
         )
         return y_and_state
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What a decoder is made for: another run of the same kind goes on with it."""
-        mixer = self.mixer
-        hooked = bool(mixer._forward_hooks or mixer._forward_pre_hooks)
-        return mixer, mixer.config, self.branch, self.scaling, self.softcap, hooked
-
     def decoder(self, inputs: tuple[Tensor, ...], state: MixerState | None, layout: Layout) -> Decoder | None:
         """The mixer's decoder for this token and those after it; None where it has none, or hooks wait for calls."""
-        if self.branch != "both" or len(inputs) != 2 or self.kind[-1]:
+        if self.branch != "both" or len(inputs) != 2 or self.mixer._forward_hooks or self.mixer._forward_pre_hooks:
             return None
         options = {"scaling": self.scaling, "softcap": self.softcap}
         made: Decoder | None = self.mixer.decoder(self.query_BHTD, inputs[0], state=state, layout=layout, **options)
         return made
+
+    def goes_on(self, mixer: object, scaling: float, softcap: float | None) -> bool:
+        """Whether the decoder of such a run serves here too."""
+        own = self.mixer
+        alike = own is mixer and self.scaling == scaling and self.softcap == softcap and self.branch == "both"
+        return alike and not own._forward_hooks and not own._forward_pre_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +138,8 @@ class MixerCacheLayer(CacheLayerMixin):
     """State of one mixer layer inside transformers' `DynamicCache`, or its `StaticCache`: it does not grow."""
 
     _layer_type = MIXER_LAYER
-    _decoder: Decoder | None = None
+    _decoder: Decoder | None = None  # of tokens after the last state
+    _decoder_of: tuple[object, float, float | None]
     is_sliding = False
     is_croppable = True
     supports_early_init = False
@@ -229,11 +229,12 @@ class MixerCacheLayer(CacheLayerMixin):
         if self.record_past or self.pending is not None:
             return None
         decoder = self._decoder
-        if decoder is None or run.kind != self._kind or not decoder.continues(run.query_BHTD, layout):
+        if decoder is None or not run.goes_on(*self._decoder_of) or not decoder.continues(run.query_BHTD, layout):
             decoder = run.decoder(inputs, self.state, layout)
             if decoder is None:
                 return None
-            self._decoder, self._kind, self._state = decoder, run.kind, None
+            self._decoder, self._state = decoder, None
+            self._decoder_of = (run.mixer, run.scaling, run.softcap)
         self.cumulative_length += 1
         return decoder.step(run.query_BHTD, *inputs)
 

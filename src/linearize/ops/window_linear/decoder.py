@@ -5,12 +5,12 @@ code and data out of the caches: calls are what a decoded token of a linear laye
 over a state and what the feature map needs in one product, keeps ring and sinks side by side (keys and values of a token
 in one slot), and gives the state back as a value when it is asked for; it is not to be used any more then.
 
-The two branches are weighed by their normalisers, Z of the window and r of the linear branch: y = w y_window +
-(1 - w) y_linear with w = sigmoid(log g + log Z - log r). The gain and the linear factor of a token's query scale the
-linear branch's values and r alike, so they enter log r alone.
+The linear branch is one more key of the softmax: its score is log r - log g (r its normaliser, g the window's factor;
+the published shift adds the largest score), its value is its numerator over r. What scales a token's query, the gain
+and the linear factor, scales numerator and r alike, so it enters that score alone.
 
 Letters: G key/value heads, R query heads for each, H = G R, D head and value dimension, C slots (sinks, then two blocks
-of the window), N sinks, F columns of a map, 1 the row or the token.
+of the window), S of them that are seen, F columns of a map, X columns of a product, 1 the row or the token.
 """
 
 from __future__ import annotations
@@ -80,121 +80,113 @@ class WindowDecoder:
         self.spec, self._given, self.next = spec, state, state.next
         (_, groups, ring, dim), sinks = state.k_BGRD.shape, spec.num_sinks
         self.groups, self.copies, self.shared = groups, num_heads // groups, spec.shared_shift
+        slots = sinks + 2 * spec.window
         with torch.inference_mode(False):
-            slots_CGD = state.k_BGRD.new_empty(sinks + 2 * spec.window, 2 * groups, dim)
+            slots_CGD = state.k_BGRD.new_empty(slots, 2 * groups, dim)
+            self.s_GRC = slots_CGD.new_empty(groups, self.copies, slots + 1)
         self._slots = [slot[None, :, None] for slot in slots_CGD.unbind(0)]
-        self.k_1GCD, self.v_1GCD = (slots_CGD[:, of].transpose(0, 1)[None] for of in (slice(groups), slice(groups, None)))
-        self.filled, self.last = sinks + ring, sinks + 2 * spec.window
-        self.k_1GCD[:, :, sinks : self.filled] = state.k_BGRD
-        self.v_1GCD[:, :, sinks : self.filled] = state.v_BGRV
+        self.k_GCD, self.v_GCD = slots_CGD.transpose(0, 1).split(groups)
+        self.filled, self.last = sinks + ring, slots
+        self.k_GCD[:, sinks : self.filled], self.v_GCD[:, sinks : self.filled] = state.k_BGRD[0], state.v_BGRV[0]
         oldest = state.next - ring
         self.first = 0 if oldest > 0 else sinks  # sinks are in the ring until the first block leaves it
         if oldest > 0 and state.sink_k_BGND is not None and state.sink_v_BGNV is not None:
-            self.k_1GCD[:, :, :sinks], self.v_1GCD[:, :, :sinks] = state.sink_k_BGND, state.sink_v_BGNV
+            self.k_GCD[:, :sinks], self.v_GCD[:, :sinks] = state.sink_k_BGND[0], state.sink_v_BGNV[0]
         self.memory = state.memory_BHFV
         self.recalls = self.memory is not None and oldest > sinks
         if self.memory is not None:
-            self._prepare(slots_CGD)
+            self._prepare()
 
-    def _prepare(self, like: Tensor) -> None:
+    def _prepare(self) -> None:
         """The map of a query as one product, and memory for what a token leaves nothing of."""
-        heads, grouped = self.groups * self.copies, (1, self.groups, self.copies)
-        known, g = _known(self.spec.feature_q), self.spec.log_window_factor_H
+        like, grouped = self.s_GRC, (self.groups, self.copies, 1)
+        heads, known, g = self.groups * self.copies, _known(self.spec.feature_q), self.spec.log_window_factor_H
         assert known is not None and known.weight_HDC is not None and self.memory is not None
         with torch.inference_mode(False), torch.no_grad():
             w_HDF = known.weight_HDC.detach().to(like.dtype)
-            shift_H = like.new_zeros(heads) if g is None else g.detach().to(like.dtype).clone()
+            scale_H = like.new_zeros(heads) if g is None else -g.detach().to(like.dtype)
             if (factor := self.spec.linear_factor_H) is not None:
-                shift_H -= factor.detach().to(like.dtype).log()
+                scale_H += factor.detach().to(like.dtype).log()
             parts = [w_HDF, -w_HDF]
-            if known.gain_HD is not None and known.log_scale_H is not None:
+            if known.gain_HD is not None:
                 parts.append(known.gain_HD.detach().to(like.dtype)[..., None])
-            self.weight_HDX = torch.cat(parts, dim=-1)
-            features = 2 * w_HDF.shape[2]
-            z_H1X = like.new_empty(heads, 1, self.weight_HDX.shape[2])
-            self.bias_H1X, self.shift_1GR = torch.zeros_like(z_H1X), shift_H.view(grouped)
-            self.has_gain = len(parts) == 3
-            if self.has_gain:
-                self.bias_H1X[:, 0, -1] = known.log_scale_H.detach().to(like.dtype) - shift_H
-                self.lowest_1GR, self.highest_1GR = -GAIN_LIMIT - self.shift_1GR, GAIN_LIMIT - self.shift_1GR
-            self.z_H1X, self.gain_1GR = z_H1X, z_H1X[:, 0, -1].view(grouped)
-            self.z_H2F = z_H1X[:, 0, :features].unflatten(-1, (2, -1))
+            self.weight_HDX, features = torch.cat(parts, dim=-1), 2 * w_HDF.shape[2]
+            self.z_H1X = like.new_empty(heads, 1, self.weight_HDX.shape[2])
+            self.bias_H1X, self.scale_GR1 = torch.zeros_like(self.z_H1X), scale_H.view(grouped)
+            self.has_gain = known.log_scale_H is not None
+            if known.log_scale_H is not None:
+                self.bias_H1X[:, 0, -1] = known.log_scale_H.detach().to(like.dtype) + scale_H
+                self.lowest_GR1, self.highest_GR1 = self.scale_GR1 - GAIN_LIMIT, self.scale_GR1 + GAIN_LIMIT
+            self.gain_GR1 = self.z_H1X[:, 0, -1].view(grouped)
+            self.z_H2F = self.z_H1X[:, 0, :features].unflatten(-1, (2, -1))
             self.phi_H2F = torch.empty_like(self.z_H2F, memory_format=torch.contiguous_format)
             self.phi_H1F = self.phi_H2F.view(heads, 1, features)
             self.total_H1V = like.new_empty(heads, 1, self.memory.shape[3])
-            total_1GRV = self.total_H1V.view(*grouped, -1)
-            self.values_1GRV, self.ones_1GR1 = total_1GRV[..., :-1], total_1GRV[..., -1:]
-            self.ones_1GR = total_1GRV[..., -1]
+            self.values_GRD, self.ones_GR1 = self.total_H1V.view(*grouped[:2], -1).split((self.v_GCD.shape[2], 1), 2)
+            self.linear_GR1 = self.s_GRC[..., :1]
             self.memory_HFV = self.memory[0].to(like.dtype)
 
     def continues(self, q_BHUD: Tensor, layout: Layout) -> bool:
         """Whether these are the queries of the one token that comes next."""
         return (
-            layout.position_BT is None
-            and layout.start == self.next
-            and q_BHUD.shape[2] == 1
-            and q_BHUD.shape[0] == 1
-            and q_BHUD.dtype == self.k_1GCD.dtype
+            layout.start == self.next
+            and layout.position_BT is None
+            and q_BHUD.shape[:3:2] == (1, 1)
+            and q_BHUD.dtype is self.s_GRC.dtype
             and _is_free()
         )
 
     def step(self, q_1H1D: Tensor, k_1G1D: Tensor, v_1G1D: Tensor) -> Tensor:
         """Read one token; gives its output, `[1, H, 1, D]`."""
-        slot = self.filled
+        slot, first = self.filled, self.first
         torch.cat((k_1G1D, v_1G1D), 1, out=self._slots[slot])
-        first, self.filled, self.next = self.first, slot + 1, self.next + 1
-        k, v = self.k_1GCD.narrow(2, first, slot + 1 - first), self.v_1GCD.narrow(2, first, slot + 1 - first)
-        q_1GRD = q_1H1D.reshape(1, self.groups, self.copies, -1)
-        y_1GRD, log_z_1GR = self._window(q_1GRD, k, v)
+        self.filled, self.next = slot + 1, self.next + 1
+        seen = slot + 1 - first
+        k_GSD, v_GSD = self.k_GCD.narrow(1, first, seen), self.v_GCD.narrow(1, first, seen)
+        q_GRD = q_1H1D.reshape(self.groups, self.copies, -1)
+        s_GRS = self.s_GRC.narrow(2, 1, seen)
+        torch.baddbmm(s_GRS, q_GRD, k_GSD.mT, beta=0, alpha=self.spec.scaling, out=s_GRS)
         if self.recalls:
-            y_1GRD = self._join(q_1GRD, y_1GRD, log_z_1GR)
+            y_GRD = self._join(q_GRD, s_GRS, v_GSD, self.s_GRC.narrow(2, 0, seen + 1))
+        else:
+            y_GRD = torch.bmm(s_GRS.softmax(-1), v_GSD)
         if slot + 1 == self.last:
             self._fold()
-        return y_1GRD.reshape(1, -1, 1, y_1GRD.shape[3])
+        return y_GRD.view(1, -1, 1, y_GRD.shape[2])
 
-    def _window(self, q_1GRD: Tensor, k_1GSD: Tensor, v_1GSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the values seen, and the logarithm of its normaliser, with the shift where that is shared."""
-        if self.shared or not self.recalls:
-            found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q_1GRD, k_1GSD, v_1GSD, scale=self.spec.scaling
-            )
-            return found
-        s_GRS = torch.bmm(q_1GRD[0], k_1GSD[0].mT).mul_(self.spec.scaling)
-        p_GRS = s_GRS.softmax(-1)
-        return torch.bmm(p_GRS, v_1GSD[0])[None], p_GRS.amax(-1)[None].log_().neg_()  # the largest weight is 1 / Z
-
-    def _join(self, q_1GRD: Tensor, y_1GRD: Tensor, log_z_1GR: Tensor) -> Tensor:
-        q_H1D = q_1GRD.view(-1, 1, q_1GRD.shape[3])
-        torch.baddbmm(self.bias_H1X, q_H1D, self.weight_HDX, out=self.z_H1X)
+    def _join(self, q_GRD: Tensor, s_GRS: Tensor, v_GSD: Tensor, all_GRX: Tensor) -> Tensor:
+        """Both branches under one normaliser: `all_GRX` is the linear branch's score, then those of the window."""
+        torch.baddbmm(self.bias_H1X, q_GRD.view(-1, 1, q_GRD.shape[2]), self.weight_HDX, out=self.z_H1X)
         torch.softmax(self.z_H2F, -1, out=self.phi_H2F)
         self.phi_H2F.clamp_(min=SMALLEST)
         torch.bmm(self.phi_H1F, self.memory_HFV, out=self.total_H1V)
-        log_r_1GR = self.ones_1GR.log()
-        if self.has_gain:
-            log_r_1GR += self.gain_1GR.clamp(self.lowest_1GR, self.highest_1GR)
-        else:
-            log_r_1GR -= self.shift_1GR
-        of_window_1GR = (log_z_1GR - log_r_1GR).sigmoid_()
-        return (self.values_1GRV / self.ones_1GR1).lerp_(y_1GRD, of_window_1GR[..., None])
+        log_r_GR1 = self.ones_GR1.log()
+        scale_GR1 = self.gain_GR1.clamp(self.lowest_GR1, self.highest_GR1) if self.has_gain else self.scale_GR1
+        torch.add(log_r_GR1, scale_GR1, out=self.linear_GR1)
+        if not self.shared:
+            self.linear_GR1 += s_GRS.amax(-1, keepdim=True)
+        p_GRX = all_GRX.softmax(-1)
+        linear_GRD = self.values_GRD * (p_GRX.narrow(2, 0, 1) / self.ones_GR1)
+        return linear_GRD.baddbmm_(p_GRX.narrow(2, 1, s_GRS.shape[2]), v_GSD)
 
     def _fold(self) -> None:
         """The older block goes into the sum, the newer one takes its place."""
         sinks, window = self.spec.num_sinks, self.spec.window
         oldest = self.next - 2 * window
-        k, v = (x[:, :, sinks : sinks + window] for x in (self.k_1GCD, self.v_1GCD))
         left = sinks if oldest == 0 else 0
         if self.memory is not None and left < window:
-            self.memory = folded(k[:, :, left:], v[:, :, left:], None, self.memory, self.spec)
+            k, v = (x[None, :, sinks + left : sinks + window] for x in (self.k_GCD, self.v_GCD))
+            self.memory = folded(k, v, None, self.memory, self.spec)
             self.memory_HFV = self.memory[0].to(k.dtype)
         self.recalls = self.memory is not None and oldest + window > sinks
-        for x in (self.k_1GCD, self.v_1GCD):
+        for x in (self.k_GCD, self.v_GCD):
             if oldest == 0:
-                x[:, :, :sinks] = x[:, :, sinks : 2 * sinks]
-            x[:, :, sinks : sinks + window] = x[:, :, sinks + window :]
+                x[:, :sinks] = x[:, sinks : 2 * sinks]
+            x[:, sinks : sinks + window] = x[:, sinks + window :]
         self.first, self.filled = 0, sinks + window
 
     def state(self) -> WindowLinearState:
         """The state after all tokens read, a value; the decoder must not read another token."""
         sinks, given = self.spec.num_sinks, self._given
-        k, v = (x[:, :, sinks : self.filled] for x in (self.k_1GCD, self.v_1GCD))
+        k, v = (x[None, :, sinks : self.filled] for x in (self.k_GCD, self.v_GCD))
         return WindowLinearState(self.next, k, v, self.memory, given.sink_k_BGND, given.sink_v_BGNV)
