@@ -77,10 +77,10 @@ class WindowMixer(AttentionMixer):
         state: WindowLinearState | None = None,
     ) -> Decoder | None:
         """See `AttentionMixer.decoder`."""
-        if k_BGTD.shape[2] != 1:
+        if state is None or k_BGTD.shape[::2] != (1, 1):
             return None
         spec = self.spec(scaling=scaling, softcap=softcap, branch="both")
-        if state is None or not can_decode(q_BHUD, k_BGTD, state, spec, layout):
+        if not can_decode(q_BHUD, k_BGTD, state, spec, layout):
             return None
         return WindowDecoder(state, spec, self.shape.num_heads)
 

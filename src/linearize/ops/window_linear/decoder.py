@@ -1,9 +1,9 @@
 """Token after token of one row on a CPU: what `step` computes, in few calls over memory that is written in place.
 
-At SmolLM2's shape a call of PyTorch costs a few microseconds whatever it computes, since the weights of a layer push its
-code and data out of the caches: calls are what a decoded token of a linear layer consists of. A `WindowDecoder` takes
-over a state and what the feature map needs in one product, keeps ring and sinks side by side (keys and values of a token
-in one slot), and gives the state back as a value when it is asked for; it is not to be used any more then.
+A call of PyTorch costs a few microseconds whatever it computes, as the weights of a layer push its code and data out of
+the caches: at SmolLM2's shape calls are most of a decoded token's attention. A `WindowDecoder` takes over a state and
+what the feature map needs in one product, keeps sinks and ring side by side, and gives the state back as a value when
+it is asked for; it is not to be used any more then.
 
 The linear branch is one more key of the softmax: its score is log r - log g (r its normaliser, g the window's factor;
 the published shift adds the largest score), its value is its numerator over r. What scales a token's query, the gain
@@ -14,6 +14,8 @@ of the window), S of them that are seen, F columns of a map, X columns of a prod
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ MAPS = ("gain", "hedgehog")
 def can_decode(q_BHUD: Tensor, k_BGTD: Tensor, state: object, spec: WindowLinear, layout: Layout) -> bool:
     """Whether a `WindowDecoder` serves for this token and those after it: one row on a CPU that goes on from `state`,
     in fp32 or fp64 without gradients; a terraced window, and a map that is known here."""
-    if not isinstance(state, WindowLinearState) or k_BGTD.shape[0] != 1 or k_BGTD.shape[2] != 1:
+    if not isinstance(state, WindowLinearState) or k_BGTD.shape[::2] != (1, 1):
         return False
     ring = state.k_BGRD
     return (
@@ -70,6 +72,15 @@ def _known(feature_map: object) -> FeatureWeights | None:
     return weights if weights is not None and weights.name in MAPS else None
 
 
+class _Views(NamedTuple):
+    """What a token sees, and where its scores go: `all_GRX` is the linear branch's score, then those of the window."""
+
+    k_GDS: Tensor
+    v_GSD: Tensor
+    s_GRS: Tensor
+    all_GRX: Tensor
+
+
 class WindowDecoder:
     """A state that tokens are read into one by one; `state()` gives it back and ends the decoder."""
 
@@ -82,10 +93,11 @@ class WindowDecoder:
         self.groups, self.copies, self.shared = groups, num_heads // groups, spec.shared_shift
         slots = sinks + 2 * spec.window
         with torch.inference_mode(False):
-            slots_CGD = state.k_BGRD.new_empty(slots, 2 * groups, dim)
-            self.s_GRC = slots_CGD.new_empty(groups, self.copies, slots + 1)
-        self._slots = [slot[None, :, None] for slot in slots_CGD.unbind(0)]
-        self.k_GCD, self.v_GCD = slots_CGD.transpose(0, 1).split(groups)
+            both_GCD = state.k_BGRD.new_empty(2 * groups, slots, dim)
+            self.s_GRC = both_GCD.new_empty(groups, self.copies, slots + 1)
+        self._slots = [slot[None, :, None] for slot in both_GCD.unbind(1)]
+        self._views: dict[tuple[int, int], _Views] = {}
+        self.k_GCD, self.v_GCD = both_GCD.split(groups)
         self.filled, self.last = sinks + ring, slots
         self.k_GCD[:, sinks : self.filled], self.v_GCD[:, sinks : self.filled] = state.k_BGRD[0], state.v_BGRV[0]
         oldest = state.next - ring
@@ -107,10 +119,10 @@ class WindowDecoder:
             scale_H = like.new_zeros(heads) if g is None else -g.detach().to(like.dtype)
             if (factor := self.spec.linear_factor_H) is not None:
                 scale_H += factor.detach().to(like.dtype).log()
-            parts = [w_HDF, -w_HDF]
+            parts, features = [w_HDF], w_HDF.shape[2]
             if known.gain_HD is not None:
                 parts.append(known.gain_HD.detach().to(like.dtype)[..., None])
-            self.weight_HDX, features = torch.cat(parts, dim=-1), 2 * w_HDF.shape[2]
+            self.weight_HDX = torch.cat(parts, dim=-1)
             self.z_H1X = like.new_empty(heads, 1, self.weight_HDX.shape[2])
             self.bias_H1X, self.scale_GR1 = torch.zeros_like(self.z_H1X), scale_H.view(grouped)
             self.has_gain = known.log_scale_H is not None
@@ -118,9 +130,9 @@ class WindowDecoder:
                 self.bias_H1X[:, 0, -1] = known.log_scale_H.detach().to(like.dtype) + scale_H
                 self.lowest_GR1, self.highest_GR1 = self.scale_GR1 - GAIN_LIMIT, self.scale_GR1 + GAIN_LIMIT
             self.gain_GR1 = self.z_H1X[:, 0, -1].view(grouped)
-            self.z_H2F = self.z_H1X[:, 0, :features].unflatten(-1, (2, -1))
-            self.phi_H2F = torch.empty_like(self.z_H2F, memory_format=torch.contiguous_format)
-            self.phi_H1F = self.phi_H2F.view(heads, 1, features)
+            self.z_H1F, self.signs_21 = self.z_H1X[..., :features], like.new_tensor([[1.0], [-1.0]])
+            self.phi_H2F = like.new_empty(heads, 2, features)
+            self.phi_H1F = self.phi_H2F.view(heads, 1, 2 * features)
             self.total_H1V = like.new_empty(heads, 1, self.memory.shape[3])
             self.values_GRD, self.ones_GR1 = self.total_H1V.view(*grouped[:2], -1).split((self.v_GCD.shape[2], 1), 2)
             self.linear_GR1 = self.s_GRC[..., :1]
@@ -138,36 +150,42 @@ class WindowDecoder:
 
     def step(self, q_1H1D: Tensor, k_1G1D: Tensor, v_1G1D: Tensor) -> Tensor:
         """Read one token; gives its output, `[1, H, 1, D]`."""
-        slot, first = self.filled, self.first
+        slot = self.filled
         torch.cat((k_1G1D, v_1G1D), 1, out=self._slots[slot])
         self.filled, self.next = slot + 1, self.next + 1
-        seen = slot + 1 - first
-        k_GSD, v_GSD = self.k_GCD.narrow(1, first, seen), self.v_GCD.narrow(1, first, seen)
+        views = self._views.get((self.first, slot)) or self._view(slot)
         q_GRD = q_1H1D.reshape(self.groups, self.copies, -1)
-        s_GRS = self.s_GRC.narrow(2, 1, seen)
-        torch.baddbmm(s_GRS, q_GRD, k_GSD.mT, beta=0, alpha=self.spec.scaling, out=s_GRS)
+        torch.baddbmm(views.s_GRS, q_GRD, views.k_GDS, beta=0, alpha=self.spec.scaling, out=views.s_GRS)
         if self.recalls:
-            y_GRD = self._join(q_GRD, s_GRS, v_GSD, self.s_GRC.narrow(2, 0, seen + 1))
+            y_GRD = self._join(q_GRD, views)
         else:
-            y_GRD = torch.bmm(s_GRS.softmax(-1), v_GSD)
+            y_GRD = torch.bmm(views.s_GRS.softmax(-1), views.v_GSD)
         if slot + 1 == self.last:
             self._fold()
         return y_GRD.view(1, -1, 1, y_GRD.shape[2])
 
-    def _join(self, q_GRD: Tensor, s_GRS: Tensor, v_GSD: Tensor, all_GRX: Tensor) -> Tensor:
-        """Both branches under one normaliser: `all_GRX` is the linear branch's score, then those of the window."""
+    def _view(self, slot: int) -> _Views:
+        """What a token in this slot sees; kept for the token that will be there after the next fold."""
+        first, seen = self.first, slot + 1 - self.first
+        k_GSD, v_GSD = self.k_GCD.narrow(1, first, seen), self.v_GCD.narrow(1, first, seen)
+        views = _Views(k_GSD.mT, v_GSD, self.s_GRC.narrow(2, 1, seen), self.s_GRC.narrow(2, 0, seen + 1))
+        self._views[first, slot] = views
+        return views
+
+    def _join(self, q_GRD: Tensor, views: _Views) -> Tensor:
+        """Both branches under one normaliser."""
         torch.baddbmm(self.bias_H1X, q_GRD.view(-1, 1, q_GRD.shape[2]), self.weight_HDX, out=self.z_H1X)
-        torch.softmax(self.z_H2F, -1, out=self.phi_H2F)
+        torch.mul(self.z_H1F, self.signs_21, out=self.phi_H2F)
+        torch.softmax(self.phi_H2F, -1, out=self.phi_H2F)
         self.phi_H2F.clamp_(min=SMALLEST)
         torch.bmm(self.phi_H1F, self.memory_HFV, out=self.total_H1V)
         log_r_GR1 = self.ones_GR1.log()
         scale_GR1 = self.gain_GR1.clamp(self.lowest_GR1, self.highest_GR1) if self.has_gain else self.scale_GR1
         torch.add(log_r_GR1, scale_GR1, out=self.linear_GR1)
         if not self.shared:
-            self.linear_GR1 += s_GRS.amax(-1, keepdim=True)
-        p_GRX = all_GRX.softmax(-1)
-        linear_GRD = self.values_GRD * (p_GRX.narrow(2, 0, 1) / self.ones_GR1)
-        return linear_GRD.baddbmm_(p_GRX.narrow(2, 1, s_GRS.shape[2]), v_GSD)
+            self.linear_GR1 += views.s_GRS.amax(-1, keepdim=True)
+        p_GR1, p_GRS = views.all_GRX.softmax(-1).split((1, views.s_GRS.shape[2]), 2)
+        return (self.values_GRD * (p_GR1 / self.ones_GR1)).baddbmm_(p_GRS, views.v_GSD)
 
     def _fold(self) -> None:
         """The older block goes into the sum, the newer one takes its place."""
