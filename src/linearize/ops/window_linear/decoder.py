@@ -73,12 +73,12 @@ def _known(feature_map: object) -> FeatureWeights | None:
 
 
 class _Views(NamedTuple):
-    """What a token sees, and where its scores go: `all_GRX` is the linear branch's score, then those of the window."""
+    """What a token sees, and where its scores go, in one piece; `linear_GR1`: that of the linear branch."""
 
     k_GDS: Tensor
     v_GSD: Tensor
     s_GRS: Tensor
-    all_GRX: Tensor
+    linear_GR1: Tensor
 
 
 class WindowDecoder:
@@ -88,30 +88,39 @@ class WindowDecoder:
         """To be asked for where `can_decode`; takes copies of all that is written to."""
         assert isinstance(state.next, int)
         spec = spec.resolved()
-        self.spec, self._given, self.next = spec, state, state.next
+        self.spec, self.next = spec, state.next
+        self._sinks = state.sink_k_BGND, state.sink_v_BGNV
         (_, groups, ring, dim), sinks = state.k_BGRD.shape, spec.num_sinks
         self.groups, self.copies, self.shared = groups, num_heads // groups, spec.shared_shift
-        slots = sinks + 2 * spec.window
+        slots = 1 + sinks + 2 * spec.window  # the first one is the linear branch's: a key and a value of 0
         with torch.inference_mode(False):
-            both_GCD = state.k_BGRD.new_empty(2 * groups, slots, dim)
-            self.s_GRC = both_GCD.new_empty(groups, self.copies, slots + 1)
-        self._slots = [slot[None, :, None] for slot in both_GCD.unbind(1)]
+            slots_CGD = state.k_BGRD.new_zeros(slots, 2 * groups, dim)
+            self._scores = slots_CGD.new_empty(num_heads * slots)
+        self._slots = [slot[None, :, None] for slot in slots_CGD.unbind(0)]
         self._views: dict[tuple[int, int], _Views] = {}
-        self.k_GCD, self.v_GCD = both_GCD.split(groups)
-        self.filled, self.last = sinks + ring, slots
-        self.k_GCD[:, sinks : self.filled], self.v_GCD[:, sinks : self.filled] = state.k_BGRD[0], state.v_BGRV[0]
+        self.k_GCD, self.v_GCD = slots_CGD.transpose(0, 1).split(groups)
+        self.ring, self.filled, self.last = 1 + sinks, 1 + sinks + ring, slots  # first slot, next one, end
+        self._put(self.ring, state.k_BGRD, state.v_BGRV)
         oldest = state.next - ring
-        self.first = 0 if oldest > 0 else sinks  # sinks are in the ring until the first block leaves it
         if oldest > 0 and state.sink_k_BGND is not None and state.sink_v_BGNV is not None:
-            self.k_GCD[:, :sinks], self.v_GCD[:, :sinks] = state.sink_k_BGND[0], state.sink_v_BGNV[0]
+            self._put(1, state.sink_k_BGND, state.sink_v_BGNV)
         self.memory = state.memory_BHFV
-        self.recalls = self.memory is not None and oldest > sinks
+        self._begin(oldest)
         if self.memory is not None:
-            self._prepare()
+            self._prepare(slots_CGD)
 
-    def _prepare(self) -> None:
+    def _put(self, slot: int, k_1GND: Tensor, v_1GND: Tensor) -> None:
+        for memory, x in ((self.k_GCD, k_1GND), (self.v_GCD, v_1GND)):
+            memory[:, slot : slot + x.shape[2]] = x[0]
+
+    def _begin(self, oldest: int) -> None:
+        """What tokens see while the ring's first one is at position `oldest`: sinks are in the ring at first."""
+        self.recalls = self.memory is not None and oldest > self.spec.num_sinks
+        self.first = 0 if self.recalls else 1 if oldest > 0 else self.ring
+
+    def _prepare(self, like: Tensor) -> None:
         """The map of a query as one product, and memory for what a token leaves nothing of."""
-        like, grouped = self.s_GRC, (self.groups, self.copies, 1)
+        grouped = (self.groups, self.copies, 1)
         heads, known, g = self.groups * self.copies, _known(self.spec.feature_q), self.spec.log_window_factor_H
         assert known is not None and known.weight_HDC is not None and self.memory is not None
         with torch.inference_mode(False), torch.no_grad():
@@ -135,7 +144,6 @@ class WindowDecoder:
             self.phi_H1F = self.phi_H2F.view(heads, 1, 2 * features)
             self.total_H1V = like.new_empty(heads, 1, self.memory.shape[3])
             self.values_GRD, self.ones_GR1 = self.total_H1V.view(*grouped[:2], -1).split((self.v_GCD.shape[2], 1), 2)
-            self.linear_GR1 = self.s_GRC[..., :1]
             self.memory_HFV = self.memory[0].to(like.dtype)
 
     def continues(self, q_BHUD: Tensor, layout: Layout) -> bool:
@@ -144,7 +152,7 @@ class WindowDecoder:
             layout.start == self.next
             and layout.position_BT is None
             and q_BHUD.shape[:3:2] == (1, 1)
-            and q_BHUD.dtype is self.s_GRC.dtype
+            and q_BHUD.dtype is self.k_GCD.dtype
             and _is_free()
         )
 
@@ -154,12 +162,14 @@ class WindowDecoder:
         torch.cat((k_1G1D, v_1G1D), 1, out=self._slots[slot])
         self.filled, self.next = slot + 1, self.next + 1
         views = self._views.get((self.first, slot)) or self._view(slot)
-        q_GRD = q_1H1D.reshape(self.groups, self.copies, -1)
-        torch.baddbmm(views.s_GRS, q_GRD, views.k_GDS, beta=0, alpha=self.spec.scaling, out=views.s_GRS)
-        if self.recalls:
-            y_GRD = self._join(q_GRD, views)
+        q_GRD, s_GRS = q_1H1D.reshape(self.groups, self.copies, -1), views.s_GRS
+        torch.baddbmm(s_GRS, q_GRD, views.k_GDS, beta=0, alpha=self.spec.scaling, out=s_GRS)
+        linear_GRD = self._recall(q_GRD, views) if self.recalls else None
+        torch.softmax(s_GRS, -1, out=s_GRS)
+        if linear_GRD is None:
+            y_GRD = torch.bmm(s_GRS, views.v_GSD)
         else:
-            y_GRD = torch.bmm(views.s_GRS.softmax(-1), views.v_GSD)
+            y_GRD = (linear_GRD * (views.linear_GR1 / self.ones_GR1)).baddbmm_(s_GRS, views.v_GSD)
         if slot + 1 == self.last:
             self._fold()
         return y_GRD.view(1, -1, 1, y_GRD.shape[2])
@@ -168,43 +178,42 @@ class WindowDecoder:
         """What a token in this slot sees; kept for the token that will be there after the next fold."""
         first, seen = self.first, slot + 1 - self.first
         k_GSD, v_GSD = self.k_GCD.narrow(1, first, seen), self.v_GCD.narrow(1, first, seen)
-        views = _Views(k_GSD.mT, v_GSD, self.s_GRC.narrow(2, 1, seen), self.s_GRC.narrow(2, 0, seen + 1))
-        self._views[first, slot] = views
+        heads = self.groups * self.copies
+        s_GRS = self._scores[: heads * seen].view(self.groups, self.copies, seen)
+        views = self._views[first, slot] = _Views(k_GSD.mT, v_GSD, s_GRS, s_GRS[..., :1])
         return views
 
-    def _join(self, q_GRD: Tensor, views: _Views) -> Tensor:
-        """Both branches under one normaliser."""
+    def _recall(self, q_GRD: Tensor, views: _Views) -> Tensor:
+        """The linear branch's numerator; its normaliser is in `ones_GR1` then, its score among those of the window."""
         torch.baddbmm(self.bias_H1X, q_GRD.view(-1, 1, q_GRD.shape[2]), self.weight_HDX, out=self.z_H1X)
         torch.mul(self.z_H1F, self.signs_21, out=self.phi_H2F)
         torch.softmax(self.phi_H2F, -1, out=self.phi_H2F)
         self.phi_H2F.clamp_(min=SMALLEST)
         torch.bmm(self.phi_H1F, self.memory_HFV, out=self.total_H1V)
-        log_r_GR1 = self.ones_GR1.log()
-        scale_GR1 = self.gain_GR1.clamp(self.lowest_GR1, self.highest_GR1) if self.has_gain else self.scale_GR1
-        torch.add(log_r_GR1, scale_GR1, out=self.linear_GR1)
+        score_GR1 = self.ones_GR1.log()
         if not self.shared:
-            self.linear_GR1 += views.s_GRS.amax(-1, keepdim=True)
-        p_GR1, p_GRS = views.all_GRX.softmax(-1).split((1, views.s_GRS.shape[2]), 2)
-        return (self.values_GRD * (p_GR1 / self.ones_GR1)).baddbmm_(p_GRS, views.v_GSD)
+            score_GR1 += views.s_GRS[..., 1:].amax(-1, keepdim=True)
+        scale_GR1 = self.gain_GR1.clamp(self.lowest_GR1, self.highest_GR1) if self.has_gain else self.scale_GR1
+        torch.add(score_GR1, scale_GR1, out=views.linear_GR1)
+        return self.values_GRD
 
     def _fold(self) -> None:
         """The older block goes into the sum, the newer one takes its place."""
-        sinks, window = self.spec.num_sinks, self.spec.window
+        sinks, window, ring = self.spec.num_sinks, self.spec.window, self.ring
         oldest = self.next - 2 * window
         left = sinks if oldest == 0 else 0
         if self.memory is not None and left < window:
-            k, v = (x[None, :, sinks + left : sinks + window] for x in (self.k_GCD, self.v_GCD))
+            k, v = (x[None, :, ring + left : ring + window] for x in (self.k_GCD, self.v_GCD))
             self.memory = folded(k, v, None, self.memory, self.spec)
             self.memory_HFV = self.memory[0].to(k.dtype)
-        self.recalls = self.memory is not None and oldest + window > sinks
         for x in (self.k_GCD, self.v_GCD):
             if oldest == 0:
-                x[:, :sinks] = x[:, sinks : 2 * sinks]
-            x[:, sinks : sinks + window] = x[:, sinks + window :]
-        self.first, self.filled = 0, sinks + window
+                x[:, 1:ring] = x[:, ring : ring + sinks]
+            x[:, ring : ring + window] = x[:, ring + window :]
+        self.filled = ring + window
+        self._begin(oldest + window)
 
     def state(self) -> WindowLinearState:
         """The state after all tokens read, a value; the decoder must not read another token."""
-        sinks, given = self.spec.num_sinks, self._given
-        k, v = (x[None, :, sinks : self.filled] for x in (self.k_GCD, self.v_GCD))
-        return WindowLinearState(self.next, k, v, self.memory, given.sink_k_BGND, given.sink_v_BGNV)
+        k, v = (x[None, :, self.ring : self.filled] for x in (self.k_GCD, self.v_GCD))
+        return WindowLinearState(self.next, k, v, self.memory, *self._sinks)
