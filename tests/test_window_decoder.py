@@ -128,6 +128,19 @@ def test_copies_of_a_cache_go_on_by_themselves() -> None:
         torch.testing.assert_close(logits, model(ids).logits[:, 31:], **EQUAL)
 
 
+def test_inference_mode_may_be_entered_and_left_within_a_text() -> None:
+    model, ids = student(MIXERS["gain, shared shift"]), text(1, TOKENS)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with torch.inference_mode():
+        first, cache = decode(model, ids, prefilled(model, ids, 6), 6, 20)
+    second, cache = decode(model, ids, cache, 20, 42)
+    with torch.inference_mode():
+        third, cache = decode(model, ids, cache, 42, TOKENS)
+        torch.testing.assert_close(torch.cat([first, second, third], 1), expected[:, 6:], **EQUAL)
+    assert all(isinstance(decoder, WindowDecoder) for decoder in decoders(cache))
+
+
 @pytest.mark.parametrize("kind", ["rows", "padding", "sliding", "store", "map", "bf16", "hook", "backend"])
 def test_what_it_is_not_made_for_runs_as_before(kind: str) -> None:
     changes: dict[str, dict[str, Any]] = {
