@@ -74,6 +74,19 @@ class MixerState(Protocol):
         """The same state for calls that commit `more` further tokens at once."""
 
 
+class Decoder(Protocol):
+    """A state that tokens are read into one by one, in memory of its own."""
+
+    def continues(self, q_BHUD: Tensor, layout: Layout) -> bool:
+        """Whether these are the queries of the one token that it can read next."""
+
+    def step(self, q_BHUD: Tensor, k_BGTD: Tensor, v_BGTV: Tensor) -> Tensor:
+        """Read the token; gives its output, `[B, H, 1, V]`."""
+
+    def state(self) -> Any:
+        """The state after all tokens read; the decoder is not to be used any more."""
+
+
 class MixerConfig(BaseModel):
     """Base of the mixers' configs: frozen, keyword-only, nothing unknown accepted."""
 
@@ -171,6 +184,20 @@ class AttentionMixer(Mixer):
         tokens, at most T - U (None: after all; where it is 0 there is nothing to return).
         `keys_BGTD`: only where `needs_keys`: the output of the key projection, before norms and rotary positions.
         """
+
+    def decoder(
+        self,
+        q_BHUD: Tensor,
+        k_BGTD: Tensor,
+        *,
+        scaling: float,
+        layout: Layout,
+        softcap: float | None = None,
+        state: Any = None,
+    ) -> Decoder | None:
+        """What reads this token and those after it faster than `forward`, to the same values; None: there is
+        nothing."""
+        return None
 
     @abstractmethod
     def advance(self, k_BGTD: Tensor, v_BGTV: Tensor, *keys_BGTD: Tensor, layout: Layout, state: Any = None) -> Any:

@@ -22,11 +22,10 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import AttentionShape
 from linearize.ops.hedgehog import hedgehog, project
-from linearize.ops.window_linear.spec import FeatureWeights
+from linearize.ops.window_linear.spec import GAIN_LIMIT, FeatureWeights
 
 FeatureMapName = Literal["hedgehog", "t2r", "elu", "exp", "gain"]
 FeatureStart = Literal["identity", "scales"]
-GAIN_LIMIT = 15.0
 
 
 class FeatureMap(nn.Module):

@@ -8,12 +8,13 @@ from typing import Self
 from pydantic import model_validator
 from torch import Tensor
 
-from linearize.mixers.base import AttentionMixer, AttentionShape, MixerConfig, MixerCost
+from linearize.mixers.base import AttentionMixer, AttentionShape, Decoder, MixerConfig, MixerCost
 from linearize.ops.dispatch import Call, Dispatcher, Query
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
+from linearize.ops.window_linear.decoder import WindowDecoder, can_decode
 from linearize.ops.window_linear.spec import ring_slots
 from linearize.ops.window_linear.state import WindowBuffers
 
@@ -64,6 +65,24 @@ class WindowMixer(AttentionMixer):
         return window_linear(
             q_BHUD, k_BGTD, v_BGTV, spec=spec, layout=layout, state=state, need_state=need_state, commit=commit
         )
+
+    def decoder(
+        self,
+        q_BHUD: Tensor,
+        k_BGTD: Tensor,
+        *,
+        scaling: float,
+        layout: Layout,
+        softcap: float | None = None,
+        state: WindowLinearState | None = None,
+    ) -> Decoder | None:
+        """See `AttentionMixer.decoder`."""
+        if state is None or k_BGTD.shape[::2] != (1, 1):
+            return None
+        spec = self.spec(scaling=scaling, softcap=softcap, branch="both")
+        if not can_decode(q_BHUD, k_BGTD, state, spec, layout):
+            return None
+        return WindowDecoder(state, spec, self.shape.num_heads)
 
     def advance(  # type: ignore[override]
         self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None

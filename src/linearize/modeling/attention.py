@@ -13,7 +13,7 @@ from transformers import AttentionInterface, Cache
 from transformers.utils import TransformersKwargs
 
 from linearize.errors import InputError
-from linearize.modeling.cache import MixerCacheLayer, Pending, Run, RunOptions
+from linearize.modeling.cache import DecodingRun, MixerCacheLayer, Pending, Run, RunOptions
 from linearize.modeling.projections import key_projection
 from linearize.modeling.static.cache import Place, StaticMixerLayer
 from linearize.ops.layout import Layout
@@ -29,6 +29,7 @@ ATTENTION = "linearize"
 READ_ELSEWHERE = frozenset(
     {"position_ids", "cache_position", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 )
+NEVER_IGNORED = (Tensor, Cache)
 COMMON = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "mixer_call", "linearize_probe_calls"}
 """Keywords that transformers hands through every forward, and ours."""
 AttentionOverride = Callable[..., Tensor]
@@ -83,7 +84,7 @@ def refuse_unread(module: nn.Module, arguments: Mapping[str, object], known: Col
         InputError: one that is neither `known` nor handed through every forward.
     """
     for name, value in arguments.items():
-        if isinstance(value, Tensor | Cache) and name not in known and name not in READ_ELSEWHERE:
+        if isinstance(value, NEVER_IGNORED) and name not in known and name not in READ_ELSEWHERE:
             raise InputError(f"{name} reached layer {module.layer_idx}, whose mixer does not read it: leave it out")
 
 
@@ -111,29 +112,17 @@ def mixer_attention(
     """
     mixer_call = require_call(mixer_call, module)
     refuse_unread(module, others)
-    scores: dict[str, float | None] = {
-        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": softcap,
-    }
-    layout = mixer_call.layout
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mixer_call.attention_override is not None:
-        y_BHTV = mixer_call.attention_override(
-            module, query, key, value, layout=layout, sliding_window=sliding_window, **scores
-        )
+        named: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sliding_window": sliding_window}
+        y_BHTV = mixer_call.attention_override(module, query, key, value, layout=mixer_call.layout, **named)
         return y_BHTV.transpose(1, 2), None
     mixer: Any = module.mixer
     inputs: tuple[Tensor, ...] = (key, value)
     if mixer_hidden is not None:
         inputs = (key, value, key_projection(module, mixer_hidden, mixer.shape))
-
     branch = mixer_call.branch_of(module.layer_idx)  # type: ignore[arg-type]
-
-    def run(raw: Pending, *, outputs: slice, **options: Unpack[RunOptions]) -> tuple[Tensor, MixerState | None]:
-        y_and_state: tuple[Tensor, MixerState | None] = mixer(
-            query[:, :, outputs], *raw.inputs, layout=raw.layout, branch=branch, **options, **scores
-        )
-        return y_and_state
-
+    run = DecodingRun(mixer, query, branch, scaling, softcap)
     y_BHTV = through_cache(mixer_call, module.layer_idx, mixer, inputs, run)  # type: ignore[arg-type]
     return y_BHTV.transpose(1, 2), None
 

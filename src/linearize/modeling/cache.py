@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from linearize.modeling.library_internals import register_cache_layer
 from linearize.ops.layout import Layout
 
 if TYPE_CHECKING:
-    from linearize.mixers.base import Mixer, MixerState
+    from linearize.mixers.base import Decoder, Mixer, MixerState
+    from linearize.ops.window_linear import Branch
 
 HELD = 128  # the most tokens of one call that wait for `crop`: more are a prompt, not a draft
 
@@ -42,6 +43,44 @@ class Run(Protocol):
     def __call__(
         self, raw: Pending, *, state: MixerState | None, commit: int | None, need_state: bool, outputs: slice
     ) -> tuple[Tensor, MixerState | None]: ...
+
+
+@dataclass(slots=True, eq=False)
+class DecodingRun:
+    """A `Run` of a mixer between projections, which may have a decoder for one token after another.
+
+    `query_BHTD`: of the new tokens.
+    """
+
+    mixer: Any
+    query_BHTD: Tensor
+    branch: Branch
+    scaling: float
+    softcap: float | None
+
+    def __call__(
+        self, raw: Pending, *, outputs: slice, **options: Unpack[RunOptions]
+    ) -> tuple[Tensor, MixerState | None]:
+        """See `Run`."""
+        named = {"layout": raw.layout, "branch": self.branch, "scaling": self.scaling, "softcap": self.softcap}
+        y_and_state: tuple[Tensor, MixerState | None] = self.mixer(
+            self.query_BHTD[:, :, outputs], *raw.inputs, **named, **options
+        )
+        return y_and_state
+
+    def decoder(self, inputs: tuple[Tensor, ...], state: MixerState | None, layout: Layout) -> Decoder | None:
+        """The mixer's decoder for this token and those after it; None where it has none, or hooks wait for calls."""
+        if self.branch != "both" or len(inputs) != 2 or self.mixer._forward_hooks or self.mixer._forward_pre_hooks:
+            return None
+        options = {"scaling": self.scaling, "softcap": self.softcap}
+        made: Decoder | None = self.mixer.decoder(self.query_BHTD, inputs[0], state=state, layout=layout, **options)
+        return made
+
+    def goes_on(self, mixer: object, scaling: float, softcap: float | None) -> bool:
+        """Whether the decoder of such a run serves here too."""
+        own = self.mixer
+        alike = own is mixer and self.scaling == scaling and self.softcap == softcap and self.branch == "both"
+        return alike and not own._forward_hooks and not own._forward_pre_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +138,8 @@ class MixerCacheLayer(CacheLayerMixin):
     """State of one mixer layer inside transformers' `DynamicCache`, or its `StaticCache`: it does not grow."""
 
     _layer_type = MIXER_LAYER
+    _decoder: Decoder | None = None  # of tokens after the last state
+    _decoder_of: tuple[object, float, float | None]
     is_sliding = False
     is_croppable = True
     supports_early_init = False
@@ -110,7 +151,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state: MixerState | None = None
+        self.state = None
         self.pending: Pending | None = None
         self.accepted = 0  # pending tokens that no `crop` can drop any more: none of them, or all
         self.has_dead = False  # whether a column may be dead in some row: padding, or tokens that it did not keep
@@ -119,6 +160,22 @@ class MixerCacheLayer(CacheLayerMixin):
         self.cumulative_length = 0
         self.is_initialized = False
         self._last_pass: weakref.ref[object] | None = None
+
+    @property
+    def state(self) -> MixerState | None:
+        """What the mixer remembers of the tokens that are committed. To ask for it ends a decoder: it is a value."""
+        if self._decoder is not None:
+            self.state = self._decoder.state()
+        return self._state
+
+    @state.setter
+    def state(self, state: MixerState | None) -> None:
+        self._state, self._decoder = state, None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies hold the state, not the decoder."""
+        self.state = self.state
+        return vars(self).copy()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: the mixer makes its first state."""
@@ -151,6 +208,8 @@ class MixerCacheLayer(CacheLayerMixin):
         all but the last `HELD` tokens of a longer call are taken in as well: no draft is as long.
         """
         self.is_initialized = True
+        if isinstance(run, DecodingRun) and (y := self._decoded(inputs, run, layout)) is not None:
+            return y
         new = Pending(inputs, mixer.time_dim, layout)
         if not layout.is_plain:
             self.has_dead = self.has_dead or layout.live() is not None
@@ -164,6 +223,20 @@ class MixerCacheLayer(CacheLayerMixin):
             ys.append(self._run(new, run, slice(0, tokens), commit_all=not self.record_past))
         self.cumulative_length += tokens
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=mixer.time_dim)
+
+    def _decoded(self, inputs: tuple[Tensor, ...], run: DecodingRun, layout: Layout) -> Tensor | None:
+        """The next token's outputs by a decoder; None where there is none for it."""
+        if self.record_past or self.pending is not None:
+            return None
+        decoder = self._decoder
+        if decoder is None or not run.goes_on(*self._decoder_of) or not decoder.continues(run.query_BHTD, layout):
+            decoder = run.decoder(inputs, self.state, layout)
+            if decoder is None:
+                return None
+            self._decoder, self._state = decoder, None
+            self._decoder_of = (run.mixer, run.scaling, run.softcap)
+        self.cumulative_length += 1
+        return decoder.step(run.query_BHTD, *inputs)
 
     def _run(self, new: Pending, run: Run, outputs: slice, *, commit_all: bool) -> Tensor:
         """One call of the mixer over what is pending and the new tokens; `accepted` of them, or all, are committed."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from linearize.ops.window_linear import Branch
 
 LOG = logging.getLogger("linearize")
+OF_MIXERS = (MixerCacheLayer, StaticMixerLayer)
 DOCUMENT_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
@@ -139,10 +140,7 @@ def student_cache(cache: Cache, config: LinearizeConfig) -> Cache:
     fits = (
         not (is_static and any(isinstance(layer, StaticLayer) for layer in layers))
         and len(layers) == len(config.plan)
-        and all(
-            entry is None or isinstance(layer, MixerCacheLayer | StaticMixerLayer)
-            for layer, entry in zip(layers, config.plan, strict=True)
-        )
+        and all(entry is None or isinstance(layer, OF_MIXERS) for layer, entry in zip(layers, config.plan, strict=True))
     )
     if fits:
         return use_growing_layers(cache)

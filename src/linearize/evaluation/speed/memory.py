@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.ops.window_linear.decoder import WindowDecoder
+
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes that the layers of a transformers cache occupy.
@@ -105,3 +107,5 @@ def _collect(value: Any, storages: dict[int, int]) -> None:
     elif isinstance(value, tuple | list):
         for part in value:
             _collect(part, storages)
+    elif isinstance(value, WindowDecoder):
+        _collect(vars(value), storages)

@@ -18,7 +18,7 @@ import triton.language as tl
 from linearize.ops.triton.parts import softmax
 
 SMALLEST = tl.constexpr(1e-12)  # of hedgehog's features (`ops/hedgehog.py`)
-GAIN_LIMIT = tl.constexpr(15.0)  # of the gain's exponent (`mixers/feature_maps.py`)
+GAIN_LIMIT = tl.constexpr(15.0)  # of the gain's exponent (`window_linear/spec.py`)
 
 
 @triton.jit

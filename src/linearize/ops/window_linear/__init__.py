@@ -24,6 +24,7 @@ Read in this order:
 | `masks.py` | what the queries of a chunk see, and what its memory takes up |
 | `head_block.py` | a chunk group for some heads: outputs and gradients |
 | `head_terms.py` | the softmax term and the linear term of one head |
+| `decoder.py` | token after token of one row on a CPU, as `step`, in memory that is written in place |
 | `in_place.py` | steps over buffers |
 | `static_masks.py` | what their tokens see, and what leaves the window |
 | `operator.py` | the kernel over buffers as one operator of a compiled graph |

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 WindowShape = Literal["terraced", "sliding"]
 Position = TypeVar("Position", int, Tensor)
+GAIN_LIMIT = 15.0  # of the exponent of a `gain` map
 MOST_CHUNK = 128  # tokens of a chunk that a program of a kernel holds
 KNOWN_MAPS = ("hedgehog", "t2r", "elu", "exp", "gain")
 DOUBLED = {"hedgehog", "exp", "gain"}  # two features for each column
