@@ -25,8 +25,8 @@ R = TypeVar("R", bound=BaseModel)
 Start = Callable[[Any, str], Awaitable[tuple[AsyncEvents, Writer, list[Job]]]]
 CLIENT_HAS_GONE = 499
 PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 }
 
 
