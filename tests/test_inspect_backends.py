@@ -15,6 +15,7 @@ from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.modeling.inspect import inspect_backends
 from linearize.ops.dispatch import Call, Dispatcher
+from linearize.ops.window_linear.decoder import WindowDecoder
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
         seen.append((self.operation, self.choice(call)[0]))
         return real(self, call, invoke)
 
+    step = WindowDecoder.step
+
+    def decode(self: WindowDecoder, *inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(("window_linear", "decoder"))
+        return step(self, *inputs)
+
     monkeypatch.setattr(Dispatcher, "run", run)
+    monkeypatch.setattr(WindowDecoder, "step", decode)
     yield seen
 
 

@@ -140,5 +140,5 @@ def test_names_that_are_no_places(place: Path) -> None:
 def test_every_stage_that_names_a_place_says_so() -> None:
     """A field that names a file or a model is recognised by what is there."""
     for config in STAGES.values():
-        named = {field for field in config.model_fields if field in ("teacher", "data")}
+        named = {field for field in config.model_fields if field in ("teacher", "data", "start")}
         assert named == set(config.places), config

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 TARGETS = ("granite-hybrid", "qwen3.5", "hf", "mlx")
-ENGINES = ("transformers", "mlx", "vllm")
+ENGINES = ("transformers", "mlx", "vllm", "llama.cpp")
 SUITES = ("quick", "lolcats", "open-llm", "mamba-in-llama", "long-context", "chat", "held-out")
 TRACKERS = ("tensorboard", "wandb")
 BASES = ("8bit", "4bit")

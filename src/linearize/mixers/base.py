@@ -199,6 +199,10 @@ class AttentionMixer(Mixer):
         nothing."""
         return None
 
+    def decodes(self, query: Query) -> bool:
+        """Whether one row of such a call has a `decoder`."""
+        return False
+
     @abstractmethod
     def advance(self, k_BGTD: Tensor, v_BGTV: Tensor, *keys_BGTD: Tensor, layout: Layout, state: Any = None) -> Any:
         """The state after these tokens, without outputs."""

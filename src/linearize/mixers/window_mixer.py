@@ -14,7 +14,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear import Branch, WindowLinear, WindowLinearState, WindowShape, advance, window_linear
 from linearize.ops.window_linear.backends import DISPATCH as WINDOW_LINEAR
 from linearize.ops.window_linear.backends import WindowCall
-from linearize.ops.window_linear.decoder import WindowDecoder, can_decode
+from linearize.ops.window_linear.decoder import WindowDecoder, can_decode, has_decoder
 from linearize.ops.window_linear.spec import ring_slots
 from linearize.ops.window_linear.state import WindowBuffers
 
@@ -83,6 +83,13 @@ class WindowMixer(AttentionMixer):
         if not can_decode(q_BHUD, k_BGTD, state, spec, layout):
             return None
         return WindowDecoder(state, spec, self.shape.num_heads)
+
+    def decodes(self, query: Query) -> bool:
+        """See `AttentionMixer.decodes`."""
+        if query.tokens != 1 or not query.past or query.gradients or self.shape.head_dim != self.shape.value_dim:
+            return False
+        spec = self.spec(scaling=1.0, softcap=None, branch="both")
+        return has_decoder(spec, query.device, query.dtype)
 
     def advance(  # type: ignore[override]
         self, k_BGTD: Tensor, v_BGTV: Tensor, *, layout: Layout, state: WindowLinearState | None = None

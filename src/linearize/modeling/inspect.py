@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import InputError, one_line
 from linearize.mixers import MIXERS, AttentionShape, MixerConfig
+from linearize.mixers.base import AttentionMixer
 from linearize.modeling.config import LinearizeConfig
 from linearize.modeling.io.hub import local_copy
 from linearize.modeling.io.model_source import find_config, find_model
@@ -266,6 +267,8 @@ def _backends(config: MixerConfig, shape: AttentionShape, device: str, dtype: to
         query = Query(device=device, dtype=dtype, tokens=tokens, past=past, gradients=gradients)
         for dispatcher, call in mixer.operations(query):
             backend, why = dispatcher.choice(call)
+            if isinstance(mixer, AttentionMixer) and mixer.decodes(query):
+                backend, why = "decoder", f"one row, written in place; several rows: {backend}"
             row = {"mixer": str(config.name), "call": name, "operation": dispatcher.operation}  # type: ignore[attr-defined]
             rows.append(row | {"backend": backend, "why": why})
             if dispatcher.operation == "layer" and backend != "operations":

@@ -37,9 +37,8 @@ def can_decode(q_BHUD: Tensor, k_BGTD: Tensor, state: object, spec: WindowLinear
         return False
     ring = state.k_BGRD
     return (
-        k_BGTD.device.type == "cpu"
+        has_decoder(spec, k_BGTD.device.type, k_BGTD.dtype)
         and q_BHUD.dtype == k_BGTD.dtype == ring.dtype
-        and q_BHUD.dtype in (torch.float32, torch.float64)
         and ring.shape[3] == state.v_BGRV.shape[3] == q_BHUD.shape[3]
         and layout.is_plain
         and isinstance(state.next, int)
@@ -47,24 +46,28 @@ def can_decode(q_BHUD: Tensor, k_BGTD: Tensor, state: object, spec: WindowLinear
         and state.begin is None
         and ring.shape[2] == state.next - fold_boundary(state.next, spec.window, spec.shape)
         and (not spec.num_sinks or (state.sink_k_BGND is not None and state.sink_k_BGND.shape[2] == spec.num_sinks))
+        and _is_free()
+    )
+
+
+def has_decoder(spec: WindowLinear, device: str, dtype: torch.dtype) -> bool:
+    """Whether one row of an operation can go through a `WindowDecoder` on a device of this type."""
+    return (
+        device == "cpu"
+        and dtype in (torch.float32, torch.float64)
         and spec.shape == "terraced"
         and spec.window > 0
         and spec.softcap is None
         and spec.branch == "both"
         and not spec.store
         and (spec.feature_q is None or _known(spec.feature_q) is not None)
-        and _is_free()
+        and DISPATCH.forced is None
     )
 
 
 def _is_free() -> bool:
-    """Whether nothing asks for another backend, for gradients, for other dtypes or for a graph."""
-    return (
-        DISPATCH.forced is None
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    """Whether nothing asks for gradients, for other dtypes or for a graph."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def _known(feature_map: object) -> FeatureWeights | None:
