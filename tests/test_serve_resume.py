@@ -15,7 +15,7 @@ import torch
 from serve_cases import Served, run, served, state_files, student, tokenizer
 
 from linearize.modeling.text_cache import SavedText
-from linearize.serving.conversations import ConversationStore
+from linearize.serving.conversations import ConversationStore, resume_point
 from linearize.serving.state_files import StateFiles
 
 TURNS = ["first question, not short", "second", "third one"]
@@ -42,6 +42,27 @@ def prompt_of(history: list[str]) -> list[int]:
     roles = ("user", "assistant")
     text = "".join(f"<{roles[i % 2]}> {turn}\n" for i, turn in enumerate(history)) + "<assistant> "
     return list(tokenizer()(text)["input_ids"])
+
+
+def test_a_state_is_kept_where_no_answer_changes_the_tokens_before_it() -> None:
+    assert resume_point([1, 5, 6, 7], {1}) == 1 and resume_point([5, 1, 6, 1], {1}) == 4
+    assert resume_point([1, 5, 1, 7, 8], {1, 2}) == 3
+    assert resume_point([5, 6], {1}) == 2 and resume_point([1, *[5] * 20], {1}) == 21  # a header is short
+
+    async def work() -> None:
+        first, header = prompt_of(["a question"]), tokenizer()("<assistant> ")["input_ids"]
+        mark = header[0]
+        assert first[-len(header) :] == header and mark not in header[1:]
+        async with served(student()) as server:
+            server.app.service.engine._special = frozenset([mark])
+            await server.complete(first, max_tokens=2, temperature=0, user="a")  # a completion keeps no state on disk
+            point = len(first) - len(header) + 1
+            # a text that goes on otherwise after the header's first token
+            got = await server.complete([*first[:point], *first[:9]], max_tokens=2, temperature=0)
+            assert got["usage"]["prompt_tokens_details"]["cached_tokens"] == point
+            assert await server.metric("prefilled_tokens_total") == len(first) + 9
+
+    run(work)
 
 
 @pytest.mark.parametrize("kind", [{}, {"hybrid": True}, {"name": "gated_delta_net"}, {"name": "gla"}])

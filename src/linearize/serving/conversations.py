@@ -12,7 +12,7 @@ import hashlib
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 from linearize.errors import one_line
@@ -22,6 +22,16 @@ from linearize.serving.state_files import Key, StateFiles
 
 Keep = Literal["no", "memory", "disk"]
 MOST_UNWRITTEN = 32  # states that wait to be written; more are not written
+HEADER = 16  # tokens at a prompt's end in which a chat template begins the answer
+
+
+def resume_point(prompt: Sequence[int], special: Collection[int]) -> int:
+    """How many tokens of a prompt begin every text that goes on from it: those up to the last special token of the
+    answer's header, since an answer that begins with a line break may join the token before it; else all."""
+    for length in range(len(prompt), max(0, len(prompt) - HEADER), -1):
+        if prompt[length - 1] in special:
+            return length
+    return len(prompt)
 
 
 class ConversationStore:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize.errors import one_line
 from linearize.modeling.cache_argument import with_cache
 from linearize.modeling.text_cache import TextCaches, empty_cache
-from linearize.serving.conversations import ConversationStore
+from linearize.serving.conversations import ConversationStore, resume_point
 from linearize.serving.errors import ApiError, overloaded, server_error
 from linearize.serving.fair_queue import FairQueue
 from linearize.serving.jobs import Answer, Delta, Job, Prefill, PromptRead
@@ -58,6 +58,7 @@ class Engine:
         self._answers: list[Answer] = []  # in the order of their rows
         self._changed = threading.Condition()
         self._stopping = False
+        self._special = frozenset(tokenizer.all_special_ids)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._thread = threading.Thread(target=self._run, name="linearize-engine", daemon=True)
         metrics.watch("running_answers", "Answers that are being decoded.", lambda: len(self._answers))
@@ -202,11 +203,16 @@ class Engine:
     def _read_part(self, prefill: Prefill) -> Tensor:
         """The logits after the part, `[V]`."""
         job, start = prefill.job, prefill.read
-        tokens = job.prompt[start : start + self.prefill_tokens]
+        keeps = job.keep != "no" and self.caches.can_save
+        point = resume_point(job.prompt, self._special) if keeps else start
+        end = start + self.prefill_tokens
+        tokens = job.prompt[start : point if start < point < end else end]
         ids = torch.tensor([tokens], device=self.model.device)
         last = {"logits_to_keep": 1} if self._keeps_last and not job.prompt_logprobs else {}
         out = self.model(input_ids=ids, use_cache=True, **with_cache(self.model, prefill.cache), **last)
         prefill.read += len(tokens)
+        if keeps and prefill.read == point:
+            self.store.keep(job.prompt[:point], self.caches.save(prefill.cache), job.keep)
         self.metrics.prefilled_tokens.inc(len(tokens))
         if job.prompt_logprobs:
             following = job.prompt[start + 1 : prefill.read + 1]
@@ -220,8 +226,6 @@ class Engine:
         """The prompt was read: the first token of each answer, which takes a row if there is more to come."""
         job = prefill.job
         self.metrics.prompt_tokens.inc(len(job.prompt))
-        if job.keep != "no" and self.caches.can_save:
-            self.store.keep(job.prompt, self.caches.save(prefill.cache), job.keep)
         job.events.put(PromptRead(job.first_choice, tuple(prefill.logprobs)))
         answers = [self._new_answer(job, number) for number in range(job.n)]
         for answer in answers:
