@@ -230,8 +230,9 @@ def readme_table(rows: Measured) -> str:
     def cells(row: RowNumbers) -> list[str]:
         losses = row.losses.get(2048)
         student = None if losses is None else losses.student
-        gap = "0" if student is None else f"{student.gap.value:+.3f}"
-        same = "100%" if student is None else f"{student.top1.value:.1%}"
+        gap, same = ("0", "100%") if row.name == TEACHER else (MISSING, "")
+        if student is not None:
+            gap, same = f"{student.gap.value:+.3f}", f"{student.top1.value:.1%}"
         tokens = sum(stage.tokens for stage in row.stages)
         minutes = sum(stage.seconds for stage in row.stages) / 60
         cost = f"{tokens / 1e6:.1f}M, {minutes:.0f} min" if tokens else ""
