@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving_load import OTHERS, resident_mb, run
+from benchmarks.serving_load import OTHERS, events, resident_mb, run
 from linearize.metrics.report import provenance
 from linearize.storage.atomic import atomic_write_text
 
@@ -62,21 +62,13 @@ async def timed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> d
     """Stream one answer: its text, usage, and the seconds to the first token and to the end."""
     start, first, answer, usage = time.perf_counter(), None, "", None
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    async with client.stream("POST", path, json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(event["error"]["message"])
-            for choice in event["choices"]:
-                part = choice.get("text") or choice.get("delta", {}).get("content") or ""
-                if first is None and (part or choice["finish_reason"]):
-                    first = time.perf_counter() - start
-                answer += part
-            usage = event.get("usage") or usage
+    async for event in events(client, path, body):
+        for choice in event["choices"]:
+            part = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            if first is None and (part or choice["finish_reason"]):
+                first = time.perf_counter() - start
+            answer += part
+        usage = event.get("usage") or usage
     assert usage is not None and first is not None
     return {"text": answer, "usage": usage, "first": first, "seconds": time.perf_counter() - start}
 

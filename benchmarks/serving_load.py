@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,20 @@ class Server:
     command: tuple[str, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+
+
+async def events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The events of one streamed answer. Raises RuntimeError for an answer or an event that is an error."""
+    async with client.stream("POST", path, json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError((await response.aread()).decode())
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event: dict[str, Any] = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(str(event["error"]))
+            yield event
 
 
 class Load(BaseModel):
@@ -197,21 +211,13 @@ async def load(url: str, pid: int, server: Server, tokenizer: Any, args: argpars
 
         async def answer(body: dict[str, Any], place: int) -> None:
             start, begun = time.perf_counter(), False
-            async with client.stream("POST", "/v1/completions", json=body) as response:
-                if response.status_code != 200:
-                    raise RuntimeError((await response.aread()).decode())
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise RuntimeError(str(event["error"]))
-                    for choice in event["choices"]:
-                        part = choice.get("text") or ""
-                        texts[place] += part
-                        if part and not begun:
-                            begun = True
-                            firsts.append(time.perf_counter() - start)
+            async for event in events(client, "/v1/completions", body):
+                for choice in event["choices"]:
+                    part = choice.get("text") or ""
+                    texts[place] += part
+                    if part and not begun:
+                        begun = True
+                        firsts.append(time.perf_counter() - start)
 
         async def memory() -> None:
             result.memory_mb["start"] = resident_mb(pid)
@@ -276,7 +282,7 @@ def page(rows: list[Load], document: dict[str, Any]) -> None:
     words = (
         f"{setting['seconds']:.0f} s each, prompts of {setting['prompt_words']} words, {setting['new_tokens']} tokens "
         f"asked for; {born['hardware']['cpu']}, {born['hardware']['threads']} threads, shared with the clients; "
-        f"`python -m {born['command'].replace('__main__.py', 'benchmarks.serving')}`"
+        f"`python -m {born['command'].replace('serving.py', 'benchmarks.serving')}`"
     )
     head = ["server", "clients", "tokens/s", "first token", "answers", "errors", "MB at start, a quarter, end"]
     text = PAGE.read_text("utf-8")

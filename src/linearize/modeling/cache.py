@@ -69,18 +69,22 @@ class DecodingRun:
         return y_and_state
 
     def decoder(self, inputs: tuple[Tensor, ...], state: MixerState | None, layout: Layout) -> Decoder | None:
-        """The mixer's decoder for this token and those after it; None where it has none, or hooks wait for calls."""
-        if self.branch != "both" or len(inputs) != 2 or self.mixer._forward_hooks or self.mixer._forward_pre_hooks:
+        """The mixer's decoder for this token and those after it; None where it has none."""
+        if len(inputs) != 2:
             return None
         options = {"scaling": self.scaling, "softcap": self.softcap}
         made: Decoder | None = self.mixer.decoder(self.query_BHTD, inputs[0], state=state, layout=layout, **options)
         return made
 
-    def goes_on(self, mixer: object, scaling: float, softcap: float | None) -> bool:
-        """Whether the decoder of such a run serves here too."""
-        own = self.mixer
-        alike = own is mixer and self.scaling == scaling and self.softcap == softcap and self.branch == "both"
-        return alike and not own._forward_hooks and not own._forward_pre_hooks
+    @property
+    def may_decode(self) -> bool:
+        """Whether a decoder gives the same: both branches, and no hook waits for the mixer's calls."""
+        return self.branch == "both" and not self.mixer._forward_hooks and not self.mixer._forward_pre_hooks
+
+    @property
+    def kind(self) -> tuple[object, float, float | None]:
+        """What runs have in common that one decoder serves."""
+        return self.mixer, self.scaling, self.softcap
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,15 +230,15 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def _decoded(self, inputs: tuple[Tensor, ...], run: DecodingRun, layout: Layout) -> Tensor | None:
         """The next token's outputs by a decoder; None where there is none for it."""
-        if self.record_past or self.pending is not None:
+        if self.record_past or self.pending is not None or not run.may_decode:
             return None
         decoder = self._decoder
-        if decoder is None or not run.goes_on(*self._decoder_of) or not decoder.continues(run.query_BHTD, layout):
+        if decoder is None or run.kind != self._decoder_of or not decoder.continues(run.query_BHTD, layout):
             decoder = run.decoder(inputs, self.state, layout)
             if decoder is None:
                 return None
             self._decoder, self._state = decoder, None
-            self._decoder_of = (run.mixer, run.scaling, run.softcap)
+            self._decoder_of = run.kind
         self.cumulative_length += 1
         return decoder.step(run.query_BHTD, *inputs)
 

@@ -66,8 +66,9 @@ def read_config(
     path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> PreTrainedConfig:
     """A model's config, checked; no weights are read, nor fetched. Raises InputError."""
-    source = find_model(path) if revision is None and token is None else None
-    if source is None:
+    if revision is None and token is None:
+        source = find_model(path)
+    else:
         source = find_config(local_copy(path, revision=revision, token=token, weights=False).path)
     config = read_source_config(source)
     if isinstance(config, LinearizeConfig):

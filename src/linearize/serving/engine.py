@@ -178,11 +178,13 @@ class Engine:
 
     def _begin(self, job: Job) -> Prefill:
         saved, job.resume_from = job.resume_from, None
+        keeps = job.keep != "no" and self.caches.can_save
+        keep_at = resume_point(job.prompt, self._special) if keeps else 0
         if saved is None:
-            return Prefill(job, empty_cache(self.model), 0)
+            return Prefill(job, empty_cache(self.model), 0, keep_at)
         job.num_resumed = saved.length
         self.metrics.resumed_tokens.inc(saved.length)
-        return Prefill(job, self.caches.restore(saved), saved.length)
+        return Prefill(job, self.caches.restore(saved), saved.length, keep_at)
 
     def _read_prompts(self) -> None:
         """Read the next part of one prompt; the prompts take turns."""
@@ -203,16 +205,14 @@ class Engine:
     def _read_part(self, prefill: Prefill) -> Tensor:
         """The logits after the part, `[V]`."""
         job, start = prefill.job, prefill.read
-        keeps = job.keep != "no" and self.caches.can_save
-        point = resume_point(job.prompt, self._special) if keeps else start
         end = start + self.prefill_tokens
-        tokens = job.prompt[start : point if start < point < end else end]
+        tokens = job.prompt[start : prefill.keep_at if start < prefill.keep_at < end else end]
         ids = torch.tensor([tokens], device=self.model.device)
         last = {"logits_to_keep": 1} if self._keeps_last and not job.prompt_logprobs else {}
         out = self.model(input_ids=ids, use_cache=True, **with_cache(self.model, prefill.cache), **last)
         prefill.read += len(tokens)
-        if keeps and prefill.read == point:
-            self.store.keep(job.prompt[:point], self.caches.save(prefill.cache), job.keep)
+        if prefill.read == prefill.keep_at:
+            self.store.keep(job.prompt[: prefill.read], self.caches.save(prefill.cache), job.keep)
         self.metrics.prefilled_tokens.inc(len(tokens))
         if job.prompt_logprobs:
             following = job.prompt[start + 1 : prefill.read + 1]

@@ -115,9 +115,11 @@ class Answer:
 
 @dataclass(eq=False)
 class Prefill:
-    """A prompt that is being read in parts: `read` tokens are in the cache."""
+    """A prompt that is being read in parts: `read` tokens are in the cache. `keep_at`: the state after so many is
+    stored (0: none is)."""
 
     job: Job
     cache: Any
     read: int
+    keep_at: int
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,16 +161,21 @@ def set_mixers(student: LinearizedForCausalLM, path: Path) -> None:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}); copy the folder again") from error
-    tensors = mixer_tensors(student)
-    shapes, expected = ({name: tuple(x.shape) for name, x in part.items()} for part in (saved, tensors))
+    copy_tensors(saved, mixer_tensors(student), f"{path} does not fit its plan")
+
+
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], problem: str) -> None:
+    """Write tensors into those of the same names. Raises InputError, which begins with `problem`, where names or shapes
+    differ."""
+    shapes, expected = ({name: tuple(x.shape) for name, x in part.items()} for part in (source, target))
     if wrong := sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)):
         raise InputError(
-            f"{path} does not fit its plan: {wrong[0]} has shape {shapes.get(wrong[0])}, {expected.get(wrong[0])} is "
-            "needed; copy the folder again"
+            f"{problem}: {wrong[0]} has shape {shapes.get(wrong[0])}, {expected.get(wrong[0])} is needed; copy the "
+            "folder again"
         )
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
 
 
 def mixer_tensors(student: LinearizedForCausalLM) -> dict[str, Tensor]:

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
@@ -21,7 +20,14 @@ from linearize.mixers.base import MixerConfig
 from linearize.mixers.retrieval_heads import RetrievalHeadsConfig
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.exact_memory import keep_heads
-from linearize.modeling.io.adapter_folder import MIXERS, mixer_tensors, set_mixers, teacher_of, weights_fingerprint
+from linearize.modeling.io.adapter_folder import (
+    MIXERS,
+    copy_tensors,
+    mixer_tensors,
+    set_mixers,
+    teacher_of,
+    weights_fingerprint,
+)
 from linearize.modeling.io.adapters import FOLDER, WEIGHTS
 from linearize.modeling.io.integrity import tensors_of
 from linearize.modeling.io.model_source import find_model
@@ -43,7 +49,7 @@ def check_start(
     name = student.config.teacher_name
     if name is not None and pin.fingerprint != weights_fingerprint(find_model(str(name))):
         raise InputError(f"start {folder} is an adapter of {pin.teacher}, whose weights are not those of {name}")
-    _groups(folder, student, heads_follow=True)
+    _groups(folder, _plan_of(folder, student), student, heads_follow=True)
     path = Path(expand_home(folder)) / FOLDER
     if path.is_dir():
         there = read_json(path / "adapter_config.json")
@@ -61,16 +67,17 @@ def start_from(
 ) -> None:
     """Write an earlier adapter's mixers into the student and its LoRA, if it has any, into `parameters` (by name)."""
     path = Path(expand_home(folder))
-    config = type(student.config).from_pretrained(path)
-    earlier = LinearizedForCausalLM.from_teacher(teacher, config.mixers(), teacher_name=student.config.teacher_name)
+    plan = _plan_of(folder, student)
+    earlier = LinearizedForCausalLM.from_teacher(teacher, plan, teacher_name=student.config.teacher_name)
     set_mixers(earlier, path / MIXERS)
-    keep_heads(earlier, _groups(folder, student))
+    keep_heads(earlier, _groups(folder, plan, student))
     lora = load_file(path / FOLDER / WEIGHTS) if (path / FOLDER).is_dir() else {}
     target = mixer_tensors(student)
     source = {name: tensor for name, tensor in mixer_tensors(earlier).items() if name in target}
-    with torch.no_grad():
-        _copy(source, target, folder)
-        _copy({_own_name(name): tensor for name, tensor in lora.items()}, parameters if lora else {}, folder)
+    problem = f"start {folder} does not fit the student"
+    copy_tensors(source, target, problem)
+    if lora:
+        copy_tensors({_own_name(name): tensor for name, tensor in lora.items()}, parameters, problem)
 
 
 def start_identity(folder: str) -> str:
@@ -82,7 +89,15 @@ def start_identity(folder: str) -> str:
     return digest.hexdigest()
 
 
-def _groups(folder: str, student: LinearizedForCausalLM, *, heads_follow: bool = False) -> dict[int, tuple[int, ...]]:
+def _plan_of(folder: str, student: LinearizedForCausalLM) -> list[MixerConfig | None]:
+    """The mixers of the earlier student."""
+    plan: list[MixerConfig | None] = type(student.config).from_pretrained(Path(expand_home(folder))).mixers()
+    return plan
+
+
+def _groups(
+    folder: str, earlier: Sequence[MixerConfig | None], student: LinearizedForCausalLM, *, heads_follow: bool = False
+) -> dict[int, tuple[int, ...]]:
     """The key/value groups that keep softmax in this student and did not in the earlier one. `heads_follow`: the
     student may get its retrieval heads later on, when they are scored.
 
@@ -90,7 +105,6 @@ def _groups(folder: str, student: LinearizedForCausalLM, *, heads_follow: bool =
         InputError: the plans differ in more than that, stores, and layers that keep softmax now.
     """
     groups: dict[int, tuple[int, ...]] = {}
-    earlier = type(student.config).from_pretrained(Path(expand_home(folder))).mixers()
     for layer, (old, new) in enumerate(zip(earlier, student.config.mixers(), strict=False)):
         if isinstance(new, RetrievalHeadsConfig) and not isinstance(old, RetrievalHeadsConfig):
             groups[layer], new = new.groups, new.mixer
@@ -122,14 +136,3 @@ def _own_name(name: str) -> str:
     """A LoRA tensor's name in a student with the adapters injected, from its name in peft's file."""
     stem, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
     return f"{stem}.default.{leaf}"
-
-
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor], folder: str) -> None:
-    """Copy tensors of equal names. Raises InputError where names or shapes differ."""
-    shapes = [{name: tuple(x.shape) for name, x in part.items()} for part in (source, target)]
-    if wrong := sorted(name for name in {*source, *target} if shapes[0].get(name) != shapes[1].get(name)):
-        raise InputError(
-            f"start {folder}: {wrong[0]} has shape {shapes[0].get(wrong[0])}, {shapes[1].get(wrong[0])} is needed"
-        )
-    for name, tensor in target.items():
-        tensor.copy_(source[name])
