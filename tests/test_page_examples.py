@@ -182,7 +182,7 @@ def smaller(suite: Suite) -> Suite:
     return replace(suite, sections=sections)
 
 
-def on_few_tokens(convert: Callable[..., Any]) -> Callable[..., Any]:
+def at_small_sizes(convert: Callable[..., Any]) -> Callable[..., Any]:
     """`linearize.convert` with few tokens for each stage."""
 
     def run(*arguments: Any, recipe: Recipe | str = "window-linear", **options: Any) -> Any:
@@ -204,7 +204,7 @@ def test_a_page_runs_from_top_to_bottom(
         pytest.importorskip(needed)
     place(page.stem)
     monkeypatch.setitem(SUITES, "quick", smaller(SUITES["quick"]))
-    monkeypatch.setattr(linearize, "convert", on_few_tokens(linearize.convert))
+    monkeypatch.setattr(linearize, "convert", at_small_sizes(linearize.convert))
     environment = {**os.environ, "LINEARIZE_EVAL_DATA": str(write_data(tmp_path / "items"))}
     options: dict[str, Any] = {"namespace": names_of(page.stem), "port": free_port(), "environment": environment}
     blocks = [block for block in blocks_of(page) if block.marker == "runs"]

@@ -181,7 +181,9 @@ class Calls(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_a_token_takes_few_calls_and_folds_only_where_a_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_a_token_are_bounded_and_it_folds_only_full_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, ids, folds = student(MIXERS["gain, shared shift"]), text(1, TOKENS), []
     original = WindowLinear.features_k
     _, cache = decode(model, ids, prefilled(model, ids, 20), 20, 21)
