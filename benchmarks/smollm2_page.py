@@ -164,11 +164,12 @@ def page(rows: Measured) -> str:
 
 The teacher is SmolLM2-135M-Instruct: 30 layers, 9 query and 3 key/value heads of 64, context 8,192. Every row was
 trained on whole novels (`novels_a`, `novels_b`), at 2,048 tokens where its line says nothing else, one row of text a
-step, in bf16 on two cores, seed 0, and measured in fp32 on the first tokens of novels of `novels_c` ({documents}
-tokens), which no row was trained or tuned on. Losses are in nats per token above the teacher's; ± is one standard
-error over documents. There is one run per row, which takes hours on two cores: rows that say "not measured" were not run yet.
-Measured at commit {facts.get("commit", "?")[:7]} on {facts["hardware"].get("cores", "?")} cores of
-{facts["hardware"].get("cpu", "?")}, {versions}.
+step, in bf16 on two cores, seed 0, and measured in fp32 on the first tokens of novels of `novels_c`
+({documents} tokens), which no row was trained or tuned on.
+Losses are in nats per token above the teacher's; ± is one standard error over documents. There is one run per row,
+which takes hours on two cores: rows that say "not measured" were not run yet. Measured at commit
+{facts.get("commit", "?")[:7]} on {facts["hardware"].get("cores", "?")} cores of {facts["hardware"].get("cpu", "?")},
+{versions}.
 
 {kinds}
 
