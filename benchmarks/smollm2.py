@@ -3,6 +3,8 @@
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
+    python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
+    python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
     python -m benchmarks.smollm2_page
 
@@ -32,16 +34,20 @@ STAGE_2 = {
     "name": "lowrank", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05, "evaluate_every": 0.2, "rank": 16,
     "alpha": 32, "targets": ["all"], "loss": "kl", "train_mixers": True,
 }  # fmt: skip
+HYBRIDS = {"gdn-hybrid": "gdn-hybrid", "mamba2": "mamba2-in-llama"}
+ALIGNMENT = {
+    "name": "hidden_alignment", "output": "mixer", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05, "length": 512,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """How a student is made: a recipe, and what is set in it besides tokens, batch and length. `low_rank`: the last
-    stage is LoRA and mixers with KL, as in `window-linear`, in place of the recipe's own."""
+    """How a student is made: a recipe, and what is set in it besides tokens, batch and length. `stages`: those in
+    place of the recipe's own."""
 
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
-    low_rank: bool = False
+    stages: Sequence[dict[str, Any]] = ()
 
 
 ROWS = {
@@ -68,11 +74,21 @@ ROWS = {
         )
     },
     **{
-        f"{mixer}-{share}": Row(recipe, {"plan.layers.keep": share / 100} if share else {"plan.layers": "all"}, True)
-        for mixer, recipe in (("gdn-hybrid", "gdn-hybrid"), ("mamba2", "mamba2-in-llama"))
+        f"{mixer}-{share}": Row(
+            recipe,
+            {
+                "plan.layers": {"keep": share / 100} if share else "all", "stages.0.lr": "1e-3", "stages.0.length": 512,
+                "stages.0.start": str(FOLDER / f"{mixer}-aligned"),
+            },
+            [STAGE_2],
+        )
+        for mixer, recipe in HYBRIDS.items()
         for share in (50, 25, 0)
     },
 }  # fmt: skip
+
+# What the hybrids start from: each layer's mixer aligned with the attention it replaces, all layers at once.
+ALIGNED = {f"{mixer}-aligned": Row(recipe, {"plan.layers": "all"}, [ALIGNMENT]) for mixer, recipe in HYBRIDS.items()}
 
 
 def train(
@@ -85,14 +101,12 @@ def train(
 ) -> None:
     """Convert one row into its folder, or into `out`, in adapter form. `further`: more recipe keys."""
     tokens, length, batch = options.tokens, options.length, options.batch
-    row = ROWS[name]
+    row = (ROWS | ALIGNED)[name]
     recipe = linearize.load_recipe(row.recipe)
     overrides: dict[str, Any] = {"data.length": length}
-    if row.low_rank:
+    if row.stages:
         document = recipe.model_dump(mode="json")
-        first = [stage for stage in document["stages"] if stage["name"] == "hidden_alignment"][:1]
-        document["stages"] = [*first, {**STAGE_2, "tokens": tokens}]
-        recipe = type(recipe).from_data(document)
+        recipe = type(recipe).from_data(document | {"stages": [{**stage, "tokens": tokens} for stage in row.stages]})
     for number, stage in enumerate(recipe.stages):
         settings = {"tokens": tokens, "batch": batch, "precision": options.precision}
         overrides |= {f"stages.{number}.{key}": value for key, value in settings.items()}
@@ -114,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     trains, measures = verbs.add_parser("train"), verbs.add_parser("measure")
-    trains.add_argument("row", choices=ROWS)
+    trains.add_argument("row", choices=[*ROWS, *ALIGNED])
     trains.add_argument("--data", action="append", required=True)
     trains.add_argument("--tokens", type=parse_count, default=500_000, help="of each stage")
     trains.add_argument("--length", type=parse_count, default=2048)

@@ -124,7 +124,7 @@ def test_inspect_says_it_in_words(device: str, tmp_path: Path, capsys: pytest.Ca
     why = "heads of more than 128" if device == "cuda" else "the tensors are on cpu"
     for call in ("prefill", "training"):
         assert rows[call]["backend"] == "chunked" and f"not triton_chunks: {why}" in rows[call]["why"]
-    assert rows["decode"]["backend"] == ("triton" if device == "cuda" else "step")
+    assert rows["decode"]["backend"] == ("triton" if device == "cuda" else "decoder")
     assert main(["inspect", str(tmp_path), "--backends", "--device", device]) == 0
     assert why in " ".join(capsys.readouterr().out.split())
 
