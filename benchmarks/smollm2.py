@@ -36,7 +36,7 @@ STAGE_2 = {
 }  # fmt: skip
 HYBRIDS = {"gdn-hybrid": "gdn-hybrid", "mamba2": "mamba2-in-llama"}
 ALIGNMENT = {
-    "name": "hidden_alignment", "output": "mixer", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05, "length": 512,
+    "name": "hidden_alignment", "output": "mixer", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05,
 }  # fmt: skip
 
 
@@ -88,7 +88,10 @@ ROWS = {
 }  # fmt: skip
 
 # What the hybrids start from: each layer's mixer aligned with the attention it replaces, all layers at once.
-ALIGNED = {f"{mixer}-aligned": Row(recipe, {"plan.layers": "all"}, [ALIGNMENT]) for mixer, recipe in HYBRIDS.items()}
+ALIGNED = {
+    f"{mixer}-aligned": Row(recipe, {"plan.layers": "all", "stages.0.length": 512}, [ALIGNMENT])
+    for mixer, recipe in HYBRIDS.items()
+}
 
 
 def train(
