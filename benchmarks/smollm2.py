@@ -3,6 +3,7 @@
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
+    python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data lookups.jsonl --tokens 100k
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
@@ -71,6 +72,7 @@ ROWS = {
         for name, start in (
             ("window-linear-recall-1", COMMITTED / "window-linear"),
             ("window-linear-recall", FOLDER / "window-linear-recall-1"),
+            ("window-linear-lookup", COMMITTED / "window-linear-recall"),
         )
     },
     **{

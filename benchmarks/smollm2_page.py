@@ -35,6 +35,7 @@ WHAT = {
     "window-linear": "the default recipe, with attention transfer at lr 3e-2",
     "window-linear-recall-1": "`window-linear` trained on with 128 exact pairs and 5% retrieval heads at 4,096 tokens",
     "window-linear-recall": "the same, trained on once more",
+    "window-linear-lookup": "`window-linear-recall` trained on with text that repeats and asks for what it held",
     **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention" for share in (50, 25, 0)},
     **{f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention" for share in (50, 25, 0)},
 }
