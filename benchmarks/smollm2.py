@@ -67,6 +67,7 @@ ROWS = {
             {
                 "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
                 "stages.1.start": str(start), "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+                "data.keep_whole": name == "window-linear-lookup",
             },
         )
         for name, start in (
