@@ -80,7 +80,7 @@ ROWS = {
         f"{mixer}-{share}": Row(
             recipe,
             {
-                "plan.layers": {"keep": share / 100} if share else "all", "stages.0.lr": "1e-3", "stages.0.length": 512,
+                "plan.layers": {"keep": share / 100} if share else "all", "stages.0.lr": "3e-4", "stages.0.length": 512,
                 "stages.0.start": str(FOLDER / f"{mixer}-aligned"),
             },
             [STAGE_2],
