@@ -6,8 +6,9 @@ import io
 import time
 
 import pytest
+import torch
 
-from linearize.conversion.text import measured_tokens
+from linearize.conversion.text import measured_tokens, with_measured_tokens
 from linearize.phases import phase, shown
 from linearize.recipes import load_recipe
 from linearize.training.data.documents import Document
@@ -59,6 +60,26 @@ def test_what_is_measured_follows_what_is_trained(tokens: int, parameters: int, 
     recipe = load_recipe("window-linear").override({"stages.0.tokens": tokens, "stages.1.tokens": tokens})
     assert measured_tokens(recipe, parameters, device) == expected
     assert measured_tokens(recipe.override({"data.measured_tokens": 777}), parameters, device) == 777
+
+
+@pytest.mark.parametrize(
+    ("length", "settings", "warns"),
+    [
+        (4096, {}, True),
+        (256, {}, False),
+        (4096, {"data.measured_tokens": 300}, False),
+        (4096, {"stages.0.keep_best": False, "stages.1.keep_best": False}, False),
+        (256, {"stages.1.length": 4096}, True),
+    ],
+)
+def test_weights_chosen_on_less_than_a_row_are_warned_of(
+    length: int, settings: dict[str, object], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe("window-linear").override({"data.length": length, **settings})
+    teacher = torch.nn.Linear(1, 270_000_000, bias=False, device="meta")  # 1,111 tokens on a CPU
+    measured = with_measured_tokens(recipe, teacher, torch.device("cpu")).data.measured_tokens
+    assert measured == settings.get("data.measured_tokens", 1111)
+    assert any("1,111" in line and "4,096" in line for line in caplog.messages) == warns == bool(caplog.messages)
 
 
 def documents(*lengths: int) -> list[Document]:

@@ -56,9 +56,19 @@ def measured_tokens(recipe: Recipe, parameters: int, device: str) -> int:
 
 
 def with_measured_tokens(recipe: Recipe, teacher: nn.Module, device: torch.device) -> Recipe:
-    """The recipe with `data.measured_tokens` as a number; `device`: what measures."""
+    """The recipe with `data.measured_tokens` as a number; `device`: what measures.
+
+    Warns where held-out text shorter than a row would decide which weights of a stage are kept.
+    """
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
-    return recipe.override({"data.measured_tokens": measured_tokens(recipe, parameters, device.type)})
+    tokens = measured_tokens(recipe, parameters, device.type)
+    lengths = [stage.length or recipe.data.length for stage in recipe.stages if stage.tokens and stage.keep_best]
+    if recipe.data.measured_tokens is None and tokens < max(lengths, default=0):
+        LOG.warning(
+            f"the weights kept are those best on {tokens:,} held-out tokens, less than a row of {max(lengths):,}: what "
+            "is learned far into a row does not count; set data.measured_tokens, or keep_best=false in each stage"
+        )
+    return recipe.override({"data.measured_tokens": tokens})
 
 
 def read_text(
