@@ -51,6 +51,14 @@ class Row:
     stages: Sequence[dict[str, Any]] = ()
 
 
+def recalling(start: Path) -> dict[str, Any]:
+    """Settings of a row that goes on from another with an exact store and retrieval heads."""
+    return {
+        "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
+        "stages.1.start": str(start), "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+    }  # fmt: skip
+
+
 ROWS = {
     "window-alone": Row(
         "window-linear",
@@ -61,21 +69,10 @@ ROWS = {
     ),
     "lolcats": Row("lolcats"),
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
-    **{
-        name: Row(
-            "window-linear",
-            {
-                "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
-                "stages.1.start": str(start), "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
-                "data.keep_whole": name == "window-linear-lookup",
-            },
-        )
-        for name, start in (
-            ("window-linear-recall-1", COMMITTED / "window-linear"),
-            ("window-linear-recall", FOLDER / "window-linear-recall-1"),
-            ("window-linear-lookup", COMMITTED / "window-linear-recall"),
-        )
-    },
+    "window-linear-recall": Row("window-linear", recalling(FOLDER / "window-linear-recall-1")),
+    "window-linear-lookup": Row(
+        "window-linear", recalling(COMMITTED / "window-linear-recall") | {"data.keep_whole": True}
+    ),
     **{
         f"{mixer}-{share}": Row(
             recipe,
@@ -90,10 +87,13 @@ ROWS = {
     },
 }  # fmt: skip
 
-# What the hybrids start from: each layer's mixer aligned with the attention it replaces, all layers at once.
-ALIGNED = {
-    f"{mixer}-aligned": Row(recipe, {"plan.layers": "all", "stages.0.length": 512}, [ALIGNMENT])
-    for mixer, recipe in HYBRIDS.items()
+# What rows start from. The hybrids start from one student whose mixers were all aligned with the attention they replace.
+STARTS = {
+    "window-linear-recall-1": Row("window-linear", recalling(COMMITTED / "window-linear")),
+    **{
+        f"{mixer}-aligned": Row(recipe, {"plan.layers": "all", "stages.0.length": 512}, [ALIGNMENT])
+        for mixer, recipe in HYBRIDS.items()
+    },
 }
 
 
@@ -107,7 +107,7 @@ def train(
 ) -> None:
     """Convert one row into its folder, or into `out`, in adapter form. `further`: more recipe keys."""
     tokens, length, batch = options.tokens, options.length, options.batch
-    row = (ROWS | ALIGNED)[name]
+    row = (ROWS | STARTS)[name]
     recipe = linearize.load_recipe(row.recipe)
     overrides: dict[str, Any] = {"data.length": length}
     if row.stages:
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     trains, measures = verbs.add_parser("train"), verbs.add_parser("measure")
-    trains.add_argument("row", choices=[*ROWS, *ALIGNED])
+    trains.add_argument("row", choices=[*ROWS, *STARTS])
     trains.add_argument("--data", action="append", required=True)
     trains.add_argument("--tokens", type=parse_count, default=500_000, help="of each stage")
     trains.add_argument("--length", type=parse_count, default=2048)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import BaseModel, Field
 
 from linearize.decoding.loading import load_any
@@ -123,17 +124,25 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
     else:
         losses_at, written, now = earlier.losses, earlier.continuations, earlier.provenance
     cache = inspect_model(path, contexts=[CACHE_CONTEXT])["cache"][0]
-    report = {} if name == TEACHER else json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
     return RowNumbers(
         name=name,
         losses=losses_at,
         state_bytes=cache["teacher_bytes" if name == TEACHER else "student_bytes"],
-        stages=[StageNumbers.model_validate(stage) for stage in report.get("stages", ())],
+        stages=[] if name == TEACHER else _stages(folder / name),
         tasks=tasks,
         continuations=written,
         provenance=now,
         tasks_provenance=tasks_provenance,
     )
+
+
+def _stages(folder: Path) -> list[StageNumbers]:
+    """The stages of a student, after those of the student that it started from, where that is at hand."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    starts = [Path(stage["start"]) for stage in recipe["stages"] if stage.get("start")]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    earlier = [stage for start in starts if (start / "report.json").is_file() for stage in _stages(start)]
+    return [*earlier, *(StageNumbers.model_validate(stage) for stage in report["stages"])]
 
 
 def _tasks(name: str, path: str, options: argparse.Namespace) -> dict[str, TaskNumbers]:
