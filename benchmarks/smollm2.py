@@ -87,7 +87,7 @@ ROWS = {
     },
 }  # fmt: skip
 
-# What rows start from. The hybrids start from one student whose mixers were all aligned with the attention they replace.
+# What rows start from. For the hybrids: all layers at once, each aligned with the attention that it replaces.
 STARTS = {
     "window-linear-recall-1": Row("window-linear", recalling(COMMITTED / "window-linear")),
     **{
