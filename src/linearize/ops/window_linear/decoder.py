@@ -2,15 +2,16 @@
 
 A call of PyTorch costs a few microseconds whatever it computes, as the weights of a layer push its code and data out of
 the caches: at SmolLM2's shape calls are most of a decoded token's attention. A `WindowDecoder` takes over a state and
-what the feature map needs in one product, keeps sinks and ring side by side, and gives the state back as a value when
-it is asked for; it is not to be used any more then.
+what the feature map needs in one product, keeps sinks, exact store and ring side by side, and gives the state back as a
+value when it is asked for; it is not to be used any more then.
 
 The linear branch is one more key of the softmax: its score is log r - log g (r its normaliser, g the window's factor;
 the published shift adds the largest score), its value is its numerator over r. What scales a token's query, the gain
 and the linear factor, scales numerator and r alike, so it enters that score alone.
 
-Letters: G key/value heads, R query heads for each, H = G R, D head and value dimension, C slots (sinks, then two blocks
-of the window), S of them that are seen, F columns of a map, X columns of a product, 1 the row or the token.
+Letters: G key/value heads, R query heads for each, H = G R, D head and value dimension, C slots (sinks, stored pairs,
+then two blocks of the window), S of them that are seen, F columns of a map, X columns of a product, 1 the row or the
+token.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from linearize.ops.layout import Layout
 from linearize.ops.window_linear.backends import DISPATCH
 from linearize.ops.window_linear.spec import GAIN_LIMIT, FeatureWeights, WindowLinear, fold_boundary, weights_of
 from linearize.ops.window_linear.state import WindowLinearState
+from linearize.ops.window_linear.store import Store, num_stored_at, store_of
 from linearize.ops.window_linear.update import folded
 
 MAPS = ("gain", "hedgehog")
@@ -59,8 +61,7 @@ def has_decoder(spec: WindowLinear, device: str, dtype: torch.dtype) -> bool:
         and spec.window > 0
         and spec.softcap is None
         and spec.branch == "both"
-        and not spec.store
-        and (spec.feature_q is None or _known(spec.feature_q) is not None)
+        and (_known(spec.feature_q) is not None if spec.has_linear else not spec.store)
         and DISPATCH.forced is None
     )
 
@@ -92,23 +93,23 @@ class WindowDecoder:
         assert isinstance(state.next, int)
         spec = spec.resolved()
         self.spec, self.next = spec, state.next
-        self._sinks = state.sink_k_BGND, state.sink_v_BGNV
-        (_, groups, ring, dim), sinks = state.k_BGRD.shape, spec.num_sinks
+        (_, groups, ring, dim), before = state.k_BGRD.shape, 1 + spec.num_sinks + spec.store
         self.groups, self.copies, self.shared = groups, num_heads // groups, spec.shared_shift
-        slots = 1 + sinks + 2 * spec.window  # the first one is the linear branch's: a key and a value of 0
+        slots = before + 2 * spec.window  # the first one in use is the linear branch's: a key and a value of 0
         with torch.inference_mode(False):
             slots_CGD = state.k_BGRD.new_zeros(slots, 2 * groups, dim)
             self._scores = slots_CGD.new_empty(num_heads * slots)
         self._slots = [slot[None, :, None] for slot in slots_CGD.unbind(0)]
         self._views: dict[tuple[int, int], _Views] = {}
+        self.first = before  # what tokens see begins here
         self.k_GCD, self.v_GCD = slots_CGD.transpose(0, 1).split(groups)
-        self.ring, self.filled, self.last = 1 + sinks, 1 + sinks + ring, slots  # first slot, next one, end
+        self.ring, self.filled, self.last = before, before + ring, slots  # first slot, next one, end
         self._put(self.ring, state.k_BGRD, state.v_BGRV)
-        oldest = state.next - ring
-        if oldest > 0 and state.sink_k_BGND is not None and state.sink_v_BGNV is not None:
-            self._put(1, state.sink_k_BGND, state.sink_v_BGNV)
-        self.memory = state.memory_BHFV
-        self._begin(oldest)
+        self._sinks, self.memory, stored = (state.sink_k_BGND, state.sink_v_BGNV), state.memory_BHFV, None
+        if spec.store:
+            stored = store_of(state, state.k_BGRD[:, :, :1], state.v_BGRV[:, :, :1], spec)
+            self.memory = stored.memory_BHFV
+        self._begin(state.next - ring, stored)
         if self.memory is not None:
             self._prepare(slots_CGD)
 
@@ -116,10 +117,30 @@ class WindowDecoder:
         for memory, x in ((self.k_GCD, k_1GND), (self.v_GCD, v_1GND)):
             memory[:, slot : slot + x.shape[2]] = x[0]
 
-    def _begin(self, oldest: int) -> None:
-        """What tokens see while the ring's first one is at position `oldest`: sinks are in the ring at first."""
-        self.recalls = self.memory is not None and oldest > self.spec.num_sinks
-        self.first = 0 if self.recalls else 1 if oldest > 0 else self.ring
+    def _begin(self, oldest: int, stored: Store | None) -> None:
+        """What tokens see while the ring's first one is at position `oldest`: sinks are in the ring at first. They and
+        the stored pairs end where the ring begins."""
+        sinks, before = self.spec.num_sinks, self.first
+        self.stored = num_stored_at(self.next, self.spec) if stored is not None else 0
+        self.recalls = self.memory is not None and oldest > sinks + self.stored
+        place = self.ring - self.stored - sinks
+        self.first = place - 1 if self.recalls else place if oldest > 0 else self.ring
+        if stored is not None:
+            self._put(self.ring - self.stored, stored.k_BGPD[:, :, : self.stored], stored.v_BGPV[:, :, : self.stored])
+            self.k_GCD[:, place - 1] = self.v_GCD[:, place - 1] = 0
+        if oldest > 0 and self._sinks[0] is not None and self._sinks[1] is not None:
+            self._put(place, self._sinks[0], self._sinks[1])
+        if before != self.first:
+            self._views.clear()
+
+    def _held(self) -> Store:
+        """The store as a value; what a state shows of it is in the slots."""
+        assert self.memory is not None
+        first, empty = self.ring - self.stored, self.spec.store - self.stored
+        k, v = (
+            torch.nn.functional.pad(x[None, :, first : self.ring], (0, 0, 0, empty)) for x in (self.k_GCD, self.v_GCD)
+        )
+        return Store(self.memory, k, v, torch.tensor([self.stored], device=k.device))
 
     def _prepare(self, like: Tensor) -> None:
         """The map of a query as one product, and memory for what a token leaves nothing of."""
@@ -203,20 +224,27 @@ class WindowDecoder:
     def _fold(self) -> None:
         """The older block goes into the sum, the newer one takes its place."""
         sinks, window, ring = self.spec.num_sinks, self.spec.window, self.ring
-        oldest = self.next - 2 * window
+        oldest, stored = self.next - 2 * window, None
         left = sinks if oldest == 0 else 0
-        if self.memory is not None and left < window:
-            k, v = (x[None, :, ring + left : ring + window] for x in (self.k_GCD, self.v_GCD))
-            self.memory = folded(k, v, None, self.memory, self.spec)
+        k, v = (x[None, :, ring : ring + window] for x in (self.k_GCD, self.v_GCD))
+        if self.spec.store:
+            leaves_1C = (torch.arange(window) >= left)[None]
+            stored = self._held().admit(k, v, leaves_1C, self.spec)
+            self.memory = stored.memory_BHFV
+        elif self.memory is not None and left < window:
+            self.memory = folded(k[:, :, left:], v[:, :, left:], None, self.memory, self.spec)
+        if self.memory is not None:
             self.memory_HFV = self.memory[0].to(k.dtype)
         for x in (self.k_GCD, self.v_GCD):
-            if oldest == 0:
-                x[:, 1:ring] = x[:, ring : ring + sinks]
             x[:, ring : ring + window] = x[:, ring + window :]
         self.filled = ring + window
-        self._begin(oldest + window)
+        self._begin(oldest + window, stored)
 
     def state(self) -> WindowLinearState:
         """The state after all tokens read, a value; the decoder must not read another token."""
         k, v = (x[None, :, self.ring : self.filled] for x in (self.k_GCD, self.v_GCD))
-        return WindowLinearState(self.next, k, v, self.memory, *self._sinks)
+        held = self._held() if self.spec.store else None
+        return WindowLinearState(
+            self.next, k, v, self.memory, *self._sinks,
+            store_k_BGPD=None if held is None else held.k_BGPD, store_v_BGPV=None if held is None else held.v_BGPV,
+        )  # fmt: skip
