@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from linearize.cli import completion
 from linearize.cli.options import Json, Overwrite, RemoteCode, Revision, Token, specified
 from linearize.cli.output import json_only, show
 from linearize.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from linearize.modeling.export.verify import Verification
 
 Python = Annotated[
     Path | None, typer.Option(metavar="PATH", help="A Python that has the engine; default: the one that runs this.")
@@ -44,7 +47,8 @@ def export(
 ) -> None:
     """Write a student for programs that do not have linearize."""
     from linearize.modeling.export import export_student
-    from linearize.modeling.export.verify import ENGINES, NEW
+    from linearize.modeling.export.verify import ENGINES
+    from linearize.modeling.export.verify import verify as compare
 
     if verify is None and (python is not None or trust_remote_code):
         raise InputError("export takes --python and --trust-remote-code only with --verify: add it, or leave them out")
@@ -53,7 +57,7 @@ def export(
     origin = specified(revision=revision, token=token)
     print(f"exported to {export_student(student, to, out, overwrite=overwrite, **origin)}")
     if verify is not None:
-        _verify(out, student, verify, python, trust_remote_code, origin, None, NEW, as_json=False)
+        _show_verification(compare(out, student, verify, python=python, trust_remote_code=trust_remote_code, **origin))
 
 
 def verify(
@@ -91,34 +95,22 @@ def verify(
     """
     from linearize.modeling.export.prompts import read_prompts
     from linearize.modeling.export.verify import NEW
+    from linearize.modeling.export.verify import verify as compare
 
     if num_prompts is not None and not prompts:
         raise InputError("--num-prompts says how many of --prompts are read: add it, or leave both out")
     texts = read_prompts(prompts, num_prompts) if prompts else None
     origin = specified(revision=revision, token=token)
-    own = student or str(folder)
-    _verify(folder, own, engine, python, trust_remote_code, origin, texts, tokens or NEW, as_json=as_json)
-
-
-def _verify(
-    folder: Path,
-    student: str,
-    engine: str,
-    python: Path | None,
-    trust_remote_code: bool,
-    origin: dict[str, Any],
-    prompts: list[str] | None,
-    new: int,
-    *,
-    as_json: bool,
-) -> None:
-    from linearize.modeling.export.verify import verify as compare
-
     with json_only(as_json):
-        result: Any = compare(
-            folder, student, engine, python=python, new=new, prompts=prompts, trust_remote_code=trust_remote_code,
-            **origin,
+        result = compare(
+            folder, student or str(folder), engine, python=python, new=tokens or NEW, prompts=texts,
+            trust_remote_code=trust_remote_code, **origin,
         )  # fmt: skip
+    _show_verification(result, as_json=as_json)
+
+
+def _show_verification(result: Verification, *, as_json: bool = False) -> None:
+    """Show what was compared; exit code 1 where it differs."""
     show(result.model_dump() | {"passed": result.passed}, as_json=as_json)
     if not result.passed:
         raise typer.Exit(1)
