@@ -2,6 +2,7 @@
 
     python -m benchmarks.recall heads --teacher DIR
     python -m benchmarks.recall measure teacher window-linear+store128 --teacher DIR --text c.jsonl
+    python -m benchmarks.recall decode teacher window-linear+store128 --teacher DIR --text c.jsonl
     python -m benchmarks.recall page
 
 A variant is a row of `benchmarks.smollm2`, `+storeN` for N exact pairs of each key/value head, and `+headsP` for P
@@ -25,7 +26,7 @@ from pydantic import BaseModel
 
 from benchmarks.smollm2 import FOLDER as STUDENTS
 from benchmarks.smollm2_measure import RECALL as FOLDER
-from benchmarks.smollm2_measure import TEACHER, Variant, first_rows, losses
+from benchmarks.smollm2_measure import TEACHER, Losses, Variant, distances, first_rows
 from benchmarks.smollm2_page import table
 from linearize.decoding.loading import load_any
 from linearize.evaluation.haystack import (
@@ -43,13 +44,14 @@ from linearize.metrics.head_scores import HeadScores, head_scores
 from linearize.metrics.intervals import wilson
 from linearize.metrics.plots import figure_files, new_figure
 from linearize.metrics.report import provenance
+from linearize.metrics.token_scores import View
 from linearize.modeling.cache_argument import with_cache
 from linearize.storage.atomic import atomic_write_text
 from linearize.training.data.loading import load_documents
 
 PAGE = FOLDER / "README.md"
 TESTS = ("passkey", "needle", "multikey", "multivalue")
-KEYS, VALUES, SEED, CONTEXT, TIMED = 4, 2, 0, 4096, 64
+KEYS, VALUES, SEED, CONTEXT, TIMED, IN_TURN = 4, 2, 0, 4096, 128, 8
 VARIANT = re.compile(r"(?P<row>[a-z0-9-]+?)(\+store(?P<store>\d+))?(\+heads(?P<heads>\d+))?")
 
 
@@ -101,17 +103,11 @@ def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> lis
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """All cells of a variant that are not kept yet."""
-    path = FOLDER / f"{name}.json"
-    done = Variant.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else Variant(name=name)
+    done = _kept(name)
     model, tokenizer, done.groups_kept = build(name, options.teacher)
     torch.set_flush_denormal(True)
     documents = load_documents(list(options.text), tokenizer)
     ruler, hay = Ruler(tokenizer), Hay([tokenizer.decode(document.tokens[:20_000]) for document in documents])
-
-    def keep() -> None:
-        done.provenance = provenance(seed=SEED)
-        atomic_write_text(path, done.model_dump_json(indent=1))
-
     for test in options.tests:
         for length in options.lengths:
             before = done.recall.setdefault(test, {}).get(length, (0, 0))
@@ -122,33 +118,66 @@ def measure(name: str, options: argparse.Namespace) -> None:
                 right += answer_greedily(model, tokenizer, [question])[0].correct
             done.recall[test][length] = (right, options.items)
             print(f"{name}: {test} {length}: {right}/{options.items}, {time.monotonic() - begun:.0f} s", flush=True)
-            keep()
-    if done.decode_seconds is None:
-        done.state_bytes, done.decode_seconds = decoding(model, documents[0].tokens)
-        keep()
-    for length in options.losses if name != TEACHER else ():
-        if length not in done.losses:
-            guide = load_any(options.teacher)[0]
-            rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
-            done.losses[length] = losses(guide, model, rows)
-            keep()
+            _keep(done)
+
+
+def measure_losses(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Losses of variants that were not measured at a length: all of them with one pass of the teacher."""
+    done = {name: _kept(name) for name in names if name != TEACHER}
+    guide, tokenizer = load_any(options.teacher)
+    documents = load_documents(list(options.text), tokenizer)
+    for length in options.losses:
+        missing = [name for name, variant in done.items() if length not in variant.losses]
+        if not missing:
+            continue
+        rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
+        views = {name: View(model=build(name, options.teacher)[0]) for name in missing}
+        loss, away = distances(guide, views, rows)
+        for name in missing:
+            done[name].losses[length] = Losses(documents=len(rows), teacher=loss, student=away[name])
+            _keep(done[name])
+            print(f"{name}: losses {length}: {away[name].gap.value:+.3f}", flush=True)
 
 
 @torch.inference_mode()
-def decoding(model: Any, tokens: Sequence[int]) -> tuple[int, float]:
-    """Bytes that the cache holds after 4,096 tokens, and the median time of a token from there."""
-    ids = torch.tensor([list(tokens[: CONTEXT + TIMED])])
-    cache = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
-    held = 0
-    for layer in cache.layers:
-        own = getattr(layer, "num_bytes", None)
-        held += layer.keys.nbytes + layer.values.nbytes if own is None else own
-    times = []
-    for at in range(CONTEXT, CONTEXT + TIMED):
-        begun = time.perf_counter()
-        model(input_ids=ids[:, at : at + 1], use_cache=True, **with_cache(model, cache))
-        times.append(time.perf_counter() - begun)
-    return held, statistics.median(times)
+def measure_decoding(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Bytes that each variant's cache holds after 4,096 tokens, and the median time of a token from there: a few tokens
+    of one variant after a few of another, so that what else the machine does weighs on all alike."""
+    models = {name: build(name, options.teacher) for name in names}
+    documents = load_documents(list(options.text), next(iter(models.values()))[1])
+    ids = torch.tensor([documents[0].tokens[: CONTEXT + TIMED]])
+    caches, times = {}, dict[str, list[float]]()
+    for name, (model, _, _) in models.items():
+        caches[name] = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+        times[name] = []
+        variant = _kept(name)
+        variant.state_bytes = sum(
+            layer.keys.nbytes + layer.values.nbytes if (own := getattr(layer, "num_bytes", None)) is None else own
+            for layer in caches[name].layers
+        )
+        _keep(variant)
+    for first in range(CONTEXT, CONTEXT + TIMED, IN_TURN):
+        for name, (model, _, _) in models.items():
+            for at in range(first, first + IN_TURN):
+                begun = time.perf_counter()
+                model(input_ids=ids[:, at : at + 1], use_cache=True, **with_cache(model, caches[name]))
+                times[name].append(time.perf_counter() - begun)
+    for name, seconds in times.items():
+        variant = _kept(name)
+        variant.decode_seconds = statistics.median(seconds)
+        _keep(variant)
+        print(f"{name}: {1e3 * variant.decode_seconds:.1f} ms, {variant.state_bytes} bytes", flush=True)
+
+
+def _kept(name: str) -> Variant:
+    """What was measured of a variant."""
+    path = FOLDER / f"{name}.json"
+    return Variant.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else Variant(name=name)
+
+
+def _keep(variant: Variant) -> None:
+    variant.provenance = provenance(seed=SEED)
+    atomic_write_text(FOLDER / f"{variant.name}.json", variant.model_dump_json(indent=1))
 
 
 def rank(options: argparse.Namespace) -> None:
@@ -230,7 +259,10 @@ def main() -> None:
     measures.add_argument("--items", type=int, default=16)
     measures.add_argument("--losses", nargs="*", type=int, default=[2048, 4096])
     measures.add_argument("--loss-tokens", type=int, default=32_768, help="held-out tokens at each length")
-    for own in (ranks, measures):
+    times = commands.add_parser("decode", help="bytes and decode times of variants, in turn")
+    times.add_argument("variants", nargs="+", metavar="VARIANT")
+    times.add_argument("--text", action="append", required=True)
+    for own in (ranks, measures, times):
         own.add_argument("--teacher", required=True)
     commands.add_parser("page", help="write the table and the plot")
     options = parser.parse_args()
@@ -239,9 +271,13 @@ def main() -> None:
         page()
     elif options.command == "heads":
         rank(options)
+    elif options.command == "decode":
+        measure_decoding(options.variants, options)
     else:
         for name in options.variants:
             measure(name, options)
+        if options.losses:
+            measure_losses(options.variants, options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,23 +180,29 @@ def first_rows(documents: Sequence[Document], length: int, count: int, pad: int)
 
 def losses(teacher: Any, student: Any, rows: Sequence[Batch]) -> Losses:
     """The teacher's loss, and of a student and its window alone how far they are from it."""
-    views = {TEACHER: View(model=teacher)}
+    views = {}
     if student is not None:
         views["student"] = View(model=student)
         if any(getattr(mixer, "name", None) == "lolcats" for mixer in student.config.mixers()):
             views["window"] = View(model=student, branch="window")
-    scores = score_batches(rows, views, reference=TEACHER)
+    loss, away = distances(teacher, views, rows)
+    return Losses(documents=len(rows), teacher=loss, **away)
+
+
+def distances(teacher: Any, views: Mapping[str, View], rows: Sequence[Batch]) -> tuple[Mean, dict[str, Distance]]:
+    """The teacher's loss, and how far from it each view is, with one pass of the teacher for all."""
+    scores = score_batches(rows, {TEACHER: View(model=teacher), **views}, reference=TEACHER)
     late = scores.positions >= LATE
-    gaps = {}
-    for view in list(views)[1:]:
+    away = {}
+    for view in views:
         gap = scores.loss[view] - scores.loss[TEACHER]
-        gaps[view] = Distance(
+        away[view] = Distance(
             gap=_mean(scores, gap),
             kl=_mean(scores, scores.kl[view]),
             top1=_mean(scores, scores.top1[view]),
             gap_beyond=float(gap[late].mean()) if late.any() else None,
         )
-    return Losses(documents=len(rows), teacher=_mean(scores, scores.loss[TEACHER]), **gaps)
+    return _mean(scores, scores.loss[TEACHER]), away
 
 
 def book_prompt(documents: Sequence[Document], tokenizer: Any) -> str:
