@@ -18,6 +18,7 @@ from pathlib import Path
 from linearize.evaluation.needles import sentences
 
 FACTS, REPEATED, ASKED, WORDS = 8, 4, 5, 1100
+FEWEST = 100  # sentences of a text that passages are taken from
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 FORMS = (
     "The number that {name} wrote down was {value}", "{name} keeps {value} in the drawer", "{name} lives at {value}",
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--documents", type=int, default=200)
     options = parser.parse_args(arguments)
-    texts = [json.loads(line)["text"] for path in options.text for line in Path(path).read_text("utf-8").splitlines()]
+    texts = [
+        json.loads(line)["text"] for path in options.text for line in Path(path).read_text("utf-8").split("\n") if line
+    ]
     made = documents(texts, options.documents)
     Path(options.out).write_text("".join(json.dumps({"text": text}) + "\n" for text in made), encoding="utf-8")
 
@@ -42,6 +45,9 @@ def documents(texts: Sequence[str], count: int, seed: int = 0) -> Iterator[str]:
     """`count` documents of about `WORDS` words, from random places of the texts."""
     rng = random.Random(seed)
     cut = [[body for _, body in sentences(text) if 3 < len(body.split()) < 40] for text in texts]
+    cut = [source for source in cut if len(source) >= FEWEST]
+    if not cut:
+        raise SystemExit(f"no text of at least {FEWEST} sentences: give longer ones")
     for _ in range(count):
         source = cut[rng.randrange(len(cut))]
         start, passage, words = rng.randrange(len(source) // 2), [], 0
@@ -49,8 +55,8 @@ def documents(texts: Sequence[str], count: int, seed: int = 0) -> Iterator[str]:
             passage.append(source[start])
             words, start = words + len(source[start].split()), start + 1
         repeated = rng.sample(passage, REPEATED)
-        form, facts = rng.choice(FORMS), [_fact(rng) for _ in range(FACTS)]
-        stated = [form.format(name=name, value=value) + "." for name, value in facts]
+        form, facts = rng.choice(FORMS), dict(_fact(rng) for _ in range(FACTS))
+        stated = [form.format(name=name, value=value) + "." for name, value in facts.items()]
         asked = rng.sample(stated, ASKED)
         for fact in stated:
             passage.insert(rng.randrange(len(passage) + 1), fact)

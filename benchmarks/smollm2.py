@@ -44,21 +44,18 @@ ALIGNMENT = {
 @dataclass(frozen=True)
 class Row:
     """How a student is made: a recipe, and what is set in it besides tokens, batch and length. `stages`: those in
-    place of the recipe's own."""
+    place of the recipe's own; `start`: the row whose student the last stage goes on from."""
 
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
     stages: Sequence[dict[str, Any]] = ()
+    start: str | None = None
 
 
-def recalling(start: Path) -> dict[str, Any]:
-    """Settings of a row that goes on from another with an exact store and retrieval heads."""
-    return {
-        "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
-        "stages.1.start": str(start), "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
-    }  # fmt: skip
-
-
+RECALLING = {
+    "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
+    "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+}  # fmt: skip
 ROWS = {
     "window-alone": Row(
         "window-linear",
@@ -69,18 +66,18 @@ ROWS = {
     ),
     "lolcats": Row("lolcats"),
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
-    "window-linear-recall": Row("window-linear", recalling(FOLDER / "window-linear-recall-1")),
+    "window-linear-recall": Row("window-linear", RECALLING, start="window-linear-recall-1"),
     "window-linear-lookup": Row(
-        "window-linear", recalling(COMMITTED / "window-linear-recall") | {"data.keep_whole": True}
+        "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-recall"
     ),
     **{
         f"{mixer}-{share}": Row(
             recipe,
             {
                 "plan.layers": {"keep": share / 100} if share else "all", "stages.0.lr": "3e-4", "stages.0.length": 512,
-                "stages.0.start": str(FOLDER / f"{mixer}-aligned"),
             },
             [STAGE_2],
+            f"{mixer}-aligned",
         )
         for mixer, recipe in HYBRIDS.items()
         for share in (50, 25, 0)
@@ -89,7 +86,7 @@ ROWS = {
 
 # What rows start from. For the hybrids: all layers at once, each aligned with the attention that it replaces.
 STARTS = {
-    "window-linear-recall-1": Row("window-linear", recalling(COMMITTED / "window-linear")),
+    "window-linear-recall-1": Row("window-linear", RECALLING, start="window-linear"),
     **{
         f"{mixer}-aligned": Row(recipe, {"plan.layers": "all", "stages.0.length": 512}, [ALIGNMENT])
         for mixer, recipe in HYBRIDS.items()
@@ -118,6 +115,9 @@ def train(
         overrides |= {f"stages.{number}.{key}": value for key, value in settings.items()}
         if stage.length is not None:
             overrides[f"stages.{number}.length"] = length
+    if row.start is not None:
+        start = FOLDER / row.start
+        overrides[f"stages.{len(recipe.stages) - 1}.start"] = str(start if start.is_dir() else COMMITTED / row.start)
     linearize.convert(
         options.teacher,
         recipe=recipe,
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         for name in options.rows:
             numbers = measure(name, FOLDER, options)
-            FOLDER.mkdir(exist_ok=True)
+            FOLDER.mkdir(parents=True, exist_ok=True)
             (FOLDER / f"{name}.json").write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
             print(name, numbers.losses, flush=True)
 

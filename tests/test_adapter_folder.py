@@ -120,6 +120,7 @@ def test_a_damaged_adapter_is_refused(both: Path, tmp_path: Path, fault: str) ->
         ("window-linear", {"base_weights": "8bit"}, False),
         ("window-linear", {"stages.0.block": "auto"}, True),
         ("draft", {}, False),
+        ("window-linear", {"plan.schedule": {"kind": "progressive", "replaced": [0.5, 1.0]}}, False),
     ],
 )
 def test_what_changes_the_teachers_weights_is_refused_before_any_work(

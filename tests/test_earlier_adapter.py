@@ -78,8 +78,10 @@ def test_store_and_heads_may_be_added(folder: Path, tmp_path: Path) -> None:
     assert (logits(folder, with_both) - logits(folder, folder / "first")).abs().max() > 1e-3
     third = go_on(folder, tmp_path / "third", with_both, **STILL, **new)
     torch.testing.assert_close(logits(folder, third), logits(folder, with_both), rtol=0, atol=1e-5)
-    with pytest.raises(InputError):  # other heads were trained
-        go_on(folder, tmp_path / "fourth", with_both, **STILL, **{**new, "plan.heads.keep": [[2, 0]]})
+    for heads in ({"plan.heads.keep": [[2, 0]]}, {}):  # others were trained
+        with pytest.raises(InputError, match=r"^stages\.1: start"):
+            go_on(folder, tmp_path / "fourth", with_both, **STILL, **{"plan.mixer.store": 2, **heads})
+    assert not (tmp_path / "fourth").exists()
 
 
 def test_layers_may_keep_softmax(folder: Path, tmp_path: Path) -> None:
@@ -104,7 +106,8 @@ def test_both_lora_and_mixers_go_on_training(folder: Path, tmp_path: Path) -> No
     "settings",
     [
         {"plan.layers": [0, 1]}, {"plan.mixer.window": 8}, {"stages.1.rank": 4}, {"stages.1.alpha": 8},
-        {"stages.1.targets": ["q"]}, {"stages.1.start": "."}, {"stages.1.start": "nowhere"},
+        {"stages.1.targets": ["q"]}, {"stages.1.start": "."}, {"stages.1.start": "nowhere"}, {"stages.0.tokens": 64},
+        {"plan.schedule": {"kind": "progressive", "replaced": [0.5, 1.0]}},
     ],
     ids=lambda settings: next(iter(settings)).rpartition(".")[2],
 )  # fmt: skip

@@ -51,6 +51,7 @@ def answers(student: LinearizedForCausalLM) -> list[Tensor]:
     options = {"max_new_tokens": 6, "do_sample": False}
     results.append(student.generate(ids, **options))
     results.append(student.generate(ids, use_cache=False, **options))
+    results.append(student.generate(ids[:1], **options))
     return results
 
 

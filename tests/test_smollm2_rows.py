@@ -23,7 +23,8 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(story * (i % 3 + 8) + f"The end of story {i}." for i in range(40)))
     sizes = ["--tokens", "1536", "--length", "192", "--batch", "2"]  # beyond the window: no student is its teacher
-    smollm2.main(["train", name, "--teacher", TEACHER, "--data", str(text), *sizes])
+    for row in filter(None, (smollm2.ROWS[name].start, name)):
+        smollm2.main(["train", row, "--teacher", TEACHER, "--data", str(text), *sizes])
     assert (tmp_path / name / "mixers.safetensors").is_file() or name == "window-alone"
     sizes = ["--lengths", "64", "192", "--loss-tokens", "768", "--limit", "0"]
     smollm2.main(["measure", name, "--teacher", TEACHER, "--text", str(text), *sizes])
@@ -33,7 +34,8 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     assert losses.student.kl.value > 0 and 0 < losses.student.top1.value <= 1
     assert (losses.window is not None) == (name == "window-linear")
     assert [len(text) > 0 for text in numbers.continuations] == [True, True, True]
-    assert sum(stage.tokens for stage in numbers.stages) == 1536 * (1 if name == "window-alone" else 2)
+    trained = {"window-linear": [1536, 1536], "window-alone": [1536], "gdn-hybrid-50": [2048, 2048]}
+    assert [stage.tokens for stage in numbers.stages if stage.tokens] == trained[name]
     if name == "window-linear":
         sizes = ["--lengths", "--limit", "2"]
         smollm2.main(["measure", name, "--teacher", TEACHER, "--text", str(text), *sizes])

@@ -16,9 +16,19 @@ from test_vllm import WIDE, needs_vllm
 
 from linearize.cli.main import main
 from linearize.errors import InputError
+from linearize.modeling import load
 from linearize.modeling.export import export_student
 from linearize.modeling.export.prompts import read_prompts
-from linearize.modeling.export.verify import NEW, PROMPTS, Parting, Verification, _partings, verify
+from linearize.modeling.export.verify import (
+    NEW,
+    PROMPTS,
+    ROUNDING,
+    Parting,
+    Verification,
+    _compared,
+    _partings,
+    verify,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +118,6 @@ def test_what_cannot_be_verified_is_one_line(folders: Path, tmp_path: Path, caps
 
 
 def test_random_prompts_where_there_is_no_tokenizer(folders: Path) -> None:
-    from linearize.modeling import load
     from linearize.modeling.export.verify import _rows
 
     rows = _rows(str(folders / "student"), load(folders / "student"))
@@ -117,8 +126,6 @@ def test_random_prompts_where_there_is_no_tokenizer(folders: Path) -> None:
 
 
 def test_texts_part_from_those_of_generate_where_a_token_differs(folders: Path) -> None:
-    from linearize.modeling import load
-
     student = load(folders / "student")
     rows = [[5, 9, 3, 7], [11, 2, 8]]
     texts = []
@@ -136,6 +143,23 @@ def test_texts_part_from_those_of_generate_where_a_token_differs(folders: Path) 
     read = torch.tensor([[*rows[1], *texts[1][:4]]])
     scores = student(read, use_cache=False).logits[0, -1].detach().log_softmax(-1)
     assert parting.gap == pytest.approx(float(scores.max() - scores[other]), abs=1e-5) and not parting.is_tie
+
+
+@pytest.mark.parametrize("given", [[-1.0, float("nan")], [None, -1.0], []])
+def test_an_engine_that_gives_no_numbers_is_refused(folders: Path, given: list[float | None]) -> None:
+    answer = {"version": "1", "rows": [{"tokens": [7, 3][: len(given)], "logprobs": given}]}
+    with pytest.raises(InputError, match="prompt 1"):
+        _compared(load(folders / "student"), "vllm", "f", "float32", [[5, 9]], answer)
+
+
+def test_rounding_decides_more_ties_in_16_bits(folders: Path) -> None:
+    student = load(folders / "student")
+    answer = {"rows": [{"tokens": [60]}]}
+    for dtype, rounding in ROUNDING.items():
+        (parting,) = _partings(student, [[5, 9, 3]], answer, rounding)
+        assert parting.rounding == rounding and parting.is_tie == (parting.gap < rounding), dtype
+    with pytest.raises(InputError, match="empty"):
+        verify(folders / "student", folders / "student", "transformers", prompts=[])
 
 
 @pytest.mark.parametrize(("gap", "passed"), [(9e-5, True), (1.2e-4, False)])

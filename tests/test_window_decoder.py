@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from support.models import mixer, student_of, text, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from linearize.errors import InputError
+from linearize.mixers.lolcats import Lolcats
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache_argument import cache_of
 from linearize.ops.layout import Layout
@@ -129,6 +132,42 @@ def test_copies_of_a_cache_go_on_by_themselves() -> None:
     logits, _ = decode(model, ids, cache, 31, TOKENS)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(ids).logits[:, 31:], **EQUAL)
+
+
+def test_copies_of_a_cache_share_the_mixers() -> None:
+    model, ids = student(MIXERS["gain, shared shift"]), text(1, TOKENS)
+    _, cache = decode(model, ids, prefilled(model, ids, 8), 8, 31)
+    before = sum(isinstance(x, Lolcats) for x in gc.get_objects())
+    copied = copy.deepcopy(cache)
+    assert sum(isinstance(x, Lolcats) for x in gc.get_objects()) == before
+    assert copied.get_seq_length() == 31
+
+
+def test_a_backend_that_is_asked_for_within_a_text_takes_over() -> None:
+    model, ids = student(MIXERS["gain, shared shift"]), text(1, TOKENS)
+    _, cache = decode(model, ids, prefilled(model, ids, 8), 8, 31)
+    assert decoders(cache)[1] is not None
+    with use_backend("reference"):
+        logits, cache = decode(model, ids, cache, 31, 40)
+    assert decoders(cache)[1] is None
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits[:, 31:40], **EQUAL)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("before", "after"), [(0, 10), (10, 0), (10, 4)])
+def test_a_store_of_another_size_begins_with_a_new_cache(before: int, after: int, rows: int) -> None:
+    model, ids = student(MIXERS["gain, shared shift"] | {"store": before}), text(rows, TOKENS)
+    _, cache = decode(model, ids, prefilled(model, ids, 20), 20, 31)
+    model.set_store(after)
+    with pytest.raises(InputError, match="31 tokens"):
+        decode(model, ids, cache, 31, 32)
+    model.set_store(before)
+    decode(model, ids, cache, 31, 32)
+    model.keep_heads({1: [0]})
+    with pytest.raises(InputError, match="32 tokens"):
+        decode(model, ids, cache, 32, 33)
+    decode(model, ids, prefilled(model, ids, 20), 20, 31)
 
 
 def test_inference_mode_may_be_entered_and_left_within_a_text() -> None:

@@ -19,6 +19,7 @@ from linearize.training.config import BlockwiseConfig
 from linearize.training.data.train_dataset import TrainDataset
 from linearize.training.dataset_stage import DatasetStageConfig
 from linearize.training.stages.attention_transfer import AttentionTransferConfig
+from linearize.training.stages.earlier_adapter import check_plan
 from linearize.training.stages.lowrank import LowRankConfig
 
 FROZEN_BASE = ("attention_transfer", "lowrank")  # stages that leave all weights of the teacher as they are
@@ -95,7 +96,21 @@ def check_stages(
                     f"attention_transfer compares attention outputs, which {', '.join(others)} does not have (it "
                     "replaces the whole attention module): use hidden_alignment"
                 )
+            if isinstance(stage, LowRankConfig) and stage.start is not None:
+                _check_start(stage, stage.start, number, recipe, student)
             stage.check(student, teacher)
+
+
+def _check_start(stage: LowRankConfig, start: str, number: int, recipe: Recipe, student: LinearizedForCausalLM) -> None:
+    """Refuse a start that would replace what was trained before it, or does not fit the plan."""
+    earlier = [i for i, other in enumerate(recipe.stages[:number]) if other.tokens != 0]
+    if earlier:
+        keys = ", ".join(f"stages.{i}.tokens=0" for i in earlier)
+        raise InputError(f"start {start} replaces what earlier stages train: set {keys}, or leave start out")
+    if recipe.plan.schedule is not None and stage.at == "each":
+        raise InputError(f"start {start} would come back after each step of plan.schedule: set at=last, or no schedule")
+    heads = recipe.plan.heads
+    check_plan(start, student, heads_follow=heads is not None and heads.needs_scores)
 
 
 def check_rows(recipe: Recipe, text: TrainDataset, steps: int) -> None:

@@ -212,6 +212,12 @@ def for_adapter(recipe: Recipe, *, stream: bool) -> Recipe:
     low_rank = [number for number, stage in running if isinstance(stage, LowRankConfig)]
     if len(low_rank) > 1:
         raise InputError(f"an adapter holds the LoRA of one stage, this recipe has it in stages {low_rank}: keep one")
+    for number in low_rank:
+        if recipe.plan.schedule is not None and recipe.stages[number].at == "each":
+            raise InputError(
+                f"an adapter holds the LoRA of one stage, and stages.{number} runs after each step of plan.schedule: "
+                f"set stages.{number}.at=last"
+            )
     unsupported = {
         "--stream": stream, "a draft (plan.depth)": recipe.plan.depth is not None,
         f"--base {recipe.base_weights}": recipe.base_weights != "full",

@@ -77,8 +77,8 @@ class WindowMixer(AttentionMixer):
         state: WindowLinearState | None = None,
     ) -> Decoder | None:
         """See `AttentionMixer.decoder`."""
-        if state is None or k_BGTD.shape[::2] != (1, 1):
-            return None
+        if state is None or k_BGTD.shape[::2] != (1, 1) or any(x.is_meta for x in self.parameters()):
+            return None  # no decoder for a weight that is offloaded between calls
         spec = self.spec(scaling=scaling, softcap=softcap, branch="both")
         if not can_decode(q_BHUD, k_BGTD, state, spec, layout):
             return None

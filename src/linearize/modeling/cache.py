@@ -143,7 +143,8 @@ class MixerCacheLayer(CacheLayerMixin):
 
     _layer_type = MIXER_LAYER
     _decoder: Decoder | None = None  # of tokens after the last state
-    _decoder_of: tuple[object, float, float | None]
+    _decoder_of: tuple[object, float, float | None] | None = None
+    _config: object | None = None  # of the mixer whose state it is
     is_sliding = False
     is_croppable = True
     supports_early_init = False
@@ -156,6 +157,7 @@ class MixerCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.state = None
+        self._config = None
         self.pending: Pending | None = None
         self.accepted = 0  # pending tokens that no `crop` can drop any more: none of them, or all
         self.has_dead = False  # whether a column may be dead in some row: padding, or tokens that it did not keep
@@ -174,7 +176,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     @state.setter
     def state(self, state: MixerState | None) -> None:
-        self._state, self._decoder = state, None
+        self._state, self._decoder, self._decoder_of = state, None, None
 
     def __getstate__(self) -> dict[str, object]:
         """Copies hold the state, not the decoder."""
@@ -210,8 +212,13 @@ class MixerCacheLayer(CacheLayerMixin):
 
         The same call takes the accepted tokens into the state, and the new ones too unless recording. While recording,
         all but the last `HELD` tokens of a longer call are taken in as well: no draft is as long.
+
+        Raises:
+            InputError: the mixer was given a store or softmax heads after earlier tokens.
         """
         self.is_initialized = True
+        if mixer.config is not self._config:
+            self._check_config(mixer.config)
         if isinstance(run, DecodingRun) and (y := self._decoded(inputs, run, layout)) is not None:
             return y
         new = Pending(inputs, mixer.time_dim, layout)
@@ -227,6 +234,15 @@ class MixerCacheLayer(CacheLayerMixin):
             ys.append(self._run(new, run, slice(0, tokens), commit_all=not self.record_past))
         self.cumulative_length += tokens
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=mixer.time_dim)
+
+    def _check_config(self, config: object) -> None:
+        """Refuse another mixer than that of the tokens before."""
+        if self._config is not None and self.cumulative_length and config != self._config:
+            raise InputError(
+                f"a cache of {self.cumulative_length} tokens was filled by {self._config}, and the layer has {config} "
+                "now: begin with a new cache"
+            )
+        self._config = config
 
     def _decoded(self, inputs: tuple[Tensor, ...], run: DecodingRun, layout: Layout) -> Tensor | None:
         """The next token's outputs by a decoder; None where there is none for it."""

@@ -56,9 +56,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> Any:
         service.engine.start()
-        yield
-        service.engine.stop()
-        service.engine.store.close()
+        try:
+            yield
+        finally:
+            try:
+                service.engine.stop()
+            finally:
+                service.engine.store.close()
 
     app = FastAPI(title="linearize", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(Guards, api_key=api_key, most_bytes=max_body, body_timeout=body_timeout)

@@ -22,7 +22,7 @@ def prompts_in(path: Path | str) -> list[str]:
     path, text = Path(expand_home(path)), read_text(path)
     if path.suffix != ".jsonl":
         return [part.strip() for part in text.split("\n\n") if part.strip()]
-    return [_prompt(line, f"{path}, line {i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [_prompt(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _prompt(line: str, place: str) -> str:

@@ -9,6 +9,7 @@ places where two tokens are equally probable up to rounding, which are reported.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -41,7 +42,7 @@ PROMPTS = (
 NOISE = re.compile(r"\s*For further information visit|\d+\.\d\d\.\d{3}\.\d{3} [DITW] ")
 """Lines after the reason: pydantic's last one, and what llama.cpp notes."""
 STOPPED = ("GGML_ASSERT", "error loading model")  # of llama.cpp, which goes on to say other things
-ROUNDING = 1e-4  # nats between two tokens of which rounding picks one
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens of which rounding picks one
 NEW = 30  # tokens written after each prompt: beyond the windows of most students
 TIE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens that rounding may swap
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.05}  # nats by which a log-probability may differ
@@ -49,18 +50,19 @@ TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.05}  # nats by which
 
 class Parting(BaseModel):
     """Where an engine's text leaves that of `generate`. `prompt`, `place`: from 0. `gap`: nats, by the student, between
-    the two tokens there."""
+    the two tokens there; `rounding`: below which rounding decides."""
 
     prompt: int
     place: int
     engine_token: int
     generated_token: int
     gap: float
+    rounding: float = ROUNDING["float32"]
 
     @property
     def is_tie(self) -> bool:
         """Whether rounding decides between the two."""
-        return self.gap < ROUNDING
+        return self.gap < self.rounding
 
 
 class Verification(BaseModel):
@@ -110,8 +112,11 @@ def verify(
         revision, token: of the student, where it is a Hub name.
 
     Raises:
-        InputError: an unknown engine, one that is not installed or does not load the folder, or no student.
+        InputError: an unknown engine, one that is not installed, does not load the folder or gives no numbers, an empty
+            list of prompts, or no student.
     """
+    if prompts is not None and not prompts:
+        raise InputError("prompts is empty: give texts, or None for five of ours")
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
     folder, student = Path(expand_home(folder)), expand_home(student)
@@ -123,7 +128,7 @@ def verify(
         raise InputError(f"{folder} carries code of its own, which {engine} would run: add --trust-remote-code")
     place = local_copy(student, revision=revision, token=token).path
     model: Any = load(place)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.").replace("float64", "float32")  # no engine has fp64
     rows = _rows(place, model) if prompts is None else _own_rows(place, prompts, model, new)
     request = {"rows": rows, "new": new, "dtype": dtype, "remote_code": trust_remote_code}
     with phase(f"running {engine}"), tempfile.TemporaryDirectory() as temporary:
@@ -134,7 +139,7 @@ def verify(
     result = _compared(model, engine, str(folder), dtype, rows, answer)
     if prompts is None:
         return result
-    partings = _partings(model, rows, answer)
+    partings = _partings(model, rows, answer, ROUNDING[dtype])
     return result.model_copy(update={"same_texts": len(rows) - len(partings), "partings": partings})
 
 
@@ -193,12 +198,16 @@ def _compared(
     """Read what the engine wrote with the student, in one pass for each prompt."""
     tokens, equal, difference, first = 0, 0, 0.0, None
     for number, (row, written) in enumerate(zip(rows, answer["rows"], strict=True)):
+        given = written["logprobs"]
+        if not written["tokens"] or not all(x is not None and math.isfinite(x) for x in given):
+            what = "log-probabilities that are no numbers" if written["tokens"] else "nothing"
+            raise InputError(f"{engine} wrote {what} after prompt {number + 1}: it does not run {folder} rightly")
         ids = torch.tensor([[*row, *written["tokens"]]], device=model.device)
         scores = model(input_ids=ids, use_cache=False).logits[0, len(row) - 1 : -1].float().log_softmax(-1)
         own = scores.gather(-1, ids[0, len(row) :, None])[:, 0]
         right = (scores.amax(-1) - own <= TIE[dtype]).tolist()
         tokens, equal = tokens + len(right), equal + sum(right)
-        difference = max(difference, float((own.cpu() - torch.tensor(written["logprobs"])).abs().max()))
+        difference = max(difference, float((own.cpu() - torch.tensor(given)).abs().max()))
         if first is None and not all(right):
             first = (number, right.index(False))
     return Verification(
@@ -208,7 +217,9 @@ def _compared(
 
 
 @torch.no_grad()
-def _partings(model: Any, rows: Sequence[Sequence[int]], answer: dict[str, Any]) -> list[Parting]:
+def _partings(
+    model: Any, rows: Sequence[Sequence[int]], answer: dict[str, Any], rounding: float = ROUNDING["float32"]
+) -> list[Parting]:
     """Where the engine's texts leave those that the student's own `generate` writes."""
     partings = []
     with phase("comparing with generate"):
@@ -226,6 +237,9 @@ def _partings(model: Any, rows: Sequence[Sequence[int]], answer: dict[str, Any])
             scores = model(input_ids=read, use_cache=False).logits[0, -1].float().log_softmax(-1)
             gap = float((scores[own[place]] - scores[tokens[place]]).abs())
             partings.append(
-                Parting(prompt=number, place=place, engine_token=tokens[place], generated_token=own[place], gap=gap)
-            )
+                Parting(
+                    prompt=number, place=place, engine_token=tokens[place], generated_token=own[place], gap=gap,
+                    rounding=rounding,
+                )
+            )  # fmt: skip
     return partings

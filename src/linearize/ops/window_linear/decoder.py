@@ -67,8 +67,13 @@ def has_decoder(spec: WindowLinear, device: str, dtype: torch.dtype) -> bool:
 
 
 def _is_free() -> bool:
-    """Whether nothing asks for gradients, for other dtypes or for a graph."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    """Whether nothing asks for gradients, for other dtypes, for a graph or for a backend."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and DISPATCH.forced is None
+    )
 
 
 def _known(feature_map: object) -> FeatureWeights | None:
@@ -86,7 +91,8 @@ class _Views(NamedTuple):
 
 
 class WindowDecoder:
-    """A state that tokens are read into one by one; `state()` gives it back and ends the decoder."""
+    """A state that tokens are read into one by one; `state()` gives it back and ends the decoder. The map of queries is
+    a copy of the weights at that time."""
 
     def __init__(self, state: WindowLinearState, spec: WindowLinear, num_heads: int) -> None:
         """To be asked for where `can_decode`; takes copies of all that is written to."""

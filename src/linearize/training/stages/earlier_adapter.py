@@ -38,10 +38,11 @@ from linearize.storage.files import expand_home, read_json
 def check_start(
     folder: str, student: LinearizedForCausalLM, *, rank: int, alpha: int, projections: Sequence[str]
 ) -> None:
-    """Refuse an adapter that `lowrank` with this LoRA cannot go on from; reads no weights of it.
+    """Refuse an adapter that `lowrank` with this LoRA cannot go on from; reads no weights of it. Its plan is for
+    `check_plan`.
 
     Raises:
-        InputError: no adapter, one of another teacher, of another plan or LoRA, or several processes.
+        InputError: no adapter, one of another teacher, of another LoRA, or several processes.
     """
     pin = teacher_of(folder)
     if shards_of(student) is not None:
@@ -49,7 +50,6 @@ def check_start(
     name = student.config.teacher_name
     if name is not None and pin.fingerprint != weights_fingerprint(find_model(str(name))):
         raise InputError(f"start {folder} is an adapter of {pin.teacher}, whose weights are not those of {name}")
-    _groups(folder, _plan_of(folder, student), student, heads_follow=True)
     path = Path(expand_home(folder)) / FOLDER
     if path.is_dir():
         there = read_json(path / "adapter_config.json")
@@ -60,6 +60,13 @@ def check_start(
         stems = {_own_name(name).partition(".lora_")[0] for name in tensors_of(path / WEIGHTS)}
         if stems != set(projections):
             raise InputError(f"start {folder} has LoRA on other layers than this stage: set targets to those it had")
+
+
+def check_plan(folder: str, student: LinearizedForCausalLM, *, heads_follow: bool = False) -> None:
+    """Refuse an adapter of another plan. `heads_follow`: the student gets its retrieval heads later on, when they are
+    scored. Raises InputError."""
+    teacher_of(folder)
+    _groups(folder, _plan_of(folder, student), student, heads_follow=heads_follow)
 
 
 def start_from(
