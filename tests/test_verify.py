@@ -174,10 +174,10 @@ def test_only_a_tie_may_part_texts(gap: float, passed: bool) -> None:
 
 def test_prompts_are_taken_in_turn_from_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"turns": ["one", "two"]}\n\n{"prompt": "three"}\n', "utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n', "utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "fo\u2028ur"}\n', "utf-8")
     (tmp_path / "c.txt").write_text("five\nsix\n\nseven\n", "utf-8")
-    assert read_prompts([tmp_path]) == ["one", "four", "three"]
-    assert read_prompts([tmp_path / "b.jsonl", tmp_path / "c.txt"], 2) == ["four", "five\nsix"]
+    assert read_prompts([tmp_path]) == ["one", "fo\u2028ur", "three"]
+    assert read_prompts([tmp_path / "b.jsonl", tmp_path / "c.txt"], 2) == ["fo\u2028ur", "five\nsix"]
     (tmp_path / "bad.jsonl").write_text('{"turns": ["one"]}\n{"turns": []}\n', "utf-8")
     with pytest.raises(InputError, match=r"bad\.jsonl, line 2: has no prompt"):
         read_prompts([tmp_path / "bad.jsonl"])
