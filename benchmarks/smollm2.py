@@ -3,7 +3,8 @@
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
-    python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data lookups.jsonl --tokens 100k
+    python -m benchmarks.smollm2 train window-linear-lookup-1 --teacher DIR --data lookups.jsonl --tokens 100k
+    python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data dense.jsonl --data more.jsonl ...
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
@@ -68,7 +69,7 @@ ROWS = {
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
     "window-linear-recall": Row("window-linear", RECALLING, start="window-linear-recall-1"),
     "window-linear-lookup": Row(
-        "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-recall"
+        "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-lookup-1"
     ),
     **{
         f"{mixer}-{share}": Row(
@@ -87,6 +88,9 @@ ROWS = {
 # What rows start from. For the hybrids: all layers at once, each aligned with the attention that it replaces.
 STARTS = {
     "window-linear-recall-1": Row("window-linear", RECALLING, start="window-linear"),
+    "window-linear-lookup-1": Row(
+        "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-recall"
+    ),
     **{
         f"{mixer}-aligned": Row(recipe, {"plan.layers": "all", "stages.0.length": 512}, [ALIGNMENT])
         for mixer, recipe in HYBRIDS.items()
