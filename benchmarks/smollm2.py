@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import linearize
-from benchmarks.smollm2_measure import TEACHER, measure
+from benchmarks.smollm2_measure import TEACHER, languages, measure
 from linearize.numbers import parse_count
 from linearize.phases import shown
 from linearize.training.progress import Progress
@@ -157,8 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.verb == "train":
             train(options.row, options)
             return
+        spoken = languages(options.rows, FOLDER, options) if options.lengths else {}
         for name in options.rows:
-            numbers = measure(name, FOLDER, options)
+            numbers = measure(name, FOLDER, options, spoken.get(name))
             FOLDER.mkdir(parents=True, exist_ok=True)
             (FOLDER / f"{name}.json").write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
             print(name, numbers.losses, flush=True)

@@ -108,9 +108,13 @@ class Variant(BaseModel):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
 
-def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
-    """Losses, tasks, state bytes and continuations of a row. Where no lengths or a limit of 0 are asked, that part
-    stays as an earlier run measured it, or is left out."""
+Language = tuple[dict[int, Losses], list[str]]
+"""Losses of a row by length, and what it writes after the prompts."""
+
+
+def measure(name: str, folder: Path, options: argparse.Namespace, language: Language | None) -> RowNumbers:
+    """Losses and continuations (`language`), tasks and state bytes of a row. Where no language is given or a limit of 0
+    is asked, that part stays as an earlier run measured it, or is left out."""
     path = options.teacher if name == TEACHER else str(folder / name)
     file, earlier = folder / f"{name}.json", None
     if file.is_file():
@@ -119,10 +123,12 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> RowNumbers:
     tasks, tasks_provenance = ({}, None) if earlier is None else (earlier.tasks, earlier.tasks_provenance)
     if options.limit:
         tasks, tasks_provenance = _tasks(name, path, options), now
-    if options.lengths or earlier is None:
-        losses_at, written = _language(name, path, options)
-    else:
+    if language is not None:
+        losses_at, written = language
+    elif earlier is not None:
         losses_at, written, now = earlier.losses, earlier.continuations, earlier.provenance
+    else:
+        losses_at, written = {}, []
     cache = inspect_model(path, contexts=[CACHE_CONTEXT])["cache"][0]
     return RowNumbers(
         name=name,
@@ -157,18 +163,29 @@ def _tasks(name: str, path: str, options: argparse.Namespace) -> dict[str, TaskN
     }
 
 
-def _language(name: str, path: str, options: argparse.Namespace) -> tuple[dict[int, Losses], list[str]]:
-    """Losses by length, and what the row writes after the prompts."""
+def languages(names: Sequence[str], folder: Path, options: argparse.Namespace) -> dict[str, Language]:
+    """Losses and continuations of rows, with one pass of the teacher for all."""
     guide, tokenizer = load_any(options.teacher)
-    student = guide if name == TEACHER else load_any(options.teacher, adapter=path)[0]
+    students = {
+        name: guide if name == TEACHER else load_any(options.teacher, adapter=str(folder / name))[0] for name in names
+    }
     torch.set_flush_denormal(True)
     documents = load_documents(list(options.text), load_tokenizer(options.teacher))
-    losses_at = {}
+    prompts = (*PROMPTS, book_prompt(documents, tokenizer))
+    losses_at: dict[str, dict[int, Losses]] = {name: {} for name in names}
     for length in options.lengths:
         rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
-        losses_at[length] = losses(guide, None if name == TEACHER else student, rows)
-    prompts = (*PROMPTS, book_prompt(documents, tokenizer))
-    return losses_at, [continued(student, tokenizer, prompt) for prompt in prompts]
+        views: dict[str, View] = {}
+        for name in set(names) - {TEACHER}:
+            views |= {f"{name} {view}": of for view, of in _views(students[name]).items()}
+        loss, away = distances(guide, views, rows)
+        for name in names:
+            own = {view: away[f"{name} {view}"] for view in ("student", "window") if f"{name} {view}" in away}
+            losses_at[name][length] = Losses(documents=len(rows), teacher=loss, **own)
+    return {
+        name: (losses_at[name], [continued(student, tokenizer, prompt) for prompt in prompts])
+        for name, student in students.items()
+    }
 
 
 def first_rows(documents: Sequence[Document], length: int, count: int, pad: int) -> list[Batch]:
@@ -180,13 +197,16 @@ def first_rows(documents: Sequence[Document], length: int, count: int, pad: int)
 
 def losses(teacher: Any, student: Any, rows: Sequence[Batch]) -> Losses:
     """The teacher's loss, and of a student and its window alone how far they are from it."""
-    views = {}
-    if student is not None:
-        views["student"] = View(model=student)
-        if any(getattr(mixer, "name", None) == "lolcats" for mixer in student.config.mixers()):
-            views["window"] = View(model=student, branch="window")
-    loss, away = distances(teacher, views, rows)
+    loss, away = distances(teacher, {} if student is None else _views(student), rows)
     return Losses(documents=len(rows), teacher=loss, **away)
+
+
+def _views(student: Any) -> dict[str, View]:
+    """A student, and its window alone where it has a linear branch beside it."""
+    views = {"student": View(model=student)}
+    if any(getattr(mixer, "name", None) == "lolcats" for mixer in student.config.mixers()):
+        views["window"] = View(model=student, branch="window")
+    return views
 
 
 def distances(teacher: Any, views: Mapping[str, View], rows: Sequence[Batch]) -> tuple[Mean, dict[str, Distance]]:

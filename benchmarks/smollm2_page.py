@@ -149,7 +149,8 @@ def prompts(rows: Measured) -> str:
     shown = (*PROMPTS, f"(the first {BOOK_TOKENS:,} tokens of a held-out novel)")
     for number, prompt in enumerate(shown):
         parts.append(f"*{prompt}*\n")
-        parts += [f"- {name}: {' '.join(row.continuations[number].split())}" for name, row in rows.items()]
+        written = {name: row.continuations[number] for name, row in rows.items() if row.continuations}
+        parts += [f"- {name}: {' '.join(text.split())}" for name, text in written.items()]
         parts.append("")
     return "\n".join(parts)
 
