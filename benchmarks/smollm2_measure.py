@@ -114,7 +114,7 @@ Language = tuple[dict[int, Losses], list[str]]
 
 def measure(name: str, folder: Path, options: argparse.Namespace, language: Language | None) -> RowNumbers:
     """Losses and continuations (`language`), tasks and state bytes of a row. Where no language is given or a limit of 0
-    is asked, that part stays as an earlier run measured it, or is left out."""
+    is asked, that part stays as an earlier run measured it, or is left out; so do losses at other lengths."""
     path = options.teacher if name == TEACHER else str(folder / name)
     file, earlier = folder / f"{name}.json", None
     if file.is_file():
@@ -124,7 +124,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace, language: Lang
     if options.limit:
         tasks, tasks_provenance = _tasks(name, path, options), now
     if language is not None:
-        losses_at, written = language
+        losses_at, written = ({} if earlier is None else earlier.losses) | language[0], language[1]
     elif earlier is not None:
         losses_at, written, now = earlier.losses, earlier.continuations, earlier.provenance
     else:
