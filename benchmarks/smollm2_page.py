@@ -168,8 +168,8 @@ def page(rows: Measured) -> str:
 
 The teacher is SmolLM2-135M-Instruct: 30 layers, 9 query and 3 key/value heads of 64, context 8,192. Every row was
 trained on whole novels (`novels_a`, `novels_b`), at 2,048 tokens where its line says nothing else, one row of text a
-step, in bf16 on two cores, seed 0, and measured in fp32 on the first tokens of novels of `novels_c`
-({documents} tokens), which no row was trained or tuned on.
+step, in bf16 on two cores, seed 0, and measured in bf16, as the teacher's files are, on the first tokens of novels of
+`novels_c` ({documents} tokens; hybrids: 8 of 2,048, 2 of 4,096), which no row was trained or tuned on.
 Losses are in nats per token above the teacher's; ± is one standard error over documents. There is one run per row,
 which takes hours on two cores: rows that say "not measured" were not run yet. Measured at commit
 {facts.get("commit", "?")[:7]} on {facts["hardware"].get("cores", "?")} cores of {facts["hardware"].get("cpu", "?")},
@@ -180,8 +180,8 @@ which takes hours on two cores: rows that say "not measured" were not run yet. M
 In rows with `lowrank` as their last stage, the stage is that of `window-linear`: KL to the teacher on LoRA of rank 16
 (every linear layer of the blocks) and on the mixers. Hybrids start from one student per mixer, all of whose layers were
 converted and aligned at once with the attention that they replace (`hidden_alignment`, lr 3e-3); then `lowrank` trains
-each share at lr 3e-4. Both take rows of 512 tokens. They were trained on far fewer tokens than the other rows (see
-Cost), and published hybrids take billions.
+each share at lr 3e-4. Both take rows of 512 tokens, on one core. They were trained on far fewer tokens than the other
+rows (see Cost), and published hybrids take billions; their adapters are too large to commit.
 
 ## Losses
 

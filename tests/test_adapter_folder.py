@@ -15,6 +15,7 @@ from teacher_folder import write_teacher, write_text
 import linearize
 from linearize.cli.main import main
 from linearize.errors import InputError
+from linearize.modeling.inspect import inspect_model
 from linearize.modeling.io.adapter_folder import MIXERS, PIN
 
 SETTINGS = {
@@ -44,6 +45,8 @@ def test_it_is_the_student_without_the_teachers_weights(both: Path) -> None:
     ids = text(2, 21) % 40
     expected, logits = whole(ids).logits, student(ids).logits
     low = json.loads((teacher / "config.json").read_text())["dtype"] == "bfloat16"
+    assert inspect_model(both / "adapter")["dtype"] == ("bfloat16" if low else "float32")
+    assert linearize.load(teacher, adapter=both / "adapter").dtype == (torch.bfloat16 if low else torch.float32)
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.1 if low else 2e-5)  # bf16: mixers and LoRA are rounded
     bare = linearize.modeling.LinearizedForCausalLM.from_teacher(student.lm, student.config.mixers())
     assert (bare(ids).logits - expected).abs().max() > 0.2

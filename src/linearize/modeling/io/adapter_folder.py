@@ -107,7 +107,7 @@ def save_adapter_folder(
         for name, tensor in mixer_tensors(student).items()
     }
     with writing("the adapter", folder, sum(tensor.nbytes for tensor in mixers.values())):
-        save_config(student, folder)
+        save_config(student, folder, stored)
         tokenizer.save_pretrained(folder)
         save_file(mixers, folder / MIXERS, {"format": "pt"})
         if (kept := kept_adapters(student)) is not None:

@@ -117,11 +117,13 @@ def _is_valid(config: GenerationConfig, changes: Mapping[str, object] | None = N
     return True
 
 
-def save_config(student: LinearizedForCausalLM, folder: Path) -> None:
-    """What tells a loader of the weights in a student's folder."""
+def save_config(student: LinearizedForCausalLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """What tells a loader of the weights in a student's folder. `dtype`: in which they will be loaded, if in another
+    than they have now."""
     student.config.architectures = [type(student).__name__]
-    student.config.dtype = student.dtype
+    student.config.dtype = dtype or student.dtype
     student.config.save_pretrained(folder)
+    student.config.dtype = student.dtype
     student.generation_config.save_pretrained(folder)
 
 
