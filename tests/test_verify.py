@@ -145,9 +145,9 @@ def test_texts_part_from_those_of_generate_where_a_token_differs(folders: Path) 
     assert parting.gap == pytest.approx(float(scores.max() - scores[other]), abs=1e-5) and not parting.is_tie
 
 
-@pytest.mark.parametrize("given", [[-1.0, float("nan")], [None, -1.0], []])
-def test_an_engine_that_gives_no_numbers_is_refused(folders: Path, given: list[float | None]) -> None:
-    answer = {"version": "1", "rows": [{"tokens": [7, 3][: len(given)], "logprobs": given}]}
+@pytest.mark.parametrize("logprobs", [[-1.0, float("nan")], [None, -1.0], []])
+def test_an_engine_that_gives_no_numbers_is_refused(folders: Path, logprobs: list[float | None]) -> None:
+    answer = {"version": "1", "rows": [{"tokens": [7, 3][: len(logprobs)], "logprobs": logprobs}]}
     with pytest.raises(InputError, match="prompt 1"):
         _compared(load(folders / "student"), "vllm", "f", "float32", [[5, 9]], answer)
 

@@ -198,8 +198,8 @@ def _compared(
     """Read what the engine wrote with the student, in one pass for each prompt."""
     tokens, equal, difference, first = 0, 0, 0.0, None
     for number, (row, written) in enumerate(zip(rows, answer["rows"], strict=True)):
-        given = written["logprobs"]
-        if not written["tokens"] or not all(x is not None and math.isfinite(x) for x in given):
+        logprobs = written["logprobs"]
+        if not written["tokens"] or not all(x is not None and math.isfinite(x) for x in logprobs):
             what = "log-probabilities that are no numbers" if written["tokens"] else "nothing"
             raise InputError(f"{engine} wrote {what} after prompt {number + 1}: it does not run {folder} rightly")
         ids = torch.tensor([[*row, *written["tokens"]]], device=model.device)
@@ -207,7 +207,7 @@ def _compared(
         own = scores.gather(-1, ids[0, len(row) :, None])[:, 0]
         right = (scores.amax(-1) - own <= TIE[dtype]).tolist()
         tokens, equal = tokens + len(right), equal + sum(right)
-        difference = max(difference, float((own.cpu() - torch.tensor(given)).abs().max()))
+        difference = max(difference, float((own.cpu() - torch.tensor(logprobs)).abs().max()))
         if first is None and not all(right):
             first = (number, right.index(False))
     return Verification(
