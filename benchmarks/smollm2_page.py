@@ -35,9 +35,9 @@ WHAT = {
     "window-linear": "the default recipe, with attention transfer at lr 3e-2",
     "window-linear-recall": "`window-linear` trained on, twice, at 4,096 tokens, 128 exact pairs, 5% retrieval heads",
     "window-linear-lookup": "`window-linear-recall` trained on with text that repeats and asks for what it held",
-    **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention, trained as described below" for share in (50, 25, 0)},
+    **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention (see below)" for share in (50, 25, 0)},
     **{
-        f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention, trained as described below"
+        f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention (see below)"
         for share in (50, 25, 0)
     },
 }
@@ -150,7 +150,7 @@ def prompts(rows: Measured) -> str:
     for number, prompt in enumerate(shown):
         parts.append(f"*{prompt}*\n")
         written = {name: row.continuations[number] for name, row in rows.items() if row.continuations}
-        parts += [f"- {name}: {' '.join(text.split())}" for name, text in written.items()]
+        parts += [f"> - {name}: {' '.join(text.split())}" for name, text in written.items()]
         parts.append("")
     return "\n".join(parts)
 

@@ -163,8 +163,8 @@ def test_names_say_what_they_name(folder: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_are_in_plain_words(page: Path) -> None:
-    lines = page.read_text("utf-8").splitlines()
-    used = [f"{n}: {line}" for n, line in enumerate(lines, 1) if re.search(rf"\b({'|'.join(PROSE)})\b", line)]
+    lines = [(n, line) for n, line in enumerate(page.read_text("utf-8").splitlines(), 1) if line[:1] != ">"]
+    used = [f"{n}: {line}" for n, line in lines if re.search(rf"\b({'|'.join(PROSE)})\b", line)]  # but quotations
     assert not used, "\n".join(used)
 
 
