@@ -224,8 +224,8 @@ def page() -> None:
         "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
         "key/value groups with their softmax attention; both given to the trained student without training. "
         "`window-linear-recall` was trained with 128 pairs and 4 of 90 groups, at 4,096 tokens; `window-linear-lookup` "
-        "goes on from it on text that asks for what it held (`recall_text`). Decode times of rows are from different "
-        "days, unless `recall decode` measured them together.", "",
+        "goes on from it on text that asks for what it held (`recall_text`). Decode times: in turn, on one "
+        "core, in bf16.", "",
         table(head, map(line, variants)), "", "![Pass keys by length](passkey.svg)", "",
     ]  # fmt: skip
     PAGE.write_text("\n".join(text), encoding="utf-8")
