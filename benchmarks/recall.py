@@ -244,7 +244,7 @@ def page() -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set(title="Pass keys found", xlabel="tokens of text", ylabel="exact answers", ylim=(-0.03, 1.03))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc=(0.33, 0.2))
     print(PAGE, *figure_files(FOLDER, "passkey"))
 
 
