@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from linearize.evaluation.needles import sentences
+from linearize.metrics.head_scores import SYLLABLES
 
 REPEATED = 4  # sentences
 MOST = 50  # facts
 FEWEST = 100  # sentences of a text that passages are taken from
-SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 FORMS = (
     "The number that {name} wrote down was {value}", "{name} keeps {value} in the drawer", "{name} lives at {value}",
     "The price of a {name} is {value} pounds", "In the year {value} the ship {name} was lost",

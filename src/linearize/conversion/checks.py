@@ -96,9 +96,9 @@ def check_stages(
                     f"attention_transfer compares attention outputs, which {', '.join(others)} does not have (it "
                     "replaces the whole attention module): use hidden_alignment"
                 )
+            stage.check(student, teacher)
             if isinstance(stage, LowRankConfig) and stage.start is not None:
                 _check_start(stage, stage.start, number, recipe, student)
-            stage.check(student, teacher)
 
 
 def _check_start(stage: LowRankConfig, start: str, number: int, recipe: Recipe, student: LinearizedForCausalLM) -> None:

@@ -33,7 +33,7 @@ ROWS = 16  # groups ablated at a time
 DIGITS = 5
 WINDOW = 128  # tokens that an ablated group sees, beside the first: the reach of a terraced window of 64
 Ablation = Literal["far", "all"]
-_SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def _names(rng: random.Random) -> Iterator[str]:
     """Invented names, none twice."""
     used: set[str] = set()
     while True:
-        name = "".join(rng.choice(_SYLLABLES) for _ in range(3)).capitalize()
+        name = "".join(rng.choice(SYLLABLES) for _ in range(3)).capitalize()
         if name not in used:
             used.add(name)
             yield name

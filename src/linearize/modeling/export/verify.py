@@ -42,9 +42,9 @@ PROMPTS = (
 NOISE = re.compile(r"\s*For further information visit|\d+\.\d\d\.\d{3}\.\d{3} [DITW] ")
 """Lines after the reason: pydantic's last one, and what llama.cpp notes."""
 STOPPED = ("GGML_ASSERT", "error loading model")  # of llama.cpp, which goes on to say other things
-ROUNDING = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens of which rounding picks one
 NEW = 30  # tokens written after each prompt: beyond the windows of most students
 TIE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # nats between two tokens that rounding may swap
+ROUNDING = TIE | {"float32": 1e-4}  # of texts, which part where rounding picks one of two tokens
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.05}  # nats by which a log-probability may differ
 
 
