@@ -63,8 +63,8 @@ def check_start(
 
 
 def check_plan(folder: str, student: LinearizedForCausalLM, *, heads_follow: bool = False) -> None:
-    """Refuse an adapter of another plan, after `check_start`. `heads_follow`: the student gets its retrieval heads later
-    on, when they are scored. Raises InputError."""
+    """Refuse an adapter of another plan, after `check_start`. `heads_follow`: the student gets its retrieval heads when
+    they are scored. Raises InputError."""
     _groups(folder, _plan_of(folder, student), student, heads_follow=heads_follow)
 
 
