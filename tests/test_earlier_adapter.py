@@ -78,6 +78,11 @@ def test_store_and_heads_may_be_added(folder: Path, tmp_path: Path) -> None:
     assert (logits(folder, with_both) - logits(folder, folder / "first")).abs().max() > 1e-3
     third = go_on(folder, tmp_path / "third", with_both, **STILL, **new)
     torch.testing.assert_close(logits(folder, third), logits(folder, with_both), rtol=0, atol=1e-5)
+    more = go_on(folder, tmp_path / "more", with_both, **STILL, **(new | {"plan.heads.keep": [[0, 0], [2, 0], [2, 1]]}))
+    earlier.keep_heads({0: [0], 2: [0]})
+    with torch.no_grad():
+        torch.testing.assert_close(logits(folder, more), earlier(ids).logits, rtol=0, atol=1e-5)
+    assert (logits(folder, more) - logits(folder, with_both)).abs().max() > 1e-3
     for heads in ({"plan.heads.keep": [[2, 0]]}, {}):  # others were trained
         with pytest.raises(InputError, match=r"^stages\.1: start"):
             go_on(folder, tmp_path / "fourth", with_both, **STILL, **{"plan.mixer.store": 2, **heads})

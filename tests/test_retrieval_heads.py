@@ -133,10 +133,19 @@ def test_heads_of_a_trained_student_are_given_back(tmp_path: Path) -> None:
     assert (kept - logits).abs().max() > 1e-3
     model.save_pretrained(tmp_path)
     assert torch.equal(linearize.load(tmp_path)(ids).logits, kept)
-    with pytest.raises(InputError, match="layer 1 has no heads to give back"):
-        model.keep_heads({1: [0]})
     with pytest.raises(InputError, match="group 5 given"):
         model.keep_heads({0: [5]})
+    model.keep_heads({1: [2], 2: [1]})  # more of a layer, and all of one
+    more = model.mixers()[1](q, k, v, **call)[0]
+    torch.testing.assert_close(more[:, :4], after[:, :4])
+    torch.testing.assert_close(more[:, 4:], softmax_attention(q, k, v, **call)[:, 4:])
+    assert model.config.mixers()[1].groups == (1, 2) and model.mixers()[2].inner is None
+    everything = model(ids).logits
+    model.keep_heads({1: [1], 2: [0]})  # those that are kept already: nothing changes
+    assert torch.equal(model(ids).logits, everything) and (everything - kept).abs().max() > 1e-3
+    ordinary = student_of(tiny(attention="sdpa"), [None, mixer("gated_delta_net"), None])
+    with pytest.raises(InputError, match="layer 1 has no heads to give back"):
+        ordinary.keep_heads({1: [0]})
 
 
 def test_what_heads_cannot_be_kept_for_is_refused_by_name(tmp_path: Path) -> None:

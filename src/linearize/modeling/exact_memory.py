@@ -48,8 +48,8 @@ def set_store(student: Any, pairs: int) -> None:
 
 
 def keep_heads(student: Any, groups: Mapping[int, Sequence[int]]) -> None:
-    """Give key/value groups of converted layers their softmax attention back, `{layer: [group, ...]}`; the others keep
-    what they learned. A cache that was filled before is of no use afterwards.
+    """Give key/value groups of converted layers their softmax attention back, `{layer: [group, ...]}`, besides those
+    that keep it already; the others keep what they learned. A cache that was filled before is of no use afterwards.
 
     Raises:
         InputError: a layer without a mixer between the projections, a group that it does not have, or a layer whose
@@ -60,10 +60,12 @@ def keep_heads(student: Any, groups: Mapping[int, Sequence[int]]) -> None:
     local = _limited(student)
     for layer, kept in groups.items():
         mixer = mixers.get(layer)
-        if mixer is None or isinstance(mixer, LayerMixer | RetrievalHeads) or layer in local:
+        if mixer is None or isinstance(mixer, LayerMixer) or layer in local:
             between = [i for i, m in mixers.items() if not isinstance(m, LayerMixer) and i not in local]
             raise InputError(f"layer {layer} has no heads to give back: layers that have are {between}")
-        new = RetrievalHeadsConfig(groups=tuple(kept), mixer=mixer.config).build(shapes[layer])
+        before = tuple(mixer.kept) if isinstance(mixer, RetrievalHeads) else ()
+        config = mixer.config.inner if before else mixer.config
+        new = RetrievalHeadsConfig(groups=tuple(dict.fromkeys((*before, *kept))), mixer=config).build(shapes[layer])
         _copy_heads(mixer, new)
         made[layer] = new
     for layer, new in made.items():
@@ -79,10 +81,13 @@ def _limited(student: Any) -> set[int]:
 
 def _copy_heads(old: Any, new: RetrievalHeads) -> None:
     """The parameters of the heads that go on with the mixer; those of all heads stay as they are."""
+    others = range(old.shape.num_kv_heads)
+    if isinstance(old, RetrievalHeads):
+        others, old = old.others, old.inner
     if new.inner is None:
         return
-    per_group = old.shape.group
-    heads = [group * per_group + r for group in new.others for r in range(per_group)]
+    per_group = new.shape.group
+    heads = [others.index(group) * per_group + r for group in new.others for r in range(per_group)]
     own = dict(new.inner.named_parameters())
     for name, parameter in old.named_parameters():
         values = parameter.data

@@ -104,16 +104,17 @@ def _plan_of(folder: str, student: LinearizedForCausalLM) -> list[MixerConfig | 
 def _groups(
     folder: str, earlier: Sequence[MixerConfig | None], student: LinearizedForCausalLM, *, heads_follow: bool = False
 ) -> dict[int, tuple[int, ...]]:
-    """The key/value groups that keep softmax in this student and did not in the earlier one. `heads_follow`: the
-    student may get its retrieval heads later on, when they are scored.
+    """The key/value groups that keep softmax in layers of this student where fewer, or none, did in the earlier one.
+    `heads_follow`: the student may get its retrieval heads later on, when they are scored.
 
     Raises:
         InputError: the plans differ in more than that, stores, and layers that keep softmax now.
     """
     groups: dict[int, tuple[int, ...]] = {}
     for layer, (old, new) in enumerate(zip(earlier, student.config.mixers(), strict=False)):
-        if isinstance(new, RetrievalHeadsConfig) and not isinstance(old, RetrievalHeadsConfig):
-            groups[layer], new = new.groups, new.mixer
+        before = old.groups if isinstance(old, RetrievalHeadsConfig) else ()
+        if old is not None and isinstance(new, RetrievalHeadsConfig) and set(before) < set(new.groups):
+            groups[layer], old, new = new.groups, old.inner, new.inner
         if heads_follow and isinstance(old, RetrievalHeadsConfig) and not isinstance(new, RetrievalHeadsConfig):
             old = old.mixer
         if new is not None and _trained_part(old) != _trained_part(new):
