@@ -3,7 +3,7 @@
     python -m benchmarks.recall heads --teacher DIR
     python -m benchmarks.recall measure teacher window-linear+store128 --teacher DIR --text c.jsonl
     python -m benchmarks.recall decode teacher window-linear+store128 --teacher DIR --text c.jsonl
-    python -m benchmarks.recall page
+    python -m benchmarks.recall_page
 
 A variant is a row of `benchmarks.smollm2`, `+storeN` for N exact pairs of each key/value head, and `+headsP` for P
 percent of the key/value groups given back their softmax attention (those that score most, `heads.json`); both are given
@@ -27,7 +27,6 @@ from pydantic import BaseModel
 from benchmarks.smollm2 import FOLDER as STUDENTS
 from benchmarks.smollm2_measure import RECALL as FOLDER
 from benchmarks.smollm2_measure import TEACHER, Losses, Variant, distances, first_rows
-from benchmarks.smollm2_page import table
 from linearize.decoding.loading import load_any
 from linearize.evaluation.haystack import (
     PASS_KEY,
@@ -41,15 +40,12 @@ from linearize.evaluation.haystack import (
 )
 from linearize.evaluation.recall import answer_greedily
 from linearize.metrics.head_scores import HeadScores, head_scores
-from linearize.metrics.intervals import wilson
-from linearize.metrics.plots import figure_files, new_figure
 from linearize.metrics.report import provenance
 from linearize.metrics.token_scores import View
 from linearize.modeling.cache_argument import with_cache
 from linearize.storage.atomic import atomic_write_text
 from linearize.training.data.loading import load_documents
 
-PAGE = FOLDER / "README.md"
 TESTS = ("passkey", "needle", "multikey", "multivalue")
 KEYS, VALUES, SEED, CONTEXT, TIMED, IN_TURN = 4, 2, 0, 4096, 128, 8
 VARIANT = re.compile(r"(?P<row>[a-z0-9-]+?)(\+store(?P<store>\d+))?(\+heads(?P<heads>\d+))?")
@@ -192,62 +188,6 @@ def rank(options: argparse.Namespace) -> None:
     atomic_write_text(FOLDER / "heads.json", heads.model_dump_json(indent=1))
 
 
-def page() -> None:
-    """A table and a plot of all variants that were measured."""
-    paths = sorted(path for path in FOLDER.glob("*.json") if path.name != "heads.json")
-    variants = [Variant.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
-    variants.sort(key=lambda variant: (variant.name != TEACHER, variant.name))
-    lengths = sorted({length for variant in variants for test in variant.recall.values() for length in test})
-    asked = [test for test in TESTS if any(test in variant.recall for variant in variants)]
-    teacher = next(variant for variant in variants if variant.name == TEACHER)
-
-    def line(variant: Variant) -> list[str]:
-        gaps = [variant.losses.get(length) for length in (2048, 4096)]
-        cells = [variant.recall.get(test, {}).get(length) for test in asked for length in lengths]
-        share = (
-            f" ({variant.state_bytes / teacher.state_bytes:.0%})" if variant.state_bytes and teacher.state_bytes else ""
-        )
-        return [
-            f"`{variant.name}`",
-            *("" if cell is None else f"{cell[0]}/{cell[1]}" for cell in cells),
-            *("" if gap is None or gap.student is None else f"{gap.student.gap.value:+.3f}" for gap in gaps),
-            "" if variant.state_bytes is None else f"{variant.state_bytes / 1e6:.2f} MB{share}",
-            "" if variant.decode_seconds is None else f"{1e3 * variant.decode_seconds:.0f} ms",
-        ]
-
-    head = ["variant", *(f"{test} {length:,}" for test in asked for length in lengths)]
-    head += ["gap at 2,048", "gap at 4,096", "state at 4,096", "a token"]
-    text = [
-        "# Recall of SmolLM2's students", "",
-        "Made by `python -m benchmarks.recall page` from the JSON files beside it. Right answers of all, generated "
-        "greedily; gaps in nats per token to the teacher on novels that nothing was trained on; the share of the state "
-        "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
-        "key/value groups with their softmax attention; both given to the trained student without training. "
-        "`window-linear-recall` was trained with 128 pairs and 4 of 90 groups, at 4,096 tokens; `window-linear-lookup` "
-        "goes on from it on text that asks for what it held (`recall_text`). Decode times: in turn, on one "
-        "core, in bf16.", "",
-        table(head, map(line, variants)), "", "![Pass keys by length](passkey.svg)", "",
-    ]  # fmt: skip
-    PAGE.write_text("\n".join(text), encoding="utf-8")
-    with new_figure(FOLDER / "passkey", width=7.0, height=4.0) as (_, (axis,)):
-        drawn = [variant for variant in variants if "passkey" in variant.recall]
-        for at, variant in enumerate(drawn):
-            cells = sorted(variant.recall["passkey"].items())
-            apart = 2 ** (0.08 * (at - (len(drawn) - 1) / 2))  # so that equal shares stay visible
-            shares = [wilson(right, items) for _, (right, items) in cells]
-            values = [right / items for _, (right, items) in cells]
-            errors = [[v - low for v, (low, _) in zip(values, shares, strict=True)],
-                      [high - v for v, (_, high) in zip(values, shares, strict=True)]]  # fmt: skip
-            axis.errorbar(
-                [length * apart for length, _ in cells], values, yerr=errors, marker="o", capsize=3, label=variant.name
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.set(title="Pass keys found", xlabel="tokens of text", ylabel="exact answers", ylim=(-0.03, 1.03))
-        axis.legend(fontsize=8, loc=(0.33, 0.2))
-    print(PAGE, *figure_files(FOLDER, "passkey"))
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -266,12 +206,9 @@ def main() -> None:
     times.add_argument("--text", action="append", required=True)
     for own in (ranks, measures, times):
         own.add_argument("--teacher", required=True)
-    commands.add_parser("page", help="write the table and the plot")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    if options.command == "page":
-        page()
-    elif options.command == "heads":
+    if options.command == "heads":
         rank(options)
     elif options.command == "decode":
         measure_decoding(options.variants, options)

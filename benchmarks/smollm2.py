@@ -3,6 +3,7 @@
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
+    python -m benchmarks.smollm2 train window-linear-dropout --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train window-linear-lookup-1 --teacher DIR --data lookups.jsonl --tokens 100k
     python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data dense.jsonl --data more.jsonl ...
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
@@ -67,6 +68,14 @@ ROWS = {
     ),
     "lolcats": Row("lolcats"),
     "window-linear": Row("window-linear", {"stages.0.lr": "3e-2"}),
+    "window-linear-dropout": Row(
+        "window-linear",
+        {
+            "stages.0.tokens": 0, "stages.1.lr": "1e-3", "stages.1.window_dropout": [0.9, 0.75, 0.5],
+            "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+        },
+        start="window-linear",
+    ),
     "window-linear-recall": Row("window-linear", RECALLING, start="window-linear-recall-1"),
     "window-linear-lookup": Row(
         "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-lookup-1"

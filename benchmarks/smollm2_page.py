@@ -33,6 +33,7 @@ WHAT = {
     "window-alone": "softmax in the same window with the same sink, LoRA and tokens, no linear branch",
     "lolcats": "LoLCATs as published (cross-entropy, LoRA of rank 8 on q, k, v, o)",
     "window-linear": "the default recipe, with attention transfer at lr 3e-2",
+    "window-linear-dropout": "`window-linear` trained on with its softmax branch left out at random (window dropout)",
     "window-linear-recall": "`window-linear` trained on, twice, at 4,096 tokens, 128 exact pairs, 5% retrieval heads",
     "window-linear-lookup": "`window-linear-recall` trained on with text that repeats and asks for what it held",
     **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention (see below)" for share in (50, 25, 0)},
@@ -77,14 +78,15 @@ def loss_table(rows: Measured, length: int) -> str:
     def cells(row: RowNumbers) -> list[str]:
         losses = row.losses.get(length)
         if losses is None or losses.student is None:
-            return [MISSING, "", "", "", ""]
-        return [*_distance(losses.student), "" if losses.window is None else f"{losses.window.gap.value:+.3f}"]
+            return [MISSING, "", "", "", "", ""]
+        alone = "" if losses.window is None else f"{losses.window.gap.value:+.3f}"
+        return [*_distance(losses.student), alone, str(losses.documents)]
 
-    head = ["row", "gap", "KL", "same top token", f"gap from {LATE:,} on", "its window alone"]
+    head = ["row", "gap", "KL", "same top token", f"gap from {LATE:,} on", "its window alone", "novels"]
     lines = by_row(rows, head, cells).split("\n")
     known = next((losses.teacher for row in rows.values() if (losses := row.losses.get(length)) is not None), None)
     loss = MISSING if known is None else f"loss {known.value:.3f}"
-    return "\n".join([*lines[:2], f"| {TEACHER} | {loss} | 0 | 100% | 0 | |", *lines[3:]])
+    return "\n".join([*lines[:2], f"| {TEACHER} | {loss} | 0 | 100% | 0 | | |", *lines[3:]])
 
 
 def _distance(student: Distance) -> list[str]:
@@ -160,8 +162,6 @@ def page(rows: Measured) -> str:
     facts = next(iter(rows.values())).provenance if rows else {"hardware": {}, "libraries": {}}
     libraries = {name: facts["libraries"].get(name, "?") for name in ("torch", "transformers", "peft")}
     versions = ", ".join(f"{name} {version}" for name, version in libraries.items())
-    losses = next((row.losses for row in rows.values()), {})
-    documents = ", ".join(f"{x.documents} of {length:,}" for length, x in losses.items())
     kinds = "\n".join(f"- `{name}`: {what}" for name, what in WHAT.items())
     tables = "\n\n".join(f"At {length:,} tokens:\n\n{loss_table(rows, length)}" for length in LENGTHS)
     return f"""# Students of SmolLM2-135M
@@ -169,7 +169,8 @@ def page(rows: Measured) -> str:
 The teacher is SmolLM2-135M-Instruct: 30 layers, 9 query and 3 key/value heads of 64, context 8,192. Every row was
 trained on whole novels (`novels_a`, `novels_b`), at 2,048 tokens where its line says nothing else, one row of text a
 step, in bf16 on two cores, seed 0, and measured in bf16, as the teacher's files are, on the first tokens of novels of
-`novels_c` ({documents} tokens; hybrids: 8 of 2,048, 2 of 4,096), which no row was trained or tuned on.
+`novels_c`, which no row was trained or tuned on; where a row was measured on fewer novels, its gap is to the teacher on
+those.
 Losses are in nats per token above the teacher's; ± is one standard error over documents. There is one run per row,
 which takes hours on two cores: rows that say "not measured" were not run yet. Measured at commit
 {facts.get("commit", "?")[:7]} on {facts["hardware"].get("cores", "?")} cores of {facts["hardware"].get("cpu", "?")},
@@ -198,7 +199,8 @@ Right answers of all, by greedy generation through the cache; more in
 
 ## Tasks
 
-lm-eval's scores in percent with one standard error, on the first items of each task{_tasks_commit(rows)}.
+lm-eval's scores in percent with one standard error, on the first {_items(rows)} items of each
+task{_tasks_commit(rows)}.
 
 {task_table(rows)}
 
@@ -224,6 +226,11 @@ The students are committed as adapters under `benchmarks/smollm2/`, so that meas
     python -m benchmarks.recall measure teacher window-linear --teacher DIR --text novels_c.jsonl
     python -m benchmarks.smollm2_page
 """
+
+
+def _items(rows: Measured) -> str:
+    """How many items of a task were measured."""
+    return " or ".join(sorted({str(task.items) for row in rows.values() for task in row.tasks.values()}))
 
 
 def _tasks_commit(rows: Measured) -> str:

@@ -1,0 +1,113 @@
+"""The table and the plot of `benchmarks.recall`, made from `benchmarks/recall/*.json`.
+
+    python -m benchmarks.recall_page
+
+Writes `benchmarks/recall/README.md`, with a plot of right answers by exact pairs and by retrieval heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.recall import FOLDER, TESTS, VARIANT
+from benchmarks.smollm2 import COMMITTED, ROWS, STARTS
+from benchmarks.smollm2_measure import TEACHER, Variant
+from benchmarks.smollm2_page import measured, table
+from linearize.metrics.intervals import wilson
+from linearize.metrics.plots import figure_files, new_figure
+
+PAGE = FOLDER / "README.md"
+TRAINED_WITH = {row: {"store": 128, "heads": 5} for row in ("window-linear-recall", "window-linear-lookup")}
+PANELS = (
+    ("passkey", 4096, "store", "exact pairs of each key/value head"),
+    ("multikey", 1024, "heads", "% of key/value groups with softmax"),
+)
+
+
+def page() -> None:
+    """A table and a plot of all variants that were measured."""
+    paths = sorted(path for path in FOLDER.glob("*.json") if path.name != "heads.json")
+    variants = [Variant.model_validate_json(path.read_text(encoding="utf-8")) for path in paths]
+    variants.sort(key=lambda variant: _place(variant.name))
+    asked = sorted(
+        {
+            (TESTS.index(test), length)
+            for variant in variants
+            for test, cells in variant.recall.items()
+            for length in cells
+        }
+    )
+    teacher = next(variant for variant in variants if variant.name == TEACHER)
+    rows = measured(COMMITTED)
+
+    def line(variant: Variant) -> list[str]:
+        losses = variant.losses | (rows[variant.name].losses if variant.name in rows else {})
+        gaps = [losses.get(length) for length in (2048, 4096)]
+        cells = [variant.recall.get(TESTS[test], {}).get(length) for test, length in asked]
+        share = (
+            f" ({variant.state_bytes / teacher.state_bytes:.0%})" if variant.state_bytes and teacher.state_bytes else ""
+        )
+        return [
+            f"`{variant.name}`",
+            *("" if cell is None else f"{cell[0]}/{cell[1]}" for cell in cells),
+            *("" if gap is None or gap.student is None else f"{gap.student.gap.value:+.3f}" for gap in gaps),
+            "" if variant.state_bytes is None else f"{variant.state_bytes / 1e6:.2f} MB{share}",
+            "" if variant.decode_seconds is None else f"{1e3 * variant.decode_seconds:.0f} ms",
+        ]
+
+    head = ["variant", *(f"{TESTS[test]} {length:,}" for test, length in asked)]
+    head += ["gap at 2,048", "gap at 4,096", "state at 4,096", "a token"]
+    text = [
+        "# Recall of SmolLM2's students", "",
+        "Made by `python -m benchmarks.recall_page` from the JSON files beside it. Right answers of all, generated "
+        "greedily; gaps in nats per token to the teacher on novels that nothing was trained on; the share of the state "
+        "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
+        "key/value groups with their softmax attention; both given to the trained student without training (softmax in "
+        "a window has no store). `window-linear-dropout` was trained on with window dropout; "
+        "`window-linear-recall` with 128 pairs and 4 of 90 groups, at 4,096 tokens; `window-linear-lookup` "
+        "goes on from it on text that asks for what it held (`recall_text`). Decode times: in turn, on one "
+        "core, in bf16.", "",
+        table(head, map(line, variants)), "", "![Answers by store and by retrieval heads](grid.svg)", "",
+    ]  # fmt: skip
+    PAGE.write_text("\n".join(text), encoding="utf-8")
+    plot(variants)
+    print(PAGE, *figure_files(FOLDER, "grid"))
+
+
+def _place(name: str) -> tuple[int, int, int, str]:
+    """Where a variant stands in the table: by row, then by store, then by heads."""
+    parts = VARIANT.fullmatch(name)
+    assert parts is not None, name
+    order = [TEACHER, *ROWS, *STARTS]
+    return order.index(parts["row"]), int(parts["heads"] or 0), int(parts["store"] or 0), name
+
+
+def plot(variants: Sequence[Variant]) -> None:
+    """Right answers by exact pairs and by retrieval heads, where more than one size of a row was measured."""
+    with new_figure(FOLDER / "grid", panels=2, width=9.0, height=4.0) as (_, axes):
+        for axis, (test, length, kind, label) in zip(axes, PANELS, strict=True):
+            lines: dict[str, list[tuple[int, tuple[int, int]]]] = {}
+            for variant in variants:
+                parts, cell = VARIANT.fullmatch(variant.name), variant.recall.get(test, {}).get(length)
+                if parts is not None and cell is not None and not parts["heads" if kind == "store" else "store"]:
+                    lines.setdefault(parts["row"], []).append((int(parts[kind] or 0), cell))
+            sizes = sorted({size for points in lines.values() for size, _ in points})
+            for at, (row, points) in enumerate(lines.items()):
+                if row == TEACHER:
+                    right, items = points[0][1]
+                    axis.axhline(right / items, color="black", linewidth=1, linestyle="--", label=row)
+                    continue
+                if len(points) == 1 and points[0][0] == 0 and row in TRAINED_WITH:
+                    points = [(TRAINED_WITH[row][kind], points[0][1])]
+                    sizes = sorted({*sizes, points[0][0]})
+                where = [sizes.index(size) + 0.06 * (at - len(lines) / 2) for size, _ in sorted(points)]
+                shares = [(right / items, *wilson(right, items)) for _, (right, items) in sorted(points)]
+                errors = [[value - low for value, low, _ in shares], [high - value for value, _, high in shares]]
+                axis.errorbar(where, [value for value, *_ in shares], yerr=errors, marker="o", capsize=3, label=row)
+            axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+            axis.set(title=f"{test} at {length:,} tokens", xlabel=label, ylabel="exact answers", ylim=(-0.03, 1.03))
+            axis.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    page()
