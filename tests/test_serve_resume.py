@@ -238,6 +238,27 @@ def test_files_are_limited_and_the_oldest_leave_first(tmp_path: Path) -> None:
     assert (4, "e") not in files.keys()  # noqa: SIM118
 
 
+def test_a_store_knows_what_its_folder_holds_and_no_more(tmp_path: Path) -> None:
+    """Files that make way for others are forgotten; those of another server are found."""
+    store = ConversationStore(0, StateFiles(tmp_path / "states", 13_000))
+    for number in range(1, 8):
+        store.keep([number] * number, saved(number), "disk")
+        store.flush()
+    store.keep([9] * 9, saved(9, 9000), "disk")  # larger than all of it
+    store.flush()
+    assert store.files is not None and len(store._on_disk) == 3
+    assert store._on_disk == store.files.keys() and dict(store._lengths) == {5: 1, 6: 1, 7: 1}
+    other = ConversationStore(0, StateFiles(tmp_path / "states", 13_000))
+    other.keep([8] * 8, saved(8), "disk")
+    other.flush()
+    assert store.find([8] * 9) is None  # not looked for until this one writes
+    store.keep([4] * 4, saved(4), "disk")
+    store.flush()
+    assert store.find([8] * 9) is not None and store.find([5] * 6) is None
+    for each in (store, other):
+        each.close()
+
+
 def test_half_written_files_of_killed_servers_go(tmp_path: Path) -> None:
     old, new = (tmp_path / f".3-{name}.safetensors.partial-x" for name in ("old", "new"))
     for path in (old, new):

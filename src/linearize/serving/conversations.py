@@ -129,11 +129,13 @@ class ConversationStore:
         except Exception as error:
             self._drop(one_line(error))
             return
+        there = self.files.keys()  # the write removed the least recently used; other servers may have added some
         with self._lock:
             self._warned = False
-            if key not in self._on_disk:
-                self._on_disk.add(key)
-                self._lengths[key[0]] += 1
+            self._lengths.subtract(length for length, _ in self._on_disk - there)
+            self._lengths.update(length for length, _ in there - self._on_disk)
+            self._lengths = +self._lengths
+            self._on_disk = there
 
     def _drop(self, why: str) -> None:
         self.dropped += 1
