@@ -6,6 +6,7 @@
     python -m benchmarks.smollm2 train window-linear-dropout --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train window-linear-lookup-1 --teacher DIR --data lookups.jsonl --tokens 100k
     python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data dense.jsonl --data more.jsonl ...
+    python -m benchmarks.smollm2 train window-linear-retrieval --teacher DIR --data a.jsonl --weight 0.4 --data ...
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +48,14 @@ ALIGNMENT = {
 @dataclass(frozen=True)
 class Row:
     """How a student is made: a recipe, and what is set in it besides tokens, batch and length. `stages`: those in
-    place of the recipe's own; `start`: the row whose student the last stage goes on from."""
+    place of the recipe's own; `start`: the row whose student the last stage goes on from; `fresh_lora`: from its
+    mixers alone."""
 
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
     stages: Sequence[dict[str, Any]] = ()
     start: str | None = None
+    fresh_lora: bool = False
 
 
 RECALLING = {
@@ -79,6 +83,12 @@ ROWS = {
     "window-linear-recall": Row("window-linear", RECALLING, start="window-linear-recall-1"),
     "window-linear-lookup": Row(
         "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-lookup-1"
+    ),
+    "window-linear-retrieval": Row(
+        "window-linear",
+        {**RECALLING, "stages.1.lr": "3e-3", "data.keep_whole": True},
+        start="window-linear",
+        fresh_lora=True,
     ),
     **{
         f"{mixer}-{share}": Row(
@@ -129,17 +139,29 @@ def train(
         if stage.length is not None:
             overrides[f"stages.{number}.length"] = length
     if row.start is not None:
-        start = FOLDER / row.start
-        overrides[f"stages.{len(recipe.stages) - 1}.start"] = str(start if start.is_dir() else COMMITTED / row.start)
+        start = FOLDER / row.start if (FOLDER / row.start).is_dir() else COMMITTED / row.start
+        if row.fresh_lora:
+            start = _mixers_of(start, FOLDER / f"{row.start}-mixers")
+        overrides[f"stages.{len(recipe.stages) - 1}.start"] = str(start)
+    data = options.data
+    if options.weight:
+        pairs = zip(data, options.weight, strict=True)
+        data, overrides["data.sources"] = [], [{"path": path, "weight": weight} for path, weight in pairs]
     linearize.convert(
         options.teacher,
         recipe=recipe,
-        data=options.data,
+        data=data,
         out=out or FOLDER / name,
         overrides=overrides | row.settings | dict(further or {}),
         adapter_only=True,
         progress=progress,
     )
+
+
+def _mixers_of(student: Path, out: Path) -> Path:
+    """A copy of a student without its LoRA."""
+    shutil.copytree(student, out, ignore=shutil.ignore_patterns("adapter"), dirs_exist_ok=True)
+    return out
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trains, measures = verbs.add_parser("train"), verbs.add_parser("measure")
     trains.add_argument("row", choices=[*ROWS, *STARTS])
     trains.add_argument("--data", action="append", required=True)
+    trains.add_argument("--weight", action="append", type=float, help="share of the tokens of each --data")
     trains.add_argument("--tokens", type=parse_count, default=500_000, help="of each stage")
     trains.add_argument("--length", type=parse_count, default=2048)
     trains.add_argument("--batch", type=int, default=1)

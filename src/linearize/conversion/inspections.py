@@ -74,7 +74,7 @@ def inspect_heads(
 ) -> dict[str, Any]:
     """Score each key/value group of a teacher by what an answer loses where the group sees a window alone; JSON-able.
 
-    `heads` has one `HeadScore` per group, the largest first. `plot`: a folder for `heads.svg` and `heads.png`.
+    `heads` has one `HeadScore` per group, by rank. `plot`: a folder for `heads.svg` and `heads.png`.
 
     Raises:
         InputError: a teacher that cannot be used.
@@ -89,13 +89,12 @@ def inspect_heads(
         )
     if plot is not None:
         plot_heads(scores, plot)
-    ranked = sorted(scores.heads, key=lambda score: -score.fall)
     return {
         "model": teacher,
         "prompts": scores.prompts,
         "tokens": scores.tokens,
         "answer": scores.answer,
-        "heads": [asdict(score) for score in ranked],
+        "heads": [asdict(score) for score in scores.heads],
     }
 
 

@@ -1,10 +1,11 @@
 """Which heads of a teacher look things up: the fall of an answer's log-probability where a group sees a window alone
-(after 2602.11374 and HydraHead, 2606.20097, which set its output to 0).
+(after 2602.11374 and HydraHead, 2606.20097, which set its output to 0), and which are worth keeping together.
 
-Prompts are lists of names and numbers, one of which is asked for at the end, far behind it. A group is ablated from the
-question on, in one row of a batch whose rows share what was computed of the list. Without their outputs the first
-layers' heads come first, whose work is near and which a window does as well; with a window in their place, it does not
-count.
+Prompts are lists of names and numbers, one of which is asked for at the end, far behind it. Groups are ablated from the
+question on, each choice in one row of a batch whose rows share what was computed of the list. Without their outputs the
+first layers' heads come first, whose work is near and which a window does as well; with a window in their place, it
+does not count. Ablation of one group at a time says little of groups that replace each other, so the ranking of the
+best fifth is by backward elimination: all other groups see a window, and the group that is missed least goes first.
 
 Letters: B rows, T tokens, G key/value heads, H query heads, S past and new tokens.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,25 +30,31 @@ from linearize.phases import phase
 
 ABLATE = "linearize_ablate"
 PROMPTS, LENGTH = 8, 768  # tokens of each list
-ROWS = 16  # groups ablated at a time
+ROWS = 16  # choices of groups ablated at a time
+SMALLEST_POOL = 8  # groups that are ranked together, at least
 DIGITS = 5
 WINDOW = 128  # tokens that an ablated group sees, beside the first: the reach of a terraced window of 64
 Ablation = Literal["far", "all"]
+Place = tuple[int, int]
+"""A layer and a key/value group of it."""
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScore:
-    """`fall`: nats that the log-probability of an answer falls by with the group ablated, mean over prompts."""
+    """`fall`: nats that the log-probability of an answer falls by with the group ablated, mean over prompts; `rank`: its
+    place among all groups, 0 for the one to keep where only one is kept."""
 
     layer: int
     group: int
     fall: float
+    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores:
-    """`answer`: log-probability of an answer with all heads, nats, mean over `prompts` lists of about `tokens`."""
+    """`answer`: log-probability of an answer with all heads, nats, mean over `prompts` lists of about `tokens`; `heads`
+    by rank."""
 
     prompts: int
     tokens: int
@@ -67,7 +74,7 @@ def head_scores(
 ) -> HeadScores:
     """Score each key/value group, with all its query heads, of each layer whose attention is not limited to a window.
 
-    Costs a pass over each list and one over its question per group.
+    Costs a pass over each list and one over its question per group, and about as many for the ranking.
 
     Args:
         prompts: number of lists. length: tokens of each, cut down to the teacher's context.
@@ -79,22 +86,61 @@ def head_scores(
     most = getattr(teacher.config.get_text_config(), "max_position_embeddings", None) or length
     places = [(site.layer, group) for site in probe(teacher) for group in range(site.far_groups)]
     rng = random.Random(seed)
-    falls, total = torch.zeros(len(places), dtype=torch.float64), 0.0
-    with phase("scoring heads", prompts * len(places), "groups") as advance:
+    with phase("reading the lists that heads are scored on", prompts, "lists") as advance:
+        runs = []
         for _ in range(prompts):
-            listed, question, answer = _prompt(tokenizer, rng, min(length, most))
-            run = _Asked(teacher, listed, question, answer, without)
-            whole = float(run([()])[0])
-            total += whole
-            for first in range(0, len(places), ROWS):
-                some = places[first : first + ROWS]
-                falls[first : first + len(some)] += whole - run([(place,) for place in some]).cpu()
-                advance(len(some))
+            runs.append(_Asked(teacher, *_prompt(tokenizer, rng, min(length, most)), without))
+            advance(1)
+    whole = float(_answers(runs, [()])[0])
+    with phase("scoring heads", len(places), "groups") as advance:
+        answers = _answers(runs, [(place,) for place in places], advance)
+    falls = dict(zip(places, (whole - answers).tolist(), strict=True))
+    by_fall = sorted(places, key=lambda place: -falls[place])
+    pool = by_fall[: max(SMALLEST_POOL, -(-len(places) // 5))]
+    ranked = [*_eliminated(runs, places, pool), *by_fall[len(pool) :]]
     scores = tuple(
-        HeadScore(layer=layer, group=group, fall=float(fall) / prompts)
-        for (layer, group), fall in zip(places, falls, strict=True)
+        HeadScore(layer=layer, group=group, fall=falls[layer, group], rank=rank)
+        for rank, (layer, group) in enumerate(ranked)
     )
-    return HeadScores(prompts=prompts, tokens=min(length, most), answer=total / prompts, heads=scores)
+    return HeadScores(prompts=prompts, tokens=min(length, most), answer=whole, heads=scores)
+
+
+def _eliminated(runs: Sequence[_Asked], places: Sequence[Place], pool: Sequence[Place]) -> list[Place]:
+    """The groups of the pool, best first: of those left, while all others are ablated, the ones that are missed least
+    leave together, an eighth at a time."""
+    left, gone = list(pool), list[Place]()
+    rounds = len(_sizes(len(left)))
+    with phase("ranking heads together", rounds, "rounds") as advance:
+        for size in _sizes(len(left)):
+            rows = [[place for place in places if place not in left or place == absent] for absent in left]
+            answers = dict(zip(left, _answers(runs, rows).tolist(), strict=True))
+            leaving = sorted(left, key=lambda place: -answers[place])[: len(left) - size]
+            gone += leaving
+            left = [place for place in left if place not in leaving]
+            advance(1)
+    return left + gone[::-1]
+
+
+def _sizes(count: int) -> list[int]:
+    """How many groups are left after each round of elimination, down to one."""
+    sizes = []
+    while count > 1:
+        count -= max(1, count // 8)
+        sizes.append(count)
+    return sizes
+
+
+def _answers(
+    runs: Sequence[_Asked], ablated: Sequence[Sequence[Place]], advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Log-probability of an answer, nats, mean over prompts, for each choice of ablated groups: `[choices]` fp64."""
+    total = torch.zeros(len(ablated), dtype=torch.float64)
+    for first in range(0, len(ablated), ROWS):
+        some = ablated[first : first + ROWS]
+        for run in runs:
+            total[first : first + len(some)] += run(some).cpu()
+        advance(len(some))
+    return total / len(runs)
 
 
 class _Asked:
@@ -108,12 +154,12 @@ class _Asked:
         self.cache = DynamicCache(config=teacher.config)
         teacher(input_ids=self.ids, use_cache=True, logits_to_keep=1, **with_cache(teacher, self.cache))
 
-    def __call__(self, ablated: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    def __call__(self, ablated: Sequence[Sequence[Place]]) -> Tensor:
         """One number, nats, for each row's ablated (layer, group) pairs, `[B]` fp64."""
         rows = len(ablated)
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
-        by_layer: dict[int, list[tuple[int, int]]] = {}
+        by_layer: dict[int, list[Place]] = {}
         for row, places in enumerate(ablated):
             for layer, group in places:
                 by_layer.setdefault(layer, []).append((row, group))
@@ -170,7 +216,7 @@ def _ablate(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    linearize_ablated: tuple[Mapping[int, Sequence[tuple[int, int]]], Ablation] | None = None,
+    linearize_ablated: tuple[Mapping[int, Sequence[Place]], Ablation] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Softmax attention, past tokens included, in which some (row, group) pairs see a window, or nothing."""
@@ -188,9 +234,10 @@ def _ablate(
     if ablated and without == "far":
         near = seen & ((distance < WINDOW) | (slot == 0))
         left = masked_softmax(query, key, value, near[None, None], scaling=scale, softcap=softcap)
-    for row, group in ablated:
+    if ablated:
+        index = tuple(torch.tensor(ablated, device=key.device).unbind(1))
         own = y_BHTV.unflatten(1, (key.shape[1], -1))
-        own[row, group] = left.unflatten(1, (key.shape[1], -1))[row, group] if without == "far" else 0
+        own[index] = left.unflatten(1, (key.shape[1], -1))[index] if without == "far" else 0.0
     return y_BHTV.transpose(1, 2), None
 
 
