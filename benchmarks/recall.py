@@ -6,7 +6,7 @@
     python -m benchmarks.recall_page
 
 A variant is a row of `benchmarks.smollm2`, `+storeN` for N exact pairs of each key/value head, and `+headsP` for P
-percent of the key/value groups given back their softmax attention (those that score most, `heads.json`); both are given
+percent of the key/value groups given back their softmax attention (by rank, `heads.json`); both are given
 to the trained student without further training. Greedy answers are counted; each cell is kept as soon as it is measured
 (the same command continues), in `benchmarks/recall/VARIANT.json`. Losses are in nats per token, times in seconds.
 """
@@ -52,7 +52,7 @@ VARIANT = re.compile(r"(?P<row>[a-z0-9-]+?)(\+store(?P<store>\d+))?(\+heads(?P<h
 
 
 class Heads(BaseModel):
-    """Scores of the teacher's groups, the largest first."""
+    """The teacher's groups by rank, and what each is missed alone, nats."""
 
     places: list[tuple[int, int]]
     falls: list[float]
@@ -180,9 +180,8 @@ def rank(options: argparse.Namespace) -> None:
     """Score the teacher's groups."""
     model, tokenizer = load_any(options.teacher)
     scores: HeadScores = head_scores(model, tokenizer, seed=SEED)
-    ranked = sorted(scores.heads, key=lambda score: -score.fall)
     heads = Heads(
-        places=[(score.layer, score.group) for score in ranked], falls=[score.fall for score in ranked],
+        places=[(score.layer, score.group) for score in scores.heads], falls=[score.fall for score in scores.heads],
         answer=scores.answer, provenance=provenance(seed=SEED),
     )  # fmt: skip
     atomic_write_text(FOLDER / "heads.json", heads.model_dump_json(indent=1))

