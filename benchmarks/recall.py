@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from transformers import StaticCache
 
 from benchmarks.smollm2 import FOLDER as STUDENTS
 from benchmarks.smollm2_measure import RECALL as FOLDER
@@ -39,6 +40,7 @@ from linearize.evaluation.haystack import (
     passkey_question,
 )
 from linearize.evaluation.recall import answer_greedily
+from linearize.evaluation.speed import cache_bytes
 from linearize.metrics.head_scores import HeadScores, head_scores
 from linearize.metrics.report import provenance
 from linearize.metrics.token_scores import View
@@ -70,7 +72,7 @@ def build(name: str, teacher: str) -> tuple[Any, Any, int]:
     store = parts["store"] and int(parts["store"])
     loaded = load_any(teacher, adapter=str(STUDENTS / parts["row"]), store=store or None)
     model: Any = loaded[0]
-    count = 0
+    count = sum(len(getattr(mixer, "groups", ())) for mixer in model.config.mixers())
     if parts["heads"]:
         ranked = Heads.model_validate_json((FOLDER / "heads.json").read_text(encoding="utf-8")).places
         count = max(1, round(int(parts["heads"]) / 100 * len(ranked)))
@@ -138,20 +140,26 @@ def measure_losses(names: Sequence[str], options: argparse.Namespace) -> None:
 @torch.inference_mode()
 def measure_decoding(names: Sequence[str], options: argparse.Namespace) -> None:
     """Bytes that each variant's cache holds after 4,096 tokens, and the median time of a token from there: a few tokens
-    of one variant after a few of another, so that what else the machine does weighs on all alike."""
+    of one variant after a few of another, so that what else the machine does weighs on all alike. The teacher has a
+    preallocated cache, and its bytes are those of 4,096 tokens."""
     models = {name: build(name, options.teacher) for name in names}
+    for model, *_ in models.values():
+        model.to(getattr(torch, options.dtype))
     documents = load_documents(list(options.text), next(iter(models.values()))[1])
     ids = torch.tensor([documents[0].tokens[: CONTEXT + TIMED]])
     caches, times = {}, dict[str, list[float]]()
     for name, (model, _, _) in models.items():
-        caches[name] = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+        given = {}
+        if name == TEACHER:
+            given = with_cache(model, StaticCache(config=model.config, max_cache_len=CONTEXT + TIMED))
+        caches[name] = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1, **given).past_key_values
         times[name] = []
-        variant = _kept(name)
-        variant.state_bytes = sum(
-            layer.keys.nbytes + layer.values.nbytes if (own := getattr(layer, "num_bytes", None)) is None else own
-            for layer in caches[name].layers
-        )
-        _keep(variant)
+        if options.dtype == "bfloat16":
+            variant = _kept(name)
+            variant.state_bytes = cache_bytes(caches[name])
+            if name == TEACHER:
+                variant.state_bytes = variant.state_bytes * CONTEXT // (CONTEXT + TIMED)
+            _keep(variant, timed=True)
     for first in range(CONTEXT, CONTEXT + TIMED, IN_TURN):
         for name, (model, _, _) in models.items():
             for at in range(first, first + IN_TURN):
@@ -160,9 +168,9 @@ def measure_decoding(names: Sequence[str], options: argparse.Namespace) -> None:
                 times[name].append(time.perf_counter() - begun)
     for name, seconds in times.items():
         variant = _kept(name)
-        variant.decode_seconds = statistics.median(seconds)
-        _keep(variant)
-        print(f"{name}: {1e3 * variant.decode_seconds:.1f} ms, {variant.state_bytes} bytes", flush=True)
+        variant.decode_seconds[options.dtype] = median = statistics.median(seconds)
+        _keep(variant, timed=True)
+        print(f"{name}: {1e3 * median:.1f} ms, {variant.state_bytes} bytes", flush=True)
 
 
 def _kept(name: str) -> Variant:
@@ -171,8 +179,12 @@ def _kept(name: str) -> Variant:
     return Variant.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else Variant(name=name)
 
 
-def _keep(variant: Variant) -> None:
-    variant.provenance = provenance(seed=SEED)
+def _keep(variant: Variant, *, timed: bool = False) -> None:
+    now = provenance(seed=SEED)
+    if timed:
+        variant.decode_provenance = now
+    else:
+        variant.provenance = now
     atomic_write_text(FOLDER / f"{variant.name}.json", variant.model_dump_json(indent=1))
 
 
@@ -203,6 +215,7 @@ def main() -> None:
     times = commands.add_parser("decode", help="bytes and decode times of variants, in turn")
     times.add_argument("variants", nargs="+", metavar="VARIANT")
     times.add_argument("--text", action="append", required=True)
+    times.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     for own in (ranks, measures, times):
         own.add_argument("--teacher", required=True)
     options = parser.parse_args()

@@ -97,15 +97,18 @@ class RowNumbers(BaseModel):
 
 class Variant(BaseModel):
     """Recall of a row, or of a row with an exact store or retrieval heads: right answers and items by test and length,
-    losses by length, bytes and decode time at 4,096 tokens of context."""
+    losses by length, bytes in bf16 and decode times by dtype at 4,096 tokens of context.
+
+    `provenance` is that of the answers and losses, `decode_provenance` that of the times."""
 
     name: str
     recall: dict[str, dict[int, tuple[int, int]]] = Field(default_factory=dict)
     losses: dict[int, Losses] = Field(default_factory=dict)
     state_bytes: int | None = None
-    decode_seconds: float | None = None
+    decode_seconds: dict[str, float] = Field(default_factory=dict)
     groups_kept: int = 0
     provenance: dict[str, Any] = Field(default_factory=dict)
+    decode_provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 Language = tuple[dict[int, Losses], list[str]]
