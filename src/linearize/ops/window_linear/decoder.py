@@ -3,7 +3,8 @@
 A call of PyTorch costs a few microseconds whatever it computes, as the weights of a layer push its code and data out of
 the caches: at SmolLM2's shape calls are most of a decoded token's attention. A `WindowDecoder` takes over a state and
 what the feature map needs in one product, keeps sinks, exact store and ring side by side, and gives the state back as a
-value when it is asked for; it is not to be used any more then.
+value when it is asked for; it is not to be used any more then. Its memory and arithmetic are in at least fp32, as those
+of every backend: keys and values of 16 bits are the same numbers there.
 
 The linear branch is one more key of the softmax: its score is log r - log g (r its normaliser, g the window's factor;
 the published shift adds the largest score), its value is its numerator over r. What scales a token's query, the gain
@@ -24,17 +25,25 @@ from torch import Tensor
 from linearize.ops.hedgehog import SMALLEST
 from linearize.ops.layout import Layout
 from linearize.ops.window_linear.backends import DISPATCH
-from linearize.ops.window_linear.spec import GAIN_LIMIT, FeatureWeights, WindowLinear, fold_boundary, weights_of
+from linearize.ops.window_linear.spec import (
+    GAIN_LIMIT,
+    FeatureWeights,
+    WindowLinear,
+    fold_boundary,
+    state_dtype,
+    weights_of,
+)
 from linearize.ops.window_linear.state import WindowLinearState
 from linearize.ops.window_linear.store import Store, num_stored_at, store_of
 from linearize.ops.window_linear.update import folded
 
 MAPS = ("gain", "hedgehog")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def can_decode(q_BHUD: Tensor, k_BGTD: Tensor, state: object, spec: WindowLinear, layout: Layout) -> bool:
     """Whether a `WindowDecoder` serves for this token and those after it: one row on a CPU that goes on from `state`,
-    in fp32 or fp64 without gradients; a terraced window, and a map that is known here."""
+    without gradients; a terraced window, and a map that is known here."""
     if not isinstance(state, WindowLinearState) or k_BGTD.shape[::2] != (1, 1):
         return False
     ring = state.k_BGRD
@@ -56,7 +65,7 @@ def has_decoder(spec: WindowLinear, device: str, dtype: torch.dtype) -> bool:
     """Whether one row of an operation can go through a `WindowDecoder` on a device of this type."""
     return (
         device == "cpu"
-        and dtype in (torch.float32, torch.float64)
+        and dtype in DTYPES
         and spec.shape == "terraced"
         and spec.window > 0
         and spec.softcap is None
@@ -102,8 +111,9 @@ class WindowDecoder:
         (_, groups, ring, dim), before = state.k_BGRD.shape, 1 + spec.num_sinks + spec.store
         self.groups, self.copies, self.shared = groups, num_heads // groups, spec.shared_shift
         slots = before + 2 * spec.window  # the first one in use is the linear branch's: a key and a value of 0
+        self.dtype = state.k_BGRD.dtype
         with torch.inference_mode(False):
-            slots_CGD = state.k_BGRD.new_zeros(slots, 2 * groups, dim)
+            slots_CGD = state.k_BGRD.new_zeros(slots, 2 * groups, dim, dtype=state_dtype(state.k_BGRD))
             self._scores = slots_CGD.new_empty(num_heads * slots)
         self._slots = [slot[None, :, None] for slot in slots_CGD.unbind(0)]
         self._views: dict[tuple[int, int], _Views] = {}
@@ -139,12 +149,13 @@ class WindowDecoder:
         if before != self.first:
             self._views.clear()
 
-    def _held(self) -> Store:
-        """The store as a value; what a state shows of it is in the slots."""
+    def _held(self, dtype: torch.dtype) -> Store:
+        """The store as a value, its pairs in this dtype; what a state shows of it is in the slots."""
         assert self.memory is not None
         first, empty = self.ring - self.stored, self.spec.store - self.stored
         k, v = (
-            torch.nn.functional.pad(x[None, :, first : self.ring], (0, 0, 0, empty)) for x in (self.k_GCD, self.v_GCD)
+            torch.nn.functional.pad(x[None, :, first : self.ring], (0, 0, 0, empty)).to(dtype)
+            for x in (self.k_GCD, self.v_GCD)
         )
         return Store(self.memory, k, v, torch.tensor([self.stored], device=k.device))
 
@@ -182,7 +193,7 @@ class WindowDecoder:
             layout.start == self.next
             and layout.position_BT is None
             and q_BHUD.shape[:3:2] == (1, 1)
-            and q_BHUD.dtype is self.k_GCD.dtype
+            and q_BHUD.dtype is self.dtype
             and _is_free()
         )
 
@@ -192,7 +203,7 @@ class WindowDecoder:
         torch.cat((k_1G1D, v_1G1D), 1, out=self._slots[slot])
         self.filled, self.next = slot + 1, self.next + 1
         views = self._views.get((self.first, slot)) or self._view(slot)
-        q_GRD, s_GRS = q_1H1D.reshape(self.groups, self.copies, -1), views.s_GRS
+        q_GRD, s_GRS = q_1H1D.reshape(self.groups, self.copies, -1).to(self.k_GCD.dtype), views.s_GRS
         torch.baddbmm(s_GRS, q_GRD, views.k_GDS, beta=0, alpha=self.spec.scaling, out=s_GRS)
         linear_GRD = self._recall(q_GRD, views) if self.recalls else None
         torch.softmax(s_GRS, -1, out=s_GRS)
@@ -202,7 +213,7 @@ class WindowDecoder:
             y_GRD = (linear_GRD * (views.linear_GR1 / self.ones_GR1)).baddbmm_(s_GRS, views.v_GSD)
         if slot + 1 == self.last:
             self._fold()
-        return y_GRD.view(1, -1, 1, y_GRD.shape[2])
+        return y_GRD.view(1, -1, 1, y_GRD.shape[2]).to(self.dtype)
 
     def _view(self, slot: int) -> _Views:
         """What a token in this slot sees; kept for the token that will be there after the next fold."""
@@ -235,7 +246,7 @@ class WindowDecoder:
         k, v = (x[None, :, ring : ring + window] for x in (self.k_GCD, self.v_GCD))
         if self.spec.store:
             leaves_1C = (torch.arange(window) >= left)[None]
-            stored = self._held().admit(k, v, leaves_1C, self.spec)
+            stored = self._held(k.dtype).admit(k, v, leaves_1C, self.spec)
             self.memory = stored.memory_BHFV
         elif self.memory is not None and left < window:
             self.memory = folded(k[:, :, left:], v[:, :, left:], None, self.memory, self.spec)
@@ -248,8 +259,8 @@ class WindowDecoder:
 
     def state(self) -> WindowLinearState:
         """The state after all tokens read, a value; the decoder must not read another token."""
-        k, v = (x[None, :, self.ring : self.filled] for x in (self.k_GCD, self.v_GCD))
-        held = self._held() if self.spec.store else None
+        k, v = (x[None, :, self.ring : self.filled].to(self.dtype) for x in (self.k_GCD, self.v_GCD))
+        held = self._held(self.dtype) if self.spec.store else None
         return WindowLinearState(
             self.next, k, v, self.memory, *self._sinks,
             store_k_BGPD=None if held is None else held.k_BGPD, store_v_BGPV=None if held is None else held.v_BGPV,
