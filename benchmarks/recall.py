@@ -103,6 +103,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     """All cells of a variant that are not kept yet."""
     done = _kept(name)
     model, tokenizer, done.groups_kept = build(name, options.teacher)
+    model.to(getattr(torch, options.dtype))
     torch.set_flush_denormal(True)
     documents = load_documents(list(options.text), tokenizer)
     ruler, hay = Ruler(tokenizer), Hay([tokenizer.decode(document.tokens[:20_000]) for document in documents])
@@ -215,9 +216,10 @@ def main() -> None:
     times = commands.add_parser("decode", help="bytes and decode times of variants, in turn")
     times.add_argument("variants", nargs="+", metavar="VARIANT")
     times.add_argument("--text", action="append", required=True)
-    times.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     for own in (ranks, measures, times):
         own.add_argument("--teacher", required=True)
+    for own in (measures, times):
+        own.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the arithmetic")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     if options.command == "heads":
