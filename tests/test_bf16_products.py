@@ -102,8 +102,24 @@ def test_without_such_units_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) 
     assert mode.rounded == 0 and mode.whole > 10
 
 
-def test_bf16_pays_on_a_cpu_that_has_such_units() -> None:
-    assert bf16_pays(torch.device("cpu")) == products.has_bf16_units()
+@pytest.mark.parametrize(
+    ("amx", "avx512", "name", "faster"),
+    [
+        (True, True, "Intel(R) Xeon(R) Processor", True), (False, True, "Intel(R) Xeon(R) Processor", False),
+        (False, True, "AMD EPYC 9B14", True), (False, False, "AMD EPYC 7B13", False),
+    ],
+)  # fmt: skip
+def test_bf16_pays_on_a_cpu_that_has_such_units(
+    amx: bool, avx512: bool, name: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(products, "cpu_name", lambda: name)
+    products.has_bf16_units.cache_clear()
+    try:
+        assert products.has_bf16_units() == bf16_pays(torch.device("cpu")) == faster
+    finally:
+        products.has_bf16_units.cache_clear()
 
 
 def test_the_setting_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def check_finite(value: float, what: str, *, trained: bool = True) -> None:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones: any accelerator, and CPUs with AVX512-BF16 or AMX."""
+    """Whether bf16 products are faster than fp32 ones: on any accelerator, and see `has_bf16_units` for CPUs."""
     if device.type != "cpu":
         return True
     return has_bf16_units()
