@@ -150,10 +150,10 @@ def measure_decoding(names: Sequence[str], options: argparse.Namespace) -> None:
     ids = torch.tensor([documents[0].tokens[: CONTEXT + TIMED]])
     caches, times = {}, dict[str, list[float]]()
     for name, (model, _, _) in models.items():
-        given = {}
+        extra = {}
         if name == TEACHER:
-            given = with_cache(model, StaticCache(config=model.config, max_cache_len=CONTEXT + TIMED))
-        caches[name] = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1, **given).past_key_values
+            extra = with_cache(model, StaticCache(config=model.config, max_cache_len=CONTEXT + TIMED))
+        caches[name] = model(input_ids=ids[:, :CONTEXT], use_cache=True, logits_to_keep=1, **extra).past_key_values
         times[name] = []
         if options.dtype == "bfloat16":
             variant = _kept(name)

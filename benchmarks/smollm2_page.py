@@ -214,8 +214,8 @@ An item that the window holds whole says nothing about what lies beyond it.
 
 ## Cost
 
-Minutes are elapsed time, on different machines and with other programs beside them, hybrids on one core and the others
-on two: they say what a row took, not which recipe is faster.
+Minutes are elapsed time, on different machines that ran other programs as well, hybrids on one core and the others on
+two: they say what a row took, not which recipe is faster.
 
 {cost_table(rows)}
 
