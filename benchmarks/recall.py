@@ -5,10 +5,11 @@
     python -m benchmarks.recall decode teacher window-linear+store128 --teacher DIR --text c.jsonl
     python -m benchmarks.recall_page
 
-A variant is a row of `benchmarks.smollm2`, `+storeN` for N exact pairs of each key/value head, and `+headsP` for P
-percent of the key/value groups given back their softmax attention (by rank, `heads.json`); both are given
-to the trained student without further training. Greedy answers are counted; each cell is kept as soon as it is measured
-(the same command continues), in `benchmarks/recall/VARIANT.json`. Losses are in nats per token, times in seconds.
+A variant is a row of `benchmarks.smollm2` (`ROW-mixers`: without its LoRA), `+storeN` for N exact pairs of each
+key/value head, and `+headsP` for P percent of the key/value groups with their softmax attention back (by rank,
+`heads.json`); both are given to the trained student without further training. Greedy answers are counted; each cell
+is kept as soon as it is measured (the same command continues), in `benchmarks/recall/VARIANT.json`. Losses are in
+nats per token, times in seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from pydantic import BaseModel
 from transformers import StaticCache
 
-from benchmarks.smollm2 import FOLDER as STUDENTS
+from benchmarks.smollm2 import student_folder
 from benchmarks.smollm2_measure import RECALL as FOLDER
 from benchmarks.smollm2_measure import TEACHER, Losses, Variant, distances, first_rows
 from linearize.decoding.loading import load_any
@@ -70,7 +71,7 @@ def build(name: str, teacher: str) -> tuple[Any, Any, int]:
     if parts is None:
         raise SystemExit(f"{name}: give ROW, ROW+storeN, ROW+headsP or ROW+storeN+headsP")
     store = parts["store"] and int(parts["store"])
-    loaded = load_any(teacher, adapter=str(STUDENTS / parts["row"]), store=store or None)
+    loaded = load_any(teacher, adapter=str(student_folder(parts["row"])), store=store or None)
     model: Any = loaded[0]
     count = sum(len(getattr(mixer, "groups", ())) for mixer in model.config.mixers())
     if parts["heads"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.recall import FOLDER, TESTS, VARIANT
-from benchmarks.smollm2 import COMMITTED, ROWS, STARTS
+from benchmarks.smollm2 import COMMITTED, MIXERS, ROWS, STARTS
 from benchmarks.smollm2_measure import TEACHER, Variant
 from benchmarks.smollm2_page import measured, table
 from linearize.metrics.intervals import wilson
@@ -67,8 +67,8 @@ def page() -> None:
         "greedily; gaps in nats per token to the teacher on novels that nothing was trained on; the share of the state "
         "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
         "key/value groups with their softmax attention; both given to the trained student without training (softmax in "
-        "a window has no store). A token: at 4,096 tokens of context, in turn, on one core, the teacher with a "
-        "preallocated cache.", "",
+        "a window has no store). `ROW-mixers`: the row's student without its LoRA. A token: at 4,096 tokens of context, "
+        "in turn, on one core, the teacher with a preallocated cache.", "",
         "`window-linear-dropout` was trained on with window dropout; `window-linear-recall` with 128 pairs and 4 of 90 "
         "groups, at 4,096 tokens; `window-linear-lookup` goes on from it on text that asks for what it held "
         "(`recall_text`); both keep the groups with the largest falls. `window-linear-retrieval` has the mixers of "
@@ -84,7 +84,7 @@ def _place(name: str) -> tuple[int, int, int, str]:
     """Where a variant stands in the table: by row, then by store, then by heads."""
     parts = VARIANT.fullmatch(name)
     assert parts is not None, name
-    order = [TEACHER, *ROWS, *STARTS]
+    order = [TEACHER, *(name + kind for name in (*ROWS, *STARTS) for kind in ("", MIXERS))]
     return order.index(parts["row"]), int(parts["heads"] or 0), int(parts["store"] or 0), name
 
 

