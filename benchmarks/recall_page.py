@@ -67,8 +67,8 @@ def page() -> None:
         "greedily; gaps in nats per token to the teacher on novels that nothing was trained on; the share of the state "
         "is that of the teacher's cache. `+storeN`: N exact pairs of each key/value head; `+headsP`: P percent of the "
         "key/value groups with their softmax attention; both given to the trained student without training (softmax in "
-        "a window has no store). `ROW-mixers`: the row's student without its LoRA. A token: at 4,096 tokens of context, "
-        "in turn, on one core, the teacher with a preallocated cache.", "",
+        "a window has no store). `ROW-mixers`: the row's student without its LoRA. A token: at 4,096 tokens of "
+        "context, in turn, on one core, the teacher with a preallocated cache.", "",
         "`window-linear-dropout` was trained on with window dropout; `window-linear-recall` with 128 pairs and 4 of 90 "
         "groups, at 4,096 tokens; `window-linear-lookup` goes on from it on text that asks for what it held "
         "(`recall_text`); both keep the groups with the largest falls. `window-linear-retrieval` has the mixers of "

@@ -81,7 +81,7 @@ def _limited(student: Any) -> set[int]:
 
 def _copy_heads(old: Any, new: RetrievalHeads) -> None:
     """The parameters of the heads that go on with the mixer; those of all heads stay as they are."""
-    others = range(old.shape.num_kv_heads)
+    others: Sequence[int] = range(old.shape.num_kv_heads)
     if isinstance(old, RetrievalHeads):
         others, old = old.others, old.inner
     if new.inner is None:
