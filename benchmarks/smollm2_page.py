@@ -37,8 +37,8 @@ WHAT = {
     "window-linear": "the default recipe, with attention transfer at lr 3e-2",
     "window-linear-dropout": "`window-linear` trained on with its softmax branch left out at random (window dropout)",
     "window-linear-recall": "`window-linear` trained on, twice, at 4,096 tokens, 128 exact pairs, 5% retrieval heads",
-    "window-linear-retrieval": "the mixers of `window-linear` with new LoRA, trained with 128 exact pairs and 5% retrieval heads from the "
-    "start, on novels and on text that asks for what it held",
+    "window-linear-retrieval": "the mixers of `window-linear` with new LoRA, trained with 128 exact pairs and 5% "
+    "retrieval heads from the start, on novels and on text that asks for what it held",
     "window-linear-lookup": "`window-linear-recall` trained on with text that repeats and asks for what it held",
     **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention (see below)" for share in (50, 25, 0)},
     **{
