@@ -129,11 +129,13 @@ def train(
     name: str,
     options: argparse.Namespace,
     *,
+    weights: Sequence[float] = (),
     further: Mapping[str, Any] | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Convert one row into its folder, or into `out`, in adapter form. `further`: more recipe keys."""
+    """Convert one row into its folder, or into `out`, in adapter form. `weights`: shares of the data's files;
+    `further`: more recipe keys."""
     tokens, length, batch = options.tokens, options.length, options.batch
     row = (ROWS | STARTS)[name]
     recipe = linearize.load_recipe(row.recipe)
@@ -150,8 +152,8 @@ def train(
         start = student_folder(f"{row.start}{MIXERS}" if row.fresh_lora else row.start)
         overrides[f"stages.{len(recipe.stages) - 1}.start"] = str(start)
     data = options.data
-    if options.weight:
-        pairs = zip(data, options.weight, strict=True)
+    if weights:
+        pairs = zip(data, weights, strict=True)
         data, overrides["data.sources"] = [], [{"path": path, "weight": weight} for path, weight in pairs]
     linearize.convert(
         options.teacher,
@@ -193,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fetches.add_argument("folder", type=Path)
     trains.add_argument("row", choices=[*ROWS, *STARTS])
     trains.add_argument("--data", action="append", required=True)
-    trains.add_argument("--weight", action="append", type=float, help="share of the tokens of each --data")
+    trains.add_argument("--weight", action="append", type=float, default=[], help="share of the tokens of each --data")
     trains.add_argument("--tokens", type=parse_count, default=500_000, help="of each stage")
     trains.add_argument("--length", type=parse_count, default=2048)
     trains.add_argument("--batch", type=int, default=1)
@@ -212,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fetch_teacher(options.folder)
             return
         if options.verb == "train":
-            train(options.row, options)
+            train(options.row, options, weights=options.weight)
             return
         spoken = languages(options.rows, FOLDER, options) if options.lengths else {}
         for name in options.rows:
