@@ -22,15 +22,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import gpu_transfer, smollm2
 from benchmarks.on_gpu import device_for, facts
 from benchmarks.smollm2_measure import first_rows, losses
 from benchmarks.timing import publish
 from linearize.decoding.loading import load_any
-from linearize.modeling.io.teacher import load_teacher
-from linearize.storage.atomic import atomic_folder, atomic_write_text
+from linearize.storage.atomic import atomic_write_text
 from linearize.training.data.files import file_rows
 from linearize.training.data.loading import load_documents
 
@@ -179,16 +176,8 @@ def sources(options: argparse.Namespace, work: Path) -> tuple[str, str, str]:
     joined = gpu_transfer.join(options.parts)
     folder = joined / "teacher"
     if not folder.is_dir():
-        write_teacher(joined / gpu_transfer.TEACHER, folder)
+        smollm2.write_teacher(joined / gpu_transfer.TEACHER, folder)
     return str(folder), str(joined / gpu_transfer.TRAIN), str(joined / gpu_transfer.HELDOUT)
-
-
-def write_teacher(gguf: Path, folder: Path) -> None:
-    """The weights of a GGUF file in bf16, as a folder: students can be pinned to it, and it loads in a second."""
-    model, tokenizer = load_teacher(gguf)
-    with atomic_folder(folder) as made:
-        model.to(torch.bfloat16).save_pretrained(made)  # type: ignore[arg-type]
-        tokenizer.save_pretrained(made)
 
 
 def first_texts(file: str, out: Path, characters: int, longest: int | None = None) -> str:

@@ -63,16 +63,18 @@ class Heads(BaseModel):
     provenance: dict[str, Any]
 
 
-def build(name: str, teacher: str) -> tuple[Any, Any, int]:
-    """The model of a variant, its tokenizer, and how many groups keep softmax."""
+def build(name: str, teacher: str, dtype: str | None = None) -> tuple[Any, Any, int]:
+    """The model of a variant, its tokenizer, and how many groups keep softmax. `dtype`: of the arithmetic (None: that
+    of the teacher's files)."""
+    model: Any
     if name == TEACHER:
-        return (*load_any(teacher), 0)
+        model, tokenizer = load_any(teacher)
+        return _in(model, dtype), tokenizer, 0
     parts = VARIANT.fullmatch(name)
     if parts is None:
         raise SystemExit(f"{name}: give ROW, ROW+storeN, ROW+headsP or ROW+storeN+headsP")
     store = parts["store"] and int(parts["store"])
-    loaded = load_any(teacher, adapter=str(student_folder(parts["row"])), store=store or None)
-    model: Any = loaded[0]
+    model, tokenizer = load_any(teacher, adapter=str(student_folder(parts["row"])), store=store or None)
     count = sum(len(getattr(mixer, "groups", ())) for mixer in model.config.mixers())
     if parts["heads"]:
         ranked = Heads.model_validate_json((FOLDER / "heads.json").read_text(encoding="utf-8")).places
@@ -81,7 +83,11 @@ def build(name: str, teacher: str) -> tuple[Any, Any, int]:
         for layer, group in ranked[:count]:
             groups.setdefault(layer, []).append(group)
         model.keep_heads(groups)
-    return model, loaded[1], count
+    return _in(model, dtype), tokenizer, count
+
+
+def _in(model: Any, dtype: str | None) -> Any:
+    return model if dtype is None else model.to(getattr(torch, dtype))
 
 
 def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> list[HiddenFact]:
@@ -103,8 +109,7 @@ def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> lis
 def measure(name: str, options: argparse.Namespace) -> None:
     """All cells of a variant that are not kept yet."""
     done = _kept(name)
-    model, tokenizer, done.groups_kept = build(name, options.teacher)
-    model.to(getattr(torch, options.dtype))
+    model, tokenizer, done.groups_kept = build(name, options.teacher, options.dtype)
     torch.set_flush_denormal(True)
     documents = load_documents(list(options.text), tokenizer)
     ruler, hay = Ruler(tokenizer), Hay([tokenizer.decode(document.tokens[:20_000]) for document in documents])
@@ -144,9 +149,7 @@ def measure_decoding(names: Sequence[str], options: argparse.Namespace) -> None:
     """Bytes that each variant's cache holds after 4,096 tokens, and the median time of a token from there: a few tokens
     of one variant after a few of another, so that what else the machine does weighs on all alike. The teacher has a
     preallocated cache, and its bytes are those of 4,096 tokens."""
-    models = {name: build(name, options.teacher) for name in names}
-    for model, *_ in models.values():
-        model.to(getattr(torch, options.dtype))
+    models = {name: build(name, options.teacher, options.dtype) for name in names}
     documents = load_documents(list(options.text), next(iter(models.values()))[1])
     ids = torch.tensor([documents[0].tokens[: CONTEXT + TIMED]])
     caches, times = {}, dict[str, list[float]]()

@@ -69,7 +69,7 @@ def page() -> None:
         "key/value groups with their softmax attention; both given to the trained student without training (softmax in "
         "a window has no store). `ROW-mixers`: the row's student without its LoRA. A token: at 4,096 tokens of "
         "context, in turn, on one core, the teacher with a preallocated cache.", "",
-        "`window-linear-dropout` was trained on with window dropout; `window-linear-recall` with 128 pairs and 4 of 90 "
+        "`window-linear-recall` was trained with 128 pairs and 4 of 90 "
         "groups, at 4,096 tokens; `window-linear-lookup` goes on from it on text that asks for what it held "
         "(`recall_text`); both keep the groups with the largest falls. `window-linear-retrieval` has the mixers of "
         "`window-linear`, new LoRA, and from the start 128 pairs and the 4 groups that are ranked first together.", "",
@@ -81,7 +81,7 @@ def page() -> None:
 
 
 def _place(name: str) -> tuple[int, int, int, str]:
-    """Where a variant stands in the table: by row, then by store, then by heads."""
+    """Where a variant stands in the table: by row, then by heads, then by store."""
     parts = VARIANT.fullmatch(name)
     assert parts is not None, name
     order = [TEACHER, *(name + kind for name in (*ROWS, *STARTS) for kind in ("", MIXERS))]
@@ -89,30 +89,34 @@ def _place(name: str) -> tuple[int, int, int, str]:
 
 
 def plot(variants: Sequence[Variant]) -> None:
-    """Right answers by exact pairs and by retrieval heads, where more than one size of a row was measured."""
+    """Right answers by exact pairs and by retrieval heads."""
     with new_figure(FOLDER / "grid", panels=2, width=9.0, height=4.0) as (_, axes):
         for axis, (test, length, kind, label) in zip(axes, PANELS, strict=True):
-            lines: dict[str, list[tuple[int, tuple[int, int]]]] = {}
-            for variant in variants:
-                parts, cell = VARIANT.fullmatch(variant.name), variant.recall.get(test, {}).get(length)
-                if parts is not None and cell is not None and not parts["heads" if kind == "store" else "store"]:
-                    lines.setdefault(parts["row"], []).append((int(parts[kind] or 0), cell))
-            sizes = sorted({size for points in lines.values() for size, _ in points})
+            lines = _lines(variants, test, length, kind)
+            sizes = sorted({size for points in lines.values() for size in points})
             for at, (row, points) in enumerate(lines.items()):
                 if row == TEACHER:
-                    right, items = points[0][1]
-                    axis.axhline(right / items, color="black", linewidth=1, linestyle="--", label=row)
+                    axis.axhline(points[0][0] / points[0][1], color="black", linewidth=1, linestyle="--", label=row)
                     continue
-                if len(points) == 1 and points[0][0] == 0 and row in TRAINED_WITH:
-                    points = [(TRAINED_WITH[row][kind], points[0][1])]
-                    sizes = sorted({*sizes, points[0][0]})
-                where = [sizes.index(size) + 0.06 * (at - len(lines) / 2) for size, _ in sorted(points)]
-                shares = [(right / items, *wilson(right, items)) for _, (right, items) in sorted(points)]
+                where = [sizes.index(size) + 0.06 * (at - len(lines) / 2) for size in sorted(points)]
+                shares = [(right / items, *wilson(right, items)) for _, (right, items) in sorted(points.items())]
                 errors = [[value - low for value, low, _ in shares], [high - value for value, _, high in shares]]
                 axis.errorbar(where, [value for value, *_ in shares], yerr=errors, marker="o", capsize=3, label=row)
             axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
             axis.set(title=f"{test} at {length:,} tokens", xlabel=label, ylabel="exact answers", ylim=(-0.03, 1.03))
             axis.legend(fontsize=7)
+
+
+def _lines(variants: Sequence[Variant], test: str, length: int, kind: str) -> dict[str, dict[int, tuple[int, int]]]:
+    """Right answers and items of each row by its store or its heads (`kind`), the other one as it was trained with."""
+    other = "heads" if kind == "store" else "store"
+    lines: dict[str, dict[int, tuple[int, int]]] = {}
+    for variant in variants:
+        parts, cell = VARIANT.fullmatch(variant.name), variant.recall.get(test, {}).get(length)
+        if parts is not None and cell is not None and not parts[other]:
+            row = parts["row"]
+            lines.setdefault(row, {})[int(parts[kind] or TRAINED_WITH.get(row, {}).get(kind, 0))] = cell
+    return lines
 
 
 if __name__ == "__main__":

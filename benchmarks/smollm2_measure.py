@@ -146,9 +146,11 @@ def measure(name: str, folder: Path, options: argparse.Namespace, language: Lang
 
 
 def _stages(folder: Path) -> list[StageNumbers]:
-    """The stages of a student, after those of the student that it started from, where that is at hand."""
+    """The stages of a student, after those of the student that it started from, where that is at hand: where it was,
+    or in the same folder."""
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    starts = [Path(stage["start"]) for stage in recipe["stages"] if stage.get("start")]
+    recorded = [Path(stage["start"]) for stage in recipe["stages"] if stage.get("start")]
+    starts = [start if start.is_dir() else folder.parent / start.name for start in recorded]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     earlier = [stage for start in starts if (start / "report.json").is_file() for stage in _stages(start)]
     return [*earlier, *(StageNumbers.model_validate(stage) for stage in report["stages"])]

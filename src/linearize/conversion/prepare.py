@@ -191,7 +191,7 @@ def resolve_plan(
     planned = plan.resolve(len(sites), [score.kl for score in scores] or [0.0] * len(sites))
     applied = check_plan(planned, sites, teacher.config.model_type)
     counts = [site.far_groups for site in sites]
-    by_place = {(score.layer, score.group): -float(score.rank) for score in heads}
+    by_place = {(score.layer, score.group): -score.rank for score in heads}
     applied = plan.with_heads(applied, counts, by_place or None)
     kept = [i for i, mixer in enumerate(planned) if mixer is not None and applied[i] is None]
     notices = [f"layers {kept} keep their own attention: the teacher limits it to the mixer's window already"] * bool(

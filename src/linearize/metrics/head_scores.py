@@ -74,7 +74,7 @@ def head_scores(
 ) -> HeadScores:
     """Score each key/value group, with all its query heads, of each layer whose attention is not limited to a window.
 
-    Costs a pass over each list and one over its question per group, and about as many for the ranking.
+    Costs a pass over each list and one over its question per group; the ranking takes about three times as long.
 
     Args:
         prompts: number of lists. length: tokens of each, cut down to the teacher's context.
