@@ -74,6 +74,7 @@ RECALLING: dict[str, Any] = {
     "plan.mixer.store": 128, "plan.heads.keep": [[7, 2], [8, 0], [17, 0], [18, 2]],
     "stages.0.tokens": 0, "stages.1.lr": "1e-3", "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
 }  # fmt: skip
+RETRIEVAL = RECALLING | {"plan.heads.keep": [[18, 2], [7, 2], [8, 0], [17, 1], [23, 0]], "data.keep_whole": True}
 ROWS = {
     "window-alone": Row(
         "window-linear",
@@ -96,12 +97,7 @@ ROWS = {
     "window-linear-lookup": Row(
         "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-lookup-1"
     ),
-    "window-linear-retrieval": Row(
-        "window-linear",
-        {**RECALLING, "plan.heads.keep": 0.05, "stages.1.lr": "3e-3", "data.keep_whole": True},
-        start="window-linear",
-        fresh_lora=True,
-    ),
+    "window-linear-retrieval": Row("window-linear", RETRIEVAL, start="window-linear-retrieval-1"),
     **{
         f"{mixer}-{share}": Row(
             recipe,
@@ -121,6 +117,9 @@ STARTS = {
     "window-linear-recall-1": Row("window-linear", RECALLING, start="window-linear"),
     "window-linear-lookup-1": Row(
         "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-recall"
+    ),
+    "window-linear-retrieval-1": Row(
+        "window-linear", RETRIEVAL | {"stages.1.lr": "2e-3"}, start="window-linear", fresh_lora=True
     ),
     **{
         f"{mixer}-aligned": Row(recipe, {"plan.layers": "all", "stages.0.length": 512}, [ALIGNMENT])

@@ -368,3 +368,14 @@ def test_one_layer_called_by_itself_is_refused() -> None:
     model = student("mamba2")
     with pytest.raises(InputError, match="base_model"):
         model.base_model.layers[0](torch.zeros(1, 3, 30))
+
+
+def test_the_last_logits_are_those_of_all_and_the_head_reads_contiguous_rows() -> None:
+    model, ids, seen = student("mamba2"), text(2, 17), list[torch.Tensor]()
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        whole, last = (model(ids, use_cache=False, logits_to_keep=count).logits for count in (0, 3))
+    torch.testing.assert_close(last, whole[:, -3:], **CLOSE)
+    rows = seen[-1]
+    assert rows.shape[:2] == (2, 3)
+    assert rows.stride() == (3 * rows.shape[2], rows.shape[2], 1)

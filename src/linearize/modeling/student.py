@@ -16,7 +16,13 @@ from linearize.errors import InputError
 from linearize.modeling.attention import AttentionOverride
 from linearize.modeling.cache_argument import given_cache, with_cache
 from linearize.modeling.config import LinearizeConfig, student_config
-from linearize.modeling.forward_call import BackboneHook, check_keywords, known_keywords, prepare_call
+from linearize.modeling.forward_call import (
+    BackboneHook,
+    check_keywords,
+    known_keywords,
+    positions_to_keep,
+    prepare_call,
+)
 from linearize.modeling.io.adapters import AdapterState, apply_adapters
 from linearize.modeling.io.student_folder import valid_generation_config
 from linearize.modeling.library_internals import attention_of
@@ -164,7 +170,7 @@ class LinearizedForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=call.use_cache,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=positions_to_keep(logits_to_keep, tokens),
             mixer_call=call.mixer_call,
             **with_cache(self.lm, call.cache),
             **kwargs,
