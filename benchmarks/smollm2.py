@@ -7,6 +7,7 @@
     python -m benchmarks.smollm2 train window-linear-dropout --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train window-linear-lookup-1 --teacher DIR --data lookups.jsonl --tokens 100k
     python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data dense.jsonl --data more.jsonl ...
+    python -m benchmarks.smollm2 train window-linear-retrieval-1 --teacher DIR --data a.jsonl --weight 0.4 --data ...
     python -m benchmarks.smollm2 train window-linear-retrieval --teacher DIR --data a.jsonl --weight 0.4 --data ...
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
@@ -218,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for verb in (trains, measures):
         verb.add_argument("--teacher", required=True)
     options = parser.parse_args(arguments)
+    if options.verb == "train" and options.weight and len(options.weight) != len(options.data):
+        parser.error(f"{len(options.weight)} --weight for {len(options.data)} --data: give one for each, or none")
     with shown():
         if options.verb == "teacher":
             fetch_teacher(options.folder)

@@ -134,6 +134,11 @@ def _flat(out: Tensor) -> Tensor | None:
     return flat if flat is not None and flat.is_contiguous() else None
 
 
+def exp_or_zero(x: Tensor) -> Tensor:
+    """exp, 0 below `UNDERFLOW`: of masked scores, say."""
+    return torch.threshold(x.clamp(min=UNDERFLOW).exp(), math.exp(UNDERFLOW) * 1.001, 0)
+
+
 def decay_factors_(x: Tensor) -> Tensor:
     """exp in place, 1 above 0 and 0 below `UNDERFLOW`."""
     return torch.threshold_(x.clamp_(min=UNDERFLOW, max=0).exp_(), math.exp(UNDERFLOW) * 1.001, 0)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
-from linearize.ops.matmul import flattens, row_products
+from linearize.ops.matmul import exp_or_zero, flattens, row_products
 from linearize.ops.window_linear.spec import WindowLinear, with_ones
 from linearize.ops.window_linear.state import WindowBuffers, take_slots
 from linearize.ops.window_linear.static_masks import Moves, Seen
@@ -135,7 +135,7 @@ def _window(
         scores.append(s.masked_fill(~seen, -torch.inf))
     s = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     m = spec.shift(s.amax(-1, keepdim=True))
-    p = (s - m).exp()
+    p = exp_or_zero(s - m)
     if spec.log_window_factor_H is not None:
         p = p * spec.log_window_factor_H.exp().to(p.dtype)[:, None, None]
     weights = p.unflatten(1, (groups, -1)).flatten(2, 3).split([k.shape[2] for k, *_ in parts], dim=-1)

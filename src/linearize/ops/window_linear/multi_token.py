@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
+from linearize.ops.matmul import exp_or_zero
 from linearize.ops.window_linear.spec import WindowLinear, divide, fold_boundary, in_window, with_ones
 from linearize.ops.window_linear.state import WindowLinearState, appended
 from linearize.ops.window_linear.store import num_stored_at, plain_after
@@ -118,7 +119,7 @@ def _weights(s_BGMS: Tensor, hidden_US: Tensor | None, spec: WindowLinear) -> tu
         num_queries = hidden_US.shape[0]
         s = s.unflatten(2, (-1, num_queries)).masked_fill(hidden_US, -torch.inf).flatten(2, 3)
     m = spec.shift(s.amax(-1, keepdim=True))
-    p = (s - m).exp()
+    p = exp_or_zero(s - m)
     if spec.log_window_factor_H is not None:
         factor = spec.log_window_factor_H.exp().to(p.dtype).view(p.shape[1], -1, 1, 1)
         p = (p.unflatten(2, (factor.shape[1], -1)) * factor).flatten(2, 3)
@@ -267,7 +268,7 @@ def _window(
         s = spec.softcap * torch.tanh(s / spec.softcap)
     m = s.amax(-1, keepdim=True)
     m = m.detach().clamp(min=0) if spec.shared_shift else m
-    p = (s - m).exp()
+    p = exp_or_zero(s - m)
     if spec.log_window_factor_H is not None:
         p = p * spec.log_window_factor_H.exp().to(p.dtype).view(p.shape[1], p.shape[2], 1)
     first, *others = zip(p.split([v.shape[2] for v in values], dim=-1), values, strict=True)

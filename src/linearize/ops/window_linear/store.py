@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.layout import Layout
+from linearize.ops.matmul import exp_or_zero
 from linearize.ops.window_linear.chunked import sinks_by_group
 from linearize.ops.window_linear.masks import group_masks, present_slots
 from linearize.ops.window_linear.slots import Alignment, Slots, align, gather_slots
@@ -302,7 +303,7 @@ def _attend(
         m = spec.shift(s.amax(-1, keepdim=True))
         if spec.log_window_factor_H is not None:
             s = s + spec.log_window_factor_H.to(wide).view(groups, -1, 1, 1)
-        p = (s - m).exp()
+        p = exp_or_zero(s - m)
         total = (p.flatten(2, 3) @ with_ones(v)).view(*q_BHCD.shape[:3], -1)
         m = m.flatten(1, 2)
     if spec.has_linear:
