@@ -5,10 +5,8 @@
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-dropout --teacher DIR --data ... --tokens 100k
-    python -m benchmarks.smollm2 train window-linear-lookup-1 --teacher DIR --data lookups.jsonl --tokens 100k
-    python -m benchmarks.smollm2 train window-linear-lookup --teacher DIR --data dense.jsonl --data more.jsonl ...
-    python -m benchmarks.smollm2 train window-linear-retrieval-1 --teacher DIR --data a.jsonl --weight 0.4 --data ...
-    python -m benchmarks.smollm2 train window-linear-retrieval --teacher DIR --data a.jsonl --weight 0.4 --data ...
+    python -m benchmarks.smollm2 train window-linear-retrieval-1 --teacher DIR --data ... --tokens 120k --length 1024
+    python -m benchmarks.smollm2 train window-linear-retrieval --teacher DIR --data ... --tokens 70k --length 4096
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
     python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
@@ -95,9 +93,6 @@ ROWS = {
         start="window-linear",
     ),
     "window-linear-recall": Row("window-linear", RECALLING, start="window-linear-recall-1"),
-    "window-linear-lookup": Row(
-        "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-lookup-1"
-    ),
     "window-linear-retrieval": Row("window-linear", RETRIEVAL, start="window-linear-retrieval-1"),
     **{
         f"{mixer}-{share}": Row(
@@ -116,9 +111,6 @@ ROWS = {
 # What rows start from. For the hybrids: all layers at once, each aligned with the attention that it replaces.
 STARTS = {
     "window-linear-recall-1": Row("window-linear", RECALLING, start="window-linear"),
-    "window-linear-lookup-1": Row(
-        "window-linear", {**RECALLING, "data.keep_whole": True}, start="window-linear-recall"
-    ),
     "window-linear-retrieval-1": Row(
         "window-linear", RETRIEVAL | {"stages.1.lr": "2e-3"}, start="window-linear", fresh_lora=True
     ),
