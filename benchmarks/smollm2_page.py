@@ -40,8 +40,8 @@ WHAT = {
     "window-linear-recall": "`window-linear` trained on, twice, at 4,096 tokens, 128 exact pairs, 5% retrieval heads "
     "(the first time, 110k tokens, was not recorded and is not in Cost)",
     "window-linear-retrieval": "the mixers of `window-linear` with new LoRA, 128 exact pairs and 5 of 90 "
-    "key/value groups from the start (those ranked first together), on novels and on text that asks for what it held (`recall_text`): at 1,024 "
-    "tokens, then at 4,096",
+    "key/value groups from the start (those ranked first together), on novels and on text that asks for what it held "
+    "(`recall_text`): at 1,024 tokens, then at 4,096",
     **{f"gdn-hybrid-{share}": f"Gated DeltaNet, {share}% attention (see below)" for share in (50, 25, 0)},
     **{
         f"mamba2-{share}": f"Mamba-2 started from attention weights, {share}% attention (see below)"
