@@ -108,39 +108,42 @@ def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> lis
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """All cells of a variant that are not kept yet."""
-    done = _kept(name)
-    model, tokenizer, done.groups_kept = build(name, options.teacher, options.dtype)
+    before = _kept(name)
+    counted = {(test, length): before.recall.get(test, {}).get(length, (0, 0))[1] for test in options.tests
+               for length in options.lengths}  # fmt: skip
+    missing = [cell for cell, items in counted.items() if items < options.items]
+    if not missing:
+        return
+    model, tokenizer, groups = build(name, options.teacher, options.dtype)
     torch.set_flush_denormal(True)
     documents = load_documents(list(options.text), tokenizer)
     ruler, hay = Ruler(tokenizer), Hay([tokenizer.decode(document.tokens[:20_000]) for document in documents])
-    for test in options.tests:
-        for length in options.lengths:
-            before = done.recall.setdefault(test, {}).get(length, (0, 0))
-            if before[1] >= options.items:
-                continue
-            begun, right = time.monotonic(), 0
-            for question in questions(ruler, hay, test, length, options.items):
-                right += answer_greedily(model, tokenizer, [question])[0].correct
-            done.recall[test][length] = (right, options.items)
-            print(f"{name}: {test} {length}: {right}/{options.items}, {time.monotonic() - begun:.0f} s", flush=True)
-            _keep(done)
+    for test, length in missing:
+        begun, right = time.monotonic(), 0
+        for question in questions(ruler, hay, test, length, options.items):
+            right += answer_greedily(model, tokenizer, [question])[0].correct
+        done = _kept(name)
+        done.groups_kept = groups
+        done.recall.setdefault(test, {})[length] = (right, options.items)
+        print(f"{name}: {test} {length}: {right}/{options.items}, {time.monotonic() - begun:.0f} s", flush=True)
+        _keep(done)
 
 
 def measure_losses(names: Sequence[str], options: argparse.Namespace) -> None:
     """Losses of variants that were not measured at a length: all of them with one pass of the teacher."""
-    done = {name: _kept(name) for name in names if name != TEACHER}
     guide, tokenizer = load_any(options.teacher)
     documents = load_documents(list(options.text), tokenizer)
     for length in options.losses:
-        missing = [name for name, variant in done.items() if length not in variant.losses]
+        missing = [name for name in names if name != TEACHER and length not in _kept(name).losses]
         if not missing:
             continue
         rows = first_rows(documents, length, max(1, options.loss_tokens // length), tokenizer.eos_token_id)
         views = {name: View(model=build(name, options.teacher)[0]) for name in missing}
         loss, away = distances(guide, views, rows)
         for name in missing:
-            done[name].losses[length] = Losses(documents=len(rows), teacher=loss, student=away[name])
-            _keep(done[name])
+            done = _kept(name)
+            done.losses[length] = Losses(documents=len(rows), teacher=loss, student=away[name])
+            _keep(done)
             print(f"{name}: losses {length}: {away[name].gap.value:+.3f}", flush=True)
 
 
