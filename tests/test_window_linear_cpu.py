@@ -14,7 +14,7 @@ import linearize.ops.matmul as matmul
 from linearize.ops.blocking import Scratch, head_blocks
 from linearize.ops.hedgehog import hedgehog
 from linearize.ops.layout import Layout
-from linearize.ops.matmul import product_into
+from linearize.ops.matmul import exp_or_zero, product_into
 from linearize.ops.window_linear import use_backend, window_linear
 from linearize.ops.window_linear.masks import UNLIKE
 
@@ -195,3 +195,14 @@ def test_hedgehog_by_heads_equals_autograd(monkeypatch, block, lead, per_group, 
         torch.autograd.grad(got, leaves, d_phi), torch.autograd.grad(expected, leaves, d_phi), strict=True
     ):
         torch.testing.assert_close(mine, its)
+
+
+def test_exponentials_of_masked_and_low_scores() -> None:
+    x = torch.tensor([0.7, -3.0, -75.0, -85.0, -torch.inf], dtype=torch.float64, requires_grad=True)
+    p = exp_or_zero(x)
+    p.sum().backward()
+    assert x.grad is not None
+    expected = torch.tensor([0.7, -3.0, -75.0], dtype=torch.float64).exp()
+    for values in (p.detach(), x.grad, exp_or_zero(x.detach())):
+        torch.testing.assert_close(values[:3], expected, rtol=1e-14, atol=0)
+        assert values[3:].tolist() == [0, 0]

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from linearize.errors import InputError
 from linearize.modeling.cache_argument import with_cache
+from linearize.modeling.forward_call import positions_to_keep
 from linearize.modeling.probe import probe, routed
 from linearize.ops.softmax import masked_softmax
 from linearize.phases import phase
@@ -151,7 +152,8 @@ class _Asked:
         self.teacher, self.tail, self.answer, self.without = teacher, question + answer, answer, without
         self.ids = torch.tensor([listed], device=teacher.device)
         self.cache = DynamicCache(config=teacher.config)
-        teacher(input_ids=self.ids, use_cache=True, logits_to_keep=1, **with_cache(teacher, self.cache))
+        last = positions_to_keep(1, self.ids)
+        teacher(input_ids=self.ids, use_cache=True, logits_to_keep=last, **with_cache(teacher, self.cache))
 
     def __call__(self, ablated: Sequence[Sequence[Place]]) -> Tensor:
         """One number, nats, for each row's ablated (layer, group) pairs, `[B]` fp64."""

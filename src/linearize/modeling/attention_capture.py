@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from linearize.mixers.layer_mixer import AttentionSample
+from linearize.modeling.forward_call import positions_to_keep
 from linearize.modeling.probe import probe, routed
 from linearize.ops.layout import Layout
 from linearize.ops.softmax import softmax_attention
@@ -80,7 +81,8 @@ def _run(teacher: PreTrainedModel, batch: dict[str, Tensor], sites: Mapping[int,
     hooks = [module.register_forward_hook(after, with_kwargs=True) for module in modules.values()]
     try:
         with torch.no_grad(), routed(teacher, CAPTURE):
-            options = {"use_cache": False, "logits_to_keep": 1, "linearize_capture": (layout, inside)}
+            last = positions_to_keep(1, tokens)
+            options = {"use_cache": False, "logits_to_keep": last, "linearize_capture": (layout, inside)}
             teacher(input_ids=tokens, position_ids=batch.get("position_ids"), **options)
     finally:
         for hook in hooks:

@@ -7,6 +7,7 @@ it directly (`student.base_model`, `student.lm`, trl's fused language-model head
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -226,9 +227,15 @@ class BackboneHook:
 
 
 def positions_to_keep(logits_to_keep: int | Tensor, tokens: Tensor) -> int | Tensor:
-    """The last positions as an index: a slice of them is no contiguous matrix, and on CPUs a 16-bit product with such a
-    one copies the LM head's weights first, for SmolLM2 12 times the work of the product."""
+    """The last positions as an index on CPUs: a slice has the strides of the whole prompt, and a 16-bit product with it
+    copies the LM head's weights first (SmolLM2: 405 ms in place of 15)."""
     count, length = logits_to_keep, tokens.shape[1]
-    if isinstance(count, Tensor) or not 0 < count < length or tokens.device.type != "cpu":
+    if not isinstance(count, int) or not 0 < count < length or tokens.device.type != "cpu":
         return count
-    return torch.arange(length - count, length)
+    return torch.arange(length - count, length, device=tokens.device)
+
+
+def last_logits(model: nn.Module, tokens: Tensor) -> dict[str, int | Tensor]:
+    """The argument with which a model computes the logits of the last token alone; none where it has no such one."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": positions_to_keep(1, tokens)} if known else {}

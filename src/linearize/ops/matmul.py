@@ -135,8 +135,26 @@ def _flat(out: Tensor) -> Tensor | None:
 
 
 def exp_or_zero(x: Tensor) -> Tensor:
-    """exp, 0 below `UNDERFLOW`: of masked scores, say."""
-    return torch.threshold(x.clamp(min=UNDERFLOW).exp(), math.exp(UNDERFLOW) * 1.001, 0)
+    """exp, 0 below `UNDERFLOW` (masked scores, say); keeps its result alone for the backward pass."""
+    result: Tensor = _ExpOrZero.apply(x) if torch.is_grad_enabled() and x.requires_grad else _exp_or_zero(x)
+    return result
+
+
+def _exp_or_zero(x: Tensor) -> Tensor:
+    return torch.threshold_(x.clamp(min=UNDERFLOW).exp_(), math.exp(UNDERFLOW) * 1.001, 0)
+
+
+class _ExpOrZero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        p = _exp_or_zero(x)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return grads[0] * p
 
 
 def decay_factors_(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Letters: B answers, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.errors import one_line
 from linearize.modeling.cache_argument import with_cache
+from linearize.modeling.forward_call import last_logits
 from linearize.modeling.text_cache import TextCaches, empty_cache
 from linearize.serving.conversations import ConversationStore, resume_point
 from linearize.serving.errors import ApiError, overloaded, server_error
@@ -59,7 +59,6 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._special = frozenset(tokenizer.all_special_ids)
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._thread = threading.Thread(target=self._run, name="linearize-engine", daemon=True)
         metrics.watch("running_answers", "Answers that are being decoded.", lambda: len(self._answers))
         metrics.watch("waiting_requests", "Prompts that wait for their turn.", lambda: len(self._waiting))
@@ -208,7 +207,7 @@ class Engine:
         end = start + self.prefill_tokens
         tokens = job.prompt[start : prefill.keep_at if start < prefill.keep_at < end else end]
         ids = torch.tensor([tokens], device=self.model.device)
-        last = {"logits_to_keep": 1} if self._keeps_last and not job.prompt_logprobs else {}
+        last = {} if job.prompt_logprobs else last_logits(self.model, ids)
         out = self.model(input_ids=ids, use_cache=True, **with_cache(self.model, prefill.cache), **last)
         prefill.read += len(tokens)
         if prefill.read == prefill.keep_at:

@@ -5,7 +5,6 @@ Letters: B batch, T tokens, S columns of the cache, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from linearize.errors import InputError
 from linearize.modeling.cache import MixerCacheLayer
 from linearize.modeling.cache_argument import with_cache
+from linearize.modeling.forward_call import last_logits
 from linearize.modeling.library_internals import hide_old_states, keeps_recurrent_state
 from linearize.modeling.ragged_cache import accept_rows, compact
 
@@ -39,7 +39,6 @@ class CachedModel:
         self.by_row = all(_keeps_by_row(layer) for layer in self.cache.layers)
         self._mask_BS: Tensor | None = None  # None: every column is a token in every row
         self.lengths: list[int] = []
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._undecided = 0  # tokens read that `keep` has not decided on
 
     def read_prompt(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -83,7 +82,7 @@ class CachedModel:
             }
         if prompt:
             added = added if new_BT is None else new_BT.sum(1).tolist()
-        options: dict[str, int] = {"logits_to_keep": 1} if prompt and self._keeps_last else {}
+        options = last_logits(self.model, tokens_BT) if prompt else {}
         out = self.model(
             input_ids=tokens_BT, use_cache=True, **with_cache(self.model, self.cache), **positions, **options
         )

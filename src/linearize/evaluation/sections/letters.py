@@ -30,6 +30,7 @@ from linearize.evaluation.context import (
 )
 from linearize.evaluation.numbers import DifferenceNumbers, NumbersModel, Role, ShareNumbers
 from linearize.evaluation.sections.cloze.items import ClozeItem, cut_items
+from linearize.modeling.forward_call import positions_to_keep
 from linearize.training.data.pseudo_labels import left_padded
 
 LETTERS = "ABCDEFGH"
@@ -157,7 +158,9 @@ def choose_letters(
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         ids, mask = left_padded([prompts[index] for index in some], pad_token(tokenizer), model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = model(
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions_to_keep(1, ids)
+        ).logits[:, -1]
         for index, letter in zip(some, logits[:, letters].argmax(-1).tolist(), strict=True):
             answers[index] = letter
     return [answers[start : start + choices] for start in range(0, len(answers), choices)]

@@ -6,7 +6,6 @@ Letters: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.cache_argument import cache_of, with_cache
+from linearize.modeling.forward_call import last_logits
 
 CacheKind = Literal["static", "dynamic", "own"]
 CLEARLY = 1.2  # times as fast as the usual configuration: then another one is taken
@@ -103,8 +103,7 @@ def random_text(models: Sequence[PreTrainedModel], batch: int, length: int, seed
 
 def feed(model: Any, cache: Any, ids_BT: Tensor) -> tuple[Tensor, Any]:
     """Read tokens; return the logits `[B, V]` of the last one and the cache. `cache` None: the model makes its own."""
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    out = model(input_ids=ids_BT, use_cache=True, **with_cache(model, cache), **last_only)
+    out = model(input_ids=ids_BT, use_cache=True, **with_cache(model, cache), **last_logits(model, ids_BT))
     return out.logits[:, -1], cache_of(out)
 
 

@@ -9,7 +9,6 @@ Letters: B batch, T new tokens of a step, P columns of the tail, S prompt, V voc
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling.attention import MixerCall
 from linearize.modeling.cache_argument import cache_argument, with_cache
+from linearize.modeling.forward_call import last_logits
 from linearize.modeling.static.cache import Place, StepCache
 from linearize.modeling.static.graphs import Graphs, Recorder, recorder_for
 from linearize.modeling.static.layers import attending_static, softmax_configs, static_layers
@@ -70,7 +70,6 @@ class StaticStep:
         self.lengths: list[int] = []
         self.held = 0  # tokens of each row that wait for a decision
         self._exact = True
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model.lm if isinstance(model, LinearizedForCausalLM) else model)
         self._model, self._configs = weakref.ref(model), softmax_configs(model)
         with torch.inference_mode(False):
@@ -101,7 +100,7 @@ class StaticStep:
         self.held, self._exact, self.rows = 0, True, self.batch
         self._check_capacity(0)
         self.cache.begin(self.lengths)
-        options: dict[str, int | Tensor] = {"logits_to_keep": 1} if self._keeps_last else {}
+        options = last_logits(self.model, input_ids)
         if min(self.lengths) < tokens and attention_mask is not None:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             options |= {"attention_mask": attention_mask, "position_ids": positions}

@@ -268,7 +268,8 @@ def _of_tokens(y_BHAV: Tensor, slot_BT: Tensor, slots: Slots, alignment: Alignme
 
 def _by_group(q_BHCD: Tensor, groups: int) -> Tensor:
     """The query heads of a key/value head as rows of one matrix, `[B, G, R C, D]`: products copy no keys."""
-    return q_BHCD.reshape(q_BHCD.shape[0], groups, -1, q_BHCD.shape[-1])
+    batch, heads, tokens, dim = q_BHCD.shape
+    return q_BHCD.reshape(batch, groups, heads // groups * tokens, dim)
 
 
 def _leaves(alignment: Alignment, present_BNC: Tensor, n: int, spec: WindowLinear) -> Tensor:
@@ -297,14 +298,14 @@ def _attend(
             bias = torch.cat([bias.expand(rows, -1, -1), more.expand(rows, bias.shape[1], -1)], dim=-1)
         k, v = (torch.cat([pair[i] for pair in parts], dim=2).to(wide) for i in range(2))
         per_group = q_BHCD.unflatten(1, (groups, -1)).shape[:4]
-        s = (_by_group(q_BHCD * spec.scaling, groups) @ k.mT).view(*per_group, -1)
+        s = (_by_group(q_BHCD * spec.scaling, groups) @ k.mT).view(*per_group, k.shape[2])
         s = s if spec.softcap is None else spec.softcap * torch.tanh(s / spec.softcap)
         s = s + bias[:, None, None]
         m = spec.shift(s.amax(-1, keepdim=True))
         if spec.log_window_factor_H is not None:
             s = s + spec.log_window_factor_H.to(wide).view(groups, -1, 1, 1)
         p = exp_or_zero(s - m)
-        total = (p.flatten(2, 3) @ with_ones(v)).view(*q_BHCD.shape[:3], -1)
+        total = (p.flatten(2, 3) @ with_ones(v)).view(*q_BHCD.shape[:3], v.shape[3] + 1)
         m = m.flatten(1, 2)
     if spec.has_linear:
         recalled = spec.features_q(q_BHCD) @ store.memory_BHFV.to(wide)
