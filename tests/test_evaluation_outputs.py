@@ -257,6 +257,9 @@ def test_model_card() -> None:
         "0.0600 nats per token worse",
     ):
         assert expected in card, expected
+    card = model_card(some_report(), "name: window-linear\nplan: {}\n", config, adapter_only=True)
+    assert 'linearize.load("models/some-teacher", adapter="path/to/this/folder")' in card
+    assert "AutoModelForCausalLM" not in card and "linearize export" not in card
 
 
 @pytest.mark.slow

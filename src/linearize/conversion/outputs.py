@@ -14,6 +14,7 @@ from linearize.metrics.card import model_card
 from linearize.metrics.plots import plot_layer_error, plot_stages
 from linearize.metrics.report import ConversionReport, write_report
 from linearize.modeling.export.remote_code import add_code
+from linearize.modeling.io.adapter_folder import is_adapter_folder
 from linearize.recipes.schema import Recipe
 from linearize.storage.atomic import atomic_folder
 from linearize.training.distributed import Group
@@ -24,7 +25,8 @@ def write_student_files(report: ConversionReport, recipe: Recipe, config: Mappin
     text = recipe.to_yaml()
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     write_report(report, folder)
-    (folder / "README.md").write_text(model_card(report, text, config), encoding="utf-8")
+    card = model_card(report, text, config, adapter_only=is_adapter_folder(folder))
+    (folder / "README.md").write_text(card, encoding="utf-8")
     plot_stages(report, folder / "plots")
     if report.layer_error:
         converted = [layer for layer, mixer in enumerate(report.mixers) if mixer is not None]

@@ -12,15 +12,18 @@ from linearize.metrics.report import ConversionReport
 from linearize.modeling.io.model_source import looks_local
 
 
-def model_card(report: ConversionReport, recipe_yaml: str, config: Mapping[str, Any]) -> str:
-    """Markdown with YAML front matter. `config` is the student's `config.json` as a dict."""
+def model_card(
+    report: ConversionReport, recipe_yaml: str, config: Mapping[str, Any], *, adapter_only: bool = False
+) -> str:
+    """Markdown with YAML front matter. `config` is the student's `config.json` as a dict; `adapter_only`: the folder
+    holds mixers and LoRA alone."""
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(report), sort_keys=False, allow_unicode=True)}---",
         f"# {_title(report)}",
         *_draft(report.provenance.get("draft")),
         _summary(report, config),
         f"## Losses\n\n{_loss_table(report)}\n\n{_agreement(report)}",
-        f"## How to load\n\n{_loading()}",
+        f"## How to load\n\n{_loading(report.teacher if adapter_only else None)}",
         f"## Recipe\n\n```yaml\n{recipe_yaml.strip()}\n```",
         f"## Limits\n\n{_limits(report, _mixers(config))}",
         f"## Provenance\n\n{_provenance(report.provenance)}",
@@ -131,7 +134,13 @@ def _agreement(report: ConversionReport) -> str:
     return text
 
 
-def _loading() -> str:
+def _loading(teacher: str | None) -> str:
+    """Code that loads the student, and what makes a folder for other programs. `teacher`: of an adapter."""
+    if teacher is not None:
+        return (
+            "The folder holds mixers and LoRA alone, for the weights of this teacher:\n\n"
+            f'```python\nimport linearize\n\nmodel = linearize.load("{teacher}", adapter="path/to/this/folder")\n```'
+        )
     return (
         '```python\nimport linearize\n\nmodel = linearize.load("path/to/this/folder")\n```\n\nor\n\n'
         "```python\nimport linearize  # registers the model with transformers\n"
