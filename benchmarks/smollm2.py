@@ -73,7 +73,7 @@ RECALLING: dict[str, Any] = {
     "plan.mixer.store": 128, "plan.heads.keep": [[7, 2], [8, 0], [17, 0], [18, 2]],
     "stages.0.tokens": 0, "stages.1.lr": "1e-3", "stages.1.evaluate_every": 0.34, "stages.1.keep_best": False,
 }  # fmt: skip
-RETRIEVAL = RECALLING | {"plan.heads.keep": 5, "data.keep_whole": True}
+RETRIEVAL = RECALLING | {"plan.heads.keep": 0.06, "data.keep_whole": True}
 ROWS = {
     "window-alone": Row(
         "window-linear",

@@ -209,7 +209,8 @@ def losses(teacher: Any, student: Any, rows: Sequence[Batch]) -> Losses:
 def _views(student: Any) -> dict[str, View]:
     """A student, and its window alone where it has a linear branch beside it."""
     views = {"student": View(model=student)}
-    if any(getattr(mixer, "name", None) == "lolcats" for mixer in student.config.mixers()):
+    mixers = [getattr(mixer, "inner", mixer) for mixer in student.config.mixers()]  # of retrieval heads: the others'
+    if any(getattr(mixer, "name", None) == "lolcats" for mixer in mixers):
         views["window"] = View(model=student, branch="window")
     return views
 
