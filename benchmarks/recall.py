@@ -108,10 +108,9 @@ def questions(ruler: Ruler, hay: Hay, test: str, length: int, items: int) -> lis
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """All cells of a variant that are not kept yet."""
-    before = _kept(name)
-    counted = {(test, length): before.recall.get(test, {}).get(length, (0, 0))[1] for test in options.tests
-               for length in options.lengths}  # fmt: skip
-    missing = [cell for cell, items in counted.items() if items < options.items]
+    known = _kept(name).recall
+    cells = [(test, length) for test in options.tests for length in options.lengths]
+    missing = [(test, length) for test, length in cells if known.get(test, {}).get(length, (0, 0))[1] < options.items]
     if not missing:
         return
     model, tokenizer, groups = build(name, options.teacher, options.dtype)

@@ -4,11 +4,11 @@
     python -m benchmarks.smollm2 train window-linear --teacher DIR --data a.jsonl --data b.jsonl --tokens 500k
     python -m benchmarks.smollm2 train window-linear-recall-1 --teacher DIR --data ... --tokens 110k --length 4096
     python -m benchmarks.smollm2 train window-linear-recall --teacher DIR --data ... --tokens 110k --length 4096
-    python -m benchmarks.smollm2 train window-linear-dropout --teacher DIR --data ... --tokens 100k
+    python -m benchmarks.smollm2 train window-linear-dropout --teacher DIR --data ... --tokens 60k
     python -m benchmarks.smollm2 train window-linear-retrieval-1 --teacher DIR --data ... --tokens 120k --length 1024
     python -m benchmarks.smollm2 train window-linear-retrieval --teacher DIR --data ... --tokens 70k --length 4096
     python -m benchmarks.smollm2 train gdn-hybrid-aligned --teacher DIR --data ... --tokens 100k
-    python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 60k
+    python -m benchmarks.smollm2 train gdn-hybrid-50 --teacher DIR --data ... --tokens 40k
     python -m benchmarks.smollm2 measure teacher window-linear --teacher DIR --text c.jsonl
     python -m benchmarks.smollm2_page
 

@@ -141,7 +141,12 @@ def exp_or_zero(x: Tensor) -> Tensor:
 
 
 def _exp_or_zero(x: Tensor) -> Tensor:
-    return torch.threshold_(x.clamp(min=UNDERFLOW).exp_(), math.exp(UNDERFLOW) * 1.001, 0)
+    return _exp_of_clamped_(x.clamp(min=UNDERFLOW))
+
+
+def _exp_of_clamped_(x: Tensor) -> Tensor:
+    """exp in place of numbers from `UNDERFLOW` on, 0 for those at it."""
+    return torch.threshold_(x.exp_(), math.exp(UNDERFLOW) * 1.001, 0)
 
 
 class _ExpOrZero(torch.autograd.Function):
@@ -159,4 +164,4 @@ class _ExpOrZero(torch.autograd.Function):
 
 def decay_factors_(x: Tensor) -> Tensor:
     """exp in place, 1 above 0 and 0 below `UNDERFLOW`."""
-    return torch.threshold_(x.clamp_(min=UNDERFLOW, max=0).exp_(), math.exp(UNDERFLOW) * 1.001, 0)
+    return _exp_of_clamped_(x.clamp_(min=UNDERFLOW, max=0))
