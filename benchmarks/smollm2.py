@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 import linearize
-from benchmarks.smollm2_measure import TEACHER, languages, measure
+from benchmarks.smollm2_measure import TEACHER, languages, measure, task_scores
 from linearize.modeling.io.teacher import load_teacher
 from linearize.numbers import parse_count
 from linearize.phases import shown
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measures.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096], help="of losses; none: as measured")
     measures.add_argument("--loss-tokens", type=parse_count, default=32_768)
     measures.add_argument("--limit", type=int, default=200, help="items of each task; 0: as measured")
-    measures.add_argument("--kept", help="folder in which tasks keep what they measured")
+    measures.add_argument("--kept", help="folder of the tasks' report; a run that was stopped continues there")
     for verb in (trains, measures):
         verb.add_argument("--teacher", required=True)
     options = parser.parse_args(arguments)
@@ -221,8 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(options.row, options, weights=options.weight)
             return
         spoken = languages(options.rows, FOLDER, options) if options.lengths else {}
+        scores = task_scores(options.rows, FOLDER, options) if options.limit else {}
         for name in options.rows:
-            numbers = measure(name, FOLDER, options, spoken.get(name))
+            numbers = measure(name, FOLDER, options, spoken.get(name), scores.get(name))
             FOLDER.mkdir(parents=True, exist_ok=True)
             (FOLDER / f"{name}.json").write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
             print(name, numbers.losses, flush=True)

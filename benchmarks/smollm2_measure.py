@@ -115,17 +115,23 @@ Language = tuple[dict[int, Losses], list[str]]
 """Losses of a row by length, and what it writes after the prompts."""
 
 
-def measure(name: str, folder: Path, options: argparse.Namespace, language: Language | None) -> RowNumbers:
-    """Losses and continuations (`language`), tasks and state bytes of a row. Where no language is given or a limit of 0
-    is asked, that part stays as an earlier run measured it, or is left out; so do losses at other lengths."""
+def measure(
+    name: str,
+    folder: Path,
+    options: argparse.Namespace,
+    language: Language | None,
+    scores: dict[str, TaskNumbers] | None,
+) -> RowNumbers:
+    """Losses and continuations (`language`), scores of tasks and state bytes of a row. What is None stays as an earlier
+    run measured it, or is left out; so do losses at other lengths."""
     path = options.teacher if name == TEACHER else str(folder / name)
     file, earlier = folder / f"{name}.json", None
     if file.is_file():
         earlier = RowNumbers.model_validate_json(file.read_text(encoding="utf-8"))
     now = provenance(seed=0)
     tasks, tasks_provenance = ({}, None) if earlier is None else (earlier.tasks, earlier.tasks_provenance)
-    if options.limit:
-        tasks, tasks_provenance = _tasks(name, path, options), now
+    if scores is not None:
+        tasks, tasks_provenance = scores, now
     if language is not None:
         losses_at, written = ({} if earlier is None else earlier.losses) | language[0], language[1]
     elif earlier is not None:
@@ -156,15 +162,25 @@ def _stages(folder: Path) -> list[StageNumbers]:
     return [*earlier, *(StageNumbers.model_validate(stage) for stage in report["stages"])]
 
 
-def _tasks(name: str, path: str, options: argparse.Namespace) -> dict[str, TaskNumbers]:
-    """lm-eval's scores of a row; the teacher's are kept in `options.kept`."""
+def task_scores(names: Sequence[str], folder: Path, options: argparse.Namespace) -> dict[str, dict[str, TaskNumbers]]:
+    """lm-eval's scores of rows, with one run of the teacher for all."""
     settings = EvaluationOptions(limit=options.limit, include_path=TASKS)
-    teacher = None if name == TEACHER else options.teacher
-    numbers = evaluate(path, teacher=teacher, tasks=TASK_NAMES, options=settings, out=options.kept).sections["tasks"]
-    scores = TasksNumbers.model_validate(numbers).models
+    students = [str(folder / name) for name in names if name != TEACHER]
+    report = evaluate(
+        students[0] if students else options.teacher,
+        compare=students[1:],
+        teacher=options.teacher if students else None,
+        tasks=TASK_NAMES,
+        options=settings,
+        out=options.kept,
+    )
+    scores = TasksNumbers.model_validate(report.sections["tasks"]).models
     return {
-        task: TaskNumbers(score=row.score, error=row.stderr, items=row.n, inside_window=row.inside_window)
-        for task, row in scores[TEACHER if name == TEACHER else list(scores)[-1]].items()
+        name: {
+            task: TaskNumbers(score=row.score, error=row.stderr, items=row.n, inside_window=row.inside_window)
+            for task, row in scores[name].items()
+        }
+        for name in names
     }
 
 

@@ -44,7 +44,9 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     assert [stage.tokens for stage in numbers.stages if stage.tokens] == trained[name]
     if name == "window-linear":
         sizes = ["--lengths", "--limit", "2"]
-        smollm2.main(["measure", name, "--teacher", TEACHER, "--text", str(text), *sizes])
+        smollm2.main(["measure", "teacher", name, "--teacher", TEACHER, "--text", str(text), *sizes])
+        guide = RowNumbers.model_validate_json((tmp_path / "teacher.json").read_text("utf-8"))
+        assert guide.tasks["piqa"].items == 2 and not guide.losses
         later = RowNumbers.model_validate_json((tmp_path / f"{name}.json").read_text("utf-8"))
         assert later.losses == numbers.losses and later.provenance == numbers.provenance
         assert later.tasks_provenance is not None and later.tasks["piqa"].items == 2
