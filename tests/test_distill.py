@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from linearize.errors import InputError
 from linearize.modeling import LinearizedForCausalLM
 from linearize.training.config import Batch, LossSum
-from linearize.training.stages.chunked_logits import SplitModel, without_head
+from linearize.training.stages.chunked_logits import SplitModel, slice_tokens, without_head
 from linearize.training.stages.distill import Distill, DistillConfig
 from linearize.training.stages.losses import distillation_loss, divergence
 from linearize.training.stages.lowrank import LowRankConfig
@@ -97,14 +97,31 @@ def test_a_model_that_does_not_come_apart_gives_whole_logits() -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
-def test_divergences_by_their_definitions(kind: Any) -> None:
+@pytest.mark.parametrize("cached", [3 * VOCABULARY, 2**18])
+def test_divergences_by_their_definitions(kind: Any, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens at once, or a few at a time."""
+    monkeypatch.setattr("linearize.training.stages.losses.CACHED", cached)
     generator = torch.Generator().manual_seed(2)
     p, q = (2 * torch.randn(3, T, VOCABULARY, generator=generator) for _ in "pq")
     batch = make_batch()
     expected = straight_loss(p, q, batch, kl=1.0, ce=0.0, kind=kind, heat=1.7)
     live = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
-    assert float(divergence(p[live], q[live], kind, temperature=1.7)) == pytest.approx(float(expected), rel=1e-5)
+    logits = q[live].requires_grad_()
+    actual = divergence(p[live], logits, kind, temperature=1.7)
+    assert float(actual.detach()) == pytest.approx(float(expected), rel=1e-5)
+    (0.6 * actual).backward()
+    whole = q.double().requires_grad_()
+    (0.6 * straight_loss(p.double(), whole, batch, kl=1.0, ce=0.0, kind=kind, heat=1.7)).backward()
+    torch.testing.assert_close(logits.grad, whole.grad[live].float(), rtol=1e-4, atol=1e-6)
     assert abs(float(divergence(p[live], p[live], kind))) < 1e-4
+
+
+def test_a_cpu_has_slices_of_memory_that_is_used_again() -> None:
+    """glibc gives blocks above 32 MiB back to the system."""
+    for vocabulary in (50, 49_152, 262_144):
+        cpu = 4 * vocabulary * slice_tokens(vocabulary, torch.device("cpu"))
+        assert 30e6 < cpu < 32 * 2**20
+        assert 2 * cpu < 4.3 * vocabulary * slice_tokens(vocabulary, torch.device("meta")) <= 1.1 * 2**26
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere2"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.peak import product_flops
 from test_window_linear import PACKED, PLAIN, inputs, make_spec
 
 import linearize.ops.blocking as blocking
@@ -56,6 +58,42 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, block, position, window, 
     torch.testing.assert_close(after.memory_BHFV, state.memory_BHFV, rtol=0, atol=1e-10)
     for mine, its in zip(got, gradients, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("position", [PLAIN, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize(("window", "shape", "options"), KINDS)
+def test_gradients_that_nobody_needs_are_not_computed(window, shape, options, position):
+    """Of every part alone, they are those of all parts together, for fewer products."""
+    spec, tokens = make_spec(window, shape, **options), 203 if position is None else 53
+    names = ["q", "k", "v", "map of q", "map of k", "log g"]
+
+    def gradients(needed):
+        q, k, v = (x.requires_grad_(name in needed) for x, name in zip(inputs(tokens), "qkv", strict=True))
+        maps = {"map of q": spec.feature_q, "map of k": spec.feature_k}
+        for name, own in maps.items():
+            own.requires_grad_(name in needed)
+        log_g = spec.log_window_factor_H.detach().requires_grad_("log g" in needed)
+        with use_backend("chunked"):
+            own = replace(spec, log_window_factor_H=log_g)
+            y, _ = window_linear(q, k, v, spec=own, layout=Layout(position_BT=position), need_state=False)
+        torch.manual_seed(9)
+        loss = (y * torch.randn_like(y)).sum()
+        leaves = {"q": [q], "k": [k], "v": [v], "log g": [log_g]} | {n: list(m.parameters()) for n, m in maps.items()}
+        wanted = [leaf for name in names if name in needed for leaf in leaves[name]]
+        if not loss.requires_grad or not wanted:
+            return {}, 0
+        for leaf in wanted:
+            leaf.grad = None
+        flops = product_flops(lambda: loss.backward(inputs=wanted))
+        return {name: [leaf.grad for leaf in leaves[name]] for name in names if name in needed}, flops
+
+    expected, whole = gradients(names)
+    for needed in [*([name] for name in names), ["map of q", "map of k", "log g"], ["q", "v"], ["k", "map of q"]]:
+        got, flops = gradients(needed)
+        assert flops < whole
+        for name in got:
+            for mine, its in zip(got[name], expected[name], strict=True):
+                torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
 
 
 def test_chunks_of_a_plain_text_share_their_masks(monkeypatch):

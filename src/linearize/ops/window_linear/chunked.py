@@ -225,7 +225,7 @@ class _ChunkGroup(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, shift, normaliser, y = ctx.saved_tensors
         inputs, masks = Inputs(*tensors), ctx.masks
-        d = Gradients(inputs, masks)
+        d = Gradients(inputs, masks, ctx.needs_input_grad[: len(tensors)])
         with bf16_products(ctx.dtype):
             for block in head_blocks(y.shape[0], inputs.groups, inputs.numbers()):
                 keys = Keys(inputs, block)

@@ -5,7 +5,9 @@ Letters: as in `chunked.py`; b and g are the rows and groups of a block, P = b g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +57,7 @@ class Keys:
         self.k = with_sinks(None if inputs.sink_k is None else block.of(inputs.sink_k), tiles(block.of(inputs.k)))
         self.v_seen = with_sinks(self.sink_v, self.tile_v)
 
+    @cached_property
     def value_seen(self) -> Tensor:
         """[v, 1] of sinks and tiles, `[P, K, W]`."""
         sinks = None if self.sink_v is None else torch.nn.functional.pad(self.sink_v, (0, 1), value=1)
@@ -138,23 +141,35 @@ class QueryHeads:
 
 
 class Gradients:
-    """Of a chunk group's inputs, in the order of `Inputs`; None where the operation does not depend on one."""
+    """Of a chunk group's inputs, in the order of `Inputs`; None where the operation does not depend on one, or where
+    its gradient is not `needed` (in attention transfer nothing but the features and log g is trained)."""
 
-    def __init__(self, inputs: Inputs, masks: GroupMasks) -> None:
+    def __init__(self, inputs: Inputs, masks: GroupMasks, needed: Sequence[bool]) -> None:
+        q, k, v, sink_k, sink_v, phi_q, phi_k, memory, log_g = needed
         seen, far = masks.bias is not None, masks.far is not None
-        self.q = torch.empty_like(inputs.q, memory_format=torch.contiguous_format) if seen else None
-        self.k = torch.zeros_like(inputs.k) if seen else None
-        self.v = torch.zeros_like(inputs.v)
+        self.q = torch.empty_like(inputs.q, memory_format=torch.contiguous_format) if seen and q else None
+        self.k = torch.zeros_like(inputs.k) if seen and k else None
+        self.v = torch.zeros_like(inputs.v) if v else None
         self.sink_k, self.sink_v = (
-            None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
-            for x in (inputs.sink_k, inputs.sink_v)
+            None if x is None or not own else torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for x, own in ((inputs.sink_k, sink_k), (inputs.sink_v, sink_v))
         )
-        self.phi_q = None if inputs.phi_q is None else torch.empty_like(inputs.phi_q)
+        self.phi_q = None if inputs.phi_q is None or not phi_q else torch.empty_like(inputs.phi_q)
         self.phi_k = None
-        if inputs.phi_k is not None:
+        if inputs.phi_k is not None and phi_k:
             self.phi_k = torch.zeros_like(inputs.phi_k) if far else torch.empty_like(inputs.phi_k)
-        self.memory = None if inputs.memory is None else torch.empty_like(inputs.memory)
-        self.log_g = torch.zeros_like(inputs.log_g) if seen else None
+        self.memory = None if inputs.memory is None or not memory else torch.empty_like(inputs.memory)
+        self.log_g = torch.zeros_like(inputs.log_g) if seen and log_g else None
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether something that the scores depend on has a gradient."""
+        return any(x is not None for x in (self.q, self.k, self.sink_k, self.log_g))
+
+    @property
+    def of_memories(self) -> bool:
+        """Whether something that the memories are made of has one."""
+        return any(x is not None for x in (self.phi_k, self.v, self.memory))
 
     def in_order(self) -> tuple[Tensor | None, ...]:
         """As `Inputs` has them."""
@@ -173,11 +188,12 @@ def query_heads_backward(
 ) -> None:
     """Add or set this head's part of `d`, given the gradients of y and of the memory after the chunk group."""
     d_total = _division(head, grads[0], normaliser, y)
-    softmax, linear = head.softmax(), head.linear()
     m = None if shift is None else head.of(shift)
-    if softmax is not None and m is not None:
-        _softmax(head, softmax, d, d_total.flatten(0, 2), m)
-    if linear is not None:
+    if m is not None and (d.of_scores or d.v is not None or d.sink_v is not None):
+        _softmax(head, d, d_total.flatten(0, 2), m)
+    if d.phi_q is None and not d.of_memories:
+        return
+    if (linear := head.linear()) is not None:
         if m is not None and head.masks.shared_shift:
             d_total.mul_(torch.exp2(-m))
         with whole_products():
@@ -196,41 +212,55 @@ def _division(head: QueryHeads, d_y: Tensor | None, normaliser: Tensor, y: Tenso
     return d_total
 
 
-def _softmax(head: QueryHeads, softmax: SoftmaxPart, d: Gradients, d_total_PCW: Tensor, m: Tensor) -> None:
-    assert d.q is not None and d.k is not None and d.log_g is not None
-    keys, masks, block = head.keys, head.masks, head.block
-    tops = None if masks.shared_shift else softmax.tops(softmax.largest())
+def _softmax(head: QueryHeads, d: Gradients, d_total_PCW: Tensor, m: Tensor) -> None:
+    softmax, keys, scaling, block = head.softmax(), head.keys, head.masks.scaling, head.block
+    assert softmax is not None
+    tops = None if head.masks.shared_shift else softmax.tops(softmax.largest())
     p = softmax.weights((m - head.log2_g).flatten(0, 2))
-    d_s, d_log_g = softmax.d_scores(d_total_PCW, keys.value_seen(), p, tops)
-    d.log_g.view(head.inputs.groups, -1)[block.groups, head.r] += d_log_g.view(*head.shape, 1).sum((0, 2, 3, 4))
-    with whole_products():
-        product_into(head.of(d.q), d_s, softmax.k, alpha=masks.scaling)
     sinks = 0 if keys.sink_v is None else keys.sink_v.shape[3]
-    _add_tiles(block.of(d.k), d_s[..., sinks:], head.q, masks.scaling)
-    _add_tiles(block.of(d.v), p[..., sinks:], d_total_PCW[..., :-1], 1)
-    if d.sink_k is not None and d.sink_v is not None:
-        product_into(block.of(d.sink_k), d_s[..., :sinks].mT, head.q, beta=1, alpha=masks.scaling)
+    if d.v is not None:
+        _add_tiles(block.of(d.v), p[..., sinks:], d_total_PCW[..., :-1], 1)
+    if d.sink_v is not None:
         product_into(block.of(d.sink_v), p[..., :sinks].mT, d_total_PCW[..., :-1], beta=1)
+    if not d.of_scores:
+        return
+    d_s, d_log_g = softmax.d_scores(d_total_PCW, keys.value_seen, p, tops)
+    if d.log_g is not None:
+        d.log_g.view(head.inputs.groups, -1)[block.groups, head.r] += d_log_g.view(*head.shape, 1).sum((0, 2, 3, 4))
+    if d.q is not None:
+        with whole_products():
+            product_into(head.of(d.q), d_s, softmax.k, alpha=scaling)
+    if d.k is not None:
+        _add_tiles(block.of(d.k), d_s[..., sinks:], head.q, scaling)
+    if d.sink_k is not None:
+        product_into(block.of(d.sink_k), d_s[..., :sinks].mT, head.q, beta=1, alpha=scaling)
 
 
 def _linear(head: QueryHeads, linear: LinearPart, d: Gradients, d_total_PCW: Tensor, d_after: Tensor | None) -> None:
     inputs, masks, block, chunks = head.inputs, head.masks, head.block, head.shape[2]
     assert inputs.phi_q is not None and inputs.phi_k is not None
-    assert d.phi_q is not None and d.phi_k is not None and d.memory is not None
-    phi_q, d_phi_k, d_v = head.of(inputs.phi_q).flatten(0, 2), head.of(d.phi_k), block.of(d.v)
+    phi_q = head.of(inputs.phi_q).flatten(0, 2)
+    d_phi_q, d_phi_k = (None if x is None else head.of(x) for x in (d.phi_q, d.phi_k))
+    d_v = None if d.v is None else block.of(d.v)
     d_later = None if d_after is None else head.of(d_after)
-    d_carried = linear.backward(
-        d_total_PCW, phi_q, head.of(d.phi_q), d_phi_k[:, :, :chunks], d_v[:, :, :chunks], d_later
-    )
-    head.of(d.memory).copy_(d_carried)
+    if d_phi_q is not None:
+        linear.d_queries(d_total_PCW, d_phi_q)
+    if d.of_memories:
+        d_folded_k, d_folded_v = (None if x is None else x[:, :, :chunks] for x in (d_phi_k, d_v))
+        d_carried = linear.d_memories(d_total_PCW, phi_q, d_folded_k, d_folded_v, d_later)
+        if d.memory is not None:
+            head.of(d.memory).copy_(d_carried)
     if masks.far is None:
         return
     tile_phi = tiles(head.of(inputs.phi_k))
-    a = head.beyond(phi_q, tile_phi, "beyond")
-    d_a = head.beyond(d_total_PCW, tiles(head.keys.value), "d_beyond")
-    product_into(head.of(d.phi_q), d_a, tile_phi, beta=1)
-    _add_tiles(d_phi_k, d_a, phi_q, 1)
-    _add_tiles(d_v, a, d_total_PCW[..., :-1], 1)
+    if d_phi_q is not None or d_phi_k is not None:
+        d_a = head.beyond(d_total_PCW, tiles(head.keys.value), "d_beyond")
+        if d_phi_q is not None:
+            product_into(d_phi_q, d_a, tile_phi, beta=1)
+        if d_phi_k is not None:
+            _add_tiles(d_phi_k, d_a, phi_q, 1)
+    if d_v is not None:
+        _add_tiles(d_v, head.beyond(phi_q, tile_phi, "beyond"), d_total_PCW[..., :-1], 1)
 
 
 def _add_tiles(d_x_bgMCD: Tensor, weights_PCK: Tensor, rows_PCD: Tensor, alpha: float) -> None:

@@ -134,18 +134,20 @@ class LinearPart:
         weighed = self.scratch("weighed", *phi_q_PCF.shape, like=phi_q_PCF)
         return torch.mul(phi_q_PCF, memories[:, -1:], out=weighed).sum(-1, keepdim=True)
 
-    def backward(
+    def d_queries(self, d_total_PCW: Tensor, d_phi_q: Tensor) -> None:
+        """The gradient of the features of queries, into `[b, g, N, C, F]`."""
+        product_into(d_phi_q, d_total_PCW, self.memories.flatten(0, 2))
+
+    def d_memories(
         self,
         d_total_PCW: Tensor,
         phi_q_PCF: Tensor,
-        d_phi_q: Tensor,
-        d_phi_k: Tensor,
-        d_v: Tensor,
+        d_phi_k: Tensor | None,
+        d_v: Tensor | None,
         d_later: Tensor | None,
     ) -> Tensor:
-        """Gradients into `d_phi_q: [b, g, N, C, F]`, `d_phi_k` (set) and `d_v: [b, g, N, C, V]` (added to), those of
-        chunks n - 2; returned: that of the carried memory. `d_later`: of the memory after the chunk group."""
-        product_into(d_phi_q, d_total_PCW, self.memories.flatten(0, 2))
+        """Gradients into `d_phi_k: [b, g, N, C, F]` (set) and `d_v: [b, g, N, C, V]` (added to), those of chunks n - 2;
+        returned: that of the carried memory. `d_later`: of the memory after the chunk group."""
         d_memories = self.scratch("d_memories", *self.memories.shape, like=phi_q_PCF)
         flat = product_into(d_memories, d_total_PCW.mT, phi_q_PCF).flatten(0, 2)
         by_chunk = d_memories.unbind(2)
@@ -154,7 +156,10 @@ class LinearPart:
                 torch.add(by_chunk[n], d_later, out=by_chunk[n])
             d_later = by_chunk[n]
             self._forget(d_later, n)
-        product_into(d_phi_k, self.value, flat)
+        if d_phi_k is not None:
+            product_into(d_phi_k, self.value, flat)
+        if d_v is None:
+            return by_chunk[0]
         if self.fold is None:
             product_into(d_v, self.phi_k, flat[:, :-1].mT, beta=1)
         else:

@@ -22,11 +22,15 @@ from linearize.training.config import Batch
 SliceLoss = Callable[[Tensor, slice], Tensor]
 SLICE_NUMBERS = 2**24
 """The most logits that exist at a time (64 MiB in fp32), a few times over inside a loss."""
+CPU_SLICE_NUMBERS = 8_000_000
+"""On a CPU: glibc keeps blocks of up to 32 MiB for the next slice; larger ones are new pages of the system each time,
+which take longer to touch than a softmax."""
 
 
-def slice_tokens(vocabulary: int) -> int:
-    """Tokens whose logits exist at a time."""
-    return max(1, SLICE_NUMBERS // vocabulary)
+def slice_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits exist at a time on a device."""
+    numbers = min(SLICE_NUMBERS, CPU_SLICE_NUMBERS) if device.type == "cpu" else SLICE_NUMBERS
+    return max(1, numbers // vocabulary)
 
 
 class SplitModel:
@@ -182,7 +186,7 @@ def sliced_loss(split: SplitModel, hidden_NM: Tensor, loss: SliceLoss, *, tokens
     Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
     product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
     """
-    size = tokens or slice_tokens(split.vocabulary)
+    size = tokens or slice_tokens(split.vocabulary, hidden_NM.device)
     parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
     parameters = split.parameters() if torch.is_grad_enabled() else []
     total: Tensor = _Sliced.apply(split, loss, parts, hidden_NM, *parameters)

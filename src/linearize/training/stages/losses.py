@@ -17,11 +17,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from linearize.ops.blocking import alike
 from linearize.ops.window_linear import Branch
 from linearize.training.config import Batch, LossSum
 from linearize.training.stages.chunked_logits import SplitModel, slice_tokens, sliced_loss
 
 Divergence = Literal["forward", "reverse", "jsd"]
+CACHED = 2**18  # logits whose softmaxes a core's caches hold, a few times over
 EVERYTHING: Mapping[int, Branch] = MappingProxyType({})  # no layer is left with one branch
 
 
@@ -57,7 +59,7 @@ def answer_log_probs(split: SplitModel, batch: Batch) -> Tensor:
     def log_probs(hidden_nM: Tensor, labels_n: Tensor) -> Tensor:
         return -F.cross_entropy(split.logits(hidden_nM).float(), labels_n, reduction="none")
 
-    size = slice_tokens(split.vocabulary)
+    size = slice_tokens(split.vocabulary, hidden_NM.device)
     parts = [
         checkpoint(log_probs, hidden_nM, labels_n, use_reentrant=False, preserve_rng_state=False)
         for hidden_nM, labels_n in zip(hidden_NM.split(size), labels_N.split(size), strict=True)
@@ -96,11 +98,18 @@ def distillation_loss(
         if teacher is not None and teacher_NM is not None:
             with torch.no_grad():
                 target_nV = teacher.logits(teacher_NM[part])
-            shared = min(target_nV.shape[-1], logits_nV.shape[-1])
-            total = total + kl * divergence(target_nV[:, :shared], logits_nV[:, :shared], kind, temperature=temperature)
+            target_nV, logits_nV = _shared(target_nV, logits_nV)
+            total = total + kl * divergence(target_nV, logits_nV, kind, temperature=temperature)
         return total
 
     return LossSum(sliced_loss(student, student_NM, loss), float(live.sum()))
+
+
+def _shared(target_NV: Tensor, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that both vocabularies have. Where that is all, nothing is cut: the gradient of a cut is a copy."""
+    shared = min(target_NV.shape[-1], logits_NV.shape[-1])
+    target_NV, logits_NV = (x if x.shape[-1] == shared else x[:, :shared] for x in (target_NV, logits_NV))
+    return target_NV, logits_NV
 
 
 @torch.no_grad()
@@ -137,26 +146,40 @@ def _log_probs(logits_NV: Tensor, temperature: float) -> Tensor:
 
 
 class _ForwardKL(torch.autograd.Function):
-    """temperature^2 KL(teacher||student), summed over tokens. Its gradient, temperature (q - p), is made with it in the
-    memory of q, since passes over tokens times vocabulary are what a distillation step of a small model waits for. The
-    teacher gets no gradient."""
+    """temperature^2 KL(teacher||student), summed over tokens. Its gradient, temperature (q - p), is made with it, since
+    passes over tokens times vocabulary are what a distillation step of a small model waits for: on a CPU a few tokens
+    at a time, so that all but the logits and the gradient stays in the caches. The teacher gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> Tensor:
-        p, q = _log_probs(teacher_NV, temperature), _log_probs(student_NV, temperature)
-        weights = p.exp()
-        total = p.sub_(q).mul_(weights).sum() * temperature**2
-        if ctx.needs_input_grad[1]:
-            gradient = q.exp_().sub_(weights)
+        parts = _token_blocks(student_NV)
+        gradient = torch.empty_like(student_NV, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        totals = student_NV.new_empty(len(parts), dtype=torch.float32)
+        for number, part in enumerate(alike(parts)):
+            p, q = _log_probs(teacher_NV[part], temperature), _log_probs(student_NV[part], temperature)
+            weights = p.exp()
+            totals[number] = p.sub_(q).mul_(weights).sum()
+            if gradient is not None:
+                torch.sub(q.exp_(), weights, out=gradient[part])
+        if gradient is not None:
             ctx.gradient = gradient if temperature == 1 else gradient.mul_(temperature)
             ctx.dtype = student_NV.dtype
-        return total
+        return totals.sum() * temperature**2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[None, Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None  # it is scaled in place: a second backward pass fails
-        return None, gradient.mul_(factor).to(ctx.dtype), None
+        if not (factor.is_cpu and factor == 1):
+            gradient.mul_(factor)
+        return None, gradient.to(ctx.dtype), None
+
+
+def _token_blocks(logits_NV: Tensor) -> list[slice]:
+    """Tokens to take at a time: on a CPU about `CACHED` logits for each thread, else all."""
+    tokens, vocabulary = logits_NV.shape
+    size = max(1, torch.get_num_threads() * CACHED // vocabulary) if logits_NV.device.type == "cpu" else max(1, tokens)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
@@ -178,7 +201,7 @@ def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -
     tokens at a time."""
     live = counted(labels_BT)
     teacher_NV, student_NV = teacher_BTV[live], student_BTV[live]
-    size = slice_tokens(student_NV.shape[1])
+    size = slice_tokens(student_NV.shape[1], student_NV.device)
     total = student_BTV.new_zeros((), dtype=torch.float32)
     for p, q in zip(teacher_NV.split(size), student_NV.split(size), strict=True):
         total = total + divergence(p, q)

@@ -1,0 +1,197 @@
+"""One version of the package against another on the same teacher: first training step, `plan`, both stages, decoding.
+
+    git worktree add /tmp/before bd53180
+    python -m benchmarks.before_after before=/tmp/before after=. --teacher DIR --data novels.jsonl
+
+Every version runs in processes of its own, through its command line and what every version of the package has. Seconds
+of a step are the median of a few; a conversion is followed up to its last step; `quiet` is the longest time in which
+it wrote nothing to the terminal before its first one. Decoding: medians of 32 tokens after a random text, teacher with
+a preallocated cache and `window-linear` in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import selectors
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import publish
+
+ROWS, LENGTH, POLL = 5, 2048, 0.05
+LIMIT = 2400.0  # seconds a conversion may take
+
+
+def environment(tree: Path, threads: int) -> dict[str, str]:
+    """That of a process which runs this version."""
+    own = {"PYTHONPATH": str(tree.resolve() / "src"), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **own}
+
+
+def plan(tree: Path, teacher: str, threads: int) -> dict[str, Any]:
+    """Seconds of `plan`, and the parameters that it counts."""
+    command = [sys.executable, "-m", "linearize", "plan", teacher, "--json"]
+    began = time.monotonic()
+    run = subprocess.run(command, env=environment(tree, threads), capture_output=True, text=True, check=True)
+    seconds = time.monotonic() - began
+    counted = re.search(r'"(?:teacher_)?parameters": (\d+)', run.stdout)
+    return {"plan_seconds": seconds, "plan_parameters": int(counted[1]) if counted else None}
+
+
+def conversion(tree: Path, teacher: str, data: str, threads: int) -> dict[str, Any]:
+    """Seconds from the command to the first step, of a step of each stage, and of what is not steps."""
+    tokens = ROWS * LENGTH
+    settings = [f"data.length={LENGTH}"]
+    settings += [
+        f"stages.{number}.{key}={value}" for number in (0, 1) for key, value in (("tokens", tokens), ("batch", 1))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "linearize", "convert", teacher, "--data", data, "--out", f"{folder}/student"]
+        command += [part for setting in settings for part in ("--set", setting)]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, env=environment(tree, threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            written, logged = _followed(process, Path(folder), began)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    last = max(moment for at in logged.values() for moment in at)
+    (first, *_), *_ = logged.values()
+    moments = [0.0, *(moment for moment in written if moment < first), first]
+    quiet = max(later - earlier for earlier, later in pairwise(moments))
+    steps = {
+        stage: statistics.median(later - earlier for earlier, later in pairwise(at)) for stage, at in logged.items()
+    }
+    trained = sum(steps[stage] * len(at) for stage, at in logged.items())
+    return {
+        "first_step_seconds": first,
+        "quiet_seconds": quiet,
+        **{f"{stage}_tokens_per_second": LENGTH / seconds for stage, seconds in steps.items()},
+        "last_step_seconds": last,
+        "not_training_seconds": last - trained,
+    }
+
+
+def _followed(
+    process: subprocess.Popen[bytes], folder: Path, began: float
+) -> tuple[list[float], dict[str, list[float]]]:
+    """When the process wrote something, and when each step of each stage was logged, seconds."""
+    written: list[float] = []
+    logged: dict[str, list[float]] = defaultdict(list)
+    seen: set[tuple[str, int]] = set()
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while process.poll() is None and sum(map(len, logged.values())) < 2 * ROWS:
+            now = time.monotonic() - began
+            if now > LIMIT:
+                raise SystemExit(f"the conversion took more than {LIMIT:.0f} s")
+            if selector.select(POLL) and os.read(process.stdout.fileno(), 1 << 16):
+                written.append(now)
+            for path in folder.rglob("training.jsonl"):
+                for stage, step in _steps(path.read_text(encoding="utf-8", errors="replace")):
+                    if (stage, step) not in seen:
+                        seen.add((stage, step))
+                        logged[stage].append(now)
+    if process.returncode:
+        raise SystemExit(f"the conversion ended with {process.returncode}")
+    return written, logged
+
+
+def _steps(text: str) -> list[tuple[str, int]]:
+    records = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # half of a line
+        if "loss" in record and record["step"] > 0:
+            records.append((record["stage"], record["step"]))
+    return records
+
+
+DECODE = """
+import json, statistics, sys, time, torch
+from transformers import AutoModelForCausalLM, StaticCache
+from linearize.mixers import MIXERS
+from linearize.modeling import LinearizedForCausalLM
+torch.set_flush_denormal(True)
+teacher = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+options = dict(feature_map="gain", feature_dim=32, shift="shared", num_sinks=1, window_shape="terraced")
+mixer = MIXERS["lolcats"](**options)
+student = LinearizedForCausalLM.from_teacher(teacher, [mixer] * teacher.config.num_hidden_layers).eval()
+teacher = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+result = {}
+with torch.inference_mode():
+    for context in (256, 1024, 4096):
+        ids = torch.randint(3, teacher.config.vocab_size, (1, context + 32), generator=torch.Generator().manual_seed(0))
+        static = StaticCache(config=teacher.config, max_cache_len=context + 32)
+        caches = {"teacher": static, "student": None}
+        models, times = {"teacher": teacher, "student": student}, {"teacher": [], "student": []}
+        for name, model in models.items():
+            output = model(input_ids=ids[:, :context], past_key_values=caches[name], use_cache=True)
+            caches[name] = output.past_key_values
+        for at in range(context, context + 32):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(input_ids=ids[:, at : at + 1], past_key_values=caches[name], use_cache=True)
+                times[name].append(time.perf_counter() - began)
+        result |= {f"{name}_ms_at_{context}": 1e3 * statistics.median(of) for name, of in times.items()}
+print(json.dumps(result))
+"""
+
+
+def decoding(tree: Path, teacher: str, threads: int) -> dict[str, Any]:
+    """Milliseconds of a token at three contexts, fp32."""
+    command = [sys.executable, "-c", DECODE, teacher]
+    run = subprocess.run(command, env=environment(tree, threads), stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all versions and publish."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+", metavar="NAME=TREE")
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    for version in chosen.versions:
+        name, _, tree = version.partition("=")
+        commit = subprocess.run(["git", "-C", tree, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        rows.append({"version": name, "commit": commit.stdout.strip()})
+    parts = [
+        lambda tree: decoding(tree, chosen.teacher, chosen.threads),
+        lambda tree: plan(tree, chosen.teacher, chosen.threads),
+        lambda tree: conversion(tree, chosen.teacher, chosen.data, chosen.threads),
+    ]
+    for part in parts:
+        for row, version in zip(rows, chosen.versions, strict=True):
+            row |= part(Path(version.partition("=")[2]))
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    setting = {"threads": chosen.threads, "length": LENGTH, "rows": ROWS, "recipe": "window-linear", "dtype": "fp32"}
+    asked = "first step within 30 s and a pass over one batch; plan within 15 s; decoding at least the teacher's"
+    publish(asked, setting, rows, chosen.out)
+
+
+if __name__ == "__main__":
+    main()
