@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 from benchmarks.timing import publish
 
 ROWS, LENGTH, POLL = 5, 2048, 0.05
+PARTS = ("decoding", "plan", "conversion")
 LIMIT = 2400.0  # seconds a conversion may take
 
 
@@ -95,22 +97,27 @@ def _followed(
     written: list[float] = []
     logged: dict[str, list[float]] = defaultdict(list)
     seen: set[tuple[str, int]] = set()
+    shown = b""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while process.poll() is None and sum(map(len, logged.values())) < 2 * ROWS:
+        ended = False
+        while not ended and len(seen) < 2 * ROWS:
+            ended = process.poll() is not None
             now = time.monotonic() - began
             if now > LIMIT:
                 raise SystemExit(f"the conversion took more than {LIMIT:.0f} s")
-            if selector.select(POLL) and os.read(process.stdout.fileno(), 1 << 16):
+            if selector.select(POLL) and (new := os.read(process.stdout.fileno(), 1 << 16)):
                 written.append(now)
+                shown = (shown + new)[-2000:]
             for path in folder.rglob("training.jsonl"):
-                for stage, step in _steps(path.read_text(encoding="utf-8", errors="replace")):
-                    if (stage, step) not in seen:
+                with suppress(FileNotFoundError):  # its folder is being renamed
+                    new_steps = set(_steps(path.read_text(encoding="utf-8", errors="replace"))) - seen
+                    for stage, step in sorted(new_steps):
                         seen.add((stage, step))
                         logged[stage].append(now)
     if process.returncode:
-        raise SystemExit(f"the conversion ended with {process.returncode}")
+        raise SystemExit(f"the conversion ended with {process.returncode}: {shown.decode(errors='replace')}")
     return written, logged
 
 
@@ -171,22 +178,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("versions", nargs="+", metavar="NAME=TREE")
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for version in chosen.versions:
         name, _, tree = version.partition("=")
-        commit = subprocess.run(["git", "-C", tree, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = subprocess.run(["git", "-C", tree, "describe", "--always", "--dirty"], capture_output=True, text=True)
         rows.append({"version": name, "commit": commit.stdout.strip()})
-    parts = [
-        lambda tree: decoding(tree, chosen.teacher, chosen.threads),
-        lambda tree: plan(tree, chosen.teacher, chosen.threads),
-        lambda tree: conversion(tree, chosen.teacher, chosen.data, chosen.threads),
-    ]
-    for part in parts:
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "decoding": lambda tree: decoding(tree, chosen.teacher, chosen.threads),
+        "plan": lambda tree: plan(tree, chosen.teacher, chosen.threads),
+        "conversion": lambda tree: conversion(tree, chosen.teacher, chosen.data, chosen.threads),
+    }
+    for name in chosen.parts:
         for row, version in zip(rows, chosen.versions, strict=True):
-            row |= part(Path(version.partition("=")[2]))
+            row |= parts[name](Path(version.partition("=")[2]))
             print(json.dumps(row), file=sys.stderr, flush=True)
     setting = {"threads": chosen.threads, "length": LENGTH, "rows": ROWS, "recipe": "window-linear", "dtype": "fp32"}
     asked = "first step within 30 s and a pass over one batch; plan within 15 s; decoding at least the teacher's"

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 import linearize
-from benchmarks.smollm2_measure import TEACHER, languages, measure, task_scores
+from benchmarks.smollm2_measure import TEACHER, Language, TaskNumbers, languages, measure, task_scores
 from linearize.modeling.io.teacher import load_teacher
 from linearize.numbers import parse_count
 from linearize.phases import shown
@@ -221,12 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(options.row, options, weights=options.weight)
             return
         spoken = languages(options.rows, FOLDER, options) if options.lengths else {}
-        scores = task_scores(options.rows, FOLDER, options) if options.limit else {}
-        for name in options.rows:
-            numbers = measure(name, FOLDER, options, spoken.get(name), scores.get(name))
-            FOLDER.mkdir(parents=True, exist_ok=True)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+
+        def keep(name: str, language: Language | None = None, scores: dict[str, TaskNumbers] | None = None) -> None:
+            numbers = measure(name, FOLDER, options, language=language, scores=scores)
             (FOLDER / f"{name}.json").write_text(numbers.model_dump_json(indent=1) + "\n", encoding="utf-8")
             print(name, numbers.losses, flush=True)
+
+        for name in options.rows:
+            keep(name, language=spoken.get(name))
+        for name, scores in (task_scores(options.rows, FOLDER, options) if options.limit else {}).items():
+            keep(name, scores=scores)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class StageNumbers(BaseModel):
 
 
 class TaskNumbers(BaseModel):
-    """A task's score, and the share of its items that the student's window holds whole."""
+    """A task's score, and the share of its items that the shortest window of the rows measured together holds whole."""
 
     score: float
     error: float | None
@@ -119,8 +119,9 @@ def measure(
     name: str,
     folder: Path,
     options: argparse.Namespace,
-    language: Language | None,
-    scores: dict[str, TaskNumbers] | None,
+    *,
+    language: Language | None = None,
+    scores: dict[str, TaskNumbers] | None = None,
 ) -> RowNumbers:
     """Losses and continuations (`language`), scores of tasks and state bytes of a row. What is None stays as an earlier
     run measured it, or is left out; so do losses at other lengths."""

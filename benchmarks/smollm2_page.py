@@ -206,6 +206,9 @@ Right answers of all, by greedy generation through the cache; more in
 
 {recall_table()}
 
+The five groups that look things up most (`linearize inspect --heads`) lie in layers 7, 8, 17, 18 and 23. The hybrids
+with 50% attention keep 7, 17 and 23 of these, those with 25% keep 23, and neither saw text that asks for what it held.
+
 ## Tasks
 
 lm-eval's scores in percent with one standard error{_tasks_run(rows)}.
@@ -262,7 +265,8 @@ def _tasks_run(rows: Measured) -> str:
         return ""
     items = sorted({task.items for row in run for task in row.tasks.values()})
     commits = sorted({row.tasks_provenance["commit"][:7] for row in run if row.tasks_provenance is not None})
-    return f", on the first {' or '.join(map(str, items))} items of each task, at commit {' and '.join(commits)}"
+    where = f"at commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    return f", on the first\n{' or '.join(map(str, items))} items of each task, {where}"
 
 
 def readme_table(rows: Measured) -> str:

@@ -168,6 +168,22 @@ def test_what_does_not_fit_is_reported_with_the_remedy(tmp_path: Path) -> None:
     assert four.memory.activations == pytest.approx(plan.stages[0].memory.activations / 4, rel=0.1)
 
 
+def test_a_gpu_is_planned_with_its_own_slices_of_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated tensors are on a simulated CPU, whose slices are smaller."""
+    folder = tiny_folder(tmp_path / "m", vocab_size=5003, num_hidden_layers=1)
+    stage = {"name": "lowrank", "tokens": 3000, "lr": 1e-3, "batch": 3, "loss": "kl"}
+    recipe = Recipe.from_data({"plan": {"mixer": {"name": "lolcats"}}, "data": {"length": 300}, "stages": [stage]})
+
+    def bytes_on(device: str) -> int:
+        return plan_conversion(folder, recipe=recipe, device=device).stages[0].memory.activations
+
+    gpu, cpu = bytes_on("A100-40"), bytes_on("cpu")
+    monkeypatch.setattr("linearize.training.stages.chunked_logits.CPU_SLICE_NUMBERS", 20 * 5003)
+    monkeypatch.setattr("linearize.training.stages.losses.CACHED", 7 * 5003)
+    assert bytes_on("A100-40") == gpu > 3 * 4 * 800 * 5003
+    assert bytes_on("cpu") < 0.5 * cpu
+
+
 def test_devices(tmp_path: Path) -> None:
     table = tmp_path / "mine.yaml"
     table.write_text("toaster: {memory: 1GB, reserve: 1MB, flops_bf16: 1e9, flops_fp32: 1e8, bandwidth: 1e9, share: 1}")

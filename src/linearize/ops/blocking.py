@@ -73,6 +73,22 @@ def counting_repeats(scale: Callable[[float], None]) -> Iterator[None]:
         _LOCAL.scale = before
 
 
+def device_kind(x: Tensor) -> str:
+    """What work on a tensor is arranged for: `cpu` or another type of device; in a simulation of costs, whose tensors
+    are all on a simulated CPU, the one that is planned for."""
+    return _LOCAL.planned or x.device.type
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Inside, `device_kind` gives this type of device."""
+    before, _LOCAL.planned = _LOCAL.planned, kind
+    try:
+        yield
+    finally:
+        _LOCAL.planned = before
+
+
 class Scratch:
     """Memory by name that the next head block uses again; what a name gives holds until it is asked for again."""
 
@@ -104,6 +120,7 @@ class Scratch:
 class _Local(threading.local):
     scratch: Scratch = field(default_factory=Scratch)
     scale: Callable[[float], None] | None = None
+    planned: str | None = None
 
 
 _LOCAL = _Local()

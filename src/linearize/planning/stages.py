@@ -10,6 +10,7 @@ from typing import Literal
 from linearize.conversion.text import EVALUATION_BATCH, measured_tokens
 from linearize.errors import InputError
 from linearize.numbers import size_text
+from linearize.ops.blocking import planned_for
 from linearize.planning.costs import stage_costs, text
 from linearize.planning.devices import CPU, Device, fits
 from linearize.planning.report import BlockPlan, Memory, StagePlan
@@ -44,7 +45,8 @@ def plan_stage(number: int, request: PlanRequest) -> StagePlan:
     rows = min(stage.micro_batch or share, share)
     length = stage.length or (DEFAULT_LENGTH if isinstance(stage, DatasetStageConfig) else request.recipe.data.length)
     heldout = heldout_text(request)
-    costs = measured(whole, lambda sample: stage_costs(stage, sample, rows, length, heldout, device))
+    with planned_for("cpu" if device.kind == CPU else "cuda"):
+        costs = measured(whole, lambda sample: stage_costs(stage, sample, rows, length, heldout, device))
     tokens = stage.tokens if stage.tokens is not None else request.tokens
     if tokens is None:
         raise InputError(f"stages.{number} ({stage.name}) trains on its own data: give its size with --tokens")

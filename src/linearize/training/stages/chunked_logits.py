@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from linearize.modeling import LinearizedForCausalLM
 from linearize.modeling.parallel import is_sharded
-from linearize.ops.blocking import alike
+from linearize.ops.blocking import alike, device_kind
 from linearize.training.config import Batch
 
 SliceLoss = Callable[[Tensor, slice], Tensor]
@@ -27,9 +27,9 @@ CPU_SLICE_NUMBERS = 8_000_000
 which take longer to touch than a softmax."""
 
 
-def slice_tokens(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose logits exist at a time on a device."""
-    numbers = min(SLICE_NUMBERS, CPU_SLICE_NUMBERS) if device.type == "cpu" else SLICE_NUMBERS
+def slice_tokens(vocabulary: int, like: Tensor) -> int:
+    """Tokens whose logits exist at a time on the device of `like`."""
+    numbers = min(SLICE_NUMBERS, CPU_SLICE_NUMBERS) if device_kind(like) == "cpu" else SLICE_NUMBERS
     return max(1, numbers // vocabulary)
 
 
@@ -186,7 +186,7 @@ def sliced_loss(split: SplitModel, hidden_NM: Tensor, loss: SliceLoss, *, tokens
     Gradients of a slice are computed with its loss, so that its logits are gone before the next one's are made and no
     product with the head is done twice; what is kept is the gradient of the hidden states and of the head.
     """
-    size = tokens or slice_tokens(split.vocabulary, hidden_NM.device)
+    size = tokens or slice_tokens(split.vocabulary, hidden_NM)
     parts = [slice(start, min(start + size, len(hidden_NM))) for start in range(0, len(hidden_NM), size)]
     parameters = split.parameters() if torch.is_grad_enabled() else []
     total: Tensor = _Sliced.apply(split, loss, parts, hidden_NM, *parameters)

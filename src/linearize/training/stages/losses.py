@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from linearize.ops.blocking import alike
+from linearize.ops.blocking import alike, device_kind
 from linearize.ops.window_linear import Branch
 from linearize.training.config import Batch, LossSum
 from linearize.training.stages.chunked_logits import SplitModel, slice_tokens, sliced_loss
@@ -59,7 +59,7 @@ def answer_log_probs(split: SplitModel, batch: Batch) -> Tensor:
     def log_probs(hidden_nM: Tensor, labels_n: Tensor) -> Tensor:
         return -F.cross_entropy(split.logits(hidden_nM).float(), labels_n, reduction="none")
 
-    size = slice_tokens(split.vocabulary, hidden_NM.device)
+    size = slice_tokens(split.vocabulary, hidden_NM)
     parts = [
         checkpoint(log_probs, hidden_nM, labels_n, use_reentrant=False, preserve_rng_state=False)
         for hidden_nM, labels_n in zip(hidden_NM.split(size), labels_N.split(size), strict=True)
@@ -176,10 +176,11 @@ class _ForwardKL(torch.autograd.Function):
 
 
 def _token_blocks(logits_NV: Tensor) -> list[slice]:
-    """Tokens to take at a time: on a CPU about `CACHED` logits for each thread, else all."""
+    """Tokens to take at a time, in parts of equal size: on a CPU at most `CACHED` logits for each thread, else all."""
     tokens, vocabulary = logits_NV.shape
-    size = max(1, torch.get_num_threads() * CACHED // vocabulary) if logits_NV.device.type == "cpu" else max(1, tokens)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+    most = max(1, torch.get_num_threads() * CACHED // vocabulary) if device_kind(logits_NV) == "cpu" else tokens
+    size = -(-tokens // max(1, -(-tokens // max(1, most))))
+    return [slice(start, start + size) for start in range(0, tokens, max(1, size))]
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def kl_divergence(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -
     tokens at a time."""
     live = counted(labels_BT)
     teacher_NV, student_NV = teacher_BTV[live], student_BTV[live]
-    size = slice_tokens(student_NV.shape[1], student_NV.device)
+    size = slice_tokens(student_NV.shape[1], student_NV)
     total = student_BTV.new_zeros((), dtype=torch.float32)
     for p, q in zip(teacher_NV.split(size), student_NV.split(size), strict=True):
         total = total + divergence(p, q)
