@@ -79,12 +79,12 @@ def test_gradients_that_nobody_needs_are_not_computed(window, shape, options, po
         torch.manual_seed(9)
         loss = (y * torch.randn_like(y)).sum()
         leaves = {"q": [q], "k": [k], "v": [v], "log g": [log_g]} | {n: list(m.parameters()) for n, m in maps.items()}
-        wanted = [leaf for name in names if name in needed for leaf in leaves[name]]
-        if not loss.requires_grad or not wanted:
+        needed_leaves = [leaf for name in names if name in needed for leaf in leaves[name]]
+        if not loss.requires_grad or not needed_leaves:
             return {}, 0
-        for leaf in wanted:
+        for leaf in needed_leaves:
             leaf.grad = None
-        flops = product_flops(lambda: loss.backward(inputs=wanted))
+        flops = product_flops(lambda: loss.backward(inputs=needed_leaves))
         return {name: [leaf.grad for leaf in leaves[name]] for name in names if name in needed}, flops
 
     expected, whole = gradients(names)
