@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.ops.blocking import Scratch
+from linearize.ops.blocking import Scratch, alike
 from linearize.ops.matmul import LOG2_E, product_into, whole_products
 
 
@@ -116,12 +116,10 @@ class LinearPart:
         self.memories = memory("memories", *shape, like=phi_k)
         product_into(self.memories, self.value.mT, self.phi_k)
         self.by_chunk = self.memories.unbind(2)
-        before = carried
-        for n, now in enumerate(self.by_chunk):
-            torch.add(now, before, out=now)
-            self._forget(now, n)
-            before = now
-        self.last = before
+        for n in alike(range(len(self.by_chunk))):
+            torch.add(self.by_chunk[n], self.by_chunk[n - 1] if n else carried, out=self.by_chunk[n])
+            self._forget(self.by_chunk[n], n)
+        self.last = self.by_chunk[-1]
 
     def _forget(self, x: Tensor, n: int) -> None:
         if self.keep is not None:
@@ -150,12 +148,13 @@ class LinearPart:
         returned: that of the carried memory. `d_later`: of the memory after the chunk group."""
         d_memories = self.scratch("d_memories", *self.memories.shape, like=phi_q_PCF)
         flat = product_into(d_memories, d_total_PCW.mT, phi_q_PCF).flatten(0, 2)
-        by_chunk = d_memories.unbind(2)
-        for n in range(len(by_chunk) - 1, -1, -1):
-            if d_later is not None:
-                torch.add(by_chunk[n], d_later, out=by_chunk[n])
-            d_later = by_chunk[n]
-            self._forget(d_later, n)
+        by_chunk, last = d_memories.unbind(2), d_memories.shape[2] - 1
+        if d_later is not None:
+            torch.add(by_chunk[last], d_later, out=by_chunk[last])
+        self._forget(by_chunk[last], last)
+        for n in alike(range(last), reverse=True):
+            torch.add(by_chunk[n], by_chunk[n + 1], out=by_chunk[n])
+            self._forget(by_chunk[n], n)
         if d_phi_k is not None:
             product_into(d_phi_k, self.value, flat)
         if d_v is None:
