@@ -7,6 +7,7 @@ are real, so that shapes which depend on the text are right.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -167,6 +168,11 @@ def _on_contents(func: OpOverload, args: Arguments, kwargs: Keywords) -> object:
     if func in _DEPEND_ON_CONTENTS or func._schema.is_mutable:
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+    if _is_small(func, args, kwargs):  # computing it takes less than finding its shape
+        with unset_fake_temporarily():
+            result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and not result.is_floating_point():
+            return result
     result = func(*args, **kwargs)
     made = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
     if made and all(not tensor.is_floating_point() and tensor.numel() <= REAL_NUMBERS for tensor in made):
@@ -188,3 +194,15 @@ def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
 def _all_indices(tensor: Tensor) -> Tensor:
     with unset_fake_temporarily():
         return torch.cartesian_prod(*(torch.arange(size) for size in tensor.shape)).view(-1, tensor.dim())
+
+
+def _is_small(func: OpOverload, args: Arguments, kwargs: Keywords) -> bool:
+    """Whether an operation on whole numbers makes no large tensor: a view, or a pointwise one of a small shape."""
+    tensors = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
+    if not tensors or any(tensor.is_floating_point() for tensor in tensors):
+        return False
+    if getattr(func, "is_view", False):
+        return True
+    if torch.Tag.pointwise not in func.tags:
+        return False
+    return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors))) <= REAL_NUMBERS
