@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from benchmarks import smollm2, smollm2_page
 from benchmarks.smollm2_measure import RowNumbers
+from task_files import write_data
 
 import linearize
 
@@ -43,6 +44,8 @@ def test_a_row_is_trained_in_adapter_form_and_measured(
     }  # fmt: skip
     assert [stage.tokens for stage in numbers.stages if stage.tokens] == trained[name]
     if name == "window-linear":
+        monkeypatch.setenv("LINEARIZE_EVAL_DATA", str(write_data(tmp_path / "items")))
+        monkeypatch.setattr("benchmarks.smollm2_measure.TASK_NAMES", ("piqa", "winogrande"))
         sizes = ["--lengths", "--limit", "2"]
         smollm2.main(["measure", "teacher", name, "--teacher", TEACHER, "--text", str(text), *sizes])
         guide = RowNumbers.model_validate_json((tmp_path / "teacher.json").read_text("utf-8"))
