@@ -178,9 +178,10 @@ class _ForwardKL(torch.autograd.Function):
 def _token_blocks(logits_NV: Tensor) -> list[slice]:
     """Tokens to take at a time, in parts of equal size: on a CPU at most `CACHED` logits for each thread, else all."""
     tokens, vocabulary = logits_NV.shape
-    most = max(1, torch.get_num_threads() * CACHED // vocabulary) if device_kind(logits_NV) == "cpu" else tokens
-    size = -(-tokens // max(1, -(-tokens // max(1, most))))
-    return [slice(start, start + size) for start in range(0, tokens, max(1, size))]
+    cached = torch.get_num_threads() * CACHED if device_kind(logits_NV) == "cpu" else logits_NV.numel()
+    parts = -(-tokens // max(1, cached // vocabulary))
+    size = -(-tokens // max(1, parts))
+    return [slice(number * size, (number + 1) * size) for number in range(parts) if number * size < tokens]
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
