@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.recall import FOLDER, TESTS, VARIANT
-from benchmarks.smollm2 import MIXERS, ROWS, STARTS
+from benchmarks.smollm2 import HYBRIDS, MIXERS, ROWS, STARTS
 from benchmarks.smollm2_measure import TEACHER, Variant
 from benchmarks.smollm2_page import table
 from linearize.metrics.intervals import wilson
 from linearize.metrics.plots import figure_files, new_figure
 
 PAGE = FOLDER / "README.md"
+HYBRID_ROWS = {name for name, row in ROWS.items() if row.recipe in HYBRIDS.values()}  # without store or heads to plot
 TRAINED_WITH = {
     "window-linear-recall": {"store": 128, "heads": 5},
     "window-linear-retrieval": {"store": 128, "heads": 6},
@@ -65,7 +66,8 @@ def page() -> None:
         "nothing was trained on, the same for all; the share of the state is that of the teacher's cache. `+storeN`: N "
         "exact pairs of a key/value head; `+headsP`: P percent of the key/value groups with their softmax attention; "
         "both given to the trained student without training (softmax in a window has no store). `ROW-mixers`: the "
-        "row's student without its LoRA. A token: at 4,096 tokens of context, in turn, on one core (the other one "
+        "row's student without its LoRA; hybrids are not in the plot. "
+        "A token: at 4,096 tokens of context, in turn, on one core (the other one "
         "busy), the teacher with a preallocated cache.", "",
         "`window-linear-recall` was trained with 128 pairs and 4 of 90 groups (those with the largest falls), at 4,096 "
         "tokens. `window-linear-retrieval` has the mixers of `window-linear`, new LoRA, and from the start 128 pairs "
@@ -110,7 +112,7 @@ def _lines(variants: Sequence[Variant], test: str, length: int, kind: str) -> di
     lines: dict[str, dict[int, tuple[int, int]]] = {}
     for variant in variants:
         parts, cell = VARIANT.fullmatch(variant.name), variant.recall.get(test, {}).get(length)
-        if parts is not None and cell is not None and not parts[other]:
+        if parts is not None and cell is not None and not parts[other] and parts["row"] not in HYBRID_ROWS:
             row = parts["row"]
             lines.setdefault(row, {})[int(parts[kind] or TRAINED_WITH.get(row, {}).get(kind, 0))] = cell
     return lines
